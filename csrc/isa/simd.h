@@ -89,7 +89,8 @@ inline F odd_bf16(I w) { return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm51
 // Dot products along K of weights and a quad of int8 activations: acc[n] += sum over j < 4 of w[n][j] * x[j].
 // dot_u8 takes unsigned bytes, stored as code + 128; it leaves kOffset8 * (sum of x) too much in the sum. dot_u6 takes unsigned
 // bytes below 64, or the result of joined_nibbles(); then part_joined() must separate the two sums afterwards. dot_pair takes
-// pairs of signed 16-bit words. levels() maps both nibbles of each byte through kLevels.
+// pairs of signed 16-bit words. dot_words() is dot_u6(), but with kWordSums its sums are two 16-bit words, which the caller keeps
+// from overflowing; add_scaled(acc, sum, size) = acc + such a sum times an integer. levels() maps both nibbles of each byte through kLevels.
 constexpr int kOffset8 = 128;
 inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I dot_u8(I acc, I w, int32_t quad) {
@@ -102,8 +103,11 @@ inline I dot_pair(I acc, I w, int32_t pair) {
   asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(pair)));
   return acc;
 }
+inline I dot_words(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I add_scaled(I acc, I sum, I size) { return acc + sum * size; }
+constexpr bool kWordSums = false;
 inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int bits>
@@ -196,6 +200,16 @@ inline I set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline I dot_u6(I acc, I w, int32_t quad) {
   __m256i pairs = _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(quad));
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+constexpr bool kWordSums = true;
+inline I dot_words(I acc, I w, int32_t quad) {
+  acc.v = _mm256_add_epi16(acc.v, _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(quad)));
+  asm("" : "+x"(acc.v));  // keeps GCC from adding in another order, for which it stores most products to the stack
+  return acc;
+}
+inline I add_scaled(I acc, I sum, I size) {  // both words of a sum are multiplied by the size's low word
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(sum.v, _mm256_shuffle_epi8(size.v, twice)))};
 }
 inline I dot_u8(I acc, I w, int32_t quad) {
   __m256i code = _mm256_xor_si256(w.v, _mm256_set1_epi8(-128));
@@ -306,6 +320,7 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   }
   return acc;
 }
+inline I dot_words(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
 inline I dot_u6(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
 inline I dot_pair(I acc, I w, int32_t pair) {
   EACH acc.v[i] += int16_t(w.v[i]) * int16_t(pair) + (w.v[i] >> 16) * (pair >> 16);
@@ -313,6 +328,8 @@ inline I dot_pair(I acc, I w, int32_t pair) {
 }
 inline I operator+(I a, I b) { EACH a.v[i] += b.v[i]; return a; }
 inline I operator*(I a, I b) { EACH a.v[i] *= b.v[i]; return a; }
+inline I add_scaled(I acc, I sum, I size) { return acc + sum * size; }
+constexpr bool kWordSums = false;
 inline I operator&(I a, I b) { EACH a.v[i] &= b.v[i]; return a; }
 inline I operator|(I a, I b) { EACH a.v[i] |= b.v[i]; return a; }
 template <int bits>

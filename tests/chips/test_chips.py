@@ -26,7 +26,7 @@ def test_a_format_runs_as_the_narrowest_wider_format_of_the_array() -> None:
     assert chip("a100_sxm").runs_as("e4m3") == "bf16"
     assert chip("h100_sxm").runs_as("int4") == "int8"
     assert chip("sohu").runs_as("bf16") == "bf16"
-    with pytest.raises(ChipError, match="no matrix rate for i32"):
+    with pytest.raises(ChipError, match="no matrix rate for i32; it has .*: --weights bf16, int8 or int4"):
         chip("sohu").mac_rate("i32")
 
 

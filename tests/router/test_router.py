@@ -358,6 +358,14 @@ def test_a_job_goes_where_its_prefix_is() -> None:
     assert second.replica == first.replica and second.estimate.cached == 96
 
 
+def test_no_replica_stays_idle_while_jobs_of_one_prefix_queue_at_another() -> None:
+    router, placed = router_of(2), Counter[str]()
+    for i in range(6):
+        router.submit(job(f"j{i}", *[1] * 12, 10 + i, 10 + i, output_tokens=16), 0.0)
+        placed.update(p.replica for p in router.dispatch(0.0))
+    assert min(placed.values()) >= 2 and len(placed) == 2
+
+
 def test_a_long_queue_outweighs_a_cached_prefix() -> None:
     router = router_of(2)
     router.submit(job("first", 1, 2), 0.0)

@@ -178,7 +178,7 @@ def without_wait(stream: Stream, at: int, engine: str) -> Stream:
 
 
 DROPPED = [  # kernel, engine that no longer waits, engine that it waited for
-    ("linear", "MXU", "DMA"), ("linear", "MXU", "VEC"), ("linear", "VEC", "DMA"), ("linear", "VEC", "MXU"),
+    ("linear", "MXU", "DMA"), ("linear", "VEC", "DMA"), ("linear", "VEC", "MXU"),
     ("linear", "VEC", "OUT"), ("attend small", "DMA", "MXU"), ("linear", "DMA", "VEC"), ("linear", "OUT", "VEC"),
     ("linear", "MXU", "MXU"), ("embed", "DMA", "DMA"), ("embed", "VEC", "VEC"), ("norm", "OUT", "VEC"),
     ("select", "OUT", "DMA"), ("select", "DMA", "OUT"), ("attend fused", "ATT", "DMA"),

@@ -138,7 +138,7 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert EngineTimes(times, EngineProfile(name="x", description="")).cost(4, 100.0)[0] == seconds
     graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
     launches = sum(part.count for part in times.parts[0]) * times.target.library.launch_s
-    assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches)
+    assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches) * (1 + 1e-9)
     chunk = [(64, 64, 1)]
     assert EngineTimes(times, graphs).cost(4, 100.0, chunk) == times.cost(4, 100.0, chunk)
     here = {"hopper": {"small_reduce_s": 2e-6}, "blackwell": {"small_reduce_s": 3e-6}}
@@ -193,8 +193,8 @@ def test_prefill_and_decode_apart(times: StepTimes) -> None:
     assert alone.ttft == pytest.approx(prompt + moved + times.target.library.link_latency_s, rel=1e-6)
     assert alone.tpot == pytest.approx(times.cost(1, 820.0)[0], rel=0.02)
     assert alone.chips == 2
-    few = serve_apart(Apart(times, times, settings, settings), request, 24)
-    many = serve_apart(Apart(times, two, settings, settings), request, 24)
-    assert many.chips == 3 and many.tpot < few.tpot and many.tokens_per_s > few.tokens_per_s
+    small = QueueSettings(100_000, 2048, 8)  # decode servers with 8 sequences each, which limit the rate
+    few, many = (serve_apart(Apart(times, on, settings, small), LoadRequest(0.0, 100, 200), 24) for on in (times, two))
+    assert many.chips == 3 and many.ttft < few.ttft and many.tokens_per_s > 1.5 * few.tokens_per_s
     with pytest.raises(ValueError, match="one new token never reach a decode server"):
         serve_apart(Apart(times, times, settings, settings), LoadRequest(0.0, 800, 1), 1)

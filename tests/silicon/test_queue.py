@@ -181,6 +181,13 @@ def test_a_step_may_give_several_tokens() -> None:
     assert (queue.held, queue.keys) == (0, pytest.approx(0.0, abs=1e-6))
 
 
+def test_a_closed_form_with_several_tokens_a_step(times: StepTimes) -> None:
+    plain, twice = (estimate(times, QueueSettings(10**6, 2048, tokens_per_step=g), 64, 401, 4) for g in (1.0, 2.0))
+    assert plain.tpot / 2 < twice.tpot < 0.6 * plain.tpot
+    found = serve(times, QueueSettings(10**6, 2048, tokens_per_step=2.0), [LoadRequest(0.0, 64, 401)] * 16, 4).outcomes
+    assert twice.tpot == pytest.approx(statistics.fmean(o.each or 0.0 for o in found), rel=0.2)
+
+
 def test_steps_that_verify_drafts(times: StepTimes) -> None:
     """They compute all tokens, and read keys and values once if the rows of a head's queries fit one tile."""
     rng, plan = random.Random(), Plan(times.server.stages[0], times.target)

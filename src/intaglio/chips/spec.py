@@ -139,7 +139,10 @@ class ChipSpec:
         for candidate in (format, *WIDER.get(format, ())):
             if candidate in rates:
                 return candidate
-        raise ChipError(f"{self.name} has no matrix rate for {format}; it has {', '.join(rates)}")
+        raise ChipError(
+            f"{self.name} has no matrix rate for {format}; it has {', '.join(rates)}. "
+            "Stored weights can be converted: --weights bf16, int8 or int4"
+        )
 
     def peak_flops(self, format: str) -> float:
         """Peak dense FLOP/s of the chip in `format`.

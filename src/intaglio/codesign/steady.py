@@ -61,7 +61,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     if slots < 1:
         raise ValueError(f"a request of {input:,} + {output:,} tokens; the K/V cache holds {s.kv_tokens:,}")
     copies, context = times.copies, input + output / 2
-    rounds = max(1, output - 1)  # decode steps of a request
+    rounds = max(1.0, (output - 1) / s.tokens_per_step)  # decode steps of a request
     decoding = float(slots)
     for _ in range(ROUNDS):
         n = max(1, round(decoding))
@@ -102,7 +102,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     waiting = concurrency - decoding if output > 1 else concurrency
     ttft = max(prefill, waiting / rate) + s.request_s + s.prompt_token_s * input + s.admission_steps * tpot
     watts = step_j / tpot if output > 1 else mixed_j / mixed_s
-    return Estimate(ttft, tpot if output > 1 else 0.0, rate * output, watts, decoding)
+    return Estimate(ttft, tpot * rounds / (output - 1) if output > 1 else 0.0, rate * output, watts, decoding)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job
 from intaglio.router.replica import Pace, Replica
 
+IDLE_SHARE = 0.5  # of the time of a job's prefill, which is added to its cost, on a replica without jobs
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -37,9 +39,11 @@ class Estimate:
         """The cost that placement minimises, in seconds: time until the job ends, plus the time of its prefill again.
 
         The second term stands for the other jobs of the replica, whose steps the prefill lengthens. Without it, jobs
-        leave their cached prefix for a small gain of their own, and all jobs together compute more.
+        leave their cached prefix for a small gain of their own, and all jobs together compute more. On a replica
+        without jobs it counts by IDLE_SHARE, so that no replica stays idle while jobs of one prefix queue at another.
         """
-        return self.end + self.uncached * self.pace.per_token
+        share = 1.0 if self.replica.jobs else IDLE_SHARE
+        return self.end + share * self.uncached * self.pace.per_token
 
 
 Policy = Callable[[Sequence[Estimate]], Estimate]

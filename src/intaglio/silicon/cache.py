@@ -21,15 +21,22 @@ class Cache:
         self.now = 0  # number of the latest access
         self.last_use = np.zeros(0, np.int64)  # of each line, the number of its latest access; 0: not in the cache
         self.dirty = np.zeros(0, bool)
+        self.arrival = np.zeros(0)  # of each line, the seconds of the run at which it comes from HBM
+        self.ready = 0.0  # seconds of the run at which all lines of the latest access have come from HBM
         self.uses: deque[np.ndarray] = deque()  # the lines of each access, oldest first
         self.oldest = 1  # number of the access at the left of `uses`
 
-    def access(self, region: Region, writes: bool) -> float:
+    def begin(self) -> None:
+        """Begin a run, whose clock starts at 0: all lines that the cache holds have come from HBM. Returns nothing."""
+        self.arrival[:] = 0.0
+
+    def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
         """Record an access to a region. Returns the number of bytes that the cache moves from and to HBM for it.
 
-        These are the lines that are read and not in the cache, and the written lines that are evicted.
+        These are the lines that are read and not in the cache, and the written lines that are evicted. arrival: the
+        seconds of the run at which lines come from HBM that are not in the cache.
         """
-        self.fetched = 0.0
+        self.fetched = self.ready = 0.0
         if not region.nbytes:
             return 0.0
         if not self.lines:
@@ -40,13 +47,18 @@ class Cache:
             more = int(lines[-1]) + 1
             self.last_use = np.concatenate([self.last_use, np.zeros(more, np.int64)])
             self.dirty = np.concatenate([self.dirty, np.zeros(more, bool)])
+            self.arrival = np.concatenate([self.arrival, np.zeros(more)])
         self.now += 1
-        missed = int((self.last_use[lines] == 0).sum())
+        absent = self.last_use[lines] == 0
+        missed = int(absent.sum())
+        if not writes:
+            self.arrival[lines[absent]] = arrival
+            self.ready = float(self.arrival[lines].max())
         self.last_use[lines] = self.now
         self.uses.append(lines)
         self.held += missed
         self.dirty[lines] |= writes
-        self.fetched = 0.0 if writes else missed / len(lines) * region.nbytes
+        self.fetched = 0.0 if writes else float(min(missed * LINE, region.nbytes))
         return self.fetched + self._evict() * LINE
 
     def _evict(self) -> int:

@@ -99,6 +99,7 @@ class Transfer:
         bytes_left: bytes still to move.
         start: seconds from the start of the run.
         hbm_bytes: bytes that the L2 meanwhile reads from HBM or writes back to it.
+        ready: seconds at which the L2 has all of its bytes, which other transfers may still fetch from HBM.
     """
 
     core: int
@@ -107,6 +108,7 @@ class Transfer:
     bytes_left: float
     start: float
     hbm_bytes: float = 0.0
+    ready: float = 0.0
 
 
 def l2_of(target: Target) -> Cache:
@@ -145,6 +147,8 @@ class Machine:
         self.shared: dict[int, SharedHbm] = defaultdict(SharedHbm)  # by chip
         self.cores = [self._core(c, s) for c, s in enumerate(streams)]
         self.result, self.now = RunResult(), 0.0
+        for chip in {s.chip for s in streams}:
+            self.l2[chip].begin()
         # Events: (time, sequence number, core, engine, 0 if the engine becomes free or 1 if a result becomes visible)
         self.events: list[tuple[float, int, int, int, int]] = []
         self.event_count = 0
@@ -204,7 +208,7 @@ class Machine:
         finished = [t for t, end in zip(self.transfers, ends, strict=True) if end <= then * (1 + 1e-12)]
         self.transfers = [t for t in self.transfers if t not in finished]
         for t in finished:
-            self._end(t.core, t.engine, t.start, t.cost)
+            self._end(t.core, t.engine, t.start, t.cost, t.ready)
         while self.events and self.events[0][0] <= self.now:
             _, _, core, engine, visible = heapq.heappop(self.events)
             if visible:
@@ -245,8 +249,11 @@ class Machine:
         self.event_count += 1
         heapq.heappush(self.events, (time, self.event_count, core, engine, visible))
 
-    def _end(self, c: int, engine: int, start: float, cost: Cost) -> None:
-        """Free the engine at the end of its instruction; the result becomes visible cost.latency_s later."""
+    def _end(self, c: int, engine: int, start: float, cost: Cost, ready: float = 0.0) -> None:
+        """Free the engine at the end of its instruction.
+
+        The result becomes visible cost.latency_s later, but not before the time `ready`.
+        """
         core = self.cores[c]
         i = core.queues[engine][core.started[engine] - 1]
         core.busy[engine] = False
@@ -259,7 +266,7 @@ class Machine:
         if isinstance(i, Send):
             self._deliver(c, i)
         # The counter counts in order, so a result is never visible before that of an earlier instruction.
-        core.visible_at[engine] = max(core.visible_at[engine], self.now + cost.latency_s)
+        core.visible_at[engine] = max(core.visible_at[engine], self.now + cost.latency_s, ready)
         self._schedule(core.visible_at[engine], c, engine, 1)
         self._start_ready(c)
 
@@ -315,31 +322,33 @@ class Machine:
         cost = i.cost(self.target)
         core.free_at[engine] = self.now
         if cost.bytes:
-            missed = 0.0
+            missed = ready = 0.0
             if cost.resource == "hbm":
-                missed, part = self._through_l2(core, i, cost)
+                missed, part, ready = self._through_l2(core, i, cost)
                 cost = replace(cost, latency_s=cost.latency_s * part)
-            self.transfers.append(Transfer(c, engine, cost, cost.bytes, self.now, missed))
+            self.transfers.append(Transfer(c, engine, cost, cost.bytes, self.now, missed, ready))
         else:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
-    def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float]:
-        """(bytes that the L2 moves from and to HBM for a transfer, fraction of its bytes that come from HBM).
+    def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float, float]:
+        """(bytes moved from and to HBM for a transfer, fraction of its bytes from HBM, seconds at which L2 has all).
+
+        Lines that another transfer fetches are not visible before they have come.
 
         The transfer's latency is HBM's times this fraction. The L2's own latency is not counted: it is in the launch
         overhead, which was fitted to it. Rows of Gather and Scatter are taken to miss the L2, since they depend on
         values.
         """
-        cache, part = self.l2[core.stream.chip], 1.0
+        cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0
         if isinstance(i, Load):
-            missed = cache.access(i.src, writes=False)
-            part = cache.fetched / cost.bytes
+            missed = cache.access(i.src, writes=False, arrival=self.now + cost.latency_s)
+            part, ready = cache.fetched / cost.bytes, cache.ready
         elif isinstance(i, Store):
             missed = cache.access(i.dst, writes=True)
         else:
             missed = float(cost.bytes)
         self.result.bytes["hbm"] += missed
-        return missed, part
+        return missed, part, ready
 
     def _check_all_ended(self) -> None:
         """Raise MachineError (deadlock) if an instruction still waits although nothing is running any more."""

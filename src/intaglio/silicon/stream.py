@@ -60,6 +60,7 @@ class StreamBuilder:
         self.top = {"sram": 0, "acc": 0}
         self.instructions: list[Instruction] = []
         self.count = [0] * len(ENGINES)
+        self.fenced = [0] * len(ENGINES)  # of each engine: instructions that every later one waits for
         self.accesses: dict[tuple[str, int], LastAccess] = {}  # by space and number of the tile (HBM: by address)
         self.tiles: dict[str, list[tuple[int, int]]] = {"sram": [], "acc": []}  # first and last address + 1
 
@@ -80,7 +81,7 @@ class StreamBuilder:
     def emit(self, instruction: Instruction) -> None:
         """Append an instruction, with waits for the instructions whose results it needs or overwrites."""
         engine = ENGINES.index(instruction.engine)
-        need = [0] * len(ENGINES)
+        need = list(self.fenced)
         reads = [self._last_access(r) for r in instruction.regions(written=False)]
         writes = [self._last_access(r) for r in instruction.regions(written=True)]
         for access in (*reads, *writes):
@@ -99,6 +100,10 @@ class StreamBuilder:
         # The waits include the instruction's own engine: it starts instructions in order, but the result of a load
         # becomes visible only after HBM's latency.
         self.instructions.append(replace(instruction, wait=tuple(need)))
+
+    def fence(self) -> None:
+        """Make all instructions that are emitted from now on wait for all those before."""
+        self.fenced = list(self.count)
 
     def _last_access(self, region: Region) -> LastAccess:
         """The LastAccess record that covers `region`, created empty if there is none.

@@ -83,7 +83,7 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
     Raises PortError for missing or wrong settings.
     """
     n = c.whole("num_hidden_layers")
-    kinds = c.get("layer_types") or ["sliding_attention" if i % 4 else "full_attention" for i in range(n)]
+    kinds = c.layer_types(usual=["sliding_attention" if i % 4 else "full_attention" for i in range(n)])
     rope = parameters(c)
     bases = c.get("layer_rope_theta") or [rope["rope_theta"]] * n
     ropes = {}

@@ -31,18 +31,26 @@ def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Instruction, engine="DMA", opcode=0x10):
-    """Copy from HBM to a core: dst = src; both have the same shape and format."""
+    """Copy from HBM to a core: dst = src; both have the same shape and format.
+
+    With `padded`, dst may have more rows and columns than src; those are set to zero.
+    """
 
     dst: Region
     src: Region
+    padded: bool = False
     hbm = ("src",)
     writes = ("dst",)
 
     def shapes(self) -> Shapes:
+        if self.padded:
+            return {"dst": (max(self.dst.rows, self.src.rows), max(self.dst.cols, self.src.cols))}
         return {"dst": ("m", "n"), "src": ("m", "n")}
 
     def run(self, mem: CoreMemory) -> None:
-        mem.write(self.dst, mem.read(self.src))
+        values = mem.read(self.src)
+        more = (0, self.dst.rows - self.src.rows), (0, self.dst.cols - self.src.cols)
+        mem.write(self.dst, np.pad(values, more) if self.padded else values)
 
     def cost(self, target: Target) -> Cost:
         return hbm_cost(target.chip, self.src, store=False)

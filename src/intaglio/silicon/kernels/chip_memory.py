@@ -142,8 +142,12 @@ def slices(n: int, step: int) -> list[slice]:
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
-def load(k: StreamBuilder, tile: Region, src: Region) -> Region:
-    """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills."""
-    part = tile.shaped(src.rows, src.cols)
-    k.emit(isa.Load(dst=part, src=src))
+def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
+    """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
+
+    rows, columns: size of that part, padded with zeros; 0: those of `src`.
+    """
+    part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
+    padded = (part.rows, part.cols) != (src.rows, src.cols)
+    k.emit(isa.Load(dst=part, src=src, padded=padded))
     return part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +13,8 @@ from intaglio.ops import Linear
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import bits_per_value, linear_timing
-from intaglio.silicon.kernels.tiled import TiledProduct, rounded, scale_columns, tiling
+from intaglio.silicon.kernels.product import bits_per_value, linear_timing, part_columns
+from intaglio.silicon.kernels.tiled import TiledProduct, TileJob, in_blocks, rounded, scale_columns, split_steps, tiling
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
@@ -58,59 +58,130 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """The product's Streams, as a list, with the tiles that the timing finds fastest.
+        """The product's Streams, as a list, in the loop that time_choices() finds fastest.
 
         A first launch, run here, rounds x. Tiles of the result are dealt to the cores. A tile's product runs over K
         with rings of both operands; Drain then applies bias, activation and residual. A GLU pair uses two accumulators
-        of half the columns each.
+        of half the columns each. If K is split, the products are a launch that is run here, and the Streams add them.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1
         span = scale_columns(w, x.cols)
         codes, scales = rounded(mem, op.site, x, op.x_format, span)
         cut = tiling(mem.target, x.rows, sides * out.cols, codes, bits_per_value(t[op.w]), w, sides, bool(op.residual))
-        jobs = [(r, c) for r in slices(x.rows, cut.rows) for c in slices(out.cols, cut.columns)]
+        steps = split_steps(x.cols, span, cut)
+        sums = mem.heap.allocate(x.rows * len(steps), sides * out.cols, "f32") if len(steps) > 1 else None
+        tiles = in_blocks(slices(x.rows, cut.rows), slices(out.cols, cut.columns), cut.block)
+        jobs = [(*tile, part) for tile in tiles for part in range(len(steps))]
         streams = []
-        for k, mine in deal_jobs(mem.chip, jobs, op.site):
-            product = TiledProduct(k, codes, scales, w, span, cut, sides)
-            accs = [k.tile(cut.rows, cut.columns, "f32", "acc") for _ in range(sides)]
+        for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, op.site)):
+            product = TiledProduct(k, codes, scales, w, span, cut, sides, w_first=core % 2 > 0)
+            accs = [
+                [k.tile(cut.rows, cut.columns, "f32", "acc") for _ in range(sides)]
+                for _ in range(cut.at_once * cut.banks)
+            ]
             extra = [k.tile(1, cut.columns, mem.region(op.bias).format) if op.bias else None for _ in range(2)]
             shape = cut.drain_rows, cut.columns
-            rings = k.ring(2, *shape), k.ring(2, *shape) if op.residual else None
-            for rows, columns in mine:
-                parts = [slice(columns.start + j * out.cols, columns.stop + j * out.cols) for j in range(sides)]
-                tiles = [acc.shaped(rows.stop - rows.start, columns.stop - columns.start) for acc in accs]
-                product.multiply(rows, tiles, parts)
-                drain(k, mem, op, rows, columns, tiles, extra, parts, rings)
+            rings = k.ring(2, *shape), k.ring(2, *shape) if op.residual and sums is None else None
+            for number, group in enumerate(slices(len(mine), cut.at_once)):
+                both = []
+                for i, (rows, columns, part) in enumerate(mine[group]):
+                    parts = [slice(columns.start + j * out.cols, columns.stop + j * out.cols) for j in range(sides)]
+                    acc = accs[(number * cut.at_once + i) % len(accs)]
+                    both.append((TileJob(rows, parts, acc, steps[part]), columns, part))
+                product.multiply([job for job, *_ in both])
+                for job, columns, part in both:
+                    if sums is None:
+                        drain(k, mem, op, job, columns, extra, rings)
+                    else:
+                        store_sums(k, job, sums.shaped(x.rows, len(steps) * sums.cols), part * sums.cols, rings[0])
+                if not mem.target.library.persistent:
+                    k.fence()
             streams.append(k.stream())
-        return streams
+        if sums is None:
+            return streams
+        mem.run(streams)
+        return add_parts(mem, op, sums, len(steps))
+
+
+def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
+    """The pieces in which a tile is drained, each as (rows of the tile, rows of the result)."""
+    for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
+        yield piece, slice(job.rows.start + piece.start, job.rows.start + piece.stop)
 
 
 def drain(
-    k: StreamBuilder, mem: ChipMemory, op: Linear, rows: slice, columns: slice, accs: Sequence[Region],
-    extra: Sequence[Region | None], parts: Sequence[slice], rings: tuple[Ring, Ring | None],
+    k: StreamBuilder, mem: ChipMemory, op: Linear, job: TileJob, columns: slice, extra: Sequence[Region | None],
+    rings: tuple[Ring, Ring | None],
 ) -> None:  # fmt: skip
     """Emit what follows the product of one tile: loads of bias and residual, Drain, and the Store of the result.
 
-    accs: one accumulator, or two of a GLU pair. extra: a tile for the bias of each accumulator. parts: the columns of
-    each bias. rings: tiles of a few rows of the result and of the residual, since a tile is drained piece by piece.
+    columns: of the result. extra: a tile for the bias of each accumulator. rings: tiles of a few rows of the result and
+    of the residual, since a tile is drained piece by piece.
     """
     biases: list[Region | None] = [None, None]
-    for j, (tile, part) in enumerate(zip(extra, parts, strict=False)):
+    for j, (tile, part) in enumerate(zip(extra, job.columns, strict=False)):
         if tile is not None and op.bias is not None:
             biases[j] = load(k, tile, mem.region(op.bias).part(slice(0, 1), part))
     results, residuals = rings
-    for piece in slices(accs[0].rows, results.tiles[0].rows):
-        at = slice(rows.start + piece.start, rows.start + piece.stop)
+    width = slice(0, columns.stop - columns.start)
+    for piece, at in pieces(job, results):
         added = None
         if residuals is not None and op.residual is not None:
             added = load(k, residuals.next(), mem.region(op.residual).part(at, columns))
-        result = results.next().shaped(piece.stop - piece.start, accs[0].cols)
-        k.emit(
-            isa.Drain(
-                dst=result, acc=accs[0].part(piece), up=accs[1].part(piece) if len(accs) > 1 else None, bias=biases[0],
-                up_bias=biases[1], residual=added, scale=op.scale,
-                activation=op.activation,  # type: ignore[arg-type]
-            )
-        )  # fmt: skip
+        result = results.next().shaped(piece.stop - piece.start, width.stop)
+        accs = [acc.part(piece, width) for acc in job.accs]
+        k.emit(drained(op, result, accs, biases, added))
         k.emit(isa.Store(dst=mem.region(op.out).part(at, columns), src=result))
+
+
+def drained(
+    op: Linear, dst: Region, accs: Sequence[Region], biases: Sequence[Region | None], residual: Region | None
+) -> isa.Drain:
+    """The Drain instruction of an op: accumulators of one side or two, with the biases of each, and a residual."""
+    return isa.Drain(
+        dst=dst, acc=accs[0], up=accs[1] if len(accs) > 1 else None, bias=biases[0],
+        up_bias=biases[1], residual=residual, scale=op.scale, activation=op.activation,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def store_sums(k: StreamBuilder, job: TileJob, sums: Region, first: int, ring: Ring) -> None:
+    """Emit the drain and store of one part of K of a tile to `sums`, whose columns of that part begin at `first`."""
+    for acc, part in zip(job.accs, job.columns, strict=True):
+        for piece, at in pieces(job, ring):
+            result = ring.next().shaped(piece.stop - piece.start, part.stop - part.start)
+            k.emit(isa.Drain(dst=result, acc=acc.part(piece, slice(0, result.cols))))
+            k.emit(isa.Store(dst=sums.part(at, slice(first + part.start, first + part.stop)), src=result))
+
+
+def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Stream]:
+    """A list of Streams that add the parts of K, and apply what follows the product.
+
+    sums [rows * parts, n]: the parts of a row follow each other; n counts both sides of a GLU pair.
+    """
+    out, residual = mem.region(op.out), mem.optional_region(op.residual)
+    sides = sums.cols // out.cols
+    width = int(part_columns(mem.target, out.cols, parts, sides))
+    streams = []
+    jobs = [(r, c) for r in range(out.rows) for c in slices(out.cols, width)]
+    for k, mine in deal_jobs(mem.chip, jobs, op.site):
+        loaded = [k.ring(2, parts, width) for _ in range(sides)]
+        accs = [k.ring(2, 1, width, space="acc") for _ in range(sides)]
+        results, residuals = k.ring(2, 1, width), k.ring(2, 1, width)
+        extra = [k.ring(2, 1, width, mem.region(op.bias).format) if op.bias else None for _ in range(sides)]
+        for r, columns in mine:
+            filled, biases = [], list[Region | None]()
+            row = slice(r, r + 1)
+            for j in range(sides):
+                side = slice(columns.start + j * out.cols, columns.stop + j * out.cols)
+                part = load(k, loaded[j].next(), sums.part(slice(r * parts, (r + 1) * parts), side))
+                filled.append(accs[j].next().shaped(1, part.cols))
+                k.emit(isa.Combine(dst=filled[j], parts=part))
+                ring = extra[j]
+                biases.append(load(k, ring.next(), mem.region(op.bias or "").part(slice(0, 1), side)) if ring else None)
+            added = load(k, residuals.next(), residual.part(row, columns)) if residual else None
+            result = results.next().shaped(1, columns.stop - columns.start)
+            k.emit(drained(op, result, filled, [*biases, None], added))
+            k.emit(isa.Store(dst=out.part(row, columns), src=result))
+        streams.append(k.stream())
+    return streams

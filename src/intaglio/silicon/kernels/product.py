@@ -13,19 +13,23 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.chips import Target
+from intaglio.chips import ChipError, Target
 from intaglio.ops import Tensor
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
 from intaglio.silicon.kernels.chip_memory import QuantisedRegion, codes_of, load, slices
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import StreamBuilder
-from intaglio.silicon.timing import Timing, waves
+from intaglio.silicon.timing import Timing, pipeline, waves
+
+DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
+MIXED = 8  # see load() in time_choices()
+PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
 @lru_cache(maxsize=64)
 def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All combinations of tile and K split, as arrays of equal length: (tile rows, tile columns, K splits)."""
+    """All combinations of tile and K split, as three arrays of equal length: tile rows, tile columns, K splits."""
     grid = np.array([(m, n, s) for m, n in tiles for s in split_k], float)
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
@@ -39,104 +43,225 @@ def step_depth(target: Target, bits: int) -> int:
     return max(target.library.burst_bytes * 8 // bits, 4 * array if array >= 128 else 0)
 
 
+def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) -> tuple[Any, Any]:
+    """(rows, columns) in tiles of the blocks in which cores work through a result of gm by gn tiles.
+
+    A block has a tile for each core and is as square as possible, since its cores share rows of x and of w in the L2.
+    """
+    block = np.minimum(gm * gn, np.maximum(1, target.chip.cores / np.minimum(split, target.chip.cores)))
+    rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))
+    rows = np.where(gm * gn <= block, gm, rows)
+    return rows, np.minimum(np.ceil(block / rows), gn)
+
+
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float) -> tuple[Any, Any]:  # fmt: skip
-    """(bytes of all operands, bytes of the weights) that x [m, k] @ w.T [k, n] moves from and to HBM.
+                out_bytes: float, heads: int = 1) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Bytes that `heads` products x [m, k] @ w.T [k, n] move from and to HBM: (rows of x, weights, result).
 
-    The cores work on one block of tiles at a time, as square as possible, and read the rows of x and of w once for each
-    block. An operand that fits the L2 is read from HBM once. A small x is not read at all, since the op before has just
-    written it to the L2; of a small result only 30 % is written back, since the next op reads it before.
-
-    tm, tn: rows and columns of a tile. split: number of parts of K. x_bytes, w_bytes, out_bytes: bytes per value.
+    The cores work on one block of tiles at a time and read the rows of x and of w once for each block. An operand that
+    fits the L2 is read from HBM once; x is not read at all if it fits, since the op before has just written it there.
+    Without an L2 each tile reads its rows of both, and the result is written.
     """
     chip, part = target.chip, target.library.l2_usable
     gm, gn = np.ceil(m / tm), np.ceil(n / tn)
-    block = np.minimum(gm * gn, np.maximum(1, chip.cores / np.minimum(split, chip.cores)))
-    rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))
-    columns = np.minimum(np.ceil(block / rows), gn)
+    rows, columns = block_shape(target, gm, gn, tm, tn, split)
     x, w, out = m * k * x_bytes, n * k * w_bytes, m * n * out_bytes
     kept = chip.l2_bytes * part
+    if not kept:
+        return heads * x * gn, heads * w * gm, heads * out + 0 * gn
     one_fits = np.minimum(x, w) < kept * part
     rows_fit = np.minimum(rows * tm, m) * k * x_bytes < kept  # a block's rows of x stay while all of w streams past
     x_times = np.where(one_fits | rows_fit, 1, np.ceil(gn / columns))
     w_times = np.where(one_fits, 1, np.ceil(gm / rows))
-    x_resident = np.where(x < kept * 0.6, 1.0, 0.0)
-    written = np.where(out > kept * 0.3, 1.0, 0.3)  # the next op reads a small result before it is written back
-    weights = w * w_times
-    return x * x_times - x * x_resident + weights + out * written, weights
+    x_resident = np.where(heads * x < kept * 0.6, 1.0, 0.0)
+    # The L2 holds the latest bytes; of the result, those before have been written back
+    written = np.maximum(0, 1 - kept / (heads * (w * w_times + x + out)))
+    return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
 
 
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
-                 glu: bool = False, resident: bool = False) -> dict[str, Any]:  # fmt: skip
+                 glu: bool = False, resident: bool = False, heads: int = 1) -> dict[str, Any]:  # fmt: skip
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: True if the weights were prefetched, so that HBM reads none.
+    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. heads: such
+    products, each with its own x and w; their K is not split. Keys:
+    seconds, hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring
+    (stages in flight), depth (K values of a step), run (format), tile, at_once (tiles that run on a core at a time),
+    banks (tiles of the result that the accumulators of a persistent kernel hold).
 
-    Keys: seconds of the product, infinite for a K split whose parts have fewer than 4 steps; hbm, the bytes read and
-    written; weights, the bytes of weights; jobs, their number; steps of one job along K; work, seconds of computing one
-    step; drain, seconds of one tile; stage, bytes of operands of one step; ring, stages in flight; depth, K values of a
-    step; run, name of the format of products; tile, (tile rows, tile columns, K splits). Raises ChipError for a format
-    that the chip's array does not multiply.
+    The times are those of the streams' loop (tiled.py): a core loads, multiplies, drains and stores its tiles one after
+    the other. Tiles at the edge count whole, as their streams pad them.
     """
     chip, lib = target.chip, target.library
-    latency_s = chip.constants.hbm_latency_s
+    latency_s, cores = chip.constants.hbm_latency_s, chip.cores
     tm, tn, split = choices(lib.tiles, lib.split_k)
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     x_bits = formats.bits(x_format)
-    tk = step_depth(target, formats.bits(run))
-    steps = np.ceil(np.ceil(k / tk) / split)
-    jobs = np.ceil(m / tm) * np.ceil(n / tn) * split
-    stage = (tm * x_bits + tn * w_bits) * tk / 8
-    ring = np.clip(np.floor(chip.sram_bytes / stage), 2, lib.matmul_stages)
-    # Tiles that run on one core at a time (occupancy)
-    per_core = np.clip(np.minimum(np.floor(chip.sram_bytes / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), 1, 4)
-    hbm, weights = hbm_traffic(target, m, n, k, tm, tn, split, x_bits / 8, w_bits / 8, out_bytes)
-    if resident:
-        hbm = hbm - weights
-    work = matmul_cycles(target, tm, tn, tk, run) / chip.clock_hz
-
-    def period(active: Any) -> Any:
-        """Seconds of one pipeline step while `active` cores load."""
-        load = np.maximum(stage / chip.port_rate, stage * active / chip.l2_rate)
-        return np.maximum(np.maximum(load, work), (load + work + latency_s) / (ring * per_core))
-
-    full, rest = waves(jobs, chip.cores)
+    space = chip.sram_bytes * (1 - 1 / DRAIN_PART)  # bytes of SRAM for stages of both operands
+    tk = np.minimum(step_depth(target, formats.bits(run)), k)
+    whole = (tm * x_bits + tn * w_bits) * tk / 8
+    tk = tk / 2 ** np.clip(np.ceil(np.log2(2 * whole / space)), 0, None)  # two stages fit
+    k_steps, gm, gn = np.ceil(k / tk), np.ceil(m / tm), np.ceil(n / tn)
+    steps = np.ceil(k_steps / split)
+    allowed = (split == 1) | ((steps >= 4) & (heads == 1))
+    split = np.ceil(k_steps / steps)
+    jobs = heads * gm * gn * split
+    full, rest = waves(jobs, cores)
     rounds = full + (rest > 0)
-    drain = vector_cycles(chip, tm * tn * (1 + glu)) / chip.clock_hz
-    # A large result is stored to HBM, and with one tile on a core no other tile overlaps with the store.
-    exposed = (m * n * out_bytes > chip.l2_bytes * lib.l2_usable) & (per_core < 2)
-    store_rate = np.where(exposed, np.minimum(chip.l2_rate, chip.hbm_rate), chip.l2_rate)
-    store = tm * tn * out_bytes * np.minimum(jobs, chip.cores) / store_rate
-    seconds = steps * (full * period(chip.cores) + (rest > 0) * period(np.maximum(rest, 1)))
+    rows = np.minimum(tm, m)  # of a tile that are loaded and stored
+    stage = (tm * x_bits + tn * w_bits) * tk / 8
+    at_once = np.minimum(np.minimum(np.floor(space / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), rounds)
+    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
+    ring = np.clip(np.floor(space / stage), 2, lib.matmul_stages * at_once)
+    banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
+    # Bytes
+    each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
+    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads)
+    w_hbm = w_hbm * (not resident)
+    hbm = x_hbm + w_hbm + out_hbm
+    wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
+    stage_mean = (rows * x_bits + n / gn * w_bits) * tk / 8
+    last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
+    # Columns of a tile in that round, which on a single core is the one at the corner
+    last_n = n - (gn - 1) * tn if cores == 1 else n / gn
+    others = np.maximum(1, jobs - last_jobs)
+    mean_n = np.where(rounds > 1, (heads * gm * n * split - last_n * last_jobs) / others, last_n)
+    # Seconds of a step over K; the last may be shorter
+    last_part = np.where(split == 1, k - (k_steps - 1) * tk, tk)
+    work = matmul_cycles(target, tm, tn, tk, run) / chip.clock_hz
+    last_work = matmul_cycles(target, tm, tn, last_part, run) / chip.clock_hz
+    job_work = (steps - 1) * work + last_work
+    job_steps = steps - 1 + last_part / tk
+
+    def load(active: Any, columns: Any) -> tuple[Any, Any]:
+        """Seconds to load one stage of `columns` columns of w on average: while `active` cores do, and alone."""
+        own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * w_bits) * tk / 8
+        mean = (rows * x_bits + columns * w_bits) * tk / 8
+        return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
+
+    # The first stage of all cores comes from HBM
+    wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
+    first_bytes = 0.0 if resident else wide * np.minimum(tn, n) * tk * w_bits / 8
+    if not chip.l2_bytes:
+        first_bytes = np.minimum(jobs, cores) * (rows * x_bits + np.minimum(tn, n) * w_bits) * tk / 8
+    fill = first_bytes / chip.hbm_rate
+
+    # The end of a tile: pieces are drained to SRAM, then stored
+    value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
+    piece = np.clip(np.floor(chip.sram_bytes / DRAIN_PART / (8 * tn / (1 + glu))), 1, tm)
+    pieces = np.maximum(1, rows / piece)
+    drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
+    active = np.minimum(jobs, cores)
+    store = rows * np.minimum(tn, n) * value_bytes * np.maximum(1 / chip.port_rate, np.maximum(
+        active / chip.l2_rate, out_hbm / (m * n * heads * out_bytes / (1 + glu)) * active / chip.hbm_rate))  # fmt: skip
+    depth_s = chip.array_depth / chip.clock_hz
+    last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
+
+    def end(tiles: Any, part: Any = 1.0) -> Any:
+        """Seconds to drain and store `tiles` tiles, each with a `part` of a tile's columns."""
+        one, other = drain * part / pieces, store * part / pieces
+        busier = np.maximum(np.maximum(one, other), (one + other + depth_s) / 2)
+        return one + other + depth_s + (tiles * pieces - 1) * busier
+
+    def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
+        """Seconds from the first load of `tiles` interleaved tiles to their last matmul; load_s, alone_s: of load()."""
+        n_steps = steps * tiles
+        turns = np.floor((n_steps - 1) / ring)
+        around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
+        around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
+        by_work = first_s * np.where(steps > 1, 1, last_part / tk) + wait_s + tiles * job_work
+        by_load = tiles * job_steps * load_s + wait_s + last_work
+        before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last step is shorter
+        found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
+        return np.where(steps > 1, np.maximum(found, before), found)
+
+    (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
+    first_s = np.maximum(all_load, fill)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
-        seconds = seconds + drain * rounds + latency_s + store
+        drained = end(1) - store / pieces  # until the accumulators are free
+        per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
+        two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
+        by_work = np.where(banks == 2, two, job_work + drained)
+        bubble = np.where(banks == 2, 0, drained)
+        by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
+        stored = rows * n / gn * value_bytes
+        by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
+        around = steps * (all_alone + wait_s + work) / ring + bubble
+        period = np.maximum(np.maximum(by_work, by_load), around)
+        last_end = end(1, last_part_n)
+        seconds = (rounds - 1) * period + product(1, last_load, last_alone) + last_end
+        before = (rounds - 2) * period + product(1, all_load, all_alone) + end(1)
+        seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
     else:
-        seconds = seconds + (latency_s + drain + store) * np.ceil(rounds / per_core)
-    seconds = lib.launch_s + latency_s + np.maximum(seconds, hbm / chip.hbm_rate)
-    partial = np.where(split > 1, 8 * split * m * n / chip.l2_rate + latency_s, 0)
-    seconds = np.where((split == 1) | (steps >= 4), seconds + partial, np.inf)
-    return {"seconds": seconds, "hbm": hbm, "weights": weights, "jobs": jobs, "steps": steps, "work": work,
-            "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split)}  # fmt: skip
+        groups = np.ceil(rounds / at_once) - 1  # before the last
+        tiles = rounds - groups * at_once  # of the last
+        between = (all_load * (tiles - 1) + last_load) / tiles
+        last_end = np.maximum(end(1), end(tiles) - (tiles - 1) * last_work)
+        all_end = np.maximum(end(1), end(at_once) - (at_once - 1) * last_work)
+        seconds = (
+            groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
+        )
+    # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
+    # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
+    # Stores of all rounds but the last compete with loads, unless SRAM holds the operands of all rounds.
+    competing = (1 - 1 / rounds) * np.clip(rounds * steps / ring - 1, 0, 1) if lib.persistent else 1 - 1 / rounds
+    loads = (full * all_load + (rest > 0) * last_load) * job_steps
+    from_hbm = (x_hbm + w_hbm + out_hbm * competing) / chip.hbm_rate
+    short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
+    if chip.l2_bytes and cores > 1:
+        from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
+    later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
+    seconds = np.maximum(seconds, from_hbm + latency_s + later + last_work + last_end)
+    seconds = np.maximum(seconds, hbm / chip.hbm_rate)
+    partial = partial_seconds(target, m, n, split, out_bytes, glu)
+    seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
+    seconds = np.where(allowed, seconds, np.inf)
+    moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
+    return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
+            "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
+            "at_once": at_once, "banks": banks, "moved": moved}  # fmt: skip
+
+
+def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
+    """Columns of a row of n that are added at a time where K is split in `split`: at most PART_COLUMNS."""
+    buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
+    return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
+
+
+def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
+    """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
+
+    A job is a part of a row, of both sides of a GLU pair.
+    """
+    chip, sides = target.chip, 1 + glu
+    width = part_columns(target, n / sides, split, sides)
+    jobs = m * np.ceil(n / sides / width)
+    active = np.minimum(jobs, chip.cores)
+    rate = np.minimum(chip.port_rate, (chip.l2_rate if chip.l2_bytes else min(chip.l2_rate, chip.hbm_rate)) / active)
+    latency_s = 0.0 if chip.l2_bytes else chip.constants.hbm_latency_s
+    work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
+    added = pipeline(np.ceil(jobs / chip.cores), 4 * width * split * sides / rate, work, latency_s, 2)
+    return added + chip.array_depth / chip.clock_hz + width * out_bytes / rate
 
 
 @lru_cache(maxsize=65536)
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
-    out_bytes: float = 2.0, glu: bool = False, resident: bool = False,
+    out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1,
 ) -> Timing:  # fmt: skip
-    """The Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
+    """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident: True
-    if the weights were prefetched, so that they are not read from HBM. Raises ChipError for a format that the chip's
-    array does not multiply.
+    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
+    the weights were prefetched, so they are not read from HBM.
     """
     chip = target.chip
-    w = time_choices(target, m, n, k, x_format, w_format, w_bits or formats.bits(w_format), out_bytes, glu, resident)
+    w_bits = w_bits or formats.bits(w_format)
+    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads)
     i = int(np.argmin(w["seconds"]))
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
     jobs, steps = float(w["jobs"][i]), float(w["steps"][i])
-    hbm, moved = float(w["hbm"][i]), jobs * steps * float(w["stage"][i])
+    hbm, moved = float(w["hbm"][i]), float(w["moved"][i])
     busy = {
         "MXU": jobs * steps * float(w["work"][i]) / cores,
         "VEC": jobs * float(w["drain"][i]) / cores,
@@ -145,20 +270,29 @@ def linear_timing(
     }
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
     seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
-    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * m * n * k, w["run"], weights, choice, jobs=jobs)
+    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice, jobs=jobs)
 
 
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
     """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. If none fits, the
-    result is the library's first tile.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. Raises ChipError
+    if no tile fits.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
     tm, tn, split = w["tile"]
     depth = step_depth(target, 32)
-    fits = (tm * tn * 4 * (1 + glu) <= chip.acc_bytes) & (tm * tn * 12 + (16 * tm + 16 * tn) * depth <= chip.sram_bytes)
+    acc, sram = tm * tn * 4 * (1 + glu), tm * tn * 12 + (16 * tm + 16 * tn) * depth
+    fits = (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
+    if not np.any((split == 1) & fits):
+        i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
+        raise ChipError(
+            f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no tile "
+            f"fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators and "
+            f"{sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip more, or "
+            "the kernel library smaller tiles"
+        )
     i = int(np.argmin(np.where((split == 1) & fits, w["seconds"], np.inf)))
     return int(tm[i]), int(tn[i])
 

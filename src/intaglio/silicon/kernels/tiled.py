@@ -1,4 +1,4 @@
-"""Streams of a matrix product in the tiles that its closed form chooses (product.py): rounding of x, then the product.
+"""Streams of a matrix product in the loop that its closed form times (product.py): rounding of x, then the product.
 
 x is rounded to the op's x_format by a launch of its own, as the closed form assumes: it times the product of codes.
 """
@@ -6,7 +6,8 @@ x is rounded to the op's x_format by a launch of its own, as the closed form ass
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +15,10 @@ from intaglio import formats
 from intaglio.chips import Target
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, codes_of, deal_jobs, load, slices
-from intaglio.silicon.kernels.product import time_choices
+from intaglio.silicon.kernels.product import DRAIN_PART, block_shape, time_choices
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.memory import MachineError, Region
 from intaglio.silicon.stream import StreamBuilder
-
-DRAIN_PART = 8  # a tile is drained in pieces whose buffers take at most this part of SRAM
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
@@ -43,11 +42,16 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
     span = span if x_format == "int8" else x.cols
     codes = mem.heap.allocate(x.rows, x.cols, formats.element(x_format))
     scales = mem.heap.allocate(x.rows, -(-x.cols // span), "f32") if x_format in ("int8", "fp8row") else None
-    step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 8 * span)))
+    sram = mem.chip.sram_bytes
+    if scales is None:
+        span = min(span, sram // (3 * 8))
+    step = max(1, min(ROWS, sram // (3 * 8 * span)))
+    tiles = 2 if step * span * (4 + formats.bits(codes.format) / 8) * 2 < sram - 1024 else 1
     jobs = [(rows, g, part) for rows in slices(x.rows, step) for g, part in enumerate(slices(x.cols, span))]
     streams = []
     for k, mine in deal_jobs(mem.chip, jobs, site):
-        raw, results, factors = k.ring(2, step, span), k.ring(2, step, span, codes.format), k.ring(2, step, 1)
+        raw, results = k.ring(tiles, step, span), k.ring(tiles, step, span, codes.format)
+        factors = k.ring(2, step, 1)
         for rows, g, part in mine:
             a = load(k, raw.next(), x.part(rows, part))
             y = results.next().shaped(a.rows, a.cols)
@@ -63,48 +67,69 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
     return codes, scales
 
 
+def one_scale(w: Region | QuantisedRegion) -> bool:
+    """True if each row of w has one scale."""
+    return isinstance(w, QuantisedRegion) and w.scales_t.rows == 1
+
+
 @dataclass(frozen=True)
 class Tiling:
-    """How a core computes a product.
+    """How the cores compute a product.
 
     Attributes:
-        rows, columns: size of a tile of the result; with a GLU pair, columns of each side.
+        rows, columns: of a tile of the result; columns are those of each side of a GLU pair.
+        parts: into which K is split; each is summed apart, and the sums are added by a second pass.
         depth: K values of a step.
         stages: steps in flight.
         drain_rows: rows that are drained at a time.
+        at_once: tiles that a core computes in turn, a step of each.
+        banks: tiles of the result that the accumulators hold for each of those.
+        block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
     """
 
     rows: int
     columns: int
+    parts: int
     depth: int
     stages: int
     drain_rows: int
+    at_once: int
+    banks: int
+    block: tuple[int, int]
 
 
 def tiling(
     target: Target, m: int, n: int, x: Region, w_bits: float, w: Region | QuantisedRegion, sides: int, residual: bool
 ) -> Tiling:
-    """The Tiling for a product of codes x [m, k] with w, of n columns in all.
+    """The Tiling for a product of codes x [m, k] with w, of n columns in all: the fastest of time_choices().
 
-    It is the one without a K split that the product's timing (time_choices()) finds fastest. Stages and depth shrink if
-    SRAM must also hold what the timing leaves out: result, residual and scales. w_bits: bits per weight with its
-    scales. sides: 2 for a GLU pair, else 1. residual: True if a residual is added. Raises MachineError if SRAM does not
-    fit two stages of one K value.
+    Stages and depth shrink if SRAM must also hold what the timing leaves out: residual and scales. w_bits: bits per
+    weight with its scales. sides: 2 for a GLU pair, else 1. residual: one is added. Raises MachineError if SRAM does
+    not fit two stages of one K value.
     """
     chip, k = target.chip, x.cols
     how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)
-    tm, tn, split = how["tile"]
-    i = int(np.argmin(np.where(split == 1, how["seconds"], np.inf)))
-    rows, columns = min(int(tm[i]), max(1, m)), min(-(-int(tn[i]) // sides), n // sides)
+    i = int(np.argmin(how["seconds"]))
+    tm, tn, parts = (float(v[i]) for v in how["tile"])
+    rows, columns = int(tm), -(-int(tn) // sides)
     buffers = 8 * columns * (1 + residual)  # bytes of a drained row, in two buffers
-    drain_rows = max(1, min(rows, chip.sram_bytes // DRAIN_PART // buffers))
+    drain_rows = max(1, min(rows, m, chip.sram_bytes // DRAIN_PART // buffers))
     bits = rows * formats.bits(x.format) + sides * columns * formats.bits(codes_of(w).format)
-    depth, left = min(int(how["depth"]), k), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
+    depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
+    at_once, block = int(how["at_once"][i]), block_shape(target, np.ceil(m / tm), np.ceil(n / tn), tm, tn, parts)
+    whole = one_scale(w)
+    if whole:
+        left -= 2 * at_once * (4 * rows + 4 * sides * columns + 64 * (1 + sides))
     while True:
-        groups = groups_in(w, depth)
-        stage = bits * depth // 8 + 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (2 + groups)
+        groups = groups_in(w, depth) * (not whole)
+        stage = bits * depth // 8 + 64 * (1 + sides)
+        if groups:
+            stage += 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (1 + groups)
         if 2 * stage <= left:
-            return Tiling(rows, columns, depth, max(2, min(int(how["ring"][i]), left // stage)), drain_rows)
+            stages = max(2, min(int(how["ring"][i]), left // stage))
+            shape = int(block[0]), int(block[1])
+            banks = int(how["banks"][i]) if target.library.persistent else 1
+            return Tiling(rows, columns, int(parts), depth, stages, drain_rows, at_once, banks, shape)
         if depth == 1:
             raise MachineError(
                 f"{chip.name}: {chip.sram_bytes:,} bytes of SRAM do not fit a product tile of {rows} rows"
@@ -112,45 +137,97 @@ def tiling(
         depth = max(2, depth // 4 * 2) if depth > 2 else 1  # even, so that 4-bit values start at a byte
 
 
+def in_blocks(rows: Sequence[Any], columns: Sequence[Any], block: tuple[int, int]) -> list[tuple[Any, Any]]:
+    """All pairs of an item of `rows` and one of `columns`, one block of neighbours after the other."""
+    tall, wide = block
+    return [
+        (r, c)
+        for top in slices(len(rows), tall) for left in slices(len(columns), wide)
+        for r in rows[top] for c in columns[left]
+    ]  # fmt: skip
+
+
+@dataclass
+class TileJob:
+    """A tile of the result that a core computes, and one part of K if K is split.
+
+    Attributes:
+        rows: of x and of the result.
+        columns: a run of columns of w for each side; two of a GLU pair (gate, up).
+        accs: an accumulator for each side.
+        steps: over K, as slices.
+        factor: the tile with the scales of the rows of x, as far as loaded.
+        held: the tiles with scales of w by side, and the numbers of their groups.
+    """
+
+    rows: slice
+    columns: Sequence[slice]
+    accs: Sequence[Region]
+    steps: Sequence[slice]
+    factor: Region | None = None
+    held: dict[int, tuple[slice, Region]] = field(default_factory=dict)
+
+
+def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
+    """The steps over K of each part, as slices. None crosses a border of the `span` columns of x that share a scale."""
+    every = [
+        slice(outer.start + piece.start, outer.start + piece.stop)
+        for outer in slices(k, span) for piece in slices(outer.stop - outer.start, cut.depth)
+    ]  # fmt: skip
+    return [every[part] for part in slices(len(every), -(-len(every) // cut.parts))]
+
+
 class TiledProduct:
-    """The operands of a product on one core: rings of tiles of x and w, and the instructions that multiply them."""
+    """The operands of a product on one core: rings of tiles of x and w, and the instructions that multiply them.
+
+    Tiles at the edge of the result are padded with zeros. w_first: tiles of w are loaded before those of x; if half of
+    the cores do so, not all load x from the L2 at the same time, and HBM is never idle.
+    """
 
     def __init__(
         self, k: StreamBuilder, x: Region, scales: Region | None, w: Region | QuantisedRegion, span: int, cut: Tiling,
-        sides: int,
+        sides: int, w_first: bool,
     ) -> None:  # fmt: skip
         self.k, self.x, self.scales, self.w, self.span, self.cut = k, x, scales, w, span, cut
-        depth, groups = cut.depth, groups_in(w, cut.depth)
+        self.w_first = w_first
+        depth, groups, scaled = cut.depth, groups_in(w, cut.depth), cut.stages
+        if one_scale(w):  # its scales and those of x stay while a tile is computed
+            groups, scaled = 1, 2 * cut.at_once
         self.x_tiles = k.ring(cut.stages, cut.rows, depth, x.format)
         self.w_tiles = [k.ring(cut.stages, cut.columns, depth, codes_of(w).format) for _ in range(sides)]
-        self.row_scales = k.ring(cut.stages, cut.rows, 1) if scales is not None else None
-        self.column_scales = [k.ring(cut.stages, groups, cut.columns) if groups else None for _ in range(sides)]
+        self.row_scales = k.ring(scaled, cut.rows, 1) if scales is not None else None
+        self.column_scales = [k.ring(scaled, groups, cut.columns) if groups else None for _ in range(sides)]
 
-    def steps(self) -> list[slice]:
-        """A list of the steps over K, as slices. None of them crosses a border of columns of x that share a scale."""
-        return [
-            slice(outer.start + piece.start, outer.start + piece.stop)
-            for outer in slices(self.x.cols, self.span) for piece in slices(outer.stop - outer.start, self.cut.depth)
-        ]  # fmt: skip
+    def multiply(self, jobs: Sequence[TileJob]) -> None:
+        """Emit the instructions for acc = x[rows] @ w[columns].T over the steps of each job, a step of each in turn."""
+        for i in range(max(len(job.steps) for job in jobs)):
+            for job in jobs:
+                if i < len(job.steps):
+                    self.step(job, job.steps[i], accumulate=i > 0)
 
-    def multiply(self, rows: slice, accs: Sequence[Region], columns: Sequence[slice]) -> None:
-        """Emit the instructions for acc = x[rows] @ w[columns].T over all of K.
+    def step(self, job: TileJob, step: slice, accumulate: bool) -> None:
+        """Emit the loads of one step over K of a job, and its products."""
+        a = None if self.w_first else self.load_x(job, step)
+        sides = [
+            load(self.k, self.w_tiles[side].next(), codes_of(self.w).part(part, step), self.cut.columns)
+            for side, part in enumerate(job.columns)
+        ]
+        a = a or self.load_x(job, step)
+        for side, (acc, part, b) in enumerate(zip(job.accs, job.columns, sides, strict=True)):
+            for i, (cols, scale) in enumerate(self.groups(side, part, step, job.held)):
+                x, y = a.part(cols=cols), b.part(cols=cols)
+                more = accumulate or i > 0
+                self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
 
-        accs, columns: an accumulator and a run of columns of w; two of each for a GLU pair (gate, up).
-        """
-        factor, held = None, dict[int, tuple[slice, Region]]()
-        for step in self.steps():
-            a = load(self.k, self.x_tiles.next(), self.x.part(rows, step))
-            if self.scales is not None and self.row_scales is not None:
-                g = step.start // self.span if self.scales.cols > 1 else 0
-                if factor is None or (self.scales.cols > 1 and step.start % self.span == 0):
-                    factor = load(self.k, self.row_scales.next(), self.scales.part(rows, slice(g, g + 1)))
-            for side, (acc, part) in enumerate(zip(accs, columns, strict=True)):
-                b = load(self.k, self.w_tiles[side].next(), codes_of(self.w).part(part, step))
-                for cols, scale in self.groups(side, part, step, held):
-                    x, y = a.part(cols=cols), b.part(cols=cols)
-                    start = step.start + cols.start > 0
-                    self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=factor, col_scale=scale, accumulate=start))
+    def load_x(self, job: TileJob, step: slice) -> Region:
+        """Load the columns `step` of a job's rows of x, and their scales if they are others than the step's before."""
+        a = load(self.k, self.x_tiles.next(), self.x.part(job.rows, step), self.cut.rows)
+        if self.scales is not None and self.row_scales is not None:
+            g = step.start // self.span if self.scales.cols > 1 else 0
+            if job.factor is None or (self.scales.cols > 1 and step.start % self.span == 0):
+                scales = self.scales.part(job.rows, slice(g, g + 1))
+                job.factor = load(self.k, self.row_scales.next(), scales, self.cut.rows)
+        return a
 
     def groups(
         self, side: int, part: slice, step: slice, held: dict[int, tuple[slice, Region]]
@@ -165,7 +242,8 @@ class TiledProduct:
         size = self.w.group
         numbers = slice(step.start // size, -(-step.stop // size))
         if side not in held or held[side][0] != numbers:
-            held[side] = numbers, load(self.k, ring.next(), self.w.scales_t.part(numbers, part))
+            scales = self.w.scales_t.part(numbers, part)
+            held[side] = numbers, load(self.k, ring.next(), scales, columns=self.cut.columns)
         scales = held[side][1]
         cuts = [max(step.start, g * size) - step.start for g in range(numbers.start, numbers.stop)]
         ends = [*cuts[1:], step.stop - step.start]
