@@ -27,7 +27,17 @@ READERS = 4  # loads at a time: one from a peer that does not answer must not ho
 CONNECTING = 1.0  # seconds in which a peer must accept a connection, and answer each message of the handshake
 SILENCE = 1.5  # seconds without a byte from a peer, after which its blocks are given up: before the engine does
 ANNOUNCED_MAX = 1 << 16  # blocks of others that are remembered; the oldest are forgotten
+BLOCKS_BYTES, BLOCKS_SHARE = 8 << 30, 8  # default budget: 1/8 of the machine's memory, at most 8 GiB
 IDLE_MAX = 64  # connections to peers that are kept open
+
+
+def default_budget(memory: int, engines: int) -> int:
+    """Budget of a PeerTier's blocks in bytes, if none is given.
+
+    1/8 of the machine's memory in equal parts, at most 8 GiB each. memory: bytes of the machine's memory. engines:
+    number of engines there that keep blocks for peers.
+    """
+    return max(1, min(BLOCKS_BYTES, memory // BLOCKS_SHARE // engines))
 
 
 class PeerLoad(StoreLoad):
