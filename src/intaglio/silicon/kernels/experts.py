@@ -235,8 +235,10 @@ def experts_timing(
         top_k: experts that a token chooses.
         counts: token rows of each expert that the rank holds.
         n_experts: experts in all.
-        hidden, inner: widths of a token's row and of an expert's inner row.
-        x_format, w_format: formats of a value of x and of a weight.
+        hidden: width of a token's row.
+        inner: width of an expert's inner row.
+        x_format: format of a value of x.
+        w_format: format of a weight.
         w_bits: bits per weight including scales; 0: those of `w_format`.
         gated: True if experts have a gate.
         kernel: name of the library's kernel; "": its default.
