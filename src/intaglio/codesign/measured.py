@@ -328,27 +328,27 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the rows of one engine and group of models: (modelled - measured) / measured latency, as fractions.
+    """Errors of the rows of one engine and group: (modelled - measured) / measured latency, as fractions.
 
     Attributes:
         engine: name of the engine, or "all".
-        group: dense, mixture or disaggregated.
+        group: group of the rows: "dense", "mixture" or "disaggregated" (see Row.group).
         rows: number of rows compared.
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
         ttft_bias: median of the signed errors of the time to the first token.
-        worst: the three rows with the largest errors of the time per token.
+        worst: up to three rows, as Compared: those with the largest errors of the time per token, the largest first.
     """
 
     engine: str
     group: str
     rows: int
-    tpot: float  # median of |error|
+    tpot: float
     ttft: float
-    tpot_bias: float  # median of the error with its sign
+    tpot_bias: float
     ttft_bias: float
-    worst: tuple[Compared, ...] = field(default=(), repr=False)  # by TPOT
+    worst: tuple[Compared, ...] = field(default=(), repr=False)
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:

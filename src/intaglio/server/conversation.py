@@ -273,7 +273,10 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | No
 def _open_final_message(text: str, message: Message) -> str:
     """The prompt cut right after the final message's text, so that the model continues this message.
 
-    text: the rendered prompt. Raises Problem if the message has no text, or if the prompt does not contain the text.
+    text: the rendered prompt. If the message's text occurs in it several times, the last occurrence counts.
+
+    Raises Problem if the message has no text, or if the prompt does not contain the text, not even without the white
+    space at its ends.
     """
     content = message.content if isinstance(message.content, str) else "".join(
         part.text for part in message.content or () if not isinstance(part, RefusalPart)

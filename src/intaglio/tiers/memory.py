@@ -67,9 +67,10 @@ class MemoryLeases:
 
 
 class BlockMemory:
-    """K/V blocks in memory, each with the bytes of its file. Any thread may use it.
+    """K/V blocks in memory, each held as the bytes that its file would have. Any thread may use it.
 
-    budget: bytes of all blocks together. A block that a lease in `leases` pins is not evicted.
+    To make room for a block, the least recently used ones are evicted, but none that a lease in `leases` pins. budget:
+    most bytes of all blocks together.
     """
 
     def __init__(self, budget: int) -> None:

@@ -1,8 +1,9 @@
-"""TCP connections between the ranks of a group on several hosts, authenticated with the group's token.
+"""Authenticated TCP connections: between ranks, between launcher and agents, and for K/V blocks.
 
-A connection is made once for each pair of ranks and epoch, and then given to the native communicator. Both ends prove
-by HMAC-SHA256 over each other's random numbers that they know the token; the token itself does not travel. What travels
-afterwards is neither encrypted nor signed: use a network of your own, or a tunnel.
+Both ends prove by HMAC-SHA256 over each other's random numbers that they know a token; the token itself does not
+travel. Ranks of different hosts connect once for each pair and epoch, and give the connection to the native
+communicator. What travels between ranks afterwards is neither encrypted nor signed: use a network of your own, or a
+tunnel.
 """
 
 from __future__ import annotations

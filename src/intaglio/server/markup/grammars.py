@@ -82,9 +82,13 @@ def call_grammar(
 
 
 def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
-    """A Lark grammar, as text, for output that begins inside reasoning: any text, the end delimiter, then @answer.
+    """A Lark grammar, as text, for output that begins inside reasoning.
 
-    The term @answer stands for the grammar of the answer. special: ids of the tokenizer's special tokens by text.
+    It is: any text, the end delimiter of the reasoning, up to two line breaks, then @answer, the term that stands for
+    the grammar of the answer. One of the opening delimiters in `thinking.dropped` may be before the answer, one of the
+    closing delimiters after it.
+
+    special: ids of the tokenizer's special tokens by text.
     """
     opening, closing = thinking.dropped[::2], thinking.dropped[1::2]
     answer = f"gap{_optional(opening, special)} @answer{_optional(closing, special)}"

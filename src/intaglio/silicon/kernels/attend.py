@@ -456,11 +456,15 @@ def attend_tile(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, q: Region,
     state: tuple[Region, Region, Region], keys: Region, values: Region, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l). Returns nothing.
+    """Emit the instructions for one tile of keys. Returns nothing.
 
-    On a chip with the fused engine that is one Attend; else Matmul, Softmax, Rescale and Matmul, or SoftmaxStep in
-    place of the two in the middle if the chip has it. how: position fields of the instructions; the other fields are
-    added.
+    - On a chip with the fused attention engine: Attend.
+    - On a chip with the extra instruction SoftmaxStep: Matmul, SoftmaxStep, Matmul.
+    - On other chips: Matmul, Softmax, Rescale, Matmul.
+
+    q: the tile of queries. state: regions of sums, m and l (see init_softmax), which the instructions update. keys,
+    values: the tile of keys and that of their values. how: fields of the instructions for positions and the ALiBi
+    slope; the fields that `op` gives are added to this dict.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}
