@@ -19,24 +19,32 @@ SALTS = (None, "a", "b")
 
 @dataclass
 class SimulatedLoad:
-    """Blocks that arrive at a virtual time."""
+    """Blocks that arrive one after the other, the last at a virtual time."""
 
     world: World
     until: float
     contents: list[np.ndarray]
 
+    def __post_init__(self) -> None:
+        """Note when the load began."""
+        self.began = self.world.now
+        self.cancelled: float | None = None
+
     def wait(self, seconds: float) -> bool:
         """Let virtual time pass, if the engine has nothing else to do: more than it says, to save steps."""
         self.world.now += min(20 * seconds, max(0.0, self.until - self.world.now))
-        return self.world.now >= self.until
+        return self.cancelled is None and self.world.now >= self.until
 
     def blocks(self) -> list[np.ndarray]:
-        """What arrived."""
-        return self.contents
+        """What has arrived."""
+        now = self.world.now if self.cancelled is None else self.cancelled
+        share = 1.0 if now >= self.until else (now - self.began) / (self.until - self.began)
+        return self.contents[: int(share * len(self.contents))]
 
     def cancel(self) -> None:
-        """The blocks are not wanted any more: they never arrive."""
-        self.until = float("inf")
+        """No further blocks are wanted: they never arrive."""
+        if self.cancelled is None:
+            self.cancelled = self.world.now
 
 
 class SimulatedTier:
@@ -57,6 +65,10 @@ class SimulatedTier:
     def lookup(self, names: Sequence[str]) -> int:
         """How many leading blocks are there."""
         return next((at for at, name in enumerate(names) if name not in self.held), len(names))
+
+    def stored(self, names: Sequence[str]) -> int:
+        """The same: nothing is fetched from elsewhere."""
+        return self.lookup(names)
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> SimulatedLoad:
         """Begin a load; the first block that was lost or damaged meanwhile ends it."""

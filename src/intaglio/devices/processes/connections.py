@@ -54,14 +54,17 @@ def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer:
     return introduce(address, token, epoch, rank, peer)[0]
 
 
-def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> tuple[socket.socket, bytes]:
+def introduce(
+    address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int, seconds: float = TIMEOUT
+) -> tuple[socket.socket, bytes]:
     """Connect as `rank` to rank `peer`, which listens at `address`, and authenticate. Returns (socket, session key).
 
-    Only the two ends know the key. Raises OSError if no connection can be made, its subclass ConnectionRefused if the
-    peer refuses or does not know the token, and ValueError for a short token.
+    Only the two ends know the key. seconds: longest time for the connection, and for each of the peer's two answers.
+    Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
+    token, and ValueError for a short token.
     """
     check_token(token)
-    s = socket.create_connection(address, timeout=TIMEOUT)
+    s = socket.create_connection(address, timeout=seconds)
     try:
         challenge = receive(s, 32)
         hello = HELLO.pack(MAGIC, epoch, rank, peer, secrets.token_bytes(32))
