@@ -86,18 +86,19 @@ class SimulatedTier:
         delay = self.rng.choice((0.5, 1.5, 1.9, 10.0)) if self.rng.random() < self.slow else 0.0
         return SimulatedLoad(self.world, self.world.now + delay, contents)
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
         """Keep a block, most of the time."""
         pool, first = self.world.engine.pool, key.parent
         while first in pool.index:
             first = pool.cached[pool.index[first]].parent
         roots = {pool.names.root(salt): salt for salt in SALTS}
         if first not in roots and first not in self.salts:
-            return  # its salt is not known any more
+            return True  # its salt is not known any more
         self.salts[key.name] = roots[first] if first in roots else self.salts[first]
         if self.rng.random() >= self.loss:
             self.held[key.name] = (key, content)
             self.counts.saved += 1
+        return self.rng.random() >= self.loss / 4
 
     def touch(self, names: Sequence[str]) -> None:
         """Delete some blocks that are not in use."""

@@ -23,6 +23,7 @@ class Shelf:
         self.counts, self.held, self.said = TierCounts(), dict[str, tuple[BlockKey, np.ndarray]](), list[str]()
         self.ready, self.loads, self.touched, self.cancelled = True, 0, list[str](), 0
         self.contents: list[np.ndarray] = []
+        self.most = 1 << 20  # blocks
         self.arrived = 0  # blocks of a load that has not ended
 
     def lookup(self, names: Sequence[str]) -> int:
@@ -45,9 +46,13 @@ class Shelf:
     def cancel(self) -> None:
         self.cancelled += 1
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
         assert key.name not in self.held, "saved twice"
-        self.held[key.name] = (key, content)
+        if len(self.held) < self.most:
+            self.held[key.name] = (key, content)
+            return True
+        self.counts.dropped += 1
+        return False
 
     def touch(self, names: Sequence[str]) -> None:
         self.touched = list(names)
@@ -145,6 +150,26 @@ def test_blocks_in_the_pool_that_the_tier_has_lost_are_saved_again() -> None:
             assert ask(engine, prompt, "again") == (length - 1) // SIZE * SIZE
             assert shelf.held.keys() == saved.keys()
             assert all(np.array_equal(content, saved[name][1]) for name, (_, content) in shelf.held.items())
+
+
+def test_no_more_blocks_are_read_than_the_tier_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = random.randrange(2**32)
+    print(f"{seed=}")
+    rng, read = random.Random(seed), list[int]()
+    for _ in range(20):
+        shelf = Shelf()
+        engine, prompt = engine_on(shelf), list(range(30))
+        ask(engine, prompt, "first", max_tokens=1)
+        portion, saved = rng.randint(1, 8), dict(shelf.held)
+        monkeypatch.setattr("intaglio.runtime.offload.PORTION", portion * engine.executable.block_bytes)
+        read_blocks = engine.executable.read_blocks
+        monkeypatch.setattr(engine.executable, "read_blocks", lambda b, f=read_blocks: (read.append(len(b)), f(b))[1])
+        shelf.held, shelf.most = {}, rng.randrange(10)
+        read.clear()
+        ask(engine, prompt, "again", max_tokens=1)
+        assert list(shelf.held) == list(saved)[: shelf.most] and shelf.counts.dropped == max(0, 7 - shelf.most)
+        assert all(np.array_equal(content, saved[name][1]) for name, (_, content) in shelf.held.items())
+        assert max(read) <= portion and sum(read) == min(7, (shelf.most // portion + 1) * portion)
 
 
 def test_load_of_an_aborted_request_is_not_given_to_another() -> None:

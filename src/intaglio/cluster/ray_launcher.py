@@ -136,9 +136,9 @@ class RayReplica(Launched):
             placed = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
             cpus = self.launcher.bundles[0]["CPU"]
             actor = ray.remote(ReplicaActor).options(num_cpus=cpus, scheduling_strategy=placed, max_restarts=0)
-            made_by = self.launcher
+            launcher = self.launcher
             self._actor = actor.remote(
-                self.name, list(made_by.words), made_by.cluster, self.role, made_by.sharing, made_by.kv_token
+                self.name, list(launcher.words), launcher.cluster, self.role, launcher.sharing, launcher.kv_token
             )
             found = await self._unless_killed(self._actor.listen.remote(token), STARTING + CALL)
             if "failed" in found:

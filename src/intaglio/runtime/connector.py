@@ -104,8 +104,11 @@ class Connector(Protocol):
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Load:
         """Begin to load the blocks of `keys`, of `block_bytes` bytes each, and return the Load without waiting."""
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
-        """Save a block; the tier may drop it. `content`, uint8 [block_bytes], belongs to the tier from now on."""
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
+        """Save a block. Returns False if the tier drops it, as it would the next.
+
+        content: uint8 [block_bytes], which belongs to the tier from now on.
+        """
 
     def touch(self, names: Sequence[str]) -> None:
         """Note that these blocks, each the parent of the next, are in use, so that other blocks are evicted first."""

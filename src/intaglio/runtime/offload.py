@@ -14,6 +14,7 @@ from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.sequence import Sequence
 
 LOAD_TIMEOUT = 2.0  # seconds without a further block; then the blocks that have not come are computed
+PORTION = 64 << 20  # bytes of blocks that are read from the device at once
 POLL = 0.05  # seconds that a wait for a load may take when nothing else can run
 
 
@@ -172,16 +173,21 @@ class Offload:
         blocks = [b for b, name in names.items() if name not in fetched and not self.connector.stored([name])]
         if not blocks:
             return
-        try:
-            contents = self.device.read_blocks(blocks)
-        except DeviceLost:
-            raise
-        except DeviceError as e:
-            self.connector.say("device", f"the device did not give K/V blocks to save: {e}")
-            self.connector.counts.errors += 1
-            return
-        for block, content in zip(blocks, contents, strict=True):
-            self.connector.save(self._key(block), content)
+        portion = max(1, PORTION // self.device.block_bytes)
+        for at in range(0, len(blocks), portion):
+            part = blocks[at : at + portion]
+            try:
+                contents = self.device.read_blocks(part)
+            except DeviceLost:
+                raise
+            except DeviceError as e:
+                self.connector.say("device", f"the device did not give K/V blocks to save: {e}")
+                self.connector.counts.errors += 1
+                return
+            taken = [self.connector.save(self._key(b), content) for b, content in zip(part, contents, strict=True)]
+            if not all(taken):  # nor would it take more; what is not read takes no time
+                self.connector.counts.dropped += len(blocks) - at - len(part)
+                return
 
     def _give_up(self) -> None:
         """Cancel the load. None of its blocks are used."""

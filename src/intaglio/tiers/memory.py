@@ -17,7 +17,10 @@ from intaglio.tiers.leases import check_seconds
 
 
 class MemoryLeases:
-    """Leases on blocks, in this process's memory; otherwise like Leases."""
+    """Leases on blocks, kept in this process's memory: each pins blocks until a time, so that they are not evicted.
+
+    They have the methods of Leases, whose leases are files.
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[float, frozenset[str]]] = {}  # by lease: its end, and the names of its blocks
@@ -99,7 +102,9 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it: the least recently used, and none pinned.
+        """Keep a block's bytes. Returns the number of blocks deleted for it.
+
+        Those are the least recently used blocks that no lease pins, as many as exceed the budget.
 
         Raises NoRoom if pinned blocks leave no room for it within the budget; it is not kept then.
         """

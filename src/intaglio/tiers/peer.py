@@ -56,7 +56,7 @@ class PeerLoad(StoreLoad):
                 self.client.abort()
 
     def wait_for(self, client: BlockClient | None) -> None:
-        """Note the connection that cancel() ends from now on. Returns once no other is being ended."""
+        """Set the connection that cancel() ends from now on; None: none. While cancel() ends another, wait for it."""
         with self._lock:
             self.client = client
 
@@ -197,7 +197,10 @@ class PeerTier(StoreTier):
         return BlockClient(address, CONNECTING, SILENCE)
 
     def _keep(self, client: BlockClient) -> None:
-        """Keep a connection open for the next load, and close one that is kept in place of it."""
+        """Keep a connection open for the next load, and close the one kept for this peer before.
+
+        With more than IDLE_MAX connections, the one kept longest is closed.
+        """
         with self._peers:
             surplus = [self._idle.pop(client.address)] if client.address in self._idle else []
             self._idle[client.address] = client

@@ -147,17 +147,18 @@ class StoreTier:
                 self.reader.submit(self._read, load, list(keys), block_bytes)
         return load
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
-        """Queue a block to be written later. It is dropped if too many bytes wait, or if the tier is closed.
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
+        """Queue a block to be written later. Returns True; False if it is dropped.
 
-        It is also dropped during RETRY seconds after a write has failed.
+        It is dropped if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has failed.
         """
         with self.lock:
             if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
                 self.counts.dropped += 1
-                return
+                return False
             self.queued += content.nbytes
             self.writer.submit(self._write, key, content)
+        return True
 
     def touch(self, names: Sequence[str]) -> None:
         """Note that blocks are in use, so that other blocks are deleted first. names: each the parent of the next."""
