@@ -1,4 +1,4 @@
-// The table of format names, and the parser of names such as int8g128.
+// The table of format names, and the parser of names such as int8row or int4f32.
 #include "pack/format.h"
 
 #include <map>

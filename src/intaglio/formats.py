@@ -1,4 +1,4 @@
-"""Number formats: the width of a value, the values a format can represent, quantization to it and back.
+"""Number formats: the width of a value, the values a format can represent, quantisation to it and back.
 
 Everything else asks this module about bits. Independent of tensors, ops and devices. Long because each quantisation
 stands beside the formats that it quantises to.
@@ -225,7 +225,7 @@ def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantized matrix [N, K]: value = (code - zero) * scale - minimum, or level of the code * scale.
+    """A quantised matrix [N, K]: value = (code - zero) * scale - minimum, or level of the code * scale.
 
     A stack of matrices has one more dimension in front of all arrays.
 
@@ -238,7 +238,7 @@ class Quantised:
         units: None, or float32 of which the scales are multiples: [N, K / 256] in q4_k, q5_k, q6_k, or [N, 1] in nvfp4.
         low_units: None, or float32 [N, K / 256] of which the minima are multiples.
         format: name of the format; "" if no one name describes all arrays.
-        turned: True if the arrays are those of the transposed matrix, [K, N] in checkpoints without quantization.
+        turned: True if the arrays are those of the transposed matrix, [K, N] in checkpoints without quantisation.
         levels: the values that codes are indices of (Format.levels); () if codes are numbers themselves.
     """
 
@@ -260,7 +260,7 @@ class Quantised:
         return (*s[:-2], s[-1], s[-2]) if self.turned else s
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
-        """The rows `ids` of the stored arrays, dequantized, as float32 [n, K]."""
+        """The rows `ids` of the stored arrays, dequantised, as float32 [n, K]."""
         codes = self.codes[ids]
         values = np.asarray(self.levels, np.float32)[codes] if self.levels else codes.astype(np.float32)
         if self.zeros is not None:

@@ -140,7 +140,8 @@ class LLM:
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
         kv_peer: in place of `kv_cache_dir`: address at which other engines of the model, which know its token, fetch
-            K/V blocks, which are kept in memory.
+            K/V blocks, which are kept in memory. They do so only if they are told which blocks are there, as the
+            router of `intaglio cluster up --prefill` does; `llm.tier.announce()` tells an engine.
         kv_cache_bytes: most bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
             new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
@@ -413,7 +414,8 @@ def _tier(
     if budget < 1:
         raise RequestError(f"kv_cache_bytes is {budget}; allowed: 1 or more")
     if journal:
-        raise RequestError("a journal does not record which K/V blocks were loaded; leave out journal or kv_cache_dir")
+        given = "kv_cache_dir" if address is None else "kv_peer"
+        raise RequestError(f"a journal does not record which K/V blocks were loaded; leave out journal or {given}")
     if folder is not None and address is not None:
         raise RequestError("kv_cache_dir keeps K/V blocks in files, kv_peer in memory; leave out one of them")
     return PeerTier(address, budget, scope) if address else DiskTier(Path(folder or ""), budget, scope)

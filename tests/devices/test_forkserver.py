@@ -108,6 +108,17 @@ def test_another_server_replaces_one_that_is_gone_or_hangs(
     assert orphan.wait() is None and gone(orphan.pid)  # nobody knows how it ended
 
 
+def test_close_kills_the_children_of_a_server_that_hangs(server: ForkServer) -> None:
+    ours, theirs = os.pipe()
+    child = server.fork(f"{ME}:wait", "", [ours])
+    assert server.process
+    os.kill(server.process.pid, signal.SIGSTOP)
+    server.close()
+    assert gone(child.pid) and child.wait() is None  # nobody knows how it ended
+    os.close(theirs)
+    os.close(ours)
+
+
 def test_all_end_with_the_parent(tmp_path: Path) -> None:
     """The server, and a child even if it is stopped and so does not notice."""
     code = (

@@ -12,7 +12,7 @@ from support.gguf_files import write
 from support.published import logits, typical
 from support.tiny import FAMILIES, MIXTURES, MSCALE, error, tiny, truth
 
-from intaglio.models import Checkpoint, PortError, account, port
+from intaglio.models import Checkpoint, CheckpointError, PortError, account, port
 from intaglio.models.files.gguf import open_gguf
 from intaglio.models.files.gguf.architectures import ARCHITECTURES, REFUSED
 
@@ -41,13 +41,14 @@ BUILT_IN = {
     "mpt_six_heads": {"attn_config": {"clip_qkv": 0.9}},
     "falcon_new": {"bias": True},
     "afmoe": {"tie_word_embeddings": False},
-    "minicpm3": {"dim_model_base": 256, "v_head_dim": 16},
+    "minicpm3": {"dim_model_base": 256, "v_head_dim": 16, "mlp_bias": False},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "deepseekv3": {"rope_parameters": {**MSCALE, "mscale": 0.7}, "attention_bias": False},
     "deepseek_v32": {"attention_bias": False},
     "mamba": {"intermediate_size": 128, "expand": 2},
     "falcon_mamba": {"intermediate_size": 128, "mixer_rms_eps": 1e-5},
     "mamba2": {"time_step_limit": [0.0, float("inf")]},
+    "nemotron_h": {"time_step_min": 0.001},
     "qwen3_next": {"mlp_only_layers": []},
     "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
     "mimo_v2_flash": {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
@@ -150,16 +151,34 @@ def test_queries_to_gate_in_one_matrix(tmp_path, monkeypatch):
         ("exaone_moe", "expert_gating_func", 1, "expert_gating_func=1 is not ported"),
         ("bitnet", "hidden_act", "tanh", "hidden_act='tanh' is not ported; known are silu, relu2"),
         ("granitemoehybrid", "rope.dimension_count", 8, "turns whole heads of 16"),
+        ("llama", "attention.scale", 0.25, "attention.scale=0.25 is not ported for this architecture"),
+        ("llama", "rope.scaling.attn_factor", 1.25, "rope.scaling.attn_factor=1.25 is not ported"),
+        ("qwen2", "logit_scale", 0.5, "logit_scale=0.5 is not ported .* wanted no such key, or 0 or 1"),
+        ("qwen3", "attention.sliding_window", 16, "attention.sliding_window=16 is not ported"),
+        ("qwen2moe", "expert_weights_scale", 2.5, "expert_weights_scale=2.5 is not ported"),
+        ("qwen3moe", "expert_gating_func", 2, "expert_gating_func=2 is not ported"),
+        ("olmo2", "attn_logit_softcapping", 30.0, "attn_logit_softcapping=30.0 is not ported"),
     ],
 )
 def test_what_no_port_computes_is_refused(tmp_path, family, key, value, says):
     path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
     arch = WRITTEN[json.loads((path / "config.json").read_text())["model_type"]]
-    add = {int: "add_uint32", list: "add_array", str: "add_string"}[type(value)]
+    add = {int: "add_uint32", float: "add_float32", list: "add_array", str: "add_string"}[type(value)]
     more = {"extra": lambda w: getattr(w, add)(f"{arch}.{key}", value), "leave_out": (key,)}
     file, _, _ = write(path, tmp_path / "out", **more)
     with pytest.raises(PortError, match=says):
         port(Checkpoint.open(file))
+
+
+def test_keys_of_a_wrong_type_or_without_effect(tmp_path):
+    path = tiny("llama", tmp_path / "source")
+    file, plain, _ = write(path, tmp_path / "out", extra=lambda w: w.add_float32("llama.logit_scale", 1.0))
+    assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+    for name, add, value in (("text", "add_string", "many"), ("nan", "add_float32", float("nan"))):
+        more = {"extra": lambda w, add=add, value=value: getattr(w, add)("llama.context_length", value)}
+        file, _, _ = write(path, tmp_path / name, leave_out=("context_length",), **more)
+        with pytest.raises(CheckpointError, match="llama.context_length=.*; wanted a finite number"):
+            Checkpoint.open(file)
 
 
 def test_a_key_that_nothing_reads_is_reported(tmp_path):

@@ -298,7 +298,7 @@ REFUSED_CONFIGS = {
     ),
     "rope_parameters": (
         {"rope_type": "spiral", "rope_theta": 1e4},
-        "rope type 'spiral' is not ported; known are default",
+        "rope_type='spiral' is not ported; known are default",
     ),
     "rope_scaling": ({"type": "llama3", "factor": 2}, "rope type 'llama3' needs 'low_freq_factor'"),
     "hidden_size": ("64", "hidden_size='64'; wanted an integer of 1 or more"),
@@ -377,6 +377,15 @@ def test_unknown_architectures():
 def test_tensors_refused(tmp_path, family, config, tensors, says):
     with pytest.raises(PortError, match=says):
         port(altered(tmp_path, family, config, lambda t: t.pop(tensors, None)))
+
+
+def test_a_tensor_that_cannot_be_cut_is_named(tmp_path):
+    def narrower(t):
+        t["transformer.h.1.attn.c_attn.weight"] = np.ascontiguousarray(t["transformer.h.1.attn.c_attn.weight"][:, :191])
+
+    says = r"h.1.attn.c_attn.weight is \[64, 191\], from which the port takes parts \(T\|r.*cannot cut 191"
+    with pytest.raises(PortError, match=says):
+        port(altered(tmp_path, "gpt2", tensors=narrower))
 
 
 def test_stored_types_refused(tmp_path):

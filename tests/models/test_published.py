@@ -1,6 +1,6 @@
 """Checkpoints in published formats: codes are read bit for bit, and the host packs those codes unchanged.
 
-Logits are those of the dequantized model within the rounding of activations. Long because each format is written here
+Logits are those of the dequantised model within the rounding of activations. Long because each format is written here
 as its library writes it.
 """
 

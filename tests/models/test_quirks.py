@@ -103,7 +103,7 @@ def test_a_number_of_rope_scaling_that_is_none_is_refused(tmp_path, how):
         needed = how in ("dynamic", "llama3", "linear") or key == "rope_theta"
         for wrong in ("abc", [2.0], True, -1.0, *((None, 0) if needed else ())):
             configure(path, rope_scaling={**SCALINGS[how], key: wrong})
-            with pytest.raises(PortError, match=f"config.json: (rope )?{key}="):
+            with pytest.raises(PortError, match=rf"config.json: (rope |rope_scaling\.)?{key}="):
                 port(Checkpoint.open(path))
 
 

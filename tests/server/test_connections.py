@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from support.served import TEST_TIMEOUT_S, Served, Slow, served, wait_for
 from support.tiny import tiny
 
 from intaglio import LLM, SamplingParams
+from intaglio.server.delivery import ClientDisconnected, while_connected
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -235,3 +237,35 @@ def test_nothing_is_asked_of_the_clock_when_idle(server: Served) -> None:
     steps = server.llm.engine.counts.steps
     time.sleep(0.2)
     assert server.llm.engine.counts.steps == steps  # the engine's thread sleeps on its inbox
+
+
+@pytest.mark.parametrize("first", ["client", "work", "client alone"])
+def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_else(first: str) -> None:
+    async def run() -> None:
+        gone, done = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> None:
+            await done
+
+        async def answer() -> str:
+            try:
+                await while_connected(receive, work())
+            except ClientDisconnected:
+                return "disconnected"
+            await asyncio.sleep(0)  # to which a cancellation that comes late would be raised
+            return "ended"
+
+        task = asyncio.ensure_future(answer())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        ends = {"client": [gone.set, lambda: done.set_result(None)], "client alone": [gone.set]}
+        for end in ends.get(first, [lambda: done.set_result(None), gone.set]):
+            end()
+        assert await task == ("disconnected" if first == "client alone" else "ended")
+        assert not task.cancelling()
+
+    asyncio.run(run())

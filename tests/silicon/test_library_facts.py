@@ -9,6 +9,7 @@ from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import experts_timing
 from intaglio.silicon.kernels.kv_write import Heads
+from intaglio.silicon.kernels.product import best_tile
 
 B200, H100, L40S = target("b200_sxm"), target("h100_sxm"), target("l40s")
 
@@ -66,3 +67,10 @@ def test_all_reduce_in_the_switch_is_a_fact_of_the_library() -> None:
     assert collective_timing(faster, "all_reduce", 8, 1 << 28).seconds < 0.9 * (
         collective_timing(B200, "all_reduce", 8, 1 << 28).seconds
     )
+
+
+def test_a_chip_too_small_for_every_tile_is_refused() -> None:
+    small = H100.changed({"chip.name": "tiny", "chip.sram_bytes": 20480, "library.tiles": ((16, 64),)})
+    with pytest.raises(ChipError, match=r"linear of \[7, 512\] by \[300, 512\] .*no tile fits chip tiny: the smallest"):
+        best_tile(small, 7, 300, 512, "bf16", "bf16", False)
+    assert best_tile(H100, 7, 300, 512, "bf16", "bf16", False) in H100.library.tiles

@@ -19,24 +19,32 @@ SALTS = (None, "a", "b")
 
 @dataclass
 class SimulatedLoad:
-    """Blocks that arrive at a virtual time."""
+    """Blocks that arrive one after the other, the last at a virtual time."""
 
     world: World
     until: float
     contents: list[np.ndarray]
 
+    def __post_init__(self) -> None:
+        """Note when the load began."""
+        self.began = self.world.now
+        self.cancelled: float | None = None
+
     def wait(self, seconds: float) -> bool:
         """Let virtual time pass, if the engine has nothing else to do: more than it says, to save steps."""
         self.world.now += min(20 * seconds, max(0.0, self.until - self.world.now))
-        return self.world.now >= self.until
+        return self.cancelled is None and self.world.now >= self.until
 
     def blocks(self) -> list[np.ndarray]:
-        """What arrived."""
-        return self.contents
+        """What has arrived."""
+        now = self.world.now if self.cancelled is None else self.cancelled
+        share = 1.0 if now >= self.until else (now - self.began) / (self.until - self.began)
+        return self.contents[: int(share * len(self.contents))]
 
     def cancel(self) -> None:
-        """The blocks are not wanted any more: they never arrive."""
-        self.until = float("inf")
+        """No further blocks are wanted: they never arrive."""
+        if self.cancelled is None:
+            self.cancelled = self.world.now
 
 
 class SimulatedTier:
@@ -58,6 +66,10 @@ class SimulatedTier:
         """How many leading blocks are there."""
         return next((at for at, name in enumerate(names) if name not in self.held), len(names))
 
+    def stored(self, names: Sequence[str]) -> int:
+        """The same: nothing is fetched from elsewhere."""
+        return self.lookup(names)
+
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> SimulatedLoad:
         """Begin a load; the first block that was lost or damaged meanwhile ends it."""
         contents: list[np.ndarray] = []
@@ -74,18 +86,19 @@ class SimulatedTier:
         delay = self.rng.choice((0.5, 1.5, 1.9, 10.0)) if self.rng.random() < self.slow else 0.0
         return SimulatedLoad(self.world, self.world.now + delay, contents)
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
         """Keep a block, most of the time."""
         pool, first = self.world.engine.pool, key.parent
         while first in pool.index:
             first = pool.cached[pool.index[first]].parent
         roots = {pool.names.root(salt): salt for salt in SALTS}
         if first not in roots and first not in self.salts:
-            return  # its salt is not known any more
+            return True  # its salt is not known any more
         self.salts[key.name] = roots[first] if first in roots else self.salts[first]
         if self.rng.random() >= self.loss:
             self.held[key.name] = (key, content)
             self.counts.saved += 1
+        return self.rng.random() >= self.loss / 4
 
     def touch(self, names: Sequence[str]) -> None:
         """Delete some blocks that are not in use."""

@@ -104,7 +104,7 @@ async def faked(
     kind = type("Process", (FakedProcess,), {name: staticmethod(f) for name, f in how.items()})
     patch.setattr("intaglio.cluster.backends.POLL", 0.01)
     patch.setattr("intaglio.cluster.relayed.POLL", 0.001)
-    cluster = Cluster(Backends(Router(), clock=clock), lambda name: kind(name, [], folder), autoscaler)
+    cluster = Cluster(Backends(Router(), clock=clock), lambda name, _: kind(name, [], folder), autoscaler)
     try:
         await cluster.start(replicas)
         yield cluster

@@ -23,6 +23,7 @@ MORE: dict[str, dict[str, Any]] = {
     "electra": {"class": "Electra", **DECODES, "embedding_size": 40},
     "rembert": {"class": "RemBert", **DECODES, "input_embedding_size": 40, "output_embedding_size": 72},
     "roformer": {"class": "RoFormer", **DECODES, "embedding_size": 40},
+    "roformer_wide": {"class": "RoFormer", **DECODES, "embedding_size": 80},
     "roberta": {"class": "Roberta", **COUNTED},
     "camembert": {"class": "Camembert", **COUNTED},
     "xlm_roberta": {"class": "XLMRoberta", **COUNTED, "tie_word_embeddings": False},
@@ -63,6 +64,7 @@ MORE: dict[str, dict[str, Any]] = {
     "minicpm3": {
         "class": "MiniCPM3", "kv_lora_rank": 40, "q_lora_rank": 36, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12,
         "v_head_dim": 20, "num_key_value_heads": 4, "dim_model_base": 32, "tie_word_embeddings": False,
+        "mlp_bias": True,
     },
     "axk1": {
         "class": "AXK1", "kv_lora_rank": 40, "q_lora_rank": 36, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12,
@@ -87,6 +89,7 @@ MORE: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 3,
     },
     "modernbert_decoder": {"class": "ModernBertDecoder", "local_attention": 40, "attention_bias": True},
+    "modernbert_window": {"class": "ModernBertDecoder", "local_attention": 40, "sliding_window": 11},
     "cohere2_moe": {
         "class": "Cohere2Moe", "head_dim": 24, "sliding_window": 20, "first_k_dense_replace": 1, "num_experts": 8,
         "prefix_dense_intermediate_size": 80, "num_shared_experts": 2, "expert_selection_fn": "sigmoid",

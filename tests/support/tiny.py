@@ -275,6 +275,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "class": "NemotronH", "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24,
+        "time_step_min": 0.4, "mamba_proj_bias": True,
     },
 }  # fmt: skip
 _built: dict[str, Path] = {}

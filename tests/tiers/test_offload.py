@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +23,14 @@ class Shelf:
         self.counts, self.held, self.said = TierCounts(), dict[str, tuple[BlockKey, np.ndarray]](), list[str]()
         self.ready, self.loads, self.touched, self.cancelled = True, 0, list[str](), 0
         self.contents: list[np.ndarray] = []
+        self.most = 1 << 20  # blocks
+        self.arrived = 0  # blocks of a load that has not ended
 
     def lookup(self, names: Sequence[str]) -> int:
         return next((at for at, name in enumerate(names) if name not in self.held), len(names))
+
+    def stored(self, names: Sequence[str]) -> int:
+        return self.lookup(names)
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Shelf:
         self.loads += 1
@@ -35,14 +41,18 @@ class Shelf:
         return self.ready
 
     def blocks(self) -> list[np.ndarray]:
-        return self.contents
+        return self.contents[: None if self.ready else self.arrived]
 
     def cancel(self) -> None:
         self.cancelled += 1
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
         assert key.name not in self.held, "saved twice"
-        self.held[key.name] = (key, content)
+        if len(self.held) < self.most:
+            self.held[key.name] = (key, content)
+            return True
+        self.counts.dropped += 1
+        return False
 
     def touch(self, names: Sequence[str]) -> None:
         self.touched = list(names)
@@ -102,11 +112,64 @@ def test_running_sequences_go_on_during_a_load_and_a_late_one_is_computed() -> N
         check_invariants(engine)
     assert len(running.output) == before + 6 and waiting.state == "waiting" and shelf.loads == 1
     run_checked(engine)
-    assert (
-        (shelf.counts.late, shelf.counts.hits) == (7, 0) and len(shelf.said) == 1 and "took more than" in shelf.said[0]
-    )
+    assert (shelf.counts.late, shelf.counts.hits) == (7, 0) and len(shelf.said) == 1 and "no K/V block" in shelf.said[0]
     assert [running.output, waiting.output] == [truth(running), truth(waiting)] and waiting.cached_tokens == 0
     assert shelf.cancelled == 1  # else a slow disk would go on reading what nobody waits for
+
+
+def test_blocks_that_have_come_when_a_load_is_given_up_are_kept_and_each_gives_it_more_time() -> None:
+    """Blocks come one in each few steps, and stop coming at one chosen at random: those before it are used."""
+    seed = random.randrange(2**32)
+    print(f"{seed=}")
+    rng, blocks = random.Random(seed), filled()
+    for _ in range(10):
+        shelf, ends = Shelf(), rng.randrange(7)
+        shelf.held, shelf.ready = dict(blocks.held), False
+        engine = engine_on(shelf)
+        engine.offload.timeout = 30.0  # the clock advances by 1 at each reading, by a few in a step
+        [s] = engine.add(request("r", range(30), max_tokens=5))
+        for shelf.arrived in range(ends + 1):
+            for _ in range(4):
+                engine.step()
+            assert s.state == "waiting"  # though the load takes longer in all than the timeout
+        run_checked(engine)
+        assert s.output == truth(s) and s.cached_tokens == SIZE * ends
+        assert (shelf.counts.hits, shelf.counts.late, shelf.counts.misses) == (ends, 7 - ends, 0)
+        assert shelf.cancelled == 1 and len(shelf.said) == 1
+
+
+def test_blocks_in_the_pool_that_the_tier_has_lost_are_saved_again() -> None:
+    for length in (30, 28):  # of the second the last block ends with the prompt and is computed again
+        shelf = Shelf()
+        engine, prompt = engine_on(shelf), list(range(length))
+        ask(engine, prompt, "first")
+        saved, names = dict(shelf.held), engine.block_names.of(prompt)
+        for lost in (names, names[:3], names[-1:], []):
+            for name in lost:
+                del shelf.held[name]
+            assert ask(engine, prompt, "again") == (length - 1) // SIZE * SIZE
+            assert shelf.held.keys() == saved.keys()
+            assert all(np.array_equal(content, saved[name][1]) for name, (_, content) in shelf.held.items())
+
+
+def test_no_more_blocks_are_read_than_the_tier_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = random.randrange(2**32)
+    print(f"{seed=}")
+    rng, read = random.Random(seed), list[int]()
+    for _ in range(20):
+        shelf = Shelf()
+        engine, prompt = engine_on(shelf), list(range(30))
+        ask(engine, prompt, "first", max_tokens=1)
+        portion, saved = rng.randint(1, 8), dict(shelf.held)
+        monkeypatch.setattr("intaglio.runtime.offload.PORTION", portion * engine.executable.block_bytes)
+        read_blocks = engine.executable.read_blocks
+        monkeypatch.setattr(engine.executable, "read_blocks", lambda b, f=read_blocks: (read.append(len(b)), f(b))[1])
+        shelf.held, shelf.most = {}, rng.randrange(10)
+        read.clear()
+        ask(engine, prompt, "again", max_tokens=1)
+        assert list(shelf.held) == list(saved)[: shelf.most] and shelf.counts.dropped == max(0, 7 - shelf.most)
+        assert all(np.array_equal(content, saved[name][1]) for name, (_, content) in shelf.held.items())
+        assert max(read) <= portion and sum(read) == min(7, (shelf.most // portion + 1) * portion)
 
 
 def test_load_of_an_aborted_request_is_not_given_to_another() -> None:

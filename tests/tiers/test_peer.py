@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from support.serving import oracle_engine, request, run_checked, smallest_progra
 from intaglio.devices.processes.address import TcpAddress
 from intaglio.devices.processes.connections import introduce, listen, meet
 from intaglio.runtime import BlockKey, BlockNames, BlockScope, Engine
-from intaglio.tiers import PeerTier
+from intaglio.tiers import DiskTier, PeerTier, StoreTier
 from intaglio.tiers.block_file import file_bytes
 from intaglio.tiers.block_server import COUNT, NAMES_MAX, SIZE, BlockClient
 from intaglio.tiers.directory import NoRoom
 from intaglio.tiers.memory import BlockMemory
+from intaglio.tiers.peer import READERS
 
 SEED = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
 TIMEOUT_S = 60.0
@@ -126,6 +128,22 @@ def between(server: TcpAddress, change: Change) -> Iterator[TcpAddress]:
             s.close()
 
 
+@contextmanager
+def silent(server: TcpAddress) -> Iterator[TcpAddress]:
+    """A relay before a server, which passes on the handshake and then nothing from the server."""
+    go = threading.Event()
+
+    def hold(data: bytes, _: int) -> bytes:
+        go.wait(TIMEOUT_S)
+        return data
+
+    with between(server, hold) as address:
+        try:
+            yield address
+        finally:
+            go.set()
+
+
 def test_blocks_of_a_peer_come_as_they_were_saved() -> None:
     print(f"TEST_SEED={SEED}")
     rng = random.Random(SEED)
@@ -169,7 +187,7 @@ def test_a_peer_that_was_started_again_is_connected_to_again() -> None:
         assert len(said) == 1 and "cannot be fetched" in said[0]
 
 
-def engine_on(t: PeerTier) -> Engine:
+def engine_on(t: StoreTier) -> Engine:
     engine = oracle_engine(pages=40, page_tokens=TOKENS, scope=t.scope, connector=t)
     engine.offload.timeout = 1e9  # its clock counts readings, while the tier's threads take real time
     return engine
@@ -247,29 +265,97 @@ def test_a_peer_that_is_killed_while_it_sends_costs_only_time() -> None:
 
 
 def test_a_peer_that_is_silent_is_given_up_and_a_cancelled_load_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, go = random.Random(SEED), threading.Event()
-
-    def hold(data: bytes, _: int) -> bytes:
-        go.wait(TIMEOUT_S)
-        return data
-
+    rng = random.Random(SEED)
     with tier() as (a, _), tier() as (b, said):
         keys, _ = saved(a, rng, 3)
-        with between(a.address, hold) as address:
-            try:
-                b.announce(names_of(keys), address)
-                monkeypatch.setattr("intaglio.tiers.peer.SILENCE", 1e6)
-                load = b.load(keys, 64)
-                while load.client is None:
-                    time.sleep(0.001)
-                load.cancel()
-                assert load.wait(TIMEOUT_S) and load.blocks() == [] and b.counts.errors == 0 and not said
-                monkeypatch.setattr("intaglio.tiers.peer.SILENCE", 0.05)
-                assert loaded(b, keys) == [] and b.counts.errors == 1 and "timed out" in said[0]
-                b.announce(names_of(keys), a.address)
-                assert len(loaded(b, keys)) == 3
-            finally:
-                go.set()
+        with silent(a.address) as address:
+            b.announce(names_of(keys), address)
+            for name in ("SILENCE", "CONNECTING"):
+                monkeypatch.setattr(f"intaglio.tiers.peer.{name}", 1e6)
+            load = b.load(keys, 64)
+            while load.client is None:
+                time.sleep(0.001)
+            load.cancel()
+            assert load.wait(TIMEOUT_S) and load.blocks() == [] and b.counts.errors == 0 and not said
+            monkeypatch.setattr("intaglio.tiers.peer.SILENCE", 0.05)
+            assert loaded(b, keys) == [] and b.counts.errors == 1 and "timed out" in said[0]
+            b.announce(names_of(keys), a.address)
+            assert len(loaded(b, keys)) == 3
+
+
+def test_a_peer_that_hangs_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(SEED)
+    keys = chain(rng, 3)
+    with closing(listen()) as hung, tier() as (b, said):  # the system accepts connections for it
+        monkeypatch.setattr("intaglio.tiers.peer.CONNECTING", 0.05)
+        b.announce(names_of(keys), TcpAddress("127.0.0.1", hung.getsockname()[1], TOKEN))
+        assert loaded(b, keys) == [] and b.lookup(names_of(keys)) == 0 and b.counts.errors == 1 and len(said) == 1
+    with tier() as (a, _), tier() as (b, said), silent(a.address) as address:
+        for name in ("SILENCE", "CONNECTING"):
+            monkeypatch.setattr(f"intaglio.tiers.peer.{name}", 1e6)
+        b.announce(names_of(keys), address)
+        load = b.load(keys, 64)
+        while load.client is None:
+            time.sleep(0.001)
+        monkeypatch.setattr("intaglio.tiers.peer.CONNECTING", 0.0)  # it has had more time than that
+        load.cancel()
+        assert load.wait(TIMEOUT_S) and b.lookup(names_of(keys)) == 0 and b.counts.errors == 1 and len(said) == 1
+
+
+def test_a_tier_that_is_closed_waits_for_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(SEED)
+    for name in ("SILENCE", "CONNECTING"):
+        monkeypatch.setattr(f"intaglio.tiers.peer.{name}", 1e6)
+    with tier() as (a, _), silent(a.address) as address:
+        with tier() as (b, _):
+            keys = chain(rng, 3)
+            b.announce(names_of(keys), address)
+            loads = [b.load(keys, 64) for _ in range(3 * READERS)]
+            while not any(load.client for load in loads):
+                time.sleep(0.001)
+        assert all(load.wait(0) and not load.blocks() for load in loads)
+
+
+def test_announced_blocks_that_are_computed_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(SEED)
+    for name in ("SILENCE", "CONNECTING"):
+        monkeypatch.setattr(f"intaglio.tiers.peer.{name}", 1e6)
+    prompt = [rng.randrange(60) for _ in range(30)]
+    with tier() as (a, _), tier() as (b, _), silent(a.address) as address:
+        engine = engine_on(b)
+        engine.offload.timeout = 3.0  # readings of its clock
+        names = engine.block_names.of(prompt)
+        b.announce(names, address)
+        assert ask(engine, prompt)[1] == 0 and b.counts.late == len(names) == 7
+        b.flush()
+        assert b.stored(names) == 7
+
+
+@pytest.mark.parametrize("kind", ["peer", "disk"])
+def test_blocks_that_only_the_pool_has_are_handed_over(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(SEED)
+    prompts = [[rng.randrange(60) for _ in range(30)] for _ in range(2)]
+    with tier() as (probe, _):
+        ask(engine_on(probe), prompts[0])
+        probe.flush()
+        one = probe.memory.held or 0
+    said = list[str]()
+
+    def opened() -> StoreTier:
+        if kind == "disk":
+            return DiskTier(tmp_path, int(one * 1.3), SCOPE, said.append)
+        return PeerTier(TcpAddress("127.0.0.1", 0, TOKEN), int(one * 1.3), SCOPE, said.append)
+
+    with closing(opened()) as a:  # it has room for one prompt
+        engine = engine_on(a)
+        for n in (0, 1, 0, 0, 1):
+            names = engine.block_names.of(prompts[n])
+            lease = a.pin(names, 15.0)
+            ask(engine, prompts[n])
+            a.flush()
+            assert a.handed(lease, names) == len(names) == 7
+            a.release(lease)
+        assert a.counts.evicted and not said
 
 
 def test_who_does_not_know_the_token_gets_nothing() -> None:
@@ -334,7 +420,7 @@ def test_requests_that_no_client_sends_end_the_connection() -> None:
                 assert s.recv(100) == b""
             assert n > 2 or len(said) == 1  # the first is reported
         assert f"allowed: 1 to {NAMES_MAX}" in said[0]
-        client = BlockClient(a.address, TIMEOUT_S)
+        client = BlockClient(a.address, TIMEOUT_S, TIMEOUT_S)
         client.ask(names_of(keys))
         with closing(client):
             sizes = [len(a.memory.get(key.name) or b"") for key in keys]

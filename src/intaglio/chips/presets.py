@@ -1,8 +1,8 @@
 """Chips and kernel libraries by name: the files data/chips/*.toml and data/libraries/*.toml, and those of plugins.
 
 Constants of a100_sxm, h100_sxm and b200_sxm, and of their libraries, were fitted to measured tables, see
-docs/accuracy.md; the others take them from the most similar chip and say so under [reasons]. `sohu` is reconstructed
-from one public claim.
+docs/accuracy.md; those of the others are taken from a similar chip or estimated, as [reasons] says. `sohu` is
+reconstructed from one public claim.
 """
 
 from __future__ import annotations

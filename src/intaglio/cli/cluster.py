@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 
 from intaglio.cli import options as o
 from intaglio.cli.group import Group
+from intaglio.cli.serve import peer_address
 
 if TYPE_CHECKING:
     from intaglio.cluster.ray_launcher import RayLauncher
@@ -74,11 +76,13 @@ def up(
         import uvloop
 
         from intaglio.cluster.admin import blocks_folder, cluster_folder
+        from intaglio.cluster.budget import peer_budget, size_words
         from intaglio.cluster.front import FrontOptions
         from intaglio.cluster.process import Launched, ReplicaProcess
         from intaglio.cluster.prompt import TimeLimits
         from intaglio.cluster.run import ClusterOptions, run_cluster
         from intaglio.devices import usable_cores
+        from intaglio.machine import Machine
         from intaglio.server.serve import listen, raise_file_limit
         from intaglio.server.tracing import Tracing
     except ImportError as e:
@@ -89,7 +93,8 @@ def up(
     folder = cluster_folder(name)
     more = list(context.args)
     if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
-        more, model = [str(model), *more], None
+        word = re.sub(r"=(tcp|https?):/(?!/)", r"=\1://", str(model))  # a Path has one slash in place of two
+        more, model = [word, *more], None
     tiered, peered = (any(word.split("=")[0] == option for word in more) for option in ("--kv-cache-dir", "--kv-peer"))
     if ray is not None and peered:
         raise ValueError("--kv-peer does not go with --ray, where each replica gives blocks at its node's own address")
@@ -97,6 +102,7 @@ def up(
     kv_token = secrets.token_hex(16)  # of the replicas that hand K/V blocks over by TCP
     if peered:
         os.environ.setdefault("INTAGLIO_KV_TOKEN", kv_token)  # which the replicas inherit
+        check_free_port(more)
     nodes = connect_ray(ray, name) if ray is not None else None
     cores = nodes.threads(most or total) if nodes else max(1, usable_cores() // (most or total))
     share = threads or cores
@@ -115,11 +121,14 @@ def up(
     with blocks_folder(folder) if apart and not peered and not nodes else nullcontext() as blocks:
         words += blocks_words(blocks, more) if blocks else []
 
-        def launch(replica: str) -> Launched:
-            return nodes(replica) if nodes else ReplicaProcess(replica, words, folder)
+        def launch(replica: str, role: Role) -> Launched:
+            if nodes:
+                return nodes(replica, role)
+            size = size_words(more, peer_budget(role, most or total, Machine().memory)) if peered else []
+            return ReplicaProcess(replica, [*words, *size], folder)
 
         if nodes:
-            nodes.prepare(words, ranks_of(layout), share, kv_token if apart else None)
+            nodes.prepare(words, ranks_of(layout), share, kv_token if apart else None, most or total)
         options = ClusterOptions(
             launch, roles, most, policy, read_weights(weight or []), max_queued,
             FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
@@ -241,10 +250,21 @@ def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
     given: arguments that the user gives; --kv-cache-size among them is left as it is. Otherwise the size is half of the
     disk's free space, at most BLOCKS_BYTES (8 GiB).
     """
-    words = ["--kv-cache-dir", str(folder)]
-    if not any(word.split("=")[0] == "--kv-cache-size" for word in given):
-        words += ["--kv-cache-size", str(min(BLOCKS_BYTES, shutil.disk_usage(folder).free // 2))]
-    return words
+    from intaglio.cluster.budget import size_words
+
+    size = min(BLOCKS_BYTES, shutil.disk_usage(folder).free // 2)
+    return ["--kv-cache-dir", str(folder), *size_words(given, size)]
+
+
+def check_free_port(given: Sequence[str]) -> None:
+    """Raise ValueError if --kv-peer, among arguments of `intaglio serve`, is wrong or has a port other than 0.
+
+    All replicas get the same arguments, and a port is for one of them. Returns nothing.
+    """
+    words = [part for word in given for part in word.split("=", 1)]
+    for address in [peer_address(after) for word, after in pairwise(words) if word == "--kv-peer"]:
+        if address and address.port:
+            raise ValueError(f"--kv-peer {address} has a port for one replica; write port 0: each takes a free one")
 
 
 def read_weights(words: list[str]) -> dict[str, float]:

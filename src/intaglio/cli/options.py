@@ -33,13 +33,14 @@ def parse_size(text: str) -> int:
     return size
 
 
-def checked_size(param: typer.CallbackParam, text: str) -> str:
-    """Callback of an option for a size in bytes: returns the text unchanged.
+def checked_size(param: typer.CallbackParam, text: str | None) -> str | None:
+    """Callback of an option for a size in bytes: returns the text unchanged; None if the option is not given.
 
     Raises ValueError, naming the option, for a text that parse_size() refuses.
     """
     try:
-        parse_size(text)
+        if text is not None:
+            parse_size(text)
     except ValueError as e:
         raise ValueError(f"{param.opts[0]}: {e}") from None
     return text

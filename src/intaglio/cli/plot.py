@@ -37,7 +37,10 @@ def label(x: float, y: float, text: str, kind: str = "note") -> str:
 
 
 def number(value: float) -> str:
-    """A value as text: with thousands separators and without decimals from 1,000 on, else with four digits."""
+    """A value as text: from 1,000 on with thousands separators and no decimals, else with four significant digits.
+
+    Below 1,000 it is formatted with %.4g, so zeros at the end are left out and values below 0.0001 have an exponent.
+    """
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

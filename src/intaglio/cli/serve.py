@@ -83,11 +83,20 @@ def checked_peer(param: typer.CallbackParam, text: str | None) -> str | None:
 def peer_address(text: str | None) -> TcpAddress | None:
     """The TcpAddress in the text of --kv-peer; None for None.
 
-    Raises ValueError for a wrong address, and if INTAGLIO_KV_TOKEN is not set or too short.
+    Raises ValueError for a wrong address, for one at which other hosts cannot connect, such as 0.0.0.0, and if
+    INTAGLIO_KV_TOKEN is not set or too short.
     """
     from intaglio.tiers.peer import TOKEN_VARIABLE
 
-    return None if text is None else address_with_token(text, TOKEN_VARIABLE)
+    if text is None:
+        return None
+    address = address_with_token(text, TOKEN_VARIABLE)
+    if address.unspecified:
+        raise ValueError(
+            f"{text}: others are told this address and cannot connect to {address.host}; write an address that this "
+            "host has in their network, or 127.0.0.1 if all run on this host"
+        )
+    return address
 
 
 def address_with_token(text: str, variable: str) -> TcpAddress:
@@ -172,12 +181,17 @@ def serve(
         typer.Option(
             metavar="tcp://HOST:PORT",
             callback=checked_peer,
-            help="Keep KV blocks in memory, and give them there to replicas with the token in INTAGLIO_KV_TOKEN.",
+            help="For `cluster up --prefill`, after --: keep KV blocks in memory and give them there to replicas with "
+            "the token in INTAGLIO_KV_TOKEN.",
         ),
     ] = None,
     kv_cache_size: Annotated[
-        str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir or --kv-peer, such as 8GiB.")
-    ] = "8GiB",
+        str | None,
+        typer.Option(
+            callback=o.checked_size,
+            help="Most bytes of --kv-cache-dir or --kv-peer. Default: 8GiB; of --kv-peer at most 1/8 of the memory.",
+        ),
+    ] = None,
     otlp_endpoint: o.TracesEndpoint = None,
     journal: Annotated[
         Path | None,
@@ -209,8 +223,9 @@ def serve(
         from intaglio.server.tracing import Tracing
     except ImportError as e:
         raise ValueError(f"the server needs {e.name}: pip install 'intaglio[serve]'") from None
-    from intaglio.llm import LLM
+    from intaglio.llm import KV_CACHE_BYTES, LLM
     from intaglio.machine import Machine
+    from intaglio.tiers.peer import default_budget
 
     sys.setswitchinterval(0.0005)  # the engine's thread gets the interpreter back that soon; 5 ms by default
     raise_file_limit()
@@ -225,6 +240,13 @@ def serve(
         raise ValueError(
             f"--expert-placement {expert_placement} is for one model, here are {len(folders)}; leave it out"
         )
+    peer = peer_address(kv_peer)
+    if peer and peer.port and len(folders) > 1:
+        raise ValueError(
+            f"--kv-peer {peer} has a port for one model, here are {len(folders)}; write port 0: each takes a free one"
+        )
+    default_bytes = default_budget(Machine().memory, len(folders)) if peer else KV_CACHE_BYTES
+    kv_cache_bytes = o.parse_size(kv_cache_size) if kv_cache_size else default_bytes
     template = read_template(chat_template) if chat_template else None
     machine = Machine(threads, models=len(folders)) if len(folders) > 1 else None
     tracing = Tracing(otlp_endpoint, "intaglio") if otlp_endpoint else None
@@ -240,7 +262,7 @@ def serve(
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
                 state_cache_bytes=state_cache_bytes(state_cache_size), window_tokens=window_tokens,
-                kv_cache_dir=kv_cache_dir, kv_peer=peer_address(kv_peer), kv_cache_bytes=o.parse_size(kv_cache_size),
+                kv_cache_dir=kv_cache_dir, kv_peer=peer, kv_cache_bytes=kv_cache_bytes,
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:

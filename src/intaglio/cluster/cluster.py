@@ -31,12 +31,12 @@ class Cluster:
 
     Args:
         backends: the router with its links to the replicas.
-        launch: function that makes the process of a replica from its name, and does not start it yet.
+        launch: function that makes the process of a replica from its name and role, and does not start it yet.
         autoscaler: decides how many replicas there are, if they are all of one role; None: only scale() changes that.
     """
 
     def __init__(
-        self, backends: Backends, launch: Callable[[str], Launched], autoscaler: Autoscaler | None = None
+        self, backends: Backends, launch: Callable[[str, Role], Launched], autoscaler: Autoscaler | None = None
     ) -> None:
         self.backends, self.launch, self.autoscaler = backends, launch, autoscaler
         self.processes: dict[str, Launched] = {}
@@ -156,7 +156,7 @@ class Cluster:
 
     def _enrol_one(self, name: str, role: Role) -> asyncio.Future[None]:
         self.backends.router.add_replica(name, role)
-        self.processes[name] = self.launch(name)
+        self.processes[name] = self.launch(name, role)
         start = self._starting[name] = asyncio.ensure_future(self._start_one(name))
         return start
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import ray
 
 from intaglio.cluster.admin import cluster_folder
+from intaglio.cluster.budget import peer_budget, size_words
 from intaglio.cluster.process import ReplicaFailed, ReplicaProcess
+from intaglio.machine import Machine
+from intaglio.router import Role
 from intaglio.tiers.peer import TOKEN_VARIABLE
-
-BLOCKS_BYTES, BLOCKS_SHARE = 8 << 30, 8  # of the K/V blocks that a replica keeps for others: at most 1/8 of the memory
 
 
 class ReplicaActor:
     """The methods of a Ray actor that runs one replica's process, which ends with the actor.
 
-    words: arguments of `intaglio serve`. cluster: name of the folder for logs on this node.
+    words: arguments of `intaglio serve`. cluster: name of the folder for logs on this node. role: the replica's role.
+    sharing: most replicas of the cluster on this node. kv_token: secret with which replicas fetch K/V blocks of each
+    other; None if they fetch none.
     """
 
-    def __init__(self, name: str, words: list[str], cluster: str, kv_token: str | None) -> None:
+    def __init__(
+        self, name: str, words: list[str], cluster: str, role: Role, sharing: int, kv_token: str | None
+    ) -> None:
         if kv_token:
             os.environ[TOKEN_VARIABLE] = kv_token  # which the process inherits
-            words = [*words, *peer_words(ray.util.get_node_ip_address(), words)]
+            size = peer_budget(role, sharing, Machine().memory)
+            words = [*words, *peer_words(ray.util.get_node_ip_address()), *size_words(words, size)]
         self.process = ReplicaProcess(name, words, cluster_folder(cluster))
 
     async def listen(self, token: str) -> dict[str, Any]:
@@ -58,14 +63,6 @@ class ReplicaActor:
         self.process.trim_log()
 
 
-def peer_words(host: str, given: Sequence[str]) -> list[str]:
-    """Arguments of `intaglio serve` with which a replica keeps K/V blocks in memory and gives them to others.
-
-    host: this node's address. given: arguments that the user gives; --kv-cache-size among them is left as it is.
-    Otherwise the size is 8 GiB, or 1/8 of the node's memory if that is less.
-    """
-    words = ["--kv-peer", f"tcp://{f'[{host}]' if ':' in host else host}:0"]
-    if not any(word.split("=")[0] == "--kv-cache-size" for word in given):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        words += ["--kv-cache-size", str(min(BLOCKS_BYTES, memory // BLOCKS_SHARE))]
-    return words
+def peer_words(host: str) -> list[str]:
+    """Arguments of `intaglio serve` with which a replica keeps K/V blocks in memory, and gives them there at `host`."""
+    return ["--kv-peer", f"tcp://{f'[{host}]' if ':' in host else host}:0"]

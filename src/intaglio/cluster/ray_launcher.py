@@ -27,6 +27,7 @@ from intaglio.cluster.process import STARTING, STOPPING, Launched, ReplicaFailed
 from intaglio.cluster.ray_actor import ReplicaActor
 from intaglio.cluster.threads import threads_that_fit
 from intaglio.devices.processes.address import TcpAddress
+from intaglio.router import Role
 
 log = logging.getLogger("intaglio.cluster")
 PLACING = 300.0  # seconds that a replica may wait for a node with enough CPUs
@@ -51,6 +52,7 @@ class RayLauncher:
         self.cluster = cluster
         self.words: Sequence[str] = ()
         self.kv_token: str | None = None
+        self.sharing = 1  # most replicas on a node
         self.bundles: list[dict[str, float]] = [{"CPU": 1.0}]
         self.replicas: dict[str, RayReplica] = {}
         try:
@@ -63,12 +65,14 @@ class RayLauncher:
         nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         return threads_that_fit(nodes, replicas)
 
-    def prepare(self, words: Sequence[str], ranks: int, threads: int, kv_token: str | None = None) -> None:
+    def prepare(
+        self, words: Sequence[str], ranks: int, threads: int, kv_token: str | None = None, replicas: int = 1
+    ) -> None:
         """Set the command and the CPUs of every replica that is started from now on.
 
         words: arguments of `intaglio serve`. ranks: ranks of a replica. threads: CPUs of all ranks of a replica
-        together. kv_token: secret with which replicas fetch K/V blocks of each other; None if they fetch none. Raises
-        ValueError if no node of the cluster has so many CPUs.
+        together. kv_token: secret with which replicas fetch K/V blocks of each other; None if they fetch none.
+        replicas: most replicas of the cluster. Raises ValueError if no node of the cluster has so many CPUs.
         """
         self.kv_token = kv_token
         self.words, self.bundles = tuple(words), [{"CPU": float(max(1, threads // ranks))} for _ in range(ranks)]
@@ -78,15 +82,16 @@ class RayLauncher:
                 f"a replica needs {self.cpus:.0f} CPUs of one Ray node, the largest has {most:.0f}; "
                 "give fewer --threads or a smaller --layout"
             )
+        self.sharing = min(replicas, int(most // self.cpus))
 
     @property
     def cpus(self) -> float:
         """Number of CPUs of a replica, all ranks together."""
         return sum(bundle["CPU"] for bundle in self.bundles)
 
-    def __call__(self, name: str) -> RayReplica:
-        """A RayReplica of this name, which is not started."""
-        self.replicas[name] = RayReplica(name, self)
+    def __call__(self, name: str, role: Role) -> RayReplica:
+        """A RayReplica of this name and role, which is not started."""
+        self.replicas[name] = RayReplica(name, role, self)
         return self.replicas[name]
 
     def choose_node(self, name: str, nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -107,8 +112,8 @@ class RayLauncher:
 class RayReplica(Launched):
     """A replica on a node of a Ray cluster. Methods are called on the event loop."""
 
-    def __init__(self, name: str, launcher: RayLauncher) -> None:
-        self.name, self.launcher = name, launcher
+    def __init__(self, name: str, role: Role, launcher: RayLauncher) -> None:
+        self.name, self.role, self.launcher = name, role, launcher
         self._pid: int | None = None
         self.node, self.node_id = "", ""
         self.log = Path(f"{name}.log")  # on the node; known after the start
@@ -131,8 +136,10 @@ class RayReplica(Launched):
             placed = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
             cpus = self.launcher.bundles[0]["CPU"]
             actor = ray.remote(ReplicaActor).options(num_cpus=cpus, scheduling_strategy=placed, max_restarts=0)
-            words, kv_token = list(self.launcher.words), self.launcher.kv_token
-            self._actor = actor.remote(self.name, words, self.launcher.cluster, kv_token)
+            launcher = self.launcher
+            self._actor = actor.remote(
+                self.name, list(launcher.words), launcher.cluster, self.role, launcher.sharing, launcher.kv_token
+            )
             found = await self._unless_killed(self._actor.listen.remote(token), STARTING + CALL)
             if "failed" in found:
                 raise ReplicaFailed(found["failed"])

@@ -29,7 +29,7 @@ class ClusterOptions:
     """Options of a cluster.
 
     Attributes:
-        launch: function that makes the process of a replica from its name.
+        launch: function that makes the process of a replica from its name and role.
         replicas: number of replicas by role.
         most: largest number of replicas that the autoscaler may start; None: no autoscaling.
         policy: name of the router's placement policy, a key of router.POLICIES.
@@ -38,7 +38,7 @@ class ClusterOptions:
         front: options of the HTTP application.
     """
 
-    launch: Callable[[str], Launched]
+    launch: Callable[[str, Role], Launched]
     replicas: Mapping[Role, int] = field(default_factory=lambda: {"mixed": 2})
     most: int | None = None
     policy: str = "cache-aware"

@@ -411,10 +411,10 @@ def calibrate(
 def left_out(
     start: Target, used: Sequence[Sample], turns: Sequence[np.ndarray], folds: int, facts: bool, progress: Progress
 ) -> tuple[list[np.ndarray], list[Target]]:
-    """Cross-validate a fit. Returns (log errors of each sample's rows, the fitted target of each fold).
+    """Cross-validate a fit. Returns (log errors, an array for each sample; for each fold the target of its fit).
 
-    The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
-    one for each sample.
+    A fold's target is fitted to the rows of the other folds, and gives the errors of the fold's own rows. start: the
+    target where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold.
     facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []

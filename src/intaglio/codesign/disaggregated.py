@@ -54,7 +54,11 @@ class Apart:
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
-        """A list of the first `concurrency` requests' start times in seconds, evenly over the time that one takes."""
+        """A list of the first `concurrency` requests' start times in seconds, evenly over the time that one takes.
+
+        That time is estimated: the prompt alone in one step, then for each token of the response a decode step of all
+        open requests with half of the response in the cache.
+        """
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
         each = max(1, concurrency // self.decode.server.placement.replicas)
         taken = alone + request.output * self.decode.cost(each, request.prompt + request.output / 2)[0]

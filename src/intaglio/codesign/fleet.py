@@ -76,7 +76,7 @@ class Member:
 def least_open(members: Sequence[Member], number: int) -> Member:
     """The replica with the fewest open requests; among equals the one that was given the fewest so far.
 
-    number: number of the arrival, which does not matter here.
+    number: number of the arrival; not used.
     """
     return min(members, key=lambda m: (m.queue.open, m.given, m.number))
 

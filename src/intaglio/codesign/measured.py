@@ -160,7 +160,11 @@ class Row:
         return Placement(Layout(tp=tp, pp=pp), dp, experts, workers)
 
     def load(self) -> list[LoadRequest]:
-        """The row's requests as a list, all sent at 0 s, with lengths as the load generator draws them."""
+        """The row's requests as a list, all sent at 0 s: TURNS for each that is open, but at most MOST_REQUESTS.
+
+        If the row's lengths are both in SPREAD, the load generator draws lengths from 80 to 100 % of them, and so does
+        this function. Otherwise all requests have the row's lengths.
+        """
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
         count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
         if isl not in SPREAD or osl not in SPREAD:
@@ -260,7 +264,7 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
     """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
     If the row cannot be modelled, `refused` of the result says why. closed_form: True to take, for aggregated servers,
-    the steady state of steady.estimate() instead of the queue, in about a tenth of the time.
+    the steady state of steady.estimate() for the mean lengths instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -328,27 +332,27 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the rows of one engine and group of models: (modelled - measured) / measured latency, as fractions.
+    """Errors of the rows of one engine and group: (modelled - measured) / measured latency, as fractions.
 
     Attributes:
         engine: name of the engine, or "all".
-        group: dense, mixture or disaggregated.
+        group: group of the rows: "dense", "mixture" or "disaggregated" (see Row.group).
         rows: number of rows compared.
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
         ttft_bias: median of the signed errors of the time to the first token.
-        worst: the three rows with the largest errors of the time per token.
+        worst: up to three rows, as Compared: those with the largest errors of the time per token, the largest first.
     """
 
     engine: str
     group: str
     rows: int
-    tpot: float  # median of |error|
+    tpot: float
     ttft: float
-    tpot_bias: float  # median of the error with its sign
+    tpot_bias: float
     ttft_bias: float
-    worst: tuple[Compared, ...] = field(default=(), repr=False)  # by TPOT
+    worst: tuple[Compared, ...] = field(default=(), repr=False)
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:

@@ -151,8 +151,9 @@ class Queue:
     def take_steps(self, until: float) -> None:
         """Advance the clock by one step if a prompt is being computed, otherwise by decode steps.
 
-        Decode steps are taken until the next response ends or the clock reaches `until` seconds, at most LEAP of them
-        and at least one. Nothing happens if no request is admitted.
+        Decode steps are taken until the next response ends, the engine looks for waiting requests, or the clock reaches
+        `until` seconds; at most LEAP of them and at least one. All of them take as long as the one in the middle.
+        Nothing happens if no request is admitted.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -182,7 +183,7 @@ class Queue:
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
-        """(seconds, joules) of the step in the middle of the next `count` decode steps."""
+        """(seconds, joules) of the step in the middle of the next `count` decode steps, at the mean number of keys."""
         n = len(self.running)
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
 
@@ -229,7 +230,7 @@ class Queue:
         heapq.heappush(self.running, (self.counter + self._steps(one), self.number, one))
 
     def _steps(self, one: Queued) -> int:
-        """Number of steps in which a request decodes its tokens after the first."""
+        """Number of steps in which a request decodes its tokens after the first, each of the mean tokens a step."""
         return ceil((one.planned.output - 1) / self.settings.tokens_per_step)
 
     def _advance(self, decoding: int, seconds: float, joules: float, count: int, prompts: int = 0) -> None:

@@ -60,14 +60,17 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2,
 ) -> list[Ranked]:  # fmt: skip
-    """A list with a Ranked for each case of aggregated servers with enough layouts and points; none for refused rows.
+    """A list with a Ranked for each case of aggregated servers with enough layouts and points.
+
+    Refused rows, and rows of disaggregated servers, are left out.
 
     Args:
         compared: measured and modelled latencies.
         at_one_load: True to compare only points with equal numbers of open requests.
-        least: points of a case, at least.
-        same: columns that the points of a case have in common; points differ if any other of SAME does.
-        least_layouts: different layouts of a case, at least, 2 or more.
+        least: least number of points; cases with fewer are left out.
+        same: columns that the points of a case have in common. Rows that differ in another column of SAME are different
+            points.
+        least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
     for c in compared:
@@ -81,14 +84,19 @@ def rankings(
 
 
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """A tuple of the row's texts in these columns; `card` stands for the name of its model's card."""
+    """A tuple of the row's texts in these columns; "" for a column without one.
+
+    The name "card" is no column: its text is the name of the card of the row's model.
+    """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """The Ranked of the rows of one case. asked: the question.
+    """The Ranked of the rows of one case.
 
     Rows of the same layout, number of open requests and columns `others` count as one point, with their mean rates.
+
+    asked: the question, as Ranked.question holds it. mine: the rows. others: names of columns.
     """
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:

@@ -81,7 +81,11 @@ def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
 
 
 def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
-    """(prompts per second of one prefill server whose steps are full, seconds that a prompt is in such steps)."""
+    """(prompts per second of one prefill server whose steps are full, seconds that a prompt takes in such steps).
+
+    Each step has as many whole prompts as its tokens allow, or one chunk of a longer prompt, for each copy of
+    attention.
+    """
     count = kind.times.copies * max(1, kind.settings.max_batch_tokens // input)
     seconds = prompt_seconds(kind, input, count)
     return count / seconds, seconds
@@ -90,7 +94,8 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
     """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none.
 
-    input, output: tokens of each request's prompt and response. Also limited by the engine's sequences and K/V cache.
+    A step is timed with half of every response in the cache. The engine's sequences and K/V cache limit the number too.
+    input, output: tokens of each request's prompt and response.
     """
     high = min(kind.settings.max_sequences, kind.settings.kv_tokens // (input + output))
     low = 0
@@ -104,9 +109,13 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 
 
 def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Ratio | None:
-    """The Ratio with the most requests per second of exactly `chips` chips.
+    """The Ratio with the most requests per second of exactly `chips` chips, in closed form.
 
-    None if no ratio fills them, or if a prompt alone or a step that decodes one sequence breaks a limit.
+    Prefill servers are planned with PREFILL_LOAD of their full rate. Decode servers have as many requests as
+    most_decoding() gives, and steps with half of every response in the cache. None if no ratio fills the chips, or if a
+    prompt alone or a step that decodes one sequence breaks a limit.
+
+    first, second: kinds of prefill and decode servers.
     """
     rate, full_s = prompt_rate(first, question.input)
     n = most_decoding(second, question.input, question.output, question.limits.tpot)

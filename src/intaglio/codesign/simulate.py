@@ -84,12 +84,15 @@ class Serving:
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """BatchSizes of a step that only decodes: batch * (output - 1) requests, all of average length."""
+        """BatchSizes of a step that only decodes, in the steady state: batch * (output - 1) requests.
+
+        All of them have the average number of keys, input + output // 2.
+        """
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step in the steady state: `batch` prompts, and a token for each decoding request."""
+        """BatchSizes of a step in the steady state: `batch` prompts, and a token for each request of decode()."""
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 

@@ -52,10 +52,11 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
 
     times, s: step times and settings of the server. Raises ValueError if not one request fits the K/V cache.
 
-    The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Steps
-    with prompts take longer than steps that only decode; with `s.mixed` False they decode nothing. As many prompts
-    start as responses end, which gives the fraction of steps with prompts. If prompts need more than every step, fewer
-    sequences decode. The other requests wait, by Little's law.
+    The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Every
+    decoding sequence has half of its response in the cache. Steps with prompts take longer than steps that only decode;
+    with `s.mixed` False they decode nothing. As many prompts start as responses end, which gives the fraction of steps
+    with prompts. If prompts need more than every step, fewer sequences decode. The other requests wait, by Little's
+    law.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:

@@ -293,6 +293,9 @@ class StepTimes:
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
         """(BatchSizes of the attention copy with the most tokens, tokens of all copies) of one micro-batch.
 
+        Each prompt goes to the copy that has the fewest tokens of prompts, the longest prompts first; its chunk is in
+        one micro-batch. Decoding sequences are spread evenly, rounded up.
+
         decoding, context, chunks: the step, as given to exact().
         """
         stages = self.count
@@ -315,10 +318,10 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """How often a decode step reads a sequence's keys and values, as a multiple of a step of one query.
+        """How often a decode step reads a sequence's keys and values, relative to a step of one query.
 
-        Rows of all queries, and of the heads that share a K/V head, are multiplied together, in tiles of as many rows
-        as the library's attention kernel takes at least.
+        The rows of all queries, and of all heads that share a K/V head, are multiplied together, in tiles. A tile has
+        the least number of rows that the library's attention kernel takes. Each tile reads the keys and values once.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -361,9 +364,11 @@ class StepTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step, by the table of exact() times.
 
+        A step that only decodes is interpolated between four entries of the table. A step with chunks takes the entry
+        with the nearest sizes, scaled by the number of tokens.
+
         decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
-        and including them, number of such prompts). A step that only decodes is interpolated between four entries. One
-        with chunks takes the nearest entry, scaled by the number of tokens.
+        and including them, number of such prompts).
         """
         if not chunks:
             if not decoding:

@@ -39,7 +39,7 @@ def bisect(
 
     The first run is taken as correct. Sites that both Programs have are compared, in the order of the second.
     Tolerances are those of check(), which allow for rounding in float32 only; with a lossy weight format, the first
-    site out of tolerance is where quantization begins to matter.
+    site out of tolerance is where quantisation begins to matter.
 
     Args:
         path: the checkpoint.

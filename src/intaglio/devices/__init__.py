@@ -1,6 +1,7 @@
 """Devices: host (C++), reference (NumPy), oracle (tests), silicon (modelled). Open one with `open_device(name)`.
 
-A device's module is imported when the device is opened: only the host needs the compiled part of this package.
+A device's module is imported when the device is opened. Only the host, and devices in processes of their own (a worker,
+groups of ranks), need the compiled part of this package.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from intaglio.program import Program, verify
 
 
 class ReferenceExecutable(RankExecutable):
-    """A Program with its weights as NumPy arrays (or quantized values) and zeroed K/V caches."""
+    """A Program with its weights as NumPy arrays (or quantised values) and zeroed K/V caches."""
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec) -> None:
         self.program, self.state = program, state

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from intaglio.models.kinds import kind_wanted
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -21,6 +23,8 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+MLP_TYPES = ("dense", "sparse")
+PER_LAYER = ("mlp_layer_types", "no_rope_layers", "layer_rope_theta", "indexer_types")  # lists of one value per layer
 
 
 class CheckpointError(ValueError):
@@ -48,15 +52,20 @@ class Settings(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         self.seen.add(key)
-        return super().__getitem__(key)
+        return self._checked(key, super().__getitem__(key))
 
     def get(self, key: str, default: Any = None) -> Any:
         self.seen.add(key)
-        return super().get(key, default)
+        return self._checked(key, super().get(key, default))
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         self.seen.add(key)
         return super().setdefault(key, default)
+
+    def _checked(self, key: str, value: Any) -> Any:
+        if wanted := kind_wanted(key, value):
+            raise PortError(f"config.json: {self.path(key)}={value!r}; wanted {wanted}")
+        return value
 
     def path(self, key: str) -> str:
         """The path of a key in the file."""
@@ -80,6 +89,7 @@ class Config:
         replaced: {a key that another one overrides: the reason}.
         ignored: {prefix of names of tensors that are not read because of this config: the reason}, besides those of the
             Family.
+        named: {a key as ports read it: the file's own name of it}, where they differ; errors name the latter.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -89,12 +99,46 @@ class Config:
         self.parts: list[Settings] = []
         self.replaced: dict[str, str] = {}
         self.ignored: dict[str, str] = {}
+        self.named: dict[str, str] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or `default` if it has none."""
+        """The value of a key, or `default` if it has none.
+
+        Raises PortError for a value that is not of the key's kind (kinds.py), and for a list of one value per layer
+        that has another length than num_hidden_layers.
+        """
         self.seen.add(key)
         value = self.table.get(key)
+        if wanted := kind_wanted(key, value):
+            raise PortError(f"config.json: {self.name(key)}={value!r}; wanted {wanted}")
+        layers = self.table.get("num_hidden_layers")
+        if key in PER_LAYER and value and isinstance(layers, int) and len(value) != layers:
+            raise PortError(f"config.json: {key} lists {len(value)} layers but num_hidden_layers={layers}")
+        if key == "mlp_layer_types" and (unknown := sorted({*(value or ())} - {*MLP_TYPES})):
+            raise PortError(f"config.json: {key} has {unknown[0]!r}; wanted {' or '.join(MLP_TYPES)}")
         return default if value is None else value
+
+    def name(self, key: str) -> str:
+        """The file's own name of a key, for error messages."""
+        return self.named.get(key, key)
+
+    def either(self, *keys: str) -> str:
+        """The first of these keys that has a value, or the last; all are recorded as read."""
+        return next(key for key in keys if self.get(key) is not None or key == keys[-1])
+
+    def count(self, key: str) -> int:
+        """The value of a key that is an integer of 0 or more. Raises PortError for another or a missing value."""
+        value = self.get(key)
+        if value is None:
+            raise PortError(f"config.json lacks {self.name(key)!r}, which this family needs")
+        return int(value)
+
+    def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
+        """The value of a key that lists as many numbers as `default`, as a tuple. Raises PortError for another."""
+        values = self.get(key, default)
+        if len(values) != len(default):
+            raise PortError(f"config.json: {self.name(key)}={values!r}; wanted {len(default)} numbers")
+        return tuple(float(x) for x in values)
 
     def settings(self, key: str, inner: str = "") -> Settings:
         """A Settings copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
@@ -122,9 +166,9 @@ class Config:
         """
         value = self.get(key, default)
         if value is None:
-            raise PortError(f"config.json lacks {key!r}, which this family needs")
+            raise PortError(f"config.json lacks {self.name(key)!r}, which this family needs")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PortError(f"config.json: {key}={value!r}; wanted an integer of 1 or more")
+            raise PortError(f"config.json: {self.name(key)}={value!r}; wanted an integer of 1 or more")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
@@ -134,29 +178,31 @@ class Config:
         """
         value = self.get(key, default)
         if value is None:
-            raise PortError(f"config.json lacks {key!r}, which this family needs")
+            raise PortError(f"config.json lacks {self.name(key)!r}, which this family needs")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise PortError(f"config.json: {key}={value!r}; wanted a number above 0")
+            raise PortError(f"config.json: {self.name(key)}={value!r}; wanted a number above 0")
         return float(value)
 
     def flag(self, key: str) -> bool:
         """The value of a key that is true or false; False if it has no value. Raises PortError for anything else."""
         value = self.get(key, False)
         if not isinstance(value, bool):
-            raise PortError(f"config.json: {key}={value!r}; wanted true or false")
+            raise PortError(f"config.json: {self.name(key)}={value!r}; wanted true or false")
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
         """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0 or {}."""
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
-                raise PortError(f"config.json: {key}={self.get(key)!r} is not supported: {why}")
+                raise PortError(f"config.json: {self.name(key)}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
         """Name of the activation function, in the names that ops use. Raises PortError for an unknown one."""
         value = self.get(key)
-        if value not in ACTIVATIONS:
-            raise PortError(f"config.json: {key}={value!r} is not ported; known are {', '.join(ACTIVATIONS)}")
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise PortError(
+                f"config.json: {self.name(key)}={value!r} is not ported; known are {', '.join(ACTIVATIONS)}"
+            )
         return ACTIVATIONS[value]
 
     def layer_types(

@@ -244,7 +244,7 @@ def _judge(
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""
         yield Fate(file, path, "ignored", c.replaced[key], note)
         return
-    if key not in c.seen:
+    if key not in c.seen or key in family.fixed:
         yield _judge_unread(file, key, path, value, family, config)
         return
     yield Fate(file, path, "used", "read by the port" if value is not None else "null; the family's default holds")

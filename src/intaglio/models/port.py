@@ -23,7 +23,8 @@ from intaglio.models.leftovers import judge_tensor
 from intaglio.models.ports import Family, families
 from intaglio.models.ports.family import OTHER_PART
 from intaglio.models.ports.granite import STACKS
-from intaglio.program import Program
+from intaglio.ops import OpError
+from intaglio.program import Program, ProgramError
 from intaglio.program.source import expand, is_run, shape_after
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -238,6 +239,8 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
         outer = {k: config[k] for k in ("tie_word_embeddings",) if config.get(k) is not None}
         c = Config({**inner, **outer}, family.defaults)
     for usual, own in family.aliases.items():
+        if own in config or c.get(own) is not None:
+            c.named[usual] = own
         if c.get(own) is not None:
             c.table[usual] = c.get(own)
     if family.prepare:
@@ -316,7 +319,10 @@ def _program(
     d = layout(family.describe(c, length))
     if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[0])):
         d = replace(d, mixture=replace(d.mixture, sources=NAMED, biases=d.mixture.biases and NAMED_BIASES))
-    return write(family.writer(d, name, length, format, order))
+    try:
+        return write(family.writer(d, name, length, format, order))
+    except (OpError, ProgramError) as e:
+        raise PortError(f"config.json: settings of {family.architecture} do not fit together: {e}") from None
 
 
 def _long_note(length: int, usual: int, limit: int) -> str:
@@ -339,7 +345,7 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
 
     Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results, ProgramError for one that cannot be cut as the Program wants it.
+    change results, too, and for one that cannot be cut as the Program wants it.
     """
     program, family = ported.program, ported.family
     wanted = {
@@ -382,9 +388,15 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
             )
         raise PortError(f"{where} holds {_some(extra)}, which the port of {family.models} would leave unused{lora}")
     for name, (steps, shape) in sorted(wanted.items()):
-        found = shape_after(checkpoint.shape(name), steps)
+        keys = next((keys for part, keys in DECIDED_BY.items() if part in name), "hidden_size")
+        try:
+            found = shape_after(checkpoint.shape(name), steps)
+        except (ProgramError, IndexError) as e:
+            raise PortError(
+                f"{where}: {name} is {list(checkpoint.shape(name))}, from which the port takes parts "
+                f"({'|'.join(steps)}): {e}; config.json's {keys} or the layout of the tensor is another"
+            ) from None
         if shape and found != shape:
-            keys = next((keys for part, keys in DECIDED_BY.items() if part in name), "hidden_size")
             raise PortError(f"{where}: {name} is {list(found)}, config.json makes it {list(shape)} ({keys})")
 
 

@@ -66,8 +66,8 @@ class Select(Op, kind="select"):
 class Permute(Op, kind="permute"):
     """Op that puts columns in another order: out[t, j] = x[t, order[j]].
 
-    x f32 [rows, width], order i32 [width], out as x. Weights quantized with act-order (GPTQ) store their columns
-    sorted by quantization group; Permute sorts x to match.
+    x f32 [rows, width], order i32 [width], out as x. The columns of weights quantised with act-order (GPTQ) are sorted
+    by quantisation group when they are read; Permute sorts x to match.
     """
 
     x: str = operand()

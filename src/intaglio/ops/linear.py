@@ -19,7 +19,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 def x_format(weight: str, exact: bool = False) -> str:
     """The name of the format to which x is rounded before a product with weights of format `weight`.
 
-    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. exact: True to use f32 in place of
+    int8 for integer codes, bf16 for bf16 and other quantised weights, else f32. exact: True to use f32 in place of
     bf16.
     """
     fmt = formats.get(weight)

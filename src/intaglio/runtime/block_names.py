@@ -74,9 +74,9 @@ class BlockNames:
     block_size: int
 
     def root(self, salt: str | None = None) -> str:
-        """The parent's name for the first block of a sequence: a hash over the scope and the salt.
+        """The name that stands for the parent of a sequence's first block: a hash over the scope and the salt.
 
-        salt: the request's cache salt. None and "" give different names.
+        salt: the request's cache salt; None: none. None and "" give different names.
         """
         end = b"" if salt is None else b"salt " + salt.encode("utf-8", "surrogatepass")
         return digest(b"root " + self.scope.encode() + b" " + end)

@@ -36,7 +36,7 @@ class TierCounts:
         hits: blocks that were loaded into an engine's pool.
         misses: blocks that an engine looked for and the tier did not have.
         corrupt: blocks that the tier had but that failed a check: checksum, length, name, or another model's.
-        late: blocks that were given up because loading took too long.
+        late: blocks that were given up because no further block came in time.
         saved: blocks that were written.
         dropped: blocks that were not saved because earlier ones were still being written, or writing had just failed.
         evicted: blocks that were deleted to make room for others.
@@ -70,14 +70,13 @@ class Load(Protocol):
         """Wait up to `seconds` for the load to end. Returns True if it has ended."""
 
     def blocks(self) -> list[np.ndarray]:
-        """The contents of the loaded blocks: a list of uint8 [block_bytes], in the order of the keys.
+        """The contents of the blocks loaded so far: a new list of uint8 [block_bytes], in the order of the keys.
 
-        The list ends before the first block that the tier did not have, or that failed a check. Call it only after the
-        load has ended.
+        The list ends before the first block that the tier did not have, or that failed a check.
         """
 
     def cancel(self) -> None:
-        """Stop the load, as its blocks are not wanted any more: what has not been read yet is not read."""
+        """Stop the load, as no further blocks are wanted: what has not been read yet is not read."""
 
 
 class Connector(Protocol):
@@ -96,11 +95,20 @@ class Connector(Protocol):
         names: the names of the blocks, each the parent of the next.
         """
 
+    def stored(self, names: Sequence[str]) -> int:
+        """Number of blocks, from the first of `names` on, that the tier itself holds, and that need not be saved.
+
+        lookup() also counts blocks that the tier would fetch from elsewhere.
+        """
+
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Load:
         """Begin to load the blocks of `keys`, of `block_bytes` bytes each, and return the Load without waiting."""
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
-        """Save a block; the tier may drop it. `content`, uint8 [block_bytes], belongs to the tier from now on."""
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
+        """Save a block. Returns False if the tier drops it, as it would the next.
+
+        content: uint8 [block_bytes], which belongs to the tier from now on.
+        """
 
     def touch(self, names: Sequence[str]) -> None:
         """Note that these blocks, each the parent of the next, are in use, so that other blocks are evicted first."""

@@ -73,7 +73,10 @@ class LatencyEstimator:
         )
 
     def output_tokens(self, max_tokens: int) -> float:
-        """Expected output length in tokens: the lesser of `max_tokens` and LENGTH_MARGIN times the 90th percentile."""
+        """Expected output length in tokens: LENGTH_MARGIN times the 90th percentile of output lengths.
+
+        It is at most `max_tokens`.
+        """
         return min(max_tokens, LENGTH_MARGIN * self.output_length)
 
     def observe_output(self, tokens: int) -> None:

@@ -13,7 +13,8 @@ from intaglio.runtime.connector import BlockKey, Connector, Load
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.sequence import Sequence
 
-LOAD_TIMEOUT = 2.0  # seconds; then the blocks are computed
+LOAD_TIMEOUT = 2.0  # seconds without a further block; then the blocks that have not come are computed
+PORTION = 64 << 20  # bytes of blocks that are read from the device at once
 POLL = 0.05  # seconds that a wait for a load may take when nothing else can run
 
 
@@ -37,7 +38,7 @@ class BlockDevice(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass
 class SequenceLoad:
     """A load of K/V blocks for a waiting sequence.
 
@@ -46,24 +47,29 @@ class SequenceLoad:
         first: index, among the sequence's blocks, of the first block that is loaded.
         keys: the blocks that are loaded.
         load: the tier's load.
-        began: when it began, in seconds by the engine's clock.
+        since: when it began or the last block came, in seconds by the engine's clock.
+        arrived: number of blocks that had come by then.
+        kept: contents of the blocks that had come when the others were given up; None: none have been given up.
     """
 
     sequence: Sequence
     first: int
     keys: tuple[BlockKey, ...]
     load: Load
-    began: float
+    since: float
+    arrived: int = 0
+    kept: list[np.ndarray] | None = None
 
 
 class Offload:
     """Moves K/V blocks between an engine's pool and a tier. Without a connector it does nothing.
 
-    Full blocks are saved once they are in the prefix cache. Blocks are loaded for one sequence at a time, the first
-    that waits; running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
+    Full blocks are saved once they are in the prefix cache, and again if a sequence starts with them and the tier has
+    evicted them. Blocks are loaded for one sequence at a time, the first that waits: those that wait behind it start
+    after it, and running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
 
-    timeout: longest time for a load, in seconds by the engine's clock. device: the device with the blocks; to be set
-    before the first step.
+    timeout: longest time in which no further block of a load comes, in seconds by the engine's clock; then the blocks
+    that have come are used. device: the device with the blocks; to be set before the first step.
     """
 
     def __init__(
@@ -72,7 +78,8 @@ class Offload:
         self.connector, self.pool, self.clock, self.timeout = connector, pool, clock, timeout
         self.device: BlockDevice | None = None
         self.loading: SequenceLoad | None = None
-        self.unsaved: list[int] = []  # blocks added to the prefix cache since the last save()
+        self.unsaved: list[int] = []  # blocks noted since the last save()
+        self.fetched: set[str] = set()  # names of the blocks loaded since then: where they came from has them
 
     def ready(self, sequence: Sequence, cached: int, wait: bool) -> bool:
         """True if a waiting sequence may start; False while blocks for it are being loaded. Begins the load if needed.
@@ -88,13 +95,20 @@ class Offload:
             self._give_up()  # it was aborted, or another goes before it
         if not self.loading:
             self.loading = self._begin(sequence, cached)
-        if not self.loading or self.loading.load.wait(POLL if wait else 0.0):
+        loading = self.loading
+        if not loading or loading.load.wait(POLL if wait else 0.0):
             return True
-        if self.clock.read() - self.loading.began <= self.timeout:
+        found, now = loading.load.blocks(), self.clock.read()
+        if len(found) == len(loading.keys):
+            return True
+        if len(found) > loading.arrived:
+            loading.arrived, loading.since = len(found), now
+        if now - loading.since <= self.timeout:
             return False
-        self.connector.counts.late += len(self.loading.keys)
-        self.connector.say("late", f"loading K/V blocks took more than {self.timeout:g} s; they are computed instead")
-        self._give_up()
+        loading.load.cancel()
+        loading.kept = found
+        self.connector.counts.late += len(loading.keys) - len(found)
+        self.connector.say("late", f"no K/V block was loaded for {self.timeout:g} s; those that are left are computed")
         return True
 
     def fill(self, sequence: Sequence, cached: int, blocks: list[int]) -> int:
@@ -109,8 +123,10 @@ class Offload:
         if done.sequence is not sequence:
             done.load.cancel()
             return 0
-        counts, found = self.connector.counts, done.load.blocks()
-        counts.misses += len(done.keys) - len(found)
+        counts, found = self.connector.counts, done.kept
+        if found is None:
+            found = done.load.blocks()
+            counts.misses += len(done.keys) - len(found)
         # while it was loading, the prefix cache may have come to hold more of the prompt, or less
         contents = found[cached - done.first :] if done.first <= cached else []
         if not contents:
@@ -123,44 +139,58 @@ class Offload:
             self.connector.say("device", f"the device did not take loaded K/V blocks, which are computed: {e}")
             counts.errors += 1
             return 0
+        self.fetched.update(key.name for key in done.keys[cached - done.first :][: len(contents)])
         counts.hits += len(contents)
         counts.loaded_bytes += sum(x.nbytes for x in contents)
         return len(contents)
 
     def started(self, blocks: list[int]) -> None:
-        """Tell the tier that a sequence starts with these blocks, so that they count as recently used."""
+        """Tell the tier that a sequence starts with these blocks, so that they count as recently used.
+
+        save() saves those that the tier has evicted.
+        """
         if self.connector and blocks:
             # a loaded block is not in the prefix cache if another of its name is
-            self.connector.touch([self.pool.name(block) for block in blocks if block in self.pool.cached])
+            cached = [block for block in blocks if block in self.pool.cached]
+            self.connector.touch([self.pool.name(block) for block in cached])
+            self.unsaved += cached
 
     def stored(self, block: int) -> None:
-        """Note that a block was added to the prefix cache; save() saves it."""
+        """Note that a block is in the prefix cache; save() saves it."""
         if self.connector:
             self.unsaved.append(block)
 
     def save(self) -> None:
-        """Read the blocks added to the prefix cache from the device and hand them to the tier. Raises DeviceLost."""
+        """Read the noted blocks that the tier does not have from the device and save them. Raises DeviceLost.
+
+        Blocks that were loaded since the last call are not saved: of a tier that fetches from peers, a peer has them.
+        """
         noted, self.unsaved = self.unsaved, []
-        if not self.connector or not self.device or not noted:
+        fetched, self.fetched = self.fetched, set()
+        if not self.connector or not self.device:
             return
-        blocks = [
-            b for b in dict.fromkeys(noted) if b in self.pool.cached and not self.connector.lookup([self.pool.name(b)])
-        ]
+        names = {block: self.pool.name(block) for block in noted if block in self.pool.cached}
+        blocks = [b for b, name in names.items() if name not in fetched and not self.connector.stored([name])]
         if not blocks:
             return
-        try:
-            contents = self.device.read_blocks(blocks)
-        except DeviceLost:
-            raise
-        except DeviceError as e:
-            self.connector.say("device", f"the device did not give K/V blocks to save: {e}")
-            self.connector.counts.errors += 1
-            return
-        for block, content in zip(blocks, contents, strict=True):
-            self.connector.save(self._key(block), content)
+        portion = max(1, PORTION // self.device.block_bytes)
+        for at in range(0, len(blocks), portion):
+            part = blocks[at : at + portion]
+            try:
+                contents = self.device.read_blocks(part)
+            except DeviceLost:
+                raise
+            except DeviceError as e:
+                self.connector.say("device", f"the device did not give K/V blocks to save: {e}")
+                self.connector.counts.errors += 1
+                return
+            taken = [self.connector.save(self._key(b), content) for b, content in zip(part, contents, strict=True)]
+            if not all(taken):  # nor would it take more; what is not read takes no time
+                self.connector.counts.dropped += len(blocks) - at - len(part)
+                return
 
     def _give_up(self) -> None:
-        """Cancel the load: its blocks are not used."""
+        """Cancel the load. None of its blocks are used."""
         if self.loading:
             self.loading.load.cancel()
         self.loading = None

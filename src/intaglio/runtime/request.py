@@ -92,10 +92,12 @@ class SamplingParams:
     The output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence token
     (unless `ignore_eos`), or after `max_tokens` tokens.
 
-    Logits l are changed in this order: repetition_penalty r (token ids in prompt or output: l / r if l > 0, else l *
-    r); then l + logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count, counted over the output;
-    then the masks of `grammar`, `min_tokens`, `allowed_token_ids` and `bad_words`. Log-probabilities are always those
-    of the unchanged logits.
+    The logit l of a token id is changed in this order. Log-probabilities are always those of the unchanged logits.
+
+    1. repetition_penalty r, if the id is in the prompt or the output: l / r if l > 0, else l * r.
+    2. l + logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count. count: how often the id is in
+       the output.
+    3. The masks of `grammar`, `min_tokens`, `allowed_token_ids` and `bad_words`.
 
     Attributes:
         temperature: 0 is greedy.

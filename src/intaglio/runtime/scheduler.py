@@ -267,8 +267,7 @@ class Scheduler:
             self.windows.add_to_prefix_cache(sequence, sequence.indexed_blocks, parent, tokens)
             sequence.prefix_name = pool.add_to_prefix_cache(block, parent, tokens)
             sequence.indexed_blocks += 1
-            if pool.index[sequence.prefix_name] == block:
-                self.offload.stored(block)
+            self.offload.stored(pool.index[sequence.prefix_name])  # another block, if one of this name was cached
         needed = pool.blocks_for(sequence.length)
         pool.release(sequence.blocks[needed:])
         del sequence.blocks[needed:]

@@ -1,4 +1,4 @@
-"""Counters and gauges of an engine. The server turns them into metrics."""
+"""Counters and gauges of an engine, and the record of one step. The server turns them into metrics."""
 
 from __future__ import annotations
 

@@ -183,13 +183,19 @@ class Api:
         relay: Relay | None, model: ServedModel, body: Any, prompts: list[Prepared], choices: list[Any],
         envelope: Envelope, ignored: Sequence[str],
     ) -> ASGIApp:  # fmt: skip
-        """The ASGI response to a generation request: an Answer if a client sent it over HTTP.
+        """The ASGI response to a generation request.
 
-        If a router sent it: a Prefill if only the prompt is to be computed here, else a RelayedAnswer.
+        - For a client's request: an Answer.
+        - For a router's request of which only the prompt is to be computed here: a Prefill.
+        - For other requests of a router: a RelayedAnswer. If the router names a peer that has the prompts' K/V, the
+          model is told to fetch it from there when it is needed.
 
-        relay: the router's fields; None for a client's request. body: the parsed request. choices: a response builder
-        for each choice. ignored: names of the request's fields without effect. Raises Problem if a relayed request
-        cannot be continued here, or if fields of the body exclude each other.
+        relay: the router's fields; None for a client's request. body: the parsed request. prompts: one for each prompt
+        of the body. choices: a response builder for each choice. envelope: the response's other fields, such as its id.
+        ignored: names of the request's fields without effect.
+
+        Raises Problem if a relayed request cannot be continued here, or if stream_options or prompt_logprobs
+        contradicts `stream`.
         """
         if relay is None:
             return Answer(model, body, prompts, choices, envelope, ignored)

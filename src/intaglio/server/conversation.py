@@ -210,8 +210,11 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
     """The form in which a chat template accepts a message's content: "text", "parts" or "none".
 
-    "parts" is a list of typed parts. "none": the template drops the content in both forms. Found by rendering a test
-    message in each form, and cached per template. "text" if the template refuses the test message.
+    It is found by rendering a test message in each form, and cached per template.
+
+    - "text": the template writes the content if it is a text.
+    - "parts": it writes the content only if it is a list of typed parts.
+    - "none": it drops the content in both forms. If it refuses one of the messages and drops the other: "text".
 
     variables: only `tools` is passed to the template.
     """
@@ -273,7 +276,10 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | No
 def _open_final_message(text: str, message: Message) -> str:
     """The prompt cut right after the final message's text, so that the model continues this message.
 
-    text: the rendered prompt. Raises Problem if the message has no text, or if the prompt does not contain the text.
+    text: the rendered prompt. If the message's text occurs in it several times, the last occurrence counts.
+
+    Raises Problem if the message has no text, or if the prompt does not contain the text, not even without the white
+    space at its ends.
     """
     content = message.content if isinstance(message.content, str) else "".join(
         part.text for part in message.content or () if not isinstance(part, RefusalPart)

@@ -135,13 +135,14 @@ def _event(value: Any) -> bytes:
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected. Returns nothing."""
     leaving = asyncio.ensure_future(_disconnected(receive))
-    worker, left = asyncio.current_task(), False
+    worker, left, over = asyncio.current_task(), False, False
     assert worker is not None
 
     def cancel(_: asyncio.Future[None]) -> None:
         nonlocal left
-        left = True
-        worker.cancel()
+        if not over:
+            left = True
+            worker.cancel()
 
     leaving.add_done_callback(cancel)
     try:
@@ -151,6 +152,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
             raise ClientDisconnected from None
         raise
     finally:
+        over = True  # remove_done_callback() does not stop a call that the loop has already scheduled
         leaving.remove_done_callback(cancel)
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)

@@ -29,7 +29,11 @@ def describe_waits(i: Instruction) -> str:
 
 
 def check(target: Target, stream: Stream) -> None:
-    """Raise MachineError, naming site, engine and instruction, for the first fault of a stream. Returns nothing."""
+    """Raise MachineError, naming site, engine and instruction, for a fault of a stream. Returns nothing.
+
+    The fault is the first instruction that the chip refuses or that overflows a memory; if there is none, the first
+    race, or a deadlock if no race comes before it.
+    """
     for i in stream.instructions:
         if why := refusal(i, target) or overflow(target, i):
             raise MachineError(f"{location(stream, i)}: {why}")

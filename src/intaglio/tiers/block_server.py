@@ -132,13 +132,15 @@ def _request(s: socket.socket, where: str) -> list[str]:
 class BlockClient:
     """An authenticated connection to a BlockServer. Raises OSError if it cannot be made or is refused.
 
-    seconds: longest time without a byte of an answer.
+    connecting: longest time, in seconds, for the connection and for each answer of the handshake. silence: longest time
+    without a byte of an answer.
     """
 
-    def __init__(self, address: TcpAddress, seconds: float) -> None:
+    def __init__(self, address: TcpAddress, connecting: float, silence: float) -> None:
         self.address = address
-        self.socket, _ = introduce((address.host, address.port), address.token, 0, 0, 0)
-        self.socket.settimeout(seconds)
+        self.received = 0  # bytes of answers, ever
+        self.socket, _ = introduce((address.host, address.port), address.token, 0, 0, 0, connecting)
+        self.socket.settimeout(silence)
 
     @property
     def alive(self) -> bool:
@@ -178,6 +180,7 @@ class BlockClient:
             if not (got := self.socket.recv_into(held[at:].data)):
                 raise ConnectionResetError(f"{self.address} has closed the connection")
             at += got
+            self.received += got
         return held
 
 

@@ -17,7 +17,10 @@ from intaglio.tiers.leases import check_seconds
 
 
 class MemoryLeases:
-    """Leases on blocks, in this process's memory; otherwise like Leases."""
+    """Leases on blocks, kept in this process's memory: each pins blocks until a time, so that they are not evicted.
+
+    They have the methods of Leases, whose leases are files.
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[float, frozenset[str]]] = {}  # by lease: its end, and the names of its blocks
@@ -67,9 +70,10 @@ class MemoryLeases:
 
 
 class BlockMemory:
-    """K/V blocks in memory, each with the bytes of its file. Any thread may use it.
+    """K/V blocks in memory, each held as the bytes that its file would have. Any thread may use it.
 
-    budget: bytes of all blocks together. A block that a lease in `leases` pins is not evicted.
+    To make room for a block, the least recently used ones are evicted, but none that a lease in `leases` pins. budget:
+    most bytes of all blocks together.
     """
 
     def __init__(self, budget: int) -> None:
@@ -98,7 +102,9 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it: the least recently used, and none pinned.
+        """Keep a block's bytes. Returns the number of blocks deleted for it.
+
+        Those are the least recently used blocks that no lease pins, as many as exceed the budget.
 
         Raises NoRoom if pinned blocks leave no room for it within the budget; it is not kept then.
         """

@@ -7,6 +7,7 @@ block is announced with the request that needs it; a block that does not come is
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +24,20 @@ from intaglio.tiers.store import StoreLoad, StoreTier
 
 TOKEN_VARIABLE = "INTAGLIO_KV_TOKEN"  # environment variable with the token of --kv-peer tcp://HOST:PORT
 READERS = 4  # loads at a time: one from a peer that does not answer must not hold up the others
-SILENCE = 2.0  # seconds without a byte from a peer, after which its blocks are given up
+CONNECTING = 1.0  # seconds in which a peer must accept a connection, and answer each message of the handshake
+SILENCE = 1.5  # seconds without a byte from a peer, after which its blocks are given up: before the engine does
 ANNOUNCED_MAX = 1 << 16  # blocks of others that are remembered; the oldest are forgotten
+BLOCKS_BYTES, BLOCKS_SHARE = 8 << 30, 8  # default budget: 1/8 of the machine's memory, at most 8 GiB
 IDLE_MAX = 64  # connections to peers that are kept open
+
+
+def default_budget(memory: int, engines: int) -> int:
+    """Budget of a PeerTier's blocks in bytes, if none is given.
+
+    1/8 of the machine's memory in equal parts, at most 8 GiB each. memory: bytes of the machine's memory. engines:
+    number of engines there that keep blocks for peers.
+    """
+    return max(1, min(BLOCKS_BYTES, memory // BLOCKS_SHARE // engines))
 
 
 class PeerLoad(StoreLoad):
@@ -34,12 +46,19 @@ class PeerLoad(StoreLoad):
     def __init__(self) -> None:
         super().__init__()
         self.client: BlockClient | None = None  # that a thread waits for
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
         """Stop the load, also one that waits for a peer."""
-        super().cancel()
-        if self.client:
-            self.client.abort()
+        with self._lock:
+            super().cancel()
+            if self.client:
+                self.client.abort()
+
+    def wait_for(self, client: BlockClient | None) -> None:
+        """Set the connection that cancel() ends from now on; None: none. While cancel() ends another, wait for it."""
+        with self._lock:
+            self.client = client
 
 
 class PeerTier(StoreTier):
@@ -124,25 +143,32 @@ class PeerTier(StoreTier):
     ) -> Iterator[np.ndarray]:
         """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check."""
         names, sizes = [key.name for key in keys], [file_size(self.scope, key, block_bytes) for key in keys]
-        client, got = None, 0
+        client, got, received, began = None, 0, 0, time.monotonic()
         try:
-            client = load.client = self._connected(address)
-            if load.cancelled.is_set():  # before it could be aborted
+            if load.cancelled.is_set():
                 return
+            client = self._connected(address)
+            received = client.received
+            load.wait_for(client)
+            if load.cancelled.is_set():  # before it could be aborted
+                raise ConnectionAbortedError("the load was cancelled")
             client.ask(names)
             for held, size in client.answers(sizes):
                 content = check_block(held, size, str(address), self.scope, keys[got], block_bytes)
                 got += 1
                 yield content
             self._forget(names[got:])  # which it has not, or not any more
-            self._keep(client)
-            client = None
+            load.wait_for(None)
+            if not load.cancelled.is_set():  # else it may have been aborted
+                self._keep(client)
+                client = None
         except BlockFileError as e:
             self._forget(names[got : got + 1])
             self.damaged(e)
         except OSError as e:
-            if load.cancelled.is_set():
-                return
+            answered = client is not None and client.received > received
+            if load.cancelled.is_set() and (answered or time.monotonic() - began < CONNECTING):
+                return  # cancelled for a reason of its own
             with self._peers:
                 gone = [name for name, peer in self._announced.items() if peer == address]
             self._forget(gone)  # other loads must not wait for it too
@@ -150,7 +176,7 @@ class PeerTier(StoreTier):
                 self.counts.errors += 1
             self.say("fetch", f"K/V blocks cannot be fetched from {address} and are computed: {e or type(e).__name__}")
         finally:
-            load.client = None
+            load.wait_for(None)
             if client:
                 client.close()
 
@@ -168,10 +194,13 @@ class PeerTier(StoreTier):
             return client
         if client:
             client.close()
-        return BlockClient(address, SILENCE)
+        return BlockClient(address, CONNECTING, SILENCE)
 
     def _keep(self, client: BlockClient) -> None:
-        """Keep a connection open for the next load, and close one that is kept in place of it."""
+        """Keep a connection open for the next load, and close the one kept for this peer before.
+
+        With more than IDLE_MAX connections, the one kept longest is closed.
+        """
         with self._peers:
             surplus = [self._idle.pop(client.address)] if client.address in self._idle else []
             self._idle[client.address] = client

@@ -29,11 +29,11 @@ class StoreLoad:
         return self.ended.wait(seconds)
 
     def blocks(self) -> list[np.ndarray]:
-        """The contents of the blocks read so far, in order, as a list of uint8 [block_bytes].
+        """The contents of the blocks read so far, in order, as a new list of uint8 [block_bytes].
 
         The list ends before the first block that is missing or failed a check.
         """
-        return self.contents
+        return list(self.contents)  # the reader appends to it
 
     def cancel(self) -> None:
         """Stop the load: no further block is read."""
@@ -119,7 +119,7 @@ class StoreTier:
         self.reader = ThreadPoolExecutor(readers, "intaglio-kv-reader")
         self.writer = ThreadPoolExecutor(1, "intaglio-kv-writer")
         self.queued = 0  # bytes
-        self.closed = False
+        self.closed, self.loads = False, set[StoreLoad]()  # loads: those that have not ended
         self.writes_from = 0.0  # time.monotonic() before which nothing is written
         self.said, self.lock = set[str](), threading.Lock()
 
@@ -143,20 +143,22 @@ class StoreTier:
             if self.closed:
                 load.ended.set()
             else:
+                self.loads.add(load)
                 self.reader.submit(self._read, load, list(keys), block_bytes)
         return load
 
-    def save(self, key: BlockKey, content: np.ndarray) -> None:
-        """Queue a block to be written later. It is dropped if too many bytes wait, or if the tier is closed.
+    def save(self, key: BlockKey, content: np.ndarray) -> bool:
+        """Queue a block to be written later. Returns True; False if it is dropped.
 
-        It is also dropped during RETRY seconds after a write has failed.
+        It is dropped if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has failed.
         """
         with self.lock:
             if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
                 self.counts.dropped += 1
-                return
+                return False
             self.queued += content.nbytes
             self.writer.submit(self._write, key, content)
+        return True
 
     def touch(self, names: Sequence[str]) -> None:
         """Note that blocks are in use, so that other blocks are deleted first. names: each the parent of the next."""
@@ -230,9 +232,14 @@ class StoreTier:
             written.result()
 
     def close(self) -> None:
-        """Write the blocks that wait to be written, and end the threads. The engine must not be in a step."""
+        """Cancel loads, write the blocks that wait to be written, and end the threads.
+
+        The engine must not be in a step.
+        """
         with self.lock:
-            self.closed = True
+            self.closed, loads = True, list(self.loads)
+        for load in loads:
+            load.cancel()
         self.reader.shutdown()
         self.writer.shutdown()
 
@@ -241,6 +248,8 @@ class StoreTier:
             for content in self._contents(load, keys, block_bytes):
                 load.contents.append(content)
         finally:
+            with self.lock:
+                self.loads.discard(load)
             load.ended.set()
 
     def _contents(self, load: StoreLoad, keys: Sequence[BlockKey], block_bytes: int) -> Iterator[np.ndarray]:

@@ -263,8 +263,8 @@ class _Loader:
         if not coded and formats.get(t.format).published:
             had = f"{x.format} in other blocks" if isinstance(x, Quantised) and x.format else "plain values"
             raise DeviceError(
-                f"weight {t.name} is {t.type}, a format that cannot be quantized to, but {name} is {had}; use weights "
-                "int8 or int4, which quantize it again"
+                f"weight {t.name} is {t.type}, a format that cannot be quantised to, but {name} is {had}; use weights "
+                "int8 or int4, which quantise it again"
             )
         plain = x if isinstance(x, np.ndarray) else x.rows(slice(None))
         rows = x if coded else np.ascontiguousarray(plain).reshape(-1, held[-1])

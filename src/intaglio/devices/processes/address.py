@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from intaglio.devices.processes.connections import check_token
 
@@ -25,6 +26,14 @@ class TcpAddress:
 
     def __str__(self) -> str:
         return f"{SCHEME}{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
+    def unspecified(self) -> bool:
+        """True if the host is 0.0.0.0 or ::, at which one can listen but to which nobody can connect."""
+        try:
+            return ip_address(self.host).is_unspecified
+        except ValueError:
+            return False  # a host's name
 
     @classmethod
     def parse(cls, text: str, token: str) -> TcpAddress:

@@ -1,8 +1,9 @@
-"""TCP connections between the ranks of a group on several hosts, authenticated with the group's token.
+"""Authenticated TCP connections: between ranks, between launcher and agents, and for K/V blocks.
 
-A connection is made once for each pair of ranks and epoch, and then given to the native communicator. Both ends prove
-by HMAC-SHA256 over each other's random numbers that they know the token; the token itself does not travel. What travels
-afterwards is neither encrypted nor signed: use a network of your own, or a tunnel.
+Both ends prove by HMAC-SHA256 over each other's random numbers that they know a token; the token itself does not
+travel. Ranks of different hosts connect once for each pair and epoch, and give the connection to the native
+communicator. What travels between ranks afterwards is neither encrypted nor signed: use a network of your own, or a
+tunnel.
 """
 
 from __future__ import annotations
@@ -53,14 +54,17 @@ def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer:
     return introduce(address, token, epoch, rank, peer)[0]
 
 
-def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> tuple[socket.socket, bytes]:
+def introduce(
+    address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int, seconds: float = TIMEOUT
+) -> tuple[socket.socket, bytes]:
     """Connect as `rank` to rank `peer`, which listens at `address`, and authenticate. Returns (socket, session key).
 
-    Only the two ends know the key. Raises OSError if no connection can be made, its subclass ConnectionRefused if the
-    peer refuses or does not know the token, and ValueError for a short token.
+    Only the two ends know the key. seconds: longest time for the connection, and for each of the peer's two answers.
+    Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
+    token, and ValueError for a short token.
     """
     check_token(token)
-    s = socket.create_connection(address, timeout=TIMEOUT)
+    s = socket.create_connection(address, timeout=seconds)
     try:
         challenge = receive(s, 32)
         hello = HELLO.pack(MAGIC, epoch, rank, peer, secrets.token_bytes(32))

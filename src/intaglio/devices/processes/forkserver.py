@@ -68,6 +68,7 @@ class ForkedProcess:
                 self.returncode = os.waitstatus_to_exitcode(self.server.status(self.pid))
             os.close(self.file)
             self.file = -1
+            self.server.children.discard(self)
         return self.returncode
 
 
@@ -82,6 +83,7 @@ class ForkServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.socket: socket.socket | None = None
         self.stop: Callable[[], object] = int
+        self.children = set[ForkedProcess]()  # of this server and earlier ones; nobody has waited for them yet
 
     def fork(self, target: str, argument: str, files: Sequence[int], modules: Iterable[str] = ()) -> ForkedProcess:
         """Fork a child that calls target(argument, descriptors) and then ends. Returns its ForkedProcess.
@@ -114,7 +116,9 @@ class ForkServer:
             os.close(request)
         if "error" in answer:
             raise ForkServerError(f"the fork server cannot fork: {answer['error']}")
-        return ForkedProcess(self, answer["pid"], found[0])
+        child = ForkedProcess(self, answer["pid"], found[0])
+        self.children.add(child)
+        return child
 
     def status(self, pid: int) -> int:
         """The wait status, as of os.waitpid(), of a child that has ended. It can be asked for once.
@@ -128,7 +132,12 @@ class ForkServer:
         return int(answer["status"])
 
     def close(self) -> None:
-        """End the server, and the children that are left. Returns nothing."""
+        """End the server and kill the children that are left. Returns nothing. A later fork() starts another server."""
+        self._end()
+        for child in list(self.children):  # a server that hangs is killed, and does not kill its children itself
+            child.kill()
+
+    def _end(self) -> None:
         self.stop()
         self.socket = self.process = None
 
@@ -141,7 +150,8 @@ class ForkServer:
     def _ask(self, request: object, files: Sequence[int], timeout: float) -> tuple[dict[str, Any], list[int]]:
         """Send a request to the server and wait for its answer. Returns (answer, descriptors that came with it).
 
-        Raises ForkServerError, after ending the server, if it does not answer within `timeout` seconds.
+        Raises ForkServerError, after ending the server, if it does not answer within `timeout` seconds. Children of a
+        server that died or hangs go on.
         """
         if self.socket is None:
             raise ForkServerError("the fork server is not running")
@@ -155,7 +165,7 @@ class ForkServer:
                 return json.loads(message), found
             raise ForkServerError("the fork server ended")
         except OSError as e:
-            self.close()
+            self._end()
             raise (
                 e if isinstance(e, ForkServerError) else ForkServerError(f"the fork server does not answer: {e}")
             ) from e

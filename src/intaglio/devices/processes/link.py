@@ -36,8 +36,8 @@ class Link:
 
     key: the session's key. connected: True on the side that opened the connection. silence: seconds without a byte from
     the other end, after which that end counts as gone. A heartbeat is sent every INTERVAL seconds, in the connection
-    and as a datagram (Beacon), so a host that is only slow does not count as gone. The link is lost all the same if no
-    byte moves in the connection, in one direction, for STALL times the silence.
+    and as a datagram (Beacon), so a host that is only slow does not count as gone. The link is also lost if for STALL
+    times the silence no byte comes in the connection, or none can be sent, even while datagrams come.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
@@ -134,9 +134,9 @@ class Link:
     def _arrived(self) -> bool:
         """Wait up to INTERVAL seconds. Returns True if bytes came in the connection; datagrams are read here.
 
-        A look counts as INTERVAL seconds at most, however long this process was paused. Raises LinkLost if the link is
-        closed, if the other end hears nothing, or if nothing came for `silence` seconds, or no bytes for `stall`
-        seconds.
+        If this process was paused meanwhile, the wait counts as at most INTERVAL seconds of silence. Raises LinkLost if
+        the link is closed, the other end says that it hears nothing, neither bytes nor datagrams came for `silence`
+        seconds, or no bytes for `stall` seconds.
         """
         ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)} - {self.beacon.fileno()}
         before, self.looked = self.looked, time.monotonic()

@@ -137,7 +137,10 @@ class Epoch(Generic[Member, Answer]):
         self.answers: dict[int, dict[Member, Answer]] = {}  # by step; step 0 is the load
 
     def concerns(self, epoch: int | None) -> bool:
-        """True if a frame of this epoch is for this group, or if `epoch` is None: a frame about the link itself."""
+        """True if a frame is for this group.
+
+        epoch: the frame's epoch; None: the frame is about the link itself and concerns any group.
+        """
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:

@@ -104,7 +104,9 @@ def lengths(c: Config) -> tuple[int, int, bool]:
     p = nested if isinstance(nested, Mapping) else scaling
     kind, factor = p.get("rope_type", p.get("type", "default")), p.get("factor") or 1.0
     pretrained = c.get("original_max_position_embeddings") or p.get("original_max_position_embeddings") or n
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (factor, pretrained)):
+    if not all(
+        isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in (factor, pretrained)
+    ):
         return n, n, False
     if "short_factor" in p:
         return int(min(n, pretrained)), n, pretrained < n
@@ -126,8 +128,8 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
     Raises PortError for settings that are missing, wrong or not supported.
     """
     kind, part = p["rope_type"], p["partial_rotary_factor"]
-    if kind not in TYPES:
-        raise PortError(f"config.json: rope type {kind!r} is not ported; known are {', '.join(TYPES)}")
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise PortError(f"config.json: rope_type={kind!r} is not ported; known are {', '.join(TYPES)}")
     _check_numbers(kind, p)
     if part != 1 and not partial and kind != "proportional":
         raise PortError(f"config.json: partial_rotary_factor={part}, but this family rotates whole heads")

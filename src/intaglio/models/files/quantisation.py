@@ -98,7 +98,8 @@ def method_of(q: Settings, where: str) -> str:
 def _modelopt(q: Settings, where: str) -> str:
     """The method of NVIDIA Model Optimizer's settings: "modelopt", or "" if only the K/V cache is quantised.
 
-    Raises PortError for an algorithm that is not supported.
+    where: place of the settings, such as "config.json: quantization_config", for the error. Raises PortError for an
+    algorithm that is not supported.
     """
     algo = q.get("quant_algo")
     if algo is None and q.get("kv_cache_quant_algo"):

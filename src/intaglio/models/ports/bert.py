@@ -166,7 +166,11 @@ def roformer(c: Config, context: int) -> Decoder:
     c.refuse("rotary_value", why="values are not rotated here")
     s, width = encoder(c) | {"positions": 0}, c.get("embedding_size") or c.whole("hidden_size")
     s |= {"ropes": {"rope": Table(sinusoid(s["head_dim"]), style="interleaved")}}
-    s |= {"layers": (Layer(),) * len(s["layers"]), "head_dense": width, "embed_width": width % s["hidden"]}
+    s |= {
+        "layers": (Layer(),) * len(s["layers"]),
+        "head_dense": width,
+        "embed_width": width if width != s["hidden"] else 0,
+    }
     return Decoder(**s, head=CLS, sources={**NAMES, **AFTER, **CLS_HEAD, "embed_proj": "embeddings_project"})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import Decoder, Layer, Mixture, sizes, sparse
 from intaglio.models.decoder.rope import parameters, table
@@ -20,6 +22,8 @@ def dbrx(c: Config, context: int) -> Decoder:
     """
     attention, ffn = c.settings("attn_config"), c.settings("ffn_config")
     act = ffn.get("ffn_act_fn") or {"name": "silu"}
+    if not isinstance(act, Mapping) or "name" not in act:
+        raise PortError(f"config.json: ffn_config.ffn_act_fn={act!r}; wanted an object with the key name")
     power = ffn.get("moe_normalize_expert_weights", 1.0)
     if power not in (None, 1, 1.0):
         raise PortError(
@@ -31,11 +35,13 @@ def dbrx(c: Config, context: int) -> Decoder:
         "num_key_value_heads": attention.get("kv_n_heads", 1), "head_dim": None, "hidden_act": act["name"],
         "intermediate_size": ffn.get("ffn_hidden_size", 3584), "layer_norm_eps": 1e-5,  # torch's default
     }  # fmt: skip
+    c.named |= {"num_key_value_heads": "attn_config.kv_n_heads", "intermediate_size": "ffn_config.ffn_hidden_size"}
+    c.named["hidden_act"] = "ffn_config.ffn_act_fn"
     c.table.setdefault("rope_theta", attention.get("rope_theta", 10000.0))
     s = sizes(c, eps="layer_norm_eps")
-    count, width = int(ffn.get("moe_num_experts", 4)), s["intermediate"]
+    count, width = int(ffn.get("moe_num_experts", 4) or 0), s["intermediate"]
     m = Mixture(
-        count=count, top=int(ffn.get("moe_top_k", 1)), width=width, block="ffn", router="router.layer",
+        count=count, top=int(ffn.get("moe_top_k", 1) or 0), width=width, block="ffn", router="router.layer",
         sources=(f"experts.mlp.w1|h{count}", f"experts.mlp.v1|h{count}", f"experts.mlp.w2|h{count}|T"),
         route={"normalise": power is not None},
     )  # fmt: skip

@@ -41,6 +41,8 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
     m = Latent(*ranks, c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"), c.whole("v_head_dim"))
     scale = (m.nope + m.rope) ** -0.5
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+        if not rope.get("factor"):
+            raise PortError(f"config.json: rope factor={rope.get('factor')!r}; with mscale_all_dim, wanted above 0")
         scale *= mscale(float(rope["factor"]), rope["mscale_all_dim"]) ** 2
     return s | {
         "ropes": {"rope": table(c, rope, m.rope, context, style=style)}, "norms": PRE, "latent": m, "scale": scale,
@@ -72,7 +74,9 @@ def deepseek_v2(c: Config, context: int) -> Decoder:
     """
     c.refuse("norm_topk_prob", why="transformers' DeepSeek-V2 does not divide the weights by their sum")
     c.refuse("mlp_bias", why="the port's MLPs have no bias")
-    if c.get("topk_method") == "greedy":
+    if (method := c.get("topk_method")) not in (known := (None, "greedy", "group_limited_greedy")):
+        raise PortError(f"config.json: topk_method={method!r} is not ported; known are {', '.join(known[1:])}")
+    if method == "greedy":
         c.table["n_group"] = None
     d = Decoder(**latent(c, context, "interleaved"), mixture=experts(c))
     return sparse(d, lambda i: i >= int(c.get("first_k_dense_replace", 0)))
@@ -96,6 +100,7 @@ def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Deco
     style: style of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
     PortError for settings that are not ported.
     """
+    c.whole("q_lora_rank")  # the indexer reads the queries of this rank
     d, n = deepseek_v3(c, context), c.whole("num_hidden_layers")
     if unknown := {*(c.get("layer_types") or ())} - {"indexed_attention"}:
         raise PortError(f"config.json: layer_types {sorted(unknown)} are not ported: known is indexed_attention")
@@ -154,6 +159,7 @@ def minicpm3(c: Config, context: int) -> Decoder:
     if c.get("v_head_dim") is None:
         c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
     s = latent(c, context, "half") | {"scale": (c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim")) ** -0.5}
+    s["mlp_bias"] = c.flag("mlp_bias")
     depth, base = c.get("scale_depth"), c.whole("dim_model_base", s["hidden"])
     return Decoder(
         **s, embed_scale=c.real("scale_emb"), residual_scale=float(depth) / len(s["layers"]) ** 0.5 if depth else 1.0,

@@ -19,7 +19,7 @@ def dots1(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings.
     """
-    n, first = c.whole("num_hidden_layers"), int(c.get("max_window_layers"))
+    n, first = c.whole("num_hidden_layers"), c.count("max_window_layers")
     if not c.get("layer_types"):
         slides = bool(c.get("sliding_window"))
         c.table["layer_types"] = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(n)]

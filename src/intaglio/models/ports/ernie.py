@@ -60,7 +60,8 @@ def ernie4_5_moe(c: Config, context: int) -> Decoder:
         int(c.get("moe_layer_start_index", 0)),
         c.whole("moe_layer_interval"),
     )
-    last = int(c.get("moe_layer_end_index", -1)) % n
+    last = int(c.get("moe_layer_end_index", -1))
+    last = n - 1 if last == -1 else last
     d = Decoder(**common(c, context), mixture=m, head_bias=c.flag("use_bias"))
     return sparse(d, lambda i: (i + 1) % every == 0 and first <= i <= last)
 

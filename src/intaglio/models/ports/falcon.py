@@ -25,6 +25,7 @@ def falcon(c: Config, context: int) -> Decoder:
     new, bias = c.flag("new_decoder_architecture"), c.flag("bias")
     one = c.flag("multi_query") and not new
     own = c.get("num_kv_heads")
+    c.named["num_key_value_heads"] = "num_kv_heads"
     c.table |= {"head_dim": None, "num_key_value_heads": 1 if one else own if new else None}
     c.table["intermediate_size"] = c.get("ffn_hidden_size") or 4 * c.whole("hidden_size")
     s = sizes(c, act="activation", eps="layer_norm_epsilon")

@@ -41,8 +41,8 @@ def gemma4(c: Config, context: int) -> Decoder:
     ropes, layers = {}, []
     for i, kind in enumerate(kinds):
         full = kind == "full_attention"
-        said = own.get(str(i), {}) if own else {}
-        width = int(said.get("head_dim", c.whole("global_head_dim") if full and not own else s["head_dim"]))
+        said = c.settings("per_layer_config", str(i))
+        width = int(said.get("head_dim") or (c.whole("global_head_dim") if full and not own else s["head_dim"]))
         heads = said.get("num_key_value_heads") or (c.get("num_global_key_value_heads") if full and same else 0) or 0
         if kind not in ropes:
             ropes[kind] = table(c, parameters(c, kind), width, context)

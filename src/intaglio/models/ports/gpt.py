@@ -107,8 +107,11 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 
     Raises PortError for settings that are not ported.
     """
-    kinds = [kind for block, times in c.get("attention_types") for kind in list(block) * times]
-    c.table["n_inner"] = c.get("intermediate_size")
+    blocks = c.get("attention_types", [])
+    if not all(isinstance(b, list | tuple) and len(b) == 2 and isinstance(b[1], int) for b in blocks):
+        raise PortError(f"config.json: attention_types={blocks!r}; wanted a list of [[kind, ...], times]")
+    kinds = c.get("attention_layers") or [kind for block, times in blocks for kind in list(block) * times]
+    c.table["n_inner"], c.named["n_inner"] = c.get("intermediate_size"), "intermediate_size"
     s = common(c) | {"ropes": {}, "o_bias": True, "scale": 1.0}
     n, window = len(s["layers"]), c.whole("window_size")
     if len(kinds) != n or not set(kinds) <= {"global", "local"}:

@@ -52,7 +52,7 @@ def hyperclovax(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings.
     """
-    if not c.get("attention_multiplier"):
+    if c.get("attention_multiplier") is None:
         c.table["attention_multiplier"] = sizes(c)["head_dim"] ** -0.5
     d = replace(granite(c, context), logit_scale=c.real("logits_scaling"))  # here a factor, in Granite a divisor
     post = {"attn.post_norm": "post_norm1", "mlp.post_norm": "post_norm2"} if c.flag("use_post_norm") else {}
@@ -83,7 +83,7 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
     Raises PortError for missing or wrong settings.
     """
     n = c.whole("num_hidden_layers")
-    kinds = c.get("layer_types") or ["sliding_attention" if i % 4 else "full_attention" for i in range(n)]
+    kinds = c.layer_types(usual=["sliding_attention" if i % 4 else "full_attention" for i in range(n)])
     rope = parameters(c)
     bases = c.get("layer_rope_theta") or [rope["rope_theta"]] * n
     ropes = {}

@@ -27,7 +27,7 @@ def common(c: Config, context: int) -> dict[str, Any]:
     Raises PortError for missing or wrong settings.
     """
     s, rope, bias = sizes(c), parameters(c), c.flag("attention_bias")
-    if rope["rope_type"] == "dynamic" and rope.get("alpha"):  # a larger base for all lengths
+    if rope["rope_type"] == "dynamic" and rope.get("alpha") and rope["rope_theta"]:  # a larger base for all lengths
         d = s["head_dim"]
         rope["rope_type"], rope["rope_theta"] = "default", float(rope["rope_theta"]) * rope["alpha"] ** (d / (d - 2))
     s["ropes"] = {"rope": table(c, rope, s["head_dim"], context)}

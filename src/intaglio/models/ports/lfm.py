@@ -58,7 +58,7 @@ def lfm2_moe(c: Config, context: int) -> Decoder:
             "score": "sigmoid", "normalise": c.flag("norm_topk_prob"), "scale": c.real("routed_scaling_factor"),
         },
     )  # fmt: skip
-    first = int(c.get("num_dense_layers"))
+    first = c.count("num_dense_layers")
     return sparse(Decoder(**{**vars(d), "mixture": m}), lambda i: i >= first)
 
 

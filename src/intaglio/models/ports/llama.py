@@ -40,7 +40,8 @@ def llama4(c: Config, context: int) -> Decoder:
     s, bias, n = sizes(c), c.flag("attention_bias"), c.whole("num_hidden_layers")
     width, step, every = s["intermediate"], c.whole("interleave_moe_layer_step"), c.whole("no_rope_layer_interval")
     turned = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(n)]
-    kinds = c.get("layer_types") or ["chunked_attention" if t else "full_attention" for t in turned]
+    usual = ["chunked_attention" if t else "full_attention" for t in turned]
+    kinds = c.layer_types(usual=usual, known=("chunked_attention", "full_attention"))
     where = c.get("moe_layers", list(range(step - 1, n, step)))
     chunk = int(c.get("attention_chunk_size", 0))
     s |= {

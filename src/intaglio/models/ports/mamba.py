@@ -31,11 +31,16 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
     """The limits of the step size as a dict of the fields `low` and `high` of a mixer. `high` is 0 for no limit.
 
-    key: the config's key of the two limits.
+    key: the config's key of the two limits. Raises PortError unless they are two numbers, 0 <= low < high.
     """
-    low, high = c.get(key, (0.0, float("inf")))
-    unlimited = isinstance(high, dict) or high == float("inf")  # transformers writes {"__float__": "Infinity"}
-    return {"low": float(low), "high": 0.0 if unlimited else float(high)}
+    value = c.get(key, (0.0, float("inf")))
+    pair = list(value) if isinstance(value, list | tuple) else []
+    infinite = ({"__float__": "Infinity"}, "Infinity")  # the first as transformers writes it
+    pair = [float("inf") if x in infinite else x for x in pair]
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in pair)
+    if len(pair) != 2 or not numbers or not 0 <= pair[0] < pair[1]:
+        raise PortError(f"config.json: {key}={value!r}; wanted two numbers, 0 <= low < high, high may be Infinity")
+    return {"low": float(pair[0]), "high": 0.0 if pair[1] == float("inf") else float(pair[1])}
 
 
 def check_groups(c: Config, heads: str, groups: str) -> None:
@@ -45,9 +50,11 @@ def check_groups(c: Config, heads: str, groups: str) -> None:
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Number of columns of the step before dt_proj, from config key `key`; for "auto" hidden_size / 16, rounded up."""
-    rank = c.get(key, "auto")
-    return -(-c.whole("hidden_size") // 16) if rank == "auto" else int(rank)
+    """Number of columns of the step before dt_proj, from config key `key`; for "auto" hidden_size / 16, rounded up.
+
+    Raises PortError for another value than "auto" or an integer of 1 or more.
+    """
+    return -(-c.whole("hidden_size") // 16) if c.get(key, "auto") == "auto" else c.whole(key)
 
 
 def mamba2(c: Config, context: int) -> Decoder:

@@ -61,7 +61,7 @@ def minimax(c: Config, context: int) -> Decoder:
     listed = [known[k] for k in c.get("attn_type_list", ())]
     kinds = c.layer_types(usual=listed or [known[(i + 1) % 2] for i in range(n)], known=known)
     window = int(c.get("sliding_window", 0))
-    s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
+    s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context)}
     s["layers"] = tuple(
         Layer(mixer=lightning(i), mix=mix("linear_attn")) if kind == "linear_attention"
         else Layer(window=window, mix=mix("full_attn"))

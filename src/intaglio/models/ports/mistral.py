@@ -33,7 +33,7 @@ def ministral(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings.
     """
-    if c.get("sliding_window") and not c.get("layer_types"):
+    if c.get("sliding_window") is not None and not c.get("layer_types"):
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s = sizes(c)
     return Decoder(**s, **uniform_layers(c, s, context), norms=PRE)
@@ -46,11 +46,11 @@ def ministral3(c: Config, context: int) -> Decoder:
     """
     if c.get("rope_parameters") is None and c.get("rope_scaling") is None:
         c.table["rope_parameters"] = YARN
-    if c.get("sliding_window"):
+    if c.get("sliding_window") is not None:
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s, rope = sizes(c), parameters(c)
     return Decoder(
-        **s, **uniform_layers(c, s, context), norms=PRE, temper=float(rope.get("llama_4_scaling_beta", 0.0)),
+        **s, **uniform_layers(c, s, context), norms=PRE, temper=float(rope.get("llama_4_scaling_beta") or 0.0),
         temper_every=int(rope["original_max_position_embeddings"]), temper_from=0, temper_all=True,
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def mixtral(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings.
     """
-    if c.get("sliding_window"):
+    if c.get("sliding_window") is not None:
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s = sizes(c)
     m = Mixture(

@@ -19,8 +19,8 @@ DEFAULTS = {
 def modernbert(c: Config, context: int) -> Decoder:
     """The Decoder that describes ModernBERT as a decoder, from config.json, for up to `context` positions.
 
-    Its window is half of `local_attention`, which counts tokens to both sides. Raises PortError for settings that are
-    not ported.
+    Its window is `sliding_window`, or else half of `local_attention`, which counts tokens to both sides. Raises
+    PortError for settings that are not ported.
     """
     n, every = c.whole("num_hidden_layers"), c.whole("global_attn_every_n_layers")
     if c.get("layer_types") is None:
@@ -30,7 +30,7 @@ def modernbert(c: Config, context: int) -> Decoder:
     s, kinds = sizes(c, act="hidden_activation", eps="norm_eps"), c.layer_types()
     theta = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
     ropes = {kind: table(c, parameters(c, kind, theta[kind]), s["head_dim"], context) for kind in sorted(set(kinds))}
-    half = c.whole("local_attention") // 2
+    half = c.whole("sliding_window", c.whole("local_attention") // 2)
     layers = tuple(
         Layer(kind, half if kind == "sliding_attention" else 0, without=() if i else ("attn.norm",))
         for i, kind in enumerate(kinds)

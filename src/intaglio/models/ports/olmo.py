@@ -69,7 +69,11 @@ def olmo(c: Config, context: int) -> Decoder:
     """
     c.table["rms_norm_eps"] = 1e-5  # what OlmoLayerNorm computes with
     s, bias = sizes(c), c.flag("attention_bias")
-    s |= {"norm": "layer", "norm_weight": False, "clip_qkv": c.real("clip_qkv") if c.get("clip_qkv") else 0.0}
+    s |= {
+        "norm": "layer",
+        "norm_weight": False,
+        "clip_qkv": c.real("clip_qkv") if c.get("clip_qkv") is not None else 0.0,
+    }
     return Decoder(**s, **uniform_layers(c, s, context), norms=PRE, qkv_bias=bias, o_bias=bias)
 
 

@@ -26,7 +26,7 @@ def windowed(c: Config) -> None:
     Without use_sliding_window all layers get full attention. Returns nothing. Raises PortError for a wrong value.
     """
     n = c.whole("num_hidden_layers")
-    first = int(c.get("max_window_layers")) if c.flag("use_sliding_window") else n
+    first = c.count("max_window_layers") if c.flag("use_sliding_window") else n
     if not c.get("layer_types"):
         c.table["layer_types"] = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
 
@@ -57,7 +57,7 @@ def mixture(c: Config, **shared: Any) -> Mixture:
     Raises PortError for missing or wrong settings.
     """
     return Mixture(
-        count=c.whole("num_local_experts", c.get("num_experts")),  # transformers writes either name
+        count=c.whole(c.either("num_local_experts", "num_experts")),  # transformers writes either name
         top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),
         sources=NAMED, route={"normalise": c.flag("norm_topk_prob")}, **shared,
     )  # fmt: skip

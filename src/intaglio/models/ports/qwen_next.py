@@ -56,7 +56,7 @@ def experts(c: Config) -> Mixture:
     Raises PortError for missing or wrong settings.
     """
     return Mixture(
-        count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
+        count=c.whole(c.either("num_local_experts", "num_experts")), top=c.whole("num_experts_per_tok"),
         width=c.whole("moe_intermediate_size"), sources=NAMED,
         route={"normalise": c.get("norm_topk_prob") is not False},
         shared=c.whole("shared_expert_intermediate_size"), shared_source="shared_expert",

@@ -33,11 +33,19 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
     return [KINDS[kind] for kind in found]
 
 
+def check_silu(c: Config, key: str = "hidden_act") -> None:
+    """Raise PortError unless the activation at config key `key` is silu, the one that Mamba blocks are ported with."""
+    if c.activation(key) != "silu":
+        raise PortError(f"config.json: {key}={c.get(key)!r}; Mamba blocks are ported with silu")
+
+
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
     """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
-    inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit.
+    inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit, and
+    for another activation than silu.
     """
+    check_silu(c)
     heads = c.whole("mamba_n_heads")
     if inner % heads or c.get("mamba_d_head") not in (None, "auto", inner // heads):
         raise PortError(
@@ -109,17 +117,17 @@ def falcon_h1(c: Config, context: int) -> Decoder:
     s = sizes(c)
     c.refuse("attention_bias", why="its projections are scaled, which is not ported with biases")
     inner = c.get("mamba_d_ssm") or int(c.real("mamba_expand") * s["hidden"])
-    into, scales = c.real("ssm_in_multiplier"), tuple(float(x) for x in c.get("ssm_multipliers", [1.0] * 5))
+    into, scales = c.real("ssm_in_multiplier"), c.numbers("ssm_multipliers", [1.0] * 5)
     if c.flag("mamba_proj_bias") and into != 1:
         raise PortError("config.json: mamba_proj_bias with ssm_in_multiplier is not ported")
     norm = ("first" if c.flag("mamba_norm_before_gate") else "gated") if c.flag("mamba_rms_norm") else ""
     scales = tuple(x * into for x in scales)
     scales = scales if any(x != 1 for x in scales) else ()
     mixer = ssm(c, inner, norm=norm, out_bias=c.flag("projectors_bias"), scales=scales)
-    attn, mlp = c.real("attention_in_multiplier"), c.get("mlp_multipliers", [1.0, 1.0])
+    attn, mlp = c.real("attention_in_multiplier"), c.numbers("mlp_multipliers", [1.0, 1.0])
     s["scale"] *= c.real("key_multiplier") * attn * attn
     s |= {"attn_scale": attn * c.real("attention_out_multiplier"), "mixer_scale": c.real("ssm_out_multiplier")}
-    s |= {"gate_scale": float(mlp[0]), "mlp_scale": float(mlp[1]), "mlp_bias": c.flag("mlp_bias")}
+    s |= {"gate_scale": mlp[0], "mlp_scale": mlp[1], "mlp_bias": c.flag("mlp_bias")}
     s |= {"embed_scale": c.real("embedding_multiplier"), "logit_scale": c.real("lm_head_multiplier")}
     layers = tuple(Layer(mixer=mixer, beside=True) for _ in range(c.whole("num_hidden_layers")))
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
@@ -132,6 +140,7 @@ def jamba(c: Config, context: int) -> Decoder:
     Raises PortError for missing or wrong settings.
     """
     s, n = sizes(c), c.whole("num_hidden_layers")
+    check_silu(c)
     mixer = ScanMixer(
         inner=int(c.real("mamba_expand") * s["hidden"]), state=c.whole("mamba_d_state"),
         rank=rank_of(c, "mamba_dt_rank"), taps=c.whole("mamba_d_conv"), eps=s["eps"],
@@ -140,7 +149,7 @@ def jamba(c: Config, context: int) -> Decoder:
     period, offset = c.whole("attn_layer_period"), int(c.get("attn_layer_offset", 0))
     layers = tuple(Layer("", mixer=None if i % period == offset else mixer) for i in range(n))
     m = Mixture(
-        count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
+        count=c.whole(c.either("num_local_experts", "num_experts")), top=c.whole("num_experts_per_tok"),
         width=s["intermediate"], sources=NAMED, block="feed_forward", router="router", route={"normalise": False},
     )  # fmt: skip
     d = Decoder(
@@ -161,17 +170,20 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     found = c.get("layers_block_type") or c.get("layer_types") or [letters.get(x, x) for x in pattern or "ME*-"]
     c.table["num_hidden_layers"] = len(found)
     c.table["rms_norm_eps"], c.table["hidden_act"] = c.real("layer_norm_epsilon"), c.get("mlp_hidden_act")
+    c.named["hidden_act"] = "mlp_hidden_act"
     types = kinds(c, found)
     if "moe" in types:
         raise PortError("config.json: layers of type moe are not ported: their experts have no gate")
     s = sizes(c)
+    check_silu(c, "mamba_hidden_act")
     heads, dim = c.whole("mamba_num_heads"), c.whole("mamba_head_dim")
     check_groups(c, "mamba_num_heads", "n_groups")
+    c.replaced["time_step_limit"] = "transformers limits steps by time_step_min alone"
     mixer = SsmMixer(
         heads=heads, head_dim=dim, groups=c.whole("n_groups"), state=c.whole("ssm_state_size"),
-        taps=c.whole("conv_kernel"), eps=s["eps"], bias=c.flag("use_bias") or c.flag("mamba_proj_bias"),
-        out_bias=c.flag("use_bias") or c.flag("mamba_proj_bias"), conv_bias=c.flag("use_conv_bias"), block="mixer",
-        **limits(c),
+        taps=c.whole("conv_kernel"), eps=s["eps"], bias=c.flag("use_bias"), out_bias=c.flag("use_bias"),
+        conv_bias=c.flag("use_conv_bias"), block="mixer",
+        low=float(c.get("time_step_min", 0.0)),
     )  # fmt: skip
     layers = tuple(
         Layer("", mixer=mixer if kind == "linear_attention" else None, attention=kind != "mlp", mlp=kind == "mlp")
@@ -213,7 +225,8 @@ JAMBA = {
 }  # fmt: skip
 NEMOTRON = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
-    "mlp_hidden_act": "relu2", "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "time_step_min": 0.001,
+    "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
     "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
     "intermediate_size": 21504, "hidden_size": 4096,
 }  # fmt: skip
@@ -229,5 +242,9 @@ FAMILIES = (
     Family(
         "NemotronHForCausalLM", "Nemotron-H 8B, 47B, 56B, Nemotron Nano 9B v2 (dense)", NEMOTRON, nemotron_h,
         model_types=("nemotron_h",), prefixes=("model.", "backbone."), tops=("embeddings", "norm_f", "layers.0.norm"),
+        aliases={
+            "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "use_conv_bias": "mamba_conv_bias",
+            "time_step_min": "mamba_dt_min",
+        },
     ),
 )  # fmt: skip

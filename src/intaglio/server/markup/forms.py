@@ -44,7 +44,8 @@ class Thinking:
     Attributes:
         begin: delimiter before the reasoning.
         end: delimiter after the reasoning.
-        dropped: delimiters around the final answer, which are removed from the content.
+        dropped: delimiters around the final answer, which are removed from the content: an opening one, its closing
+            one, and so on.
     """
 
     begin: str

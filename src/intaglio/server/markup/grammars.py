@@ -38,8 +38,9 @@ def call_grammar(
 ) -> tuple[Literal["lark", "json_schema"], str]:
     """The grammar that forces a call of one of `tools` in a model's format, as (kind, source).
 
-    kind: "lark" or "json_schema". several: allow 1 to MAX_FORCED_CALLS calls instead of 1, if the format allows
-    several. special: ids of the tokenizer's special tokens by text; a Lark grammar refers to them by id.
+    kind: "lark" or "json_schema". several: True to allow 1 to MAX_FORCED_CALLS calls, if the format allows several;
+    otherwise exactly one call is forced. special: ids of the tokenizer's special tokens by text; a Lark grammar refers
+    to them by id.
     """
     several = several and not form.single
 
@@ -82,9 +83,13 @@ def call_grammar(
 
 
 def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
-    """A Lark grammar, as text, for output that begins inside reasoning: any text, the end delimiter, then @answer.
+    """A Lark grammar, as text, for output that begins inside reasoning.
 
-    The term @answer stands for the grammar of the answer. special: ids of the tokenizer's special tokens by text.
+    It is: any text, the end delimiter of the reasoning, up to two line breaks, then @answer, the term that stands for
+    the grammar of the answer. One of the opening delimiters in `thinking.dropped` may be before the answer, one of the
+    closing delimiters after it.
+
+    special: ids of the tokenizer's special tokens by text.
     """
     opening, closing = thinking.dropped[::2], thinking.dropped[1::2]
     answer = f"gap{_optional(opening, special)} @answer{_optional(closing, special)}"
@@ -131,7 +136,7 @@ def _many(several: bool, rule: str = "start") -> str:
 
 
 def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str]:
-    """("lark", source): a Lark grammar in which a call is one of one alternative per tool.
+    """("lark", source of a Lark grammar whose rule `call` has an alternative for each tool).
 
     start: text of the rules that use the rule `call`. write(name, args): returns the text of a tool's alternative,
     given the tool's name and the name of the rule for its arguments.

@@ -22,8 +22,12 @@ ACTION, END_ACTION = "<|START_ACTION|>", "<|END_ACTION|>"
 def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse Mistral's calls and yield them as Parts. Returns True if a call was begun.
 
-    Two formats: a JSON list of calls, with or without an opener; from tokenizer v11 on, `NAME[ARGS]{...}` or
-    `NAME[CALL_ID]ID[ARGS]{...}` after each opener. Without an opener a call must name one of `tools`.
+    Two formats are read:
+
+    - a JSON list of calls, after an opener or without one;
+    - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each opener.
+
+    opener: the delimiter that was consumed before the calls; "": none. Calls without one must name one of `tools`.
     """
     if not (yield from blanks(s)):
         return False

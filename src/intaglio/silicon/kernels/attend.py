@@ -110,11 +110,11 @@ class AttendKernel(ChipKernel):
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
-    """The Timing of one `attend` over all chunks of a batch.
+    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one.
 
-    Chunks with several queries run first, then those with one. warm: True if keys and values are in the L2, as far as
-    they fit. kernel: name of one of the library's attention kernels; "": the library's choice. Raises ChipError
-    for an unknown kernel.
+    batch: (queries, keys, number of sequences) of each distinct chunk. warm: True if the L2 holds as much of the keys
+    and values as fits. kernel: name of one of the library's attention kernels; "": the library's choice. Raises
+    ChipError for an unknown kernel.
     """
     chip, lib = target.chip, target.library
     format = "bf16" if h.bits == 16 else "e4m3"
@@ -184,7 +184,7 @@ def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan) -
 
 
 def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
-    """The jobs of a sequence with one new token; parts of a context are whole tiles."""
+    """The jobs of a sequence with one new token. Parts of a context are whole tiles of keys, except the last."""
     context, out = int(batch.context_len[s]), []
     low = context - decode_keys(target.library, h.window, context)
     low = max(low, int(op.first_seen(np.array(context - 1)))) if op.chunk else low
@@ -202,8 +202,8 @@ def attend_streams(
 ) -> list[Stream]:  # fmt: skip
     """A list of Streams that compute these jobs.
 
-    parts: where sums, maxima and denominators of each job are stored, by sequence, head and part of the context; None:
-    results are stored to the op's output.
+    on: the target with the library's attention kernel. parts: regions in HBM where sums, maxima and denominators of
+    each job are stored, by (sequence, head, part of the context); None: results are stored to the op's output.
     """
     q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
     single = all(batch.q_len[j.s] == 1 for j in jobs)
@@ -259,9 +259,10 @@ def attend_streams(
 def split_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job]
 ) -> list[list[Stream]]:
-    """Two launches: all parts of split contexts store their sums, then a core merges the parts of each tile.
+    """The Streams of two launches: one in which the jobs store their sums, and one that merges each tile's parts.
 
-    The parts of a tile are stored one below the other: sums f32 [parts * rows, dv], m and l [parts * rows, 1].
+    The parts of a tile are stored one below the other: sums f32 [parts * rows, dv], maxima and denominators
+    [parts * rows, 1].
     """
     out, dv, rows = mem.region(op.out), AttendKernel.of(op, t).heads.v_dim, plan.pack
     whole: dict[tuple[int, int], tuple[Region, ...]] = {}
@@ -290,10 +291,12 @@ def split_streams(
 
 
 class AttendTiles:
-    """Tile buffers of one core: queries and results, the softmax's running sums, maxima and denominators.
+    """Tile buffers of one core: queries, keys, values, results, and the softmax's sums, maxima and denominators.
 
-    Also rings of keys and values. The core holds plan.held jobs: with plan.ahead each has a tile of its own for sums,
-    which is set up while an earlier job is computed; otherwise they share one, which is set up for plan.lanes jobs.
+    The core holds plan.held jobs. If plan.ahead is above 0, each has a tile of its own for sums, which is set up while
+    an earlier job is computed. If it is 0, the jobs share one tile, which is set up for plan.lanes jobs at once.
+
+    d, dv: widths of a key and of a value. listed: queries whose row numbers are loaded at a time; 0: those of a job.
     """
 
     def __init__(
@@ -333,9 +336,9 @@ class AttendTiles:
 def row_number(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, batch: Batch, jobs: list[Job], number: int
 ) -> Region:
-    """The row number of the query of job `number` of a core, i32 [1, 1]; each job has one query.
+    """The region, i32 [1, 1], with the row number of the query of job `number` of a core; each job has one query.
 
-    A core loads those of LISTED jobs at once, a persistent kernel's those of all its jobs.
+    Row numbers are loaded for LISTED jobs at a time, or by a persistent kernel for all jobs of the core at once.
     """
     assert tiles.listed is not None
     place = number % tiles.listed.cols
@@ -371,10 +374,11 @@ def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:
 def init_softmax(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, jobs: list[Job], number: int
 ) -> tuple[Region, Region, Region]:
-    """Initialise sums (0), m and l for job `number` of a core's jobs; returns the three regions.
+    """Initialise sums, maxima m and denominators l for job `number` of a core's jobs. Returns the three regions.
 
-    Without a sink m is -inf and l is 0. With one, m is the head's sink logit and l is 1: the sink counts as a key whose
-    value is 0. Row r of a job has its head + r % plan.pack. Jobs that share tiles are initialised together.
+    Sums are 0. Without an attention sink, m is -inf and l is 0. With a sink, m is its logit for the head and l is 1,
+    since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack. Jobs
+    that share tiles are initialised together.
     """
     plan, place = tiles.plan, number % tiles.together
     if not place:
@@ -424,8 +428,8 @@ def load_kv(
 ) -> tuple[Region, Region]:
     """Load a tile of keys and a tile of values of sequence `s` at the positions `span`. Returns (keys, values).
 
-    Both are dequantised if the cache is quantised. Rows of the tiles after the last position are set to 0. head: the
-    K/V head, of `heads`; it has one scale if the cache is e4m3.
+    Both are dequantised if the cache is quantised; an e4m3 cache has one scale for each head. Rows of the tiles after
+    the last position are set to 0. heads, head: number of K/V heads, and number of the head to load.
     """
     slots, n, done = slots_of(batch, s, span), span.stop - span.start, 0
     pair = tiles.pairs.next()
@@ -456,11 +460,15 @@ def attend_tile(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, q: Region,
     state: tuple[Region, Region, Region], keys: Region, values: Region, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l). Returns nothing.
+    """Emit the instructions for one tile of keys. Returns nothing.
 
-    On a chip with the fused engine that is one Attend; else Matmul, Softmax, Rescale and Matmul, or SoftmaxStep in
-    place of the two in the middle if the chip has it. how: position fields of the instructions; the other fields are
-    added.
+    - On a chip with the fused attention engine: Attend.
+    - On a chip with the extra instruction SoftmaxStep: Matmul, SoftmaxStep, Matmul.
+    - On other chips: Matmul, Softmax, Rescale, Matmul.
+
+    q: the tile of queries. state: regions of sums, m and l (see init_softmax), which the instructions update. keys,
+    values: the tile of keys and that of their values. how: fields of the instructions for positions and the ALiBi
+    slope; the fields that `op` gives are added to this dict.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

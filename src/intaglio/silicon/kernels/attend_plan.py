@@ -33,13 +33,13 @@ class AttendPlan:
     """How a kernel cuts the attention of prompts, or that of decoding sequences.
 
     Attributes:
-        rows: query rows of a tile, all of which are computed.
+        rows: query rows of a tile. All of them are computed, even if fewer have a query.
         pack: query heads that share a tile, since they share a K/V head; 1: none do.
         keys: keys of a tile.
         depth: tiles of the rings of keys and of values.
-        ahead: jobs whose operands a core loads, at most, while it computes another.
+        ahead: most jobs whose operands a core loads while it computes another; 0: it loads a job's when it starts it.
         lanes: jobs that a core sets up at once, so that it waits only for the first one's operands.
-        parts: into which a context is split, at most.
+        parts: most parts into which a context is split.
     """
 
     rows: int
@@ -57,16 +57,17 @@ class AttendPlan:
 
 
 def product_format(target: Target, h: Heads) -> str:
-    """Format in which a kernel multiplies queries by keys, and weights by values."""
+    """Format in which a kernel multiplies queries by keys, and softmax weights by values: "f32", "e4m3" or "bf16"."""
     if target.library.activation_bytes >= WIDE:
         return "f32"
     return "e4m3" if h.bits == 8 and target.library.kv_native else "bf16"
 
 
 def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
-    """A plan whose tiles fit SRAM and accumulators; smaller, if the operands are FP32 (the streams).
+    """The plan whose tiles fit SRAM and accumulators.
 
-    A vendor's kernel with 16-bit operands takes the library's tiles as they are.
+    For kernels with FP32 operands, such as the streams, it is `plan` with fewer or smaller tiles, as far as needed. For
+    others, such as a vendor's with 16-bit operands, it is `plan` itself, whose tiles are not checked.
     """
     if target.library.activation_bytes < WIDE:
         return plan
@@ -172,7 +173,8 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
     """Seconds until the last core ends if `count` jobs of `seconds` each are dealt as by deal().
 
-    With more than DEALT jobs a core: the larger of two lower bounds, the longest job and the total over the cores.
+    seconds, count: arrays with an item for each kind of job. If each core has at most one job, or more than DEALT, the
+    result is the larger of two lower bounds: the longest job, and the total divided by the cores.
     """
     total = float(count.sum())
     if total <= cores or total > DEALT * cores:
@@ -188,7 +190,7 @@ def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """The larger of two lower bounds of makespan(): the longest job, and the total over the cores."""
+    """The larger of two lower bounds of makespan(): the longest job, and the total divided by the cores."""
     return max(float(seconds.max()), float(seconds @ count) / cores)
 
 
@@ -202,10 +204,12 @@ def prefill_seconds(
     rows: float,
     keys: float,
 ) -> float:
-    """Seconds until the last job's result is stored.
+    """Seconds of the chunks with several queries, until the last job's result is stored.
 
-    tiles: key tiles of each kind of job; count: number of such jobs. missed: fraction of the tiles that come from HBM,
-    not from the L2. rows: query rows of a mean job. keys: that are loaded for a mean tile.
+    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+
+    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
+    from HBM, not from the L2. rows: query rows of a mean job. keys: keys that are loaded for a mean tile.
     """
     chip, lib = target.chip, target.library
     t = tile_seconds(target, h, plan.rows, plan.keys)
@@ -241,10 +245,9 @@ def prefill_seconds(
 
 
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The jobs of the chunks with several queries, as three arrays of an item for each kind of job.
+    """The jobs of the chunks with several queries: (keys, tiles of keys, number of jobs), three arrays.
 
-    They are keys, tiles of keys, and number of such jobs. part: (queries, keys, number of sequences) of each distinct
-    chunk.
+    The arrays have an item for each kind of job. part: (queries, keys, number of sequences) of each distinct chunk.
     """
     seen, tiles, count = [], [], []
     step = max(1, plan.rows // plan.pack)
@@ -260,10 +263,12 @@ def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndar
 
 @lru_cache(maxsize=16384)
 def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, float, AttendPlan, float]:
-    """(seconds, of which compute seconds, jobs, plan, bytes read again) of chunks with several queries, the fastest.
+    """The fastest plan for the chunks with several queries: (seconds, compute seconds, jobs, plan, bytes read again).
 
-    Without an L2, every job reads its keys and values from HBM. part: (queries, keys, number of sequences) of each
-    distinct chunk.
+    compute seconds: the part of the seconds in which a mean core computes. bytes read again: those of keys and values
+    that HBM delivers beyond once each; with an L2 none, without one every job reads its own.
+
+    part: (queries, keys, number of sequences) of each distinct chunk.
     """
     chip, lib, best = target.chip, target.library, None
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
@@ -298,23 +303,28 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 
 
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
-    """True if a kernel loads only the keys that exist; False: the last tile of a context is loaded whole.
+    """True if a kernel loads only the keys that exist; False if it loads the last tile of a context whole.
 
-    Persistent kernels and the streams know how long a context is before they load its last tile.
+    Persistent kernels, and the streams that the simulator executes, know how long a context is before they load its
+    last tile.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context."""
+    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context.
+
+    window: keys that a query sees at most; 0: all. Kernels of some libraries read more than a short window.
+    """
     return min(keys, max(window, library.window_min_keys)) if window else keys
 
 
 @lru_cache(maxsize=16384)
 def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, float, AttendPlan]:
-    """(seconds, of which compute seconds, jobs, plan) for the chunks with one query, with the fastest context split.
+    """The plan with the fastest context split for the chunks with one query: (seconds, compute seconds, jobs, plan).
 
-    part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values in the L2.
+    compute seconds: the part of the seconds in which a mean core computes. part: (1, keys, number of sequences) of each
+    distinct chunk. cached: fraction of the keys and values that the L2 holds.
     """
     chip, lib, best = target.chip, target.library, None
     pack = h.group if (lib.pack_windowed or not h.window) and not h.slopes else 1
@@ -355,10 +365,12 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 def decode_seconds(
     target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, keys: float
 ) -> float:
-    """Seconds until the last job's result is stored; a core holds plan.lanes jobs.
+    """Seconds of the chunks with one query, until the last job's result is stored.
 
-    tiles: key tiles of each kind of job; count: number of such jobs. missed: fraction of the tiles that come from HBM.
-    keys: of a mean tile.
+    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+
+    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
+    from HBM, not from the L2. keys: keys that are loaded for a mean tile.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
@@ -387,7 +399,10 @@ def decode_seconds(
 
 
 def merge_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: float) -> float:
-    """Seconds to store the parts of `jobs` tiles of queries, load them again and merge them."""
+    """Seconds to store the parts of `jobs` tiles of queries and to load them again to merge them, at HBM's rate.
+
+    The arithmetic of the merge is not counted.
+    """
     chip, lib = target.chip, target.library
     results = jobs * plan.pack * h.v_dim * 4
     seconds = chip.constants.hbm_latency_s + 2 * plan.parts * results / chip.hbm_rate

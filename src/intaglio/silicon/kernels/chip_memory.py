@@ -58,7 +58,10 @@ class ChipMemory:
         self.launches: list[RunResult] = []  # of each run so far
 
     def put(self, name: str, value: Value, bits: int = 8) -> None:
-        """Store a value in HBM under a name. `bits`: width of integer codes, if the value is quantised to integers."""
+        """Store a value in HBM under a name. `bits`: width of integer codes, if the value is quantised to integers.
+
+        A quantised value is stored as codes, scales and transposed scales.
+        """
         if isinstance(value, Quantised):
             value = Quantised(as_matrix(value.codes), as_matrix(value.scales), value.group)
             codes = self._write(value.codes, "e4m3" if value.codes.dtype == E4M3 else f"int{bits}")
@@ -119,7 +122,8 @@ class ChipMemory:
     def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
-        on: the target with the library's kernel that runs; None: the library's own fields describe it.
+        on: the target whose library has the fields of the kernel that runs, as Target.kernel() returns it; None: the
+        target of this memory.
         """
         machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
         self.launches.append(machine.run(streams))

@@ -114,8 +114,8 @@ class Network:
     def topology(self, ranks: int) -> Topology:
         """Topology of `ranks` ranks with unit links.
 
-        On a torus, rings run in both directions and, from nine chips on, in both dimensions, each with an equal part of
-        the payload. They are modelled as one ring whose link has the bandwidth of all of them, see links_used().
+        On a torus, real rings run in both directions and, from nine chips on, in both dimensions, each with an equal
+        part of the payload. Here they are one ring, whose link has the bandwidth of all of them, see links_used().
         """
         make = {
             "k44": collectives.bipartite,
@@ -130,9 +130,9 @@ class Network:
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
     """Number of links of a chip that one link of the modelled topology stands for.
 
-    On a switch: all. On k44 (two sides of four chips, each linked to all of the other side): one. On a mesh: those
-    between two chips. On a torus: two in each dimension that the group spans, or half of that for all_to_all and send,
-    whose routes use both directions of the ring.
+    On a switch and a pcie_tree: all. On k44 (two sides of four chips, each linked to all of the other side): one. On a
+    mesh: those between two chips. On a torus: two in each dimension that the group spans (one up to eight chips, else
+    two), but half of that for all_to_all and send, whose routes use both directions of the ring.
     """
     if chip.links.topology == "mesh":
         return chip.links.count // (chip.links.max_chips - 1)
@@ -151,9 +151,9 @@ def host_share(chip: ChipSpec, chips: int) -> float:
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
     """A list of the names of the algorithms among which the fastest is chosen.
 
-    It is ["ring"], or ["direct"] for all_to_all and send, in three cases: the library has only rings, the topology is a
-    torus, or the group has more than MAX_SIMULATED_RANKS chips. Otherwise it has all algorithms that fit the number of
-    chips; two_step only on k44.
+    If the library has only rings, the topology is a torus, or the group has more than MAX_SIMULATED_RANKS chips, it is
+    ["direct"] for all_to_all and send, and ["ring"] for other collectives. Otherwise it has all algorithms that fit the
+    number of chips, two_step only on k44.
     """
     found = collectives.algorithms(op, chips)
     topology = target.chip.links.topology
@@ -173,7 +173,7 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule of `ranks` ranks; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, or None: of 0 bytes."""
+    """Seconds of a schedule on unit links. size: chunks have 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes."""
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
 
@@ -222,7 +222,7 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
 
 @lru_cache(maxsize=4096)
 def link_traffic(network: Network, op: str, algorithm: str) -> float:
-    """Bytes that leave a chip, forwarded ones included, per byte of the tensor; mean over chips."""
+    """Bytes that leave a chip, forwarded ones included, per byte of the tensor; mean over the chips that send."""
     ranks = simulated_ranks(network, op)
     s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
     hops = sum(link.src < ranks for i in s.steps if i.kind == "send" for link in topology.route(i.rank, i.peer))
@@ -233,9 +233,9 @@ def link_traffic(network: Network, op: str, algorithm: str) -> float:
 
 @lru_cache(maxsize=65536)
 def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
-    """The Timing of a collective of a tensor of `moved` bytes over `chips` chips, by the fastest algorithm.
+    """The Timing of a collective of `moved` bytes over `chips` chips, by the fastest algorithm and protocol.
 
-    The fastest protocol is used too. More chips than one network connects fill several nodes, see nodes_timing().
+    moved: bytes of the whole tensor. More chips than one network connects fill several nodes, see nodes_timing().
     Raises ChipError for an unknown collective, and for nodes that nothing joins.
     """
     chip, lib = target.chip, target.library

@@ -120,8 +120,10 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands; 0: as many as `moved`. If all operands fit the L2, the bytes come from it; otherwise
-    they come from HBM through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
+    Its arithmetic is not counted. If the operands fit the L2, all bytes come from it; otherwise all come from HBM
+    through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
+
+    held: bytes of the operands; 0: as many as `moved`.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -140,9 +142,11 @@ class TileMenu:
 def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
     """The TileMenu that the library's kernel chooses from, for `tokens` tokens in a step and `experts` experts.
 
-    It depends on the library's expert_tiles. "best": all of its tiles, as with a static schedule or a kernel tuned for
-    each size. "by_experts": the one tile of the heuristic get_default_config of an older vLLM. "by_tokens": that of
-    vLLM 0.17.
+    It depends on the library's expert_tiles:
+
+    - "best": all of its tiles, as with a static schedule or a kernel tuned for each size;
+    - "by_experts": the one tile that get_default_config of an older vLLM chooses by tokens and experts;
+    - "by_tokens": the one tile that get_default_config of vLLM 0.17 chooses by tokens.
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
@@ -156,6 +160,8 @@ def grouped_timing(
     target: Target, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
 ) -> Timing:
     """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
+
+    The tile of the library's menu that gives the least time is used. Tiles at the edge count whole.
 
     tokens: number of tokens of the step, by which the library may choose tiles. w_bits: bits of a weight with its share
     of the scales. Raises ChipError for a format that the chip's array does not multiply.
@@ -218,13 +224,26 @@ def experts_timing(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> Timing:  # fmt: skip
-    """The Timing of a layer of routed experts on one rank.
+    """The Timing of a layer of routed experts on one rank, router included.
 
-    counts: token rows of each expert that the rank holds. w_bits: bits per weight including scales; 0: those of
-    `w_format`. gated: True if experts have a gate. kernel: name of the kernel, "" for the library's default.
+    Some libraries' kernels of activation and combination process all tokens * top_k rows; then all are counted.
+    Otherwise only the rank's own rows are.
 
-    If the library's kernels of activation and combination process all tokens * top_k rows, all are counted; else
-    only the rank's own. Raises ChipError for an unknown kernel.
+    Args:
+        target: chip and kernel library.
+        tokens: tokens of the step.
+        top_k: experts that a token chooses.
+        counts: token rows of each expert that the rank holds.
+        n_experts: experts in all.
+        hidden: width of a token's row.
+        inner: width of an expert's inner row.
+        x_format: format of a value of x.
+        w_format: format of a weight.
+        w_bits: bits per weight including scales; 0: those of `w_format`.
+        gated: True if experts have a gate.
+        kernel: name of the library's kernel; "": its default.
+
+    Raises ChipError for an unknown kernel.
     """
     run = max(x_format, w_format, key=formats.bits)
     target = target.kernel("experts", run, name=kernel)
@@ -332,7 +351,8 @@ def gate_up(
 ) -> list[Stream]:
     """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
 
-    out [rows, inner] has the rows sorted by expert.
+    sizes: rows of each expert. order, tokens: for each row, sorted by expert, its place in routing order and its token.
+    out [rows, inner]: the rows sorted by expert.
     """
     x, gate, up = mem.region(op.x), mem.regions[op.gate], mem.regions[op.up]
     tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, gate, True)
@@ -373,7 +393,8 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 def down(mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, x: Region, out: Region) -> list[Stream]:
     """A list of Streams that compute the down product, each row with its own expert.
 
-    x is sorted by expert, `out` in routing order.
+    sizes: rows of each expert. order: for each row, sorted by expert, its place in routing order. x: rows sorted by
+    expert. out: rows in routing order.
     """
     w = mem.regions[op.down]
     tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, w, False)

@@ -21,7 +21,9 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(HeadLinear)
 @dataclass(frozen=True)
 class HeadLinearKernel(ChipKernel):
-    """Chip kernel of `head_linear`: timing and streams; timed as one product with heads * n columns.
+    """Chip kernel of `head_linear` (each head of x times a matrix of its own): timing and instruction streams.
+
+    It is timed as one product with heads * n columns.
 
     Attributes:
         rows: rows of x, a number or a symbol.

@@ -157,8 +157,8 @@ def emit_head_scales(
 def job_rows(target: Target, rows: int, width: int) -> int:
     """Rows of a head of keys or values that a core writes at once, of the `rows` of its run.
 
-    width: values of a row. They are few enough for SRAM, and at most ROWS or, if that is more, as many as it takes to
-    hide HBM's latency with MOST_TILES / 2 tiles in flight. All jobs but the last of a run are equal.
+    So many rows fit SRAM. There are at most ROWS, or more if it takes more to hide HBM's latency with MOST_TILES / 2
+    tiles in flight. All jobs but the last of a run are equal. width: values of a row.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -173,14 +173,18 @@ def tiles_in_flight(target: Target, rows: int, width: int) -> int:
 
 
 def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
-    """Cycles in which a core stores a row of one head: the library's, with those to round `width` values to 8 bits."""
+    """Cycles in which a core stores a row of one head of `width` values, cached in `bits` bits.
+
+    They are the library's, and for a cache of 8 bits those to round the values too.
+    """
     return library.kv_row_cycles + (library.kv_quant_cycles * width if bits < 16 else 0)
 
 
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
     """The Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time.
 
-    It is the time of the streams' loop on a core with the most tokens (tile_loop.py).
+    It is the time of the streams' loop on a core with the most tokens (tile_loop.py). If keys and values have different
+    widths, each row counts with their mean.
     """
     chip, lib = target.chip, target.library
     if not tokens:

@@ -105,7 +105,10 @@ class LinearKernel(ChipKernel):
 
 
 def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """The pieces in which a tile is drained, each as (rows of the tile, rows of the result)."""
+    """The pieces in which a tile is drained, each as (rows of the tile, rows of the result).
+
+    ring: its tiles have the rows of one piece.
+    """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
         yield piece, slice(job.rows.start + piece.start, job.rows.start + piece.stop)
 
@@ -116,8 +119,9 @@ def drain(
 ) -> None:  # fmt: skip
     """Emit what follows the product of one tile: loads of bias and residual, Drain, and the Store of the result.
 
-    columns: of the result. extra: a tile for the bias of each accumulator. rings: tiles of a few rows of the result and
-    of the residual, since a tile is drained piece by piece.
+    columns: columns of the result to which the tile belongs. extra: a tile for the bias of each accumulator; None
+    without a bias. rings: tiles of a few rows of the result, and of the residual (None without one), since a tile is
+    drained piece by piece.
     """
     biases: list[Region | None] = [None, None]
     for j, (tile, part) in enumerate(zip(extra, job.columns, strict=False)):
@@ -155,7 +159,7 @@ def store_sums(k: StreamBuilder, job: TileJob, sums: Region, first: int, ring: R
 
 
 def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Stream]:
-    """A list of Streams that add the parts of K, and apply what follows the product.
+    """A list of Streams that add the sums of the parts of K, and apply bias, activation and residual.
 
     sums [rows * parts, n]: the parts of a row follow each other; n counts both sides of a GLU pair.
     """

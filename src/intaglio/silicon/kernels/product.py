@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.chips import Target
+from intaglio.chips import ChipError, Target
 from intaglio.ops import Tensor
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
@@ -35,18 +35,20 @@ def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tup
 
 
 def step_depth(target: Target, bits: int) -> int:
-    """Number of K values in a pipeline step for operands of `bits` bits: those of one HBM burst.
+    """Number of K values in a pipeline step for operands of `bits` bits.
 
-    On arrays at least 128 deep it is at least four times the array's depth.
+    It is the number of values in one HBM burst; on arrays of depth 128 or more at least four times the array's depth.
     """
     array = target.chip.array_shape[2]
     return max(target.library.burst_bytes * 8 // bits, 4 * array if array >= 128 else 0)
 
 
 def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) -> tuple[Any, Any]:
-    """(rows, columns) in tiles of the blocks in which cores work through a result of gm by gn tiles.
+    """(rows, columns), in tiles, of the blocks in which cores work through a result of gm by gn tiles.
 
-    A block has a tile for each core and is as square as possible, since its cores share rows of x and of w in the L2.
+    A block has about a tile for each core and is as square as possible, since its cores share rows of x and of w in the
+    L2. tm, tn: rows and columns of a tile. split: parts of K, each of which takes a core. Arguments and results are
+    numbers or arrays.
     """
     block = np.minimum(gm * gn, np.maximum(1, target.chip.cores / np.minimum(split, target.chip.cores)))
     rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))
@@ -58,9 +60,14 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
                 out_bytes: float, heads: int = 1) -> tuple[Any, Any, Any]:  # fmt: skip
     """Bytes that `heads` products x [m, k] @ w.T [k, n] move from and to HBM: (rows of x, weights, result).
 
-    The cores work on one block of tiles at a time and read the rows of x and of w once for each block. An operand that
-    fits the L2 is read from HBM once; x is not read at all if it fits, since the op before has just written it there.
-    Without an L2 each tile reads its rows of both, and the result is written.
+    With an L2, the cores work on one block of tiles at a time and read the rows of x and of w once for each block. If
+    one operand fits the L2, both are read from HBM once; if a block's rows of x fit, x is read once. If all of x fits,
+    it is read once less, since the op before has just written it there. The result is written, except for the latest
+    bytes, which stay in the L2.
+
+    Without an L2, each tile reads its rows of both, and the whole result is written.
+
+    tm, tn, split: rows and columns of a tile, and parts of K. x_bytes, w_bytes, out_bytes: bytes per value.
     """
     chip, part = target.chip, target.library.l2_usable
     gm, gn = np.ceil(m / tm), np.ceil(n / tn)
@@ -83,14 +90,24 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  glu: bool = False, resident: bool = False, heads: int = 1) -> dict[str, Any]:  # fmt: skip
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. heads: such
-    products, each with its own x and w; their K is not split. Keys:
-    seconds, hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring
-    (stages in flight), depth (K values of a step), run (format), tile, at_once (tiles that run on a core at a time),
-    banks (tiles of the result that the accumulators of a persistent kernel hold).
-
     The times are those of the streams' loop (tiled.py): a core loads, multiplies, drains and stores its tiles one after
-    the other. Tiles at the edge count whole, as their streams pad them.
+    the other. Tiles at the edge count whole, as their streams pad them. A choice that is not allowed takes infinite
+    seconds.
+
+    m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
+    glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
+    prefetched, so HBM reads none. heads: number of such products, each with its own x and w; their K is not split.
+
+    Keys of the dict:
+
+    - seconds: launch included.
+    - hbm, weights, moved: bytes from and to HBM, those of weights among them, and bytes between L2 and cores.
+    - jobs: tiles, times the parts of K. tile: (rows, columns, parts of K).
+    - steps, depth, stage: of one job: steps over K, K values of a step, bytes of its operands.
+    - work, drain: seconds of one step's products, and to drain one tile.
+    - ring: steps in flight. at_once: tiles that run on a core at a time. banks: tiles of the result that the
+      accumulators of a persistent kernel hold.
+    - run: the format in which the array multiplies.
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
@@ -223,7 +240,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
-    """Columns of a row of n that are added at a time where K is split in `split`: at most PART_COLUMNS."""
+    """Columns of a row that are added at a time where K is split in `split` parts.
+
+    At most PART_COLUMNS and n, and as many as half of SRAM fits. n: columns of a side. sides: 2 for a GLU pair, else 1.
+    """
     buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
 
@@ -231,7 +251,8 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
-    A job is a part of a row, of both sides of a GLU pair.
+    A job is a part of a row, of both sides of a GLU pair. All count as equally wide. out_bytes: bytes of a result's
+    value.
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)
@@ -251,8 +272,8 @@ def linear_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
-    the weights were prefetched, so they are not read from HBM.
+    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
+    counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
@@ -276,13 +297,23 @@ def linear_timing(
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
     """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. Raises ChipError
+    if no tile fits.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
     tm, tn, split = w["tile"]
     depth = step_depth(target, 32)
-    fits = (tm * tn * 4 * (1 + glu) <= chip.acc_bytes) & (tm * tn * 12 + (16 * tm + 16 * tn) * depth <= chip.sram_bytes)
+    acc, sram = tm * tn * 4 * (1 + glu), tm * tn * 12 + (16 * tm + 16 * tn) * depth
+    fits = (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
+    if not np.any((split == 1) & fits):
+        i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
+        raise ChipError(
+            f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no tile "
+            f"fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators and "
+            f"{sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip more, or "
+            "the kernel library smaller tiles"
+        )
     i = int(np.argmin(np.where((split == 1) & fits, w["seconds"], np.inf)))
     return int(tm[i]), int(tn[i])
 

@@ -50,8 +50,8 @@ def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gat
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
     """Number of tiles of each ring: enough that loads of `load` bytes hide HBM's latency, from 2 to MOST_TILES.
 
-    If SRAM fits fewer, as many as it fits, but at least 1. columns: FP32 columns of a tile of each ring. held: bytes of
-    SRAM that are taken.
+    If SRAM does not fit that many, it is the number that fits, at least 1. columns: for each ring, the FP32 columns of
+    a tile of one row. held: bytes of SRAM that are taken.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)

@@ -77,13 +77,13 @@ class Tiling:
     """How the cores compute a product.
 
     Attributes:
-        rows, columns: of a tile of the result; columns are those of each side of a GLU pair.
-        parts: into which K is split; each is summed apart, and the sums are added by a second pass.
+        rows, columns: size of a tile of the result; for a GLU pair, the columns of each side.
+        parts: parts into which K is split. Each is summed on its own, and a second pass adds the sums.
         depth: K values of a step.
         stages: steps in flight.
         drain_rows: rows that are drained at a time.
         at_once: tiles that a core computes in turn, a step of each.
-        banks: tiles of the result that the accumulators hold for each of those.
+        banks: tiles of the result that the accumulators hold for each of the `at_once` tiles.
         block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
     """
 
@@ -103,9 +103,9 @@ def tiling(
 ) -> Tiling:
     """The Tiling for a product of codes x [m, k] with w, of n columns in all: the fastest of time_choices().
 
-    Stages and depth shrink if SRAM must also hold what the timing leaves out: residual and scales. w_bits: bits per
-    weight with its scales. sides: 2 for a GLU pair, else 1. residual: one is added. Raises MachineError if SRAM does
-    not fit two stages of one K value.
+    Stages and depth are smaller than there if SRAM would not fit the residual and the scales otherwise, which that
+    timing leaves out. w_bits: bits per weight with its scales. sides: 2 for a GLU pair, else 1. residual: True if a
+    residual is added. Raises MachineError if SRAM does not fit two stages of one K value.
     """
     chip, k = target.chip, x.cols
     how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)
@@ -149,15 +149,15 @@ def in_blocks(rows: Sequence[Any], columns: Sequence[Any], block: tuple[int, int
 
 @dataclass
 class TileJob:
-    """A tile of the result that a core computes, and one part of K if K is split.
+    """A tile of the result that a core computes, for one part of K if K is split.
 
     Attributes:
-        rows: of x and of the result.
-        columns: a run of columns of w for each side; two of a GLU pair (gate, up).
+        rows: rows of x and of the result.
+        columns: for each side, the columns of x @ w.T, rows of w: one slice, or two for a GLU pair (gate, up).
         accs: an accumulator for each side.
-        steps: over K, as slices.
-        factor: the tile with the scales of the rows of x, as far as loaded.
-        held: the tiles with scales of w by side, and the numbers of their groups.
+        steps: the steps over K, as slices.
+        factor: the tile with the scales of the rows of x that was loaded last; None: none is loaded.
+        held: by side, the numbers of the groups whose scales of w are loaded, and the tile with these scales.
     """
 
     rows: slice
@@ -169,7 +169,10 @@ class TileJob:
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """The steps over K of each part, as slices. None crosses a border of the `span` columns of x that share a scale."""
+    """The steps over K of each part of `cut`, as slices: a list for each part.
+
+    No step crosses a border between the runs of `span` columns of x that share a scale.
+    """
     every = [
         slice(outer.start + piece.start, outer.start + piece.stop)
         for outer in slices(k, span) for piece in slices(outer.stop - outer.start, cut.depth)
@@ -180,8 +183,11 @@ def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
 class TiledProduct:
     """The operands of a product on one core: rings of tiles of x and w, and the instructions that multiply them.
 
-    Tiles at the edge of the result are padded with zeros. w_first: tiles of w are loaded before those of x; if half of
-    the cores do so, not all load x from the L2 at the same time, and HBM is never idle.
+    Tiles at the edge of the result are padded with zeros.
+
+    scales: scales of the rows of x; None: it has none. span: columns of x that share a scale. cut: the Tiling. sides: 2
+    for a GLU pair, else 1. w_first: True to load tiles of w before those of x. If half of the cores do so, not all load
+    x from the L2 at the same time, and HBM is never idle.
     """
 
     def __init__(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+from intaglio.models.config import PortError
 from intaglio.models.files.gguf.file import GgufFile
 
 ORIGIN = "says where the model comes from, or how the file was made"
@@ -39,12 +41,26 @@ MODEL = {  # keys after the architecture's name
     "moe_every_n_layers": SHAPES, "interleave_moe_layer_step": SHAPES, "full_attention_interval": SHAPES,
     "rope.dimension_sections": "of images and video; a text has one position per token",
     "rope.scaling.finetuned": "says whether the model was trained on after its rope was scaled",
-    "attention.causal": "decoders are causal", "use_parallel_residual": "follows from the tensors",
+    "use_parallel_residual": "follows from the tensors",
     "rope.dimension_count": "the port's rope is fixed for this architecture",
     "rope.dimension_count_swa": "the port's rope is fixed for this architecture",
     "n_deepstack_layers": "of images", "pooling_type": "of embedding models; logits do not depend on it",
     "attention.head_count": SHAPES, "attention.head_count_kv": SHAPES,
     "attention.value_length_swa": SHAPES, "attention.key_length_swa": SHAPES,
+}  # fmt: skip
+
+COMPUTES: dict[str, tuple[Any, ...]] = {  # keys by which llama.cpp computes otherwise: the values that change nothing
+    **dict.fromkeys((
+        "attention.scale", "logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale",
+        "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor",
+    ), (0, 1)),
+    **dict.fromkeys((
+        "attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping", "attention.clamp_kqv",
+        "attention.max_alibi_bias", "attention.temperature_scale", "attention.temperature_length",
+        "attention.sliding_window", "swiglu_clamp_exp", "swiglu_clamp_shexp",
+    ), (0,)),
+    "expert_gating_func": (0, 1), "expert_group_count": (0, 1), "attention.causal": (True,),
+    "rope.scaling.yarn_ext_factor": (1,), "rope.scaling.yarn_log_multiplier": (0,),
 }  # fmt: skip
 
 
@@ -66,7 +82,10 @@ class KeyFate:
 
 
 def judge_keys(file: GgufFile, seen: Collection[str]) -> Iterator[KeyFate]:
-    """Yield a KeyFate for each metadata key of the file. seen: keys that were read for the model's config."""
+    """Yield a KeyFate for each metadata key of the file. seen: keys that were read for the model's config.
+
+    Raises PortError for a key that was not read, although llama.cpp computes otherwise by its value.
+    """
     own = f"{file.architecture}."
     for key, value in file.fields.items():
         if key in seen:
@@ -74,6 +93,15 @@ def judge_keys(file: GgufFile, seen: Collection[str]) -> Iterator[KeyFate]:
             continue
         if why := _listed(key, USED):
             yield KeyFate(key, True, why)
+            continue
+        neutral = COMPUTES.get(key.removeprefix(own)) if key.startswith(own) else None
+        if neutral and any(v not in neutral for v in (value if isinstance(value, list) else [value])):
+            raise PortError(
+                f"{file.path}: {key}={value!r} is not ported for this architecture; wanted no such key, or "
+                f"{' or '.join(map(repr, neutral))}"
+            )
+        if neutral:
+            yield KeyFate(key, False, "has the value that changes nothing")
             continue
         why = MODEL.get(key.removeprefix(own), "") if key.startswith(own) else ""
         if key == f"{own}attention.layer_norm_epsilon" and f"{own}attention.layer_norm_rms_epsilon" in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +58,19 @@ class Metadata:
         return own[0]
 
     def whole(self, key: str, default: int | None = None) -> int:
-        return int(self._needed(key, default))
+        return int(self._number(key, default))
 
     def real(self, key: str, default: float | None = None) -> float:
-        return float(self._needed(key, default))
+        return float(self._number(key, default))
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.one(key, default))
+
+    def _number(self, key: str, default: Any) -> float:
+        value = self._needed(key, default)
+        if isinstance(value, str | bytes | list) or not math.isfinite(value):
+            raise CheckpointError(f"{self.file.path}: {self.file.architecture}.{key}={value!r}; wanted a finite number")
+        return value
 
     def _needed(self, key: str, default: Any) -> Any:
         value = self.one(key, default)

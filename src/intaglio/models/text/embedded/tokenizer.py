@@ -136,7 +136,8 @@ def _templates(file: GgufFile) -> dict[str, str]:
 def _ends(v: _Vocabulary) -> tuple[int, ...]:
     """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS.
 
-    <|end|> is left out of ENDS if the file has all tokens of HARMONY (gpt-oss), where it only ends a message.
+    <|end|> does not count as listed if all of HARMONY are control tokens of the file (gpt-oss): there it only ends a
+    message.
     """
     named = [i for name in ("eos", "eot", "eom") if (i := v.id(name)) is not None]
     control = v.of_kind(CONTROL)

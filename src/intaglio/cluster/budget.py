@@ -1,0 +1,25 @@
+"""Budget of the K/V blocks that a replica keeps in memory to hand them over by TCP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from intaglio.router import Role
+from intaglio.tiers.peer import default_budget
+
+DECODE_BYTES = 256 << 20  # most of a decode replica: nobody fetches its blocks
+
+
+def peer_budget(role: Role, replicas: int, memory: int) -> int:
+    """Budget in bytes of a replica of this role, if none is given.
+
+    An equal part of 1/8 of the memory, at most 8 GiB, or 256 MiB for decode replicas. replicas: most replicas on the
+    node. memory: bytes of the node's memory.
+    """
+    budget = default_budget(memory, replicas)
+    return min(budget, DECODE_BYTES) if role == "decode" else budget
+
+
+def size_words(given: Sequence[str], size: int) -> list[str]:
+    """Arguments of `intaglio serve` that set --kv-cache-size to `size` bytes; [] if it is among those given."""
+    return [] if any(word.split("=")[0] == "--kv-cache-size" for word in given) else ["--kv-cache-size", str(size)]
