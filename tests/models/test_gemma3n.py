@@ -131,6 +131,7 @@ def test_refusals():
         ({"intermediate_size": [64, 64]}, "intermediate_size lists 2 layers but num_hidden_layers=4"),
         ({"intermediate_size": [64, 64, 64, 0]}, r"intermediate_size=\[64, 64, 64, 0\]; wanted integers of 1 or more"),
         ({"activation_sparsity_pattern": 1.0}, "activation_sparsity_pattern=.*; wanted numbers from 0 to below 1"),
+        ({"activation_sparsity_pattern": [0, 0, "0", 0]}, "wanted numbers from 0 to below 1, one for each layer"),
         ({"use_bidirectional_attention": True}, "attention is causal here"),
     ):
         with pytest.raises(PortError, match=wanted):

@@ -29,15 +29,20 @@ def gemma3n(c: Config, context: int) -> Decoder:
     """
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     n, kinds = c.whole("num_hidden_layers"), c.layer_types(5)
-    widths = _listed(c, "intermediate_size", n, c.get("intermediate_size"))
-    c.table["intermediate_size"] = max(widths)
+    widths = _listed(c, "intermediate_size", n)
     sparse = _listed(c, "activation_sparsity_pattern", n, [0.95] * 10 * (n > 10) + [0.0] * (n - 10 * (n > 10)))
     for name, values, ok, wanted in (
-        ("intermediate_size", widths, [isinstance(x, int) and x > 0 for x in widths], "integers of 1 or more"),
-        ("activation_sparsity_pattern", sparse, [0 <= x < 1 for x in sparse], "numbers from 0 to below 1"),
+        ("intermediate_size", widths, [type(x) is int and x > 0 for x in widths], "integers of 1 or more"),
+        (
+            "activation_sparsity_pattern",
+            sparse,
+            [type(x) in (int, float) and 0 <= x < 1 for x in sparse],
+            "numbers from 0 to below 1",
+        ),
     ):
         if not all(ok):
             raise PortError(f"config.json: {name}={values!r}; wanted {wanted}, one for each layer")
+    c.table["intermediate_size"] = max(widths)
     s, bias = sizes(c, act="hidden_activation"), c.flag("attention_bias")
     local = parameters(c, "sliding_attention", theta="rope_local_base_freq", scaled=False)
     ropes = {
@@ -70,7 +75,7 @@ def _altup(c: Config) -> AltUp:
     return AltUp(streams, active, scaled)
 
 
-def _listed(c: Config, key: str, n: int, usual: Any) -> list[Any]:
+def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
     """The values of a key that has one for all layers or a list with one for each of `n` layers, as a list.
 
     usual: used if the key has no value. Raises PortError for a list of another length.
