@@ -86,8 +86,8 @@ def port(
 ) -> Program:
     """The Program of a checkpoint, for positions below `context`.
 
-    The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
-    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
+    The default context is the model's own limit. With LongRoPE or dynamic NTK scaling, it is the length up to which the
+    rope table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
 
     name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
     PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
