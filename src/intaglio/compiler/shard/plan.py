@@ -5,7 +5,7 @@ from __future__ import annotations
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.recurrent import Recurrence, plan_recurrence
 from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled
-from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample, ShortConv
+from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Moment, Norm, Op, Permute, Rope, Sample, ShortConv
 from intaglio.program import Program
 
 
@@ -86,11 +86,11 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
     """Add `shares` to `plan` for the results of the linears from which `x` is computed.
 
-    Only elementwise ops, convolutions and permute may lie between them and `x`. Nothing is added if `x` depends on
-    other results too, if one of the linears is in the plan or has another width than `x`, or if `x` has fewer columns
-    than there are lanes.
+    Only elementwise ops, convolutions, permute and moment may lie between them and `x`. Nothing is added if `x` depends
+    on other results too, if one of the linears is in the plan or has another width than `x`, or if `x` has fewer
+    columns than there are lanes.
     """
-    found, width = roots(p, x, (Permute, ShortConv)), int(p.tensors[x].shape[1])
+    found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
         plan |= dict.fromkeys(found, shares)
 
