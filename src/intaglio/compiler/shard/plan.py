@@ -95,19 +95,35 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
         plan |= dict.fromkeys(found, shares)
 
 
-def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
+def roots(
+    p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
+) -> set[str] | None:
     """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
 
     Only elementwise ops, and ops of the types `through`, may lie between. A view of a linear's result counts as such a
-    result.
+    result. found: the roots of tensors already visited, to which others are added, so that each is visited once.
     """
+    found = {} if found is None else found
+    if name not in found:
+        found[name] = _roots(p, name, through, found)
+    return found[name]
+
+
+def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
+    """The roots of a tensor that is not yet in `found`; arguments and result as those of roots()."""
     op = p.producer(name)
     if isinstance(op, Linear):
         return {name}
     if op is None or not (op.elementwise or isinstance(op, through)) or p.tensors[name].view:
         return None
-    parts = [roots(p, x, through) for x in op.inputs if p.tensors[x].role in ("temp", "output")]
-    return set[str]().union(*parts) if all(part is not None for part in parts) else None  # type: ignore[arg-type]
+    parts = set[str]()
+    for x in op.inputs:
+        if p.tensors[x].role in ("temp", "output"):
+            part = roots(p, x, through, found)
+            if part is None:
+                return None
+            parts |= part
+    return parts
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
