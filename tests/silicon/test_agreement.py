@@ -12,7 +12,7 @@ from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.agreement import compare_kernel
 from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
-from intaglio.ops import Linear, Tensor, Value
+from intaglio.ops import Embed, Linear, Tensor, Value
 from intaglio.silicon.cache import LINE, Cache, lines_of
 from intaglio.silicon.kernels import kernel_class
 from intaglio.silicon.kernels.product import time_choices
@@ -31,11 +31,19 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
     for a in found:
         op, tensors = a.case.op, a.case.tensors
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
-        assert (0.4 < a.ratio < 2.5) if fits.hbm_bytes else abs(a.ratio - 1) < 0.05, (
+        assert (0.3 < a.ratio < 3) if fits.hbm_bytes else abs(a.ratio - 1) < 0.05, (
             on.chip.name,
             a.ratio,
             a.case.words,
         )
+
+
+def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
+    """The tiles of rows of 1,360 columns once took all SRAM of an mi355x core."""
+    op = Embed(site="embed", tokens="t", w="w", out="y")
+    tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, 1360), "bf16", "weight")]
+    for rows in (1, 27, 600):
+        assert 0.3 < compare_kernel(target("mi355x"), case(op, tensors, batch_of([(rows, 0)]), "")).ratio < 3
 
 
 @pytest.mark.parametrize("chip", ["a100_sxm", "h100_sxm", "b200_sxm", "tpu_v5e", "tpu_v7", "mi300x", "gaudi3"])

@@ -17,7 +17,7 @@ from intaglio.silicon.isa.vector import map_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
 from intaglio.silicon.kernels.product import bits_per_value
-from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_indices
+from intaglio.silicon.kernels.rows import MOST_TILES, RowsKernel, by_jobs, load_indices
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
@@ -42,6 +42,10 @@ class EmbedKernel(RowsKernel):
 
     def columns(self) -> tuple[int, ...]:
         return self.width, self.width, self.width
+
+    def held_bytes(self) -> float:
+        scales = MOST_TILES * 4 * self.width / 32  # of groups of at least 32
+        return super().held_bytes() + scales * self.quantised
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         return float(vector_cycles(chip, (1 + self.quantised) * n)) + map_cycles(chip, SCALE, n)
