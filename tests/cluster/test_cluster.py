@@ -12,9 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
-from support.clustered import Clustered, asked, clustered, compare, long, plain, send
+from support.clustered import Clustered, asked, clustered, compare, long, plain, runs, send
 from support.served import TEST_TIMEOUT_S, Served, wait_for
 
 from intaglio.cluster.admin import ask, cluster_folder
@@ -151,7 +150,7 @@ def test_a_killed_router_leaves_no_replica(folder: Path, tmp_path: Path) -> None
         assert children
         cluster.process.send_signal(signal.SIGKILL)
         cluster.process.wait()
-        wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+        wait_for(lambda: not any(runs(c.pid) for c in children))
         with pytest.raises(ValueError, match="no cluster 'test' runs"):
             cluster.ask("status")
 

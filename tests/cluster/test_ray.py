@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.clustered import Clustered, asked, clustered, compare, long, send
+from support.clustered import Clustered, asked, clustered, compare, long, runs, send
 from support.served import TEST_TIMEOUT_S, Served, wait_for
 
 pytest.importorskip("ray", reason="needs the extra `cluster`: make ray")
@@ -70,10 +70,6 @@ def cluster(folder: Path, runtime: Path, nodes: Nodes) -> Iterator[Clustered]:
         c.wait_ready()
         pids = [r["pid"] for r in c.replicas().values()]
     wait_for(lambda: not any(map(runs, pids)))
-
-
-def runs(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def node_of(replica: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from intaglio.chips import ChipError, target
 from intaglio.codesign.disaggregated import Apart, serve_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
-from intaglio.codesign.measured import Row, agreements, compare_all, completed, rows
+from intaglio.codesign.measured import Compared, Row, agreements, compare_all, completed, rows
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.simulate import ported
@@ -83,6 +83,8 @@ def test_numbers_of_servers_come_from_a_row_with_the_same_measurement() -> None:
     assert found.refusal() is None and found.twin is said and found.split == said.split
     assert found.columns["model_path"] == "b/DeepSeek-R1"
     assert {name: found.columns[name] for name in servers} == servers
+    counts = agreements([Compared(found, 0.1, 0.1), Compared(said, 0.1, 0.1), Compared(silent, refused="x")])
+    assert [(a.rows, a.derived) for a in counts] == [(2, 1)] * 2
     for name, value in (
         ("silicon_ttft_ms", "50.1"), ("concurrency", "4"), ("backend", "sglang"), ("model_path", "x/GLM-5"),
         ("decode_num_workers", ""), ("mode", "agg"),

@@ -87,8 +87,16 @@ def clustered(folder: Path, runtime: Path, replicas: int, *words: str) -> Iterat
         finally:
             cluster.process.send_signal(signal.SIGINT)
             cluster.process.wait(TEST_TIMEOUT_S)
-        wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+        wait_for(lambda: not any(runs(c.pid) for c in children))
         assert not list(runtime.rglob("*.sock"))
+
+
+def runs(pid: int) -> bool:
+    """True if the process has not ended; it may end while its status is asked."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def asked(rng: random.Random, i: int) -> tuple[str, dict[str, Any]]:

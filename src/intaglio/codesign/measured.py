@@ -338,6 +338,7 @@ class Agreement:
         engine: name of the engine, or "all".
         group: group of the rows: "dense", "mixture" or "disaggregated" (see Row.group).
         rows: number of rows compared.
+        derived: how many of them take their servers from a twin (see Row.twin).
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
@@ -348,6 +349,7 @@ class Agreement:
     engine: str
     group: str
     rows: int
+    derived: int
     tpot: float
     ttft: float
     tpot_bias: float
@@ -367,8 +369,8 @@ def agreements(compared: Sequence[Compared]) -> list[Agreement]:
         mine = [c for c in good if c.row.group == group and name in ("all", c.row.columns["backend"])]
         first, each = [[c.errors[i] for c in mine] for i in (0, 1)]
         worst = tuple(sorted(mine, key=lambda c: -abs(c.errors[1]))[:3])
+        derived = sum(c.row.twin is not None for c in mine)
         medians = (statistics.median(map(abs, each)), statistics.median(map(abs, first)))
-        out.append(
-            Agreement(name, group, len(mine), *medians, statistics.median(each), statistics.median(first), worst)
-        )
+        biases = (statistics.median(each), statistics.median(first))
+        out.append(Agreement(name, group, len(mine), derived, *medians, *biases, worst))
     return out

@@ -56,13 +56,13 @@ class Route(Op, kind="route"):
 
     logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top].
 
-    1. Score: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen` is a softmax over the
-    logits of the chosen experts only; `sparsemixer` is the function of that name, with `jitter`. 2. Choice: the
-    experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a bias, experts
-    are ordered by their logits, or by their scores if `group_best` is above 1. Ties go to the lowest index. With
-    `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups can be
-    chosen; a group is rated by the sum of its `group_best` highest values. 3. Weights: the scores, divided by their
-    sum (plus FLOOR, 1e-20) if `normalise`, times `scale`.
+    1. Score, by `score`: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen`: a softmax over
+       the logits of the chosen experts only; `sparsemixer`: the function of that name, with `jitter`.
+    2. Choice: the experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a
+       bias, experts are ordered by their logits, or by their scores if `group_best` is above 1. Ties go to the lowest
+       index. With `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups
+       can be chosen; a group is rated by the sum of its `group_best` highest values.
+    3. Weights: the scores, divided by their sum (plus FLOOR, 1e-20) if `normalise`, times `scale`.
     """
 
     logits: str = operand(exact=True)

@@ -20,10 +20,15 @@ KINDS = ("rms", "layer", "l2", "none")
 class Norm(Op, kind="norm"):
     """Op that normalises rows: out = normalised(x) * (weight + offset) + bias + residual, float32 [rows, width].
 
-    rms: x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). layer: (x - mean) / sqrt(var + eps) (Ba et al. 2016).
-    l2: x / sqrt(sum(x^2) + eps). none: x itself. x [rows, width]; `group` > 0 normalises each run of that many
-    columns by itself; weight and bias are then [group] long, or [width]. `offset` is 1 where the checkpoint stores
-    weight - 1 (Gemma).
+    normalised(x), by the field `norm`:
+
+    - rms: x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019);
+    - layer: (x - mean) / sqrt(var + eps) (Ba et al. 2016);
+    - l2: x / sqrt(sum(x^2) + eps);
+    - none: x itself.
+
+    x [rows, width]; weight and bias [width]. If `group` is above 0, each run of that many columns is normalised by
+    itself, and weight and bias are [group] or [width]. `offset` is 1 where the checkpoint stores weight - 1 (Gemma).
     """
 
     x: str = operand()

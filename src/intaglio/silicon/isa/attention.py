@@ -34,9 +34,13 @@ def capped(s: np.ndarray, softcap: float) -> np.ndarray:
 def masked(i: Any, s: np.ndarray) -> np.ndarray:
     """Attention scores, f64 [rows, n], from the products `s` [rows, n] of queries and keys.
 
-    The fields of instruction `i` determine four steps. Products are scaled and soft-capped. They are multiplied by the
-    temperature 1 + temper * ln(1 + floor((position + 1) / every)) of the query's position (with `from_zero`, without
-    the + 1). slope * (key position - query position) is added. Masked scores become -inf.
+    The fields of instruction `i` determine four steps:
+
+    1. Products are scaled and soft-capped.
+    2. They are multiplied by 1 + temper * ln(1 + floor(n / every)), where n is the query's position + 1, or its
+       position if `from_zero` is set.
+    3. slope * (key position - query position) is added.
+    4. Masked scores become -inf.
     """
     s = capped(s * i.scale, i.softcap)
     position = i.query + np.arange(len(s))[:, None] // i.pack

@@ -43,8 +43,9 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 class Quantise(Instruction, engine="VEC", opcode=0x32):
     """Quantise x f32 [m, k] with one scale a row: codes [m, k] and scale f32 [m, 1].
 
-    codes in e4m3: as formats.quantise to fp8row. codes in int8: as formats.quantise_rows for activations; with
-    `for_cache`, as formats.quantise to int8row, whose scales are rounded to bf16.
+    Codes in e4m3: the scale is max|x| of the row / 448, as formats.quantise() to fp8row. Codes in int8: the scale is
+    max|x| / 127, as formats.quantise_rows() for activations; with `for_cache` it is rounded to bf16, as
+    formats.quantise() to int8row.
     """
 
     codes: Region
