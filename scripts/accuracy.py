@@ -163,11 +163,11 @@ def server_table(found: Sequence[Figures]) -> str:
     """Errors of measured servers."""
     names = ("tpot", "ttft"), ("tpot_bias", "ttft_bias")
     rows = [
-        [r["engine"], r["group"], f"{r['rows']:,}", *(f"{100 * r[n]:.1f}" for n in names[0]),
+        [r["engine"], r["group"], f"{r['rows']:,}", f"{r['derived']:,}", *(f"{100 * r[n]:.1f}" for n in names[0]),
          *(f"{100 * r[n]:+.1f}" for n in names[1])]
         for r in found
     ]  # fmt: skip
-    return markdown(["engine", "models", "rows", "TPOT %", "TTFT %", "TPOT bias %", "TTFT bias %"], rows)
+    return markdown(["engine", "models", "rows", "derived", "TPOT %", "TTFT %", "TPOT bias %", "TTFT bias %"], rows)
 
 
 def agreement_table(found: dict[str, dict[str, list[float]]]) -> str:

@@ -24,7 +24,6 @@ RECURRENT = "recurrent blocks (state-space layers, linear attention or short con
 SPARSE = "sparse attention of a form that is not ported: an indexer chooses the positions that a query sees"
 AUDIO = "audio tokens or an audio encoder"
 LOOPED = "layers that run more than once, with keys and values of each pass"
-GEMMA3N = "several residual streams (AltUp), and keys and values shared between layers"
 HELPER = "a draft model that reads the keys and values of the model that it helps"
 REASONS: dict[str, tuple[str, ...]] = {
     RECURRENT: (
@@ -42,7 +41,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "MusicgenMelodyForCausalLM", "Phi4MultimodalForCausalLM", "WhisperForCausalLM",
     ),
     LOOPED: ("DoryForCausalLM", "HrmTextForCausalLM"),
-    GEMMA3N: ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
     HELPER: ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
     "streams of attention for the n-grams ahead": ("ProphetNetForCausalLM",),
     "embeddings of each character's shape and sound": ("RoCBertForCausalLM",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A random generator, seeded anew in every run; a failure prints TEST_SEED, which reproduces it."""
     print(f"TEST_SEED={SEED}")
     return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+@pytest.fixture
+def py_rng(rng: np.random.Generator) -> random.Random:
+    """A generator of Python's `random` module, seeded by `rng`, so that TEST_SEED reproduces it."""
+    return random.Random(int(rng.integers(2**32)))
 
 
 @pytest.fixture(params=["reference", "host"])

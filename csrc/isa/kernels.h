@@ -149,6 +149,8 @@ struct NormArgs {
   float eps, offset;
 };
 
+enum class MomentOf : int { Mean, Rms, Std };
+
 // Range of keys that a query sees: a sliding window that ends at it, or from the start of its chunk; if both are 0, all.
 struct VisibleKeys {
   int window = 0, chunk = 0;
@@ -289,6 +291,8 @@ struct Kernels {
   void (*prepare_row)(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row);
   void (*linear_unit)(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, float* tile);
   void (*norm_row)(const NormArgs& a, int64_t row);
+  // The mean, root mean square or standard deviation of n values.
+  float (*moment)(const float* x, int64_t n, MomentOf of);
   void (*map_row)(const MapArgs& a, int64_t row, float* scratch);
   // Attention over one split of K/V. Writes for each query row its maximum score (top), sum of weights (total) and weighted
   // values (acc) [v_stride]. scratch: [rows, kSplit].

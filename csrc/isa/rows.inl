@@ -37,6 +37,12 @@ void norm_row(const NormArgs& a, int64_t row) {
                a.out + row * a.ld_out + i, a.group);
 }
 
+float moment(const float* x, int64_t n, MomentOf of) {
+  const float mean = of == MomentOf::Rms ? 0.0f : sum_over(x, n, [](F v) { return v; }) / float(n);
+  if (of == MomentOf::Mean) return mean;
+  return std::sqrt(sum_over(x, n, [&](F v) { return (v - set(mean)) * (v - set(mean)); }) / float(n));
+}
+
 // Evaluates the postfix expression of `map` for one vector of values.
 F map_vector(const MapArgs& a, const float* const* x) {
   F stack[kMapStack];

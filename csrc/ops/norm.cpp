@@ -1,4 +1,4 @@
-// Op norm: RMS, layer or L2 norm of rows, or only their weights and biases.
+// Ops norm (RMS, layer or L2 norm of rows, or only their weights and biases) and moment (mean, RMS or deviation of rows).
 #include "run/op.h"
 
 namespace intaglio {
@@ -42,7 +42,24 @@ class Norm : public OpKernel {
   float eps_, offset_;
 };
 
+class Moment : public OpKernel {
+ public:
+  explicit Moment(OpArgs& a)
+      : kernels_(a.context.kernels), x_(a.rows("x")), out_(a.rows("out")),
+        of_(a.choice<MomentOf>("of", {{"mean", MomentOf::Mean}, {"rms", MomentOf::Rms}, {"std", MomentOf::Std}})) {}
+  void plan(Planner& p) override { p.rows(out_.rows(), x_.cols); }
+  void run(int, int64_t begin, int64_t end, Scratch&) override {
+    for (int64_t r = begin; r < end; r++) *out_.row(r) = kernels_.moment(x_.row(r), x_.cols, of_);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Tensor &x_, &out_;
+  MomentOf of_;
+};
+
 const Registered<Norm> norm("norm");
+const Registered<Moment> moment("moment");
 
 }  // namespace
 }  // namespace intaglio

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from intaglio import __version__
-from intaglio.compiler import Layout
+from intaglio.compiler import Layout, LayoutError
 from intaglio.devices import (
     Device,
     DeviceError,
@@ -34,7 +34,7 @@ from intaglio.devices.processes.address import TcpAddress
 from intaglio.machine import Machine, state_spec
 from intaglio.model import Model, Prompt
 from intaglio.models import Transcript
-from intaglio.program import ExpertPlacement
+from intaglio.program.expert_placement import ExpertPlacement, check_writable
 from intaglio.progress import Progress, silent
 from intaglio.runtime import (
     CHECKPOINT_BLOCKS,
@@ -131,8 +131,10 @@ class LLM:
             dies, with an equal share of the threads; on other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
         expert_placement: for a layout with redundant experts (ep4r8): a JSON file with the experts of each rank of each
-            layer. It is read at the start if it is there, and replaced whenever experts have moved.
+            layer. It is read at the start if it is there, and replaced whenever experts have moved. One engine a file.
+            Not for device silicon. Its folder must be writable, unless experts never move.
         rebalance_every: seconds between two proposals of another placement of experts; 0: experts are never moved.
+            None: MOVE_EVERY. Not for device silicon.
         in_process: True to run all ranks of a layout in this process, one after the other.
         chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
         chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
@@ -169,7 +171,7 @@ class LLM:
         journal: str | Path | None = None,
         layout: str | None = None,
         expert_placement: str | Path | None = None,
-        rebalance_every: float = MOVE_EVERY,
+        rebalance_every: float | None = None,
         in_process: bool = False,
         hosts: HostsDevice | None = None,
         chip: str | None = None,
@@ -183,6 +185,10 @@ class LLM:
     ) -> None:
         if device != "silicon" and (chip or chips):
             raise DeviceError(f"chip and chips are for device silicon, not {device!r}; leave them out or use silicon")
+        if device == "silicon" and (expert_placement or rebalance_every is not None):
+            raise DeviceError(
+                "device 'silicon' moves no experts; leave out expert_placement and rebalance_every, or use device host"
+            )
         if threads is not None and (device != "host" or machine):
             why = "takes its threads from the machine" if machine else "takes no number of threads"
             raise DeviceError(f"device {device!r} {why}; leave threads out")
@@ -190,7 +196,14 @@ class LLM:
         self.model = Model.open(path, weights, kv_format, context, revision, progress)
         self.machine = machine or Machine(threads)
         placed = Layout.parse(layout or "tp1").placed(Path(expert_placement)) if expert_placement else layout
-        self.mesh = self.model.sharded(None if device == "silicon" else placed)  # the ranks that run in this process
+        if expert_placement and rebalance_every != 0:
+            check_writable(Path(expert_placement))
+        try:  # the ranks that run in this process
+            self.mesh = self.model.sharded(None if device == "silicon" else placed)
+        except LayoutError as e:
+            if isinstance(placed, Layout) and placed.placement:
+                raise LayoutError(f"{e} (expert placement: {expert_placement})") from None
+            raise
         self.modelled: str | None = None  # chips and layout if times are modelled, else None
         options: dict[str, Any] = {"threads": self.machine.threads, "cache": cache} if device == "host" else {}
         if device == "silicon":
@@ -235,7 +248,8 @@ class LLM:
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             checkpoint_blocks=0 if state_cache_bytes == 0 else CHECKPOINT_BLOCKS, numerics=numerics,
-            scope=scope, connector=self.tier, rebalance_every=rebalance_every,
+            scope=scope, connector=self.tier,
+            rebalance_every=MOVE_EVERY if rebalance_every is None else rebalance_every,
             incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip

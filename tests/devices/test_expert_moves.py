@@ -23,7 +23,7 @@ from intaglio.devices.host import HostDevice
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
 from intaglio.ops import Experts, Route
-from intaglio.program import ExpertPlacement
+from intaglio.program import ExpertPlacement, PlacementError
 from intaglio.program.source import restacked
 from intaglio.runtime import RequestError, SamplingParams
 
@@ -118,12 +118,16 @@ def test_placements_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path, file = tiny("qwen3moe", tmp_path / "model"), tmp_path / "placement.json"
     ExpertPlacement({"layers.9.mlp.experts": ((0,), (1,))}).keep(file)
     for layout, why in (
-        ("ep2r0", r"names layers\.9\.mlp\.experts, which \S+ lacks; the sites of its experts are layers\.1\."),
+        ("ep2r0", r"names layers\.9\.mlp\.experts, which \S+ lacks; .* are layers\.1\..*placement: .*placement\.json"),
         ("ep2", r"layout ep2 has no placement of experts to be read from .*placement\.json; use one such as ep2r0"),
         (None, "layout tp1 has no placement"),
     ):
         with pytest.raises(LayoutError, match=why):
             LLM(path, layout=layout, in_process=True, expert_placement=file)
+    with pytest.raises(
+        PlacementError, match=r"none/p\.json: no file can be written to the folder .*none: .*No such file"
+    ):
+        LLM(path, layout="ep2r0", in_process=True, expert_placement=tmp_path / "none" / "p.json")
     with pytest.raises(RequestError, match="rebalance_every is -1; allowed: 0 or more"):
         LLM(path, layout="ep2r0", in_process=True, rebalance_every=-1)
 

@@ -27,6 +27,7 @@ from intaglio.ops import (
     KvWrite,
     Linear,
     Map,
+    Moment,
     Norm,
     Permute,
     Rope,
@@ -37,6 +38,7 @@ from intaglio.ops import (
 )  # fmt: skip
 from intaglio.ops.elementwise import FUNCTIONS
 from intaglio.ops.linear import ACTIVATIONS
+from intaglio.ops.moment import MOMENTS
 from intaglio.program import Builder
 
 IN_OTHER_TESTS = {
@@ -124,6 +126,13 @@ def test_norm(norm: str, group: int, rng: np.random.Generator) -> None:
     fields["residual"] = bench.matrix("r", rows, width)
     y = bench.b.op(Norm, "y", bench.x, **fields, norm=norm, group=group, offset=1.0, eps=1e-5)
     hold(bench.run(y), (span + 16) * EPS * 30)
+
+
+@pytest.mark.parametrize("of", MOMENTS)
+def test_moment(of: str, rng: np.random.Generator) -> None:
+    rows, width = int(rng.integers(1, 30)), int(rng.integers(1, 300))
+    bench = Bench(rng, rows, width)
+    hold(bench.run(bench.b.op(Moment, "y", bench.x, of=of)), (width + 16) * EPS * 8)
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from support.tiny import RECURRENT, tiny
 
+from intaglio import formats
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import Layout, LayoutError, build, build_mesh, shard
 from intaglio.devices import MeshDevice, StateSpec, StepRequest, open_device
+from intaglio.devices.weights import assemble
+from intaglio.formats import Quantised
 from intaglio.models import Checkpoint, port
 from intaglio.ops import LinearAttention, RgLru, SelectiveScan, ShortConv
 from intaglio.program import MeshProgram, Program
@@ -152,11 +155,24 @@ WHOLE_GROUPS: dict[str, dict[str, Any]] = {  # lanes hold multiples of 128 colum
 }  # fmt: skip
 
 
+def groups(program: Program, name: str, weights: Checkpoint) -> set[bytes]:
+    """The dequantised groups of a quantised weight, in any order."""
+    held = assemble(program.tensors[name], weights)
+    assert isinstance(held, Quantised), name
+    return {group.tobytes() for group in held.rows(slice(None)).reshape(-1, held.group)}
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", WHOLE_GROUPS)
 def test_shares_have_the_codes_of_the_whole_weight(folder: Path, family: str, weights: str) -> None:
+    """The lanes' groups are together those of the whole weight, to the bit: none is split and quantised anew."""
     c = Checkpoint.open(tiny(family, folder / f"{family}-wide", **WHOLE_GROUPS[family]))
-    wanted = run(build(port(c), weights), c, "host", DECODING)
-    got = run(build_mesh(port(c), "tp2", weights), c, "host", DECODING)
+    whole, mesh = build(port(c), weights), build_mesh(port(c), "tp2", weights)
+    coded = [t.name for t in whole.of_role("weight") if formats.get(t.format).grouped]
+    assert any("out_proj" in name for name in coded) and any("in_proj" in name for name in coded)
+    for name in coded:
+        held = [groups(lane, name, c) for lane in mesh.programs if name in lane.tensors]
+        assert set[bytes]().union(*held) == groups(whole, name, c), name
+    wanted, got = (run(p, c, "host", DECODING) for p in (whole, mesh))
     # an activation that differs in its last bit may round to the next code: 1/127 of its group's largest value
     assert np.abs(got - wanted).max() <= 2 * 2 / 127 * np.abs(wanted).max()

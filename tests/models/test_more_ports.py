@@ -81,6 +81,7 @@ NEEDED = {  # what a config of the family has to say besides
     "ministral": {"head_dim": 24},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
+    "gemma3n": {"num_kv_shared_layers": 1},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 128},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from intaglio.program.expert_placement import (
     ExpertPlacement,
     PlacementError,
     balance,
+    check_writable,
     rank_loads,
+    replace_file,
     replicate,
     slots_of,
     turns,
@@ -89,7 +93,7 @@ def test_text_and_errors() -> None:
         ExpertPlacement.even([SITE], 8, 2, 9)
 
 
-def test_a_placement_is_kept_in_a_file(tmp_path: Path) -> None:
+def test_a_placement_is_kept_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file, placement = tmp_path / "placement.json", ExpertPlacement.even([SITE], 8, 4, 3)
     assert ExpertPlacement.read(file) is None
     for kept in (placement, ExpertPlacement.even([SITE], 6, 2, 0)):
@@ -100,5 +104,65 @@ def test_a_placement_is_kept_in_a_file(tmp_path: Path) -> None:
         ExpertPlacement.read(file)
     with pytest.raises(PlacementError, match="is a directory|Is a directory"):
         ExpertPlacement.read(tmp_path)
-    with pytest.warns(UserWarning, match=r"is not kept in .*none/placement\.json: .*No such file"):
+    for _ in range(2):
+        caplog.clear()
         placement.keep(tmp_path / "none" / "placement.json")
+        assert re.search(r"is not kept in .*none/placement\.json: .*No such file", caplog.text)
+    (tmp_path / "folder").mkdir()
+    placement.keep(tmp_path / "folder")
+    assert "is not kept in" in caplog.text and {p.name for p in tmp_path.iterdir()} == {"placement.json", "folder"}
+
+
+def test_writers_of_one_file_leave_whole_placements(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Threads replace one file by placements of different lengths; every read finds one of them, whole."""
+    file, placements = tmp_path / "placement.json", [ExpertPlacement.even([SITE], n, 4, 0) for n in (8, 400)]
+
+    def write(placement: ExpertPlacement) -> None:
+        for _ in range(100):
+            placement.keep(file)
+
+    write(placements[0])
+    with ThreadPoolExecutor(2) as writers:
+        ended = [writers.submit(write, p) for p in placements]
+        while not all(e.done() for e in ended):
+            assert ExpertPlacement.read(file) in placements
+    assert ExpertPlacement.read(file) in placements and [*tmp_path.iterdir()] == [file] and not caplog.text
+
+
+def test_a_failed_replacement_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "placement.json"
+    file.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(file, "\ud800")
+    assert file.read_text() == "old" and [*tmp_path.iterdir()] == [file]
+
+
+def test_a_folder_is_tried_before_experts_move(tmp_path: Path) -> None:
+    check_writable(tmp_path / "placement.json")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").touch()
+    with pytest.raises(PlacementError, match=r"placement .*file/p\.json: no file can be written to .*Not a directory"):
+        check_writable(tmp_path / "file" / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": [[0.9, 1.7]]}', r"a: rank 0 holds 0\.9; allowed: integers from 0"),
+        ('{"a": [[0], [1, true]]}', "a: rank 1 holds True; allowed"),
+        ('{"a": [[-1]]}', "a: rank 0 holds -1; allowed"),
+        ('{"a": [["1"]]}', "a: rank 0 holds '1'; allowed"),
+        ('{"a": [[1e400]]}', "a: rank 0 holds inf; allowed"),
+        ('{"a": [[NaN]]}', "a: rank 0 holds nan; allowed"),
+        ('{"a": ["01"]}', r"a is \['01'\]; wanted a list with a list of experts for each rank"),
+        ('{"a": {"0": [1]}}', "a is {'0': .*}; wanted a list"),
+        ('{"a": [[0]], "b": [[0]], "a": [[1]]}', "'a' is written twice; write each site once"),
+        ("3", "is JSON such as .*; this is 3"),
+        ('{"a": [[' + "9" * 5000 + "]]}", "is JSON such as .*; this is not: Exceeds the limit"),
+        ("[" * 100_000, "is JSON such as .*; this is not: .*recursion"),
+    ],
+)  # fmt: skip
+def test_only_integers_are_experts(text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(PlacementError, match=rf"p\.json: .*{why}"):
+        ExpertPlacement.read(tmp_path / "p.json")

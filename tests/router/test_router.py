@@ -317,10 +317,8 @@ def walked(router: Router, now: float) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_dispatch_places_what_a_walk_over_all_waiting_jobs_would(policy: str) -> None:
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
-    print(f"{seed=}")
+def test_dispatch_places_what_a_walk_over_all_waiting_jobs_would(policy: str, py_rng: random.Random) -> None:
+    rng = py_rng
     router = router_of(0, policy)
     roles: list[Role] = ["mixed", "prefill", "decode"]
     for i, role in enumerate(rng.choices(roles, k=rng.randint(1, 4))):
@@ -550,9 +548,8 @@ def test_where_nothing_is_shared_it_is_no_worse_than_round_robin() -> None:
 
 
 @pytest.mark.parametrize("events", [True, False])
-def test_every_job_ends_though_replicas_die_drain_and_reports_are_lost(events: bool) -> None:
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
+def test_every_job_ends_though_replicas_die_drain_and_reports_are_lost(events: bool, py_rng: random.Random) -> None:
+    rng = py_rng
     trace = conversations(rng, 20, 4, 2)
     lost = frozenset(rng.sample(range(1, 200), 40))
     simulation = simulate(trace, "cache-aware", chunks=60, events=events, lost_events=lost)
@@ -562,10 +559,10 @@ def test_every_job_ends_though_replicas_die_drain_and_reports_are_lost(events: b
         simulation.at(at + 0.5, "start", name)
     simulation.at(rng.random() * 8, "drain", "r2")
     result, router = simulation.run(), simulation.router
-    assert set(result.end) | set(result.refused) == {j.id for _, j in trace}, seed
-    assert not set(result.end) & set(result.refused), seed
-    assert set(result.refused.values()) <= {"unavailable"}, seed
-    assert len(router.queue) == 0 and all(not r.jobs for r in router.replicas.values()), seed
+    assert set(result.end) | set(result.refused) == {j.id for _, j in trace}
+    assert not set(result.end) & set(result.refused)
+    assert set(result.refused.values()) <= {"unavailable"}
+    assert len(router.queue) == 0 and all(not r.jobs for r in router.replicas.values())
 
 
 def test_a_burst_of_one_tenant_does_not_delay_another() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from support.served import Slow, served
@@ -41,6 +42,10 @@ def test_what_cannot_be_modelled_is_refused() -> None:
         LLM(device="silicon", layout="tp2", chips=4)
     with pytest.raises(DeviceError, match="chip and chips are for device silicon, not 'host'"):
         LLM(chips=8)
+    moving: list[dict[str, Any]] = [{"expert_placement": "p.json"}, {"rebalance_every": 60.0}, {"rebalance_every": 0}]
+    for option in moving:
+        with pytest.raises(DeviceError, match="device 'silicon' moves no experts; leave out expert_placement and reb"):
+            LLM(device="silicon", layout="ep2r0", **option)
     with pytest.raises(ChipError, match="unknown chip 'abacus'"):
         LLM(device="silicon", chip="abacus")
 

@@ -24,9 +24,8 @@ BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "route", "sinuso
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
-def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str) -> None:
+def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
     """On any chip, within 5 % if the operands fit the L2; otherwise its evictions are approximated."""
-    rng = np.random.default_rng()
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
@@ -41,9 +40,9 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
 
 @pytest.mark.parametrize("chip", ["a100_sxm", "h100_sxm", "b200_sxm", "tpu_v5e", "tpu_v7", "mi300x", "gaudi3"])
 @pytest.mark.parametrize("kind", ["attend", "kv_write"])
-def test_closed_form_and_machine_agree_on_attention(chip: str, kind: str) -> None:
+def test_closed_form_and_machine_agree_on_attention(chip: str, kind: str, rng: np.random.Generator) -> None:
     """Prompts, decoding sequences, windows and latent attention; see docs/accuracy.md for every chip."""
-    on, rng = target(chip), np.random.default_rng()
+    on = target(chip)
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(4)]
     assert all(0.7 < a.ratio < 1.4 for a in found), [(a.ratio, a.case.words) for a in found]
     assert np.median([abs(a.ratio - 1) for a in found]) < 0.12, [(a.ratio, a.case.words) for a in found]
@@ -56,9 +55,9 @@ def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:
 
 
 @pytest.mark.parametrize("chip", ["sohu", "tpu_v5e", "trainium2"])
-def test_closed_form_and_machine_agree_on_random_products(chip: str) -> None:
+def test_closed_form_and_machine_agree_on_random_products(chip: str, rng: np.random.Generator) -> None:
     """See docs/accuracy.md for 200 products of every chip. A few products of any seed are within these bounds."""
-    on, rng = target(chip), np.random.default_rng()
+    on = target(chip)
     found = [compare_kernel(on, CASES["linear"](rng, on)) for _ in range(9)]
     assert all(0.5 < a.ratio < 2 for a in found), [(a.ratio, a.case.words) for a in found]
     assert np.median([abs(a.ratio - 1) for a in found]) < 0.1, [(a.ratio, a.case.words) for a in found]

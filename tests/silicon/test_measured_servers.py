@@ -7,10 +7,10 @@ from random import Random
 
 import pytest
 
-from intaglio.chips import ChipError, target
+from intaglio.chips import CHIPS, ChipError, target
 from intaglio.codesign.disaggregated import Apart, serve_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
-from intaglio.codesign.measured import Row, agreements, compare_all, completed, rows
+from intaglio.codesign.measured import Compared, Row, agreements, compare_all, completed, rows
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.simulate import ported
@@ -83,6 +83,8 @@ def test_numbers_of_servers_come_from_a_row_with_the_same_measurement() -> None:
     assert found.refusal() is None and found.twin is said and found.split == said.split
     assert found.columns["model_path"] == "b/DeepSeek-R1"
     assert {name: found.columns[name] for name in servers} == servers
+    counts = agreements([Compared(found, 0.1, 0.1), Compared(said, 0.1, 0.1), Compared(silent, refused="x")])
+    assert [(a.rows, a.derived) for a in counts] == [(2, 1)] * 2
     for name, value in (
         ("silicon_ttft_ms", "50.1"), ("concurrency", "4"), ("backend", "sglang"), ("model_path", "x/GLM-5"),
         ("decode_num_workers", ""), ("mode", "agg"),
@@ -117,6 +119,19 @@ def test_a_row_is_compared_with_the_queue() -> None:
     found = agreements(fast)
     assert [(a.engine, a.group, a.rows) for a in found] == [("vllm", "dense", 2), ("all", "dense", 2)]
     assert found[0].tpot == pytest.approx(abs(good[0].tpot / 0.008 - 1))
+
+
+@pytest.mark.parametrize("closed_form", [False, True])
+def test_rows_say_how_many_drafts_their_recipe_assumes(closed_form: bool) -> None:
+    recipe = {"system": "h100_sxm", "layout": "tp1", "draft_tokens": 3, "tokens_per_step": 2.0}
+    drafting = EngineProfile(name="x", description="", recipes=(recipe,))
+    asked = [row(), row(tp_size="2"), row(system="h200_sxm")]
+    found = [next(compare_all([one], lambda _: drafting, closed_form=closed_form)) for one in asked]
+    assert [(c.draft_tokens, c.refused) for c in found] == [(3, ""), (0, ""), (0, "")]
+
+
+def test_shipped_recipes_name_their_chip() -> None:
+    assert all(recipe["system"] in CHIPS for name in engines() for recipe in engine(name).recipes)
 
 
 def test_a_row_with_prefill_and_decode_apart() -> None:
@@ -155,6 +170,8 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
         {"card": "a", "release": "1.2", "draft_tokens": 2, "tokens_per_step": 1.5, "step_s": 0.2},
     )  # fmt: skip
     cooked = EngineProfile(name="x", description="", recipes=recipes)
+    on_one = EngineProfile(name="x", description="", recipes=({"system": "b200_sxm", "step_s": 0.3},))
+    assert [on_one.of("", system=s).step_s for s in ("b200_sxm", "h100_sxm", "")] == [0.3, 0, 0]
     found = [cooked.of(release, card, "tp2") for release, card in (("1.2", "a"), ("1.3", "a"), ("1.2", "b"))]
     assert [(p.step_s, p.draft_tokens, p.tokens_per_step) for p in found] == [(0.2, 2, 1.5), (0.1, 0, 1.0), (0, 0, 1)]
     assert [found[0].settings(1, concurrency=n).poll_steps for n in (1, 7, 8, 90)] == [2, 2, 5, 5]

@@ -52,9 +52,9 @@ def test_placements() -> None:
             Placement.parse(text)
 
 
-def test_steps_are_those_of_plans(times: StepTimes) -> None:
+def test_steps_are_those_of_plans(times: StepTimes, py_rng: random.Random) -> None:
     """Exact steps equal those of Plan, and those of the table are close."""
-    rng, plan = random.Random(), Plan(times.server.stages[0], times.target)
+    rng, plan = py_rng, Plan(times.server.stages[0], times.target)
     for _ in range(10):
         n, keys, q, more = rng.randrange(1, 200), rng.randrange(2, 5000), rng.randrange(16, 1500), rng.randrange(900)
         decode = BatchSizes(n, n, ((1, keys, n),))
@@ -108,9 +108,9 @@ def test_formats_of_experts(mixture: Server) -> None:
     StepTimes(four, on).exact(1, 100)
 
 
-def test_the_queue_is_the_engine(times: StepTimes) -> None:
+def test_the_queue_is_the_engine(times: StepTimes, py_rng: random.Random) -> None:
     """The same load on the engine and in the queue: the same steps, and close latencies and energies."""
-    rng = random.Random()
+    rng = py_rng
     open_, prompt, output = rng.randrange(2, 12), rng.randrange(100, 900), rng.randrange(10, 60)
     budget = rng.choice((256, 1024))
     load = ramped([LoadRequest(0.0, prompt, output)] * (3 * open_), open_, rng.choice((0.0, 0.3)))
@@ -152,9 +152,9 @@ class OneSecond:
         return 1.0, 1.0
 
 
-def test_an_engine_that_looks_for_requests_now_and_then() -> None:
+def test_an_engine_that_looks_for_requests_now_and_then(py_rng: random.Random) -> None:
     """Looks come every few decode steps, and after each step with prompts; without running sequences at once."""
-    rng = random.Random()
+    rng = py_rng
     for poll in (0, 1, rng.randrange(2, 30)):
         at = rng.uniform(1.5, 80.0)
         load = [LoadRequest(0.0, 10, 200), LoadRequest(at, 10, 200), LoadRequest(at, 10, 1)]
@@ -168,8 +168,8 @@ def test_an_engine_that_looks_for_requests_now_and_then() -> None:
     assert [o.first for o in found] == [1.0, 17.0]
 
 
-def test_a_step_may_give_several_tokens() -> None:
-    rng = random.Random()
+def test_a_step_may_give_several_tokens(py_rng: random.Random) -> None:
+    rng = py_rng
     gain, output, prompt = rng.uniform(1.0, 4.0), rng.randrange(2, 300), rng.randrange(1, 500)
     queue = Queue(OneSecond(), QueueSettings(10**6, tokens_per_step=gain))
     for _ in range(3):
@@ -188,9 +188,9 @@ def test_a_closed_form_with_several_tokens_a_step(times: StepTimes) -> None:
     assert twice.tpot == pytest.approx(statistics.fmean(o.each or 0.0 for o in found), rel=0.2)
 
 
-def test_steps_that_verify_drafts(times: StepTimes) -> None:
+def test_steps_that_verify_drafts(times: StepTimes, py_rng: random.Random) -> None:
     """They compute all tokens, and read keys and values once if the rows of a head's queries fit one tile."""
-    rng, plan = random.Random(), Plan(times.server.stages[0], times.target)
+    rng, plan = py_rng, Plan(times.server.stages[0], times.target)
     n, keys, queries = rng.randrange(1, 60), rng.randrange(2, 5000), rng.randrange(2, 9)
     drafts = StepTimes(times.server, times.target, queries=queries)
     tile = times.target.library.min_query_rows

@@ -147,5 +147,12 @@ MORE: dict[str, dict[str, Any]] = {
         "class": "Gemma4Unified", "config": "Gemma4UnifiedTextConfig", "head_dim": 16, "global_head_dim": 32,
         "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma3n": {
+        "class": "Gemma3n", "config": "Gemma3nTextConfig", "head_dim": 24, "sliding_window": 12, "num_hidden_layers": 6,
+        "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 257, "final_logit_softcapping": 20.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "laurel_rank": 10, "altup_num_inputs": 3, "intermediate_size": [96, 96, 104, 96, 72, 96],
+        "activation_sparsity_pattern": [0.95, 0.7, 0.0, 0.5, 0.0, 0.2],
+    },
     "roberta_prelayernorm": {"class": "RobertaPreLayerNorm", **COUNTED},
 }  # fmt: skip

@@ -141,8 +141,9 @@ def serve(
         ),
     ] = None,
     rebalance_every: Annotated[
-        float, typer.Option(min=0, help="Seconds between two proposals to move experts; 0: none move.")
-    ] = 60.0,
+        float | None,
+        typer.Option(min=0, help="Seconds between two proposals to move experts; 0: none move. Default: 60."),
+    ] = None,
     in_process: o.InProcess = False,
     worker: Annotated[bool, typer.Option("--worker", help="The device in a process of its own.")] = False,
     max_sequences: Annotated[int, typer.Option(min=1, help="Choices that run together.")] = 256,

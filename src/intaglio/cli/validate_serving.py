@@ -33,7 +33,11 @@ def validate_serving(
         bool, typer.Option("--ranking", help="Also say how often the recommended layout is near the best measured.")
     ] = False,
     closed_form: Annotated[
-        bool, typer.Option("--closed-form", help="The steady state by closed form, not the queue: less exact, quicker.")
+        bool,
+        typer.Option(
+            "--closed-form",
+            help="The steady state by closed form, not the queue: quicker, less exact; it ignores poll_steps.",
+        ),
     ] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -56,6 +60,7 @@ def validate_serving(
     found = measured.agreements(compared)
     refused = Counter(c.refused for c in compared if c.refused)
     derived = sum(c.row.twin is not None and not c.refused for c in compared)
+    drafting = sum(c.draft_tokens > 0 for c in compared)
     ranked = {
         f"at least {LEAST} layouts and loads": rankings(compared) if ranking else [],
         "at one load": rankings(compared, at_one_load=True, least=2) if ranking else [],
@@ -66,7 +71,8 @@ def validate_serving(
     if as_json:
         figures = [{k: v for k, v in asdict(a).items() if k != "worst"} for a in found]
         cases = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
-        report = {"rows": len(rows), "derived": derived, "agreements": figures, "refused": dict(refused)}
+        report = {"rows": len(rows), "derived": derived, "drafting": drafting, "agreements": figures}
+        report["refused"] = dict(refused)
         print(json.dumps({**report, **({"ranking": cases} if ranking else {})}, indent=2))
         return
     shown = [
@@ -95,6 +101,8 @@ def validate_serving(
     say(f"{len(rows) - sum(refused.values()):,} of {len(rows):,} rows are expressed.")
     if derived:
         say(f"{derived:,} of these do not say how many servers there are; rows with the same measurement do.")
+    if drafting:
+        say(f"{drafting:,} of these are modelled with speculative decoding, which a recipe of their engine assumes.")
     for why, n in refused.most_common():
         say(f"{n:,} not: {why}")
     say("median: of |modelled - measured| / measured. bias: the median of the same with its sign.")

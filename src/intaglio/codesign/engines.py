@@ -14,7 +14,7 @@ from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steps import StepTimes
 
-SERVERS = ("card", "release", "layout")  # what a recipe's server is known by
+SERVERS = ("system", "card", "release", "layout")  # what a recipe's server is known by
 ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
@@ -46,8 +46,8 @@ class EngineProfile:
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
         recipes: tables of fields that differ for some servers, such as options with which published benchmarks start
-            them. `card`, `release` and `layout` of a table say for which; those left out do not matter. Of tables that
-            give one field, the last counts. `why` is the source.
+            them. `system` (the chip's name), `card`, `release` and `layout` of a table say for which; those left out do
+            not matter. Of tables that give one field, the last counts. `why` is the source.
         apart: fields that differ where prefill and decode have servers of their own.
         older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
         reasons: source of each field's value.
@@ -120,16 +120,19 @@ class EngineProfile:
             return False
         return not release or () < numbers(release) < numbers(self.older["before"])
 
-    def of(self, release: str, card: str = "", layout: str = "", apart: bool = False) -> EngineProfile:
+    def of(
+        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = ""
+    ) -> EngineProfile:
         """The profile of one server: this one, with the fields changed that differ for the server.
 
         First the fields of `apart` are taken if prefill and decode have servers of their own, else those of `older` if
         is_older(release). Then come the fields of each recipe for the server. release: such as 0.17.0. card: name of
-        the model's card. layout: text of the server's Placement. apart: True for such servers of their own.
+        the model's card. layout: text of the server's Placement. apart: True for such servers of their own. system:
+        name of the chip, such as b200_sxm.
         """
         older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         changes = dict(self.apart if apart else older)
-        asked = dict(zip(SERVERS, (card, release, layout), strict=True))
+        asked = dict(zip(SERVERS, (system, card, release, layout), strict=True))
         for recipe in self.recipes:
             if all(recipe.get(name, value) == value for name, value in asked.items()):
                 changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}

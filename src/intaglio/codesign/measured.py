@@ -130,13 +130,14 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, general: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: `general` with the fields that differ for its release, model and layout.
+        """The profile of the row's server: `general` with what differs for its chip, release, model and layout.
 
         Raises LayoutError if the row's sizes do not fit each other.
         """
         apart = self.group == "disaggregated"
         layout = "" if apart else str(self.placement())
-        return general.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
+        release, system = self.columns.get("backend_version") or "", self.columns["system"]
+        return general.of(release, self.card or "", layout, apart, system)
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
@@ -184,12 +185,14 @@ class Compared:
         ttft: modelled mean time to the first token, in seconds.
         tpot: modelled mean time per token after it, in seconds.
         refused: why the row was not modelled; "" if it was.
+        draft_tokens: draft tokens that each step verifies, by the profile's recipe for the row; 0: none.
     """
 
     row: Row
     ttft: float = 0.0
     tpot: float = 0.0
     refused: str = ""
+    draft_tokens: int = 0
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -272,18 +275,20 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
         profile = row.profile(profile)
         if row.group == "disaggregated":
             ended = run_apart(apart_of(row, profile), row.load(), [0.0] * row.concurrency).ended
-            return Compared(row, statistics.fmean(t for _, t, _ in ended), statistics.fmean(e for *_, e in ended))
+            first, each = (statistics.fmean(o[i] for o in ended) for i in (1, 2))
+            return Compared(row, first, each, draft_tokens=profile.draft_tokens)
         on, settings = server_of(row, profile)
         if closed_form:
             load = row.load()
             prompt, output = (round(statistics.fmean(getattr(r, name) for r in load)) for name in ("prompt", "output"))
             steady = estimate(on, settings, prompt, output, -(-row.concurrency // on.server.placement.replicas))
-            return Compared(row, steady.ttft, steady.tpot)
+            return Compared(row, steady.ttft, steady.tpot, draft_tokens=profile.draft_tokens)
         done = serve(on, settings, row.load(), row.concurrency)
     except ValueError as e:  # it does not fit: ChipError, LayoutError, or a request longer than the cache
         return Compared(row, refused=str(e).split(";")[0])
     first = statistics.fmean(o.first or 0.0 for o in done.outcomes)
-    return Compared(row, first, statistics.fmean(o.each or 0.0 for o in done.outcomes))
+    each = statistics.fmean(o.each or 0.0 for o in done.outcomes)
+    return Compared(row, first, each, draft_tokens=profile.draft_tokens)
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
@@ -338,6 +343,7 @@ class Agreement:
         engine: name of the engine, or "all".
         group: group of the rows: "dense", "mixture" or "disaggregated" (see Row.group).
         rows: number of rows compared.
+        derived: how many of them take their servers from a twin (see Row.twin).
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
@@ -348,6 +354,7 @@ class Agreement:
     engine: str
     group: str
     rows: int
+    derived: int
     tpot: float
     ttft: float
     tpot_bias: float
@@ -367,8 +374,8 @@ def agreements(compared: Sequence[Compared]) -> list[Agreement]:
         mine = [c for c in good if c.row.group == group and name in ("all", c.row.columns["backend"])]
         first, each = [[c.errors[i] for c in mine] for i in (0, 1)]
         worst = tuple(sorted(mine, key=lambda c: -abs(c.errors[1]))[:3])
+        derived = sum(c.row.twin is not None for c in mine)
         medians = (statistics.median(map(abs, each)), statistics.median(map(abs, first)))
-        out.append(
-            Agreement(name, group, len(mine), *medians, statistics.median(each), statistics.median(first), worst)
-        )
+        biases = (statistics.median(each), statistics.median(first))
+        out.append(Agreement(name, group, len(mine), derived, *medians, *biases, worst))
     return out

@@ -19,19 +19,23 @@ def stage_of(p: Program, stages: int) -> list[int]:
     """The number of each op's pipeline stage, from 0, as a list. Stages have near-equal numbers of consecutive layers.
 
     Ops before all layers are in the first stage, ops after them in the last. A layer that reads positions chosen in an
-    earlier layer is in that layer's stage, because stages send only activations. Raises LayoutError if a stage would
-    have no layers.
+    earlier layer, or an earlier layer's K/V cache, is in that layer's stage, as are the layers between, because stages
+    send only activations. Raises LayoutError if a stage would have no layers.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
     if layers < stages and stages > 1:
         raise LayoutError(f"pp={stages} stages, but {p.name} has {layers} layers; use pp{max(layers, 1)} or less")
-    maker = {name: n for op, n in zip(p.ops, numbers, strict=True) for name in op.outputs}
-    home = list(range(layers))  # the layer in whose stage a layer is
+    maker = {name: n for op, n in zip(p.ops, numbers, strict=True) for name in (*op.outputs, *op.writes_state)}
+    joined = set[int]()  # layers that are in the stage of the layer before
     for op, n in zip(p.ops, numbers, strict=True):
         for name in map(p.base, op.inputs):
-            if n is not None and (m := maker.get(name)) is not None and p.tensors[name].format == "i32":
-                home[n] = min(home[n], home[m])
+            kept = p.tensors[name].format == "i32" or p.tensors[name].role == "state"
+            if n is not None and (m := maker.get(name)) is not None and kept:
+                joined |= set(range(m + 1, n + 1))
+    home = list(range(layers))  # the layer in whose stage a layer is
+    for n in sorted(joined):
+        home[n] = home[n - 1]
     found, last = [], max((i for i, n in enumerate(numbers) if n is not None), default=0)
     stage = 0
     for i, n in enumerate(numbers):
@@ -39,9 +43,19 @@ def stage_of(p: Program, stages: int) -> list[int]:
         found.append(stage)
     if stages > 1 and len(set(found)) < stages:
         raise LayoutError(
-            f"pp={stages} leaves a stage of {p.name} without layers, since layers stay with their indexer"
+            f"pp={stages} leaves a stage of {p.name} without layers, since layers stay with the one whose K/V cache or "
+            f"chosen positions they read; use {_fitting(home, stages)}"
         )
     return found
+
+
+def _fitting(home: list[int], stages: int) -> str:
+    """The largest pp below `stages` that leaves no stage empty, as text for an error message.
+
+    home: the first layer of those that each layer shares a stage with.
+    """
+    fit = max(n for n in range(1, stages) if len({m * n // len(home) for m in home} | {n - 1}) == n)
+    return f"pp{fit}" if fit > 1 else "tp, or no pp"
 
 
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:

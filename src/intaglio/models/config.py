@@ -87,7 +87,8 @@ class Config:
         seen: the keys that were read.
         parts: tables inside the file whose keys are recorded one by one.
         replaced: {a key that another one overrides: the reason}.
-        ignored: prefixes of names of tensors that are not read because of this config, besides those of the Family.
+        ignored: {prefix of names of tensors that are not read because of this config: the reason}, besides those of the
+            Family.
         named: {a key as ports read it: the file's own name of it}, where they differ; errors name the latter.
     """
 
@@ -97,7 +98,7 @@ class Config:
         self.seen: set[str] = set()
         self.parts: list[Settings] = []
         self.replaced: dict[str, str] = {}
-        self.ignored: list[str] = []
+        self.ignored: dict[str, str] = {}
         self.named: dict[str, str] = {}
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -34,7 +34,8 @@ HARMLESS: dict[str, str] = {
         "use_fused_crossentropy", "fused_ce", "rescale_prenorm_residual", "load_balance_loss_weight", "lora_dropout",
         "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme", "time_step_scale", "mamba_dt_min",
         "mamba_dt_max", "mamba_dt_init_floor", "z_loss_coefficient",
-        "is_training", "layerdrop", "finetuned", "train_batch_size", "initialization_scheme",
+        "is_training", "layerdrop", "finetuned", "train_batch_size", "initialization_scheme", "altup_coef_clip",
+        "altup_lr_multiplier",
     ), TRAINING),
     **dict.fromkeys((
         "transformers_version", "_name_or_path", "name_or_path", "auto_map", "unsloth_version", "unsloth_fixed",

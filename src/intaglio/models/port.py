@@ -21,6 +21,7 @@ from intaglio.models.files.checkpoint import PLAIN, Checkpoint
 from intaglio.models.keys import Fate, judge_config, judge_quantisation
 from intaglio.models.leftovers import judge_tensor
 from intaglio.models.ports import Family, families
+from intaglio.models.ports.family import OTHER_PART
 from intaglio.models.ports.granite import STACKS
 from intaglio.ops import OpError
 from intaglio.program import Program, ProgramError
@@ -65,7 +66,7 @@ class Ported:
         layers: number of layers.
         unused: tensors without a use by name, with the reason.
         notes: messages for the user.
-        ignored: prefixes of the names of tensors that belong to parts not ported.
+        ignored: {prefix of the names of tensors that have no use: the reason}.
         scales: {name of a tensor that is a scale of the K/V cache: names of the Program's constants that hold it}.
     """
 
@@ -76,7 +77,7 @@ class Ported:
     layers: int = 0
     unused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    ignored: tuple[str, ...] = ()
+    ignored: dict[str, str] = field(default_factory=dict)
     scales: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -85,8 +86,8 @@ def port(
 ) -> Program:
     """The Program of a checkpoint, for positions below `context`.
 
-    The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
-    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
+    The default context is the model's own limit. With LongRoPE or dynamic NTK scaling, it is the length up to which the
+    rope table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
 
     name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
     PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
@@ -138,7 +139,7 @@ def port_checkpoint(
         ported.scales[source] = tuple(n for n in program.tensors if re.fullmatch(rf"layers\.{layer}\..*[kv]_scale", n))
         if not scales.asked_by:
             ported.unused[source] = "a scale of an FP8 K/V cache, for which the settings do not ask; --kv fp8 uses it"
-    ported.ignored = (*family.ignored, *c.ignored)
+    ported.ignored = dict.fromkeys(family.ignored, OTHER_PART) | c.ignored
     _match(ported, checkpoint, prefix)
     return ported
 
@@ -365,8 +366,8 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     for name in sorted(checkpoint.names - wanted.keys() - checkpoint.orders - ported.scales.keys()):
         if name.startswith(predictors):
             ported.unused[name] = "a layer that only predicts tokens further ahead"
-        elif any(fnmatchcase(name, f"{start}*") for start in ported.ignored):
-            ported.unused[name] = "a part of the model that is not ported"
+        elif why := next((why for start, why in ported.ignored.items() if fnmatchcase(name, f"{start}*")), ""):
+            ported.unused[name] = why
         elif tied and (name.endswith("lm_head.weight") or name.endswith(".decoder.weight")):
             ported.unused[name] = "equal to the embedding, which is the head too (tie_word_embeddings)"
         elif name.replace(".decoder.", ".") == bias.replace(".decoder.", "."):

@@ -15,6 +15,7 @@ from intaglio.ops.experts import Experts, Route
 from intaglio.ops.indexer import ChooseKeys
 from intaglio.ops.linear import HeadLinear, Linear, x_format
 from intaglio.ops.linear_attention import Decay, LinearAttention
+from intaglio.ops.moment import Moment
 from intaglio.ops.norm import Norm
 from intaglio.ops.op import REGISTRY, SYMBOLS, Op, OpError, Tensor, Value, Work
 from intaglio.ops.position import Rope, Sinusoid
@@ -23,7 +24,7 @@ from intaglio.ops.selective_scan import RgLru, SelectiveScan
 
 __all__ = [
     "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "ChooseKeys", "Collective", "Decay",
-    "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Norm", "Op",
+    "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Moment", "Norm", "Op",
     "OpError", "Permute", "Recv", "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select", "SelectiveScan",
     "Send", "ShortConv", "Sinusoid", "Tensor", "Value", "Work", "x_format",
 ]  # fmt: skip

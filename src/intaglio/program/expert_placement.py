@@ -8,8 +8,13 @@ published as EPLB (github.com/deepseek-ai/EPLB, global policy): first replicate,
 from __future__ import annotations
 
 import json
-import warnings
+import logging
+import os
+import reprlib
+import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,8 @@ from typing import Any
 import numpy as np
 
 Ranks = tuple[tuple[int, ...], ...]  # the experts of each rank of one layer, ascending
+
+log = logging.getLogger("intaglio.experts")
 
 
 class PlacementError(ValueError):
@@ -44,14 +51,21 @@ class ExpertPlacement:
 
     @classmethod
     def parse(cls, text: str) -> ExpertPlacement:
-        """The placement of a JSON text {site: [[expert, ...] of each rank]}. Raises PlacementError for any other."""
+        """The placement of a JSON text {site: [[expert, ...] of each rank]}.
+
+        Raises PlacementError for any other text, for an expert that is not an integer of 0 or more, and for a site that
+        is written twice.
+        """
+        form = "an expert placement is JSON such as {site: [[0, 1], [1, 2]]}"
         try:
-            found = json.loads(text)
-            return cls({str(site): tuple(tuple(map(int, own)) for own in ranks) for site, ranks in found.items()})
-        except (ValueError, TypeError, AttributeError) as e:
-            raise PlacementError(
-                f"an expert placement is JSON such as {{site: [[0, 1], [1, 2]]}}; this is not: {e}"
-            ) from e
+            found = json.loads(text, object_pairs_hook=_unique)
+        except PlacementError:
+            raise
+        except (ValueError, RecursionError) as e:
+            raise PlacementError(f"{form}; this is not: {e}") from None
+        if not isinstance(found, dict):
+            raise PlacementError(f"{form}; this is {reprlib.repr(found)}")
+        return cls({site: _ranks(site, ranks) for site, ranks in found.items()})
 
     @classmethod
     def read(cls, path: Path) -> ExpertPlacement | None:
@@ -64,13 +78,16 @@ class ExpertPlacement:
             raise PlacementError(f"{path}: {e}") from None
 
     def keep(self, path: Path) -> None:
-        """Replace the file `path` by this placement's text, in one step. Warns if that fails. Returns nothing."""
+        """Replace the file `path` by this placement's text, in one step. Returns nothing.
+
+        The text goes to a temporary file in the same folder, which is renamed to `path` once it is on the disk. So a
+        reader finds the old placement or the new one, even if several processes write. A failure is logged, and leaves
+        `path` as it was.
+        """
         try:
-            whole = path.with_name(path.name + ".new")
-            whole.write_text(self.text(), encoding="utf-8")
-            whole.replace(path)
+            replace_file(path, self.text())
         except OSError as e:
-            warnings.warn(f"the expert placement is not kept in {path}: {e}", stacklevel=2)
+            log.warning("the expert placement is not kept in %s: %s", path, e)
 
     def text(self) -> str:
         """The placement as JSON, with a line for each layer; parse() reads it."""
@@ -93,6 +110,61 @@ class ExpertPlacement:
                     raise PlacementError(f"{site}: rank {rank} holds experts {own}; wanted {wanted}")
             if missing := set(range(experts)) - {e for own in held for e in own}:
                 raise PlacementError(f"{site}: no rank holds experts {sorted(missing)}")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a UTF-8 text to a temporary file beside `path`, and rename it to `path`. Returns nothing.
+
+    Raises OSError if that fails; the temporary file is then deleted.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
+    file = open(temporary, "x", encoding="utf-8")  # noqa: SIM115, closed below; tempfile's mode is 0600, not the umask's
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise PlacementError, naming `path`, if no temporary file can be written to its folder; return nothing."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".new", dir=path.parent) as file:
+            file.write(b"{}")
+    except OSError as e:
+        raise PlacementError(
+            f"expert placement {path}: no file can be written to the folder {path.parent}: {e}; "
+            "use a file in a folder that this process may write to, or let no experts move (rebalance_every 0)"
+        ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a JSON object's pairs. Raises PlacementError for a key that is written twice."""
+    found = dict[str, Any]()
+    for key, value in pairs:
+        if key in found:
+            raise PlacementError(f"{key!r} is written twice; write each site once")
+        found[key] = value
+    return found
+
+
+def _ranks(site: str, found: Any) -> Ranks:
+    """The Ranks in a layer's JSON value. Raises PlacementError if it is not a list of lists of integers from 0."""
+    if not isinstance(found, list) or not all(isinstance(own, list) for own in found):
+        raise PlacementError(
+            f"{site} is {reprlib.repr(found)}; wanted a list with a list of experts for each rank, such as "
+            "[[0, 1], [1, 2]]"
+        )
+    for rank, own in enumerate(found):
+        for e in own:
+            if type(e) is not int or e < 0:  # bool is a kind of int
+                raise PlacementError(f"{site}: rank {rank} holds {reprlib.repr(e)}; allowed: integers from 0")
+    return tuple(map(tuple, found))
 
 
 def turns(held: Ranks, rank: int) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Lane:
             if t.role == "const":
                 t = replace(t, shape=shape, values=tuple(t.values[i] for r in share for i in r))
             else:
-                t = replace(t, shape=shape, source=cut_source(t, share, axis, length))
+                t = replace(t, shape=shape, source=cut_source(t, share, axis, length, axis > 0))
         self.tensors[as_ or name] = replace(t, name=as_ or name)
         return as_ or name
 

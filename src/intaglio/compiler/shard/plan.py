@@ -5,7 +5,7 @@ from __future__ import annotations
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.recurrent import Recurrence, plan_recurrence
 from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled
-from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample, ShortConv
+from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Moment, Norm, Op, Permute, Rope, Sample, ShortConv
 from intaglio.program import Program
 
 
@@ -86,28 +86,44 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
     """Add `shares` to `plan` for the results of the linears from which `x` is computed.
 
-    Only elementwise ops, convolutions and permute may lie between them and `x`. Nothing is added if `x` depends on
-    other results too, if one of the linears is in the plan or has another width than `x`, or if `x` has fewer columns
-    than there are lanes.
+    Only elementwise ops, convolutions, permute and moment may lie between them and `x`. Nothing is added if `x` depends
+    on other results too, if one of the linears is in the plan or has another width than `x`, or if `x` has fewer
+    columns than there are lanes.
     """
-    found, width = roots(p, x, (Permute, ShortConv)), int(p.tensors[x].shape[1])
+    found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
         plan |= dict.fromkeys(found, shares)
 
 
-def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
+def roots(
+    p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
+) -> set[str] | None:
     """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
 
     Only elementwise ops, and ops of the types `through`, may lie between. A view of a linear's result counts as such a
-    result.
+    result. found: the roots of tensors already visited, to which others are added, so that each is visited once.
     """
+    found = {} if found is None else found
+    if name not in found:
+        found[name] = _roots(p, name, through, found)
+    return found[name]
+
+
+def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
+    """The roots of a tensor that is not yet in `found`; arguments and result as those of roots()."""
     op = p.producer(name)
     if isinstance(op, Linear):
         return {name}
     if op is None or not (op.elementwise or isinstance(op, through)) or p.tensors[name].view:
         return None
-    parts = [roots(p, x, through) for x in op.inputs if p.tensors[x].role in ("temp", "output")]
-    return set[str]().union(*parts) if all(part is not None for part in parts) else None  # type: ignore[arg-type]
+    parts = set[str]()
+    for x in op.inputs:
+        if p.tensors[x].role in ("temp", "output"):
+            part = roots(p, x, through, found)
+            if part is None:
+                return None
+            parts |= part
+    return parts
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:

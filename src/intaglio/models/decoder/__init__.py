@@ -13,6 +13,7 @@ from intaglio.models.decoder.description import (
     STACKED,
     SUM,
     TRANSPOSED,
+    AltUp,
     Decoder,
     Indexer,
     Latent,
@@ -30,7 +31,8 @@ from intaglio.models.decoder.writer import Writer
 
 __all__ = [
     "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
-    "TRANSPOSED", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent", "Layer", "LightningMixer", "LruMixer",
+    "TRANSPOSED", "AltUp", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent", "Layer", "LightningMixer",
+    "LruMixer",
     "Mixture", "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window",
     "write",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from intaglio.models.decoder.description import Layer
@@ -15,30 +16,37 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
     value_dim = d.value_dim or head_dim
     widths = {"q_proj": d.heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * value_dim}
-    if layer.values_are_keys:
+    if layer.cache_of is not None:
+        widths = {"q_proj": widths["q_proj"]}
+    elif layer.values_are_keys:
         del widths["v_proj"]
-    q, k, *rest = w.parts(at, source, x, widths, "qkv_proj", d.qkv_bias)
-    v = rest[0] if rest else k
+    parts = w.parts(at, source, x, widths, "qkv_proj", d.qkv_bias)
+    v = parts[-1]  # not of this layer, if it reads another one's cache
     if d.clip_qkv:
-        q, k, v = (b.op(Map, f"{at}{n}_clip", y, expr=clip(d.clip_qkv)) for n, y in (("q", q), ("k", k), ("v", v)))
+        v = b.op(Map, at + "v_clip", v, expr=clip(d.clip_qkv)) if layer.cache_of is None else v
+        parts = [b.op(Map, f"{at}{n}_clip", y, expr=clip(d.clip_qkv)) for n, y in zip("qk", parts, strict=False)]
+    qk = dict(zip("qk", parts, strict=False))
     if d.qk_norm in ("head", "flat"):
-        q, k = _qk_norms(w, at, source, q, k, head_dim)
+        qk = _qk_norms(w, at, source, qk, head_dim)
     if layer.rope:
         turn = d.ropes[layer.rope]
         how: dict[str, Any] = {"head_dim": head_dim, "style": turn.style, "factor": turn.factor}
-        q = b.op(Rope, at + "q_rope", q, "positions", f"{layer.rope}.frequencies", **how)
-        k = b.op(Rope, at + "k_rope", k, "positions", f"{layer.rope}.frequencies", **how)
+        for n, y in qk.items():
+            qk[n] = b.op(Rope, f"{at}{n}_rope", y, "positions", f"{layer.rope}.frequencies", **how)
         if d.qk_norm == "unit":
-            q, k = _qk_norms(w, at, source, q, k, head_dim)
+            qk = _qk_norms(w, at, source, qk, head_dim)
     if d.qk_norm == "late":
-        q, k = _qk_norms(w, at, source, q, k, head_dim)
-    if d.value_norm:
-        v = b.op(Norm, at + "v_norm", v, eps=d.eps, group=value_dim)
-    v = w.scaled(at + "v_scale", v, d.value_scale)
-    k_cache = b.cache(at + "k_cache", kv_heads, head_dim, w.cache)
-    v_cache = b.cache(at + "v_cache", kv_heads, value_dim, w.cache)
-    scales = w.cache_scales(i, at, kv_heads)
-    b.op(KvWrite, at + "kv_write", k, v, k_cache, v_cache, **scales)
+        qk = _qk_norms(w, at, source, qk, head_dim)
+    owner = i if layer.cache_of is None else layer.cache_of
+    holder = f"layers.{owner}.attn."
+    k_cache = b.cache(holder + "k_cache", kv_heads, head_dim, w.cache)
+    v_cache = b.cache(holder + "v_cache", kv_heads, value_dim, w.cache)
+    scales = w.cache_scales(owner, holder, kv_heads)
+    if owner == i:
+        if d.value_norm:
+            v = b.op(Norm, at + "v_norm", v, eps=d.eps, group=value_dim)
+        v = w.scaled(at + "v_scale", v, d.value_scale)
+        b.op(KvWrite, at + "kv_write", qk["k"], v, k_cache, v_cache, **scales)
     how = {
         "heads": d.heads, "scale": d.scale * layer.scale, "window": layer.window, "chunk": layer.chunk,
         "softcap": d.attn_softcap,
@@ -49,7 +57,7 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
         how["sinks"] = w.tensor(at + "sinks", (d.heads,), source + "sinks")
     if d.temper and (d.temper_all or not layer.rope):
         how |= {"temper": d.temper, "temper_every": d.temper_every, "temper_from": d.temper_from}
-    a = b.op(Attend, at + "attend", q, k_cache, v_cache, **how, **scales)
+    a = b.op(Attend, at + "attend", qk["q"], k_cache, v_cache, **how, **scales)
     if d.attn_gate:
         gate = w.linear(at + "gate", x, d.heads * value_dim, d.hidden, source + d.attn_gate)
         a = b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")
@@ -63,16 +71,16 @@ def clip(limit: float) -> str:
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 
-def _qk_norms(w: Writer, at: str, source: str, q: str, k: str, head_dim: int) -> tuple[str, str]:
-    """Write the norms of queries `q` and keys `k`. Returns (name of the normed queries, name of the normed keys).
+def _qk_norms(w: Writer, at: str, source: str, qk: Mapping[str, str], head_dim: int) -> dict[str, str]:
+    """Write the norms of queries and keys. Returns {q: name of the normed queries, k: name of the normed keys}.
 
-    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint. head_dim: columns of
-    a head.
+    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint. qk: {q: name of the
+    queries, k: name of the keys}, without k in a layer that has none of its own. head_dim: columns of a head.
     """
     d = w.d
     if d.qk_norm == "unit":
         how: dict[str, Any] = {"eps": d.eps, "group": head_dim}
-        return w.b.op(Norm, at + "q_norm", q, **how), w.b.op(Norm, at + "k_norm", k, **how)
+        return {n: w.b.op(Norm, f"{at}{n}_norm", y, **how) for n, y in qk.items()}
     group = 0 if d.qk_norm == "flat" else head_dim
-    q = w.norm(at + "q_norm", q, group or d.heads * d.head_dim, source + "q_norm", group)
-    return q, w.norm(at + "k_norm", k, group or d.kv_heads * d.head_dim, source + "k_norm", group)
+    flat = {"q": d.heads * d.head_dim, "k": d.kv_heads * d.head_dim}
+    return {n: w.norm(f"{at}{n}_norm", y, group or flat[n], f"{source}{n}_norm", group) for n, y in qk.items()}

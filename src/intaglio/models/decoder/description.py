@@ -54,6 +54,9 @@ class Layer:
         mix: factors on the residual and on attention's result where the two are added.
         shares_index: True if attention uses the positions that the last layer with an indexer before this one chose
             (see Latent).
+        cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
+        sparsity: share of the MLP's gate that is cut to 0 in each row, if its values are normally distributed: those
+            below mean + n * standard deviation, with n the quantile of the normal distribution; 0: none is cut.
     """
 
     rope: str = "rope"
@@ -74,6 +77,23 @@ class Layer:
     mlp: bool = True
     mix: tuple[float, float] = (1.0, 1.0)
     shares_index: bool = False
+    cache_of: int | None = None
+    sparsity: float = 0.0
+
+
+@dataclass(frozen=True)
+class AltUp:
+    """Several residual streams, of which layers compute one and predict the others (AltUp, Baykal et al. 2023).
+
+    Attributes:
+        streams: number of streams.
+        active: number of the stream that layers compute.
+        scaled: True if the active stream is multiplied by learned factors before the branch of per-layer inputs.
+    """
+
+    streams: int
+    active: int = 0
+    scaled: bool = True
 
 
 @dataclass(frozen=True)
@@ -239,6 +259,8 @@ class Decoder:
     embed_norm_first: bool = False  # it comes before positions are added, not after
     per_layer: int = 0  # columns of a second embedding, embed_tokens_per_layer, that each layer has of its own; 0: none
     per_layer_rows: int = 0  # rows of that table
+    altup: AltUp | None = None  # several residual streams; needs per_layer
+    laurel: int = 0  # rank of a linear shortcut beside attention, which is added to its result (LAuReL); 0: none
     layer_scalar: bool = False  # each layer's result is multiplied by the one value of layer_scalar
     attn_gate: str = ""  # the linear whose sigmoid multiplies the attention's result, before o_proj
     attn_scale: float = 1.0  # on attention's result beside a mixer

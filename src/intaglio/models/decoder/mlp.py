@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 from intaglio.models.decoder.description import Mixture
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Experts, Map, Route
+from intaglio.ops import Experts, Map, Moment, Route
 
 
-def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool, fused: str = "gate_up_proj") -> str:
+def write_dense(
+    w: Writer,
+    at: str,
+    source: str,
+    x: str,
+    width: int,
+    bias: bool,
+    fused: str = "gate_up_proj",
+    sparsity: float = 0.0,
+) -> str:
     """Write the ops of an MLP of inner width `width`, with a gate if the model has one. Returns the result's name.
 
     at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor. bias:
     True if the linears have biases. fused: the module that holds gate and up, if the checkpoint stores them as one.
+    sparsity: as in Layer; only an MLP with a gate has it.
     """
     d = w.d
     if d.gated:
         gate, up = w.parts(at, source, x, {"gate_proj": width, "up_proj": width}, fused, bias)
         inner = "a" if d.gate_scale == 1 else f"a * {d.gate_scale!r}"
-        y = w.b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}({inner}) * b")
+        if sparsity:
+            c = _cut(w, at, gate, sparsity)
+            y = w.b.op(Map, at + "glu", gate, b=up, c=c, expr=f"{d.activation}(relu({inner} - c)) * b")
+        else:
+            y = w.b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}({inner}) * b")
     else:
         up = w.linear(at + "up_proj", x, width, d.hidden, source + "up_proj", bias)
         xielu = d.activation == "xielu"
@@ -26,6 +42,16 @@ def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool,
         y = w.norm(at + "inner_norm", y, width, source + d.norms["mlp.inner_norm"])
     y = w.linear(at + "down_proj", y, d.hidden, width, source + "down_proj", bias)
     return w.scaled(at + "scale", y, d.mlp_scale)
+
+
+def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
+    """Write the value below which a row of `gate` is cut (gaussian top-k, Gemma 3n): mean + n * standard deviation.
+
+    n is the quantile of the normal distribution at `sparsity`. Returns the name of the values' tensor [rows, 1].
+    """
+    mean = w.b.op(Moment, at + "gate.mean", gate, of="mean")
+    std = w.b.op(Moment, at + "gate.std", gate, of="std")
+    return w.b.op(Map, at + "gate.cut", mean, b=std, expr=f"a + b * {NormalDist().inv_cdf(sparsity)!r}")
 
 
 def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
+from intaglio.models.decoder.altup import correct, end_streams, predict, scaled_active, start_streams
 from intaglio.models.decoder.attention import write_attention
-from intaglio.models.decoder.description import Layer
+from intaglio.models.decoder.description import AltUp, Layer
 from intaglio.models.decoder.latent import write_latent
 from intaglio.models.decoder.mlp import write_dense, write_mixture
 from intaglio.models.decoder.recurrent import write_mixer
@@ -29,24 +30,46 @@ def write(w: Writer) -> Program:
         b.const(f"{name}.frequencies", d.ropes[name].frequencies)
     x = _embedding(w)
     inputs = _per_layer(w, x) if d.per_layer else ""
+    if d.altup:
+        _head(w, _streams(w, d.altup, inputs, x))
+        return b.done()
     for i, layer in enumerate(d.layers):
         x = _layer(w, i, layer, x)
         if inputs:
-            x = _per_layer_branch(w, i, inputs, x)
+            x = b.op(Map, f"layers.{i}.per_layer.add", x, b=_per_layer_branch(w, i, inputs, x), expr="a + b")
         if d.layer_scalar:
             scalar = w.tensor(f"layers.{i}.scalar", (1,), f"{d.prefix}layers.{i}.layer_scalar")
             x = b.op(Norm, f"layers.{i}.scaled", x, weight=scalar, norm="none", group=1)
-    _head(w, x)
+    _head(w, b.op(Select, "select", x, "rows"))
     return b.done()
 
 
+def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
+    """Write the layers of a model with several residual streams (Gemma 3n), from the embeddings `x`.
+
+    inputs: the per-layer inputs, whose branch is added to all streams but the first. Returns the name of the tensor
+    [R, hidden] that the head reads.
+    """
+    streams = start_streams(w, altup, x)
+    for i, layer in enumerate(w.d.layers):
+        predicted = predict(w, altup, i, streams)
+        streams = correct(w, altup, i, predicted, _layer(w, i, layer, predicted[altup.active]))
+        y = _per_layer_branch(w, i, inputs, scaled_active(w, altup, i, streams))
+        add = f"layers.{i}.per_layer.add"
+        streams = [streams[0], *(w.b.op(Map, f"{add}{k}", s, b=y, expr="a + b") for k, s in enumerate(streams[1:], 1))]
+    return end_streams(w, streams)
+
+
 def _per_layer(w: Writer, x: str) -> str:
-    """Write the per-layer inputs of Gemma 4, [T, layers * per_layer]. Returns the name of their tensor.
+    """Write the per-layer inputs of Gemma 3n and 4, [T, layers * per_layer]. Returns the name of their tensor.
 
     They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings `x`.
+    Tokens beyond the second embedding have its first row.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
-    table = w.weight("per_layer.embed", "weight", (d.per_layer_rows, width), d.prefix + "embed_tokens_per_layer")
+    source, missing = d.source(d.prefix + "embed_tokens_per_layer.weight"), max(0, d.vocabulary - d.per_layer_rows)
+    sources = [source, *[f"{source}|r0:1/{d.per_layer_rows}"] * missing]
+    table = b.weight("per_layer.embed.weight", (d.per_layer_rows + missing, width), sources, w.format(source))
     tokens = b.op(Embed, "per_layer.embed", "tokens", table, scale=_root(w, d.per_layer, table))
     y = w.linear("per_layer.proj", x, width, d.hidden, d.prefix + "per_layer_model_projection")
     y = b.op(Map, "per_layer.scale", y, expr=f"a * {d.hidden**-0.5!r}")
@@ -55,7 +78,7 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Write the branch of layer `i` that is gated with per-layer inputs (Gemma 4). Returns the name of the sum with x.
+    """Write the branch of layer `i` that is gated with per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
 
     branch = norm(proj(activation(gate(x)) * columns)), with the layer's columns of the tensor `inputs`.
     """
@@ -64,8 +87,7 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
     gate = w.linear(at + "gate", x, n, d.hidden, source + "per_layer_input_gate")
     y = b.op(Map, at + "gated", gate, b=mine, expr=f"{d.activation}(a) * b")
     y = w.linear(at + "proj", y, d.hidden, n, source + "per_layer_projection")
-    y = w.norm(at + "norm", y, d.hidden, source + "post_per_layer_input_norm")
-    return b.op(Map, at + "add", x, b=y, expr="a + b")
+    return w.norm(at + "norm", y, d.hidden, source + "post_per_layer_input_norm")
 
 
 def _embedding(w: Writer) -> str:
@@ -115,6 +137,8 @@ def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
         read = w.layer_norm(i, "attn.norm", x)
         y = w.layer_norm(i, "attn.post_norm", _attention(w, i, layer, read))
         x = w.add(f"layers.{i}.attn.add", read if w.d.normed_residual else x, y, layer.mix)
+        if w.d.laurel:
+            x = w.b.op(Map, f"layers.{i}.laurel.add", x, b=_laurel(w, i, read), expr=f"(a + b) * {2**-0.5!r}")
         x = w.layer_norm(i, "attn.add_norm", x)
     if not layer.mlp:
         return x
@@ -125,6 +149,18 @@ def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
         read = w.layer_norm(i, "mlp.norm", start)
     y = w.layer_norm(i, "mlp.post_norm", _mlp(w, i, layer, read))
     return w.layer_norm(i, "mlp.add_norm", w.add(f"layers.{i}.mlp.add", x, y, w.d.mlp_mix))
+
+
+def _laurel(w: Writer, i: int, x: str) -> str:
+    """Write the shortcut beside attention of layer `i`: x + norm(right(left(x))). Returns the name of its tensor.
+
+    Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
+    """
+    at, source, d = f"layers.{i}.laurel.", f"{w.d.prefix}layers.{i}.laurel.", w.d
+    y = w.linear(at + "left", x, d.laurel, d.hidden, source + "linear_left")
+    y = w.linear(at + "right", y, d.hidden, d.laurel, source + "linear_right")
+    y = w.norm(at + "norm", y, d.hidden, source + "post_laurel_norm")
+    return w.b.op(Map, at + "sum", x, b=y, expr="a + b")
 
 
 def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
@@ -146,18 +182,16 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str) -> str:
     d = w.d
     if layer.sparse and d.mixture:
         return write_mixture(w, d.mixture, i, x)
-    return write_dense(
-        w, f"layers.{i}.mlp.", f"{d.prefix}layers.{i}.{d.block}.", x, layer.width or d.intermediate, d.mlp_bias
-    )
+    at, source, width = f"layers.{i}.mlp.", f"{d.prefix}layers.{i}.{d.block}.", layer.width or d.intermediate
+    return write_dense(w, at, source, x, width, d.mlp_bias, sparsity=layer.sparsity)
 
 
 def _head(w: Writer, x: str) -> None:
-    """Write row selection, final norm, the dense layer before the head, logits, softcap and sampling.
+    """Write final norm, the dense layer before the head, logits, softcap and sampling, of the rows `x` [R, hidden].
 
     Returns nothing.
     """
     d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
-    x = b.op(Select, "select", x, "rows")
     if d.final_norm:
         x = w.norm("norm", x, d.hidden, d.prefix + d.final_norm)
     if d.head_dense:

@@ -198,9 +198,14 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
     """Number of columns that share a scale; -1: one scale per row.
 
-    It is the config's group_size (`named`). Without that, or if that does not fit the number of scales, it is the size
-    of the largest group in g_idx; without g_idx, the number of columns `k` over the number of scales. Raises PortError
-    if the file has no scales or zeros, or if no size fits the number of scales.
+    It is the first of these that there is:
+
+    - the config's group_size (`named`), if it fits the number of scales;
+    - the size of the largest group in g_idx;
+    - if the config names no size, the number of columns `k` divided by the number of scales.
+
+    Raises PortError if the file has no scales or zeros, if the size does not fit the number of scales, or if it is
+    neither a multiple of 32 up to CHUNK nor a whole row.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:

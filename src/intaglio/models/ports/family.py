@@ -9,6 +9,8 @@ from typing import Any
 from intaglio.models.config import Config
 from intaglio.models.decoder import Decoder, Writer
 
+OTHER_PART = "a part of the model that is not ported"  # why a tensor of another tower has no use
+
 
 @dataclass(frozen=True)
 class Family:

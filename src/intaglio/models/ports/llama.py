@@ -12,7 +12,7 @@ from dataclasses import replace
 from intaglio.models.config import Config
 from intaglio.models.decoder import PRE, TRANSPOSED, Decoder, Layer, Mixture, sizes, sparse, uniform_layers
 from intaglio.models.decoder.rope import parameters, table
-from intaglio.models.ports.family import Family
+from intaglio.models.ports.family import OTHER_PART, Family
 
 DEFAULTS = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0,
@@ -83,7 +83,7 @@ def mllama(c: Config, context: int) -> Decoder:
     """
     crossing, n = c.get("cross_attention_layers", [3, 8, 13, 18, 23, 28, 33, 38]), c.whole("num_hidden_layers")
     kept = [i for i in range(n) if i not in crossing]
-    c.ignored += [f"*layers.{i}." for i in crossing]
+    c.ignored |= {f"*layers.{i}.": OTHER_PART for i in crossing}
     s = sizes(c) | {"tied": False}
     d = Decoder(**s, **uniform_layers(c, s, context), norms=PRE)
     rows = s["vocabulary"]

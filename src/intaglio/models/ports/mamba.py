@@ -50,7 +50,9 @@ def check_groups(c: Config, heads: str, groups: str) -> None:
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Number of columns of the step before dt_proj, from config key `key`; for "auto" hidden_size / 16, rounded up.
+    """Number of columns of the step before dt_proj: the value of config key `key`.
+
+    If the value is "auto", the number is hidden_size / 16, rounded up.
 
     Raises PortError for another value than "auto" or an integer of 1 or more.
     """

@@ -213,9 +213,13 @@ def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[d
 def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """{name: chat template} of a checkpoint folder.
 
-    From chat_template.jinja and the files of additional_chat_templates; if there are none, from tokenizer_config.json
-    (one template, or a list with names); else from an old processor's chat_template.json. {} if there are none. Raises
-    TokenizerError for a template without a name or a text.
+    They are read from the first of these places that has any:
+
+    - chat_template.jinja and the files of additional_chat_templates;
+    - tokenizer_config.json (one template, or a list with names);
+    - an old processor's chat_template.json.
+
+    {} if none has. Raises TokenizerError for a template without a name or a text.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():

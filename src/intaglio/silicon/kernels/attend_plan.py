@@ -229,19 +229,40 @@ def prefill_seconds(
     queries = rows * h.head_dim * lib.activation_bytes / base
     blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores))
     merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
+    leading = np.zeros(len(count))  # of each kind, the jobs that wait for HBM at every tile
+    waits = np.zeros(len(count))  # seconds that such a job waits
+    if lib.activation_bytes >= WIDE and missed < 1:
+        # In the streams, the first jobs of all cores read the same keys in step, so none has them before HBM delivers
+        # them. Jobs that start later find them in the L2. (Libraries' times were fitted with `stalls` instead.)
+        leading, stalls = leading_jobs(tiles, count, chip.cores), np.zeros(len(count))
+        waits = pipeline(tiles, load, work, latency_s, plan.depth) - latency_s
+        waits -= pipeline(tiles, load, work, 0.0, plan.depth)
+    kinds, numbers = np.tile(tiles, 2), np.concatenate([leading, count - leading])
+    extra = np.concatenate([waits, stalls])
     if plan.ahead:
         even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
-        seconds = makespan(tiles * work + merge + stalls, count, chip.cores) + latency_s + min(load, work)
+        seconds = makespan(kinds * work + merge + extra, numbers, chip.cores) + latency_s + min(load, work)
         loads = pipeline(max(1.0, even), load, work, later, plan.depth)
         rounds = np.floor((max(1.0, most) - 1) / plan.depth) + 1
         seconds = float(max(seconds, max(loads, rounds * (load + later + work)) + latency_s - later))
         return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
     first = plan.lanes * t.fill + queries + load + latency_s
-    job_s = pipeline(tiles, load, work, later, plan.depth) - load - later + stalls
+    job_s = pipeline(kinds, load, work, later, plan.depth) - load - later + extra
     again = first / plan.lanes + (t.merge + (plan.lanes - 1) * merge) / plan.lanes
     once = blank + first - first / plan.lanes + tile_bytes * (1 / cold - per_byte)
-    return float(once + makespan(job_s + again, count, chip.cores) + results)
+    return float(once + makespan(job_s + again, numbers, chip.cores) + results)
+
+
+def leading_jobs(tiles: np.ndarray, count: np.ndarray, cores: int) -> np.ndarray:
+    """Of each kind of job, the number that deal() gives to cores as their first: the longest, one for each core.
+
+    tiles: key tiles of each kind of job. count: number of jobs of each kind.
+    """
+    longest = np.argsort(-tiles, kind="stable")
+    out = np.zeros(len(count))
+    out[longest] = np.clip(cores - (np.cumsum(count[longest]) - count[longest]), 0, count[longest])
+    return out
 
 
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

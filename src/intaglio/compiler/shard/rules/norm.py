@@ -1,4 +1,4 @@
-"""The sharding rule of norms."""
+"""The sharding rules of norms and moments of rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
 from intaglio.compiler.shard.shares import keeps_whole
-from intaglio.ops import Norm
+from intaglio.ops import Moment, Norm
 
 
 @sharding_rule(Norm)
@@ -38,3 +38,12 @@ def norm(lane: Lane, op: Norm) -> None:
     lane.tensors[op.out] = replace(lane.p.tensors[op.out], shape=shape, view=view)
     lane.shares[op.out] = shares
     return None
+
+
+@sharding_rule(Moment)
+def moment(lane: Lane, op: Moment) -> None:
+    """Append a moment to the lane's Program: of this lane's token rows, else of whole rows, for which x is gathered."""
+    if lane.has_token_rows(op):
+        lane.add(op)
+    else:
+        lane.add_whole(op)

@@ -135,7 +135,7 @@ def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
 
 REFUSED = {  # architectures that are near to one with a port: why it cannot run them, and what to do
     "nemotron_h_moe": "its experts have no gate, which is not ported; nemotron_h (dense) is",
-    "gemma3n": "its AltUp streams and sparse activations are not ported; gemma3 and gemma4 are",
+    "gemma3n": "its tensor names in GGUF files are not read; give the safetensors checkpoint, which is ported",
     "bitnet-b1.58": "it is read by bitnet.cpp only, with weights of its own ternary type; "
     "give the bf16 checkpoint (BitNetForCausalLM) instead",
     "gemma4-assistant": "it drafts tokens for a Gemma 4 model and cannot run alone; give the model's file",

@@ -141,8 +141,8 @@ class Tables:
     def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
         """Add a matrix whose column order[i] is column i of the tensor at `p`.
 
-        Columns of plain values are put in their places. Quantised ones stay; instead an int32 tensor (.order) is
-        added with `order`, by which a port permutes what they multiply, as for act-order.
+        Columns of plain values are put in their places. Quantised columns keep their places, and an int32 tensor
+        (.order) is added with `order`: a port permutes by it the input that they multiply, as for act-order.
         """
         at = self._blocks(name, p)
         plain, back, own = p.kind in PLAIN, np.argsort(order), name.removesuffix(".weight") + ".order"
