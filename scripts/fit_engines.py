@@ -22,10 +22,10 @@ from intaglio.codesign.engines import EngineProfile, engine, engines
 from intaglio.codesign.measured import Compared, Row, compare_all, rows
 
 SEQUENCE_S = (0.0, 5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 4e-5, 6e-5)
-STEP_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.25e-3, 1.5e-3, 2e-3)
-REQUEST_S = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
+STEP_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.25e-3, 1.5e-3, 2e-3, 2.5e-3, 3e-3)
+REQUEST_S = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
 PROMPT_TOKEN_S = (0.0, 5e-6, 1e-5, 2e-5, 3e-5, 4e-5, 6e-5, 8e-5)
-ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
+ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
 
 def added(c: Compared, step: float, sequence: float) -> float:
