@@ -73,4 +73,13 @@ def test_a_chip_too_small_for_every_tile_is_refused() -> None:
     small = H100.changed({"chip.name": "tiny", "chip.sram_bytes": 20480, "library.tiles": ((16, 64),)})
     with pytest.raises(ChipError, match=r"linear of \[7, 512\] by \[300, 512\] .*no tile fits chip tiny: the smallest"):
         best_tile(small, 7, 300, 512, "bf16", "bf16", False)
-    assert best_tile(H100, 7, 300, 512, "bf16", "bf16", False) in H100.library.tiles
+    rows, columns, _ = best_tile(H100, 7, 300, 512, "bf16", "bf16", False)
+    assert (rows, columns) in H100.library.tiles
+
+
+def test_steps_over_k_are_shorter_where_no_tile_fits_a_whole_one() -> None:
+    sohu = target("sohu")
+    *tile, whole = best_tile(sohu, 7, 300, 4096, "bf16", "bf16", False)
+    small = sohu.with_chip(sram_bytes=sohu.chip.sram_bytes // 4)
+    *other, step = best_tile(small, 7, 300, 4096, "bf16", "bf16", False)
+    assert whole >= 2 * step >= 32 and {tuple(tile), tuple(other)} <= set(sohu.library.tiles)

@@ -12,7 +12,7 @@ from intaglio.ops import HeadLinear
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import best_tile, bits_per_value, linear_timing, step_depth
+from intaglio.silicon.kernels.product import best_tile, bits_per_value, linear_timing
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Stream
 from intaglio.silicon.timing import Timing
@@ -60,8 +60,7 @@ class HeadLinearKernel(ChipKernel):
         x, out, w = mem.region(op.x), mem.region(op.out), mem.region(op.w)
         heads, n, depth = (int(d) for d in t[op.w].shape)
         wide, narrow = x.cols // heads, out.cols // heads
-        tm, tn = best_tile(mem.target, max(1, x.rows), n, depth, "f32", w.format, False)
-        tk = min(depth, step_depth(mem.target, 32))
+        tm, tn, tk = best_tile(mem.target, max(1, x.rows), n, depth, "f32", w.format, False)
         jobs = [(h, r, c) for h in range(heads) for r in slices(x.rows, tm) for c in [*slices(n, tn), None]]
         streams = []
         for k, mine in deal_jobs(mem.chip, jobs if wide > depth else [j for j in jobs if j[2]], op.site):

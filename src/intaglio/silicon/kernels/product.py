@@ -294,28 +294,34 @@ def linear_timing(
     return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice, jobs=jobs)
 
 
-def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
-    """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
+def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int, int]:
+    """(rows, columns, K values of a step) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. Raises ChipError
-    if no tile fits.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. A step has
+    step_depth() values of K, or all of K if that is less; where no tile fits so, a half, a quarter and so on, down to
+    16. Raises ChipError if no tile fits even then.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
     tm, tn, split = w["tile"]
-    depth = step_depth(target, 32)
-    acc, sram = tm * tn * 4 * (1 + glu), tm * tn * 12 + (16 * tm + 16 * tn) * depth
-    fits = (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
-    if not np.any((split == 1) & fits):
-        i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
-        raise ChipError(
-            f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no tile "
-            f"fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators and "
-            f"{sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip more, or "
-            "the kernel library smaller tiles"
-        )
-    i = int(np.argmin(np.where((split == 1) & fits, w["seconds"], np.inf)))
-    return int(tm[i]), int(tn[i])
+    acc = tm * tn * 4 * (1 + glu)
+    tk = min(k, step_depth(target, 32))
+    while True:
+        sram = tm * tn * 12 + (16 * tm + 16 * tn) * tk
+        fits = (split == 1) & (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
+        if np.any(fits):
+            break
+        if tk < 32:
+            i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
+            raise ChipError(
+                f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no "
+                f"tile fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators "
+                f"and {sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip more, "
+                "or the kernel library smaller tiles"
+            )
+        tk //= 2
+    i = int(np.argmin(np.where(fits, w["seconds"], np.inf)))
+    return int(tm[i]), int(tn[i]), tk
 
 
 class Operands:
@@ -396,8 +402,9 @@ def tile_shape(
     target: Target, m: int, n: int, k: int, x_format: str, w: Region | QuantisedRegion, glu: bool
 ) -> tuple[int, int, int]:
     """(rows, columns, K values of a step) of a tile of the result, chosen so that all rings fit SRAM."""
-    tm, tn = best_tile(target, max(1, m), n, k, formats.element(x_format), codes_of(w).format, glu)
-    tk = w.scale_columns if isinstance(w, QuantisedRegion) else min(k, step_depth(target, 32))
+    tm, tn, tk = best_tile(target, max(1, m), n, k, formats.element(x_format), codes_of(w).format, glu)
+    if isinstance(w, QuantisedRegion):
+        tk = w.scale_columns
     while tm > 1 and tm * 10 * (k if x_format == "fp8row" else tk) + tn * 16 * tk > target.chip.sram_bytes // 2:
         tm //= 2
     return tm, tn, tk
