@@ -316,8 +316,8 @@ def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: s
             raise ChipError(
                 f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no "
                 f"tile fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators "
-                f"and {sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip more, "
-                "or the kernel library smaller tiles"
+                f"and {sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip "
+                "more, or the kernel library smaller tiles"
             )
         tk //= 2
     i = int(np.argmin(np.where(fits, w["seconds"], np.inf)))
