@@ -25,7 +25,7 @@ from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
 MOST_TILES = 16  # of a ring
-INDEX_BYTES = 4096  # SRAM that is left to the indices of a core's rows, which are gathered
+INDICES_SRAM = 4096  # bytes of SRAM that is left to the indices of a core's rows, which are gathered
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
@@ -96,7 +96,7 @@ class RowsKernel(ChipKernel):
 
     def held_bytes(self) -> float:
         """Bytes of SRAM that a core keeps from its first job to its last."""
-        return self.vector_bytes + (INDEX_BYTES if self.gathered else 0)
+        return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
         """Number of tiles of each ring, as ring_depth() gives it for this op."""
