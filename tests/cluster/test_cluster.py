@@ -51,7 +51,8 @@ def test_killed_drained_and_added_replicas_change_no_answer(cluster: Clustered, 
                 case _:
                     cluster.ask("scale", replicas=7 - len(cluster.replicas()))  # 4 and 3 in turn
 
-    compare(cluster, alone, [asked(rng, i) for i in range(REQUESTS)], trouble)
+    running = (long(seed, max_tokens=600) for seed in range(6))  # when the first replica is killed
+    compare(cluster, alone, [*running, *(asked(rng, i) for i in range(REQUESTS))], trouble)
     cluster.wait_ready()
     cluster.ask("scale", replicas=3)
     assert cluster.metric('intaglio:router_moves_total{cause="lost"}') > 0
