@@ -191,7 +191,10 @@ def least_ttft(turns: list[Turn], shared: list[int], per_step: float, per_token:
 
 
 def srpt(work: list[tuple[float, float]], speed: float) -> float:
-    """Sum of the times from arrival to end of jobs (arrival, work) on one machine, the shortest remaining first."""
+    """Total seconds from arrival to end of jobs on one machine that always runs the one with the least work left.
+
+    work: (second of arrival, work) of each job. speed: work done a second.
+    """
     waiting: list[tuple[float, float]] = []  # (work left, arrival)
     now = total = 0.0
     arrivals = sorted(work)

@@ -51,8 +51,9 @@ def kernels(folder: Path) -> list[Figures]:
         whole = {(r.chip, r.table, r.dtype): r for r in validate(folder, split, 0.0, 0)}
         longer = {(r.chip, r.table, r.dtype): r for r in validate(folder, split, MIN_US, 0)}
         for key, r in whole.items():
-            shown = r if r.table == "collectives" else longer[key]
-            out.append(kept(shown) | {"split": split, "regimes": kept(r)["regimes"], "causes": kept(r)["causes"]})
+            every = kept(r)
+            shown = every if r.table == "collectives" else kept(longer[key])
+            out.append(shown | {"split": split, "regimes": every["regimes"], "causes": every["causes"]})
     return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.clustered import Clustered, asked, clustered, compare, send
+from support.clustered import Clustered, asked, clustered, compare, hand_over
 from support.served import Served, wait_for
 from typer.testing import CliRunner
 
@@ -31,19 +31,9 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         c.wait_ready()
 
 
-def tier(cluster: Clustered, event: str, *names: str) -> float:
-    """A count of the K/V tiers of these replicas."""
-    return sum(cluster.metric(f'intaglio:kv_tier_blocks_total{{event="{event}",server="{name}"}}') for name in names)
-
-
 def test_a_decode_replica_fetches_the_blocks_of_the_prefill_replica(cluster: Clustered, alone: Served) -> None:
-    prompt = f"a prompt of its own, {random.randrange(10**9)}, of more than a few blocks. " * 8
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "ignore_eos": True, "stream": False, "seed": 5}
-    assert send(cluster.url, "/v1/completions", body) == send(alone.url, "/v1/completions", body)
-    assert cluster.metric('intaglio:router_prefills_total{result="handed"}') == 1
-    wait_for(lambda: tier(cluster, "hits", "d0", "d1") > 4)  # with the next load report
-    assert tier(cluster, "saved", "p0") >= tier(cluster, "hits", "d0", "d1")
-    assert not any(tier(cluster, event, "p0", "d0", "d1") for event in ("corrupt", "late", "errors"))
+    hand_over(cluster, alone)
+    assert not any(cluster.blocks(event, "p0", "d0", "d1") for event in ("corrupt", "late", "errors"))
 
 
 def test_killed_prefill_and_decode_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:

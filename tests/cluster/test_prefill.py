@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.clustered import Clustered, asked, clustered, send
+from support.clustered import Clustered, asked, clustered, hand_over, send
 from support.collector import TraceCollector, trace_collector
 from support.served import TEST_TIMEOUT_S, Served, wait_for
 
@@ -35,18 +35,8 @@ def cluster(folder: Path, collector: TraceCollector, tmp_path_factory: pytest.Te
     assert not blocks.exists()
 
 
-def tier(cluster: Clustered, event: str, *names: str) -> float:
-    """A count of the K/V tiers of these replicas."""
-    return sum(cluster.metric(f'intaglio:kv_tier_blocks_total{{event="{event}",server="{name}"}}') for name in names)
-
-
 def test_a_prompt_is_computed_on_one_replica_and_continued_on_another(cluster: Clustered, alone: Served) -> None:
-    prompt = f"a prompt of its own, {random.randrange(10**9)}, of more than a few blocks. " * 8
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "ignore_eos": True, "stream": False, "seed": 5}
-    assert send(cluster.url, "/v1/completions", body) == send(alone.url, "/v1/completions", body)
-    assert cluster.metric('intaglio:router_prefills_total{result="handed"}') == 1
-    wait_for(lambda: tier(cluster, "hits", "d0", "d1") > 4)  # with the next load report
-    assert tier(cluster, "saved", "p0") >= tier(cluster, "hits", "d0", "d1")
+    hand_over(cluster, alone)
     assert {name: r["role"] for name, r in cluster.replicas().items()} == {
         "p0": "prefill", "d0": "decode", "d1": "decode",
     }  # fmt: skip

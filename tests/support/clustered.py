@@ -70,6 +70,11 @@ class Clustered:
         text = httpx.get(f"{self.url}/metrics", timeout=TEST_TIMEOUT_S).text
         return float(next(row for row in text.splitlines() if row.startswith(line)).rsplit(" ", 1)[1])
 
+    def blocks(self, event: str, *replicas: str) -> float:
+        """A count of the K/V tiers of these replicas."""
+        name = "intaglio:kv_tier_blocks_total"
+        return sum(self.metric(f'{name}{{event="{event}",server="{replica}"}}') for replica in replicas)
+
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
@@ -145,6 +150,16 @@ def compare(
         wanted = list(pool.map(lambda request: send(alone.url, *request), requests))
     for request, mine, theirs in zip(requests, got, wanted, strict=True):
         assert mine == theirs, request
+
+
+def hand_over(cluster: Clustered, alone: Served) -> None:
+    """Check that a decode replica (d0, d1) goes on with the blocks of the prefill replica p0, as one server answers."""
+    prompt = f"a prompt of its own, {random.randrange(10**9)}, of more than a few blocks. " * 8
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "ignore_eos": True, "stream": False, "seed": 5}
+    assert send(cluster.url, "/v1/completions", body) == send(alone.url, "/v1/completions", body)
+    assert cluster.metric('intaglio:router_prefills_total{result="handed"}') == 1
+    wait_for(lambda: cluster.blocks("hits", "d0", "d1") > 4)  # with the next load report
+    assert cluster.blocks("saved", "p0") >= cluster.blocks("hits", "d0", "d1")
 
 
 def send(url: str, path: str, body: dict[str, Any]) -> list[Any]:

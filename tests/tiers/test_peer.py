@@ -1,4 +1,4 @@
-"""The peer tier: blocks of another replica are the same or are computed, whatever happens to them on the way."""
+"""PeerTier: a fetched block equals the one that was saved; one that is damaged, cut off or late is computed instead."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tier(
 
 
 def chain(rng: random.Random, n: int) -> list[BlockKey]:
-    """Keys of the blocks of one sequence."""
+    """`n` BlockKeys, each the child of the one before."""
     tokens, names = [rng.randrange(100) for _ in range(n * TOKENS)], BlockNames(SCOPE.digest, TOKENS)
     parents = [names.root(), *names.of(tokens)]
     return [BlockKey(parents[i + 1], parents[i], tuple(tokens[i * TOKENS : (i + 1) * TOKENS])) for i in range(n)]
@@ -213,17 +213,22 @@ def test_an_engine_goes_on_after_the_blocks_of_another_with_the_same_tokens() ->
         assert b.counts.hits == 7 and not said
 
 
+def answered(t: PeerTier, rng: random.Random) -> tuple[list[int], list[int], list[str], int]:
+    """(prompt, its output, names of its 7 whole blocks, bytes in which they are sent), of a request saved on a tier."""
+    print(f"TEST_SEED={SEED}")
+    prompt = [rng.randrange(60) for _ in range(30)]
+    engine = engine_on(t)
+    output, _ = ask(engine, prompt)
+    t.flush()
+    names = engine.block_names.of(prompt)[:7]
+    return prompt, output, names, sum(SIZE.size + len(t.memory.get(name) or b"") for name in names)
+
+
 @pytest.mark.parametrize("trials", [int(os.environ.get("CORRUPTIONS", "60"))])
 def test_no_flipped_bit_reaches_an_answer(trials: int) -> None:
-    print(f"TEST_SEED={SEED}")
     rng = random.Random(SEED)
-    prompt = [rng.randrange(60) for _ in range(30)]
     with tier() as (a, _):
-        first = engine_on(a)
-        output, _ = ask(first, prompt)
-        a.flush()
-        names = first.block_names.of(prompt)[:7]
-        whole = sum(SIZE.size + len(a.memory.get(name) or b"") for name in names)
+        prompt, output, names, whole = answered(a, rng)
         bad = 0
 
         def flip(data: bytes, at: int) -> bytes:
@@ -241,15 +246,9 @@ def test_no_flipped_bit_reaches_an_answer(trials: int) -> None:
 
 
 def test_a_peer_that_is_killed_while_it_sends_costs_only_time() -> None:
-    print(f"TEST_SEED={SEED}")
     rng = random.Random(SEED)
-    prompt = [rng.randrange(60) for _ in range(30)]
     with tier() as (a, _):
-        first = engine_on(a)
-        output, _ = ask(first, prompt)
-        a.flush()
-        names = first.block_names.of(prompt)[:7]
-        whole = sum(SIZE.size + len(a.memory.get(name) or b"") for name in names)
+        prompt, output, names, whole = answered(a, rng)
         end = 0
 
         def cut(data: bytes, at: int) -> bytes | None:

@@ -76,7 +76,7 @@ def up(
         import uvloop
 
         from intaglio.cluster.admin import blocks_folder, cluster_folder
-        from intaglio.cluster.budget import peer_budget, size_words
+        from intaglio.cluster.budget import gives, peer_budget, size_words
         from intaglio.cluster.front import FrontOptions
         from intaglio.cluster.process import Launched, ReplicaProcess
         from intaglio.cluster.prompt import TimeLimits
@@ -95,7 +95,7 @@ def up(
     if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
         word = re.sub(r"=(tcp|https?):/(?!/)", r"=\1://", str(model))  # a Path has one slash in place of two
         more, model = [word, *more], None
-    tiered, peered = (any(word.split("=")[0] == option for word in more) for option in ("--kv-cache-dir", "--kv-peer"))
+    tiered, peered = gives(more, "--kv-cache-dir"), gives(more, "--kv-peer")
     if ray is not None and peered:
         raise ValueError("--kv-peer does not go with --ray, where each replica gives blocks at its node's own address")
     apart = prefill is not None and not tiered

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,17 +34,25 @@ def parse_size(text: str) -> int:
     return size
 
 
-def checked_size(param: typer.CallbackParam, text: str | None) -> str | None:
-    """Callback of an option for a size in bytes: returns the text unchanged; None if the option is not given.
+def checked_by(read: Callable[[str], object], others: str = "") -> Callable[[typer.CallbackParam, Any], Any]:
+    """A callback of an option that returns its text unchanged; None if the option is not given.
 
-    Raises ValueError, naming the option, for a text that parse_size() refuses.
+    The callback raises ValueError, naming the option, for a text for which `read` raises ValueError. others: further
+    allowed texts, named at the end of that message.
     """
-    try:
-        if text is not None:
-            parse_size(text)
-    except ValueError as e:
-        raise ValueError(f"{param.opts[0]}: {e}") from None
-    return text
+
+    def callback(param: typer.CallbackParam, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                read(text)
+        except ValueError as e:
+            raise ValueError(f"{param.opts[0]}: {e}{others}") from None
+        return text
+
+    return callback
+
+
+checked_size = checked_by(parse_size)
 
 
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:

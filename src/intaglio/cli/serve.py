@@ -28,18 +28,6 @@ def state_cache_bytes(text: str) -> int | None:
     return None if text == "auto" else 0 if text == "0" else o.parse_size(text)
 
 
-def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
-    """Callback of --state-cache-size: returns the text unchanged.
-
-    Raises ValueError, naming the option, for a text that state_cache_bytes() refuses.
-    """
-    try:
-        state_cache_bytes(text)
-    except ValueError as e:
-        raise ValueError(f"{param.opts[0]}: {e}, or auto, or 0") from None
-    return text
-
-
 def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
     """Callback of --control: returns the text unchanged; None if the option is not given.
 
@@ -47,10 +35,7 @@ def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
     control_address() refuses.
     """
     if text is not None and text.startswith("tcp://"):
-        try:
-            control_address(text)
-        except ValueError as e:
-            raise ValueError(f"{param.opts[0]}: {e}") from None
+        o.checked_by(control_address)(param, text)
     elif text is not None:
         o.in_existing_folder(param, Path(text))
     return text
@@ -66,18 +51,6 @@ def control_address(text: str | None) -> Path | TcpAddress | None:
     from intaglio.server.control_tcp import TOKEN_VARIABLE
 
     return address_with_token(text, TOKEN_VARIABLE)
-
-
-def checked_peer(param: typer.CallbackParam, text: str | None) -> str | None:
-    """Callback of --kv-peer: returns the text unchanged; None if the option is not given.
-
-    Raises ValueError, naming the option, for an address that peer_address() refuses.
-    """
-    try:
-        peer_address(text)
-    except ValueError as e:
-        raise ValueError(f"{param.opts[0]}: {e}") from None
-    return text
 
 
 def peer_address(text: str | None) -> TcpAddress | None:
@@ -153,7 +126,7 @@ def serve(
     state_cache_size: Annotated[
         str,
         typer.Option(
-            callback=checked_state_cache,
+            callback=o.checked_by(state_cache_bytes, ", or auto, or 0"),
             help="Most bytes of recurrent states kept for the prefix cache, such as 2GiB; 0: none are. Default: auto.",
         ),
     ] = "auto",
@@ -181,7 +154,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="tcp://HOST:PORT",
-            callback=checked_peer,
+            callback=o.checked_by(peer_address),
             help="For `cluster up --prefill`, after --: keep KV blocks in memory and give them there to replicas with "
             "the token in INTAGLIO_KV_TOKEN.",
         ),

@@ -22,4 +22,9 @@ def peer_budget(role: Role, replicas: int, memory: int) -> int:
 
 def size_words(given: Sequence[str], size: int) -> list[str]:
     """Arguments of `intaglio serve` that set --kv-cache-size to `size` bytes; [] if it is among those given."""
-    return [] if any(word.split("=")[0] == "--kv-cache-size" for word in given) else ["--kv-cache-size", str(size)]
+    return [] if gives(given, "--kv-cache-size") else ["--kv-cache-size", str(size)]
+
+
+def gives(words: Sequence[str], option: str) -> bool:
+    """True if a command line has the option, as a word of its own or as OPTION=VALUE."""
+    return any(word.split("=")[0] == option for word in words)

@@ -111,12 +111,17 @@ class Config:
         value = self.table.get(key)
         if wanted := kind_wanted(key, value):
             raise PortError(f"config.json: {self.name(key)}={value!r}; wanted {wanted}")
-        layers = self.table.get("num_hidden_layers")
-        if key in PER_LAYER and value and isinstance(layers, int) and len(value) != layers:
-            raise PortError(f"config.json: {key} lists {len(value)} layers but num_hidden_layers={layers}")
+        if key in PER_LAYER and value:
+            self.check_length(key, value)
         if key == "mlp_layer_types" and (unknown := sorted({*(value or ())} - {*MLP_TYPES})):
             raise PortError(f"config.json: {key} has {unknown[0]!r}; wanted {' or '.join(MLP_TYPES)}")
         return default if value is None else value
+
+    def check_length(self, key: str, values: Sequence[Any]) -> None:
+        """Raise PortError unless a list of one value per layer has num_hidden_layers values. key: where it stands."""
+        layers = self.table.get("num_hidden_layers")
+        if isinstance(layers, int) and len(values) != layers:
+            raise PortError(f"config.json: {key} lists {len(values)} layers but num_hidden_layers={layers}")
 
     def name(self, key: str) -> str:
         """The file's own name of a key, for error messages."""
@@ -171,6 +176,10 @@ class Config:
             raise PortError(f"config.json: {self.name(key)}={value!r}; wanted an integer of 1 or more")
         return value
 
+    def whole_or_none(self, key: str) -> int | None:
+        """The value of a key that is a count, as whole() checks it; None if it has no value."""
+        return None if self.get(key) is None else self.whole(key)
+
     def real(self, key: str, default: float | None = None) -> float:
         """The value of a key that is a finite number above 0. Raises PortError for any other value.
 
@@ -204,6 +213,11 @@ class Config:
                 f"config.json: {self.name(key)}={value!r} is not ported; known are {', '.join(ACTIVATIONS)}"
             )
         return ACTIVATIONS[value]
+
+    def need_silu(self, why: str, key: str = "hidden_act") -> None:
+        """Raise PortError unless the activation function is silu. why: the end of the message."""
+        if self.activation(key) != "silu":
+            raise PortError(f"config.json: {self.name(key)}={self.get(key)!r}; {why}")
 
     def layer_types(
         self, every: int = 0, usual: Sequence[str] | None = None, known: Sequence[str] = LAYER_TYPES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from intaglio.models.config import Config, PortError
+from intaglio.models.config import Config
 from intaglio.models.decoder import PRE, Decoder, Mixture, sizes, sparse, uniform_layers
 from intaglio.models.ports.family import Family
 
@@ -21,8 +21,7 @@ def aria_text(c: Config, context: int) -> Decoder:
     Raises PortError for settings that are not ported.
     """
     s, bias = sizes(c), c.flag("attention_bias")
-    if s["activation"] != "silu":
-        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; routed experts take silu alone")
+    c.need_silu("routed experts take silu alone")
     m = Mixture(
         count=c.whole("moe_num_experts"), top=c.whole("moe_topk"), width=s["intermediate"], router="router",
         sources=SOURCES, route={"score": "chosen"}, shared=s["intermediate"] * c.whole("moe_num_shared_experts"),

@@ -82,8 +82,7 @@ def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
     """
     value = c.get(key, usual)
     values = list(value) if isinstance(value, list | tuple) else [value] * n
-    if len(values) != n:
-        raise PortError(f"config.json: {key} lists {len(values)} layers but num_hidden_layers={n}")
+    c.check_length(key, values)
     return values
 
 

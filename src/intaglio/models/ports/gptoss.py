@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from intaglio.models.config import Config, PortError
+from intaglio.models.config import Config
 from intaglio.models.decoder import PRE, Decoder, Mixture, sizes, sparse, uniform_layers
 from intaglio.models.ports.family import Family
 
@@ -28,8 +28,7 @@ def gpt_oss(c: Config, context: int) -> Decoder:
     """
     c.table["layer_types"] = c.layer_types(every=2)
     s, bias = sizes(c), c.flag("attention_bias")
-    if s["activation"] != "silu":
-        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gpt-oss has silu, and transformers no other")
+    c.need_silu("gpt-oss has silu, and transformers no other")
     m = Mixture(
         count=c.whole("num_local_experts"), top=c.whole("num_experts_per_tok"), width=s["intermediate"],
         router="router", router_bias=True, sources=SOURCES, biases=BIASES, route={"score": "chosen"},

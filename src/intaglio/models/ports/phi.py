@@ -25,7 +25,7 @@ def phi3(c: Config, context: int) -> Decoder:
     s, rope = sizes(c), parameters(c)
     if rope["rope_type"] in ("su", "yarn"):  # names early checkpoints gave longrope
         rope["rope_type"] = "longrope"
-    slide = c.whole("sliding_window") if c.get("sliding_window") is not None else 0
+    slide = c.whole_or_none("sliding_window") or 0
     layers = (Layer(window=slide),) * c.whole("num_hidden_layers")
     ropes = {"rope": table(c, rope, s["head_dim"], context, partial=True)}
     return Decoder(**s, layers=layers, ropes=ropes, norms=PRE, fused=("qkv_proj", "gate_up_proj"))
@@ -43,7 +43,7 @@ def phimoe(c: Config, context: int) -> Decoder:
         short, long = rope["short_mscale"], rope["long_mscale"]
         rope["attention_factor"] = long if context > rope["original_max_position_embeddings"] else short
     ropes = {"rope": table(c, rope, s["head_dim"], context)}
-    slide = c.whole("sliding_window") if c.get("sliding_window") is not None else 0
+    slide = c.whole_or_none("sliding_window") or 0
     m = Mixture(
         count=c.whole("num_local_experts"), top=2, width=s["intermediate"], block="block_sparse_moe", sources=NUMBERED,
         route={"score": "sparsemixer", "jitter": c.real("router_jitter_noise")},

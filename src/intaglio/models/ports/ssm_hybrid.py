@@ -13,6 +13,7 @@ from intaglio.models.ports.granite import STACKS
 from intaglio.models.ports.mamba import check_groups, limits, rank_of
 from intaglio.program.source import parts_of
 
+SILU = "Mamba blocks are ported with silu"
 NORMS = {"attn.norm": "input_layernorm", "mlp.norm": "pre_ff_layernorm"}
 KINDS = {
     "mamba": "linear_attention", "linear_attention": "linear_attention", "attention": "full_attention",
@@ -33,19 +34,13 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
     return [KINDS[kind] for kind in found]
 
 
-def check_silu(c: Config, key: str = "hidden_act") -> None:
-    """Raise PortError unless the activation at config key `key` is silu, the one that Mamba blocks are ported with."""
-    if c.activation(key) != "silu":
-        raise PortError(f"config.json: {key}={c.get(key)!r}; Mamba blocks are ported with silu")
-
-
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
     """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
     inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit, and
     for another activation than silu.
     """
-    check_silu(c)
+    c.need_silu(SILU)
     heads = c.whole("mamba_n_heads")
     if inner % heads or c.get("mamba_d_head") not in (None, "auto", inner // heads):
         raise PortError(
@@ -140,7 +135,7 @@ def jamba(c: Config, context: int) -> Decoder:
     Raises PortError for missing or wrong settings.
     """
     s, n = sizes(c), c.whole("num_hidden_layers")
-    check_silu(c)
+    c.need_silu(SILU)
     mixer = ScanMixer(
         inner=int(c.real("mamba_expand") * s["hidden"]), state=c.whole("mamba_d_state"),
         rank=rank_of(c, "mamba_dt_rank"), taps=c.whole("mamba_d_conv"), eps=s["eps"],
@@ -175,7 +170,7 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     if "moe" in types:
         raise PortError("config.json: layers of type moe are not ported: their experts have no gate")
     s = sizes(c)
-    check_silu(c, "mamba_hidden_act")
+    c.need_silu(SILU, "mamba_hidden_act")
     heads, dim = c.whole("mamba_num_heads"), c.whole("mamba_head_dim")
     check_groups(c, "mamba_num_heads", "n_groups")
     c.replaced["time_step_limit"] = "transformers limits steps by time_step_min alone"

@@ -42,7 +42,7 @@ def starcoder2(c: Config, context: int) -> Decoder:
     """
     s, bias = sizes(c, eps="norm_epsilon"), c.flag("use_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context)}
-    slide = c.whole("sliding_window") if c.get("sliding_window") is not None else 0
+    slide = c.whole_or_none("sliding_window") or 0
     s |= {"layers": (Layer(window=slide),) * c.whole("num_hidden_layers"), "norm": "layer", "norm_bias": True}
     s |= {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bias}
     sources = {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}

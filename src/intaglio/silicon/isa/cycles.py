@@ -44,7 +44,7 @@ SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
     """Cycles of the vector lanes for a softmax step over n scores.
 
-    capped: True with softcap, which adds one exponential and two operations per score.
+    capped: True if scores are soft-capped, which adds one exponential and two operations per score.
     """
     return vector_cycles(chip, (SOFTMAX_OPS + 2 * capped) * n, n * (1 + capped))
 

@@ -65,7 +65,7 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
 
 
 def step_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
-    """Number of cycles of SoftmaxStep for n scores. capped: True with softcap.
+    """Number of cycles of SoftmaxStep for n scores. capped: True if scores are soft-capped.
 
     Rescaling the sums takes none: the accumulators' write port does it at the same time.
     """

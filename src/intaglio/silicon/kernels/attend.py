@@ -78,18 +78,17 @@ class AttendKernel(ChipKernel):
         launches: list[list[Stream]] = []
         chunks = sizes_of(batch).sequences
         prefill, decode = (tuple(p for p in chunks if (p[0] > 1) == several) for several in (True, False))
-        format = "bf16" if h.bits == 16 else "e4m3"
         if prefill:
-            mine = on.kernel("prefill", format, h.head_dim)
+            mine = on.kernel("prefill", h.format, h.head_dim)
             plan = prefill_plan(mine, h, prefill)[3]
             jobs = [
                 j for s in range(len(batch.q_len)) if batch.q_len[s] > 1 for j in prefill_work(op, h, batch, s, plan)
             ]
             launches.append(attend_streams(mem, mine, op, t, batch, plan, jobs))
             if decode:
-                mem.run(launches.pop(), mem.target.kernel("prefill", format, h.head_dim))
+                mem.run(launches.pop(), mem.target.kernel("prefill", h.format, h.head_dim))
         if decode:
-            mine = on.kernel("decode", format, h.head_dim)
+            mine = on.kernel("decode", h.format, h.head_dim)
             plan = decode_plan(mine, h, decode, 0.0)[3]
             tokens = [s for s in range(len(batch.q_len)) if batch.q_len[s] == 1]
             jobs = [j for s in tokens for j in decode_work(op, h, batch, s, plan, mine)]
@@ -98,14 +97,14 @@ class AttendKernel(ChipKernel):
             else:
                 launches += split_streams(mem, mine, op, t, batch, plan, jobs)
         for streams in launches[:-1]:
-            mem.run(streams, mem.target.kernel("decode", format, h.head_dim))
+            mem.run(streams, mem.target.kernel("decode", h.format, h.head_dim))
         return launches[-1]
 
     @classmethod
     def runs_on(cls, target: Target, op: Attend, t: Tensors, batch: Batch) -> Target:
         h = cls.of(op, t).heads
         phase = "decode" if min(batch.q_len) == 1 else "prefill"
-        return target.kernel(phase, "bf16" if h.bits == 16 else "e4m3", h.head_dim)
+        return target.kernel(phase, h.format, h.head_dim)
 
 
 @lru_cache(maxsize=16384)
@@ -117,8 +116,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     ChipError for an unknown kernel.
     """
     chip, lib = target.chip, target.library
-    format = "bf16" if h.bits == 16 else "e4m3"
-    on = {phase: target.kernel(phase, format, h.head_dim, kernel) for phase in ("prefill", "decode")}
+    on = {phase: target.kernel(phase, h.format, h.head_dim, kernel) for phase in ("prefill", "decode")}
     prefill, decode = tuple(p for p in batch if p[0] > 1), tuple(p for p in batch if p[0] == 1)
     seconds, compute, jobs, again, choices = lib.launch_s, 0.0, 0.0, 0.0, []
     tokens = sum(q * n for q, _, n in batch)

@@ -57,6 +57,11 @@ class Heads:
         """Number of query heads that share one K/V head."""
         return self.heads // self.kv_heads
 
+    @property
+    def format(self) -> str:
+        """Format by which a library's attention kernels are chosen: "bf16" for a cache of 16 bits, else "e4m3"."""
+        return "bf16" if self.bits == 16 else "e4m3"
+
 
 @chip_kernel(KvWrite)
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Where it does not, every lane runs the whole op, with the whole state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
@@ -52,20 +53,24 @@ def linear_attention(lane: Lane, op: LinearAttention) -> None:
 @sharding_rule(SelectiveScan)
 def selective_scan(lane: Lane, op: SelectiveScan) -> None:
     """Append selective_scan to the lane's Program, for this lane's channels if its state is split, else for all."""
-    shares = lane.plan.get(op.state)
-    lane.keep(op.state, shares, axis=1)
-    if not shares:
-        return lane.add_whole(op)
-    own = {x: lane.own(op, getattr(op, x), shares, axis=0) for x in ("rate", "skip")}
-    return lane.add_split(replace(op, b=lane.whole(op.b), c=lane.whole(op.c), **own), shares)
+    add_channels(lane, op, whole=(op.b, op.c))
 
 
 @sharding_rule(RgLru)
 def rg_lru(lane: Lane, op: RgLru) -> None:
     """Append rg_lru to the lane's Program, for this lane's channels if its state is split, else for all."""
+    add_channels(lane, op)
+
+
+def add_channels(lane: Lane, op: SelectiveScan | RgLru, whole: Sequence[str] = ()) -> None:
+    """Append an op with a state for each channel to the lane's Program: for this lane's channels, or else for all.
+
+    whole: inputs that are the same for all channels.
+    """
     shares = lane.plan.get(op.state)
     lane.keep(op.state, shares, axis=1)
     if not shares:
         return lane.add_whole(op)
-    own = {x: lane.own(op, getattr(op, x), shares, axis=0) for x in ("rate", "input_bias", "decay_bias")}
-    return lane.add_split(replace(op, **own), shares)
+    names = {name: lane.own(op, name, shares, axis=0) for name in op.operands("vector")}
+    names |= {name: lane.whole(name) for name in whole}
+    return lane.add_split(op.rename(names), shares)
