@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.clustered import Clustered, asked, clustered, compare, hand_over
-from support.served import Served, wait_for
+from support.clustered import Clustered, clustered, hand_over, kill_each_role
+from support.served import Served
 from typer.testing import CliRunner
 
 from intaglio.cli import app
@@ -37,22 +37,7 @@ def test_a_decode_replica_fetches_the_blocks_of_the_prefill_replica(cluster: Clu
 
 
 def test_killed_prefill_and_decode_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
-    print(f"{seed=}")
-    requests = [asked(rng, i) for i in range(10)]
-    for path, body in requests:  # prompts of their own, so that each is computed anew
-        if path == "/v1/completions" and isinstance(body["prompt"], str):
-            body["prompt"] = f"{rng.random()} {body['prompt']}"
-
-    def trouble() -> None:
-        wait_for(lambda: any(r["requests"] for r in cluster.replicas().values()))
-        cluster.kill("p0")
-        cluster.kill(rng.choice(["d0", "d1"]))
-
-    compare(cluster, alone, requests, trouble)
-    cluster.wait_ready()
-    assert sum(r["restarts"] for r in cluster.replicas().values()) == 2
+    kill_each_role(cluster, alone)
 
 
 def test_replicas_share_an_eighth_of_the_memory(cluster: Clustered) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from support.clustered import Clustered, asked, clustered, hand_over, send
+from support.clustered import Clustered, clustered, hand_over, kill_each_role
 from support.collector import TraceCollector, trace_collector
 from support.served import TEST_TIMEOUT_S, Served, wait_for
 
@@ -62,24 +61,7 @@ def test_a_trace_follows_a_request_over_router_and_replicas(cluster: Clustered, 
 
 
 def test_killed_prefill_and_decode_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
-    print(f"{seed=}")
-    requests = [asked(rng, i) for i in range(10)]
-    for path, body in requests:  # prompts of their own, so that each is computed anew
-        if path == "/v1/completions" and isinstance(body["prompt"], str):
-            body["prompt"] = f"{rng.random()} {body['prompt']}"
-    with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(send, cluster.url, *request) for request in requests]
-        wait_for(lambda: any(r["requests"] for r in cluster.replicas().values()))
-        cluster.kill("p0")
-        cluster.kill(rng.choice(["d0", "d1"]))
-        got = [answer.result() for answer in answers]
-        wanted = list(pool.map(lambda request: send(alone.url, *request), requests))
-    for request, mine, theirs in zip(requests, got, wanted, strict=True):
-        assert mine == theirs, request
-    cluster.wait_ready()
-    assert sum(r["restarts"] for r in cluster.replicas().values()) == 2
+    kill_each_role(cluster, alone)
 
 
 def test_replicas_are_added_by_role(cluster: Clustered) -> None:

@@ -162,6 +162,26 @@ def hand_over(cluster: Clustered, alone: Served) -> None:
     assert cluster.blocks("saved", "p0") >= cluster.blocks("hits", "d0", "d1")
 
 
+def kill_each_role(cluster: Clustered, alone: Served) -> None:
+    """Check that answers stay those of one server while prefill replica p0 and one of d0 and d1 are killed."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"{seed=}")
+    requests = [asked(rng, i) for i in range(10)]
+    for path, body in requests:  # prompts of their own, so that each is computed anew
+        if path == "/v1/completions" and isinstance(body["prompt"], str):
+            body["prompt"] = f"{rng.random()} {body['prompt']}"
+
+    def trouble() -> None:
+        wait_for(lambda: any(r["requests"] for r in cluster.replicas().values()))
+        cluster.kill("p0")
+        cluster.kill(rng.choice(["d0", "d1"]))
+
+    compare(cluster, alone, requests, trouble)
+    cluster.wait_ready()
+    assert sum(r["restarts"] for r in cluster.replicas().values()) == 2
+
+
 def send(url: str, path: str, body: dict[str, Any]) -> list[Any]:
     """Send a request. Returns its chunks, or its one response, without what differs between equal answers."""
     with httpx.stream("POST", url + path, json=body, timeout=TEST_TIMEOUT_S) as r:

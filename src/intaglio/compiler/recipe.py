@@ -117,8 +117,7 @@ def build_mesh(
     Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
     compiled Program breaks a rule.
     """
-    whole = build(program, weights, kv_format, passes=WHOLE, check=check)
-    ranks = shard(whole, layout, wire, _coded(program, whole))
+    ranks = _sharded(program, layout, weights, kv_format, wire, check)
     mesh = MeshProgram(tuple(build(rank, passes=EACH, check=check) for rank in ranks), str(layout))
     verify_mesh(mesh)
     return mesh
@@ -142,9 +141,16 @@ def build_stages(
     compiled Program breaks a rule.
     """
     lanes = Layout.parse(layout).lanes if isinstance(layout, str) else layout.lanes
-    whole = build(program, weights, kv_format, passes=WHOLE)
-    ranks = shard(whole, layout, wire, _coded(program, whole))
+    ranks = _sharded(program, layout, weights, kv_format, wire)
     return tuple(build(rank, passes=EACH) for rank in ranks[::lanes])
+
+
+def _sharded(
+    program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
+) -> tuple[Program, ...]:
+    """The Programs of all ranks after the passes WHOLE, sharded. Arguments as of build_mesh()."""
+    whole = build(program, weights, kv_format, passes=WHOLE, check=check)
+    return shard(whole, layout, wire, _coded(program, whole))
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
