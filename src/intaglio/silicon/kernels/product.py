@@ -218,6 +218,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         seconds = (
             groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
         )
+        last_end = np.maximum(all_end, last_end)  # so one tile more never takes less time where HBM is the bound
     # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores of all rounds but the last compete with loads, unless SRAM holds the operands of all rounds.
