@@ -133,10 +133,10 @@ class Format:
 
     @property
     def block(self) -> int:
-        """Number of values along a row that a cut must not separate; 0 for plain formats, ROW (-1) for a whole row.
+        """Number of neighbouring values of a row that must stay together when a matrix is cut by columns.
 
-        These are the values that share a scale; in formats whose scales are multiples of a unit, those that share a
-        unit.
+        They share a scale: `group` of them. In q4_k, q5_k and q6_k it is 256, since the scales of 256 values share one
+        f16 factor. 0 for plain formats, ROW (-1) for a format with one scale per row.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
@@ -198,8 +198,8 @@ def get(name: str) -> Format:
 def element(name: str) -> str:
     """The name of the format of a single value, without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
 
-    A name in ELEMENTS is returned as it is. So is a format whose codes no chip here multiplies directly: one with zeros
-    or minima, or only read from checkpoints (uint4g32, q4_k, int8rowf32). Raises FormatError for other names.
+    If ELEMENTS has no such format, the name is returned as it is: uint4g32, q4_k, nf4g64. No chip here multiplies such
+    codes directly. Raises FormatError for an unknown name.
     """
     return name if name in ELEMENTS else get(name).element
 
@@ -238,7 +238,7 @@ class Quantised:
         units: None, or float32 of which the scales are multiples: [N, K / 256] in q4_k, q5_k, q6_k, or [N, 1] in nvfp4.
         low_units: None, or float32 [N, K / 256] of which the minima are multiples.
         format: name of the format; "" if no one name describes all arrays.
-        turned: True if the arrays are those of the transposed matrix, [K, N] in checkpoints without quantisation.
+        turned: True if the matrix is the transpose of the arrays: `shape` is then [K, N], and the arrays are [N, ...].
         levels: the values that codes are indices of (Format.levels); () if codes are numbers themselves.
     """
 
@@ -292,7 +292,10 @@ class Quantised:
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """A copy as a stack of matrices. shape: [E, N, K], of the same rows; each array becomes [E, N, ...]."""
+        """A copy in which the rows of the matrix are divided into a stack of matrices; each array becomes [E, N, ...].
+
+        shape: (E, N, K); the matrix is [E * N, K].
+        """
         return self.each(lambda x: x.reshape(*shape[:-1], -1))
 
 
@@ -423,11 +426,14 @@ ZERO = np.float32(0)
 def _q4_k(x: np.ndarray) -> Quantised:
     """Quantise float32 [N, K] to a Quantised in q4_k: codes, 6-bit scales and minima, and f16 units.
 
-    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved inwards
-       by up to a step), and keep the best line.
-    2. The units are the largest scale and minimum over 63, rounded up, so that every scale is within reach.
-    3. Each group takes, of the three nearest scales and for each the three nearest minima, the pair of least squared
-       error.
+    A value is code * scale - minimum. Scale and minimum are shared by a group of 32 values, and are whole multiples, 0
+    to 63, of two f16 units that a block of 256 values shares.
+
+    1. For each group, try 16 ways to spread the 16 codes: over its range of values, and over 15 ranges whose ends are
+       moved inwards by up to a step. Fit scale and minimum to each by least squares, and keep the best fit.
+    2. The units are the block's largest scale over 63 and its largest minimum over 63, rounded up.
+    3. For each group, try the three multiples of the unit nearest to its scale, and with each the three nearest to the
+       minimum that then fits best. Keep the pair of least squared error.
 
     Blocks with NaN, infinity or a value above 2^20 become NaN. csrc/isa/scales.inl does the same in the same order, to
     the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
@@ -490,7 +496,7 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _sum(x: np.ndarray) -> np.ndarray:
-    """The sum of x over its first axis, added in ascending order."""
+    """The sum of x over its first axis, added from index 0 up: a fixed order, so that C++ code gives the same bits."""
     return reduce(np.add, x)
 
 
@@ -500,7 +506,10 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: the least f16 of which 63 are >= all."""
+    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: their maximum / 63, rounded up to f16.
+
+    So 63 times the unit is at least the maximum.
+    """
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
