@@ -227,7 +227,11 @@ class Batch:
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes of the symbolic dimensions in this batch: T, S, R, and ranks' shares of T."""
+        """The sizes of this batch's symbolic dimensions, as Sizes: a dict {name: int} with the keys T, S and R.
+
+        T: token rows. S: sequences. R: rows to sample. A key such as "T:1/4" also works: it gives the token rows that
+        rank 1 of 4 holds.
+        """
         t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
 
