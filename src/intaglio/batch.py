@@ -227,10 +227,9 @@ class Batch:
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes of this batch's symbolic dimensions, as Sizes: a dict {name: int} with the keys T, S and R.
+        """A dict of the sizes of symbolic dimensions: "T" (tokens), "S" (sequences), "R" (rows with wanted logits).
 
-        T: token rows. S: sequences. R: rows to sample. A key such as "T:1/4" also works: it gives the token rows that
-        rank 1 of 4 holds.
+        It also answers keys such as "T:1/4": the number of token rows that rank 1 of 4 holds.
         """
         t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
