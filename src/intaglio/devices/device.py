@@ -263,10 +263,10 @@ class Executable(ABC):
         return self
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """Call `call` while no step is started, and return its result; it raises what `call` raises.
+        """Return call(executable), for work that is not a step, such as moving experts. It raises what `call` raises.
 
-        `call` gets the executable inside all wrappers. Used to move K/V blocks or experts: where several models run
-        their steps in turns on one device, the call waits for this model's turn.
+        `call` gets the executable inside all wrappers, and must run no step itself. If several models take turns on one
+        machine, the call waits for this model's turn.
         """
         return call(self)
 
