@@ -82,12 +82,11 @@ class ExpertsKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the Streams of the last launch.
+        """A list of the Streams of the last kernel, which computes the weighted sum of each token's rows.
 
-        The launches before it are executed here, since each needs results of earlier ones. 1. Sort the routed rows by
-        expert. 2. Gate and up over gathered tokens. 3. Zeros for rows of experts that other chips hold, if there are
-        any. 4. Down, scattered back to the order of routing. The last launch computes the weighted sum of each token's
-        rows.
+        The kernels before it are executed in `mem` during the call, since each needs results of the one before:
+        1. Sort the routed rows, one for each token and expert it chose, by expert. 2. Gate and up over gathered tokens.
+        3. Zeros for rows of experts that other chips hold, if there are any. 4. Down, scattered back to routing order.
         """
         ids = mem.region(op.ids)
         n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
@@ -120,10 +119,10 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. If the operands fit the L2, all bytes come from it; otherwise all come from HBM
-    through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
+    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; otherwise at HBM's, or
+    the L2's if that is lower. The L2's rate is divided by library.l2_multicast, since no two cores read the same bytes.
 
-    held: bytes of the operands; 0: as many as `moved`.
+    held: bytes of the operands, which decide whether they fit the L2; 0: as many as `moved`.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -132,7 +131,12 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
 
 @dataclass(frozen=True)
 class TileMenu:
-    """Tile rows and columns that a grouped product may use, and `step_bytes`, the bytes of K in one pipeline step."""
+    """The tiles from which a grouped product may choose.
+
+    Attributes:
+        rows, columns: allowed numbers of rows and of columns of a tile; every combination is allowed.
+        step_bytes: bytes that one pipeline step loads of each row of an operand.
+    """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -312,9 +316,9 @@ Block = tuple[int, slice]  # an expert, and a slice of the rows sorted by expert
 
 
 def blocks(counts: np.ndarray, rows: int) -> list[Block]:
-    """A list of (expert, slice of at most `rows` rows) that cover the rows sorted by expert.
+    """Cut the rows sorted by expert into blocks of one expert each; a list of (expert, slice of at most `rows` rows).
 
-    counts: rows of each expert.
+    counts: rows of each expert. Experts without rows have no block.
     """
     ends = np.cumsum(counts).tolist()
     return [
@@ -325,14 +329,16 @@ def blocks(counts: np.ndarray, rows: int) -> list[Block]:
 
 
 def expert_rows(e: int, n: int, columns: slice) -> slice:
-    """The rows of the stacked weights [experts * n, K] that compute `columns` of expert e's result."""
+    """Slice of the rows of the stacked weights [experts * n, K] that compute `columns` of expert e's result."""
     return slice(e * n + columns.start, e * n + columns.stop)
 
 
 def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
-    """A list with the stream that sorts the routed rows by expert, on one core.
+    """A list with one Stream, which sorts the routed rows by expert on one core.
 
-    ids: i32 [1, n], the expert of each routed row. out: regions for order, tokens and counts, as Group writes them.
+    A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
+    for three results: order [1, n], the numbers of the routed rows sorted by expert, those of other ranks' experts
+    last; tokens [1, n], the token of each, in that order; counts [1, held], the rows of each expert of this rank.
     """
     k = StreamBuilder(op.site)
     tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
@@ -351,8 +357,8 @@ def gate_up(
 ) -> list[Stream]:
     """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
 
-    sizes: rows of each expert. order, tokens: for each row, sorted by expert, its place in routing order and its token.
-    out [rows, inner]: the rows sorted by expert.
+    sizes: rows of each expert. order, tokens: as sort_by_expert() writes them. Tokens' rows of x are gathered by
+    `tokens`, and their routing weights (if op.scale_input) by `order`. out [rows, inner]: sorted by expert.
     """
     x, gate, up = mem.region(op.x), mem.regions[op.gate], mem.regions[op.up]
     tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, gate, True)
@@ -377,7 +383,10 @@ def gate_up(
 
 
 def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """A list of Streams that set to zero the rows of `out` listed in `rows` [1, n], whose experts other chips hold."""
+    """A list of Streams that set to zero those rows of `out` whose numbers are in `rows` [1, n]; no Streams if n is 0.
+
+    They are the rows of experts that other chips hold.
+    """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
     streams = []
     for k, mine in deal_jobs(mem.chip, slices(rows.cols, step), op.site):
@@ -393,8 +402,8 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 def down(mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, x: Region, out: Region) -> list[Stream]:
     """A list of Streams that compute the down product, each row with its own expert.
 
-    sizes: rows of each expert. order: for each row, sorted by expert, its place in routing order. x: rows sorted by
-    expert. out: rows in routing order.
+    sizes: rows of each expert. x: rows sorted by expert. order: for each row of x, its row of `out`. out: the results
+    in routing order.
     """
     w = mem.regions[op.down]
     tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, w, False)
@@ -431,7 +440,11 @@ def bias_of(
 
 
 def combine(mem: ChipMemory, op: Experts, parts: Region) -> list[Stream]:
-    """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual."""
+    """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual.
+
+    parts: [tokens * top, hidden], the experts' results in routing order. If op.scale_input, the weights are not applied
+    here, since the experts' inputs were multiplied by them.
+    """
     out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
     width = min(COMBINE_COLUMNS, out.cols)
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width * (top + 2))))

@@ -32,10 +32,10 @@ def groups_in(w: Region | QuantisedRegion, depth: int) -> int:
 
 
 def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> tuple[Region, Region | None]:
-    """Round x f32 [m, k] to `x_format` in a launch of its own. Returns (codes [m, k], scales f32 [m, G] or None).
+    """Round x f32 [m, k] to `x_format`, executing that on the chip now. Returns (codes [m, k], scales f32 [m, G]).
 
-    int8 has a scale for each `span` columns, fp8row one for each row; bf16 and f32 have none, and f32 is not
-    rounded.
+    int8 has one scale for every `span` columns of a row, fp8row one for each row. For bf16 the scales are None. For f32
+    the result is (x, None), and nothing is executed.
     """
     if x_format == "f32":
         return x, None
@@ -79,11 +79,11 @@ class Tiling:
     Attributes:
         rows, columns: size of a tile of the result; for a GLU pair, the columns of each side.
         parts: parts into which K is split. Each is summed on its own, and a second pass adds the sums.
-        depth: K values of a step.
-        stages: steps in flight.
-        drain_rows: rows that are drained at a time.
-        at_once: tiles that a core computes in turn, a step of each.
-        banks: tiles of the result that the accumulators hold for each of the `at_once` tiles.
+        depth: K values of a step, whose operands are loaded together.
+        stages: steps whose operands SRAM holds at the same time.
+        drain_rows: rows that move from accumulators to SRAM at a time.
+        at_once: tiles between which a core alternates: it computes one step of each, then the next step of each.
+        banks: 2 if a core begins its next tiles in other accumulators while it stores these, else 1.
         block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
     """
 
@@ -101,11 +101,22 @@ class Tiling:
 def tiling(
     target: Target, m: int, n: int, x: Region, w_bits: float, w: Region | QuantisedRegion, sides: int, residual: bool
 ) -> Tiling:
-    """The Tiling for a product of codes x [m, k] with w, of n columns in all: the fastest of time_choices().
+    """The Tiling of a product x [m, k] @ w.T [k, n]: the fastest that time_choices() finds, made to fit SRAM.
 
-    Stages and depth are smaller than there if SRAM would not fit the residual and the scales otherwise, which that
-    timing leaves out. w_bits: bits per weight with its scales. sides: 2 for a GLU pair, else 1. residual: True if a
-    residual is added. Raises MachineError if SRAM does not fit two stages of one K value.
+    time_choices() does not count the SRAM of the residual and of the scales. Where these do not fit as well, the Tiling
+    has fewer stages, or a smaller depth, than time_choices() gives.
+
+    Args:
+        target: chip and kernel library.
+        m: rows of x.
+        n: columns of the result before activation, both sides of a GLU pair.
+        x: codes of x, already rounded.
+        w_bits: bits per weight, scales included.
+        w: the weights.
+        sides: 2 for a GLU pair, else 1.
+        residual: True if a residual is added.
+
+    Raises MachineError if SRAM does not fit two stages with one K value each.
     """
     chip, k = target.chip, x.cols
     how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)
@@ -138,7 +149,11 @@ def tiling(
 
 
 def in_blocks(rows: Sequence[Any], columns: Sequence[Any], block: tuple[int, int]) -> list[tuple[Any, Any]]:
-    """All pairs of an item of `rows` and one of `columns`, one block of neighbours after the other."""
+    """A list of all pairs (item of `rows`, item of `columns`), ordered block by block.
+
+    block: items of `rows` and of `columns` in a block; blocks at the edge are smaller. Blocks follow each other row by
+    row, and so do the pairs of a block. Tiles that cores compute at the same time are then neighbours.
+    """
     tall, wide = block
     return [
         (r, c)
@@ -153,11 +168,11 @@ class TileJob:
 
     Attributes:
         rows: rows of x and of the result.
-        columns: for each side, the columns of x @ w.T, rows of w: one slice, or two for a GLU pair (gate, up).
-        accs: an accumulator for each side.
+        columns: the rows of w, which are columns of x @ w.T: one slice, or two for a GLU pair (gate, up).
+        accs: the accumulators, one for each item of `columns`.
         steps: the steps over K, as slices.
-        factor: the tile with the scales of the rows of x that was loaded last; None: none is loaded.
-        held: by side, the numbers of the groups whose scales of w are loaded, and the tile with these scales.
+        factor: the tile with the row scales of x that were loaded last; None before the first load.
+        held: the scales of w that were loaded last, by index into `columns`: (slice of group numbers, their tile).
     """
 
     rows: slice
@@ -169,9 +184,10 @@ class TileJob:
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """The steps over K of each part of `cut`, as slices: a list for each part.
+    """The slices of 0 .. k - 1 that are multiplied step by step: an inner list for each part of K, in order.
 
-    No step crosses a border between the runs of `span` columns of x that share a scale.
+    There are at most cut.parts inner lists. A slice has at most cut.depth values, and lies within one run of `span`
+    columns of x, which share a scale.
     """
     every = [
         slice(outer.start + piece.start, outer.start + piece.stop)
@@ -181,13 +197,13 @@ def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
 
 
 class TiledProduct:
-    """The operands of a product on one core: rings of tiles of x and w, and the instructions that multiply them.
+    """Emits the loads and matmuls of a product on one core, and holds its SRAM tiles of x, of w and of their scales.
 
     Tiles at the edge of the result are padded with zeros.
 
-    scales: scales of the rows of x; None: it has none. span: columns of x that share a scale. cut: the Tiling. sides: 2
-    for a GLU pair, else 1. w_first: True to load tiles of w before those of x. If half of the cores do so, not all load
-    x from the L2 at the same time, and HBM is never idle.
+    scales: row scales of x, or None. span: columns of x that share a scale. cut: the Tiling. sides: 2 for a GLU pair,
+    else 1. w_first: True to load tiles of w before those of x. If half of the cores do so, not all load x from the L2
+    at the same time, and HBM is never idle.
     """
 
     def __init__(
@@ -205,14 +221,20 @@ class TiledProduct:
         self.column_scales = [k.ring(scaled, groups, cut.columns) if groups else None for _ in range(sides)]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
-        """Emit the instructions for acc = x[rows] @ w[columns].T over the steps of each job, a step of each in turn."""
+        """Emit instructions that compute acc = x[rows] @ w[columns].T over the steps of each job, with loads.
+
+        The jobs are interleaved: the first step of each job, then the second step of each, and so on.
+        """
         for i in range(max(len(job.steps) for job in jobs)):
             for job in jobs:
                 if i < len(job.steps):
                     self.step(job, job.steps[i], accumulate=i > 0)
 
     def step(self, job: TileJob, step: slice, accumulate: bool) -> None:
-        """Emit the loads of one step over K of a job, and its products."""
+        """Emit the loads of one step of a job, and the matmuls of what was loaded.
+
+        step: slice of K. accumulate: True to add to the job's accumulators, False to overwrite them (first step).
+        """
         a = None if self.w_first else self.load_x(job, step)
         sides = [
             load(self.k, self.w_tiles[side].next(), codes_of(self.w).part(part, step), self.cut.columns)
@@ -226,7 +248,11 @@ class TiledProduct:
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
 
     def load_x(self, job: TileJob, step: slice) -> Region:
-        """Load the columns `step` of a job's rows of x, and their scales if they are others than the step's before."""
+        """Emit the load of columns `step` of a job's rows of x; returns the tile.
+
+        If x has scales, also loads the row scales of these columns into job.factor, unless job.factor has them from the
+        job's step before.
+        """
         a = load(self.k, self.x_tiles.next(), self.x.part(job.rows, step), self.cut.rows)
         if self.scales is not None and self.row_scales is not None:
             g = step.start // self.span if self.scales.cols > 1 else 0
@@ -238,9 +264,13 @@ class TiledProduct:
     def groups(
         self, side: int, part: slice, step: slice, held: dict[int, tuple[slice, Region]]
     ) -> list[tuple[slice, Region | None]]:
-        """A list of (columns, scales of w or None) for each run of a step's columns that shares scales.
+        """Divide a step's columns into the groups that share scales of w; a list of (columns, region of the scales).
 
-        Loads the scales that are not in `held` yet.
+        The columns are a slice relative to the step's first. If w has no scales, the list has one item, with None as
+        region.
+
+        side: index into job.columns. part: the rows of w. step: slice of K. held: TileJob.held; if it has no scales for
+        these groups, they are loaded and stored in it.
         """
         ring = self.column_scales[side]
         if not isinstance(self.w, QuantisedRegion) or ring is None:

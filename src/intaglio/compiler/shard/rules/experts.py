@@ -14,14 +14,15 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append experts to the lane's Program: this lane's share of the experts, and an all_reduce of the partial sums.
+    """Append experts to one rank's Program: the rank's part of them, then an all_reduce of the sums. Returns nothing.
 
-    Experts are divided among the ep groups of lanes, and the intermediate columns of each expert among tp lanes. If the
-    layout has redundant experts, its placement says which group holds which experts. The all_reduce then adds the
-    results of each token's experts in the experts' order (slots), so that results do not depend on the placement.
+    The ranks that hold a layer form ep groups of tp ranks. Experts are divided among the groups, and the intermediate
+    columns of each expert among a group's ranks. If the layout has redundant experts, its placement says which group
+    holds which experts. The all_reduce then adds the results of each token's experts in the order in which the token
+    chose them (slots), so that results do not depend on the placement.
 
-    Raises LayoutError if there are too few experts for the layout, if tp would split the column order of a down matrix,
-    or if a placement does not fit.
+    Raises LayoutError: for fewer experts than ep, or fewer columns than tp; if tp is above 1 and the down matrices have
+    a column order (act-order), which it would split; for a placement that does not fit.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
