@@ -418,10 +418,19 @@ class LLM:
 def _tier(
     folder: str | Path | None, address: TcpAddress | None, budget: int, scope: BlockScope, journal: str | Path | None
 ) -> StoreTier | None:
-    """The tier that keeps K/V blocks in `folder`, or in memory for peers at `address`; None if both are None.
+    """The tier that keeps K/V blocks outside the engine: in files of `folder`, or in memory for peers at `address`.
 
-    Raises RequestError for a budget below 1 byte, if both are given, or one and `journal`; OSError if the address
-    cannot be bound.
+    Returns None if both are None.
+
+    Args:
+        folder: value of the option kv_cache_dir.
+        address: value of the option kv_peer: where to listen, and the token.
+        budget: most bytes of all blocks.
+        scope: BlockScope of the engine's blocks.
+        journal: value of the option journal; a journal does not record which blocks were loaded.
+
+    Raises RequestError for a budget below 1 byte, for `folder` and `address` together, and for a journal with either of
+    them; OSError if the address cannot be bound.
     """
     if folder is None and address is None:
         return None

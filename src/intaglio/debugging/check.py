@@ -267,9 +267,14 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """{site or name of a view: tolerance} for all sites, as check() defines it. tokens: length of the prompt.
+    """The largest relative error that rounding alone may explain, for each op and view: a dict {name: tolerance}.
 
-    A view has the tolerance of the op whose result it is part of.
+    An op's name is its site (its place in the model). The formula is in check(). The error is ||ours - theirs|| /
+    ||theirs||. A view, a slice of a result's columns, has the tolerance of the op that computes the result.
+
+    Args:
+        p: the Program.
+        tokens: length of the prompt.
     """
     out: dict[str, float] = {}
     longest = 1

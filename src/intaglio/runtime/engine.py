@@ -212,10 +212,13 @@ class Engine:
         return self.live.take_events()
 
     def submit(self, now: float) -> list[ScheduledSequence]:
-        """Schedule and launch steps until as many are under way as the executable has pipeline stages. now: seconds.
+        """Schedule and launch steps until as many are under way as the executable has pipeline stages.
 
-        While a sequence is suspected of a device loss, at most one launch is under way at a time. Returns a list of the
-        ScheduledSequences of the launches that were waited for; [] if none was. Raises DeviceLost.
+        Returns a list of the ScheduledSequences whose launches were completed meanwhile, with their results applied;
+        usually []. Launches are waited for only if a sequence is suspected of having made the device fail: then at most
+        one launch is under way at a time. Raises DeviceLost if the device is lost.
+
+        now: the time in seconds.
         """
         collected: list[ScheduledSequence] = []
         depth = self.executable.depth
@@ -233,16 +236,20 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and apply its results. Returns a list of ScheduledSequences. Raises DeviceLost."""
+        """Wait for the oldest launch under way and apply its results to its sequences.
+
+        Returns a list of the ScheduledSequences of that launch. Call it only while a launch is under way. Raises
+        DeviceLost if the device is lost.
+        """
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
         return launch.scheduled
 
     def move_experts(self, now: float) -> None:
-        """Count tokens of experts and move experts between two steps, if it is time.
+        """Between two steps: count the tokens of a model's experts, and move experts between ranks, if it is time.
 
-        now: seconds. Raises DeviceLost.
+        now: the time in seconds. Raises DeviceLost if the device is lost.
         """
         self.experts.tick(now, last=self.idle)
 

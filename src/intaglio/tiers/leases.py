@@ -55,12 +55,10 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns True.
+        """Extend a lease, so that it ends `seconds` from now. Returns True.
 
-        Returns False, and renews nothing, if it has run out already or its file cannot be changed.
-
-        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
-        LOCK_WAIT seconds.
+        Returns False, and renews nothing, if it has run out already or its file cannot be changed. Raises ValueError
+        unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
         """
         check_seconds(seconds)
         try:

@@ -217,7 +217,13 @@ def _sources(
 def _mixture(m: Facts, block: str) -> Facts:
     """The values of Mixture's fields, as a dict, from the properties `m` of a traced mixture of experts.
 
-    The dict also has `route_scale`, and how experts' parameters lie in their module (`turned`, `inside`, `experts`).
+    The dict has four more keys:
+
+    - route_scale: factor on the routing weights.
+    - turned: True if the experts' matrices are stored transposed.
+    - inside: True if the routing weight multiplies an expert's input, not its result.
+    - experts: name of the experts' module within the mixture's module.
+
     block: name of the mixture's module in a layer. Raises Unmatched for a shared expert with other linears.
     """
     shared = m["shared"]

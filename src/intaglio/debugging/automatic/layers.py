@@ -59,10 +59,18 @@ def _called(t: Trace, name: str) -> Call:
 
 
 def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the embeddings.
+    """What the model does to token embeddings before its first layer. Returns (properties, norms).
 
-    x: the first layer's input. layers: name of the list of layers. Raises Unmatched if x is anything else than
-    embeddings with a scale, learned positions and a norm.
+    The properties are a dict with the keys vocabulary (its size), embed_scale, positions (table of learned positions,
+    see _summed()), embed_norm (name of a norm's module, "" without) and embed_norm_first (True if positions are added
+    after the norm). The norms are a list of Norm: [] or that one.
+
+    Args:
+        t: the trace.
+        x: the first layer's input.
+        layers: name of the list of layers.
+
+    Raises Unmatched if x is not the embeddings with at most a scale, learned positions and a norm.
     """
     table = t.weight(t.embedding)
     assert table is not None
@@ -82,9 +90,16 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 
 
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
-    """A dict {embed_scale, positions} if x is `rows` times a scale, with or without learned positions; else None.
+    """Scale and learned positions that turn token embeddings into `x`, as a dict with two keys; None if none do.
 
-    rows: the embeddings of the tokens. positions: name, first row and number of rows of the table; None without.
+    - embed_scale: factor on the embeddings.
+    - positions: None, or a dict that describes the table whose rows are added: name, first (row of position 0) and rows
+      (their number).
+
+    Args:
+        t: the trace.
+        x: what a norm or the first layer reads.
+        rows: the embeddings of the tokens.
     """
     if (found := factors(x, rows)) is not None:
         return {"embed_scale": found[0], "positions": None}

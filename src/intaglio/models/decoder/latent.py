@@ -87,7 +87,11 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
 
 
 def _shared_index(w: Writer, i: int) -> str:
-    """Name of the tensor of positions chosen in the last layer before `i` that has an indexer of its own."""
+    """Name of the tensor of positions that layer `i` attends to, if it has no indexer of its own (Layer.shares_index).
+
+    The positions are those that the indexer of an earlier layer chose: the nearest one that has an indexer. Raises
+    ValueError if there is none.
+    """
     last = max(j for j, layer in enumerate(w.d.layers[:i]) if not layer.shares_index)
     return f"layers.{last}.attn.indexer.choose"
 

@@ -184,10 +184,17 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 
 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net. Returns a list of the names of four tensors.
+    """Add the input projections of a gated delta net. Returns a list of the names of four result tensors.
 
-    They are: q, k and v side by side; gate; beta; step. at, source: prefixes of the sites in the Program and of the
-    modules in the checkpoint. x: the input tensor.
+    They are: q, k and v side by side [T, 2 * key_heads * keys + heads * values]; the gate z [T, heads * values]; b,
+    which gives beta [T, heads]; and a, which gives the decay [T, heads].
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     value = m.heads * m.values
     widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
@@ -195,11 +202,18 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
+    """Add the input projections of a gated delta net whose checkpoint stores them in two weights (Qwen3-Next).
 
-    Returns a list of the names of four tensors: q, k and v side by side; gate; beta; step. Arguments are those of
-    inputs(). in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next head, and so
-    on; in_proj_ba has rows of beta and step in the same order of heads.
+    Returns the names of four result tensors, in a list, as inputs() does: q, k and v side by side; z; b; a. The weight
+    in_proj_qkvz has the rows of q, k, v and z of the first key head, then those of the next head, and so on; in_proj_ba
+    has the rows of b and a in the same order of heads.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -216,10 +230,19 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
 def decay(
     w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
 ) -> tuple[str, str]:
-    """Write the op decay with the checkpoint's A_log and dt_bias. Returns the names of (step sizes, log decays).
+    """Add the op Decay, which computes a recurrent block's step sizes dt and log decays -exp(A_log) * dt.
 
-    Both tensors are [T, heads]. at, source: prefixes of the sites in the Program and of the tensors in the checkpoint.
-    step: the input tensor. low, high: limits of the step size; high 0: none.
+    Returns the names of both results' tensors, (dt, log decays), each [T, heads]. A_log and dt_bias are read from the
+    checkpoint.
+
+    Args:
+        w: writes the op.
+        at: prefix of the op's name in the Program.
+        source: prefix of the tensors' names in the checkpoint.
+        step: name of the input tensor [T, heads]; dt is softplus(input + dt_bias).
+        heads: number of heads.
+        low: smallest dt; smaller ones become `low`.
+        high: largest dt; larger ones become `high`; 0: no limit.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
     bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)

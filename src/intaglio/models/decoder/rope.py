@@ -86,15 +86,19 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """(default context, longest context, True if contexts beyond the default have another rope table); both in tokens.
+    """Context lengths of a model in tokens, and whether they matter to its rope: (default, longest, has another table).
 
-    By type of scaling:
-    - YaRN: both are factor * original length, if that is more than max_position_embeddings.
-    - LongRoPE: the default is the original length, up to which its short factors apply. One Program has one table, and
-      the long factors would change short sequences too. The longest context is max_position_embeddings.
-    - Dynamic NTK: the default is the length without scaling; the longest context is factor times that.
-    - Linear: the default is max_position_embeddings; the longest context is factor times that.
-    - Otherwise, and for dynamic or linear scaling given per layer type, both are max_position_embeddings.
+    The third item, a bool, is True if a Program for more than the default context has another rope table, so that
+    results for short sequences differ too. n below is max_position_embeddings. By type of rope scaling:
+
+    - YaRN: default and longest are the larger of n and factor * original length; False.
+    - LongRoPE: the default is the original length, the longest is n. True if n is more: longer contexts take the long
+      factors instead of the short ones.
+    - Dynamic NTK: the default is n, the longest factor * n. True if that is more than n.
+    - Linear: the default is n, the longest factor * n; False.
+    - Otherwise, and for dynamic or linear scaling given per layer type: both are n; False.
+
+    Invalid numbers count as no scaling here; table() raises an error for them.
     """
     n = c.whole("max_position_embeddings")
     scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
@@ -174,12 +178,12 @@ def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of rope without scaling."""
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim)."""
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of linear scaling: all are divided by the scaling factor."""
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of linear scaling: those of _default() / factor."""
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 

@@ -91,9 +91,10 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Write the embedding of tokens. Returns the name of the result's tensor.
+    """Add the ops that embed the tokens. Returns the name of the result's tensor [T, hidden].
 
-    As the model has them, embeddings of position and token type are added, and norm and projection follow.
+    If the model has them, position and token-type embeddings are added, and a norm and a projection to `hidden` columns
+    follow.
     """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")

@@ -64,9 +64,15 @@ class Writer:
         return self.b.weight(name, shape, source, self.format(names(source)[0]))
 
     def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
-        """Add the column orders [experts, columns] (act-order) of stacks that multiply the same input, as one weight.
+        """Add the column orders (GPTQ's act-order) of the experts' matrices as one i32 weight [experts, columns].
 
-        Returns its name; None if the stacks have no such orders. Raises PortError if their orders differ.
+        Returns the weight's name; None if the matrices have no such orders. All stacks in `sources` multiply the same
+        input, so their orders must be equal; raises PortError if they differ.
+
+        Args:
+            name: the weight's name.
+            shape: (experts, columns).
+            sources: the sources of the stacks of matrices, such as those of gate and up, in Llama's names.
         """
         sources = tuple(map(self.d.source, sources))
         runs = [[self.order(n) for n in names(source)] for source in sources]
@@ -185,9 +191,14 @@ class Writer:
         return x if by == 1 else self.b.op(Map, site, x, expr=f"a * {by!r}")
 
     def add(self, site: str, x: str, branch: str, mix: tuple[float, float] = (1.0, 1.0)) -> str:
-        """Write the sum of the residual x and a branch. Returns the name of its tensor.
+        """Add an op that adds a branch (attention or an MLP) to the residual. Returns the name of the sum's tensor.
 
-        mix: factors of x and branch; (1, 1): the branch is multiplied by the model's residual_scale.
+        Args:
+            site: the op's name.
+            x: name of the residual's tensor.
+            branch: name of the branch's tensor.
+            mix: (a, b) for a * x + b * branch. With the default (1, 1) the sum is x + residual_scale * branch, where
+                residual_scale is the Decoder's; other pairs replace it.
         """
         if mix != (1.0, 1.0):
             return self.b.op(Map, site, x, b=branch, expr=f"a * {mix[0]!r} + b * {mix[1]!r}")

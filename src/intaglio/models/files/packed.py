@@ -196,16 +196,20 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 
 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
-    """Number of columns that share a scale; -1: one scale per row.
+    """Number of columns that share a scale, an int; -1 if each row has one scale.
 
-    It is the first of these that there is:
+    It is the config's group_size or, if the config names none, the size of the largest group in g_idx or, without
+    g_idx, `k` divided by the number of scales. A size that does not fit the number of scales is replaced by that of
+    g_idx.
 
-    - the config's group_size (`named`), if it fits the number of scales;
-    - the size of the largest group in g_idx;
-    - if the config names no size, the number of columns `k` divided by the number of scales.
+    Args:
+        stored: contents of the checkpoint's files.
+        base: the module's name.
+        k: number of columns.
+        named: the config's group_size; None: it names none.
 
-    Raises PortError if the file has no scales or zeros, if the size does not fit the number of scales, or if it is
-    neither a multiple of 32 up to CHUNK nor a whole row.
+    Raises PortError if the file has no scales or zeros, if no size fits the number of scales, or if the size is neither
+    a multiple of 32 up to CHUNK nor a whole row.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:

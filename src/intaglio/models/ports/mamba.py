@@ -50,11 +50,10 @@ def check_groups(c: Config, heads: str, groups: str) -> None:
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Number of columns of the step before dt_proj: the value of config key `key`.
+    """Number of columns of Mamba's step size dt before dt_proj (dt_rank), an int: the value of config key `key`.
 
-    If the value is "auto", the number is hidden_size / 16, rounded up.
-
-    Raises PortError for another value than "auto" or an integer of 1 or more.
+    If the value is "auto" or missing, the number is hidden_size / 16, rounded up. Raises PortError for another value
+    than "auto" or an integer of 1 or more.
     """
     return -(-c.whole("hidden_size") // 16) if c.get(key, "auto") == "auto" else c.whole(key)
 

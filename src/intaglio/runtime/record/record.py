@@ -68,7 +68,11 @@ class Recorder:
         return load
 
     def rng(self, inner: Rng) -> Rng:
-        """A random number generator that draws from `inner` and records the last number."""
+        """A random number generator, RecordedRng, that draws from `inner` and keeps the number drawn last as `seed`.
+
+        The engine draws a seed for a request without one; RecordedEngine then writes `seed` into the request's journal
+        entry.
+        """
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:

@@ -35,7 +35,11 @@ LATENT = {
 
 
 def mlp(block: str = "mlp") -> dict[str, str]:
-    """{llama.cpp's name: transformers' name} of a dense MLP's projections in the module `block`."""
+    """Tensor names of a dense MLP's projections, as a dict {llama.cpp's name: transformers' name}.
+
+    The names are without the layer's number and without .weight, such as {"ffn_up": "mlp.up_proj"}. block: name of the
+    MLP's module in transformers.
+    """
     return {f"ffn_{n}": f"{block}.{n}_proj" for n in PROJECTIONS}
 
 
@@ -59,14 +63,17 @@ def mixture(
 class Architecture:
     """How one llama.cpp architecture maps to transformers.
 
+    Below, llama.cpp's name of a tensor is the name without the layer's number and without .weight or .bias, such as
+    attn_q for blk.3.attn_q.weight.
+
     Attributes:
         describe: function from the metadata to the keys of config.json.
-        names: transformers' tensor names, by llama.cpp's part of a name.
+        names: {llama.cpp's name: transformers' name}, beside those in COMMON.
         permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
-        variants: names that replace others in a file that has a tensor with this part of a name.
-        changes: functions that add tensors whose values converters change, by llama.cpp's part of a name.
-        refused: why files with a tensor of this part of a name are refused.
+        variants: {llama.cpp's name: further `names`}; these replace others if the file has a tensor of that name.
+        changes: {llama.cpp's name: function that adds a tensor whose values the converter has changed}.
+        refused: {llama.cpp's name: why a file with such a tensor is refused}.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
@@ -78,14 +85,21 @@ class Architecture:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture with its variants applied, for a file in whose tensor names `parts` occur."""
+        """A copy of the Architecture for one file: the names of each of `variants` whose key is in `parts` are used.
+
+        parts: llama.cpp's names of the file's tensors, without layer numbers and without .weight or .bias, such as
+        attn_q.
+        """
         names = dict(self.names)
         for part, others in self.variants.items():
             names |= others if part in parts else {}
         return replace(self, names=names, variants={})
 
     def name(self, part: str) -> str | None:
-        """The name in transformers, without `.weight`, of what llama.cpp calls `part`; None if there is none."""
+        """The name in transformers, without .weight, of the tensor that llama.cpp calls `part`; None if it has none.
+
+        part: such as attn_q, which gives self_attn.q_proj.
+        """
         return self.names.get(part) or COMMON.get(part)
 
 
@@ -129,7 +143,12 @@ SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction=
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The table `names` with the module `name` in front of each of transformers' names."""
+    """A copy of a table of tensor names in which a module's name and a dot stand before each name of transformers.
+
+    Args:
+        name: the module's name.
+        names: a dict {llama.cpp's name: transformers' name}.
+    """
     return {ours: f"{name}.{theirs}" for ours, theirs in names.items()}
 
 

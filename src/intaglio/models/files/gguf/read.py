@@ -74,10 +74,13 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def use_of(file: GgufFile, name: str) -> str:
-    """What a tensor that becomes no weight is for. name: its name in the file.
+    """What a tensor that does not become a weight is for, as one of three words. Call it only for such a tensor.
 
-    "factors": frequency factors of rope; "derived": it follows from the metadata; "ahead": it belongs to a layer that
-    only predicts tokens further ahead.
+    - "factors": frequency factors of rope.
+    - "derived": values that follow from the metadata.
+    - "ahead": any other; it belongs to a layer that only predicts tokens further ahead.
+
+    name: the tensor's name in the file.
     """
     if part_of(name) in FACTORS:
         return "factors"
@@ -212,7 +215,11 @@ class _Reader:
             first += width
 
     def join_latent(self) -> None:
-        """Add kv_b_proj, joined from its halves: keys [heads, rank, nope] (transposed) and values [heads, v, rank]."""
+        """For each layer with latent attention: add the tensor kv_b_proj [heads * (nope + v), rank] to `tables`.
+
+        It is joined from the two tensors that llama.cpp stores: keys [heads, rank, nope], transposed here, and values
+        [heads, v, rank]. Does nothing for other models. Call it once, after all tensors have been added.
+        """
         for key in [k for k in self.halves if k.endswith("k")]:
             at, keys, values = key[:-1], self.halves[key], self.halves[f"{key[:-1]}v"]
             heads, rank, nope = keys.shape
