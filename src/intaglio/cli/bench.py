@@ -140,7 +140,7 @@ def rank_table(ranks: Sequence[RankTimes]) -> Table:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """The table that `intaglio bench model` prints."""
+    """The table that `intaglio bench model` prints, as a rich Table: one line for each Row."""
     headers = (
         "phase", "sequences", "prompt\ntokens", "measured\ntokens/s", "measured\nms", "bound\nms", "bound\nby",
         "share\nof roof",
@@ -156,7 +156,7 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def profile_table(p: Profile) -> Table:
-    """The table that `intaglio profile` prints: the sites of a profile, the slowest first."""
+    """The table that `intaglio profile` prints, as a rich Table: the ops of a profile, the slowest first."""
     headers = ("site", "measured\nms", "share\nof step", "bound\nms", "bound\nby", "share\nof roof")
     lines = []
     for s in sorted(p.sites, key=lambda s: -s.seconds):

@@ -56,8 +56,8 @@ def bench_serve(
 ) -> None:
     """Send a server the load of a public trace: latencies, throughput, and goodput under a deadline.
 
-    The server is that of --base-url, any with OpenAI's completions, or one that is started for the run. With --device
-    silicon the engine runs in the modelled time of the chip.
+    --base-url names any server with OpenAI's /v1/completions. Without it, a server is started for this run. With
+    --device silicon there is no server: the engine runs in the modelled time of the chip.
     """
     try:
         import aiohttp  # noqa: F401

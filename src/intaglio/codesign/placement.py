@@ -80,12 +80,15 @@ class Placement:
 
     @property
     def plain(self) -> bool:
-        """True if the experts have no layout of their own, so that the layout of one server is `attention`."""
+        """True if experts are distributed by the same layout as all other layers, so `experts` is None."""
         return self.experts is None
 
     @property
     def single(self) -> bool:
-        """True for one server without a layout of its own for the experts: the engine itself can be simulated on it."""
+        """True for one server (replicas is 1) whose experts have no layout of their own (`experts` is None).
+
+        Only such a placement can be simulated with the real engine; others need the queue model.
+        """
         return self.plain and self.replicas == 1
 
     def __str__(self) -> str:

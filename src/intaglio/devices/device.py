@@ -61,13 +61,15 @@ class Weights(Protocol):
 class StateSpec:
     """Size of the state that outlives a step: K/V cache and recurrent state.
 
+    A page holds one K/V block of a sequence.
+
     Attributes:
-        pages: pages in the pool (the symbolic dim P).
+        pages: pages of each K/V cache (the symbolic dim P).
         page_tokens: tokens per page (the symbolic dim B).
         slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
             without recurrent state.
-        window_pages: pages of the caches that only layers with a window or chunk read (`Program.windows`). Blocks of
-            these caches are given back when no query sees them any more. 0: these caches have `pages` pages too.
+        window_pages: pages of each cache that only layers with a window or chunk read (`Program.windows`); fewer are
+            enough, since a page is free again once no later query can see it. 0: such a cache has `pages` pages.
         window: the longest of these windows in tokens; 0 if window_pages is 0.
     """
 
@@ -78,9 +80,10 @@ class StateSpec:
     window: int = 0
 
     def pages_of(self, program: Program, cache: str) -> int:
-        """Number of pages of a K/V cache of the Program.
+        """Number of pages of one K/V cache: `window_pages` if only layers with a window read it, else `pages`.
 
-        Raises DeviceError for a cache whose window is longer than `window`.
+        cache: name of the cache's tensor. If `window_pages` is 0, every cache has `pages`. Raises DeviceError if a
+        window layer that reads the cache sees more tokens than the attribute `window` of this StateSpec allows.
         """
         reach = program.windows.get(cache)
         if not self.window_pages or reach is None:
@@ -174,7 +177,7 @@ class CompletedStep:
         return True
 
     def result(self) -> StepResult:
-        """The StepResult. Raises the error if the step failed."""
+        """Return the StepResult at once, or raise the error that ended the step."""
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -260,9 +263,10 @@ class Executable(ABC):
         return self
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """The result of call(executable inside all wrappers), which runs no step. Raises what it raises.
+        """Return call(executable), for work that is not a step, such as moving experts. It raises what `call` raises.
 
-        A wrapper that runs steps in turns with other models makes the call in its turn too.
+        `call` gets the executable inside all wrappers, and must run no step itself. If several models take turns on one
+        machine, the call waits for this model's turn.
         """
         return call(self)
 
@@ -293,7 +297,10 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that can be one rank of a mesh: their steps stop at collectives."""
+    """Base class of executables that can run one rank of a mesh, several of them in one process.
+
+    A step is a generator. It yields at each collective, and goes on once the caller has exchanged the ranks' data.
+    """
 
     @abstractmethod
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
@@ -377,7 +384,10 @@ class Device(ABC):
         """Load one Program, a whole model or one rank of a mesh. Returns the Executable."""
 
     def recipe(self) -> Recipe:
-        """The Recipe with which another process makes an equal device. Classes with arguments override it."""
+        """The Recipe, (name of a function, its arguments), by which another process makes an equal device.
+
+        Classes whose constructor has arguments override it.
+        """
         return f"{type(self).__module__}:{type(self).__qualname__}", {}
 
     def facts(self) -> DeviceFacts:

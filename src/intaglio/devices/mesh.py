@@ -117,9 +117,10 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run a rank up to its next collective or its end.
+        """Run one rank until its next collective or its end. Returns nothing.
 
-        `output`: the rank's result of the collective at which it waits; None to begin.
+        It stores the collective and the rank's input in `waiting`, or the StepResult in `results`. output: the rank's
+        result of the collective at which it waits; None after a send, and to begin.
         """
         self.waiting.pop(rank, None)
         try:

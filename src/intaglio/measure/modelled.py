@@ -93,10 +93,14 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on a silicon LLM in the modelled time of its chips. Returns the list of Outcomes of run_load().
+    """Run a load in the modelled time of the simulated chips. Returns a list of Outcomes, first ended first.
 
-    seed: random seed of the prompts, which are random token ids. concurrency: the largest number of open
-    requests; None: no limit.
+    Args:
+        llm: a model on the device "silicon".
+        requests: lengths and arrival times.
+        seed: random seed of the prompts, which are random token ids.
+        concurrency: the largest number of open requests; None: no limit.
+        progress: called before each step.
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

@@ -51,7 +51,10 @@ class Site:
 
     @property
     def lost(self) -> float:
-        """Seconds above the bound; all seconds without a bound."""
+        """Seconds above the roofline bound, `seconds` - `bound_seconds`; all of `seconds` if there is no bound.
+
+        Negative if the measured time is below the bound.
+        """
         return self.seconds - (self.bound_seconds or 0.0)
 
     @property
@@ -91,7 +94,7 @@ class Profile:
 
     @property
     def outside_share(self) -> float:
-        """Fraction of the time that is spent outside sites."""
+        """Fraction of `seconds` that is spent outside the ops of the Program, such as in Python and between kernels."""
         return self.outside_seconds / self.seconds
 
     @property
@@ -100,7 +103,10 @@ class Profile:
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
-        """A sentence that says how much time site `s` takes and how much above its bound."""
+        """A sentence that compares the time of op `s` with its roofline bound: how many milliseconds are lost.
+
+        Without a bound the sentence says which share of the phase's time the op takes.
+        """
         takes = f"{s.label} takes {s.seconds * 1e3:,.2f} ms"
         if s.bound_seconds is None:
             return f"{takes}, {s.seconds / self.seconds:.1%} of {self.phase}"
@@ -121,11 +127,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sample:
-    """Timings of one run of a phase.
+    """Timings of one run of a phase: of a whole prefill, or of one decode step.
 
     Attributes:
         wall: seconds in all.
-        sites: seconds by folded site.
+        sites: seconds by op, summed over layers: {name of the op with * for the layer's number: seconds}. Empty if ops
+            were not timed.
     """
 
     wall: float
@@ -178,7 +185,10 @@ def profile(
 
 
 def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
-    """Run the steps of a phase once and return their timings as a Sample. timed: True to time sites too."""
+    """Run the steps of a phase (a whole prefill, or one decode step) once. Returns its timings as a Sample.
+
+    timed: True to measure the seconds of each op too; False: the Sample has the wall time alone.
+    """
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
         seconds, result = watch.step(StepRequest(batch, timed=timed))
@@ -191,9 +201,13 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """A tuple of Sites, one for each folded site, in the order of the Program.
+    """The timings of all ops as a tuple of Sites, in the order of the Program; ops of all layers are summed.
 
-    Each has the median seconds of the samples, and its bound.
+    Args:
+        executable: the loaded Program.
+        steps: the Batches of the phase; their work gives the roofline bounds.
+        samples: timings of several runs; a Site has their median.
+        roofs: measured limits of the machine; None: the Sites have no bounds.
     """
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())

@@ -41,8 +41,9 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns a list of each step's StepResult.
+    """Measure decode steps. Returns a list of runs * DECODE_STEPS StepResults with the seconds of each op.
 
+    Each run decodes DECODE_STEPS tokens after short prompts; one more run before them warms up and is left out.
     sequences: number of sequences in a step. Overwrites the K/V cache.
     """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))

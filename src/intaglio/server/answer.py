@@ -175,7 +175,7 @@ class Rank:
         self.sum, self.tokens = 0.0, 0
 
     def add(self, scored: Scored | None) -> None:
-        """Count a token with its log-probability; None (a delta without a token) changes nothing."""
+        """Add a token's log-probability to the mean. None (a delta without a token) changes nothing."""
         if scored:
             self.sum, self.tokens = self.sum + finite(scored.logprob), self.tokens + 1
 

@@ -149,7 +149,10 @@ class Epoch(Generic[Member, Answer]):
             self.answers.setdefault(step, {})[member] = answer
 
     def fail(self, why: str) -> bool:
-        """End the epoch. Returns True if it had not ended before."""
+        """End this group of ranks because of a failure. Returns True the first time, False if it had ended already.
+
+        Answers that come later are dropped. why: the reason, as text; only the first is kept, in `failed`.
+        """
         first = not self.failed
         self.failed = self.failed or why
         return first
@@ -165,20 +168,24 @@ class Epoch(Generic[Member, Answer]):
 
 
 class HostRanks(Protocol):
-    """Interface of the ranks of one host in one epoch."""
+    """Interface to the running ranks of one host, by which its agent gives them steps and ends them."""
 
     def post(self, message: bytes) -> None:
-        """Hand a step to the ranks. Returns nothing."""
+        """Hand a step to the ranks, and do not wait for its end. Returns nothing.
+
+        message: 8 bytes with the step's number, then the request.
+        """
 
     def stop(self) -> None:
         """End the ranks, and wait until they have ended. Returns nothing."""
 
 
 class Session:
-    """An agent's work for one coordinator. The ranks of at most one epoch run at a time.
+    """What an agent does for one coordinator: take() starts, uses and ends the ranks of this host.
 
-    start: function that starts the ranks that a message describes and returns their HostRanks. It is called when the
-    ranks of an earlier epoch have ended.
+    The ranks of one group run at a time: a new group's ranks start when those of the group before have ended.
+
+    start: function from a START message to the HostRanks that it started.
     """
 
     def __init__(self, start: Callable[[bytes], HostRanks]) -> None:

@@ -250,9 +250,13 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse calls without delimiters around them, and yield them as Parts. Returns True if a call was begun.
+    """Parse JSON tool calls that have no delimiters around them, and yield them as Parts.
 
-    The calls are JSON objects separated by `;`, or a JSON list. If `opener` is "", they must name one of `tools`.
+    The calls are JSON objects separated by `;`, or a JSON list. A generator; its return value (of `yield from`) is True
+    if a call was begun.
+
+    s: the output. opener: the delimiter in front of the calls, already consumed; "": none, and then a call must name
+    one of `tools`, since other JSON may be meant as text.
     """
     return (yield from calls(s, None if opener else tools, ";"))
 
@@ -286,5 +290,8 @@ def peek_call(s: Source) -> Generator[None, None, bool]:
 
 
 def close(s: Source, *ends: str) -> Generator[None, None, None]:
-    """Consume one of the delimiters `ends` if it follows, with any surplus closing brackets in front of it."""
+    """Consume the delimiter in `ends` that comes next, and any blanks, `}` and `]` in front of it. Returns nothing.
+
+    Nothing is consumed if no such delimiter comes next. A generator that yields None while it waits for more text.
+    """
     yield from skip(s, *ends, over=" \n}]")

@@ -54,9 +54,13 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse DeepSeek's calls and yield them as Parts. Returns True if a call was begun.
+    """Parse DeepSeek's tool calls, and yield them as Parts.
 
-    V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`.
+    V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`. <sep> is
+    the special token DEEPSEEK["sep"]. A generator; its return value (of `yield from`) is True if a call was begun, even
+    if it is cut off.
+
+    s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
     """
     m, began = DEEPSEEK, False
     while opener == m["call"] or (yield from skip(s, m["call"])):
@@ -78,9 +82,12 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Kimi-K2's calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
+    """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
 
-    All text before <sep> is the call's id; NAME is the function's name. Returns True if a call was begun.
+    All text before <sep>, the special token KIMI["sep"], is the call's id; NAME is the function's name. A generator;
+    its return value (of `yield from`) is True if a call was begun, even if it is cut off.
+
+    s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
     """
     m, began = KIMI, False
     while opener == m["call"] or (yield from skip(s, m["call"])):

@@ -31,7 +31,13 @@ def pythonic(*ends: str) -> Reading:
 
 
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Python calls, in a bracketed list or one per line, and yield Parts. Returns True if a call was begun."""
+    """Parse tool calls written as Python, in a bracketed list or one per line, and yield them as Parts.
+
+    A generator; its return value (of `yield from`) is True if a call was begun, even if it is cut off.
+
+    s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "":
+    none, and then a call must name one of `tools`.
+    """
     if s.held[0] == "[":
         while re.fullmatch(r"\[\s*", s.held) and not s.last:
             yield None

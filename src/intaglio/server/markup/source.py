@@ -157,10 +157,12 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 
 
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
-    """Run a parser of arguments; yield `start` when it gives its first piece of text, and each piece as CallArguments.
+    """Yield the Parts of a call: `start`, then a CallArguments for each piece of its arguments, which `steps` parses.
 
-    began: True if `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return
-    value).
+    `start` is yielded when the first piece of text comes. A generator; its return value (of `yield from`) is (True if
+    `start` has been yielded, the return value of `steps`).
+
+    began: True if the caller has already yielded `start`.
     """
     while True:
         try:

@@ -62,7 +62,13 @@ DSML = Tags(
 
 
 def tagged(end: str, *ways: Tags) -> Reading:
-    """A parser of calls that are written with one of the given sets of tags, or as JSON, up to the delimiter `end`."""
+    """Make a parser (Reading) of tool calls in tags such as <function=NAME>, or as JSON.
+
+    The parser is a generator function of (Source, opener, tools) that yields Parts; its return value is True if a call
+    was begun.
+
+    end: delimiter after the last call, which is consumed if it comes. ways: the sets of tags that calls may have.
+    """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
         if not (yield from blanks(s)):
