@@ -133,7 +133,7 @@ class Account:
         """The account of the checkpoint as a dict of plain values, for JSON.
 
         The keys are the attributes' names. Attributes with entries (groups, tensors, keys, files) become lists of
-        dicts.
+        dicts. quantised_by is None if it is "".
         """
         return {
             "path": self.path, "architecture": self.architecture, "models": self.models, "said_by": self.said_by,

@@ -114,10 +114,10 @@ class ExpertBalancer:
         return proposed if now >= then * self.worth else None
 
     def _begin(self, now: float) -> None:
-        """Start again on a new executable, whose token counts begin at 0 and whose experts are in their first places.
+        """Start again on a new executable, after the first start or the loss of a device. now: the time in seconds.
 
-        Tokens counted so far are kept as a base. A move in progress is forgotten, and `failed` is reset. now: the time
-        in seconds.
+        The new executable counts tokens from 0, so the tokens counted so far are kept as a base. A move in progress is
+        forgotten, and `failed` is reset.
         """
         self._base = {site: load.tokens for site, load in self.loads.items()}
         self._counted_on = self.launcher.executable

@@ -47,8 +47,9 @@ class BlockDirectory:
 
     Args:
         folder: the folder; several processes may use the same one.
-        budget: bytes of all files together. Each process looks at the sizes of all files again only after it has
-            written 1/16 of the budget. So for a while the files may exceed the budget by 1/16 of it for each process.
+        budget: bytes of all files together. A process notices what other processes have written only when it looks at
+            the sizes of all files, which it does after writing 1/16 of the budget. So for a while the files may exceed
+            the budget by 1/16 of it for each process.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:

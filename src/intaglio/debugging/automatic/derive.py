@@ -283,9 +283,9 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 def _stored(folder: Path, first: Variant) -> str:
     """Name of the layout in which a checkpoint stores the matrices of experts, as text; "" for a model without experts.
 
-    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. For NUMBERED, the module's name in the
-    checkpoint differs from its name in transformers, so it is stored as "saved_block" in first.facts["mixture"]. Raises
-    PortingError for another layout.
+    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. For NUMBERED, the name of the experts'
+    module in the checkpoint may differ from that in transformers, so it is stored as "saved_block" in
+    first.facts["mixture"]. Raises PortingError for another layout.
 
     Args:
         folder: a checkpoint of the tiny model.

@@ -308,8 +308,13 @@ class Decoder:
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
     """Arguments of Decoder that most families read from the same keys of config.json, as a dict.
 
-    act, eps: the keys of the activation and of the norms' epsilon, which families name differently. Raises PortError
-    for a missing or wrong value, and if the numbers of heads do not divide.
+    Args:
+        c: the config.
+        act: the config's key of the activation.
+        eps: the config's key of the norms' epsilon.
+
+    Raises PortError for a missing or wrong value, if num_attention_heads is not a multiple of num_key_value_heads, and
+    if head_dim is missing and hidden_size is not a multiple of num_attention_heads.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)

@@ -210,8 +210,8 @@ class Checkpoint:
     def strips(self, name: str) -> Iterator[Value]:
         """Yield the contents of a tensor in runs of rows, so that decoding takes less memory.
 
-        A tensor in a quantised format is yielded in runs of consecutive rows, each a Quantised. Any other tensor is
-        yielded whole, as one array in its stored type.
+        A tensor in a quantised format is yielded as one Quantised for each run of consecutive rows. Any other tensor is
+        yielded whole, as read() returns it.
         """
         c = self.coded.get(name)
         if c is None or not formats.get(c.format).grouped:

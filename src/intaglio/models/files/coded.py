@@ -26,8 +26,7 @@ class Part:
     Attributes:
         axis: the tensor's axis that runs along the matrix's rows (its first dimension); None: any rows need the whole
             tensor.
-        each: number of matrix rows that one index of `axis` stands for, such as 8 if 8 codes of a column are packed in
-            a word.
+        each: number of matrix rows that one index of `axis` stands for, such as 8 if each word has the codes of 8 rows.
     """
 
     axis: int | None = 0

@@ -199,8 +199,8 @@ def _group(stored: Stored, base: str, k: int, named: Any) -> int:
     """Number of columns that share a scale, an int; -1 if each row has one scale.
 
     It is the config's group_size or, if the config names none, the size of the largest group in g_idx or, without
-    g_idx, `k` divided by the number of scales. A size that does not fit the number of scales is replaced by that of
-    g_idx.
+    g_idx, `k` divided by the number of scales. If it does not fit the number of scales and the file has g_idx, that of
+    g_idx is taken instead.
 
     Args:
         stored: contents of the checkpoint's files.

@@ -222,8 +222,7 @@ def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model
     Args:
         model: the SentencePiece model.
         pieces: text of each piece, by id.
-        whole: BPE only: True if a word that is itself a piece becomes that piece at once, without merging
-            (ignore_merges).
+        whole: BPE only: True if a pre-token that is itself a piece becomes that piece without merging (ignore_merges).
     """
     if model.kind == UNIGRAM:
         unknown = int(model.trainer.get(40, 0))

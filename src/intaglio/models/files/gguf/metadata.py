@@ -93,7 +93,12 @@ class Metadata:
             )
 
     def refuse(self, key: str, why: str) -> None:
-        """Raise PortError if the key is present and not 0, False or []."""
+        """Raise PortError if the file has the key with a value other than 0, False or []; return nothing otherwise.
+
+        Args:
+            key: the part of the key after the architecture.
+            why: the reason, for the error.
+        """
         if self.get(key) not in (None, 0, False, []):
             raise PortError(f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported: {why}")
 
