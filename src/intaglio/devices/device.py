@@ -168,7 +168,7 @@ class PendingStep(Protocol):
 
 @dataclass(frozen=True)
 class CompletedStep:
-    """A step that has ended. `outcome`: its result, or the error it raised."""
+    """A step that has ended, as a PendingStep. outcome: its StepResult, or the error that ended it."""
 
     outcome: StepResult | Exception
 
@@ -240,7 +240,7 @@ class Executable(ABC):
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def experts_loaded(self) -> bool:
-        """True if load_experts() has loaded everything, or was not called.
+        """True once load_experts() has loaded everything, and if it was not called; False while it loads.
 
         Raises DeviceError if loading failed; the experts then stay where they are. Raises DeviceLost if the device is
         lost.
@@ -248,7 +248,7 @@ class Executable(ABC):
         return True
 
     def switch_experts(self) -> None:
-        """In all steps launched later, use the experts that load_experts() has loaded.
+        """Use the experts that load_experts() has loaded, in all steps launched later. Returns nothing.
 
         Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
         """

@@ -180,7 +180,7 @@ class MeshDevice(Device):
 
     @classmethod
     def of(cls, inner: Recipe) -> MeshDevice:
-        """A MeshDevice whose inner device is made from a recipe."""
+        """A MeshDevice that runs each rank on a device made from a Recipe (a function's name and its arguments)."""
         device = make(inner)
         assert isinstance(device, Device)
         return cls(device)

@@ -119,7 +119,7 @@ class HostLayout:
 
     @cached_property
     def stopped(self) -> frozenset[int]:
-        """The set of the numbers of the ops at which native code stops."""
+        """The numbers of the ops at which native code returns to Python, as a frozenset."""
         return frozenset(stop.at for stop in self.stops)
 
     @classmethod

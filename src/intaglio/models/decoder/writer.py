@@ -109,7 +109,7 @@ class Writer:
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
-        """Add the scales of a layer's K/V cache as constants. Returns {"k_scale": name, "v_scale": name}, or {} without.
+        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}; or {}.
 
         Args:
             i: number of the layer.
@@ -139,7 +139,7 @@ class Writer:
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
-        """Add a linear: x times a module's weight transposed, plus its bias if wanted. Returns the result's tensor name.
+        """Add a linear: x times a module's weight transposed, plus its bias if any. Returns the result's tensor name.
 
         Args:
             site: name of the op.
