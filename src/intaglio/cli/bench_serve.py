@@ -122,7 +122,7 @@ def bench_serve(
 
 
 def latencies(s: Summary, clock: str) -> Table:
-    """A table of the latencies of a load, in milliseconds. clock: "measured" or "modelled", for the heading."""
+    """The latencies of a load in milliseconds, as a rich Table. clock: "measured" or "modelled", for the heading."""
     shown = [name for name in ROWS if name in s.times]
     rows = [(ROWS[name], *(f"{s.times[name][k] * 1e3:,.3f}" for k in FIGURES)) for name in shown]
     headers = (f"latency, {clock}", *(f"{figure}\nms" for figure in FIGURES))

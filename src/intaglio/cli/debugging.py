@@ -102,7 +102,7 @@ def check(
 
 
 def site_table(report: Report) -> Table:
-    """The table of errors by site that `intaglio check` prints, without the columns that would be empty."""
+    """The table of each op's errors that `intaglio check` prints, as a rich Table without empty columns."""
     headers = ["site", "error", "allowed"]
     columns = [
         [r.site for r in report.rows],

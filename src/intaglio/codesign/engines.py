@@ -168,7 +168,12 @@ class EngineProfile:
 
 
 class EngineTimes:
-    """Step times of a serving engine: those of the chip's kernels, with the profile's launches and factors."""
+    """Step times of a server under one serving engine: modelled times of kernels, changed as its profile says.
+
+    The profile gives the launch overhead of CUDA graphs in steps that only decode, and a factor for each kind of step.
+
+    times: the server's StepTimes. profile: the engine's profile.
+    """
 
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies

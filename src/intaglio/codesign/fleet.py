@@ -98,7 +98,7 @@ def least_open(members: Sequence[Member], number: int) -> Member:
 
 
 def in_turn(members: Sequence[Member], number: int) -> Member:
-    """The replica whose turn it is at the arrival with this number."""
+    """The replica that is next in round-robin order. number: number of the arrival, from 0."""
     return members[number % len(members)]
 
 

@@ -46,12 +46,12 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds.
+    """One row of a table of measured servers. Its properties give what the columns say; times are in seconds.
 
     Attributes:
-        columns: name to text.
-        twin: the row with the same measurement from which this row's prefill and decode servers are taken, if its own
-            columns do not say how many there are; see completed(). None: no such row.
+        columns: {name of a column: text}.
+        twin: another row of the same measurement, from which this row's numbers of prefill and decode servers are taken
+            because its own columns do not have them; see completed(). None: there is none, or the row has them.
     """
 
     columns: dict[str, str]

@@ -52,7 +52,7 @@ class Draw:
         keys: keys of each decoding sequence.
         prompt: tokens of the one prompt.
         precision: formats of weights, K/V and rows, in words.
-        changes: (field, value) of each field of the chip that differs from the preset.
+        changes: (field, value) of each field of the chip that differs from the preset, except its size of HBM.
     """
 
     on: Target
@@ -83,10 +83,10 @@ def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """A random chip: (Target, the (field, value) pairs in which it differs from a preset).
+    """A random chip, as (Target, pairs (field, value) in which it differs from a preset).
 
-    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3. The chip always has 10 TB of HBM, so
-    that every model fits.
+    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3; () in the others. The chip always has
+    10 TB of HBM, so that every model fits; this change is not in the pairs.
     """
     on = target(str(rng.choice(sorted(CHIPS))))
     on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed

@@ -19,12 +19,14 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How the chips of a serving system share a model: equal servers, each with some copies of attention.
+    """How the chips of a serving system share a model: `replicas` equal servers, each of some chips.
+
+    With data-parallel attention a server has several copies of the attention layers (DP ranks), each with its own
+    requests and K/V cache, while all its chips share the experts.
 
     Attributes:
-        attention: layout of one copy of everything but routed experts.
-        copies: number of copies of attention in a server, each with its own requests; 1 without data-parallel
-            attention.
+        attention: layout of one copy of everything except routed experts.
+        copies: number of such copies in a server; 1 without data-parallel attention.
         experts: layout of the routed experts over all chips of a server; None: as `attention` says.
         replicas: number of servers, which share nothing.
 

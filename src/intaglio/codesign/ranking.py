@@ -24,7 +24,10 @@ MODEL_AND_CHIP = ("card", "system")  # `card` is the name of the model's card, w
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
-    """Output tokens per second per chip of a row's server, by Little's law from mean latencies in seconds."""
+    """Output tokens per second per chip of a measured row's server, by Little's law from the latencies.
+
+    ttft, tpot: mean latencies in seconds, measured or modelled.
+    """
     output = row.number("osl")
     return row.concurrency * output / (ttft + tpot * (output - 1)) / row.placement().chips
 

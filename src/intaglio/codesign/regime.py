@@ -41,9 +41,9 @@ class Call:
 
     @property
     def busiest(self) -> tuple[str, float]:
-        """(name of the engine or memory that is busy longest, its share of the time without launch overhead).
+        """(name of the engine or memory that is busy longest, its share of the time after the launch, at most 1).
 
-        ("", 0) if none is busy.
+        ("", 0) if none is busy, or all of the time is launch overhead.
         """
         rest = self.timing.seconds - self.launch_s
         name = max(self.timing.busy, key=lambda e: self.timing.busy[e], default="")
@@ -61,7 +61,10 @@ class Call:
 
     @property
     def last_wave(self) -> tuple[int, int]:
-        """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted."""
+        """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted.
+
+        A wave is as many jobs as the chip has cores; they run at the same time.
+        """
         jobs, cores = ceil(self.timing.jobs), self.on.chip.cores
         waves = -(-jobs // cores)
         return waves, jobs - max(0, waves - 1) * cores

@@ -203,7 +203,7 @@ class Question:
 
 
 class Candidate:
-    """One chip and placement for a question.
+    """One kind of chip and one placement of the model on such chips, whose rates and latencies are computed.
 
     Attributes:
         question: the load and its limits.
@@ -217,7 +217,10 @@ class Candidate:
         self.times = StepTimes(server, on)
 
     def settings(self, budget: int) -> QueueSettings:
-        """The QueueSettings of one server, with `budget` tokens a step. Raises ChipError if no K/V block fits."""
+        """The QueueSettings of one server. Raises ChipError if no K/V block fits.
+
+        budget: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        """
         q = self.question
         kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
         return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
@@ -310,10 +313,10 @@ class Candidate:
 def candidates(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """(Candidates, refusals): a Candidate for each chip and layout that can hold the model.
+    """Compile the model for each layout, and pair it with each chip. Returns (Candidates, refusals), two lists.
 
-    A refusal is (chip, layout, reason) of another pair. Raises LayoutError for a text that is no layout, FormatError
-    for an unknown format.
+    A refusal is (chip, layout, reason) of a pair that cannot hold the model. Raises LayoutError for a text that is no
+    layout, FormatError for an unknown format.
     """
     out: list[Candidate] = []
     refused: list[tuple[str, str, str]] = []

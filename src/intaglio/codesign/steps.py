@@ -335,7 +335,7 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """How often a decode step reads a sequence's keys and values, relative to a step of one query.
+        """How often a decode step reads a sequence's keys and values, relative to a step of one query; rounded down.
 
         The rows of all queries, and of all heads that share a K/V head, are multiplied together, in tiles. A tile has
         the least number of rows that the library's attention kernel takes. Each tile reads the keys and values once.

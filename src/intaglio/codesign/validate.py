@@ -182,7 +182,7 @@ class Worst:
     """A row with a large error.
 
     Attributes:
-        words: the call.
+        words: the call as text, see words().
         us: measured microseconds.
         predicted: modelled microseconds.
         reason: the cause of the error, in words.

@@ -108,7 +108,10 @@ class TimeOnlyExecutable(BlockingExecutable):
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """A step whose result is known and which ends when the modelled clock shows `end` seconds."""
+    """A step whose values are known and which ends at a modelled time, as a PendingStep.
+
+    outcome: its result. end: seconds on `clock` at which the step ends.
+    """
 
     outcome: StepResult
     end: float
@@ -119,7 +122,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """The StepResult. If the clock shows a time before the step's end, it is set forward to the end first."""
+        """Return the StepResult, after setting the clock forward to the step's end if it shows an earlier time."""
         self.clock.wait_until(self.end)
         return self.outcome
 

@@ -33,11 +33,11 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Site:
-    """Timing of one op over all layers.
+    """Timing of one op of the Program, summed over all layers.
 
     Attributes:
-        site: name of the op's site, with * in place of the layer's number.
-        count: number of ops.
+        site: the op's name, with * in place of the layer's number, such as layers.*.mlp.down_proj.
+        count: number of ops with this name.
         seconds: sum of the ops' median seconds.
         bound_seconds: sum of the ops' roofline bounds; None without roofs.
         bound_by: "memory" or "matrix", which sets the bound; None without roofs.
@@ -64,7 +64,7 @@ class Site:
 
     @property
     def label(self) -> str:
-        """The site's name, with the number of ops if there are several, such as "layers.*.mlp.down_proj ×16"."""
+        """The op's name, with the number of layers that have it if there are several: "layers.*.mlp.down_proj ×16"."""
         return f"{self.site} ×{self.count}" if self.count > 1 else self.site
 
 
@@ -77,10 +77,10 @@ class Profile:
         sequences: number of sequences run together.
         prompt_tokens: prompt length.
         steps: number of steps in the phase.
-        seconds: wall time when sites are timed.
-        untimed_seconds: wall time when they are not.
-        outside_seconds: `seconds` minus the time of all sites.
-        sites: timings by op, in the order of the Program.
+        seconds: wall time when each op is timed.
+        untimed_seconds: wall time when ops are not timed, which is less.
+        outside_seconds: `seconds` minus the time of all ops.
+        sites: the time of each op, summed over layers, in the order of the Program.
     """
 
     phase: str
@@ -99,7 +99,7 @@ class Profile:
 
     @property
     def worst(self) -> list[Site]:
-        """A list of the WORST sites that lose most time against their bounds, the worst first."""
+        """The WORST ops that lose most time against their roofline bounds, as a list of Sites, the worst first."""
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
@@ -119,7 +119,7 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the fields, shares and worst sites, as plain values for JSON."""
+        """A dict of the fields, shares and worst ops, as plain values for JSON."""
         sites = [{**asdict(s), "lost": s.lost, "share": s.share} for s in self.sites]
         worst = [{"site": s.site, "lost": s.lost, "text": self.gap(s)} for s in self.worst]
         return {**asdict(self), "sites": sites, "outside_share": self.outside_share, "worst": worst}
@@ -140,7 +140,7 @@ class Sample:
 
 
 def fold(site: str) -> str:
-    """A site's name with its layer number replaced by *: layers.3.mlp.down_proj becomes layers.*.mlp.down_proj."""
+    """An op's name with its layer number replaced by *: layers.3.mlp.down_proj becomes layers.*.mlp.down_proj."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", site)
 
 

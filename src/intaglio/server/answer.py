@@ -28,7 +28,7 @@ class Choice(Protocol):
     rank: Rank
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
 
         Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
@@ -75,7 +75,7 @@ class CompletionChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
 
         Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
@@ -237,7 +237,7 @@ class ChatChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
 
         Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """

@@ -184,7 +184,7 @@ class Submission:
                 self.admitted.set_result(None)
 
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
-        """The choices of one prompt that still need output, as a list of SuspendedChoice.
+        """The choices of one prompt that still need output, as a list of SuspendedChoice; [] if all have ended.
 
         Each has the tokens that another engine has already generated for it, from the deltas in `self.earlier`. Choices
         that have ended there are left out. prompt: the prompt's index in the submission, from 0.

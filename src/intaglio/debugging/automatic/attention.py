@@ -15,9 +15,11 @@ Facts = dict[str, Any]
 
 
 def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray) -> tuple[Facts, list[Norm]]:
-    """Find out what an attention block computes. Returns (dict of properties, list of the norms of q and k).
+    """What an attention block computes. Returns (facts, norms): a dict, and [norm of q, norm of k] or [].
 
-    Properties are sizes, projections, norms, rope, scale, mask and gate.
+    The dict has the sizes (heads, kv_heads, head_dim, value_dim), the projections (names, layout, transposed, biases,
+    o_name, o_transposed, o_bias), qk_norm and qk_names, rope (a Rotation), scale, softcap, sinks, window, chunk, gate
+    and inner_norm.
 
     Args:
         t: the trace.
@@ -147,10 +149,19 @@ def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[
 
 
 def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[Norm], f: Facts) -> list[Norm]:
-    """Add the layout of the projections, the norms of queries and keys, and the rope to the properties `f`.
+    """Find the linears, norms and rope that make queries, keys and values from the block's input, and add them to `f`.
 
-    Returns these norms as a list. A factor on the queries is multiplied into f["scale"]. readers: linears that read the
-    block's input. found: norms in the block. Raises Unmatched if queries, keys and values are computed otherwise.
+    The keys added to `f` are rope, layout (see _layouts()), names, transposed, biases, qk_norm and qk_names. If queries
+    have a further factor, f["scale"] is multiplied by it. Returns [norm of q, norm of k], or [] without norms.
+
+    Args:
+        t: the trace.
+        rec: the call of the attention function.
+        readers: linears that read the block's input.
+        found: norms in the block.
+        f: facts of the block so far.
+
+    Raises Unmatched if queries, keys and values are computed in any other way.
     """
     q, k, late = rec.q, rec.k, [_late(found, x) for x in (rec.q, rec.k)]
     if late[0] is not None and late[1] is not None:

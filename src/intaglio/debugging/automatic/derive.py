@@ -235,9 +235,14 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 
 
 def _saved(folder: Path, module: str) -> str:
-    """The name under which a checkpoint has a module's weight, without ".weight".
+    """The name under which a checkpoint has the weight of the output head, without ".weight".
 
-    If there is no such weight, it is the name of the only embedding table at top level (a tied head), else `module`.
+    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding: the result is the
+    name of the only embedding table outside all modules, or `module` if there is no such table or there are several.
+
+    Args:
+        folder: the checkpoint.
+        module: name of the head's module in transformers; "" if there is none, and the result is "".
     """
     found = Checkpoint.open(folder)
     if f"{module}.weight" in found.names or not module:

@@ -15,9 +15,11 @@ Facts = dict[str, Any]
 
 
 def model_facts(t: Trace) -> Facts:
-    """The properties of a traced model, as a dict; `layers` in it is a list with one dict per layer.
+    """What a traced transformers model computes, as a dict from which flatten() makes the fields of Decoder.
 
-    Raises Unmatched for what Decoder cannot express.
+    The keys are list (name of the list of layers), embedding, hidden, head, norm (see Norm.family), layers (one dict
+    for each layer, see _layer()), and those of _embedding() and _head(). Raises Unmatched for what Decoder cannot
+    express.
     """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
@@ -113,7 +115,18 @@ def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the called layer. Raises Unmatched for what Decoder cannot express."""
+    """What one layer computes. Returns (facts, norms): a dict, and a list of the Norms found in the layer.
+
+    The dict has the keys attention (name of its module in the layer), attn (see attention_facts()), mlp ({"dense": see
+    dense_facts()} or {"mixture": see mixture_facts()}), block (name of the MLP's module), norms ({name here, such as
+    attn.norm: name of the module}), parallel and residual_scale.
+
+    Args:
+        t: the trace.
+        call: the call of the layer.
+
+    Raises Unmatched for what Decoder cannot express.
+    """
     here = [a for a in t.attention if a.name.startswith(f"{call.name}.")]
     if len(here) != 1:
         what = "no attention" if not here else f"{len(here)} calls of attention"
@@ -169,10 +182,18 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 
 
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
-    """(dict of properties, name within the layer, argument, result) of a layer's MLP or mixture of experts.
+    """What a layer's MLP or mixture of experts computes. Returns (facts, name, argument, result).
 
-    call: the call of the layer. attention: name of its attention module. Raises Unmatched for what Decoder cannot
-    express.
+    - facts: {"dense": see dense_facts()} or {"mixture": see mixture_facts()}.
+    - name: name of its module in the layer; "" if its linears are directly in the layer.
+    - argument, result: the arrays that it reads and yields.
+
+    Args:
+        t: the trace.
+        call: the call of the layer.
+        attention: name of the layer's attention module, which is left out.
+
+    Raises Unmatched for what Decoder cannot express.
     """
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
@@ -198,13 +219,14 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """A dict {parallel, residual_scale}: how the results of attention and MLP are added to the residual.
+    """How the results of attention and MLP are added to the residual: a dict with the keys parallel, residual_scale.
 
-    The norms before the MLP, or after an addition, are added to `n`.
+    parallel is True if the MLP reads the layer's input, not its sum with attention. residual_scale is the factor on
+    both results. The norms before the MLP, or after an addition, are added to `n`.
 
     Args:
         call: the call of the layer.
-        n: norms of the layer by their site; norms that are found here are added.
+        n: norms of the layer, by name such as attn.norm; norms that are found here are added.
         own: all norms called in the layer.
         read: the input of the MLP.
         branch: the result of attention, with its norm.
@@ -253,10 +275,17 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the final norm, the output head, and the logits' softcap and scale.
+    """How the logits are computed from the last layer's result. Returns (facts, norms): a dict, and [final norm] or [].
 
-    x: the last layer's result. layers: name of the list of layers. Raises Unmatched if the logits are computed
-    otherwise.
+    The dict has the keys final_norm (name of its module; "" without), head_bias, tied (True if the head is the
+    embedding), logit_scale and final_softcap (0: none).
+
+    Args:
+        t: the trace.
+        x: the last layer's result.
+        layers: name of the list of layers, in which no final norm is looked for.
+
+    Raises Unmatched if the logits are computed in any other way.
     """
     outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)

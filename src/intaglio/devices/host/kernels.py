@@ -85,9 +85,10 @@ def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = 
 
 
 def host_kernel(op_class: type[Op]) -> Callable[[PythonFunction], PythonFunction]:
-    """Decorator that registers a Python function as the host kernel of an op class; see this module's docstring.
+    """Decorator that registers a Python function as the host kernel of an op class, and returns the function unchanged.
 
-    Raises TypeError if the class already has a kernel.
+    The function takes (op, {operand's name: value}, batch) and returns {result's name: array}; the module's docstring
+    has an example. Raises TypeError if the class already has a kernel.
     """
 
     def register(function: PythonFunction) -> PythonFunction:

@@ -90,7 +90,10 @@ class ExpertMoves:
         self.thread.start()
 
     def loaded(self) -> bool:
-        """True if nothing is being loaded. Raises DeviceError with the message of the error that loading raised."""
+        """True if no experts are being loaded; False while they are.
+
+        Raises DeviceError with the message of the error that loading raised, once.
+        """
         if self.thread and self.thread.is_alive():
             return False
         self.thread = None

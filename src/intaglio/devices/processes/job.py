@@ -20,9 +20,14 @@ from intaglio.program import MeshProgram, Program, parse_program
 
 @dataclass(frozen=True)
 class Job:
-    """The job of a child process: the device, Programs, weights and state that it loads.
+    """What a child process is to load: a device, Programs, weights and state.
 
-    programs: the Program of one rank, or of all ranks of a mesh. layout: how the model is sharded, such as tp4.
+    Attributes:
+        device: Recipe of the device: a function's name and its arguments.
+        programs: the Program of one rank, or of all ranks of a mesh.
+        layout: how the model is sharded, such as tp4; "" for a single Program.
+        weights: source of the weights.
+        state: size of the K/V cache and of recurrent state.
     """
 
     device: Recipe

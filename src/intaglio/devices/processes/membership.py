@@ -49,7 +49,7 @@ class Silence:
         self.last = now
 
     def left(self, now: float) -> float:
-        """Seconds until the other end counts as gone; 0 or less if it does."""
+        """Seconds until the other end counts as gone; 0 or less if it does already. now: the current time, in s."""
         return self.last + self.allowed - now
 
 
@@ -71,7 +71,7 @@ class BeatWatch:
         self.seen, self.ticks = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
 
     def look(self, beats: Mapping[int, int], stopped: Callable[[int], bool]) -> dict[int, float]:
-        """The ranks that hang, with their seconds of silence, as a dict.
+        """Note the ranks' heartbeats. Returns the ranks that hang, as {rank: seconds of silence}; {} if none hangs.
 
         Args:
             beats: heartbeats so far, by rank.
@@ -121,10 +121,10 @@ class Roster(Generic[Member]):
 
 
 class Epoch(Generic[Member, Answer]):
-    """The coordinator's record of one epoch of a group: the members' answers, and why the epoch ended.
+    """The coordinator's record of one group of ranks: the answers of its agents, and why the group ended.
 
-    A step is complete when all members have answered it. The first failure ends the epoch for good: whatever comes
-    later, or from another epoch, is dropped.
+    A group that replaces another has a higher epoch, its number. A step is complete when all agents have answered it.
+    The first failure ends the group for good: what comes later, or from another group, is dropped.
 
     Args:
         number: number of the epoch.
@@ -144,7 +144,10 @@ class Epoch(Generic[Member, Answer]):
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:
-        """Store a member's answer to a step. It is dropped if the epoch has ended or the sender is not a member."""
+        """Store an agent's answer to a step. It is dropped if the group has ended or the agent is not of this group.
+
+        step: number of the step; 0 is the load.
+        """
         if not self.failed and member in self.members:
             self.answers.setdefault(step, {})[member] = answer
 

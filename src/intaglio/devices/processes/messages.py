@@ -54,7 +54,10 @@ class Reader:
         return found
 
     def text(self, size: int) -> object:
-        """The value that the next `size` bytes stand for, which are JSON; None if size is 0."""
+        """Read the next `size` bytes, which are JSON. Returns the value; None if size is 0.
+
+        Raises MessageError if the message is too short.
+        """
         return json.loads(self.array(np.uint8, size).tobytes()) if size else None
 
 
@@ -122,7 +125,7 @@ def value_parts(value: object) -> list[np.ndarray]:
 
 
 def read_value(message: memoryview) -> tuple[str, object]:
-    """("", the value in an answer), or (the error's text, None) if the request failed."""
+    """Read an answer that holds one value. Returns ("", value), or (the error's text, None) if the request failed."""
     r = Reader(message)
     failed, size, _, _, _ = r.array(np.int64, 5).tolist()
     content = r.text(size)
@@ -157,7 +160,7 @@ def blocks_parts(
 
 
 def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
-    """The BlocksRequest in a message; None if the message asks for a step.
+    """Read a request about K/V blocks. Returns a BlocksRequest; None if the message is another request.
 
     In a request to write, its contents are the part for `rank`, uint8 [blocks, bytes]. Raises MessageError if the
     message is too short.

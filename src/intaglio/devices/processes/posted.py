@@ -66,8 +66,9 @@ class PostedStep:
 class PostedExecutable(Executable):
     """Base class of executables that post requests to other processes and receive their results.
 
-    A request is a step, or a transfer of K/V blocks; number 0 is the load. depth: number of pipeline stages. checks:
-    True to check each step in this process first, because an error that only one rank raises would end the group.
+    A request is a step, a transfer of K/V blocks, or one about experts; number 0 is the load. depth: number of pipeline
+    stages. checks: True to check each step in this process first, since an error that only one rank raises would end
+    the group.
     """
 
     facts: list[RankFacts]

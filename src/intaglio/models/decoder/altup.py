@@ -91,7 +91,16 @@ def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> li
 
 
 def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
-    """Write the active stream after layer `i`, times the model's learned factors, if any. Returns its tensor's name."""
+    """Add the product of the active stream and the layer's learned factors (AltUp). Returns the name of its tensor.
+
+    If the model has no such factors, nothing is added, and the result is the name of the active stream.
+
+    Args:
+        w: writes the op.
+        altup: sizes of AltUp.
+        i: number of the layer.
+        streams: names of the streams' tensors after the layer.
+    """
     x, at = streams[altup.active], f"layers.{i}.altup.scale"
     if not altup.scaled:
         return x
@@ -126,9 +135,14 @@ def _coefficients(w: Writer, altup: AltUp, i: int, at: str, x: str, name: str, c
 
 
 def _projected(w: Writer, at: str, like: str, streams: list[str], source: str) -> list[str]:
-    """Write projections of `streams`, scaled to the root mean square of the rows of `like`. Returns their names.
+    """Add projections of residual streams, scaled to the root mean square of the rows of `like`. Returns their names.
 
-    at: prefix of their sites. source: name of the list of projections in the checkpoint.
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names.
+        like: name of the tensor whose root mean square the projections get.
+        streams: names of the tensors that are projected.
+        source: name of the list of projections in the checkpoint.
     """
     b, d, out = w.b, w.d, list[str]()
     for k, x in enumerate(streams):

@@ -17,7 +17,14 @@ from intaglio.program.source import parts_of
 
 
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
-    """Write the ops of the mixer `m` of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
+    """Add the ops of a layer's recurrent block or short convolution. Returns the result's tensor name [T, hidden].
+
+    Args:
+        w: writes the ops.
+        m: description of the block; its class decides which function here writes it.
+        i: number of the layer.
+        x: name of the input tensor.
+    """
     at, source = f"layers.{i}.{m.block}.", f"{w.d.prefix}layers.{i}.{m.block}."
     match m:
         case ConvMixer():
@@ -35,9 +42,14 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated short convolution. Returns the name of the result's tensor.
+    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n = w.b, w.d.hidden
     joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
@@ -49,9 +61,14 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba-2 block. Returns the name of the result's tensor.
+    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
     wide = inner + 2 * group
@@ -81,9 +98,15 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
+    """Add the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
 
-    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. y, gate: the input tensors.
+    Args:
+        w: writes the ops.
+        m: sizes of the block; with norm "" only the gate is added.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        y: name of the tensor that is gated and normed [T, heads * head_dim].
+        gate: name of the gate's tensor, of the same shape.
     """
     inner = m.heads * m.head_dim
     if m.norm != "first":
@@ -95,9 +118,14 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba block. Returns the name of the result's tensor.
+    """Add the ops of a Mamba block. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n = w.b, m.inner
     joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
@@ -122,9 +150,14 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated delta net. Returns the name of the result's tensor.
+    """Add the ops of a gated delta net. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
     y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
@@ -144,9 +177,14 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Griffin block. Returns the name of the result's tensor.
+    """Add the ops of a Griffin block, with its gated linear recurrence. Returns the result's tensor name [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n, dim = w.b, m.width, m.width // m.heads
     y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
@@ -165,9 +203,14 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of lightning attention. Returns the name of the result's tensor.
+    """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
     y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
@@ -253,10 +296,17 @@ def decay(
 def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution of `width` channels, and silu. Returns the name of the result's tensor.
+    """Add a short causal convolution over tokens and the activation silu. Returns the result's tensor name [T, width].
 
-    at: prefix of their sites in the Program. source: the convolution's module in the checkpoint. taps: tokens that the
-    convolution reads. part: (first channel, number of channels of the module), if `width` is not all of them.
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names in the Program.
+        source: name of the convolution's module in the checkpoint.
+        x: name of the input tensor [T, width].
+        width: number of channels, each convolved by itself.
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: True if the convolution has a bias.
+        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -265,10 +315,17 @@ def convolved(
 def short_conv(
     w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
+    """Add a short causal convolution over tokens, with the state that it needs. Returns the result's tensor name.
 
-    source: the convolution's module in the checkpoint. taps: tokens that the convolution reads. part: (first channel,
-    number of channels of the module), if `width` is not all of them.
+    Args:
+        w: writes the op.
+        site: name of the op in the Program.
+        source: name of the convolution's module in the checkpoint.
+        x: name of the input tensor [T, width]; the result has the same shape.
+        width: number of channels, each convolved by itself.
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: True if the convolution has a bias.
+        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)
