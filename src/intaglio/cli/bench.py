@@ -156,7 +156,10 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def profile_table(p: Profile) -> Table:
-    """The table that `intaglio profile` prints, as a rich Table: the ops of a profile, the slowest first."""
+    """The table that `intaglio profile` prints, as a rich Table: the ops of a profile, the slowest first.
+
+    The last line is the time outside the ops.
+    """
     headers = ("site", "measured\nms", "share\nof step", "bound\nms", "bound\nby", "share\nof roof")
     lines = []
     for s in sorted(p.sites, key=lambda s: -s.seconds):

@@ -36,8 +36,8 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
         w: builder of the schedule.
         group: numbers of the ranks that take part.
         own: function from i to the numbers of the chunks that the group's i-th rank owns.
-        src: function (rank, chunk) -> Slot of the chunk before the reduce-scatter.
-        dst: function (rank, chunk) -> Slot of the sum after it.
+        src: function (rank, chunk) -> the Slot with the rank's own contribution to the chunk.
+        dst: function (rank, chunk) -> the Slot for the chunk's sum on its owner.
     """
     for i, owner in enumerate(group):
         for c in own(i):

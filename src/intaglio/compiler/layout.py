@@ -29,7 +29,7 @@ class Layout:
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
-        redundant: number of redundant experts, which are second copies of experts in a layer. Each of the ep groups
+        redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
             then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
             None: there are no copies, and each group holds consecutive experts.
         placement: says which experts each group holds; None: ExpertPlacement.even() says it.

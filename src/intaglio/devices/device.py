@@ -111,8 +111,8 @@ class StepRequest:
     Attributes:
         batch: the arrays of the step.
         logits: True to return logits f32 [R, vocabulary].
-        taps: the sites whose first result is returned.
-        timed: True to return seconds by site.
+        taps: sites (names of ops, or of views of a result) whose first result is returned, for debugging.
+        timed: True to return the seconds of each op.
     """
 
     batch: Batch
@@ -129,9 +129,9 @@ class StepResult:
         tokens: int32 [R]; -1: the row has NaN, or no finite logit that may be drawn.
         logprobs: f32 [R], the log-probabilities of `tokens`.
         logits: f32 [R, vocabulary] if requested, else None.
-        taps: the tapped tensors by site.
-        timings: seconds by site if requested, else empty.
-        rank_timings: seconds by site for each rank of a mesh, if requested; else ().
+        taps: the results that StepRequest.taps asked for, by site (name of the op or view).
+        timings: seconds of each op by site if requested, else empty; the sum over ranks for a mesh.
+        rank_timings: for each rank of a mesh, seconds by site, if requested; else ().
     """
 
     tokens: np.ndarray
@@ -143,9 +143,10 @@ class StepResult:
 
 
 def merge_ranks(results: Sequence[StepResult]) -> StepResult:
-    """The results of a mesh's ranks as one: the last rank's tokens and logits, summed timings, and all taps.
+    """One StepResult for all ranks of a mesh: the last one's tokens, log-probabilities and logits, and all taps.
 
-    Rank r's tapped tensor is named `site@r`.
+    A tap of rank r is named `site@r`. The seconds of each op (timings) are summed over ranks; rank_timings keeps them
+    by rank. results: at least one, in order of rank.
     """
     last, timings = results[-1], dict[str, float]()
     for result in results:
@@ -225,7 +226,7 @@ class Executable(ABC):
         return any(op.kind == "experts" for op in self.program.ops)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
-        """The ExpertLoad of each layer with experts, by the site of its op; {} if this executable does not count.
+        """{site (name of an op): ExpertLoad} of all layers with experts; {} if this executable does not count.
 
         All steps launched so far are counted. Raises DeviceLost if the device is lost.
         """
@@ -234,8 +235,8 @@ class Executable(ABC):
     def load_experts(self, layers: Mapping[str, Ranks]) -> None:
         """Start to load the experts that another placement of some layers needs. Returns at once; steps go on.
 
-        layers: the experts of each rank, by site. Raises DeviceError if they do not fit or cannot be moved, and
-        DeviceLost if the device is lost.
+        layers: the expert numbers of each rank, by site (name of the layer's op). Raises DeviceError if they do not fit
+        or cannot be moved, and DeviceLost if the device is lost.
         """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 

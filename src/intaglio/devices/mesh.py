@@ -46,9 +46,10 @@ class MeshExecutable(BlockingExecutable):
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank. Returns one StepResult: the last rank's, with the timings of all ranks added up.
+        """Run one step of every rank. Returns one StepResult, made by merge_ranks(): the last rank's tokens and logits.
 
-        The value that rank r computes at a tapped site is named `site@r`. Raises DeviceError for a batch out of range.
+        The seconds of each op are summed over ranks, and rank r's tap is named `site@r`. Raises DeviceError for a batch
+        out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())

@@ -269,7 +269,8 @@ class Send(Collective, kind="send"):
 class Recv(Collective, kind="recv"):
     """Op that receives: out = the value that rank `peer` sends, f32 [rows, width].
 
-    `rows` is T (all tokens), a share of them such as T:1/4, or R (rows to sample).
+    `rows` is "T" (all tokens), text such as "T:1/4" (the token rows of rank 1 of 4), or "R" (rows to sample). `wire` is
+    the format to which the sender rounds values.
     """
 
     out: str = result()

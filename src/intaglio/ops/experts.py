@@ -316,7 +316,10 @@ class Experts(Op, kind="experts"):
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
 
     def _glu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """The inner row of an expert (see `limit`) from its gate and up products, all f32 [rows, I]."""
+        """Combine an expert's gate and up products: activation(alpha * gate) / alpha * (up + shift), f32 [rows, I].
+
+        With `limit` above 0, gate is first capped at `limit` and up at +-limit.
+        """
         if self.limit:
             gate, up = np.minimum(gate, np.float32(self.limit)), np.clip(up, -self.limit, self.limit)
         act = FUNCTIONS[self.activation](np.float32(self.alpha) * gate) / np.float32(self.alpha)

@@ -26,7 +26,7 @@ ROLES = ("input", "const", "weight", "state", "temp", "output")
 
 
 def dim_known(dim: Dim) -> bool:
-    """True if a dimension is a number above 0, a symbol, or a share of the tokens such as T:1/4."""
+    """True if a dimension is a number above 0, one of SYMBOLS, or text such as "T:1/4" (token rows of rank 1 of 4)."""
     if isinstance(dim, int):
         return dim > 0
     match = SHARE.fullmatch(dim)
@@ -235,7 +235,10 @@ class Op:
     @classmethod
     @cache
     def fields_where(cls, **facts: Any) -> tuple[str, ...]:
-        """A tuple of the names of the operand fields declared with all of these facts, such as use="matrix"."""
+        """Names of the class's operand fields, as a tuple, that were declared by operand() with all of these arguments.
+
+        facts: arguments of operand(), such as use="matrix".
+        """
         return tuple(
             f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
         )

@@ -54,7 +54,8 @@ class BatchSizes:
         """Divide the batch into two halves whose tokens, and whose rows, differ by at most one; returns their sizes.
 
         Of each group of sequences with equal numbers of queries and keys, each half gets as many. If a group's number
-        of sequences is odd, one of them is cut in the middle of its queries; the first half gets the earlier queries.
+        of sequences is odd, one of them is cut in the middle of its queries, and the first half gets the earlier ones;
+        a sequence with a single query goes to one half.
         """
         parts: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
         surplus = 0  # tokens of the first half beyond those of the second: -1, 0 or 1

@@ -121,7 +121,7 @@ class Lane:
         return as_ or name
 
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
-        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts, to this lane.
+        """Add part of a stack of matrices [E, ...], such as the weights of experts, to the Program of this lane (rank).
 
         Args:
             name: name of the stack.
@@ -256,7 +256,7 @@ class Lane:
         """True if this lane (one rank) can compute the op for its own token rows alone (sequence parallelism).
 
         That is so if all operands except weights are split by token rows among the lanes, and the result is a temp (an
-        activation that no output of the Program).
+        activation that is no output of the Program).
         """
         rows = [name for name in op.inputs if self.p.tensors[name].role != "weight"]
         return set(rows) <= self.split and self.p.tensors[op.outputs[0]].role == "temp"

@@ -13,8 +13,9 @@ def make_plan(p: Program, layout: Layout) -> Plan:
     """Decide which results are split among lanes (ranks that hold the same layers): {result: columns of each lane}.
 
     Attention is split by heads, a block with recurrent state by heads or channels, an MLP by its intermediate columns,
-    logits by vocabulary, the embedding by its columns. A K/V cache or a state that is split is in the dict with every
-    lane's share of its heads or channels. Raises LayoutError as plan_heads() and plan_recurrence().
+    logits by vocabulary, the embedding by its columns. A K/V cache or a state that is split is in the dict with the
+    heads or channels of each lane. Raises LayoutError if tp does not fit the number of heads or channels, or if
+    queries, keys or values are computed from anything but projections.
     """
     plan: Plan = {}
     for op in p.ops:
@@ -46,11 +47,14 @@ def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
 
 
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
-    """Add an attention op's shares to `plan`: query heads divided evenly among tp lanes, with the kv heads they read.
+    """Split an attention op by heads: add to `plan` how the tensors before it are divided among tp lanes (ranks).
 
-    Shares are added for the projections that compute queries, keys and values, and for the K/V caches. Raises
-    LayoutError if tp does not fit the number of heads, or if queries, keys or values are computed from anything but
-    projections.
+    Query heads are divided evenly; a lane has the kv heads that its query heads read. Added are the columns of each
+    lane, for the results of the projections that compute queries, keys and values, and its heads of the K/V caches. If
+    there is one kv head, keys, values and caches stay whole.
+
+    plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads, or
+    if queries, keys or values are computed from anything but projections.
     """
     lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):

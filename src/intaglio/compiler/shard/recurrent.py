@@ -20,12 +20,14 @@ Recurrence = LinearAttention | SelectiveScan | RgLru
 
 
 def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> None:
-    """Add the shares of the block around a recurrence to `plan`: tp lanes divide its heads, or else its channels.
+    """Decide how the block around a recurrence is split among tp lanes (ranks), and add that to `plan`.
 
-    Shares are added for every result between the projections into the block and the one out of it, which sums over
-    lanes, and for the states: heads of linear attention, channels of the others. If some op of the block needs whole
-    operands, nothing is added, so that every lane runs the whole block. Raises LayoutError if tp does not fit the
-    number of heads or channels.
+    Linear attention is split by heads, other recurrences by channels. Added are the columns of each lane, for every
+    result between the projections into the block and the projection out of it, and for the states. If some op of the
+    block needs whole operands, nothing is added, so that every lane runs the whole block.
+
+    plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads or
+    channels.
     """
     t = p.tensors
     if isinstance(op, LinearAttention):

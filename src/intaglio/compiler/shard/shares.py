@@ -36,7 +36,10 @@ def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """A list of shares of columns, made from shares of heads. by: columns per head."""
+    """The columns of shares of heads: a list with a Share (runs of column numbers) for each Share of head numbers.
+
+    by: columns of a head.
+    """
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
@@ -49,12 +52,12 @@ def heads_of(share: Share, head_dim: int) -> Share:
 
 
 def width_of(share: Share) -> int:
-    """Number of columns of a share."""
+    """Number of columns, or of heads, in a share, a tuple of ranges."""
     return sum(map(len, share))
 
 
 def keeps_whole(shares: Sequence[Share], group: int) -> bool:
-    """True if no group of `group` consecutive columns is divided by the shares. False for a group of 0."""
+    """True if no group of `group` consecutive columns is divided between shares; False if `group` is 0 or less."""
     return group > 0 and all(end % group == 0 for share in shares for r in share for end in (r.start, r.stop))
 
 

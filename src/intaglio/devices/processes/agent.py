@@ -92,10 +92,10 @@ class Port:
                     self.arrived.pop(key).close()
 
     def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
-        """Wait for the connection from rank `peer` to this host's rank `rank`, and return its socket.
+        """Wait for the connection from rank `peer` of another host to this host's rank `rank`, and return its socket.
 
-        stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that case, and if no connection comes
-        within MEET_TIMEOUT seconds.
+        epoch: number of the ranks' group. stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that
+        case, and if no connection comes within MEET_TIMEOUT seconds.
         """
         ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)

@@ -19,7 +19,8 @@ MASKED = np.float32(-np.inf)
 def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, window: int) -> np.ndarray:
     """Attention mask [rows, n], True where a score counts: causal, within the window (0: none), and j < keys.
 
-    Row r is the query at position query + r // pack; column j is the key at position key + j.
+    Row r is the query at position query + r // pack, since `pack` query heads share each position. Column j is the key
+    at position key + j. scores: only its shape is used.
     """
     distance = query + np.arange(len(scores))[:, None] // pack - (key + np.arange(scores.shape[1])[None, :])
     exists = np.arange(scores.shape[1])[None, :] < keys

@@ -314,7 +314,7 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """What a core processes at a time: the part `rows`, `cols` of chunk number `chunk`; tags start at `first_tag`."""
+    """What a core processes at a time: part `rows`, `cols` of chunk `chunk`. Message tags start at `first_tag`."""
 
     chunk: int
     rows: slice

@@ -49,10 +49,11 @@ def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gat
 
 
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
-    """Number of tiles of each ring: enough that loads of `load` bytes hide HBM's latency, from 2 to MOST_TILES.
+    """Number of tiles in each of a core's circular buffers: enough that loads of `load` bytes hide HBM's latency.
 
-    If SRAM does not fit that many, it is the number that fits, at least 1. columns: for each ring, the FP32 columns of
-    a tile of one row. held: bytes of SRAM that are taken.
+    It is from 2 to MOST_TILES. If SRAM does not fit that many, it is the number that fits, at least 1.
+
+    columns: for each buffer, the FP32 columns of a tile of one row. held: bytes of SRAM that are taken.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -105,7 +106,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
-        """Number of tiles of each ring, as ring_depth() gives it for this op."""
+        """Number of tiles in each of a core's circular buffers, as ring_depth() gives it for this op."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
@@ -155,7 +156,8 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
         op: the op.
         kernel: gives the number of column ranges and of tiles in a ring, and says whether rows are gathered.
         rows: number of rows.
-        columns: for each ring, the columns of its f32 tiles of one row; the last is the width that is divided.
+        columns: for each ring (circular buffer of f32 tiles of one row), the columns of a tile; the last is the width
+            that is divided.
         body: called as body(builder, rings, rows, columns) to emit the instructions of one job. rows: slice of one row.
             columns: slice of the job's columns; slice(None) if rows are gathered.
     """

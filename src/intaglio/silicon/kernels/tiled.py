@@ -68,7 +68,7 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
 
 
 def one_scale(w: Region | QuantisedRegion) -> bool:
-    """True if each row of w has one scale."""
+    """True if w is quantised with a single scale for each row; False if it is not quantised."""
     return isinstance(w, QuantisedRegion) and w.scales_t.rows == 1
 
 

@@ -63,10 +63,11 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The numbers of each ep rank's experts at `site`, a tuple for each rank, by the layout's placement.
+    """The expert numbers that each expert-parallel group holds for the op at `site`, a tuple for each group.
 
-    () if the layout has neither redundant experts nor a placement. Raises LayoutError for a placement that does not fit
-    `count` experts and the layout.
+    They are those of the layout's placement, or of ExpertPlacement.even() if it has none for the site. () if the layout
+    has neither redundant experts nor a placement. Raises LayoutError for a placement that does not fit `count` experts
+    and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()

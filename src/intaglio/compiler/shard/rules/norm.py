@@ -45,7 +45,7 @@ def norm(lane: Lane, op: Norm) -> None:
 
 @sharding_rule(Moment)
 def moment(lane: Lane, op: Moment) -> None:
-    """Append moment (a mean of each row) to one rank's Program. Returns nothing.
+    """Append moment (the mean, rms or standard deviation of each row) to one rank's Program. Returns nothing.
 
     It runs on the rank's token rows if x is split by token rows. Otherwise it runs on all rows, and an x that is split
     by columns is gathered first.
