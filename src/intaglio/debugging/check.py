@@ -350,7 +350,7 @@ def _tensor_of(module: Any, out: Any) -> Any:
 def module_of(model: Any, p: Program, op: Op) -> Any:
     """The transformers module that holds the weight of `op`; None if there is none.
 
-    For the op experts it is the module of all experts.
+    For the op Experts it is the module of all experts.
     """
     if op.site == "lm_head":
         return model.get_output_embeddings()

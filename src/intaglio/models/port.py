@@ -358,10 +358,15 @@ def _long_note(length: int, usual: int, limit: int) -> str:
 
 
 def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
-    """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
+    """Check that a Program fits its checkpoint, and add the reason for each unread tensor to ported.unused.
 
-    Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results, too, and for one that cannot be cut as the Program wants it.
+    Args:
+        ported: the Program with its report.
+        checkpoint: the checkpoint.
+        prefix: prefix of the decoder's tensor names.
+
+    Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has another shape
+    than the Program needs; or a tensor that nothing reads might change results.
     """
     program, family = ported.program, ported.family
     wanted = {

@@ -109,7 +109,9 @@ class Writer:
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
-        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}; or {}.
+        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}.
+
+        The result is {} if the cache has no scales.
 
         Args:
             i: number of the layer.
