@@ -40,9 +40,10 @@ class KernelAgreement:
 
 
 def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
-    """Allocate a tensor in the simulated HBM. Returns its Region; None for a quantised tensor.
+    """Put one tensor of a call into the simulated HBM. Returns its Region, or None for a quantised tensor.
 
-    A K/V cache has as many slots as the batch uses.
+    A quantised weight is stored too, as codes and scales, and kernels find it by its name. A K/V cache gets as many
+    pages as the batch's block table names. case: the call, whose batch gives the sizes of symbolic dimensions.
     """
     sizes = case.batch.sizes
     slots = int(case.batch.block_table.max(initial=0)) + 1
@@ -103,6 +104,10 @@ def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: in
 
 
 def differences(found: Sequence[KernelAgreement]) -> tuple[float, float, KernelAgreement]:
-    """(median of abs(ratio - 1), its maximum, the call with the maximum)."""
+    """(median error, largest error, KernelAgreement with the largest error) of some calls.
+
+    An error is abs(ratio - 1), where ratio is the simulator's seconds over those of the closed form. found: one call or
+    more; numpy raises ValueError for none.
+    """
     off = np.array([abs(a.ratio - 1) for a in found])
     return float(np.median(off)), float(off.max()), found[int(off.argmax())]

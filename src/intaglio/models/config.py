@@ -68,7 +68,10 @@ class Settings(dict[str, Any]):
         return value
 
     def path(self, key: str) -> str:
-        """The path of a key in the file."""
+        """The place of a key in the config file, as text with dots, such as rope_parameters.rope_theta.
+
+        key: a key of this table, present or not.
+        """
         return f"{self.at}.{key}" if self.at else key
 
     def unread(self) -> Iterator[tuple[str, Any]]:
@@ -128,7 +131,10 @@ class Config:
         return self.named.get(key, key)
 
     def either(self, *keys: str) -> str:
-        """The first of these keys that has a value, or the last; all are recorded as read."""
+        """The name of the first of these keys that has a value in the config (not null); the last name if none has one.
+
+        For values that config files name differently. Keys after the one returned do not count as read.
+        """
         return next(key for key in keys if self.get(key) is not None or key == keys[-1])
 
     def count(self, key: str) -> int:

@@ -100,12 +100,12 @@ class ExpertsKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the Streams of the last launch.
+        """A list of the Streams of the last kernel, which computes the weighted sum of each token's rows.
 
-        The launches before it are executed here, since each needs results of earlier ones. 1. Sort the routed rows by
-        expert. 2. Round the rows of x, in that order. 3. Gate, up and activation. 4. Round the result, if it needs
-        scales. 5. Zeros for rows of experts that other chips hold, if there are any. 6. Down, scattered back to the
-        order of routing. The last launch computes the weighted sum of each token's rows.
+        The kernels before it are executed in `mem` during the call, since each needs results of the one before:
+        1. Sort the routed rows, one for each token and expert it chose, by expert. 2. Round rows of x, in that order.
+        3. Gate, up and activation. 4. Round the results, if their format has scales. 5. Zeros for rows of experts that
+        other chips hold, if there are any. 6. Down, scattered back to routing order.
         """
         kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format
         n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
@@ -150,10 +150,10 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. If the operands fit the L2, all bytes come from it; otherwise all come from HBM
-    through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
+    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; otherwise at HBM's, or
+    the L2's if that is lower. The L2's rate is divided by library.l2_multicast, since no two cores read the same bytes.
 
-    held: bytes of the operands; 0: as many as `moved`.
+    held: bytes of the operands, which decide whether they fit the L2; 0: as many as `moved`.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -162,7 +162,12 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
 
 @dataclass(frozen=True)
 class TileMenu:
-    """Tile rows and columns that a grouped product may use, and `step_bytes`, the bytes of K in one pipeline step."""
+    """The tiles from which a grouped product may choose.
+
+    Attributes:
+        rows, columns: allowed numbers of rows and of columns of a tile; every combination is allowed.
+        step_bytes: bytes that one pipeline step loads of each row of an operand.
+    """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]

@@ -36,9 +36,11 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 
 
 def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
-    """A list with the stream that sorts the routed rows by expert, on one core.
+    """A list with one Stream, which sorts the routed rows by expert on one core.
 
-    ids: i32 [1, n], the expert of each routed row. out: regions for order, tokens and counts, as Group writes them.
+    A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
+    for three results: order [1, n], the numbers of the routed rows sorted by expert, those of other ranks' experts
+    last; tokens [1, n], the token of each, in that order; counts [1, held], the rows of each expert of this rank.
     """
     k = StreamBuilder(op.site)
     tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
@@ -55,8 +57,7 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
     """The argument `reader` of rounded() for rows of x in the order of their experts.
 
-    Each is multiplied by its routing weight if the op says so. order, tokens: i32 [1, n], for each row, sorted by
-    expert, its place in routing order and its token.
+    Each is multiplied by its routing weight if op.scale_input. order, tokens: as sort_by_expert() writes them.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 
@@ -130,9 +131,9 @@ def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | No
 
 
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
-    """A list of Streams that compute act(gate(x)) * up(x) of each row with its own expert.
+    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
 
-    out [rows, inner]: the rows sorted by expert.
+    product: of the rows sorted by expert. out [rows, inner]: the results, sorted by expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 
@@ -156,7 +157,8 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
     """A list of Streams that compute the down product, each row with its own expert.
 
-    order: for each row, sorted by expert, its place in routing order. out: rows in routing order.
+    product: of the rows sorted by expert. order: for each of these rows, its row of `out`. out: the results in routing
+    order.
     """
     cut = product.cut
 
@@ -177,7 +179,10 @@ def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, o
 
 
 def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """A list of Streams that set to zero the rows of `out` listed in `rows` [1, n], whose experts other chips hold."""
+    """A list of Streams that set to zero those rows of `out` whose numbers are in `rows` [1, n]; no Streams if n is 0.
+
+    They are the rows of experts that other chips hold.
+    """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
     streams = []
     for k, mine in deal_jobs(mem.chip, slices(rows.cols, step), op.site):
@@ -193,7 +198,9 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 def combine(mem: ChipMemory, op: Experts, parts: Region, width: int, depth: int) -> list[Stream]:
     """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual.
 
-    A job is `width` columns of a token. depth: tiles of each ring.
+    parts: [tokens * top, hidden], the experts' results in routing order. If op.scale_input, the weights are not applied
+    here, since the experts' inputs were multiplied by them. width: columns of a token that are summed at a time. depth:
+    number of tiles of each SRAM buffer.
     """
     out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
     streams = []

@@ -44,7 +44,7 @@ class HeadLinearKernel(ChipKernel):
         heads: heads, each with a matrix [n, k].
         n, k: rows and columns of a head's matrix.
         w_format: format of a weight.
-        w_bits: bits of a weight, with its share of the scales.
+        w_bits: bits of a weight, scales included; may be a fraction.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -71,9 +71,10 @@ class HeadLinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
-        """The Streams of all heads' products, as a list, in the loop that time_choices() finds fastest.
+        """A list of Streams, one for each core with work, that compute each head's product in tiles.
 
-        A first launch, run here, copies the columns of a head beyond K if there are any.
+        A head's matrix multiplies the first k columns of the head in x. If the head has more columns in x, they are
+        copied to the result unchanged, after the product's n columns, by a launch that is executed during the call.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.region(op.w)
         heads, n, depth = (int(d) for d in t[op.w].shape)

@@ -69,11 +69,12 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """The product's Streams, as a list, in the loop that time_choices() finds fastest.
+        """A list of Streams, one for each core with work, that complete the product with its fastest tile and K split.
 
-        A first launch, run here, rounds x. Tiles of the result are dealt to the cores. A tile's product runs over K
-        with rings of both operands; Drain then applies bias, activation and residual. A GLU pair uses two accumulators
-        of half the columns each. If K is split, the products are a launch that is run here, and the Streams add them.
+        Kernels whose results these Streams need are executed in `mem` during the call: the rounding of x (none for f32)
+        and, if K is split, the products of its parts. The Streams then add the parts; otherwise they compute the
+        product. Bias, activation and residual are applied as the sums leave the accumulators. A GLU pair (gate, up)
+        uses two accumulators of half the columns each.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1
@@ -114,10 +115,15 @@ def drain(
     k: StreamBuilder, mem: ChipMemory, op: Linear, job: TileJob, extra: Sequence[Region | None],
     rings: tuple[Ring, Ring | None],
 ) -> None:  # fmt: skip
-    """Emit what follows the product of one tile: loads of bias and residual, Drain, and the Store of the result.
+    """Emit what follows the product of one tile: loads of bias and residual, Drain (accumulators to SRAM), and Store.
 
-    extra: a tile for the bias of each accumulator; None without a bias. rings: tiles of a few rows of the result, and
-    of the residual (None without one), since a tile is drained piece by piece.
+    Args:
+        k: stream builder of the core.
+        mem: the chip's memory, with the op's operands and its result.
+        op: the op.
+        job: the tile, with its accumulators.
+        extra: an SRAM tile for the bias of each accumulator; None without a bias.
+        rings: SRAM buffers for a few rows of the result, and of the residual (None without one).
     """
     biases: list[Region | None] = [None, None]
     for j, (tile, part) in enumerate(zip(extra, job.columns, strict=False)):
@@ -138,7 +144,11 @@ def drain(
 def drained(
     op: Linear, dst: Region, accs: Sequence[Region], biases: Sequence[Region | None], residual: Region | None
 ) -> isa.Drain:
-    """The Drain instruction of an op: accumulators of one side or two, with the biases of each, and a residual."""
+    """The Drain instruction that moves sums to SRAM with the op's scale and activation.
+
+    dst: the SRAM tile. accs: one accumulator, or two for a GLU pair (gate, up). biases: at least two items, the bias
+    of each accumulator or None. residual: None if the op adds none.
+    """
     return isa.Drain(
         dst=dst, acc=accs[0], up=accs[1] if len(accs) > 1 else None, bias=biases[0],
         up_bias=biases[1], residual=residual, scale=op.scale, activation=op.activation,  # type: ignore[arg-type]
@@ -146,9 +156,10 @@ def drained(
 
 
 def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Stream]:
-    """A list of Streams that add the sums of the parts of K, and apply bias, activation and residual.
+    """A list of Streams that add the partial sums of a product whose K was split, and apply bias, activation, residual.
 
-    sums [rows * parts, n]: the parts of a row follow each other; n counts both sides of a GLU pair.
+    sums: f32 [rows * parts, n]; the `parts` partial sums of a row of the result are neighbouring rows. n counts both
+    sides of a GLU pair.
     """
     out, residual = mem.region(op.out), mem.optional_region(op.residual)
     sides = sums.cols // out.cols

@@ -54,17 +54,17 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
                 out_bytes: float, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Bytes that `heads` products x [m, k] @ w.T [k, n] move from and to HBM: (rows of x, weights, result).
+    """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
-    With an L2, the cores work on one block of tiles at a time and read the rows of x and of w once for each block. If
-    one operand fits the L2, both are read from HBM once; if a block's rows of x fit, x is read once. If all of x fits,
-    it is read once less, since the op before has just written it there. The result is written, except for the latest
-    bytes, which stay in the L2.
+    Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
 
-    Without an L2, each tile reads its rows of both, and the whole result is written.
+    - The cores work on one block of tiles at a time (block_shape()). Each block reads its rows of x and of w once.
+    - If x or w fits the L2, both are read once in all. If a block's rows of x fit, x is read once in all.
+    - If all of x fits, one read of x is subtracted, since the op before has just written x to the L2.
+    - The last bytes of the result stay in the L2 and are not counted.
 
-    tm, tn, split: rows and columns of a tile, and parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: mean
-    number of tiles over the rows of a product.
+    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: mean number
+    of tiles over the rows of a product. The results are numbers or arrays, as the arguments are.
     """
     chip, part = target.chip, target.library.l2_usable
     gn = np.ceil(n / tn)
@@ -105,27 +105,28 @@ class Grouped:
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
                  glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
                  ) -> dict[str, Any]:  # fmt: skip
-    """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
+    """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
-    The times are those of the streams' loop (tiled.py): a core loads, multiplies, drains and stores its tiles one after
-    the other. Tiles at the edge count whole, as their streams pad them. A choice that is not allowed takes infinite
-    seconds.
+    A core loads, multiplies, drains and stores its tiles one after the other, as in the instruction streams (tiled.py).
+    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, as they are
+    padded. A choice that is not allowed takes infinite seconds.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
     prefetched, so HBM reads none. heads: number of such products, each with its own x and w; their K is not split.
     grouped: None, or as many products as it has counts; then m and heads are ignored.
 
-    Keys of the dict:
+    Keys of the dict, with an item for each choice. A job is one tile for one part of K; it runs in steps over K.
 
-    - seconds: launch included.
-    - hbm, weights, moved: bytes from and to HBM, those of weights among them, and bytes between L2 and cores.
-    - jobs: tiles, times the parts of K. tile: (rows, columns, parts of K).
-    - steps, depth, stage: of one job: steps over K, K values of a step, bytes of its operands.
-    - work, drain: seconds of one step's products, and to drain one tile.
-    - ring: steps in flight. at_once: tiles that run on a core at a time. banks: tiles of the result that the
-      accumulators of a persistent kernel hold.
-    - run: the format in which the array multiplies. block: (rows, columns) of block_shape().
+    - seconds: time of the product, launch included.
+    - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`. moved: bytes between L2 and cores.
+    - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
+    - steps: steps of a job. depth: K values of a step. stage: bytes of x and w that a step loads.
+    - work: seconds of one step's matmuls. drain: seconds to drain one tile.
+    - ring: steps whose operands SRAM holds at the same time. at_once: tiles that run on a core at a time.
+    - banks: 2 if the accumulators fit two tiles of the result, else 1.
+    - run: name of the format in which the array multiplies; one str for all choices.
+    - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
@@ -179,7 +180,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_steps = steps - 1 + last_part / tk
 
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
-        """Seconds to load one stage of `columns` columns of w on average: while `active` cores do, and alone."""
+        """Seconds to load one step's operands: (while `active` cores load at once, by the core's own port alone).
+
+        columns: mean columns of w of a tile.
+        """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
         return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
@@ -203,13 +207,16 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
     def end(tiles: Any, part: Any = 1.0) -> Any:
-        """Seconds to drain and store `tiles` tiles, each with a `part` of a tile's columns."""
+        """Seconds to drain and store `tiles` tiles; `part`: the fraction of a full tile's columns that each has."""
         one, other = drain * part / pieces, store * part / pieces
         busier = np.maximum(np.maximum(one, other), (one + other + depth_s) / 2)
         return one + other + depth_s + (tiles * pieces - 1) * busier
 
     def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
-        """Seconds from the first load of `tiles` interleaved tiles to their last matmul; load_s, alone_s: of load()."""
+        """Seconds from the first load to the last matmul of `tiles` tiles whose steps one core interleaves.
+
+        load_s, alone_s: the two results of load().
+        """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
@@ -270,9 +277,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
-    """Columns of a row that are added at a time where K is split in `split` parts.
+    """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
 
-    At most PART_COLUMNS and n, and as many as half of SRAM fits. n: columns of a side. sides: 2 for a GLU pair, else 1.
+    It is the least of PART_COLUMNS, n, and the number for which half of SRAM has space. n: columns of the result, which
+    are those of one side of a GLU pair. sides: 2 for a GLU pair, else 1.
     """
     buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
@@ -281,8 +289,8 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
-    A job is a part of a row, of both sides of a GLU pair. All count as equally wide. out_bytes: bytes of a result's
-    value.
+    A core adds part_columns() columns of a row at a time, for a GLU pair those of both sides; the last part of a row
+    counts as whole. n: columns, both sides of a GLU pair. out_bytes: bytes of a value of the sum.
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)

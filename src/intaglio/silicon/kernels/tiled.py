@@ -56,13 +56,13 @@ def rounded(
     mem: ChipMemory, site: str, x: Region, x_format: str, span: int, rows: int = -1,
     reader: Callable[[StreamBuilder, int], RowReader] | None = None,
 ) -> Codes:  # fmt: skip
-    """Round x f32 [m, k] to `x_format` in a launch of its own, and return the Codes.
+    """Round x f32 [m, k] to `x_format`, executing that on the chip now, and return the Codes.
 
-    int8 has a scale for each `span` columns, fp8row one for each row; bf16 and f32 have none, and f32 is not
-    rounded.
+    int8 has one scale for every `span` columns of a row, fp8row one for each row; bf16 has none. For f32 the result is
+    x itself, and nothing is executed.
 
-    reader: None, or a function of a core's StreamBuilder and the rows of its tiles, which returns the function that
-    loads `rows` rows of x in another order; these are then stored also in f32.
+    reader: None, or a function that loads x in another order of rows, which are `rows` in number; f32 is then copied in
+    this order. It is called for each core, with its stream builder and the rows of a tile, and returns a RowReader.
     """
     if x_format == "f32" and reader is None:
         return Codes(x, None, span)
@@ -99,7 +99,7 @@ def rounded(
 
 
 def one_scale(w: Region | QuantisedRegion) -> bool:
-    """True if each row of w has one scale."""
+    """True if w is quantised with a single scale for each row; False if it is not quantised."""
     return isinstance(w, QuantisedRegion) and w.scales_t.rows == 1
 
 
@@ -110,11 +110,11 @@ class Tiling:
     Attributes:
         rows, columns: size of a tile of the result; for a GLU pair, the columns of each side.
         parts: parts into which K is split. Each is summed on its own, and a second pass adds the sums.
-        depth: K values of a step.
-        stages: steps in flight.
-        drain_rows: rows that are drained at a time.
-        at_once: tiles that a core computes in turn, a step of each.
-        banks: tiles of the result that the accumulators hold for each of the `at_once` tiles.
+        depth: K values of a step, whose operands are loaded together.
+        stages: steps whose operands SRAM holds at the same time.
+        drain_rows: rows that move from accumulators to SRAM at a time.
+        at_once: tiles between which a core alternates: it computes one step of each, then the next step of each.
+        banks: 2 if a core begins its next tiles in other accumulators while it stores these, else 1.
         block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
         scaled: tiles of the rings of scales, where a tile of the result has one scale for each of its rows and columns.
     """
@@ -135,12 +135,23 @@ def tiling(
     target: Target, size: tuple[int, int, int], x_format: str, w_bits: float, w: Region | QuantisedRegion,
     sides: int = 1, residual: bool = False, heads: int = 1, grouped: Grouped | None = None,
 ) -> Tiling:  # fmt: skip
-    """The Tiling for `heads` products of codes x [m, k] with w, of n columns in all: the fastest of time_choices().
+    """The Tiling of `heads` products x [m, k] @ w.T [k, n]: the fastest that time_choices() finds, made to fit SRAM.
 
-    Stages and depth are smaller than there if SRAM would not fit the residual and the scales otherwise, which that
-    timing leaves out. size: m, n and k. w_bits: bits per weight with its scales. sides: 2 for a GLU pair, else 1.
-    residual: True if a residual is added. grouped: None, or as many products as it has counts; then m and heads are
-    ignored. Raises MachineError if SRAM does not fit two stages of one K value.
+    time_choices() does not count the SRAM of the residual and of the scales. Where these do not fit as well, the Tiling
+    has fewer stages, or a smaller depth, than time_choices() gives.
+
+    Args:
+        target: chip and kernel library.
+        size: (m, n, k): rows of x, columns of the result before activation (both sides of a GLU pair), columns of x.
+        x_format: format of the codes of x, already rounded.
+        w_bits: bits per weight, scales included.
+        w: the weights.
+        sides: 2 for a GLU pair, else 1.
+        residual: True if a residual is added.
+        heads: number of products, each with its own x and w.
+        grouped: None, or as many products as it has counts; then m and heads are ignored.
+
+    Raises MachineError if SRAM does not fit two stages with one K value each.
     """
     chip, (m, n, k), w_format = target.chip, size, codes_of(w).format
     how = time_choices(
@@ -178,7 +189,11 @@ def tiling(
 
 
 def in_blocks(rows: Sequence[Any], columns: Sequence[Any], block: tuple[int, int]) -> list[tuple[Any, Any]]:
-    """All pairs of an item of `rows` and one of `columns`, one block of neighbours after the other."""
+    """A list of all pairs (item of `rows`, item of `columns`), ordered block by block.
+
+    block: items of `rows` and of `columns` in a block; blocks at the edge are smaller. Blocks follow each other row by
+    row, and so do the pairs of a block. Tiles that cores compute at the same time are then neighbours.
+    """
     tall, wide = block
     return [
         (r, c)
@@ -193,15 +208,15 @@ class TileJob:
 
     Attributes:
         rows: rows of x and of the result.
-        w: the weights of each side of a GLU pair (gate, up), or of the one side.
-        columns: for each side, the rows of w, which are columns of x @ w.T.
+        w: the weights: one item, or two for a GLU pair (gate, up).
+        columns: for each item of `w`, its rows, which are columns of x @ w.T.
         steps: the steps over K, as slices.
         out: columns of the result.
         first: column of x at which K begins.
-        index: number of the part of K, or of the expert.
-        accs: an accumulator for each side.
-        factor: the tile with the scales of the rows of x that was loaded last; None: none is loaded.
-        held: by side, the numbers of the groups whose scales of w are loaded, and the tile with these scales.
+        index: number of the part of K if K is split, or of the expert.
+        accs: the accumulators, one for each item of `columns`; product_streams() sets them.
+        factor: the tile with the row scales of x that were loaded last; None before the first load.
+        held: the scales of w that were loaded last, by index into `columns`: (slice of group numbers, their tile).
     """
 
     rows: slice
@@ -217,9 +232,10 @@ class TileJob:
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """The steps over K of each part of `cut`, as slices: a list for each part.
+    """The slices of 0 .. k - 1 that are multiplied step by step: an inner list for each part of K, in order.
 
-    No step crosses a border between the runs of `span` columns of x that share a scale.
+    There are at most cut.parts inner lists. A slice has at most cut.depth values, and lies within one run of `span`
+    columns of x, which share a scale.
     """
     every = [
         slice(outer.start + piece.start, outer.start + piece.stop)
@@ -229,11 +245,11 @@ def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
 
 
 class TiledProduct:
-    """A product on one core: rings of tiles of its operands, and the instructions that multiply them.
+    """Emits the loads and matmuls of a product on one core, and holds its SRAM tiles of x, of w and of their scales.
 
     Tiles at the edge of the result are padded with zeros.
 
-    codes: the left operand. w: the weights of each side of one job; those of all jobs have the same formats. cut: the
+    codes: the rounded x. w: the weights of each side of one job; those of all jobs have the same formats. cut: the
     Tiling. w_first: True to load tiles of w before those of x. If half of the cores do so, not all load x from the L2
     at the same time, and HBM is never idle.
     """
@@ -251,14 +267,20 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.scaled, groups, cut.columns) if groups else None for _ in w]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
-        """Emit the instructions for acc = x[rows] @ w[columns].T over the steps of each job, a step of each in turn."""
+        """Emit instructions that compute acc = x[rows] @ w[columns].T over the steps of each job, with loads.
+
+        The jobs are interleaved: the first step of each job, then the second step of each, and so on.
+        """
         for i in range(max(len(job.steps) for job in jobs)):
             for job in jobs:
                 if i < len(job.steps):
                     self.step(job, job.steps[i], accumulate=i > 0)
 
     def step(self, job: TileJob, step: slice, accumulate: bool) -> None:
-        """Emit the loads of one step over K of a job, and its products."""
+        """Emit the loads of one step of a job, and the matmuls of what was loaded.
+
+        step: slice of K. accumulate: True to add to the job's accumulators, False to overwrite them (first step).
+        """
         a = None if self.w_first else self.load_x(job, step)
         sides = [
             load(self.k, tiles.next(), codes_of(w).part(part, step), self.cut.columns)
@@ -272,7 +294,11 @@ class TiledProduct:
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
 
     def load_x(self, job: TileJob, step: slice) -> Region:
-        """Load the columns `step` of a job's rows of x, and their scales if they are others than the step's before."""
+        """Emit the load of columns `step` of a job's rows of x; returns the tile.
+
+        If x has scales, also loads the row scales of these columns into job.factor, unless job.factor has them from the
+        job's step before.
+        """
         columns = slice(job.first + step.start, job.first + step.stop)
         a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
         scales, span = self.codes.scales, self.codes.span
@@ -284,9 +310,13 @@ class TiledProduct:
         return a
 
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
-        """A list of (columns, scales of w or None) for each run of a step's columns that shares scales.
+        """Divide a step's columns into the groups that share scales of w; a list of (columns, region of the scales).
 
-        side: number of the side of a GLU pair. Loads the scales that job.held does not have yet.
+        The columns are a slice relative to the step's first. If w has no scales, the list has one item, with None as
+        region.
+
+        side: index into job.w. step: slice of K. If job.held has no scales for these groups, they are loaded and stored
+        in it.
         """
         ring, w = self.column_scales[side], job.w[side]
         if not isinstance(w, QuantisedRegion) or ring is None:
@@ -333,9 +363,10 @@ def product_streams(
 
 
 def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """The pieces in which a tile is drained, each as (rows of the tile, rows of the result).
+    """Yield the row ranges in which a tile moves from accumulators to SRAM: (rows within the tile, rows of the result).
 
-    ring: its tiles have the rows of one piece.
+    Both are slices of equal length. ring: the SRAM buffers; a range has as many rows as one of them, or fewer at the
+    end of the tile.
     """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
         yield piece, slice(job.rows.start + piece.start, job.rows.start + piece.stop)
