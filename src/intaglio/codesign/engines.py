@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.chips import ChipError, Target
+from intaglio.codesign.fleet import ROUTES
 from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steps import StepTimes
 
-SERVERS = ("system", "card", "release", "layout")  # what a recipe's server is known by
+SERVERS = ("system", "card", "release", "layout", "prompt")  # what a recipe's server is known by
+PAIRS = ("poll_steps", "decode_sequences")  # fields of pairs (open requests, value)
 ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
@@ -37,6 +39,10 @@ class EngineProfile:
         admission_steps: steps that a request waits for before it is admitted.
         poll_steps: pairs (open requests of a server, decode steps between two looks for new requests), ascending: the
             steps of the last pair with no more open requests count. (): the engine looks before every step.
+        decode_sequences: where prefill and decode are apart, pairs (open requests of all servers, most sequences that
+            run at once of each copy of attention of a decode server), ascending: the last pair with no more open
+            requests counts. (): max_sequences.
+        route: where prefill and decode are apart, how a router chooses a server: one of codesign.fleet.ROUTES.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
@@ -46,8 +52,9 @@ class EngineProfile:
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
         recipes: tables of fields that differ for some servers, such as options with which published benchmarks start
-            them. `system` (the chip's name), `card`, `release` and `layout` of a table say for which; those left out do
-            not matter. Of tables that give one field, the last counts. `why` is the source.
+            them. `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens of a request's prompt) of
+            a table say for which; those left out do not matter. Where prefill and decode are apart, `layout` is that of
+            one prefill server. Of tables that give one field, the last counts. `why` is the source.
         apart: fields that differ where prefill and decode have servers of their own.
         older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
         reasons: source of each field's value.
@@ -68,6 +75,8 @@ class EngineProfile:
     prompt_token_s: float = 0.0
     admission_steps: float = 0.0
     poll_steps: tuple[tuple[int, int], ...] = ()
+    decode_sequences: tuple[tuple[int, int], ...] = ()
+    route: str = "least-open"
     graph_launch_s: float | None = None
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
@@ -102,6 +111,8 @@ class EngineProfile:
                 )
         if unknown := sorted(set(self.fusions) - set(FUSIONS)):
             raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
+        if self.route not in ROUTES:
+            raise ValueError(f"engine {self.name}: route is {self.route!r}; allowed: {', '.join(ROUTES)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
@@ -121,18 +132,18 @@ class EngineProfile:
         return not release or () < numbers(release) < numbers(self.older["before"])
 
     def of(
-        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = ""
+        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = "", prompt: int = 0
     ) -> EngineProfile:
         """The profile of one server: this one, with the fields changed that differ for the server.
 
         First the fields of `apart` are taken if prefill and decode have servers of their own, else those of `older` if
         is_older(release). Then come the fields of each recipe for the server. release: such as 0.17.0. card: name of
         the model's card. layout: text of the server's Placement. apart: True for such servers of their own. system:
-        name of the chip, such as b200_sxm.
+        name of the chip, such as b200_sxm. prompt: tokens of a request's prompt.
         """
         older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         changes = dict(self.apart if apart else older)
-        asked = dict(zip(SERVERS, (system, card, release, layout), strict=True))
+        asked = dict(zip(SERVERS, (system, card, release, layout, prompt), strict=True))
         for recipe in self.recipes:
             if all(recipe.get(name, value) == value for name, value in asked.items()):
                 changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}
@@ -146,16 +157,19 @@ class EngineProfile:
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
-    def settings(self, kv_tokens: int, copies: int = 1, concurrency: int = 1) -> QueueSettings:
+    def settings(
+        self, kv_tokens: int, copies: int = 1, concurrency: int = 1, decodes: bool = False
+    ) -> QueueSettings:  # fmt: skip
         """The QueueSettings of one of the engine's servers.
 
         kv_tokens: tokens that its K/V cache holds. copies: copies of attention in the server. concurrency: requests
-        open at once.
+        open at once. decodes: True for a server that only decodes, prompts being computed elsewhere.
         """
-        poll = [steps for least, steps in self.poll_steps if concurrency >= least]
+        sequences = of_load(self.decode_sequences, concurrency, self.max_sequences) if decodes else self.max_sequences
         return QueueSettings(
-            kv_tokens, self.max_batch_tokens, self.max_sequences * copies, self.mixed, self.step_s, self.sequence_s,
-            self.request_s, self.prompt_token_s, self.admission_steps, poll[-1] if poll else 0, self.tokens_per_step,
+            kv_tokens, self.max_batch_tokens, sequences * copies, self.mixed, self.step_s, self.sequence_s,
+            self.request_s, self.prompt_token_s, self.admission_steps, of_load(self.poll_steps, concurrency, 0),
+            self.tokens_per_step,
         )  # fmt: skip
 
 
@@ -179,6 +193,14 @@ class EngineTimes:
             return seconds * self.profile.prefill_factor, joules
         seconds, joules = self.graphs.cost(decoding, context)
         return seconds * self.profile.decode_factor, joules
+
+
+def of_load(pairs: Sequence[tuple[int, int]], concurrency: int, default: int) -> int:
+    """The value of the last of the pairs (open requests, value) with at most `concurrency` requests; `default` if none.
+
+    pairs: ascending by the number of open requests.
+    """
+    return next((value for least, value in reversed(pairs) if concurrency >= least), default)
 
 
 def numbers(release: str) -> tuple[int, ...]:
@@ -206,5 +228,5 @@ def engine(name: str) -> EngineProfile:
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
     for part in (table, table.get("apart", {}), table.get("older", {}), *table.get("recipes", [])):
         part |= {"fusions": tuple(part["fusions"])} if "fusions" in part else {}
-        part |= {"poll_steps": tuple((n, m) for n, m in part["poll_steps"])} if "poll_steps" in part else {}
+        part |= {name: tuple((n, m) for n, m in part[name]) for name in PAIRS if name in part}
     return EngineProfile(name=path.stem, **{**table, "recipes": tuple(table.get("recipes", ()))})
