@@ -194,8 +194,9 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
     """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
 
     The op before has just written the operands to the L2, which evicts the least recently used lines. First, loads hit
-    the L2. When results have filled the L2, each evicts operands that are not read yet, so loads miss. When no such
-    operands are left in it, results are also written back to HBM. Without an L2, HBM moves all bytes.
+    the L2, unless the operands alone exceed it. When results have filled it, each evicts operands that are not read
+    yet, so loads miss. When no such operands are left in it, results are also written back to HBM. Without an L2, HBM
+    moves all bytes.
 
     Args:
         reads: bytes of all operands.
