@@ -190,6 +190,11 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches) * (1 + 1e-9)
     chunk = [(64, 64, 1)]
     assert EngineTimes(times, graphs).cost(4, 100.0, chunk) == times.cost(4, 100.0, chunk)
+    slow = EngineProfile(name="x", description="", decode_factor=3.0, prefill_factor=2.0)
+    for chunks, factor in (((), 3.0), (chunk, 2.0)):  # the chips idle in the time that a factor adds
+        spent, joules = times.cost(4, 100.0, chunks)
+        more = (factor - 1) * spent * times.target.chip.energy.idle_w
+        assert EngineTimes(times, slow).cost(4, 100.0, chunks) == pytest.approx((factor * spent, joules + more))
     here = {"hopper": {"small_reduce_s": 2e-6}, "blackwell": {"small_reduce_s": 3e-6}}
     own = EngineProfile(name="x", description="", generations=here, library={"barrier_s": 1e-6})
     assert own.on(times.target).library.small_reduce_s == 2e-6

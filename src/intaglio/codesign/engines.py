@@ -201,14 +201,15 @@ class EngineTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
+        In the time that a factor of the profile adds, the chips draw idle power.
+
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
-        if chunks:
-            seconds, joules = self.times.cost(decoding, context, chunks)
-            return seconds * self.profile.prefill_factor, joules
-        seconds, joules = self.graphs.cost(decoding, context)
-        return seconds * self.profile.decode_factor, joules
+        factor = self.profile.prefill_factor if chunks else self.profile.decode_factor
+        seconds, joules = (self.times if chunks else self.graphs).cost(decoding, context, chunks)
+        idle_w = self.target.chip.energy.idle_w * self.server.placement.chips_per_server
+        return seconds * factor, joules + (factor - 1) * seconds * idle_w
 
 
 def of_load(pairs: Sequence[tuple[int, int]], concurrency: int, default: int) -> int:
