@@ -153,7 +153,7 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
     It can if the map is the sum of the norm's result `x` and that operand, and the norm has no residual yet.
     """
-    other = _other_of_sum(m, x)
+    other = m.other_of_sum(x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
         return None
     return replace(norm, residual=other)
@@ -165,15 +165,7 @@ def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> O
     It can if the map is the sum of the op's result `x` and that operand, both have one shape, and the op has no
     residual yet.
     """
-    other = _other_of_sum(m, x)
+    other = m.other_of_sum(x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:
         return None
     return replace(experts, residual=other) if t[other].shape == t[x].shape else None
-
-
-def _other_of_sum(m: Map, x: str) -> str | None:
-    """The name of the operand that the map adds to `x`; None if the map is any other expression."""
-    others = [name for name in m.inputs if name != x]
-    steps = postfix(m.expr)
-    sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == PLUS
-    return others[0] if sums and len(others) == 1 else None
