@@ -24,8 +24,9 @@ class RouteKernel(RowsKernel):
     """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights.
 
     Attributes:
-        searches: searches for the maximum of a row.
-        top, score, groups, kept_groups, normalise: those of the op.
+        searches: how many times a row is searched for its largest value: once for each expert that a token chooses and,
+            if experts are in groups, op.group_best times more to rate the groups.
+        top, score, groups, kept_groups, normalise: the op's fields of these names.
     """
 
     top: int = 1
