@@ -169,7 +169,9 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
         y, gate, beta, step = (fused_inputs if m.stored == "fused" else inputs)(w, m, at, source, x)
         y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
         q, k, v = w.views(y, {at + "q": key, at + "k": key, at + "v": value})
-    q, k = (b.op(Norm, f"{at}{n}_norm", y, norm="l2", eps=1e-6, group=m.keys) for n, y in zip("qk", (q, k), strict=True))
+    q, k = (
+        b.op(Norm, f"{at}{n}_norm", y, norm="l2", eps=1e-6, group=m.keys) for n, y in zip("qk", (q, k), strict=True)
+    )
     beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)" + (f" * {m.beta!r}" if m.beta != 1 else ""))
     _, log_decay = decay(w, at, source, step, m.heads, width=m.heads * m.keys if m.rank else 0)
     y = b.op(

@@ -60,8 +60,8 @@ def kinds(net: Mapping[str, object], n: int) -> list[str]:
         return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(n)]
     if sorted([*full, *linear], key=str) != sorted(range(1, n + 1), key=str):
         raise PortError(
-            f"config.json: linear_attn_config.full_attn_layers={full} and kda_layers={linear}; wanted each of the layers "
-            f"1 to {n} in one of them"
+            f"config.json: linear_attn_config.full_attn_layers={full} and kda_layers={linear}; wanted each of the "
+            f"layers 1 to {n} in one of them"
         )
     return ["full_attention" if i + 1 in full else "linear_attention" for i in range(n)]
 
