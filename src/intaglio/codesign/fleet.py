@@ -102,6 +102,19 @@ def in_turn(members: Sequence[Member], number: int) -> Member:
     return members[number % len(members)]
 
 
+Choice = Callable[[Sequence[Member], int], Member]
+
+
+def choice(route: str) -> Choice:
+    """The function by which a router chooses a replica, from the replicas and the number of the arrival.
+
+    route: one of ROUTES. Raises ValueError for another route.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
+    return least_open if route == "least-open" else in_turn
+
+
 def serve_fleet(
     times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], replicas: int, route: str = "least-open",
     progress: Progress = silent,
@@ -114,9 +127,7 @@ def serve_fleet(
     times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
     of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.
     """
-    if route not in ROUTES:
-        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
-    choose: Callable[[Sequence[Member], int], Member] = least_open if route == "least-open" else in_turn
+    choose = choice(route)
     members = [Member(i, Queue(times, settings)) for i in range(replicas)]
     events: list[tuple[float, int]] = []  # (end of a replica's steps, its number); a later entry replaces it
     for i, request in enumerate(requests):

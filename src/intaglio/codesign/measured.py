@@ -39,7 +39,6 @@ MODELS = {  # the end of a row's model_path -> card
 MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
 TURNS = 10  # requests for each that is open
-MOST_REQUESTS = 3000
 APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
 SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of them, and so are their responses
 
@@ -139,9 +138,9 @@ class Row:
         Raises LayoutError if the row's sizes do not fit each other.
         """
         apart = self.group == "disaggregated"
-        layout = "" if apart else str(self.placement())
+        layout = str(replace(self.placement("prefill_"), replicas=1) if apart else self.placement())
         release, system = self.columns.get("backend_version") or "", self.columns["system"]
-        return general.of(release, self.card or "", layout, apart, system)
+        return general.of(release, self.card or "", layout, apart, system, self.number("isl"))
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
@@ -167,12 +166,12 @@ class Row:
     def load(self) -> list[LoadRequest]:
         """The requests with which the benchmark measured the row, as a list of LoadRequests that all arrive at 0 s.
 
-        There are TURNS (10) for each request kept open, but at most MOST_REQUESTS (3,000) or two for each, whichever is
-        more. They have the row's lengths. If both lengths are in SPREAD, each request's lengths are drawn at random
-        from 80 to 100 % of them, as the benchmark's load generator does; the seed is the number of open requests.
+        There are TURNS (10) for each request kept open. They have the row's lengths. If both lengths are in SPREAD,
+        each request's lengths are drawn at random from 80 to 100 % of them, as the benchmark's load generator does; the
+        seed is the number of open requests.
         """
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
-        count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
+        count = TURNS * n
         if isl not in SPREAD or osl not in SPREAD:
             return [LoadRequest(0.0, isl, osl)] * count
         rng = Random(n)
@@ -315,7 +314,7 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     )  # fmt: skip
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
     kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
-    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency)
+    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency, phase == "decode_")
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
@@ -324,7 +323,7 @@ def apart_of(row: Row, profile: EngineProfile) -> Apart:
     Raises ChipError or LayoutError if the model does not fit.
     """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
-    return Apart(first, second, one, two)
+    return Apart(first, second, one, two, profile.route)
 
 
 def compare_all(

@@ -52,6 +52,7 @@ class RunResult:
         stalls: idle seconds by (engine, engine whose result it waited for, or "start").
         bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
         spans: the executed instructions, if the machine records them.
+        label: what the launch is for, where a kernel has several; "": the product or the kernel itself.
     """
 
     seconds: float = 0.0
@@ -59,6 +60,7 @@ class RunResult:
     stalls: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     spans: list[Span] = field(default_factory=list)
+    label: str = ""
 
 
 @dataclass

@@ -16,11 +16,11 @@ import numpy as np
 from intaglio.chips import KernelLibrary, Target
 from intaglio.silicon.isa.cycles import attend_cycles, exposed, matmul_cycles, softmax_cycles, vector_cycles
 from intaglio.silicon.isa.softmax_step import NAME, step_cycles
+from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.kv_write import Heads
 from intaglio.silicon.sizes import ChunkCounts
 from intaglio.silicon.timing import pipeline
 
-WIDE = 4  # bytes of an activation from which queries and weights are FP32, as in the streams
 DEALT = 4  # jobs of a core up to which they are dealt one by one; of more, only their total counts
 JOBS_AHEAD = 15  # decoding jobs whose operands a persistent kernel loads ahead
 LISTED = 16  # jobs whose queries' row numbers a core reads at once

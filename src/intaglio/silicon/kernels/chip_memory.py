@@ -120,14 +120,15 @@ class ChipMemory:
         """Store numbers and return their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
-    def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
+    def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
         on: the target by which the run is timed, reduced to the library's kernel that runs (see Target.kernel()); None:
-        the target of this memory.
+        the target of this memory. label: RunResult.label of the result.
         """
         machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
         self.launches.append(machine.run(streams))
+        self.launches[-1].label = label
         return self.launches[-1]
 
 

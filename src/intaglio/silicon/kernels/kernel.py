@@ -24,6 +24,7 @@ from intaglio.silicon.stream import Stream
 from intaglio.silicon.timing import Timing
 
 Tensors = Mapping[str, Tensor]
+WIDE = 4  # bytes of an activation from which operands of products are FP32, as in the streams
 CHIP_KERNELS: dict[type[Op], type[ChipKernel]] = {}
 K = TypeVar("K", bound="type[ChipKernel]")
 

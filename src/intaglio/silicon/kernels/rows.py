@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts
+from intaglio.silicon.tile_loop import LoopPart, TileLoop, gather_parts, l2_parts
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -29,15 +29,21 @@ INDICES_SRAM = 4096  # bytes of SRAM that is left to the indices of a core's row
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
-def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False) -> Timing:
+def loop_timing(
+    target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
+) -> Timing:
     """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
 
-    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM.
+    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM. past_l2:
+    True if the op before has written the operands by index, past the L2.
     """
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable
     if gathered:
         parts = gather_parts(writes, capacity)
+    elif past_l2:
+        held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
+        parts = [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]
     else:
         parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
     seconds = lib.launch_s + loop.in_parts(target, parts)
