@@ -54,9 +54,10 @@ def is_run(source: str) -> bool:
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """The source of the tensors `numbers` of a run of tensors, counted from 0 at the run's first tensor.
+    """The source (pattern of checkpoint tensor names) for some tensors of a run, as text.
 
-    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}. source: names a run. numbers: which tensors of the
+    run to keep, counted from 0 at its first tensor.
     """
     run = RUN.search(source)
     assert run, f"{source} is no run"
@@ -67,13 +68,13 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """Rewrite the sources of some matrices of a stack so that they name others, such as other experts.
+    """The sources of other matrices of a stack, such as other experts: used when experts move to another rank.
 
-    Returns a tuple with a source for each run of consecutive numbers in `wanted`. What the sources do besides (cuts of
-    rows or columns, transposition) stays.
+    A source is text that names checkpoint tensors and how to cut or transpose them. Returns a tuple with a source for
+    each run of consecutive numbers in `wanted`. Cuts of rows or columns and transpositions stay as in sources[0].
 
     Args:
-        sources: the sources to rewrite, of which the first is the pattern.
+        sources: the sources of the matrices `held`; the results are made from the first.
         held: numbers of the matrices that `sources` name, ascending.
         wanted: numbers of the matrices that the result names, ascending.
         total: number of matrices in the stack.
