@@ -46,7 +46,8 @@ class EngineProfile:
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
-        fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
+        fusions: names in intaglio.codesign.fusions.FUSIONS. Each is a way in which the engine fuses, splits or replaces
+            ops of the Program.
         library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
         generations: {generation of chips, such as hopper: {field: value}}, further values like those of `library`.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
@@ -172,8 +173,8 @@ class EngineProfile:
         Args:
             kv_tokens: tokens that the server's K/V cache holds.
             copies: data-parallel copies of the attention layers (DP ranks) in the server; each runs max_sequences.
-            concurrency: requests open at once on the server, or on all disaggregated servers together; it selects the
-                entries of poll_steps and decode_sequences.
+            concurrency: requests open at once on the server, or on all disaggregated servers together. The fields
+                poll_steps and decode_sequences depend on it.
             decodes: True for a disaggregated server that decodes.
         """
         sequences = of_load(self.decode_sequences, concurrency, self.max_sequences) if decodes else self.max_sequences

@@ -68,8 +68,9 @@ class Member:
     def take(self, until: float = NEVER) -> None:
         """Simulate one run of the replica's steps, and set `next` to the end of the run after it.
 
-        The run ends when a response ends or the engine looks for new requests, and takes no step that begins at or
-        after `until` seconds; see Queue.take_steps(). It has at least one step if a request is admitted.
+        A run is one step with a prompt, or decode steps up to the first of these: a response ends, the engine looks for
+        new requests, the next step would begin at or after `until` seconds; see Queue.take_steps(). It has at least one
+        step, or none if no request is admitted. `next` is where the following run would end.
         """
         self.queue.take_steps(until)
         self.look_ahead()

@@ -63,7 +63,7 @@ class Ranked:
 
     @property
     def good(self) -> bool:
-        """True if the recommended point is within 5 % of the best."""
+        """True if the recommended point's measured output tokens/s per chip are within 5 % of the best point's."""
         return self.reached >= CLOSE
 
 
@@ -81,8 +81,8 @@ def rankings(
         compared: measured and modelled latencies of the rows.
         at_one_load: True to make a case of its own for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: columns in which all rows of a case are equal. Rows of a case that differ in a column of SAME which is not
-            in `same` are different points.
+        same: columns in which all rows of a case are equal. If a column of SAME is left out here, rows with different
+            values of it are compared in one case, as different points.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
         apart: True to compare rows of disaggregated servers too. Their layout is that of both kinds of servers.
     """

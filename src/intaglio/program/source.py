@@ -103,13 +103,16 @@ def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
 
 
 def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
-    """Number of rows of each of `sources`, as a list, if they are parts of one tensor as parts_of() makes them.
+    """Number of rows of each of `sources`, as a list, if they are cuts of rows.
 
-    None if they are not, or if `length`, the number of rows of all of them together, does not fit their cuts. The
-    tensor may have further parts.
+    They are parts of one tensor, as parts_of() makes them, or runs of rows of several tensors. None if they are
+    neither, or if `length`, the number of rows of all of them together, does not fit their cuts. The tensors may have
+    further parts.
     """
     cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
     sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
+    if len(sizes) == len(sources) and sum(sizes) == length:
+        return sizes
     if len(sizes) < len(sources) or len({(cut[1], cut[4]) for cut in cuts if cut}) > 1 or length % sum(sizes):
         return None
     return [length // sum(sizes) * size for size in sizes]
