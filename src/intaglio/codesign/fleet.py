@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from intaglio.chips import Target
 from intaglio.codesign.queue import NEVER, Queue, QueueSettings
-from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context
+from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context, moments
 from intaglio.codesign.steps import Costs, Server, StepTimes
 from intaglio.measure.load import Outcome, summarise
 from intaglio.measure.workload import LoadRequest
@@ -191,5 +191,6 @@ def simulate_fleet(
     idle_s = max(0.0, done.seconds * placement.replicas - done.busy_s)
     joules = done.joules + idle_s * target.chip.energy.idle_w * placement.chips_per_server
     return ServingResult(
-        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv
-    )
+        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv,
+        moments(outcomes, kv * placement.replicas),
+    )  # fmt: skip
