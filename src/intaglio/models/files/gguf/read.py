@@ -236,10 +236,16 @@ class _Reader:
         """For each layer with latent attention: add the tensor kv_b_proj [heads * (nope + v), rank] to `tables`.
 
         It is joined from the two tensors that llama.cpp stores: keys [heads, rank, nope], transposed here, and values
-        [heads, v, rank]. Does nothing for other models. Call it once, after all tensors have been added.
+        [heads, v, rank]. Does nothing for other models. Call it once, after all tensors have been added. Raises
+        CheckpointError if one of the two is missing.
         """
-        for key in [k for k in self.halves if k.endswith("k")]:
-            at, keys, values = key[:-1], self.halves[key], self.halves[f"{key[:-1]}v"]
+        for at in dict.fromkeys(key[:-1] for key in self.halves):
+            keys, values = self.halves.get(f"{at}k"), self.halves.get(f"{at}v")
+            if keys is None or values is None:
+                raise CheckpointError(
+                    f"{self.file.path}: {at}self_attn has only one of attn_k_b and attn_v_b; the file is not complete, "
+                    "download it again"
+                )
             heads, rank, nope = keys.shape
             rows = nope + values.shape[1]
 
