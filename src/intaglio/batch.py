@@ -94,7 +94,7 @@ class Chunk:
     Attributes:
         tokens: token ids to compute.
         start: position of the first of `tokens`.
-        blocks: numbers of all K/V blocks of the sequence, in order, those of earlier steps included.
+        blocks: numbers of all K/V blocks of the sequence, in order, also of blocks that earlier steps filled.
         rows: offsets into `tokens` of the rows whose logits are wanted.
         sampling: parameters for all these rows, or one per row.
         state: (slot that is read, slot that is written) of recurrent state. The first holds the state before these

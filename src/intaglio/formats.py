@@ -312,8 +312,8 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 def quantise(x: np.ndarray, name: str) -> Quantised:
     """A Quantised of weights [N, K] in the format `name`: symmetric (no zeros or minima), except q4_k.
 
-    - int8: the value of largest magnitude maps to 127 or -127, codes are -127..127.
-    - int4: that value maps to -8, so that all sixteen codes are used (as in llama.cpp's Q4_0), codes are -8..7.
+    - int8: the value of largest magnitude maps to 127 or -127; codes are -127..127.
+    - int4: the value of largest magnitude maps to -8, as in llama.cpp's Q4_0; codes are -8..7, all sixteen in use.
     - int8 and int4 in groups try this scale and four scales near it, and take the one of least squared error.
     - fp8: max|w| maps to 448, the largest E4M3 value.
     - mxfp4: the scale is the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3). Scaled

@@ -42,8 +42,9 @@ class KernelAgreement:
 def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
     """Put one tensor of a call into the simulated HBM. Returns its Region, or None for a quantised tensor.
 
-    A quantised weight is stored too, as codes and scales, and kernels find it by its name. A K/V cache gets as many
-    pages as the batch's block table names. case: the call, whose batch gives the sizes of symbolic dimensions.
+    A quantised weight is stored too, as codes and scales; kernels find it by its name. A K/V cache gets a page for each
+    block up to the highest in the batch's block table. case: the call; its batch gives the sizes of symbolic
+    dimensions.
     """
     sizes = case.batch.sizes
     slots = int(case.batch.block_table.max(initial=0)) + 1

@@ -315,7 +315,7 @@ class Fitted:
     """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
 
     Attributes:
-        table: its name.
+        table: name of the table.
         dtype: number format.
         rows: number of rows compared.
         before: median error of the target that the fit started from.

@@ -47,14 +47,14 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
+    """Roofline bound of ops: the minimum seconds by memory bandwidth (`memory`) and by arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The least time that the ops can take, in seconds: the larger of `memory` and `matrix`."""
+        """The minimum seconds that the ops can take: the larger of `memory` and `matrix`."""
         return max(self.memory, self.matrix)
 
     @property
@@ -123,10 +123,7 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure and return the bytes/s at which a CPU device reads a working set of `megabytes`.
-
-    The best of several tries.
-    """
+    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`. Returns the best of several tries."""
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 

@@ -182,7 +182,7 @@ class LoopPart:
     """Consecutive jobs of a TileLoop for which HBM moves the same bytes.
 
     Attributes:
-        part: their number, as a fraction of the loop's jobs.
+        part: number of these jobs, as a fraction of the loop's jobs.
         load: bytes that HBM moves for each loaded byte: 0 if loads hit the L2, 1 if they miss, above 1 if lines are
             also written back for them.
         store: bytes that HBM moves for each stored byte.
@@ -196,10 +196,13 @@ class LoopPart:
 def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
     """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
 
-    The op before has just written the operands to the L2, which evicts the least recently used lines. First, loads hit
-    the L2, unless the operands alone exceed it. When results have filled it, each evicts operands that are not read
-    yet, so loads miss. When no such operands are left in it, results are also written back to HBM. Without an L2, HBM
-    moves all bytes.
+    The op before has just written the operands to the L2. The L2 evicts the least recently used lines.
+
+    1. Loads hit the L2, unless the operands alone exceed the L2.
+    2. Once the L2 is full, each result evicts operands that no job has read yet, so loads miss.
+    3. Once no such operands are left in the L2, results are also written back to HBM.
+
+    Without an L2, HBM moves all bytes.
 
     Args:
         reads: bytes of all operands.

@@ -35,7 +35,7 @@ class Cost:
     """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
 
     Attributes:
-        cycles: cycles of the instruction's engine; of a transfer, the fewest that it takes.
+        cycles: cycles of the instruction's engine; for a transfer, the minimum number of cycles.
         bytes: bytes transferred; if not 0, the time follows from the bandwidth that the transfers in flight leave.
         resource: what the bytes pass: "hbm" or "link"; "" without bytes.
         latency_s: seconds from the end of the instruction until its result is visible to others.

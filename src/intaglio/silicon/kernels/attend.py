@@ -145,7 +145,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys."""
+    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys; window 0: none."""
     if not window:
         return q * keys - q * (q - 1) / 2
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())

@@ -139,7 +139,7 @@ def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | No
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
     """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
 
-    product: of the rows sorted by expert. out [rows, inner]: the results, sorted by expert.
+    product: the tiles of the products of rows sorted by expert. out [rows, inner]: the results, sorted by expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 
