@@ -319,7 +319,7 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     - mxfp4: the scale is the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3). Scaled
       values are rounded to E2M1, at most 6. Codes are twice these values, so whole numbers in -12..12; stored scales
       are half.
-    - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
+    - q4_k: of several pairs of scale and minimum, the one of least squared error, see _q4_k(). K: a multiple of 256.
 
     A group that holds NaN or infinity gets a NaN scale, so all its values are NaN; so does a block of q4_k with a value
     above 2^20. Groups of only |w| < 2^-120 become 0, except in q4_k. Raises FormatError for an unknown format, one

@@ -107,8 +107,8 @@ def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: in
 def differences(found: Sequence[KernelAgreement]) -> tuple[float, float, KernelAgreement]:
     """(median error, largest error, KernelAgreement with the largest error) of some calls.
 
-    An error is abs(ratio - 1), where ratio is the simulator's seconds over those of the closed form. found: one call or
-    more; numpy raises ValueError for none.
+    An error is abs(ratio - 1); ratio is the simulator's seconds divided by the closed form's. found: one call or more;
+    ValueError for none.
     """
     off = np.array([abs(a.ratio - 1) for a in found])
     return float(np.median(off)), float(off.max()), found[int(off.argmax())]

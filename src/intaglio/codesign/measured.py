@@ -89,7 +89,7 @@ class Row:
 
     @property
     def counts_servers(self) -> bool:
-        """True if a benchmark row states both numbers of servers: of those that prefill and of those that decode."""
+        """True if a benchmark row states both the number of prefill servers and the number of decode servers."""
         return all(self.number(f"{kind}num_workers") for kind in APART)
 
     @property
@@ -368,7 +368,7 @@ class Agreement:
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
         ttft_bias: median of the signed errors of the time to the first token.
-        worst: up to three rows, as Compared: those with the largest errors of the time per token, the largest first.
+        worst: up to three rows, as Compared, with the largest errors of the time per token; the largest comes first.
     """
 
     engine: str

@@ -103,7 +103,7 @@ def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -
 
     () without outcomes.
 
-    A response's tokens are taken to come evenly between its first and its last. Requests that failed count as waiting
+    The tokens of a response are assumed to come at equal intervals. Requests that failed count as waiting
     until their end. kv_tokens: tokens that the K/V caches of all servers hold.
     """
     if not outcomes:

@@ -123,7 +123,7 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`. Returns the best of several tries."""
+    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`; returns the best of some tries."""
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 
@@ -322,8 +322,8 @@ def moved(work: Work) -> int:
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
     """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
 
-    All ops get the bandwidth measured for a working set of the whole step's bytes: those of a small model stay in the
-    CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
+    All ops get the bandwidth measured for a working set as large as all bytes of the step: the bytes of a small model
+    stay in the CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())

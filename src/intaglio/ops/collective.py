@@ -236,7 +236,7 @@ def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Divide the rows of x among ranks: a list with a view of x for each rank, in order.
 
-    The runs are those of batch.shared_rows(): they differ by at most one row, and are empty where ranks outnumber rows.
+    batch.shared_rows() says which rows. Numbers of rows differ by at most one; with more ranks than rows some are 0.
     """
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]

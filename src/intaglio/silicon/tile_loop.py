@@ -112,8 +112,8 @@ class _Core:
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
         """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
 
-        All cores with a job of the same number are taken to load or store at the same time. load, store: number of the
-        job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
+        The model lets all cores with a job of the same number load or store at the same time. load, store: number of
+        the job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]
@@ -228,7 +228,7 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
 def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
     """Divide a loop that reads rows by index into LoopParts by what HBM moves: a list of one or two.
 
-    All loads are taken to miss the L2. Results stay in the L2 until they fill it; later ones are written to HBM.
+    All loads count as misses of the L2. Results stay in the L2 until they fill it; later results are written to HBM.
 
     writes: bytes of all results. capacity: bytes of the L2; 0: none.
     """

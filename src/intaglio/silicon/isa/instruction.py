@@ -92,7 +92,7 @@ class Instruction:
         raise NotImplementedError
 
     def shapes(self) -> Shapes:
-        """{region field: (rows, columns)} that the region fields must have; those not named may have any shape.
+        """{region field: (rows, columns)}: the shapes that region fields must have. Other fields may have any shape.
 
         A string stands for a size that is equal wherever it occurs in this instruction.
         """

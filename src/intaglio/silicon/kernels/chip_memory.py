@@ -151,7 +151,7 @@ def slices(n: int, step: int) -> list[slice]:
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
     """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
 
-    rows, columns: size of that part, padded with zeros; 0: those of `src`.
+    rows, columns: size of that part, if larger than `src`; the rest is set to zeros. 0: the size of `src`.
     """
     part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
     padded = (part.rows, part.cols) != (src.rows, src.cols)
