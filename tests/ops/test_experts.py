@@ -91,6 +91,18 @@ def test_route(family: str, seed: int) -> None:
     close(np.take_along_axis(got, own, 1), np.take_along_axis(weights.numpy(), order, 1), 2e-6)
 
 
+@quick
+@given(seed=seeds, normalise=st.booleans())
+def test_route_with_factors_of_experts(seed: int, normalise: bool) -> None:
+    """As Gemma 4's router weighs, whose sum may be something else than 1."""
+    logits, factors = random(seed, 7, COUNT), random(seed + 1, COUNT)
+    op = Route(site="s", logits="logits", weights="p", ids="i", top=TOP, normalise=normalise, scale=1.5)
+    plain, ids = routed(op, logits)
+    got, chosen = routed(replace(op, factors="f"), logits, f=factors)
+    np.testing.assert_array_equal(chosen, ids)
+    np.testing.assert_array_equal(got, plain * factors[ids])
+
+
 def test_route_breaks_ties_by_the_lowest_index() -> None:
     logits = np.array([[1, 2, 2, 0, 2], [3, 3, 3, 3, 3]], np.float32)
     for score in ("softmax", "sigmoid", "chosen"):
@@ -114,6 +126,7 @@ def test_route_refuses() -> None:
     refuses(op(score="max"), "score='max'; use one of softmax, sigmoid", x="f32[T, 8]")
     refuses(op(top=9), r"top=9 is outside 1\.\.8", x="f32[T, 8]")
     refuses(op(bias="bias"), r"bias is f32\[7\]; wanted \[8\]", x="f32[T, 8]", bias="f32[7]")
+    refuses(op(factors="f"), r"f is f32\[7\]; wanted \[8\]", x="f32[T, 8]", f="f32[7]")
     refuses(op(groups=3, kept_groups=1), "groups=3 does not divide the 8 experts", x="f32[T, 8]")
     refuses(op(groups=4, kept_groups=1, top=3), "kept_groups=1 of 4 groups of 2 for top=3", x="f32[T, 8]")
     refuses(op(groups=4, kept_groups=2, group_best=3), r"group_best=3 is outside 1\.\.2", x="f32[T, 8]")
@@ -156,7 +169,7 @@ def run(op: Experts, v: dict[str, np.ndarray]) -> np.ndarray:
 def experts(v: dict[str, np.ndarray], **fields: object) -> Experts:
     biases = {n: n for n in v if n.endswith("_bias")}
     names = {"x": "x", "weights": "p", "ids": "i", "gate": "gate", "up": "up", "down": "down"}
-    return Experts(site="s", out="out", **names, **biases, **fields)  # type: ignore[arg-type]
+    return Experts(site="s", out="out", **{**names, **biases, **fields})  # type: ignore[arg-type]
 
 
 @quick
@@ -188,6 +201,20 @@ def test_experts_with_biases_and_a_clamped_gate(seed: int, rows: int) -> None:
     with torch.no_grad():
         want = module(torched(v["x"]), torch.from_numpy(v["i"]).long(), torched(v["p"])).numpy()
     close(run(experts(v, alpha=1.702, limit=2.0, shift=1.0), v), want, 4e-6)
+
+
+@quick
+@given(seeds, st.integers(1, 9), st.booleans())
+def test_experts_without_a_gate(seed: int, rows: int, biased: bool) -> None:
+    """Nemotron-H's, whose activation is squared ReLU."""
+    v = {n: x for n, x in mixture(seed, rows, 24, biased=biased).items() if not n.startswith("gate")}
+    want = np.zeros((rows, HIDDEN))
+    for t in range(rows):
+        for j, e in enumerate(v["i"][t]):
+            up, down = (torched(v[f"{n}_bias"][e]) if biased else 0.0 for n in ("up", "down"))
+            inner = torch.nn.functional.relu(torched(v["up"][e]) @ torched(v["x"][t]) + up).square()
+            want[t] += v["p"][t, j] * (torched(v["down"][e]) @ inner + down).numpy()
+    close(run(experts(v, gate=None, activation="relu2"), v), want, 8e-6)
 
 
 def test_experts_with_scaled_input() -> None:
@@ -295,6 +322,11 @@ def test_experts_refuses() -> None:
     refuses(replace(op, **{**placed, "rank": 2}), "rank=2, ranks=2; wanted 0 <= rank < ranks", **own)
     refuses(replace(op, slots=4), "slots=4, but i has 2 columns; allowed: 0, 3 or, without a residual, 2", **own)
     refuses(replace(op, up_bias="b"), "gate and up have biases both, or none", **own, b="f32[4, 6]")
+    plain = replace(op, gate=None)
+    assert plain.shapes(tensors(**own)) == {"out": (("T", 8), "f32")}
+    refuses(replace(plain, gate_bias="b"), "gate_bias b without a gate", **own, b="f32[4, 6]")
+    refuses(replace(plain, limit=7.0), "limit=7.0, alpha=1.0, shift=0.0; without a gate, wanted 0, 1 and 0", **own)
+    refuses(plain, r"up is f32\[4, 6, 9\] but x has 8 columns", **{**own, "up": "f32[4, 6, 9]"})
     three = {"gate_bias": "g", "up_bias": "u", "down_bias": "d"}
     biases = {"g": "f32[4, 6]", "u": "f32[4, 7]", "d": "f32[4, 8]"}
     refuses(replace(op, **three), r"u is f32\[4, 7\]; wanted \[4, 6\]", **own, **biases)

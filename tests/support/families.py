@@ -143,6 +143,18 @@ MORE: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma4_shared": {
+        "class": "Gemma4", "config": "Gemma4TextConfig", "head_dim": 16, "global_head_dim": 32, "sliding_window": 12,
+        "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 263, "final_logit_softcapping": 20.0,
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True, "num_key_value_heads": 1,
+    },
+    "gemma4_experts": {
+        "class": "Gemma4", "config": "Gemma4TextConfig", "head_dim": 16, "global_head_dim": 32, "sliding_window": 20,
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "enable_moe_block": True, "num_experts": 6,
+        "top_k_experts": 2, "moe_intermediate_size": 40,
+    },
     "gemma4_unified": {
         "class": "Gemma4Unified", "config": "Gemma4UnifiedTextConfig", "head_dim": 16, "global_head_dim": 32,
         "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -48,6 +48,7 @@ class ExpertsKernel(ChipKernel):
         hidden, inner: widths of x and of an expert's inner row.
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.
+        gated: True if experts have a gate.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -59,17 +60,18 @@ class ExpertsKernel(ChipKernel):
     x_format: str
     w_format: str
     w_bits: float
+    gated: bool = True
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
         up, x_format, top = t[op.up], formats.element(op.x_format), int(t[op.ids].shape[1])
         held, inner, hidden = (int(d) for d in up.shape)
         w = formats.element(up.format), bits_per_value(up)
-        return cls(top, held, op.of or held, hidden, inner, x_format, *w)
+        return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
-        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return experts_timing(target, sizes.tokens, self.top, counts, *how)
 
     @classmethod
@@ -90,7 +92,7 @@ class ExpertsKernel(ChipKernel):
         rows.
         """
         ids = mem.region(op.ids)
-        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
+        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.up].shape)
         order, tokens = (mem.heap.allocate(1, n, "i32") for _ in range(2))
         counts = mem.heap.allocate(1, count, "i32")
         mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)))
@@ -349,28 +351,31 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 def gate_up(
     mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, tokens: Region, out: Region
 ) -> list[Stream]:
-    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
+    """A list of Streams that compute out = act(gate(x)) * up(x), or act(up(x)) without a gate, by the experts of rows.
 
     sizes: rows of each expert. order, tokens: for each row, sorted by expert, its place in routing order and its token.
     out [rows, inner]: the rows sorted by expert.
     """
-    x, gate, up = mem.region(op.x), mem.regions[op.gate], mem.regions[op.up]
-    tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, gate, True)
+    x, up, glu = mem.region(op.x), mem.regions[op.up], op.gate is not None
+    sides = [mem.regions[op.gate], up] if op.gate is not None else [up]
+    tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, up, glu)
     weights = mem.region(op.weights).shaped(order.cols, 1) if op.scale_input else None
     how: dict[str, Any] = {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
     streams = []
     jobs = [(*block, c) for block in blocks(sizes, tm) for c in slices(out.cols, tn)]
     for k, mine in deal_jobs(mem.chip, jobs, op.site):
-        operands, result = GatheredOperands(k, x, gate, op.x_format, (tm, tn, tk)), k.ring(2, tm, tn)
-        accs, extra = [k.tile(tm, tn, "f32", "acc") for _ in range(2)], biases(mem, k, (op.gate_bias, op.up_bias), tn)
+        operands, result = GatheredOperands(k, x, up, op.x_format, (tm, tn, tk)), k.ring(2, tm, tn)
+        accs = [k.tile(tm, tn, "f32", "acc") for _ in sides]
+        extra = biases(mem, k, (op.gate_bias, op.up_bias)[2 - len(sides) :], tn)
         for e, rows, columns in mine:
             shape, w_rows = (rows.stop - rows.start, columns.stop - columns.start), expert_rows(e, out.cols, columns)
             operands.select_rows(tokens.part(cols=rows), weights, order.part(cols=rows))
-            g, u = (acc.shaped(*shape) for acc in accs)
-            operands.multiply(rows, [(g, gate, w_rows), (u, up, w_rows)])
+            parts = [acc.shaped(*shape) for acc in accs]
+            operands.multiply(rows, [(acc, w, w_rows) for acc, w in zip(parts, sides, strict=True)])
             y = result.next().shaped(*shape)
-            first, second = (bias_of(mem, k, *pair, e, columns) for pair in extra)
-            k.emit(isa.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
+            own = [bias_of(mem, k, *pair, e, columns) for pair in extra]
+            second = {"up": parts[1], "up_bias": own[1]} if glu else {}
+            k.emit(isa.Drain(dst=y, acc=parts[0], bias=own[0], **second, **how))
             k.emit(isa.Store(dst=out.part(rows, columns), src=y))
         streams.append(k.stream())
     return streams
