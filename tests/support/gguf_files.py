@@ -343,7 +343,7 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
             yield name, np.ascontiguousarray(x.T), lambda y, n=name: {n: np.ascontiguousarray(y.T)}
         else:
             full = name + ".weight" if name.endswith("sinks") else name
-            if name.endswith("expert_bias"):
+            if name.endswith("expert_bias") and arch != "hy_v3":
                 full = name + ".bias"
             if arch == "bloom":
                 full = name.removeprefix("transformer.")

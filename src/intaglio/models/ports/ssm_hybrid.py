@@ -171,7 +171,11 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     c.need_silu(SILU, "mamba_hidden_act")
     heads, dim = c.whole("mamba_num_heads"), c.whole("mamba_head_dim")
     check_groups(c, "mamba_num_heads", "n_groups")
-    c.replaced["time_step_limit"] = "transformers limits steps by time_step_min alone"
+    c.replaced |= {
+        "time_step_limit": "transformers limits steps by time_step_min alone",
+        "expand": "mamba_num_heads and mamba_head_dim say how wide blocks are",
+        "n_shared_experts": "there is one, as wide as moe_shared_expert_intermediate_size",
+    }
     mixer = SsmMixer(
         heads=heads, head_dim=dim, groups=c.whole("n_groups"), state=c.whole("ssm_state_size"),
         taps=c.whole("conv_kernel"), eps=s["eps"], bias=c.flag("use_bias"), out_bias=c.flag("use_bias"),

@@ -79,7 +79,7 @@ def gemma3n(m: Metadata) -> dict[str, Any]:
         "num_kv_shared_layers": m.whole("attention.shared_kv_layers", max(0, m.layers - OWN_CACHES)),
         "hidden_size_per_layer_input": m.whole("embedding_length_per_layer_input"),
         "vocab_size_per_layer_input": m.tables.shape(PER_LAYER)[0],
-        "final_logit_softcapping": m.real("final_logit_softcapping", 30.0) or None,
+        "final_logit_softcapping": m.real("final_logit_softcapping", 0.0) or None,
     }  # fmt: skip
 
 
