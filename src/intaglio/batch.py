@@ -227,7 +227,10 @@ class Batch:
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes of the symbolic dimensions in this batch: T, S, R, and ranks' shares of T."""
+        """A dict of the sizes of symbolic dimensions: "T" (tokens), "S" (sequences), "R" (rows with wanted logits).
+
+        It also answers keys such as "T:1/4": the number of token rows that rank 1 of 4 holds.
+        """
         t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
 

@@ -15,7 +15,7 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """A kernel of a library: the calls for which it is chosen, and its own values of fields of KernelLibrary.
+    """A kernel of a library: the uses of an op for which it is chosen, and its own values of fields of KernelLibrary.
 
     Attributes:
         op: one of OPS.
@@ -24,7 +24,7 @@ class KernelRecord:
         changes: the values, as (field of KernelLibrary, value).
         formats: formats of weights, or of keys and values, that it takes; (): every format.
         head_dims: (least, largest) head width that it takes.
-        default: True if it is chosen for calls that fit it; False: only if asked for by name.
+        default: True if it is chosen for every use of the op that fits it; False: only if asked for by name.
     """
 
     op: str
@@ -36,9 +36,10 @@ class KernelRecord:
     default: bool = True
 
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
-        """True if this kernel runs a call of `op` with operands in `format` and heads of `head_dim` columns.
+        """True if this kernel computes `op` for operands in `format` and heads of `head_dim` columns.
 
-        kernel: the kernel that is asked for by name; "": none is, and only kernels with `default` serve the call.
+        kernel: name of the kernel to use, which must be this one's; "": no name is asked for, and the result is False
+        unless `default` is set.
         """
         least, most = self.head_dims
         fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most

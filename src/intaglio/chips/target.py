@@ -65,10 +65,13 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A target whose library has only the kernel that runs a call; the target itself if its library has no records.
+        """A target whose library is reduced to one kernel: its fields are those of the kernel that computes the op.
 
-        op, format, head_dim: the call; see KernelRecord.serves(). name: name of the kernel; "": the one chosen by
-        default. Raises ChipError if the library has records, and none of this name.
+        It is the target itself if its library has no kernel records.
+
+        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
+        its heads. name: name of the kernel; "": the one used by default. Raises ChipError if the library has records,
+        and none of this name.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
@@ -127,9 +130,11 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """The result of Target.kernel(), cached: the target with one kernel of its library.
+    """A target whose library is reduced to one kernel: its fields are those of the kernel that computes the op; cached.
 
-    Raises ChipError for a name that no record of the library has.
+    on: the target. op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and
+    the width of its heads. name: name of the kernel; "": the one used by default. Raises ChipError for a name that no
+    record of the library has.
     """
     return Target(on.chip, on.library.with_record(on.library.record(op, format, head_dim, name)))
 

@@ -56,8 +56,8 @@ def bench_serve(
 ) -> None:
     """Send a server the load of a public trace: latencies, throughput, and goodput under a deadline.
 
-    The server is that of --base-url, any with OpenAI's completions, or one that is started for the run. With --device
-    silicon the engine runs in the modelled time of the chip.
+    --base-url names any server with OpenAI's /v1/completions. Without it, a server is started for this run. With
+    --device silicon there is no server: the engine runs in the modelled time of the chip.
     """
     try:
         import aiohttp  # noqa: F401
@@ -122,7 +122,7 @@ def bench_serve(
 
 
 def latencies(s: Summary, clock: str) -> Table:
-    """A table of the latencies of a load, in milliseconds. clock: "measured" or "modelled", for the heading."""
+    """The latencies of a load in milliseconds, as a rich Table. clock: "measured" or "modelled", for the heading."""
     shown = [name for name in ROWS if name in s.times]
     rows = [(ROWS[name], *(f"{s.times[name][k] * 1e3:,.3f}" for k in FIGURES)) for name in shown]
     headers = (f"latency, {clock}", *(f"{figure}\nms" for figure in FIGURES))

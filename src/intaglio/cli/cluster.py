@@ -245,10 +245,10 @@ def connect_ray(address: str, name: str) -> RayLauncher:
 
 
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
-    """Arguments of `intaglio serve` with which replicas keep K/V blocks in `folder`, as a list.
+    """Arguments of `intaglio serve`, as a list, that make replicas keep K/V blocks in `folder`.
 
-    given: arguments that the user gives; --kv-cache-size among them is left as it is. Otherwise the size is half of the
-    disk's free space, at most BLOCKS_BYTES (8 GiB).
+    They are --kv-cache-dir, and --kv-cache-size with half of the disk's free space, at most BLOCKS_BYTES (8 GiB). The
+    size is left out if the user's own arguments, `given`, have one.
     """
     from intaglio.cluster.budget import size_words
 

@@ -32,9 +32,9 @@ def port(
         typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
     ] = None,
 ) -> None:
-    """Find the port that fits an architecture and print its row of the table, or what is missing.
+    """Find the port that fits an architecture, and print the line that adds it to FAMILIES, or what is missing.
 
-    Needs torch and transformers.
+    FAMILIES is the table of supported architectures in a file of models/ports/. Needs torch and transformers.
     """
     if output and not auto:
         raise ValueError("--output goes with --auto, which writes a port file")
@@ -102,7 +102,7 @@ def check(
 
 
 def site_table(report: Report) -> Table:
-    """The table of errors by site that `intaglio check` prints, without the columns that would be empty."""
+    """The table of each op's errors that `intaglio check` prints, as a rich Table without empty columns."""
     headers = ["site", "error", "allowed"]
     columns = [
         [r.site for r in report.rows],

@@ -302,7 +302,7 @@ def named_folders(models: list[str], name: str | None) -> dict[str, Path | None]
     Args:
         models: arguments NAME=MODEL, or MODEL alone, which is named after its folder or hub id. None given: the bundled
             model, whose path is None.
-        name: name of the only model, or None.
+        name: name of the only model in place of its own; None: the names that `models` give.
 
     Raises ValueError for an empty name, a name that is used twice, and `name` with several models.
     """

@@ -319,7 +319,11 @@ def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str
 
 
 def kernel_facts(record: KernelRecord) -> tuple[str, str]:
-    """(op of a kernel record, text with the kernel's name, the calls it is chosen for, its values and their source)."""
+    """Two texts that describe a kernel record: (its op, description).
+
+    The description has the kernel's name, the calls it is chosen for, the values it sets and, on a second line, their
+    source.
+    """
     least, most = record.head_dims
     width = f"head width {least} to {most}" if most < WIDEST else f"head width from {least}" if least else ""
     calls = ", ".join(part for part in (*record.formats, width) if part) or "all calls"
@@ -373,7 +377,11 @@ def libraries(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop. The dots of a range such as `a .. b` are no full stops."""
+    """The first sentence of a text on one line, without its full stop.
+
+    A sentence ends at a full stop with a space behind it; the dots of a range such as `a .. b` end none. If there is no
+    such full stop, the whole text is returned.
+    """
     return re.split(r"(?<![. ])\. ", " ".join(text.split()))[0]
 
 

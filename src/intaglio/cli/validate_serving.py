@@ -41,7 +41,10 @@ def validate_serving(
     ] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Serve the loads of measured servers in modelled time and compare latencies, by engine and class of model."""
+    """Simulate the loads of measured servers, and compare modelled with measured latencies.
+
+    The errors are listed by serving engine and class of model.
+    """
     from intaglio.codesign import measured
     from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, rankings
 
@@ -109,7 +112,11 @@ def validate_serving(
 
 
 def say_ranking(ranked: Mapping[str, Sequence[Ranked]], worst: int) -> None:
-    """Print how often the recommendation is within 5 % of the best, and the `worst` cases of each kind."""
+    """Print how often the layout that the model recommends comes within 5 % of the best measured one.
+
+    ranked: the compared cases, by a text that says which cases they are. worst: number of cases to print for each such
+    text, those with the worst recommendation first.
+    """
     for kind, cases in ranked.items():
         if not cases:
             say(f"Ranking, {kind}: no case among these rows.")

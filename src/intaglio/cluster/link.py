@@ -32,9 +32,10 @@ class Call:
         self.frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
 
     async def frame(self) -> Frame:
-        """Wait for the next frame of the answer. Returns (header, body).
+        """Wait for the next frame of the answer. Returns (header, body): a dict and bytes.
 
-        Raises LinkLost if the connection has ended, Moved after move().
+        Raises LinkLost if the connection has ended, and Moved after move(), in both cases once all earlier frames are
+        returned.
         """
         got = await self.frames.get()
         if isinstance(got, Exception):
@@ -56,7 +57,10 @@ class Call:
         return start, bytes(whole)
 
     def move(self) -> None:
-        """Make frame() raise Moved, once it has returned the frames that are already here."""
+        """Tell the task that reads this call's answer to go on at another replica, because this one is being drained.
+
+        frame() returns the frames that have already arrived, and then raises Moved.
+        """
         self.frames.put_nowait(Moved())
 
     def close(self) -> None:

@@ -37,10 +37,11 @@ class Apart:
         return self.prefill.server.placement.chips + self.decode.server.placement.chips
 
     def transfer_s(self, tokens: int) -> float:
-        """Seconds in which the K/V of a prompt of `tokens` tokens travels to its decode server.
+        """Seconds from the end of a prompt's prefill until its K/V is on the decode server.
 
-        The chips of a copy of attention send their parts at once, each over its own links. If all servers have more
-        chips than a node, and nodes are joined, each chip sends over its adapter.
+        tokens: length of the prompt. The result is the link latency plus the K/V bytes of one chip over the rate of one
+        chip's links: all chips that hold the prompt's K/V send their parts at the same time. If crosses_nodes, latency
+        and rate are those of a chip's network adapter.
         """
         links, apart = self.prefill.target.chip.links, self.crosses_nodes
         latency = links.node_latency_s if apart else self.prefill.target.library.link_latency_s
@@ -54,10 +55,13 @@ class Apart:
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
-        """A list of the first `concurrency` requests' start times in seconds, evenly over the time that one takes.
+        """Start times in seconds of the first `concurrency` requests, as a list: 0, and then evenly spaced.
 
-        That time is estimated: the prompt alone in one step, then for each token of the response a decode step of all
-        open requests with half of the response in the cache.
+        They fill the estimated time T in which one request is served: request i starts at T * i / concurrency. T is one
+        prefill step with this prompt alone, plus one decode step for each output token, with all open requests spread
+        over the decode servers and half of the response in the cache.
+
+        request: the lengths, equal for all requests.
         """
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
         each = max(1, concurrency // self.decode.server.placement.replicas)
@@ -116,8 +120,8 @@ class ApartRun:
 def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
     """Serve requests in virtual time, and return the ApartRun.
 
-    arrivals: seconds at which the first requests are sent, ascending. Each later one is sent when another has ended.
-    Raises ValueError for a request that a cache cannot hold, and for one with fewer than two output tokens.
+    arrivals: seconds at which the first requests are sent, ascending. Each later request is sent when an earlier one
+    has ended. Raises ValueError for a request that a cache cannot hold, and for one with fewer than two output tokens.
     """
     if min(r.output for r in requests) < 2:
         raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")
@@ -169,8 +173,8 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
     """Keep `concurrency` requests like `request` open until `turns` times as many have ended. Returns the ApartResult.
 
-    The first requests start evenly spread over the time that one takes. Raises ValueError for a request that a cache
-    cannot hold, or with fewer than two output tokens.
+    The first requests start at the times of Apart.spread(). Raises ValueError for a request that a cache cannot hold,
+    or with fewer than two output tokens.
     """
     total = turns * concurrency
     run = run_apart(apart, [request] * total, apart.spread(request, concurrency))

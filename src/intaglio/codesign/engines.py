@@ -25,31 +25,31 @@ class EngineProfile:
     Attributes:
         name: the engine's name.
         description: one line, for listings.
-        max_batch_tokens: most tokens of a step of one copy of attention.
-        max_sequences: most sequences that run at once, for each copy of attention.
+        max_batch_tokens: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        max_sequences: most sequences that run at once on each DP rank.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: the host's time for each step.
-        sequence_s: the host's time for each sequence of a step; each copy of attention has a host process for its own.
+        sequence_s: the host's time for each sequence of a step. Each DP rank has a host process for its sequences.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
-        poll_steps: pairs (open requests of a server, decode steps between two looks for new requests), ascending: the
-            steps of the last pair with no more open requests count. (): the engine looks before every step.
+        poll_steps: pairs (n, steps), with ascending n. A server with n or more open requests looks for new ones after
+            every `steps` decode steps; the largest n that fits counts. If none fits, or for (): before every step.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
         fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
-        library: fields of the chip's kernel library in which the engine's own kernels differ.
-        generations: such fields for single generations of chips, by the generation's name, such as hopper.
+        library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
+        generations: {generation of chips, such as hopper: {field: value}}, further values like those of `library`.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
-        recipes: tables of fields that differ for some servers, such as options with which published benchmarks start
-            them. `system` (the chip's name), `card`, `release` and `layout` of a table say for which; those left out do
-            not matter. Of tables that give one field, the last counts. `why` is the source.
-        apart: fields that differ where prefill and decode have servers of their own.
-        older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
+        recipes: dicts of profile fields with other values for some servers, such as options with which published
+            benchmarks start them. The keys `system` (the chip's name), `card`, `release` and `layout` say for which
+            servers; a key left out matches all. If several set a field, the last one counts. `why` is the source.
+        apart: profile fields with other values on disaggregated servers (prefill and decode on separate servers).
+        older: profile fields with other values in older releases. `before` is the first newer release, such as 0.14.
         reasons: source of each field's value.
 
     Raises ValueError for a value out of range or an unknown fusion, ChipError for a wrong `older`.
@@ -123,12 +123,17 @@ class EngineProfile:
     def of(
         self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = ""
     ) -> EngineProfile:
-        """The profile of one server: this one, with the fields changed that differ for the server.
+        """A copy of this profile with the values that hold for one server; `recipes`, `apart` and `older` are empty.
 
-        First the fields of `apart` are taken if prefill and decode have servers of their own, else those of `older` if
-        is_older(release). Then come the fields of each recipe for the server. release: such as 0.17.0. card: name of
-        the model's card. layout: text of the server's Placement. apart: True for such servers of their own. system:
-        name of the chip, such as b200_sxm.
+        Values are replaced in this order: by `self.apart` if the argument `apart` is True, otherwise by `self.older` if
+        is_older(release); then by each recipe that matches the server.
+
+        Args:
+            release: the engine's release, such as 0.17.0; "": not known, which counts as older.
+            card: name of the model's card (its shipped config).
+            layout: text of the server's Placement, such as tp8.
+            apart: True for a disaggregated server, which only prefills or only decodes.
+            system: name of the chip, such as b200_sxm.
         """
         older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         changes = dict(self.apart if apart else older)
@@ -139,18 +144,21 @@ class EngineProfile:
         return replace(self, **changes, recipes=(), apart={}, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels in its library.
+        """A copy of `target` in which this engine's own kernels replace values of the kernel library.
 
-        Raises ChipError if the profile changes an unknown field, or sets a value out of range.
+        The values are those of `library`, then those of `generations` for the library's generation. Without any,
+        `target` itself is returned. Raises ChipError for a field that a library does not have, or a value out of range.
         """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
     def settings(self, kv_tokens: int, copies: int = 1, concurrency: int = 1) -> QueueSettings:
-        """The QueueSettings of one of the engine's servers.
+        """The QueueSettings of one server of this engine.
 
-        kv_tokens: tokens that its K/V cache holds. copies: copies of attention in the server. concurrency: requests
-        open at once.
+        Args:
+            kv_tokens: tokens that the server's K/V cache holds.
+            copies: data-parallel copies of the attention layers (DP ranks) in the server; each runs max_sequences.
+            concurrency: requests open at once on the server; it selects the entry of poll_steps.
         """
         poll = [steps for least, steps in self.poll_steps if concurrency >= least]
         return QueueSettings(
@@ -160,7 +168,12 @@ class EngineProfile:
 
 
 class EngineTimes:
-    """Step times of a serving engine: those of the chip's kernels, with the profile's launches and factors."""
+    """Step times of a server under one serving engine: modelled times of kernels, changed as its profile says.
+
+    The profile gives the launch overhead of CUDA graphs in steps that only decode, and a factor for each kind of step.
+
+    times: the server's StepTimes. profile: the engine's profile.
+    """
 
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies
@@ -171,8 +184,8 @@ class EngineTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
-        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
-        and including them, number of such prompts).
+        decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
+        chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
         if chunks:
             seconds, joules = self.times.cost(decoding, context, chunks)

@@ -47,23 +47,39 @@ class FleetResult:
 
 
 class Member:
-    """A replica of the fleet: its Queue, and the time at which its present steps end if no request arrives."""
+    """One replica of the fleet in virtual time.
+
+    Attributes:
+        number: its number, from 0.
+        queue: its Queue of requests.
+        next: seconds at which its current run of equal steps ends, see Queue.next_event(). A request that arrives
+            before then ends the run sooner. NEVER if no request is open.
+        given: number of requests that the router gave it.
+    """
 
     def __init__(self, number: int, queue: Queue) -> None:
         self.number, self.queue, self.next, self.given = number, queue, NEVER, 0
 
     def look_ahead(self) -> None:
-        """Admit waiting requests, and set `next` to the time at which the next steps end; NEVER if none is open."""
+        """Admit waiting requests, and set `next` to the end of the next run of steps; NEVER if no request is open."""
         self.queue.admit()
         self.next = self.queue.next_event() if self.queue.open else NEVER
 
     def take(self, until: float = NEVER) -> None:
-        """Take the steps up to the next event, or those that begin before `until`."""
+        """Simulate one run of the replica's steps, and set `next` to the end of the run after it.
+
+        The run ends when a response ends or the engine looks for new requests, and takes no step that begins at or
+        after `until` seconds; see Queue.take_steps(). It has at least one step if a request is admitted.
+        """
         self.queue.take_steps(until)
         self.look_ahead()
 
     def give(self, request: LoadRequest) -> None:
-        """Add a request, which arrives at request.at, after taking the replica's steps that begin before that time."""
+        """Add a request to the replica's queue at the time request.at.
+
+        The replica's steps that begin before that time are simulated first. Raises ValueError if its K/V cache cannot
+        hold the request.
+        """
         while self.queue.open and self.queue.now < request.at:
             self.take(request.at)
         if not self.queue.open:
@@ -82,7 +98,7 @@ def least_open(members: Sequence[Member], number: int) -> Member:
 
 
 def in_turn(members: Sequence[Member], number: int) -> Member:
-    """The replica whose turn it is at the arrival with this number."""
+    """The replica that is next in round-robin order. number: number of the arrival, from 0."""
     return members[number % len(members)]
 
 

@@ -52,7 +52,7 @@ class Draw:
         keys: keys of each decoding sequence.
         prompt: tokens of the one prompt.
         precision: formats of weights, K/V and rows, in words.
-        changes: (field, value) of each field of the chip that differs from the preset.
+        changes: (field, value) of each field of the chip that differs from the preset, except its size of HBM.
     """
 
     on: Target
@@ -73,19 +73,20 @@ class Draw:
 
 
 def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
-    """BatchSizes of a step that decodes `decoding` sequences of `keys` keys and computes a prompt of `prompt` tokens.
+    """BatchSizes of a step with some decoding sequences and at most one prompt.
 
-    prompt: 0 for none.
+    decoding: number of decoding sequences. keys: each one's number of keys (tokens in its K/V cache). prompt: number of
+    tokens of a prompt that is computed whole in this step; 0: no prompt.
     """
     parts = ((1, keys, decoding),) * (decoding > 0) + ((prompt, prompt, 1),) * (prompt > 0)
     return BatchSizes(decoding + prompt, decoding + (prompt > 0), parts)
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """A random chip: (Target, the (field, value) pairs in which it differs from a preset).
+    """A random chip, as (Target, pairs (field, value) in which it differs from a preset).
 
-    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3. The chip always has 10 TB of HBM, so
-    that every model fits.
+    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3; () in the others. The chip always has
+    10 TB of HBM, so that every model fits; this change is not in the pairs.
     """
     on = target(str(rng.choice(sorted(CHIPS))))
     on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed
@@ -118,7 +119,10 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random Draw. card: name of a shipped config; None: a random model. Raises ValueError for another name."""
+    """A random test case for violations(), as a Draw: a chip, a model, a layout, number formats and a load.
+
+    card: name of a shipped model config to use; None: a small random model. Raises ValueError for an unknown name.
+    """
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
     reachable = [x for x in LAYOUTS if Layout.parse(x).tp <= max(1, on.chip.links.max_chips)]
@@ -170,13 +174,15 @@ def tiles_by_heuristic(d: Draw) -> bool:
 
 
 def violations(d: Draw) -> list[str]:
-    """The properties that do not hold for a Draw, in words; [] if all hold.
+    """Check that modelled times obey physics in one case. Returns a list with a text for each broken property.
 
-    Two facts of libraries let a step become faster with more work. They are switched off for such comparisons:
+    The properties: no rate of a step is above the data sheet's; n chips are at most n times as fast as one; twice of a
+    chip's resource does not make a step more than 1 % slower; and more sequences, keys or prompt tokens do not make it
+    faster. For the last two, what may truly break them is switched off:
 
-    - Two halves of a batch that overlap are a list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on
-      Multiprocessing Timing Anomalies, 1969). Resources and loads are compared with one half after the other.
-    - Tiles may be chosen by a heuristic (see tiles_by_heuristic()). Loads are compared with the fastest tiles.
+    - Two overlapping halves of a batch are a list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on
+      Multiprocessing Timing Anomalies, 1969). The halves run one after the other.
+    - A library may choose tiles by a heuristic, see tiles_by_heuristic(). Loads are compared with the fastest tiles.
     """
     load = sizes(d.decoding, d.keys, d.prompt)
     lines = timelines(d.programs, d.on, load)
@@ -207,5 +213,5 @@ def violations(d: Draw) -> list[str]:
 
 
 def all_cards() -> list[str]:
-    """A sorted list of the names of the shipped configs."""
+    """Names of the model configs that ship with the package (cards), as a sorted list."""
     return sorted(cards())

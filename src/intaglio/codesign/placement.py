@@ -19,12 +19,14 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How the chips of a serving system share a model: equal servers, each with some copies of attention.
+    """How the chips of a serving system share a model: `replicas` equal servers, each of some chips.
+
+    With data-parallel attention a server has several copies of the attention layers (DP ranks), each with its own
+    requests and K/V cache, while all its chips share the experts.
 
     Attributes:
-        attention: layout of one copy of everything but routed experts.
-        copies: number of copies of attention in a server, each with its own requests; 1 without data-parallel
-            attention.
+        attention: layout of one copy of everything except routed experts.
+        copies: number of such copies in a server; 1 without data-parallel attention.
         experts: layout of the routed experts over all chips of a server; None: as `attention` says.
         replicas: number of servers, which share nothing.
 
@@ -80,12 +82,15 @@ class Placement:
 
     @property
     def plain(self) -> bool:
-        """True if the experts have no layout of their own, so that the layout of one server is `attention`."""
+        """True if experts are distributed by the same layout as all other layers, so `experts` is None."""
         return self.experts is None
 
     @property
     def single(self) -> bool:
-        """True for one server without a layout of its own for the experts: the engine itself can be simulated on it."""
+        """True for one server (replicas is 1) whose experts have no layout of their own (`experts` is None).
+
+        Only such a placement can be simulated with the real engine; others need the queue model.
+        """
         return self.plain and self.replicas == 1
 
     def __str__(self) -> str:

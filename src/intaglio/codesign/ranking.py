@@ -24,7 +24,10 @@ MODEL_AND_CHIP = ("card", "system")  # `card` is the name of the model's card, w
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
-    """Output tokens per second per chip of a row's server, by Little's law from mean latencies in seconds."""
+    """Output tokens per second per chip of a measured row's server, by Little's law from the latencies.
+
+    ttft, tpot: mean latencies in seconds, measured or modelled.
+    """
     output = row.number("osl")
     return row.concurrency * output / (ttft + tpot * (output - 1)) / row.placement().chips
 
@@ -60,16 +63,18 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2,
 ) -> list[Ranked]:  # fmt: skip
-    """A list with a Ranked for each case of aggregated servers with enough layouts and points.
+    """Compare the layouts that the model recommends with those that measured best: a list of Ranked, one a case.
 
-    Refused rows, and rows of disaggregated servers, are left out.
+    A case is a set of measured rows that answer one question, such as the same model, chip and engine. Its points are
+    the layouts and numbers of open requests in these rows. Refused rows, and rows of disaggregated servers, are left
+    out. The list is ordered by the cases' column values; it is empty if no case has enough points.
 
     Args:
-        compared: measured and modelled latencies.
-        at_one_load: True to compare only points with equal numbers of open requests.
+        compared: measured and modelled latencies of the rows.
+        at_one_load: True to make a case of its own for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: columns that the points of a case have in common. Rows that differ in another column of SAME are different
-            points.
+        same: columns in which all rows of a case are equal. Rows of a case that differ in a column of SAME which is not
+            in `same` are different points.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
@@ -84,19 +89,22 @@ def rankings(
 
 
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """A tuple of the row's texts in these columns; "" for a column without one.
+    """The row's texts in the columns `names`, as a tuple; "" where the row has no text.
 
-    The name "card" is no column: its text is the name of the card of the row's model.
+    The name "card" stands for the shipped config of the row's model, and "" if there is none.
     """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """The Ranked of the rows of one case.
+    """What the model recommends for one case and what measured best, as a Ranked.
 
-    Rows of the same layout, number of open requests and columns `others` count as one point, with their mean rates.
+    Rows with equal layout, number of open requests and columns `others` are one point; its rate is their mean.
 
-    asked: the question, as Ranked.question holds it. mine: the rows. others: names of columns.
+    Args:
+        asked: what the rows have in common; it becomes Ranked.question.
+        mine: the rows of the case, at least one.
+        others: names of columns in which rows of different points may differ.
     """
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:
@@ -111,5 +119,8 @@ def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequen
 
 
 def share_good(found: Sequence[Ranked]) -> float:
-    """Fraction of the cases whose recommendation is good. Raises ValueError without cases."""
+    """Fraction of the cases, 0 to 1, in which the recommended point reaches 95 % of the best measured rate or more.
+
+    Raises ValueError without cases.
+    """
     return statistics.fmean(r.good for r in found)

@@ -44,7 +44,10 @@ class Kind:
         return self.times.server.placement.chips_per_server
 
     def of(self, replicas: int) -> StepTimes:
-        """The StepTimes of `replicas` such servers. They share the table of step times with this one."""
+        """The StepTimes of a placement with `replicas` servers of this kind.
+
+        A step of each takes what a step of `self.times` takes, so both objects share one table of computed step times.
+        """
         server = self.times.server
         many = replace(server, placement=replace(server.placement, replicas=replicas))
         times = StepTimes(many, self.times.target, self.times.fusions)
@@ -81,10 +84,12 @@ def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
 
 
 def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
-    """(prompts per second of one prefill server whose steps are full, seconds that a prompt takes in such steps).
+    """(prompts per second, seconds for a full step's prompts) of one prefill server that always has prompts waiting.
 
-    Each step has as many whole prompts as its tokens allow, or one chunk of a longer prompt, for each copy of
-    attention.
+    Each data-parallel copy of the attention layers (DP rank) computes as many whole prompts as fit max_batch_tokens, or
+    one prompt in chunks if it is longer; the seconds are those until all these prompts are computed.
+
+    kind: the server. input: tokens of each prompt.
     """
     count = kind.times.copies * max(1, kind.settings.max_batch_tokens // input)
     seconds = prompt_seconds(kind, input, count)
@@ -139,11 +144,19 @@ def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Rat
 def kinds(
     question: Question, on: Target, layouts: Sequence[str], budget: int, sequences: int
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
-    """Compile a server for each of `layouts`. Returns ({layout: Kind}, [(layout, reason)]): servers, and refusals.
+    """Compile one server for each layout. Returns ({layout: Kind}, [(layout, reason)]).
 
-    A layout is refused if model and one prompt do not fit its chips. budget, sequences: most tokens and sequences of a
-    step of one copy of attention. Raises LayoutError for a text that is no layout, and ValueError for a layout with
-    replicas.
+    The list has the layouts that are refused and why: the model and one prompt do not fit the chips, or the chips
+    cannot be joined.
+
+    Args:
+        question: the model, its number formats and its load.
+        on: chip and kernel library.
+        layouts: such as tp8 or dp8/ep8.
+        budget: most tokens of a step on one data-parallel copy of the attention layers (DP rank).
+        sequences: most sequences of a step on one DP rank.
+
+    Raises LayoutError for a text that is no layout, and ValueError for a layout of more than one server.
     """
     found: dict[str, Kind] = {}
     refused: list[tuple[str, str]] = []
@@ -167,10 +180,20 @@ def kinds(
 def search(
     question: Question, prefill: dict[str, Kind], decode: dict[str, Kind], chips: int, progress: Progress = silent
 ) -> list[tuple[str, str, ApartResult]]:
-    """A list of (prefill layout, decode layout, ApartResult) for pairs of layouts, the most output per chip first.
+    """Find how many servers should prefill and how many decode, for each pair of a prefill and a decode layout.
 
-    Each pair has its best ratio for `chips` chips. A pair is left out if no ratio fills the chips within the limits, or
-    if its queues break a limit at every load tried. Raises ValueError for responses of fewer than two tokens.
+    Returns a list of (prefill placement, decode placement, ApartResult), the most output tokens/s per chip first. A
+    placement is text, such as 2x(dp8/ep8) for two servers.
+
+    Args:
+        question: the load and its limits.
+        prefill: a server for each prefill layout, see kinds().
+        decode: a server for each decode layout.
+        chips: number of chips that all servers together have, exactly.
+        progress: called before each pair.
+
+    A pair is left out if no numbers of servers use all chips and keep the limits. Raises ValueError for responses of
+    fewer than two tokens.
     """
     out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
@@ -184,11 +207,11 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """The ApartResult of serving with the ratio `found`, by the queues in virtual time.
+    """Simulate prefill and decode servers in the numbers `found`. Returns the ApartResult; None if a limit is broken.
 
-    first, second: kinds of prefill and decode servers. The number of open requests is reduced until the limits are
-    kept. None if they are still broken after TRIES tries, or with one request.
-    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
+    If the mean TTFT or TPOT is above the question's limits, the run is repeated with 15 % fewer open requests, up to
+    TRIES runs or until one request is open. first, second: the prefill and the decode server. Raises ValueError for a
+    request that a cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

@@ -70,7 +70,10 @@ class Limits:
     tpot: float = float("inf")
 
     def met_by(self, outcome: Outcome) -> bool:
-        """True if the request has ended without an error, and within both limits."""
+        """True if a request ended without an error and both its latencies, `ttft` and `tpot`, are within these limits.
+
+        A response of one token has no time per token and needs only `ttft`.
+        """
         if outcome.error is not None or outcome.first is None:
             return False
         return outcome.first <= self.ttft and (outcome.each or 0.0) <= self.tpot
@@ -234,7 +237,7 @@ class NoWeights:
     strips = release = read
 
     def identity(self) -> str | None:
-        """None, since there are no values to identify."""
+        """None. A real source of weights returns a text that identifies their values; this one has no values."""
         return None
 
 

@@ -84,15 +84,16 @@ class Serving:
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """BatchSizes of a step that only decodes, in the steady state: batch * (output - 1) requests.
+        """BatchSizes of a step that only decodes, under the steady load: one token of batch * (output - 1) sequences.
 
-        All of them have the average number of keys, input + output // 2.
+        There are so many because `batch` requests start in every step, and each decodes for output - 1 steps. All have
+        the average number of keys (tokens in the K/V cache), input + output // 2.
         """
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step in the steady state: `batch` prompts, and a token for each request of decode()."""
+        """BatchSizes of a step of the steady load: `batch` prompts, and one token of batch * (output - 1) sequences."""
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 
@@ -134,7 +135,7 @@ class Phase:
 
     @property
     def flops_share(self) -> float:
-        """FLOPs of one step as a fraction of what all chips could do in one period at the peak rate of `format`."""
+        """MFU: FLOPs of one step over what all chips could do in `period` at the peak rate of `format`; a fraction."""
         done = sum(t.totals().flops for t in self.stages) / len(self.stages)
         return done / (self.period * self.slowest.chip.peak_flops(self.format))
 
@@ -266,9 +267,9 @@ def what_helps(
 ) -> list[tuple[str, float]]:
     """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
-    The speed-up is the time of the load's last phase (mixed, or prefill with one output token) before the change over
-    that after it; 1.0 means no effect. Raises ChipError if the chips cannot hold the load, ValueError for requests
-    longer than the model's context.
+    The speed-up is the seconds between two steps before the change over the seconds after it; 1.0 means no effect. The
+    steps are mixed ones (prompts and decoding), or prefill with one output token. Raises ChipError if the chips cannot
+    hold the load, ValueError for requests longer than the model's context.
     """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period
@@ -281,12 +282,12 @@ def what_helps(
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """The last phase of a load (mixed, or prefill with one output token) with one layout, and what speeds it up most.
+    """A simulated step of a load with one layout, and the change of the chip that speeds it up most.
 
     Attributes:
         layout: how the chips share the model.
-        mixed: the Phase.
-        change: name of the change, a key of CHANGES, that helps most.
+        mixed: the mixed Phase (prompts and decoding); the prefill Phase for a load with one output token.
+        change: name of the change, a key of CHANGES, that speeds the Phase up most when made alone.
         gain: speed-up by that change; 1.0 means no effect.
     """
 
@@ -296,7 +297,7 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: the layout, the phase's figures, and the change that helps most with its speed-up."""
+        """A dict for JSON: layout, the figures of the Phase, helps_most (name of a change), gain (its speed-up)."""
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 
 

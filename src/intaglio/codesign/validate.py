@@ -114,8 +114,9 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         top_k: number of experts of each token.
         n: number of experts on all ranks.
         ep: number of ranks that share the experts.
-        load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
-            * tokens, as in the benchmark.
+        load: "balanced"; or "power_law_A", such as power_law_1.2: an expert's rows are proportional to a quantile of
+            the density x**-A on 1 <= x <= 0.8 * tokens, with at most `tokens` rows for each, as in the benchmark that
+            measured the table.
         in_order: True if rows left over by rounding go to the experts with the most rows, the first of equal ones (the
             older benchmark); False: to those with the largest exact share.
     """
@@ -181,7 +182,7 @@ class Worst:
     """A row with a large error.
 
     Attributes:
-        words: the call.
+        words: the call as text, see words().
         us: measured microseconds.
         predicted: modelled microseconds.
         reason: the cause of the error, in words.
@@ -195,12 +196,17 @@ class Worst:
 
 @dataclass(frozen=True)
 class Record(Errors):
-    """The Errors of one chip, table (or kernel) and number format.
+    """Errors of the modelled times for one chip, table (or kernel) and number format.
+
+    The fields of Errors are those of all rows, in per cent.
 
     Attributes:
-        regimes: the Errors of the rows in each regime of the model, see regime.REGIMES; none for a regime without rows.
-        causes: number of rows by cause (see regime.CAUSES), among the twentieth with the largest errors.
-        worst: the rows with the largest errors, the largest first.
+        chip: name of the chip.
+        table: name of the table, such as matmul.
+        dtype: number format, as in the table.
+        regimes: {what bounds the modelled time, one of regime.REGIMES: Errors of these rows}; only those with rows.
+        causes: {cause of an error, a key of regime.CAUSES: number of rows} of the 5 % of rows with the largest errors.
+        worst: some rows with the largest errors, the largest first.
     """
 
     chip: str
@@ -214,7 +220,8 @@ class Record(Errors):
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
     """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, each row a dict by column name.
 
-    A file SERVING is left out. Raises ValueError for an unknown chip or table, and if there is no such file.
+    The file serving.csv is skipped: it has measurements of whole servers, not of kernels. Raises ValueError for an
+    unknown chip or table, and if there is no file to read.
     """
     found = {}
     for path in sorted(p for p in folder.glob("*.csv") if p.name != SERVING):
@@ -232,7 +239,10 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row, as in its column dtype or kv_dtype; "two bytes" if it has neither."""
+    """The number format of a row as text: its column dtype, or else kv_dtype.
+
+    "two bytes" for a row with neither column: of a collective, of which only the bytes are measured.
+    """
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 
 
@@ -278,7 +288,10 @@ def validate(
 
 
 def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
-    """The modelled Calls of the rows of a table, as a list. A collective's barrier counts as its launch."""
+    """A list of Calls, one for each row of a table: the modelled Timing, and how much of it is launch overhead.
+
+    For a collective the ranks' barrier counts as launch overhead. Raises ChipError if the chip cannot run a row's call.
+    """
     without = on.with_library(launch_s=0.0, barrier_s=0.0)
     out = []
     for row in rows:
@@ -288,9 +301,15 @@ def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
 
 
 def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, name: str = "") -> Record:
-    """The Record of `rows` of a table on a chip, which lists the `worst` rows with the largest errors.
+    """The Record of the errors of `rows`. Raises ChipError if the chip cannot run a row's call.
 
-    name: of the Record's table; "": `table`. Raises ChipError if the chip cannot run a row's call.
+    Args:
+        on: chip and kernel library.
+        table: the rows' table, a key of TABLES.
+        dtype: their number format.
+        rows: at least one measured row.
+        worst: how many rows with the largest errors the Record lists.
+        name: what the Record calls the table; "": `table`.
     """
     us, found = measured(rows), calls(on, table, rows)
     predicted = np.array([c.timing.seconds for c in found]) * 1e6

@@ -58,10 +58,12 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """Text of a library file with the fields in which `new` differs from `old`.
+    """Text of a library file (TOML) that makes `new` from the library file `base`.
 
-    base: name of the file of `old`. why: reason given for each value. If any kernel differs, all kernels of `new` are
-    written; as a file's own kernels they are chosen before those of its base.
+    It sets the fields in which `new` differs from `old`, and gives `why` as the reason of each. If any kernel record
+    differs, all kernel records of `new` are written: records of a file count before those of its base file.
+
+    base: name of the file of `old`.
     """
     changed = differences(new, old)
     lines = [f"description = {toml(f'{old.description}, calibrated')}", f"base = {toml(base)}", ""]

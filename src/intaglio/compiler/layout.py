@@ -29,10 +29,10 @@ class Layout:
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
-        redundant: number of redundant experts, which are further copies of some. Each of the ep groups then holds
-            ceil((experts + redundant) / ep) experts of a layer, and results do not depend on which. None: each holds a
-            run of the experts, without copies.
-        placement: the experts of each group; None: those of ExpertPlacement.even().
+        redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
+            then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
+            None: there are no copies, and each group holds consecutive experts.
+        placement: says which experts each group holds; None: ExpertPlacement.even() says it.
 
     Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
     """

@@ -50,19 +50,28 @@ def stage_of(p: Program, stages: int) -> list[int]:
 
 
 def _fitting(home: list[int], stages: int) -> str:
-    """The largest pp below `stages` that leaves no stage empty, as text for an error message.
+    """Advice for an error message: "ppN" with the largest N below `stages` that leaves no stage without layers.
 
-    home: the first layer of those that each layer shares a stage with.
+    "tp, or no pp" if no N above 1 does. home: for each layer, the first of the layers with which it must share a stage
+    (the layer itself if it is free).
     """
     fit = max(n for n in range(1, stages) if len({m * n // len(home) for m in home} | {n - 1}) == n)
     return f"pp{fit}" if fit > 1 else "tp, or no pp"
 
 
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
-    """The Program of one rank: the ops of stage number `stage` in the Program `p` of lane number `lane`.
+    """The Program of one rank: the ops of pipeline stage number `stage`, with sends and receives.
 
-    Results that other stages read are sent there, and results that come from other stages are received. wire: format to
-    which values are rounded before they are sent. Raises LayoutError if a stage would have no layers.
+    Results that other stages read are sent there, and results of other stages are received.
+
+    Args:
+        p: the ops of all stages, already divided among the ranks of a stage for tensor and expert parallelism.
+        layout: degrees of parallelism.
+        lane: which of the ranks of a stage `p` is for, from 0.
+        stage: number of the stage, from 0.
+        wire: name of the number format to which values are rounded before they are sent, such as "bf16".
+
+    Raises LayoutError if a stage would have no layers.
     """
     at = stage_of(p, layout.pp)
     maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}
@@ -100,7 +109,10 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op for stage number `stage`: in a collective, the numbers of lanes in `group` become the stage's ranks."""
+    """The op for pipeline stage number `stage`: a collective with the stage's ranks as its group; others unchanged.
+
+    Before, the group has the ranks' numbers within the stage, which are counted from 0.
+    """
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op

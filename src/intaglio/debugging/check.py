@@ -267,9 +267,14 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """{site or name of a view: tolerance} for all sites, as check() defines it. tokens: length of the prompt.
+    """The largest relative error that rounding alone may explain, for each op and view: a dict {name: tolerance}.
 
-    A view has the tolerance of the op whose result it is part of.
+    An op's name is its site (its place in the model). The formula is in check(). The error is ||ours - theirs|| /
+    ||theirs||. A view, a slice of a result's columns, has the tolerance of the op that computes the result.
+
+    Args:
+        p: the Program.
+        tokens: length of the prompt.
     """
     out: dict[str, float] = {}
     longest = 1
@@ -345,7 +350,7 @@ def _tensor_of(module: Any, out: Any) -> Any:
 def module_of(model: Any, p: Program, op: Op) -> Any:
     """The transformers module that holds the weight of `op`; None if there is none.
 
-    For the op experts it is the module of all experts.
+    For the op Experts it is the module of all experts.
     """
     if op.site == "lm_head":
         return model.get_output_embeddings()

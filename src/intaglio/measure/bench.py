@@ -54,12 +54,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The bound in seconds: the larger of memory and matrix."""
+        """The least time that the ops can take, in seconds: the larger of `memory` and `matrix`."""
         return max(self.memory, self.matrix)
 
     @property
     def by(self) -> str:
-        """Name of the larger of the two, which limits the speed: "memory" or "matrix"."""
+        """What sets the bound: "memory" (bandwidth) if `memory` is larger than `matrix`, else "matrix" (arithmetic)."""
         return "memory" if self.memory > self.matrix else "matrix"
 
     def __add__(self, other: Bound) -> Bound:
@@ -253,7 +253,10 @@ def _blocks(executable: Executable, sequence: int, length: int) -> range:
 
 
 def prefill_steps(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
-    """Yield the Batches that prefill `count` prompts of `length` random tokens, each filled up to `budget` tokens."""
+    """Yield the Batches that prefill `count` prompts of `length` random tokens.
+
+    Each Batch has `budget` tokens, the last one perhaps fewer; a prompt may be split over several Batches.
+    """
     rng = random.Random(0)
     chunks: list[Chunk] = []
     room = budget
@@ -319,9 +322,10 @@ def moved(work: Work) -> int:
 
 
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
-    """A dict from site to its Bound in one step of `batch`.
+    """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
 
-    The bandwidth is that for the working set of the whole step.
+    All ops get the bandwidth at which as many bytes are read as the whole step reads: a small model stays in the CPU's
+    caches. roofs: measured bandwidth and FLOP/s of the machine.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())

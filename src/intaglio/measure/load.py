@@ -253,6 +253,6 @@ def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """A dict with the mean and percentiles of the values, by the names mean, p50, p90 and p99."""
+    """A dict with the mean and percentiles of one or more values, by the names mean, p50, p90 and p99."""
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return {"mean": float(np.mean(values)), "p50": float(p50), "p90": float(p90), "p99": float(p99)}

@@ -24,7 +24,7 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request that the engine has.
+    """A request of a load that the engine is working on.
 
     Attributes:
         planned: the request as planned.
@@ -37,7 +37,7 @@ class Running:
     stamps: list[float] = field(default_factory=list)
 
     def ended(self, event: Event, end: float) -> Outcome:
-        """The outcome, from the request's last event. end: seconds from the request's start."""
+        """The Outcome of this request, made from its last event. end: seconds from the request's start to its end."""
         assert event.usage
         error = event.finish_reason if event.finish_reason in FAILED else None
         gaps = tuple(b - a for a, b in itertools.pairwise(self.stamps))
@@ -93,10 +93,14 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on a silicon LLM in the modelled time of its chips. Returns the list of Outcomes of run_load().
+    """Run a load in the modelled time of the simulated chips. Returns a list of Outcomes, first ended first.
 
-    seed: random seed of the prompts, which are random token ids. concurrency: the largest number of open
-    requests; None: no limit.
+    Args:
+        llm: a model on the device "silicon".
+        requests: lengths and arrival times.
+        seed: random seed of the prompts, which are random token ids.
+        concurrency: the largest number of open requests; None: no limit.
+        progress: called before each step.
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

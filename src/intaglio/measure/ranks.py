@@ -41,8 +41,9 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns a list of each step's StepResult.
+    """Measure decode steps. Returns a list of runs * DECODE_STEPS StepResults with the seconds of each op.
 
+    Each run decodes DECODE_STEPS tokens after short prompts; one more run before them warms up and is left out.
     sequences: number of sequences in a step. Overwrites the K/V cache.
     """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))
@@ -69,7 +70,13 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 
 
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
-    """A list with a dict for each rank: {number of another rank: seconds of the step that it waited for that rank}."""
+    """How long each rank of a mesh waited for others in one step: a list with a dict {other rank: seconds} for each.
+
+    A recv waits for its sender as long as it takes. In another collective all ranks wait for the last to arrive, which
+    is the one with the least time; the others waited for the rest of their times.
+
+    timings: for each rank, the seconds of each op by site (name of the op).
+    """
     found = [defaultdict[int, float](float) for _ in mesh.programs]
     for rank, program in enumerate(mesh.programs):
         for op in program.ops:

@@ -104,5 +104,9 @@ def draw(
 
 
 def _lengths(knots: Sequence[int], n: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """`n` lengths in tokens, drawn from the quantiles `knots` at SHARES and multiplied by `scale`, as an array [n]."""
+    """Draw `n` random lengths in tokens. Returns an int array [n] of 1 or more.
+
+    knots: the lengths that the fractions SHARES of a trace's requests do not exceed; lengths in between are
+    interpolated. scale: factor for each length, which is then rounded.
+    """
     return np.maximum(1, np.rint(scale * np.interp(rng.random(n), SHARES, knots))).astype(int)

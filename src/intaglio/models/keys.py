@@ -177,11 +177,19 @@ class Fate:
 
 
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
-    """A list with a Fate for each key of config.json, and for each key of nested tables that the port reads.
+    """Say of every key in config.json whether the port used or ignored it, and why. Returns a list of Fates.
 
-    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than those that the
-    port computes (`family.fixed`). If the model brings code of its own (`auto_map`), PortError is also raised for a key
-    that nothing reads and whose name suggests that it changes results.
+    Keys of nested tables that the port reads, such as rope_parameters, have a Fate too.
+
+    Args:
+        c: the Config of the text model, which knows the keys that were read.
+        family: the port.
+        config: config.json.
+        file: the file's name, for the Fates.
+
+    Raises PortError for a value that the port does not implement (`family.fixed` has those that it does). If the model
+    brings code of its own (`auto_map`), also raises it for a key that nothing reads and whose name suggests that it
+    changes results.
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)
@@ -201,10 +209,15 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
-    """A list with a Fate for each key of the quantisation settings. where: the file and key that hold them.
+    """Say of every key of the quantisation settings whether it was used or ignored, and why. Returns a list of Fates.
 
-    taken: True if the checkpoint has matrices quantised by these settings. cache: the key that asks for an E4M3 K/V
-    cache; "": none. Raises PortError for a setting that nothing reads and that may change what codes mean.
+    Args:
+        q: the settings, which know the keys that were read.
+        where: the file and key that hold them.
+        taken: True if these settings were used to decode matrices of the checkpoint; False if no matrix is quantised.
+        cache: the key that asks for an E4M3 K/V cache; "": none.
+
+    Raises PortError for a setting that nothing reads and that may change what codes mean.
     """
     file, _, at = where.partition(": ")
     out = []
@@ -236,9 +249,20 @@ def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") ->
 def _judge(
     c: Config, family: Family, config: Mapping[str, Any], file: str, key: str, path: str, value: Any
 ) -> Iterator[Fate]:
-    """Yield the Fate of a key and, if its value is a table that the port read by keys, the Fates of the table's keys.
+    """Yield a Fate (used or ignored, and why) for one key of config.json.
 
-    path: path of the key in the file. Raises PortError in the cases of judge_config().
+    If the port has read keys of a table under it, a Fate for each key of the table follows.
+
+    Args:
+        c: the Config of the text model, which knows the keys that were read.
+        family: the port.
+        config: config.json.
+        file: the file's name, for the Fates.
+        key: the key.
+        path: its place in the file, such as text_config.KEY.
+        value: its value.
+
+    Raises PortError for a value that the port does not implement, as judge_config() says.
     """
     if key in c.replaced:
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""

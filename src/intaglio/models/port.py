@@ -217,10 +217,17 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 
 
 def _prefix(family: Family, names: Any) -> str:
-    """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
+    """The part of the decoder's tensor names before "embed_tokens" or "layers", such as "model."; a str.
 
-    names: the checkpoint's tensors. If no name shows a prefix, the family's first. Raises PortError, naming the prefix
-    found, if it is another.
+    It is the first of the family's prefixes with which the checkpoint has one of the family's `tops` modules. For
+    families with the prefix "model." it is "" if the names begin with those modules, as in models saved without their
+    outer class. If the names show no prefix at all, it is the family's first.
+
+    Args:
+        family: the port.
+        names: names of the checkpoint's tensors.
+
+    Raises PortError, naming the prefix found, if the checkpoint has another.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):
@@ -258,7 +265,10 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
 
 
 def _llama_names(checkpoint: Checkpoint) -> bool:
-    """True if the reader of a GGUF file has named the tensors as Decoder names them, one for each matrix."""
+    """True if a GGUF file's tensors already have the names that Decoder uses, with no fused matrices.
+
+    False for a folder with config.json, and for GGUF architectures whose tensors are read under transformers' names.
+    """
     return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
 
 
@@ -338,9 +348,15 @@ def _program(
 
 
 def _long_note(length: int, usual: int, limit: int) -> str:
-    """A warning, as text, about a model whose rope table depends on the context.
+    """Text of a warning that a model's results depend on the context of its Program, because its rope table does.
 
-    length: the context of the Program; usual: the default context; limit: the longest one. All in tokens.
+    It says which of both tables the Program has, and how to get the other. Call it only for such models (see
+    lengths()).
+
+    Args:
+        length: the context of the Program, in tokens.
+        usual: the default context, in tokens.
+        limit: the longest context, in tokens.
     """
     if length > usual:
         return (
@@ -354,10 +370,15 @@ def _long_note(length: int, usual: int, limit: int) -> str:
 
 
 def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
-    """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
+    """Check that a Program fits its checkpoint, and add the reason for each unread tensor to ported.unused.
 
-    Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results, too, and for one that cannot be cut as the Program wants it.
+    Args:
+        ported: the Program with its report.
+        checkpoint: the checkpoint.
+        prefix: prefix of the decoder's tensor names.
+
+    Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has another shape
+    than the Program needs; or a tensor that nothing reads might change results.
     """
     program, family = ported.program, ported.family
     wanted = {

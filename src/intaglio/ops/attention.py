@@ -129,8 +129,8 @@ class Attend(Op, kind="attend"):
             is added to a score after softcap and temper.
         k_scale: [kv heads], multiplied with the codes of k_cache and rope_cache if they are e4m3; None: 1.
         v_scale: [kv heads], multiplied with the codes of v_cache if it is e4m3; None: 1.
-        chosen: i32 [T, any number], the positions that each token attends to, ascending, after places of -1 (the op
-            choose_keys); None: all that window and chunk let it see.
+        chosen: i32 [T, n], the positions that each token attends to, as the op choose_keys writes them: ascending, with
+            -1 in front to fill a row. None: all positions that window and chunk let the token see.
         temper: scores of a query at position i are multiplied by 1 + temper * ln(1 + floor((i + temper_from) /
             temper_every)); temper_from is 1 in Llama 4 and 0 in Ministral 3.
     """

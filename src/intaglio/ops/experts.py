@@ -166,19 +166,19 @@ class Experts(Op, kind="experts"):
         alpha: factor in the formula of `limit` (gpt-oss: 1.702).
         shift: summand in the formula of `limit` (gpt-oss: 1).
         scale_input: True to multiply x by the expert's weight instead of the expert's result (Llama 4).
+        of: number of experts in the model if the stacks hold only some of them (expert parallelism): experts first ..
+            first + E - 1. The others add nothing on this rank. 0: the stacks hold all experts.
         first: number of the first expert in the stacks.
-        of: with expert parallelism, the number of experts in the model; the stacks hold experts first .. first + E - 1,
-            and the others add nothing. 0: the stacks hold all experts.
-        held: with an expert placement, the number of the expert of each matrix in the stacks, ascending, in place of
-            `first`. The other experts add nothing.
-        copy: with `held`, for each matrix the place of this rank among the ranks that hold the same expert.
-        copies: with `held`, the number of these ranks. They take turns: this rank computes the expert for the tokens t
-            of the step with t % copies == copy.
-        rank: with `held`, the number of this rank among the expert-parallel ones.
-        ranks: with `held`, the number of these.
+        held: the expert number of each matrix in the stacks, ascending, if an expert placement says what this rank
+            holds; then `first` is 0. The other experts add nothing. (): no placement; then copies, copy, rank and ranks
+            are not used.
+        copies: for each matrix, the number of ranks that hold the same expert. They take turns at its tokens.
+        copy: for each matrix, this rank's number among those ranks: it computes the expert for token t of the step if
+            t % copies == copy.
+        rank, ranks: this rank's number among the expert-parallel ranks, and their number.
         slots: above 0, results are not summed: out f32 [T, slots * N] has weights[t, j] * expert_e(x[t]) in the columns
-            j * N .. j * N + N - 1, zeros if e is not computed here. slots is top + 1 if a rank has a residual, which is
-            in the last N columns, else top. An all_reduce with the same `slots` adds them.
+            j * N .. j * N + N - 1, zeros if this rank does not compute e. slots is `top`, or top + 1 if any rank has a
+            residual, which is in the last N columns. An all_reduce with the same `slots` adds them.
     """
 
     x: str = operand()
@@ -250,7 +250,13 @@ class Experts(Op, kind="experts"):
         return {self.out: (("T", n * max(1, self.slots)), "f32")}
 
     def _placement(self, experts: int, total: int) -> None:
-        """Raise OpError unless `held`, `copy` and `copies` describe the matrices of the stacks, or are empty."""
+        """Raise OpError unless the fields of an expert placement are valid, or are all empty; return nothing.
+
+        `held` must name different experts of the model, ascending, one for each matrix; `copy` and `copies` must have
+        as many items, with 0 <= copy < copies; and 0 <= rank < ranks.
+
+        experts: number of matrices in the stacks. total: number of experts in the model.
+        """
         given = {len(self.held), len(self.copy), len(self.copies)}
         if given == {0}:
             return
@@ -265,9 +271,9 @@ class Experts(Op, kind="experts"):
         self.check(turns, f"copy={self.copy}, copies={self.copies}; wanted 0 <= copy < copies for each matrix")
 
     def matrix_of(self, t: int, expert: int, experts: int) -> int:
-        """Number of the matrix with which this rank computes an expert for token t, or -1 if it does not.
+        """Index in the stacks of the matrix with which this rank computes an expert for token t; -1 if it does not.
 
-        expert: its number in the model. experts: number of matrices in the stacks.
+        t: row of the token in the step. expert: its number in the model. experts: number of matrices in the stacks.
         """
         if not self.held:
             return expert - self.first if 0 <= expert - self.first < experts else -1
@@ -327,7 +333,10 @@ class Experts(Op, kind="experts"):
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
 
     def _glu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """The inner row of an expert (see `limit`) from its gate and up products, all f32 [rows, I]."""
+        """Combine an expert's gate and up products: activation(alpha * gate) / alpha * (up + shift), f32 [rows, I].
+
+        With `limit` above 0, gate is first capped at `limit` and up at +-limit.
+        """
         if self.limit:
             gate, up = np.minimum(gate, np.float32(self.limit)), np.clip(up, -self.limit, self.limit)
         act = FUNCTIONS[self.activation](np.float32(self.alpha) * gate) / np.float32(self.alpha)

@@ -17,9 +17,9 @@ Rule = Callable[[Program], Iterator[str]]
 
 
 def names_resolve(p: Program) -> Iterator[str]:
-    """Yield a message for each name used by an op or view that the table of tensors lacks.
+    """Yield a message for each name that an op or a view uses and that is not in the Program's table of tensors.
 
-    A tensor that the table lists under another name is reported, too.
+    Also yield one for each tensor whose key in the table is not the tensor's own name.
     """
     for key, t in p.tensors.items():
         if key != t.name:

@@ -74,7 +74,10 @@ class LoadReport:
 class Assigned:
     """A job on a replica.
 
-    prefill: prompt tokens that it still has to compute. started: True if the first token has come.
+    Attributes:
+        job: the job.
+        prefill: prompt tokens that the job still has to compute.
+        started: True if the job's first token has come.
     """
 
     job: Job
@@ -94,9 +97,10 @@ class Replica:
         index: the blocks it has cached.
         jobs: placed jobs by id; only the methods change them.
         prefill_tokens: prompt tokens of its jobs that are still to be computed.
-        sequences: choices of its jobs.
-        last_placed: number of the last placement; breaks ties, so that equal replicas take turns.
-        failures: requests it lost by dying.
+        sequences: number of sequences of its jobs: the sum of their `choices`.
+        last_placed: number of the router's placement that last chose it; breaks ties, so that equal replicas take
+            turns.
+        failures: number of requests it lost by dying.
     """
 
     name: str
@@ -132,20 +136,31 @@ class Replica:
         return self.report.pace.measured and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 
     def assign(self, job: Job, prefill: int) -> None:
-        """Add a job with `prefill` prompt tokens to compute."""
+        """Add a job that the router has placed on this replica.
+
+        Args:
+            job: the job.
+            prefill: number of its prompt tokens that the replica has to compute.
+        """
         self.jobs[job.id] = Assigned(job, prefill)
         self.prefill_tokens += prefill
         self.sequences += job.choices
 
     def started(self, id: str) -> Job:
-        """Note that the prompt of job `id` is computed. Returns the Job."""
+        """Record that a job's first token has come: no prompt tokens are left to compute. Returns the Job.
+
+        id: id of a job on this replica. Raises KeyError for any other.
+        """
         assigned = self.jobs[id]
         self.prefill_tokens -= assigned.prefill
         assigned.started, assigned.prefill = True, 0
         return assigned.job
 
     def release(self, id: str) -> None:
-        """Remove job `id` from the replica's jobs."""
+        """Remove a job from the replica's jobs, because it has ended or goes to another replica. Returns nothing.
+
+        id: id of a job on this replica. Raises KeyError for any other.
+        """
         assigned = self.jobs.pop(id)
         self.prefill_tokens -= assigned.prefill
         self.sequences -= assigned.job.choices

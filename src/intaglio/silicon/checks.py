@@ -88,10 +88,11 @@ def stored_and_loaded(stream: Stream) -> Iterator[Region]:
 
 
 def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
-    """Yield (engine, number, instruction) in an order in which each instruction follows all that it waits for.
+    """Yield (engine, number, instruction) so that each instruction comes after all instructions that it waits for.
 
-    Otherwise the order is the stream's. Numbers count from 1 per engine. Raises MachineError (deadlock) if there is
-    no such order: a wait for a number that the stream never reaches, or a cycle.
+    Of the instructions that can come next, the earliest of the stream is taken. engine: index into ENGINES. number:
+    counts the engine's instructions from 1. Raises MachineError (deadlock) when all instructions that are left wait for
+    one another, or for a number that the stream never reaches.
     """
     queues: list[list[tuple[int, Instruction]]] = [[] for _ in ENGINES]  # with each one's place in the stream
     for place, i in enumerate(stream.instructions):
@@ -147,13 +148,17 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
 
 @dataclass
 class Entry:
-    """The last accesses to one region of memory, and the regions that overlap it.
+    """Record of the last accesses to one region of memory, by which check() finds races.
 
-    last: {(engine, True if it writes): (instruction's number on its engine, its place in the whole stream)}.
+    Attributes:
+        region: the region.
+        overlapping: the Entries of all regions that share a byte with it, this one included.
+        last: the last read and the last write of each engine, by (engine, True for the write): (instruction's number on
+            its engine, position in the order of ordered()).
     """
 
     region: Region
-    overlapping: list[Entry] = field(default_factory=list)  # itself included
+    overlapping: list[Entry] = field(default_factory=list)
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
@@ -178,7 +183,7 @@ class Accesses:
         self.entries: dict[tuple[int, int, int, int], Entry] = {}
 
     def entry(self, region: Region) -> Entry:
-        """The Entry of a region's bytes; it is created at their first access."""
+        """The Entry of a region with these bytes; at the first call a new one, linked to all that overlap it."""
         key = (region.address, region.rows, region.row_bytes, region.stride)
         if key not in self.entries:
             new = Entry(region)

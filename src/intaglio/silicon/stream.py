@@ -53,7 +53,10 @@ class LastAccess:
 
 
 class StreamBuilder:
-    """Builds the stream of one core. Tiles are allocated from the start of each memory space and never freed."""
+    """Builds a Stream, the instructions of one core, with the waits that order its engines.
+
+    Also allocates SRAM and accumulator tiles, from the start of each memory; none is freed.
+    """
 
     def __init__(self, site: str, chip: int = 0) -> None:
         self.site, self.chip = site, chip

@@ -92,11 +92,20 @@ def pack_again(
     native: _native.Executable, layout: HostLayout, weights: Weights, state: StateSpec, program: Program,
     names: Sequence[str],
 ) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:  # fmt: skip
-    """Read weights of a Program and pack them into new memory, with one thread.
+    """Read weights of a loaded Program again and pack them into new memory, with one thread.
 
-    Returns ({name of packed matrix: packed weight}, {name of vector: values, f32}). program: the loaded Program, which
-    may have other sources of weights. names: names of weights of native ops. Raises DeviceError for weights that do not
-    fit.
+    Returns ({name of packed matrix: packed weight}, {name of vector: values, f32}). Used to give a rank other experts.
+
+    Args:
+        native: the executable in which the Program is loaded.
+        layout: its layout.
+        weights: source of checkpoint tensors.
+        state: size of its state.
+        program: the loaded Program, whose weights may name other checkpoint tensors than at load, such as other
+            experts.
+        names: the weights to read, all used by native ops.
+
+    Raises DeviceError for checkpoint tensors that do not fit.
     """
     homes = {name: layout.homes[name] for name in names if name in layout.homes}
     matrices = {home.matrix: layout.matrices[home.matrix].make() for home in homes.values()}
@@ -278,9 +287,10 @@ class _Loader:
         return at + total
 
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
-        """Write rows first .. first + count - 1 of `rows` to rows to .. to + count - 1 of the native weight.
+        """Pack `count` rows of a matrix, from its row `first` on, into the native weight from row `to` on.
 
-        name: the weight's name, for errors. Raises DeviceError if the host cannot read the type of `rows`.
+        Returns nothing. rows: the matrix. name: name of its checkpoint tensor, for errors. Raises DeviceError if the
+        host cannot read its type.
         """
         if isinstance(rows, Quantised):
             fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)

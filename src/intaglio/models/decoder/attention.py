@@ -11,7 +11,14 @@ from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the ops of the attention of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
+    """Add the ops of grouped-query attention, from projections to o_proj. Returns the result's tensor name [T, hidden].
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description: its window, rope, heads and whose K/V cache it reads.
+        x: name of the input tensor.
+    """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
     value_dim = d.value_dim or head_dim
@@ -67,15 +74,19 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def clip(limit: float) -> str:
-    """An expression for the op `map` that clips its operand `a` to the range -limit to limit, as text."""
+    """An expression for the op Map that clips its operand `a` to the range -limit to limit, as text."""
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 
 def _qk_norms(w: Writer, at: str, source: str, qk: Mapping[str, str], head_dim: int) -> dict[str, str]:
-    """Write the norms of queries and keys. Returns {q: name of the normed queries, k: name of the normed keys}.
+    """Add the norms of queries and keys. Returns {"q": name of the normed queries, "k": name of the normed keys}.
 
-    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint. qk: {q: name of the
-    queries, k: name of the keys}, without k in a layer that has none of its own. head_dim: columns of a head.
+    Args:
+        w: writes the ops; its Decoder says of which kind the norms are (qk_norm).
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        qk: {"q": name of the queries, "k": name of the keys}, without k in a layer that reads another layer's cache.
+        head_dim: columns of a head.
     """
     d = w.d
     if d.qk_norm == "unit":

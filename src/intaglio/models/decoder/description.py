@@ -47,18 +47,18 @@ class Layer:
         head_dim: columns of a head; 0: the Decoder's.
         values_are_keys: True if the keys before norm and rope serve as values.
         sinks: True if this layer has attention sinks; used only if the Decoder's `sinks` is set.
-        without: sites of norms that this layer does not have.
+        without: names of norms, such as attn.norm, that this layer does not have.
         width: inner width of the dense MLP; 0: the Decoder's.
         mixer: a block with recurrent state in place of attention; None: attention.
         beside: True if the layer has attention beside the mixer, and their results are added (Falcon-H1).
         attention: True if the layer has attention or a mixer.
         mlp: True if the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
-        shares_index: True if attention uses the positions that the last layer with an indexer before this one chose
-            (see Latent).
+        shares_index: True if sparse attention here has no indexer of its own (see Latent). It uses the positions chosen
+            in the nearest earlier layer that has one.
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
-        sparsity: share of the MLP's gate that is cut to 0 in each row, if its values are normally distributed: those
-            below mean + n * standard deviation, with n the quantile of the normal distribution; 0: none is cut.
+        sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
+            n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
     """
 
     rope: str = "rope"
@@ -154,13 +154,13 @@ class Mixture:
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        route: further attributes of the op route.
-        glu: further attributes of the op experts.
+        route: further attributes of the op Route.
+        glu: further attributes of the op Experts.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
-        join: expression for the op map that joins the routed experts' result (a) and the shared expert's (b).
+        join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b).
         latent: columns of x between the linears fc1_latent_proj and fc2_latent_proj, in which the routed experts
             compute; 0: they compute on the columns of the residual.
         latent_bias: True if these linears have biases.
@@ -195,9 +195,12 @@ class Mixture:
     router_scale: str = ""
 
     def source(self, template: str) -> str:
-        """A weight's source in the checkpoint (see program/source.py) from a template.
+        """The source of the experts' weights, a str: checkpoint tensors, and how to cut them (program/source.py).
 
-        `{run}` becomes the range of expert numbers, `{0..count-1}`; `{i}` the experts' inner width, `{2i}` twice it.
+        It is the template with three marks replaced: `{run}` by the range of expert numbers, such as `{0..7}`; `{i}` by
+        the inner width of an expert; `{2i}` by twice that width.
+
+        template: one of `sources` or `biases`, such as "experts.{run}.up_proj.weight".
         """
         run = f"{{0..{self.count - 1}}}"
         return template.replace("{run}", run).replace("{i}", str(self.width)).replace("{2i}", str(2 * self.width))
@@ -205,17 +208,21 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """Description of a decoder-only transformer, from which write() makes its Program.
+    """Description of a decoder-only transformer as plain data, from which write() makes its Program.
 
-    Sizes are columns, numbers of heads, or tokens (`context`). Most other fields have a comment. A softcap of 0 is
-    none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat" (over all heads
-    as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper` scales the
-    queries (see the op attend) in layers without rope or, with `temper_all`, in all layers. `norms`: the name in
-    checkpoints of the norm at each site, such as PRE.
+    Sizes are columns, numbers of heads, or tokens (`context`). A softcap of 0 means none. Most fields have a comment;
+    the others are below.
 
-    The description names checkpoint tensors as Llama does. `sources` maps parts of those names to the checkpoint's own,
-    or to a source in the notation of program/source.py if the checkpoint stores the tensor in another form. A part is
-    one or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in order.
+    Attributes:
+        norms: {name of a layer's norm here, such as attn.norm: its module in a layer of the checkpoint}; see PRE.
+        qk_norm: how queries and keys are normed: "" (not), "head" (each head), "late" (each head, after rope), "flat"
+            (all heads as one row) or "unit" (each head after rope, without a weight, only in layers with rope).
+        temper: growth of the attention scale with the query's position (see Attend.temper, also for temper_every and
+            temper_from); 0: none. It applies to layers without rope or, with temper_all, to all layers.
+        sources: how the checkpoint's names differ from Llama's, which the description uses: {part of Llama's name: the
+            checkpoint's own}. A part is one or more whole segments between dots, such as `mlp.up_proj`. The value may
+            also be a source in the notation of program/source.py, if the tensor is stored in another form. Rules apply
+            in order.
     """
 
     vocabulary: int
@@ -227,7 +234,7 @@ class Decoder:
     context: int
     layers: tuple[Layer, ...]
     ropes: Mapping[str, Table]
-    activation: str  # a function of the op map, or xielu
+    activation: str  # a function of the op Map, or xielu
     eps: float
     tied: bool
     scale: float
@@ -297,7 +304,12 @@ class Decoder:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> str:
-        """The checkpoint's source (notation of program/source.py) for the tensor or module that Llama calls `name`."""
+        """The checkpoint's name of a tensor or module, a str, from the name that it has in Llama.
+
+        The rules in `sources` are applied in order; without one that matches, the result is `name`. For a tensor stored
+        in another form, the result also says how to cut it out (notation of program/source.py), such as
+        "c_attn.weight|r0:1/3". Whether the checkpoint has the tensor is not checked.
+        """
         for part, found in self.sources.items():
             name = re.sub(rf"(?<![^.]){re.escape(part)}(?![^.])", found.replace("\\", r"\\"), name, count=1)
         return name
@@ -312,8 +324,13 @@ class Decoder:
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
     """Arguments of Decoder that most families read from the same keys of config.json, as a dict.
 
-    act, eps: the keys of the activation and of the norms' epsilon, which families name differently. Raises PortError
-    for a missing or wrong value, and if the numbers of heads do not divide.
+    Args:
+        c: the config.
+        act: the config's key of the activation.
+        eps: the config's key of the norms' epsilon.
+
+    Raises PortError for a missing or wrong value, if num_attention_heads is not a multiple of num_key_value_heads, and
+    if head_dim is missing and hidden_size is not a multiple of num_attention_heads.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)
@@ -340,10 +357,14 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
 
 
 def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
-    """Arguments of Decoder for models from before rope, as a dict: LayerNorms, biases, an MLP without a gate.
+    """Arguments of Decoder, as a dict, that suit models like GPT-2: LayerNorms, biases, an MLP without a gate, no rope.
 
-    There are as many K/V heads as heads, each of hidden_size / heads columns; the keys that would change this are
-    cleared in `c`. eps: the config's key of the norms' epsilon. Raises PortError for a missing or wrong value.
+    They have as many K/V heads as heads, each of hidden_size / heads columns. So num_key_value_heads and head_dim are
+    set to None in `c`, in case the config has them. Raises PortError for a missing or wrong value.
+
+    Args:
+        c: the config, which is changed.
+        eps: the config's key of the norms' epsilon.
     """
     c.table |= {"num_key_value_heads": None, "head_dim": None}
     return sizes(c, eps=eps) | {

@@ -25,7 +25,7 @@ class ConvMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class SsmMixer:
-    """A Mamba-2 block: in_proj gives gate, x, B, C and step; x, B and C pass a short convolution and silu.
+    """A Mamba-2 block: in_proj gives gate, x, B, C and dt (step size); x, B and C pass a short convolution and silu.
 
     Attributes:
         heads: number of heads.
@@ -39,9 +39,9 @@ class SsmMixer:
         bias: True if the projections have biases.
         conv_bias: True if the convolution has a bias.
         out_bias: True if out_proj has a bias.
-        low: smallest step size; smaller ones become `low`.
-        high: largest step size; larger ones become `high`; 0: no limit.
-        scales: factors of gate, x, B, C and step after in_proj (Falcon-H1); (): none.
+        low: smallest dt; smaller ones become `low`.
+        high: largest dt; larger ones become `high`; 0: no limit.
+        scales: factors of gate, x, B, C and dt after in_proj (Falcon-H1); (): none.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -63,16 +63,16 @@ class SsmMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanMixer:
-    """A Mamba block: in_proj gives x and gate. x passes a short convolution and silu.
+    """A Mamba block: in_proj gives x and gate; x passes a short convolution and silu.
 
-    The product of the result with x_proj gives step, B and C.
+    Then x_proj gives dt (the step size), B and C from x, and dt_proj widens dt to the columns of x.
 
     Attributes:
         inner: columns of x.
         state: columns of B and C.
-        rank: columns of the step before dt_proj.
+        rank: columns of dt before dt_proj (dt_rank).
         taps: tokens that the convolution reads.
-        eps: epsilon of the RMS norms of step, B and C; 0: they are not normed.
+        eps: epsilon of the RMS norms of dt, B and C; 0: they are not normed.
         weights: True if these norms have weights.
         bias: True if in_proj and out_proj have biases.
         conv_bias: True if the convolution has a bias.
@@ -94,6 +94,8 @@ class ScanMixer:
 class DeltaMixer:
     """A gated delta net: q, k and v pass a short convolution and silu; q and k are normed to length 1.
 
+    Two more projections, b and a, give beta and the decay of each head.
+
     Attributes:
         key_heads: heads of q and k.
         heads: heads of v.
@@ -101,8 +103,8 @@ class DeltaMixer:
         values: columns of a value head.
         taps: tokens that the convolution reads.
         eps: epsilon of the norm before the gate.
-        fused: True if the checkpoint has q, k, v and gate in one weight in_proj_qkvz, beta and step in in_proj_ba, each
-            grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+        fused: True if the checkpoint has q, k, v and gate (z) in one weight in_proj_qkvz, and b and a in in_proj_ba,
+            each grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
         block: name of the block's module in a layer of the checkpoint.
     """
 

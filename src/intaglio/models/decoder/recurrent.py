@@ -17,7 +17,14 @@ from intaglio.program.source import parts_of
 
 
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
-    """Write the ops of the mixer `m` of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
+    """Add the ops of a layer's recurrent block or short convolution. Returns the result's tensor name [T, hidden].
+
+    Args:
+        w: writes the ops.
+        m: description of the block; its class decides which function here writes it.
+        i: number of the layer.
+        x: name of the input tensor.
+    """
     at, source = f"layers.{i}.{m.block}.", f"{w.d.prefix}layers.{i}.{m.block}."
     match m:
         case ConvMixer():
@@ -35,9 +42,14 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated short convolution. Returns the name of the result's tensor.
+    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n = w.b, w.d.hidden
     joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
@@ -49,9 +61,14 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba-2 block. Returns the name of the result's tensor.
+    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
     wide = inner + 2 * group
@@ -81,9 +98,15 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
+    """Add the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
 
-    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. y, gate: the input tensors.
+    Args:
+        w: writes the ops.
+        m: sizes of the block; with norm "" only the gate is added.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        y: name of the tensor that is gated and normed [T, heads * head_dim].
+        gate: name of the gate's tensor, of the same shape.
     """
     inner = m.heads * m.head_dim
     if m.norm != "first":
@@ -95,9 +118,14 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba block. Returns the name of the result's tensor.
+    """Add the ops of a Mamba block. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n = w.b, m.inner
     joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
@@ -122,9 +150,14 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated delta net. Returns the name of the result's tensor.
+    """Add the ops of a gated delta net. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
     y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
@@ -144,9 +177,14 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Griffin block. Returns the name of the result's tensor.
+    """Add the ops of a Griffin block, with its gated linear recurrence. Returns the result's tensor name [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n, dim = w.b, m.width, m.width // m.heads
     y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
@@ -165,9 +203,14 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of lightning attention. Returns the name of the result's tensor.
+    """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
     y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
@@ -184,10 +227,17 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 
 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net. Returns a list of the names of four tensors.
+    """Add the input projections of a gated delta net. Returns a list of the names of four result tensors.
 
-    They are: q, k and v side by side; gate; beta; step. at, source: prefixes of the sites in the Program and of the
-    modules in the checkpoint. x: the input tensor.
+    They are: q, k and v side by side [T, 2 * key_heads * keys + heads * values]; the gate z [T, heads * values]; b,
+    which gives beta [T, heads]; and a, which gives the decay [T, heads].
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     value = m.heads * m.values
     widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
@@ -195,11 +245,18 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
+    """Add the input projections of a gated delta net whose checkpoint stores them in two weights (Qwen3-Next).
 
-    Returns a list of the names of four tensors: q, k and v side by side; gate; beta; step. Arguments are those of
-    inputs(). in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next head, and so
-    on; in_proj_ba has rows of beta and step in the same order of heads.
+    Returns the names of four result tensors, in a list, as inputs() does: q, k and v side by side; z; b; a. The weight
+    in_proj_qkvz has the rows of q, k, v and z of the first key head, then those of the next head, and so on; in_proj_ba
+    has the rows of b and a in the same order of heads.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -216,10 +273,19 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
 def decay(
     w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
 ) -> tuple[str, str]:
-    """Write the op decay with the checkpoint's A_log and dt_bias. Returns the names of (step sizes, log decays).
+    """Add the op Decay, which computes a recurrent block's step sizes dt and log decays -exp(A_log) * dt.
 
-    Both tensors are [T, heads]. at, source: prefixes of the sites in the Program and of the tensors in the checkpoint.
-    step: the input tensor. low, high: limits of the step size; high 0: none.
+    Returns the names of both results' tensors, (dt, log decays), each [T, heads]. A_log and dt_bias are read from the
+    checkpoint.
+
+    Args:
+        w: writes the op.
+        at: prefix of the op's name in the Program.
+        source: prefix of the tensors' names in the checkpoint.
+        step: name of the input tensor [T, heads]; dt is softplus(input + dt_bias).
+        heads: number of heads.
+        low: smallest dt; smaller ones become `low`.
+        high: largest dt; larger ones become `high`; 0: no limit.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
     bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
@@ -230,10 +296,17 @@ def decay(
 def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution of `width` channels, and silu. Returns the name of the result's tensor.
+    """Add a short causal convolution over tokens and the activation silu. Returns the result's tensor name [T, width].
 
-    at: prefix of their sites in the Program. source: the convolution's module in the checkpoint. taps: tokens that the
-    convolution reads. part: (first channel, number of channels of the module), if `width` is not all of them.
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names in the Program.
+        source: name of the convolution's module in the checkpoint.
+        x: name of the input tensor [T, width].
+        width: number of channels, each convolved by itself.
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: True if the convolution has a bias.
+        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -242,10 +315,17 @@ def convolved(
 def short_conv(
     w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
+    """Add a short causal convolution over tokens, with the state that it needs. Returns the result's tensor name.
 
-    source: the convolution's module in the checkpoint. taps: tokens that the convolution reads. part: (first channel,
-    number of channels of the module), if `width` is not all of them.
+    Args:
+        w: writes the op.
+        site: name of the op in the Program.
+        source: name of the convolution's module in the checkpoint.
+        x: name of the input tensor [T, width]; the result has the same shape.
+        width: number of channels, each convolved by itself.
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: True if the convolution has a bias.
+        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)

@@ -45,10 +45,15 @@ def write(w: Writer) -> Program:
 
 
 def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
-    """Write the layers of a model with several residual streams (Gemma 3n), from the embeddings `x`.
+    """Add the ops of all layers of a model with several residual streams (Gemma 3n, see AltUp).
 
-    inputs: the per-layer inputs, whose branch is added to all streams but the first. Returns the name of the tensor
-    [R, hidden] that the head reads.
+    Returns the name of the tensor [R, hidden] that the head reads.
+
+    Args:
+        w: writes the ops.
+        altup: sizes of AltUp.
+        inputs: name of the tensor of per-layer inputs; in each layer its branch is added to all streams but the first.
+        x: name of the tensor of embeddings.
     """
     streams = start_streams(w, altup, x)
     for i, layer in enumerate(w.d.layers):
@@ -61,10 +66,14 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
 
 
 def _per_layer(w: Writer, x: str) -> str:
-    """Write the per-layer inputs of Gemma 3n and 4, [T, layers * per_layer]. Returns the name of their tensor.
+    """Add the ops that compute the per-layer inputs of Gemma 3n and 4. Returns the name of their tensor.
 
-    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings `x`.
-    Tokens beyond the second embedding have its first row.
+    The tensor is [T, layers * per_layer]: the sum of rows of a second embedding, chosen by the tokens, and of a normed
+    projection of the embeddings, times 1 / sqrt(2). Tokens beyond the second embedding have its first row.
+
+    Args:
+        w: writes the ops.
+        x: name of the tensor of embeddings.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
     source, missing = d.source(d.prefix + "embed_tokens_per_layer.weight"), max(0, d.vocabulary - d.per_layer_rows)
@@ -78,9 +87,16 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Write the branch of layer `i` that is gated with per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
+    """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
 
-    branch = norm(proj(activation(gate(x)) * columns)), with the layer's columns of the tensor `inputs`.
+    branch = norm(proj(activation(gate(x)) * the layer's columns of `inputs`)), [T, hidden]. The caller adds it to the
+    residual.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        inputs: name of the tensor that _per_layer() returned.
+        x: name of the tensor that the gate reads.
     """
     d, b, at, source, n = w.d, w.b, f"layers.{i}.per_layer.", f"{w.d.prefix}layers.{i}.", w.d.per_layer
     mine = b.view(at + "input", inputs, i * n, (i + 1) * n)
@@ -91,9 +107,10 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Write the embedding of tokens. Returns the name of the result's tensor.
+    """Add the ops that embed the tokens. Returns the name of the result's tensor [T, hidden].
 
-    As the model has them, embeddings of position and token type are added, and norm and projection follow.
+    If the model has them, position and token-type embeddings are added, and a norm and a projection to `hidden` columns
+    follow.
     """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")
@@ -128,9 +145,15 @@ def _root(w: Writer, width: int, table: str) -> float:
 
 
 def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write one layer: attention, mixer or both, then the MLP, each if the layer has it, with norms and residuals.
+    """Add the ops of one layer: attention or recurrent block, then the MLP, with their norms and residual additions.
 
-    Returns the name of the result's tensor.
+    Returns the name of the result's tensor [T, hidden]. A part that the layer does not have is left out.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the tensor that the layer reads.
     """
     start = read = x
     if layer.attention:
@@ -152,9 +175,14 @@ def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Write the shortcut beside attention of layer `i`: x + norm(right(left(x))). Returns the name of its tensor.
+    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of its tensor.
 
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        x: name of the tensor that attention reads too.
     """
     at, source, d = f"layers.{i}.laurel.", f"{w.d.prefix}layers.{i}.laurel.", w.d
     y = w.linear(at + "left", x, d.laurel, d.hidden, source + "linear_left")
@@ -164,9 +192,15 @@ def _laurel(w: Writer, i: int, x: str) -> str:
 
 
 def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the attention of a layer, latent or grouped-query, and the mixer that replaces it or is added to it.
+    """Add the ops of a layer's attention, or of its recurrent block if it has one. Returns the result's tensor name.
 
-    Returns the name of the result's tensor.
+    A layer with `beside` has both, and the result is their weighted sum.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the tensor that they read, after its norm.
     """
     if layer.mixer:
         y = write_mixer(w, layer.mixer, i, x)
@@ -178,9 +212,14 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
-    """Write a layer's MLP, dense, a mixture of experts, or both. Returns the name of the result's tensor.
+    """Add the ops of a layer's MLP or, in a sparse layer, its mixture of experts or both. Returns the result's name.
 
-    x: the normed input. residual: the tensor that the result is added to.
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the tensor that they read, after its norm.
+        residual: name of the tensor that the result is added to.
     """
     d, m = w.d, w.d.mixture if layer.sparse else None
     if m and not m.beside:
@@ -191,9 +230,14 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
 
 
 def _head(w: Writer, x: str) -> None:
-    """Write final norm, the dense layer before the head, logits, softcap and sampling, of the rows `x` [R, hidden].
+    """Add the ops from the last layer to the sampled tokens: final norm, output head, softcap and sampling.
 
-    Returns nothing.
+    Models with a dense layer before the head get its ops too. Returns nothing; the outputs are named logits,
+    next_tokens and logprobs.
+
+    Args:
+        w: writes the ops.
+        x: name of the tensor [R, hidden] of the rows whose logits are wanted.
     """
     d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
     if d.final_norm:

@@ -28,8 +28,8 @@ class Family:
         fixed: keys that describe() need not read, with the only values that it implements.
         aliases: this family's names of config keys, by the names that Llama has for them.
         prepare: function that changes values of the Config before the context length is read from it, or None.
-        tops: names of modules, such as embed_tokens. Of `prefixes`, the first is used with which the checkpoint has one
-            of these modules.
+        tops: names of modules, such as embed_tokens, that show which of `prefixes` a checkpoint has: the first prefix
+            for which a tensor PREFIX + MODULE + ".weight" exists.
     """
 
     architecture: str

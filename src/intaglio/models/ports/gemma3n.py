@@ -84,11 +84,15 @@ def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
 
 
 def cache_owners(c: Config, kinds: Sequence[str]) -> list[int | None]:
-    """The number of the layer whose K/V cache each layer reads, None for its own, as a list.
+    """For each layer, the number of the earlier layer whose K/V cache it reads; None if it has its own. A list.
 
-    The last num_kv_shared_layers layers read that of the last layer before them with their attention type. Tensors for
-    keys and values of their own are ignored: released checkpoints have them, and transformers drops them. kinds: the
-    attention type of each layer. Raises PortError if there is no such layer.
+    The last num_kv_shared_layers layers have no cache of their own. Such a layer reads the cache of a layer before
+    them: the last one with the same attention type. If it has tensors for keys and values, these are ignored: released
+    checkpoints have them, and transformers drops them. Raises PortError if there is no such layer.
+
+    Args:
+        c: the config.
+        kinds: the attention type of each layer.
     """
     n, shared = len(kinds), c.get("num_kv_shared_layers", 0)
     if shared not in range(n):

@@ -44,7 +44,7 @@ def gemma4(c: Config, context: int) -> Decoder:
         c.table["rope_parameters"] = ROPES
     own = c.get("per_layer_config", {})  # by layer, as transformers 5 writes it
     s, bias, same = sizes(c, act="hidden_activation"), c.flag("attention_bias"), c.flag("attention_k_eq_v")
-    ropes, layers, owners = {}, [], cache_owners(c, kinds)
+    ropes, layers, owners = {}, list[Layer](), cache_owners(c, kinds)
     wide = 2 * s["intermediate"] if c.flag("use_double_wide_mlp") else 0  # of the layers that read another one's cache
     for i, (kind, owner) in enumerate(zip(kinds, owners, strict=True)):
         full = kind == "full_attention"

@@ -37,8 +37,13 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
     """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
-    inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit, and
-    for another activation than silu.
+    Args:
+        c: the config.
+        inner: columns of x.
+        more: fields of SsmMixer that override those from the config.
+
+    Raises PortError if the heads do not make up `inner` columns or are no multiple of the groups, and for another
+    activation than silu.
     """
     c.need_silu(SILU)
     heads = c.whole("mamba_n_heads")

@@ -74,9 +74,9 @@ class Quantise(Instruction, engine="VEC", opcode=0x32):
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantise(Instruction, engine="VEC", opcode=0x36):
-    """Multiply codes by their scales: dst f32 [m, k] = codes [m, k] * scales [m, ceil(k / group)].
+    """Multiply codes by their scales: dst[i, j] = codes[i, j] * scales[i, j // group].
 
-    A scale is of `group` columns.
+    dst f32 [m, k], codes [m, k], scales [m, ceil(k / group)]: each scale serves `group` neighbouring columns of a row.
     """
 
     dst: Region

@@ -27,7 +27,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class QuantisedRegion:
-    """A quantised tensor in HBM: codes [N, K], and its scales [N, G] also transposed; G = K / group."""
+    """A quantised tensor in HBM: its codes [N, K], and two copies of its scales, [N, G] and [G, N]; G = K / group."""
 
     codes: Region
     scales: Region  # [N, G]
@@ -48,7 +48,7 @@ def codes_of(w: Region | QuantisedRegion) -> Region:
 class ChipMemory:
     """HBM of one chip with tensors by name. A vector is stored as one row, a K/V cache as one row per slot and head.
 
-    With `values` False it only assigns addresses: streams that run on it are timed and compute nothing.
+    values: False to assign addresses and store no data; streams are then timed, and compute nothing.
     """
 
     def __init__(self, target: Target, values: bool = True) -> None:
@@ -110,7 +110,8 @@ class ChipMemory:
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
         """Store indices for Gather or Scatter and return their region, i32 [1, n].
 
-        Hardware would get them with the batch. They begin at a line of the L2, so that no other core reads it first.
+        On hardware they would come with the batch. They start on a new L2 line: if they shared a line with data that is
+        read before, they would count as already in the L2.
         """
         self.heap.top = -(-self.heap.top // LINE) * LINE
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
@@ -119,14 +120,15 @@ class ChipMemory:
         """Store numbers and return their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
-    def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
+    def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
-        on: the target whose library has the fields of the kernel that runs, as Target.kernel() returns it; None: the
-        target of this memory.
+        on: the target by which the run is timed, reduced to the library's kernel that runs (see Target.kernel()); None:
+        the target of this memory. label: RunResult.label of the result.
         """
         machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
         self.launches.append(machine.run(streams))
+        self.launches[-1].label = label
         return self.launches[-1]
 
 

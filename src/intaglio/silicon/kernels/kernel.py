@@ -24,6 +24,7 @@ from intaglio.silicon.stream import Stream
 from intaglio.silicon.timing import Timing
 
 Tensors = Mapping[str, Tensor]
+WIDE = 4  # bytes of an activation from which operands of products are FP32, as in the streams
 CHIP_KERNELS: dict[type[Op], type[ChipKernel]] = {}
 K = TypeVar("K", bound="type[ChipKernel]")
 
@@ -61,14 +62,18 @@ class ChipKernel:
 
     @classmethod
     def runs_on(cls, target: Target, op: Any, t: Tensors, batch: Batch) -> Target:
-        """The target with the library's kernel that runs the last launch of streams(); by default the target itself."""
+        """The target by which the Streams of streams() are timed: `target` reduced to the library's kernel that runs.
+
+        See Target.kernel(). By default it is `target` itself, for ops whose kernels differ in no field of the library.
+        """
         return target
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
-        """Write the op's instructions. Returns a list with one Stream for each core that has work.
+        """Write the op's instructions; a list with one Stream for each core that has work.
 
-        `mem` holds the operands; regions for the results are allocated in it.
+        mem: the chip's memory, with the operands and regions for the results. A kernel of several launches executes all
+        but the last in `mem` during the call, and returns the Streams of the last.
         """
         raise NotImplementedError(f"{cls.__name__} must define streams()")
 

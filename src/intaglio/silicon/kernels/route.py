@@ -24,9 +24,10 @@ class RouteKernel(RowsKernel):
     """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights.
 
     Attributes:
-        searches: searches for the maximum of a row.
-        top, score, groups, kept_groups, normalise: those of the op.
-        biased, factored: True if the op has a bias, or factors.
+        searches: how many times a row is searched for its largest value: once for each expert that a token chooses and,
+            if experts are in groups, op.group_best times more to rate the groups.
+        top, score, groups, kept_groups, normalise: the op's fields of these names.
+        biased, factored: True if the op has a bias, or factors of experts' weights.
     """
 
     top: int = 1
@@ -89,8 +90,8 @@ class RouteKernel(RowsKernel):
                 key = scores if op.bias or op.group_best > 1 else x
                 how: dict[str, Any] = {"groups": op.groups, "kept_groups": op.kept_groups, "group_best": op.group_best}
                 k.emit(isa.TopK(ids=chosen, selected=taken, key=key, values=scores, bias=bias, **how))
-            by = {"factors": factors, "ids": chosen} if factors else {}
-            k.emit(isa.Weigh(dst=out, x=taken, normalise=op.normalise, scale=op.scale, **by))
+            by = chosen if factors else None
+            k.emit(isa.Weigh(dst=out, x=taken, normalise=op.normalise, scale=op.scale, factors=factors, ids=by))
             k.emit(isa.Store(dst=weights.part(rows), src=out))
             k.emit(isa.Store(dst=ids.part(rows), src=chosen))
 

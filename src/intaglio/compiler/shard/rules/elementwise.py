@@ -8,10 +8,14 @@ from intaglio.ops import Map, Op
 
 @sharding_rule(Map)
 def elementwise(lane: Lane, op: Op) -> None:
-    """Append an elementwise op to the lane's Program: on this lane's token rows, on its columns, or on whole operands.
+    """Append an elementwise op to one rank's Program: on the rank's token rows, on its columns, or on whole operands.
 
-    It runs on token rows if all operands are split by rows. It runs on columns if all operands wider than one column
-    have the same shares, and no view reads the result unless it is in the plan. Otherwise it runs on whole operands.
+    - On token rows if all operands are split by token rows.
+    - On columns if all operands of more than one column are split alike. A result that has views (ranges of its columns
+      that ops read) must also be in the plan of results to be split.
+    - Otherwise on whole operands.
+
+    Returns nothing.
     """
     if lane.has_token_rows(op):
         return lane.add(op)

@@ -35,17 +35,28 @@ LATENT = {
 
 
 def mlp(block: str = "mlp") -> dict[str, str]:
-    """{llama.cpp's name: transformers' name} of a dense MLP's projections in the module `block`."""
+    """Tensor names of a dense MLP's projections, as a dict {llama.cpp's name: transformers' name}.
+
+    The names are without the layer's number and without .weight, such as {"ffn_up": "mlp.up_proj"}. block: name of the
+    MLP's module in transformers.
+    """
     return {f"ffn_{n}": f"{block}.{n}_proj" for n in PROJECTIONS}
 
 
 def mixture(
     block: str = "mlp", router: str = "gate", own: str = "{}_proj", shared: str = "", correction: str = ""
 ) -> dict[str, str]:
-    """{llama.cpp's name: transformers' name} of the tensors of a mixture of experts in the module `block`.
+    """Tensor names of a mixture of experts, as a dict {llama.cpp's name: transformers' name}.
 
-    Names of experts' projections contain "{e}" for the expert's number. own: template of such a projection's name; "w":
-    w1, w2 and w3. shared: module of the shared expert; "": none. correction: name of the router's bias; "": none.
+    The names are without the layer's number and without .weight. Names of experts' projections contain "{e}" for the
+    expert's number.
+
+    Args:
+        block: name of the mixture's module in transformers.
+        router: name of the router's module in the block.
+        own: template of the name of an expert's projection, in which {} is gate, up or down; "w" for w1, w3 and w2.
+        shared: name of the shared expert's module; "": none.
+        correction: name of the router's bias; "": none.
     """
     numbered = {"gate": "w1", "up": "w3", "down": "w2"}
     names = {"ffn_gate_inp": f"{block}.{router}", "exp_probs_b": correction and f"{block}.{correction}"}
@@ -59,14 +70,17 @@ def mixture(
 class Architecture:
     """How one llama.cpp architecture maps to transformers.
 
+    Below, llama.cpp's name of a tensor is the name without the layer's number and without .weight or .bias, such as
+    attn_q for blk.3.attn_q.weight.
+
     Attributes:
         describe: function from the metadata to the keys of config.json.
-        names: transformers' tensor names, by llama.cpp's part of a name.
+        names: {llama.cpp's name: transformers' name}, beside those in COMMON.
         permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
-        variants: names that replace others in a file that has a tensor with this part of a name.
-        changes: functions that add tensors whose values converters change, by llama.cpp's part of a name.
-        scales: transformers' whole names of tensors that files name `.scale`, by llama.cpp's part of a name.
+        variants: {llama.cpp's name: further `names`}; these replace others if the file has a tensor of that name.
+        changes: {llama.cpp's name: function that adds a tensor whose values the converter has changed}.
+        scales: {llama.cpp's name: transformers' whole name of the tensor that files call so with `.scale` after it}.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
@@ -78,14 +92,21 @@ class Architecture:
     scales: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture with its variants applied, for a file in whose tensor names `parts` occur."""
+        """A copy of the Architecture for one file: the names of each of `variants` whose key is in `parts` are used.
+
+        parts: llama.cpp's names of the file's tensors, without layer numbers and without .weight or .bias, such as
+        attn_q.
+        """
         names = dict(self.names)
         for part, others in self.variants.items():
             names |= others if part in parts else {}
         return replace(self, names=names, variants={})
 
     def name(self, part: str) -> str | None:
-        """The name in transformers, without `.weight`, of what llama.cpp calls `part`; None if there is none."""
+        """The name in transformers, without .weight, of the tensor that llama.cpp calls `part`; None if it has none.
+
+        part: such as attn_q, which gives self_attn.q_proj.
+        """
         return self.names.get(part) or COMMON.get(part)
 
 
@@ -137,7 +158,12 @@ SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction=
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The table `names` with the module `name` in front of each of transformers' names."""
+    """A copy of a table of tensor names in which a module's name and a dot stand before each name of transformers.
+
+    Args:
+        name: the module's name.
+        names: a dict {llama.cpp's name: transformers' name}.
+    """
     return {ours: f"{name}.{theirs}" for ours, theirs in names.items()}
 
 

@@ -83,7 +83,10 @@ def scaling(m: Metadata) -> dict[str, Any] | None:
 
 
 def partial(m: Metadata) -> dict[str, Any]:
-    """A dict with the config key partial_rotary_factor: the fraction of each head's columns that rope rotates."""
+    """A dict with the config key partial_rotary_factor: the fraction of each head's columns that rope rotates.
+
+    The fraction is 1.0 if the file has no key rope.dimension_count.
+    """
     return {"partial_rotary_factor": m.whole("rope.dimension_count", m.head_dim) / m.head_dim}
 
 
@@ -99,8 +102,8 @@ def whole_heads(m: Metadata) -> None:
 def experts(m: Metadata) -> dict[str, Any]:
     """A dict of the config keys with the sizes of a mixture of experts.
 
-    GGUF stores each expert's matrices separately, even where transformers fuses them. Raises CheckpointError for a
-    missing key.
+    Its key separate_experts is True: a GGUF file is read as one gate, one up and one down matrix for each expert, where
+    checkpoints of transformers may have them joined. Raises CheckpointError for a missing key.
     """
     count = m.whole("expert_count")
     return {
@@ -223,10 +226,12 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 
 
 def plain(model: str) -> Any:
-    """A function from metadata to the config (a dict) of architecture `model`.
+    """A function from metadata to the config (a dict) of an architecture that needs only the keys that Llama has.
 
-    For architectures whose port has its differences from Llama built in. The function raises CheckpointError for a
+    All that sets the architecture apart from Llama is built into its port. The function raises CheckpointError for a
     missing key, PortError for a value that is not supported.
+
+    model: the architecture's name in config.json.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -344,8 +349,9 @@ def chatglm(m: Metadata) -> dict[str, Any]:
 
 
 def minicpm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniCPM3. llama.cpp has the scales of embeddings and depth built in.
+    """The keys of config.json, as a dict, for MiniCPM3.
 
+    scale_emb, scale_depth and dim_model_base are not in the file. They get the values that llama.cpp has built in.
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     rope, key = m.whole("rope.dimension_count"), m.whole("attention.key_length")
@@ -380,10 +386,11 @@ XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has bui
 
 
 def apertus(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Apertus. The two numbers of a layer's activation become tensors.
+    """The keys of config.json, as a dict, for Apertus.
 
-    Raises CheckpointError for a missing key. Raises PortError unless the file has two numbers for each layer, and the
-    port's constants of xIELU.
+    The two trained numbers of each layer's activation (xIELU), alpha_p and alpha_n, are added to the file's tensors.
+    Raises CheckpointError for a missing key. Raises PortError if a layer has no such numbers, or if the constants of
+    xIELU in the file are not those that the port computes with.
     """
     whole_heads(m)
     for key, (wanted, gap) in XIELU.items():

@@ -26,10 +26,10 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 
 
 def mamba(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba, or for FalconMamba if step, B and C are normed.
+    """The keys of config.json, as a dict, for Mamba, or for FalconMamba if the file says that dt, B and C are normed.
 
-    These norms have the epsilon of the others, as in llama.cpp. Raises CheckpointError for a missing key, PortError for
-    a value that is not supported.
+    The epsilon of those norms is that of the layers' norms, as in llama.cpp. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
     c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
@@ -40,9 +40,10 @@ def mamba(m: Metadata) -> dict[str, Any]:
 
 
 def mamba2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp.
+    """The keys of config.json, as a dict, for Mamba-2.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    There is no key time_step_limit: the step size dt is not clamped, as in llama.cpp. Raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
     heads = m.whole("ssm.time_step_rank")
     return alone(m, "Mamba2ForCausalLM") | {
@@ -51,10 +52,15 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 
 
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
-    """(period, offset) of the layers `found`: those whose number modulo the period is the offset.
+    """(period, offset) of layers that repeat: layer i is among them if i % period == offset. Two ints.
 
-    If `found` is empty, the offset is the number of layers. what: what these layers have, for the error. Raises
-    PortError if no period gives them.
+    For no layers the result is (layers + 1, layers), which holds for none; for one layer (layers + 1, its number).
+    Raises PortError if no period gives exactly these layers.
+
+    Args:
+        m: the metadata, which has the number of layers.
+        found: numbers of the layers, ascending.
+        what: what these layers have, for the error.
     """
     offset = found[0] if found else m.layers
     period = found[1] - offset if len(found) > 1 else m.layers + 1
@@ -67,7 +73,8 @@ def jamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Jamba.
 
     Layers with K/V heads have attention; layers with a router's tensor have experts. Raises CheckpointError for a
-    missing key, PortError unless each of these are every n-th layer.
+    missing key. Raises PortError if the layers with attention, or those with experts, do not repeat with a fixed
+    period.
     """
     attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
     mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
@@ -136,9 +143,9 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 def nemotron_h(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Nemotron-H.
 
-    Layers with a router's tensor have experts, other layers with an inner width an MLP, others with K/V heads
-    attention, the rest a Mamba-2 block. The step has no limits, as in llama.cpp. Raises CheckpointError for a missing
-    key, PortError if MLPs differ in width.
+    A layer with a router's tensor has experts, any other with an MLP width is an MLP, any other with K/V heads is
+    attention, the rest are Mamba-2 blocks. There is no key time_step_limit: the step size dt is not clamped, as in
+    llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
     """
     widths, heads = [int(x) for x in m.by_layer("feed_forward_length")], m.whole("ssm.time_step_rank")
     mixed = [m.has("mixer.gate.weight", i) for i in range(m.layers)]

@@ -19,7 +19,7 @@ class Metadata:
         file: the file.
         tables: the file's tensors.
         factors: rope frequency factors "freqs", "long" and "short", if the file has them.
-        seen: the whole keys that were read.
+        seen: keys that were read so far, as in the file, such as llama.block_count.
     """
 
     file: GgufFile
@@ -33,11 +33,18 @@ class Metadata:
         return self.whole("block_count") - self.whole("nextn_predict_layers", 0)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key without the architecture's prefix; `default` if the file does not have it."""
+        """The value of the key "<architecture>.<key>" in the file; `default` if the file does not have it.
+
+        key: the part after the architecture, such as block_count for llama.block_count. The key counts as read (see
+        `seen`).
+        """
         return self.whole_key(f"{self.file.architecture}.{key}", default)
 
     def whole_key(self, key: str, default: Any = None) -> Any:
-        """The value of a key that does not begin with the architecture; `default` if the file does not have it."""
+        """The value of a key as it stands in the file; `default` if the file does not have it.
+
+        For keys that do not begin with the architecture, such as xielu.beta. The key counts as read (see `seen`).
+        """
         self.seen.add(key)
         return self.file.get(key, default)
 
@@ -86,7 +93,12 @@ class Metadata:
             )
 
     def refuse(self, key: str, why: str) -> None:
-        """Raise PortError if the key is present and not 0, False or []."""
+        """Raise PortError if the file has the key with a value other than 0, False or []; return nothing otherwise.
+
+        Args:
+            key: the part of the key after the architecture.
+            why: the reason, for the error.
+        """
         if self.get(key) not in (None, 0, False, []):
             raise PortError(f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported: {why}")
 
