@@ -128,7 +128,7 @@ def port_checkpoint(
     )
     c = _config(family, checkpoint.config)
     notes = list(checkpoint.notes)
-    layout = _layout(checkpoint, prefix, scales, notes)
+    layout = _layout(checkpoint, family, prefix, scales, notes)
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
@@ -272,11 +272,13 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
     return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
 
 
-def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
+def _layout(
+    checkpoint: Checkpoint, family: Family, prefix: str, scales: CacheScales, notes: list[str]
+) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
     It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
-    embedding, and how experts are stored. It may add to `notes`.
+    embedding, how experts are stored, and what `family.adapt` does. It may add to `notes`.
     """
     names = checkpoint.names
 
@@ -285,6 +287,8 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if _llama_names(checkpoint):
             d = replace(d, sources={}, head="", table="")
+        elif family.adapt:
+            d = family.adapt(d, {n: checkpoint.shape(n) for n in names})
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")

@@ -139,10 +139,11 @@ class ExpertsKernel(ChipKernel):
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Expected number of rows of each of the `held` experts of a chip, as a tuple; tokens choose experts at random.
+    """Expected rows of each of a chip's `held` experts, as a tuple of `held` integers, busy experts first.
 
-    Every token chooses `top` of all `experts`. The rows, at least 1, are spread evenly over the expected number of
-    experts that have any, which is held (1 - (1 - top / experts) ** tokens); the other experts have 0.
+    Every token chooses `top` of all `experts` at random. `held * (1 - (1 - top / experts) ** tokens)` of the chip's
+    experts, rounded, are then expected to have rows. They share tokens * top * held / experts rows (at least 1) evenly.
+    The other experts have 0.
     """
     rows = max(1, round(tokens * top * held / experts))
     active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
@@ -152,10 +153,11 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; otherwise at HBM's, or
-    the L2's if that is lower. The L2's rate is divided by library.l2_multicast, since no two cores read the same bytes.
+    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; if not, at the lower one
+    of the rates of L2 and HBM. chip.l2_rate is reached when library.l2_multicast cores get the same line from one read.
+    No two cores read the same line here, so that rate is divided by library.l2_multicast.
 
-    held: bytes of the operands, which decide whether they fit the L2; 0: as many as `moved`.
+    moved: also decides whether the operands fit the L2, unless `held`, their bytes, is given (not 0).
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -194,7 +196,11 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """The target with the library's kernel for experts in these formats. name: of the kernel; "": the default."""
+    """A target whose library holds only the constants of the kernel that computes experts in these formats.
+
+    It is `target` itself if its library has no kernel records. name: name of the kernel; "": the default for the wider
+    of the two formats. Raises ChipError if the library has records, and none of this name.
+    """
     return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
 
 
@@ -281,10 +287,11 @@ def experts_parts(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> dict[str, Timing]:  # fmt: skip
-    """The Timings of the launches of a layer of routed experts on one rank, in order, by their labels.
+    """Time the launches of a layer of routed experts on one rank: a dict {label: Timing}, in the order of execution.
 
-    ROUTING is the router with the sort of rows; ROUNDING the rounding of x and of inner rows. Arguments and errors are
-    those of experts_timing().
+    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), "gate_up", "activation",
+    "down", "zero" (clear rows of other ranks' experts), "combine". Launches that the kernel does not need are left out.
+    Takes the same arguments as experts_timing(), and raises the same errors.
     """
     target = expert_kernel(target, x_format, w_format, kernel)
     chip, lib, sides = target.chip, target.library, 2 if gated else 1

@@ -55,9 +55,11 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """The argument `reader` of rounded() for rows of x in the order of their experts.
+    """A function reader(builder, rows of a tile) that returns one core's RowReader; rounded() takes it as `reader`.
 
-    Each is multiplied by its routing weight if op.scale_input. order, tokens: as sort_by_expert() writes them.
+    A RowReader is called as read(tile, rows, columns). It emits the load of these rows of x, in the order of their
+    experts, into `tile`. If op.scale_input, it also multiplies each row by the row's routing weight. It returns `tile`
+    cut to the rows and columns. order, tokens: regions that sort_by_expert() writes.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 
@@ -84,9 +86,9 @@ class GroupedProduct:
     """The products of all experts that have rows.
 
     Attributes:
-        codes: rows sorted by expert, rounded.
+        codes: rows of x, sorted by expert and rounded.
         cut: the Tiling.
-        jobs: the tiles, one expert after the other; a job's index is its expert.
+        jobs: one TileJob for each tile of the result, one expert after the other. job.index is the expert's number.
     """
 
     codes: Codes
@@ -100,9 +102,10 @@ def grouped_product(
 ) -> GroupedProduct:  # fmt: skip
     """Cut the products of all experts that have rows into tiles, and return the GroupedProduct.
 
-    on: the target with the tiles of grouped products. sides: weights of all experts, [experts * n, K], of each side of
-    a GLU pair or of the one side. bits: of a weight, with its scales. n: columns of a side. counts: rows of each
-    expert. scattered: True if rows of the result are stored by index.
+    on: the target with the tiles of grouped products. codes: rows of x, sorted by expert and rounded. sides: weights of
+    all experts, [experts * n, K]: one item, or two (gate and up) for a GLU pair. bits: bits of a weight with its
+    scales. n: result columns of one item of `sides`. counts: rows of each expert, int [experts]. scattered: True if
+    rows of the result are stored by index.
     """
     k, groups = codes.x.cols, Grouped(tuple(counts[counts > 0].tolist()), scattered)
     size = codes.x.rows, len(sides) * n, k

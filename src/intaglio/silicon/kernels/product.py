@@ -63,8 +63,9 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     - If all of x fits, one read of x is subtracted, since the op before has just written x to the L2.
     - The last bytes of the result stay in the L2 and are not counted.
 
-    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: mean number
-    of tiles over the rows of a product. The results are numbers or arrays, as the arguments are.
+    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
+    cover the m rows of a product; a mean if products have different numbers of rows. The three results are numbers or
+    arrays, as the arguments are.
     """
     chip, part = target.chip, target.library.l2_usable
     gn = np.ceil(n / tn)
@@ -85,10 +86,10 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Grouped products, each with another number of rows, as of experts; and what their kernel does besides.
+    """Grouped products x @ w.T, one for each expert, with different numbers of rows; and properties of their kernel.
 
     Attributes:
-        counts: rows of each product, at least 1.
+        counts: rows of each product, at least 1; len(counts) is the number of products.
         scattered: True if rows of the result are stored by index, past the L2.
         overfetch: bytes moved from the L2 for each byte of a weight.
         convert_ops: operations of the vector lanes to convert a weight.
@@ -107,16 +108,17 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  ) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
-    A core loads, multiplies, drains and stores its tiles one after the other, as in the instruction streams (tiled.py).
-    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, as they are
+    A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
+    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, since they are
     padded. A choice that is not allowed takes infinite seconds.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
-    prefetched, so HBM reads none. heads: number of such products, each with its own x and w; their K is not split.
-    grouped: None, or as many products as it has counts; then m and heads are ignored.
+    prefetched, so HBM reads none. heads: number of products [m, k] @ [k, n], each with its own x and w; above 1, K is
+    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored.
 
-    Keys of the dict, with an item for each choice. A job is one tile for one part of K; it runs in steps over K.
+    Keys of the dict. Arrays have the choices as their last axis. A job is one tile for one part of K; it runs in steps
+    over K.
 
     - seconds: time of the product, launch included.
     - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`. moved: bytes between L2 and cores.
@@ -180,9 +182,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_steps = steps - 1 + last_part / tk
 
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
-        """Seconds to load one step's operands: (while `active` cores load at once, by the core's own port alone).
+        """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        columns: mean columns of w of a tile.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -213,9 +215,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         return one + other + depth_s + (tiles * pieces - 1) * busier
 
     def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
-        """Seconds from the first load to the last matmul of `tiles` tiles whose steps one core interleaves.
+        """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
 
-        load_s, alone_s: the two results of load().
+        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone.
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
