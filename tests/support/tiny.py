@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.families import MORE
+from support.families import MORE, UNGATED
 
 VOCABULARY = 263  # odd, prime, and room for 256 bytes and the special tokens
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")  # ids 256..260
@@ -219,12 +219,6 @@ DELTA = {
     "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
 }  # fmt: skip
 SSM = {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 24}
-UNGATED = {
-    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "ssm_state_size": 24,
-    "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24, "n_routed_experts": 8,
-    "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 72, "routed_scaling_factor": 2.5,
-}  # fmt: skip
 # Those with recurrent state, which test_recurrent_ports.py tests.
 RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2": {
@@ -300,10 +294,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24,
         "time_step_min": 0.4, "mamba_proj_bias": True,
     },
-    "nemotron_h_moe": {"class": "NemotronH", **UNGATED},
-    "nemotron_h_latent": {
-        "class": "NemotronH", **UNGATED, "moe_latent_size": 40, "n_group": 1, "norm_topk_prob": False,
-    },
+    **UNGATED,
 }  # fmt: skip
 _built: dict[str, Path] = {}
 _placed: dict[Path, str] = {}
