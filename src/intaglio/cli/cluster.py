@@ -249,8 +249,8 @@ def connect_ray(address: str, name: str) -> RayLauncher:
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
     """Arguments of `intaglio serve`, as a list, that make replicas keep K/V blocks in `folder`.
 
-    They are --kv-cache-dir, and --kv-cache-size with half of the disk's free space, at most BLOCKS_BYTES (8 GiB). The
-    size is left out if the user's own arguments, `given`, have one.
+    The list has --kv-cache-dir. It also has --kv-cache-size, with half of the disk's free space but at most
+    BLOCKS_BYTES (8 GiB), unless the user's own arguments, `given`, have that option.
     """
     from intaglio.cluster.budget import size_words
 

@@ -75,8 +75,8 @@ class Schedule:
 
     `steps` are the steps of all ranks, `collective` and `algorithm` are names.
 
-    A rank's own chunks are a run of chunks / ranks of them, in order of rank. What ranks have at the start and at the
-    end:
+    A rank's own chunks are chunks / ranks consecutive ones: rank 0 has the first, rank 1 the next, and so on. What
+    ranks have at the start and at the end:
 
     - all_reduce: every rank has every chunk, and gets the sum of each.
     - reduce_scatter: every rank has every chunk, and gets the sums of its own chunks.

@@ -32,7 +32,7 @@ class Layout:
         redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
             then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
             None: there are no copies, and each group holds consecutive experts.
-        placement: says which experts each group holds; None: ExpertPlacement.even() says it.
+        placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
     Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
     """

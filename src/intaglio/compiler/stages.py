@@ -109,9 +109,9 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op for pipeline stage number `stage`: a collective with the stage's ranks as its group; others unchanged.
+    """The op for pipeline stage number `stage`. Only a collective changes: its group gets numbers of ranks of the mesh.
 
-    Before, the group has the ranks' numbers within the stage, which are counted from 0.
+    op.group has the numbers of lanes, which are ranks counted from 0 within a stage. Other ops are returned unchanged.
     """
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))

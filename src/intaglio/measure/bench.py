@@ -142,14 +142,15 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size. Returns a list with two Rows for each size, in this order.
+    """Measure prefill and decode at each size. Returns a list with two Rows for each size: prefill, then decode.
 
     Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
 
     Args:
         executable: the loaded Program.
         roofs: bounds are computed from these; None: rows have no bounds.
-        lengths: prompt lengths; by default those of LENGTHS that fit.
+        lengths: prompt lengths. None: those in LENGTHS that fit the context with the decode steps; if none does, the
+            longest that fits.
         sequences: numbers of sequences run together.
         runs: runs of which medians are taken.
         max_batch_tokens: token rows of a prefill step.
@@ -199,7 +200,7 @@ class Stopwatch:
         return [self.step(StepRequest(batch))[0] for batch in steps]
 
     def step(self, request: StepRequest) -> tuple[float, StepResult]:
-        """Run one step. Returns (seconds, result)."""
+        """Run one step. Returns (seconds that it took, its StepResult). Also reports progress."""
         self.report(self.what)
         start = self.clock()
         result = self.executable.step(request)

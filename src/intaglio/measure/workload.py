@@ -91,8 +91,9 @@ def draw(
 ) -> list[LoadRequest]:
     """A list of `n` LoadRequests in order of arrival, with lengths drawn from the trace `t` and multiplied by `scale`.
 
-    context: outputs are cut to half of it, then prompts to the rest; None: no length is cut. rate, cv: of the arrivals,
-    as in arrivals(). Raises ValueError unless both are above 0.
+    rate: mean arrivals per second; inf: all at once. cv: coefficient of variation of the gaps between arrivals.
+    context: context length in tokens. Outputs are cut to half of it, then prompts to the rest; None: no length is cut.
+    Raises ValueError unless rate and cv are above 0.
     """
     rng = np.random.default_rng(seed)
     at = arrivals(n, rate, cv, rng)

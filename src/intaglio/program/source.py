@@ -173,8 +173,8 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
     steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
     matrices). A quantised x stays quantised if possible. It becomes a float32 array if a step would split a group
-    (values that share a scale), if a step is of the kind "h", or if it is stored transposed and the steps have no "T",
-    or the other way round. Raises ProgramError for a step that does not fit.
+    (values that share a scale), if a step is of the kind "h", or if only one of two things is true: x is stored
+    transposed (x.turned), and the steps have a "T". Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -211,7 +211,7 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
 
 
 def _unit_run(x: Quantised) -> int:
-    """Number of neighbouring columns for which Quantised.units has one factor of the scales: 256, or the whole row."""
+    """Number of neighbouring columns of x that share one value of x.units: 256, or the length of a whole row."""
     return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
 
 

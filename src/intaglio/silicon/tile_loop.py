@@ -58,9 +58,9 @@ class TileLoop:
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds of the whole loop minus those of a loop without its last jobs, of which there are jobs * fraction.
+        """Seconds that the last jobs * fraction jobs add: the loop's seconds minus those of a loop without these jobs.
 
-        fraction: 0 to 1. If that is no whole number of jobs, the result is interpolated between the two nearest.
+        fraction: 0 to 1. If jobs * fraction is not whole, the result is interpolated between the two nearest numbers.
         """
         jobs = self.jobs * (1 - fraction)
         low = int(jobs)
@@ -110,9 +110,10 @@ class _Core:
         return self.target.chip.cores if job < self.full else self.rest
 
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
-        """(bytes/s of a load, bytes/s of a store) that the core runs at the same time, as all cores with such jobs do.
+        """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
 
-        load, store: number of the job whose tile is loaded, or stored, now; None: there is none, and its rate is 0.
+        All cores with a job of the same number are taken to load or store at the same time. load, store: number of the
+        job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]

@@ -125,8 +125,9 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
     """How the operands and results of `op` must be split if one of them, `name`, is: {name: columns of each lane}.
 
-    spread() calls it to go on from one op of a recurrent block to its neighbours. {} if the block ends at this op,
-    since it is a linear or `name` can be gathered for it. None if neither is possible, so that the block stays whole.
+    spread() calls it to go on from one op of a recurrent block to its neighbours. {} if the block ends at this op: a
+    linear, or an op for which `name` can be gathered. None if the op can neither be split nor end the block; the block
+    then stays whole.
 
     shares: the columns of `name` that each lane (rank) holds, a list with an item a lane.
     """

@@ -87,7 +87,7 @@ class ExpertsKernel(ChipKernel):
         return experts_parts(target, *self.layer(sizes))
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
-        """The arguments of experts_timing() from `tokens` to `gated`, in a step of these sizes."""
+        """The arguments of experts_timing() from `tokens` to `gated`, for a step of these sizes, as a tuple."""
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
         how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
@@ -206,9 +206,11 @@ def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") 
 
 @lru_cache(maxsize=4096)
 def grouped_target(target: Target, tokens: int, experts: int) -> Target:
-    """The target whose library has the tiles, stages and efficiency of grouped products as those of products.
+    """A copy of `target` for timing grouped products (one for each expert) like plain products.
 
-    tokens, experts: those of the step, by which the library may choose tiles. Raises ChipError if no tile fits.
+    Its library's tiles, matmul_stages, mxu_efficiency and burst_bytes are the library's values for grouped products;
+    K is not split. tokens, experts: numbers of tokens and experts of the step; the library may choose tiles by them.
+    Raises ChipError if no tile fits the chip.
     """
     chip, lib = target.chip, target.library
     menu = tile_menu(lib, tokens, experts)

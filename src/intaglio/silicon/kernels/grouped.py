@@ -124,7 +124,10 @@ Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part 
 
 
 def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], columns: int) -> list[Bias]:
-    """A list of each bias's region in HBM and a tile of `columns` columns; None for a missing bias."""
+    """A list with an item for each of `names`: (the bias's region in HBM, a new SRAM tile [1, columns]), or None.
+
+    The item is None where there is no bias (the name is None).
+    """
     return [(r, k.tile(1, columns, r.format)) if r else None for r in map(mem.optional_region, names)]
 
 
@@ -161,8 +164,8 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
     """A list of Streams that compute the down product, each row with its own expert.
 
-    product: of the rows sorted by expert. order: for each of these rows, its row of `out`. out: the results in routing
-    order.
+    product: the tiles of the products of rows sorted by expert. order: for each sorted row, the row of `out` to which
+    its result is stored. out: the results in routing order.
     """
     cut = product.cut
 

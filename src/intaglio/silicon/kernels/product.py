@@ -281,8 +281,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
     """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
 
-    It is the least of PART_COLUMNS, n, and the number for which half of SRAM has space. n: columns of the result, which
-    are those of one side of a GLU pair. sides: 2 for a GLU pair, else 1.
+    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
+    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
     """
     buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
@@ -291,8 +291,9 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
-    A core adds part_columns() columns of a row at a time, for a GLU pair those of both sides; the last part of a row
-    counts as whole. n: columns, both sides of a GLU pair. out_bytes: bytes of a value of the sum.
+    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. The last part
+    of a row counts as whole. n: columns; for a GLU pair, columns of both sides together. out_bytes: bytes of a value of
+    the sum.
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)
@@ -314,7 +315,7 @@ def linear_timing(
 
     w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
-    grouped: None, or as many products as it has counts; then m and heads are ignored.
+    grouped: None, or the row counts of several products (experts); m and heads are then ignored.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)

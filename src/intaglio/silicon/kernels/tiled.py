@@ -28,7 +28,10 @@ INDEX_TILES = 4  # tiles of row numbers by which results are stored
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
-    """Number of columns of x [m, k] that share a scale: w.scale_columns, at most `k`; `k` if w has no groups."""
+    """Number of columns of x [m, k] that share a scale, for a product with `w`.
+
+    It is w.scale_columns, but at most `k`; `k` for a weight that is not quantised.
+    """
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
 
@@ -342,7 +345,9 @@ def product_streams(
 ) -> list[Stream]:  # fmt: skip
     """A list of Streams that compute the tiles of `jobs`, dealt to the cores, in the loop that time_choices() times.
 
-    finisher: called once for each core, after the operands' tiles are allocated. The jobs get their accumulators here.
+    finisher: called once for each core with the core's stream builder, after the operands' tiles are allocated. It
+    returns a function finish(job), which is called after each job's product to emit the drain and the store.
+    Sets job.accs, the accumulators, of each job.
     """
     streams = []
     for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, site)):
