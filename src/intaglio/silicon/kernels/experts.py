@@ -134,7 +134,7 @@ class ExpertsKernel(ChipKernel):
             mem.run(zero_rows(mem, op, order.part(cols=slice(rows, n)), parts))
         if rows:
             mem.run(down(mem, op, product, order, parts), on)
-        loop, width = combine_loop(mem.target, ids.rows, n, parts.cols, bool(op.residual), 4.0)
+        loop, width = combine_loop(mem.target, ids.rows, ids.cols, parts.cols, bool(op.residual), 4.0)
         return combine(mem, op, parts, width, loop.depth)
 
 
@@ -268,18 +268,17 @@ def grouped_timing(
 
 
 def combine_loop(
-    target: Target, tokens: int, rows: float, columns: int, residual: bool, value_bytes: float
+    target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
     """The loop that sums each token's results: (TileLoop, columns of a job).
 
-    A job is a part of a token's columns. rows: rows of results that are summed. residual: True if a residual is added.
-    value_bytes: bytes of a value.
+    A job is a part of a token's columns. top: rows of results that are summed for a token. residual: True if a residual
+    is added. value_bytes: bytes of a value.
     """
-    parts, top = -(-columns // COMBINE_COLUMNS), rows / tokens
+    parts = -(-columns // COMBINE_COLUMNS)
     width = -(-columns // parts)
     load = (top + residual) * columns / parts * value_bytes + 4 * top
-    most = -(-int(rows) // tokens)
-    depth = ring_depth(target, (most * width, most, width, width), load)
+    depth = ring_depth(target, (top * width, top, width, width), load)
     seconds = float(vector_cycles(target.chip, (2 * top + residual) * width)) / target.chip.clock_hz
     store = columns / parts * value_bytes
     return TileLoop(jobs=tokens * parts, load=load, work_s=seconds, store=store, depth=depth), width
@@ -319,7 +318,7 @@ def experts_parts(
     if value < WIDE:
         out["combine"] = Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0))
     else:
-        loop, _ = combine_loop(target, tokens, rows, hidden, False, value)
+        loop, _ = combine_loop(target, tokens, top_k, hidden, False, value)
         out["combine"] = loop_timing(target, loop, loop.jobs * loop.load, loop.jobs * loop.store, past_l2=True)
     return out
 

@@ -165,8 +165,7 @@ def tiling(
     tm, tn, parts = (float(v[i]) for v in how["tile"])
     rows, columns = int(tm), -(-int(tn) // sides)
     buffers = 8 * columns * (1 + residual)  # bytes of a drained row, in two buffers
-    most = max(grouped.counts) if grouped else m
-    drain_rows = max(1, min(rows, most, chip.sram_bytes // DRAIN_PART // buffers))
+    drain_rows = max(1, min(rows, chip.sram_bytes // DRAIN_PART // buffers))
     bits = rows * formats.bits(x_format) + sides * columns * formats.bits(w_format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
     if grouped and grouped.scattered:
