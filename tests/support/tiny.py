@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.families import MORE
+from support.families import MORE, UNGATED
 
 VOCABULARY = 263  # odd, prime, and room for 256 bytes and the special tokens
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")  # ids 256..260
@@ -237,6 +237,23 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "class": "Qwen3_5Moe", "config": "Qwen3_5MoeTextConfig", **DELTA, "num_experts": 8, "num_experts_per_tok": 3,
         "moe_intermediate_size": 40, "shared_expert_intermediate_size": 72,
     },
+    "olmo_hybrid": {
+        "class": "OlmoHybrid", "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6, "linear_key_head_dim": 12, "linear_value_head_dim": 20, "attention_bias": True,
+    },
+    "olmo_hybrid_nope": {
+        "class": "OlmoHybrid", "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        "linear_allow_neg_eigval": False, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True,
+    },
+    "kimi_linear": {
+        "class": "KimiLinear", **LATENT, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 6, "linear_head_dim": 12, "n_group": 2, "topk_group": 1, "num_local_experts": 8,
+    },
+    "kimi_linear_compressed": {
+        "class": "KimiLinear", **LATENT, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 4, "linear_head_dim": 20, "linear_conv_kernel_dim": 3, "q_lora_rank": 36,
+        "attention_bias": True, "num_local_experts": 8, "norm_topk_prob": False, "n_shared_experts": 2,
+    },
     "mamba2": {
         "class": "Mamba2", "num_heads": 8, "head_dim": 16, "state_size": 24, "n_groups": 2, "use_bias": True,
         "time_step_limit": [0.1, 1.5],
@@ -277,6 +294,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24,
         "time_step_min": 0.4, "mamba_proj_bias": True,
     },
+    **UNGATED,
 }  # fmt: skip
 _built: dict[str, Path] = {}
 _placed: dict[Path, str] = {}

@@ -32,7 +32,7 @@ class Call:
     Attributes:
         on: chip and kernel library that the call runs on.
         timing: its modelled Timing: seconds, bytes, FLOPs and how long each engine is busy.
-        launch_s: seconds of it that are launch overhead.
+        launch_s: seconds of `timing` that are launch overhead.
     """
 
     on: Target
@@ -63,7 +63,7 @@ class Call:
     def last_wave(self) -> tuple[int, int]:
         """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted.
 
-        A wave is as many jobs as the chip has cores; they run at the same time.
+        A wave is a set of jobs that run at the same time, one on each core of the chip.
         """
         jobs, cores = ceil(self.timing.jobs), self.on.chip.cores
         waves = -(-jobs // cores)
@@ -120,8 +120,8 @@ class Call:
     def _reached(self, measured_s: float) -> str:
         """Text that says how much of a peak rate the measured call reached, such as "; measured at 63% of HBM's peak".
 
-        The rate is that of HBM if HBM or the L2 is the busiest part of the chip, otherwise FLOP/s; "" if the call has
-        no FLOPs then. measured_s: measured seconds.
+        If HBM or the L2 is the busiest part of the chip, the rate is HBM's bandwidth. In other cases it is the chip's
+        FLOP/s in the call's format; the text is "" if the call has no FLOPs. measured_s: measured seconds.
         """
         chip, t = self.on.chip, self.timing
         if self.busiest[0] in MEMORIES:

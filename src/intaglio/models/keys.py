@@ -33,7 +33,8 @@ HARMLESS: dict[str, str] = {
         "output_router_logits", "label_smoothing", "z_loss", "moe_dropout", "router_dtype", "mup_base_width",
         "use_fused_crossentropy", "fused_ce", "rescale_prenorm_residual", "load_balance_loss_weight", "lora_dropout",
         "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme", "time_step_scale", "mamba_dt_min",
-        "mamba_dt_max", "mamba_dt_init_floor", "z_loss_coefficient",
+        "mamba_dt_max", "mamba_dt_init_floor", "z_loss_coefficient", "linear_a_log_min", "linear_a_log_max",
+        "linear_dt_min", "linear_dt_max", "linear_dt_init_floor",
         "is_training", "layerdrop", "finetuned", "train_batch_size", "initialization_scheme", "altup_coef_clip",
         "altup_lr_multiplier",
     ), TRAINING),
@@ -54,7 +55,7 @@ HARMLESS: dict[str, str] = {
         "transformers_weights", "tf_legacy_loss", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
         "chunk_size", "mamba_chunk_size", "residual_in_fp32", "use_mambapy", "use_associative_scan",
         "mamba_ssm_cache_dtype", "mamba_ssm_dtype", "num_logits_to_keep",
-        "reorder_and_upcast_attn", "slow_but_exact", "n_ctx", "enable_moe_fp32_combine",
+        "reorder_and_upcast_attn", "slow_but_exact", "n_ctx", "enable_moe_fp32_combine", "moe_shared_expert_overlap",
     ), OUTPUTS),
     **dict.fromkeys((
         "pad_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
@@ -88,7 +89,7 @@ HARMLESS: dict[str, str] = {
     ), OTHER_PARTS),
     **dict.fromkeys((
         "num_nextn_predict_layers", "num_mtp_modules", "use_mtp", "mtp_transformer_layers", "mtp_num_layers",
-        "mtp_loss_weight", "num_assistant_tokens",
+        "mtp_loss_weight", "num_assistant_tokens", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
     ), AHEAD),
     "dtype": "each tensor's header says its own type", "torch_dtype": "each tensor's header says its own type",
     "sliding_window": "no layer of this model slides", "use_sliding_window": "layer_types says which layers slide",

@@ -14,7 +14,16 @@ from typing import Any
 
 from intaglio import formats
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import NAMED, NAMED_BIASES, NUMBERED, STACKED, Decoder, write
+from intaglio.models.decoder import (
+    NAMED,
+    NAMED_BIASES,
+    NUMBERED,
+    STACKED,
+    UNGATED,
+    UNGATED_STACKED,
+    Decoder,
+    write,
+)
 from intaglio.models.decoder.rope import lengths
 from intaglio.models.files.cache_scales import CacheScales, read_cache_scales
 from intaglio.models.files.checkpoint import PLAIN, Checkpoint
@@ -119,7 +128,7 @@ def port_checkpoint(
     )
     c = _config(family, checkpoint.config)
     notes = list(checkpoint.notes)
-    layout = _layout(checkpoint, prefix, scales, notes)
+    layout = _layout(checkpoint, family, prefix, scales, notes)
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
@@ -263,11 +272,13 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
     return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
 
 
-def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
+def _layout(
+    checkpoint: Checkpoint, family: Family, prefix: str, scales: CacheScales, notes: list[str]
+) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
     It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
-    embedding, and how experts are stored. It may add to `notes`.
+    embedding, how experts are stored, and what `family.adapt` does. It may add to `notes`.
     """
     names = checkpoint.names
 
@@ -276,6 +287,8 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if _llama_names(checkpoint):
             d = replace(d, sources={}, head="", table="")
+        elif family.adapt:
+            d = family.adapt(d, {n: checkpoint.shape(n) for n in names})
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")
@@ -292,8 +305,11 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         first = next((i for i, layer in enumerate(d.layers) if layer.sparse), 0)
         if m and m.correction_optional and f"{prefix}layers.{first}.{m.block}.{m.correction}" not in names:
             d = replace(d, mixture=(m := replace(m, correction="")))
-        if m is None or m.sources not in (NAMED, NUMBERED, STACKS):
+        if m is None or m.sources not in (NAMED, NUMBERED, STACKS, UNGATED):
             return d
+        if m.sources == UNGATED:
+            stacked = f"{prefix}layers.{first}.{m.block}.{UNGATED_STACKED[1]}" in names
+            return replace(d, mixture=replace(m, sources=UNGATED_STACKED)) if stacked else d
         for block in ("mlp", "block_sparse_moe"):
             at = f"{prefix}layers.{first}.{block}."
             if at + "experts.gate_up_proj" in names:  # as transformers 5 holds them, saved so
@@ -327,7 +343,7 @@ def _program(
     if notes is not None and differs:
         notes.append(_long_note(length, usual, limit))
     d = layout(family.describe(c, length))
-    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[0])):
+    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[1])):
         d = replace(d, mixture=replace(d.mixture, sources=NAMED, biases=d.mixture.biases and NAMED_BIASES))
     try:
         return write(family.writer(d, name, length, format, order))
