@@ -124,7 +124,7 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 def used(p: Phase) -> tuple[str, ...]:
     """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
 
-    FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
+    The FLOP/s are of all chips together. HBM and link bandwidth are of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
@@ -340,7 +340,7 @@ def kernel_facts(record: KernelRecord) -> tuple[str, str]:
 
 
 def chips(
-    name: Annotated[str | None, typer.Argument(help="One of them, with the source of its numbers.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a chip to print with the source of its numbers.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """List the preset chips, or print one of them in full."""
@@ -364,7 +364,7 @@ def chips(
 
 
 def libraries(
-    name: Annotated[str | None, typer.Argument(help="One of them, with all its fields.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a library to print with all its fields.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """List the preset kernel libraries, or print one of them in full."""

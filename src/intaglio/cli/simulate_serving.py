@@ -52,18 +52,22 @@ def simulate_serving(
     ] = None,
     input: InputTokens = 2048,
     output: OutputTokens = 128,
-    requests: Annotated[int | None, typer.Option(min=1, help="How many. Default: four for each that is open.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Number of requests. Default: 4 x concurrency, else 100.")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests open at once. Default: any number with --rate, else 16.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Requests that arrive a second. Default: each when another ends.")
+        float | None, typer.Option(help="Requests that arrive a second. Default: one starts when another ends.")
     ] = None,
     ramp: Annotated[
         float | None,
-        typer.Option(help="Seconds in which the first ones start. Default: what one takes; 0: all at once."),
+        typer.Option(help="Seconds over which first requests start. Default: one request's time; 0: at once."),
     ] = None,
-    cv: Annotated[float, typer.Option(help="Of the gaps between requests: 1 is Poisson, more comes in bursts.")] = 1.0,
+    cv: Annotated[
+        float, typer.Option(help="Coefficient of variation of arrival gaps: 1 Poisson, above: bursts.")
+    ] = 1.0,
     ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; longer prompts are cut.")] = 2048,

@@ -110,8 +110,8 @@ def chosen(sample: Sample, points: int) -> np.ndarray:
 def value_of(on: Target, name: str) -> Any:
     """The value of a parameter of `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    FAMILY.FIELD is the library's value for a kind of kernels, such as prefill (attention over prompts): that of its
-    kernel for bf16 calls with 128 columns a head.
+    FAMILY.FIELD is the library's value for a kind of kernels, such as prefill (attention over prompts). It is taken
+    from the kernel that the library uses for bf16 calls with 128 columns a head.
     """
     part, field = name.split(".")
     if part in ("chip", "library"):
@@ -123,8 +123,8 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
     """A copy of the target with another value of one parameter. Raises ChipError for a value out of range.
 
     name: chip.FIELD, library.FIELD or FAMILY.FIELD, see value_of(). FAMILY.FIELD is set in all kernels of the family.
-    If it is in CONSTANTS, each kernel's own value is multiplied by the factor value / value_of(on, name), up to 1 at
-    most. format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
+    If it is in CONSTANTS, each kernel's own value is multiplied by value / value_of(on, name), and is then at most 1.
+    format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -221,8 +221,8 @@ class Search:
     def weight(self, number: int, common: bool) -> float:
         """Factor by which a sample's change of cost counts when a constant is chosen: PRODUCTS_WEIGHT or 1.
 
-        number: the sample's index in `data`. common: True if all kernels share the constant. PRODUCTS_WEIGHT is for
-        matrix products then: their times are modelled best, so they say most about such constants.
+        number: the sample's index in `data`. common: True if all kernels share the constant; matrix products then count
+        PRODUCTS_WEIGHT times, because their times are modelled best. All other changes count once.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 

@@ -160,8 +160,8 @@ def simulate_fleet(
 ) -> ServingResult:  # fmt: skip
     """Serve a load on all replicas of a placement, event by event. Returns the ServingResult.
 
-    Step times are those of the table StepTimes. K/V of a request's prompt and whole response is reserved when it is
-    admitted, so nothing is preempted.
+    Step times come from a StepTimes table. K/V for the prompt and the whole response of a request is reserved when the
+    request is admitted, so nothing is preempted.
 
     Args:
         server: one replica, compiled; its placement says how many there are.

@@ -83,10 +83,10 @@ def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """A random chip, as (Target, pairs (field, value) in which it differs from a preset).
+    """A random chip, as a pair: its Target, and a tuple of pairs (field, value) that were changed from a preset.
 
-    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3; () in the others. The chip always has
-    10 TB of HBM, so that every model fits; this change is not in the pairs.
+    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3; in the other half the tuple is empty.
+    The chip always has 10 TB of HBM, so that every model fits; this change is not in the tuple.
     """
     on = target(str(rng.choice(sorted(CHIPS))))
     on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed

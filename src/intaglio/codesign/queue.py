@@ -26,9 +26,9 @@ class QueueSettings:
 
     Attributes:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
-        max_batch_tokens: most tokens of a step, on each data-parallel copy of the attention layers (DP rank); a longer
-            prompt is prefilled in chunks.
-        max_sequences: most sequences that run at once, on all DP ranks together.
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
+            longer prompt is prefilled in chunks.
+        max_sequences: maximum sequences that run at once, on all DP ranks together.
         mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
         sequence_s: the host's time for each sequence of a step, during which the chips wait. The DP ranks share the
@@ -276,7 +276,7 @@ def serve(
 ) -> QueueResult:  # fmt: skip
     """Serve a load in virtual time and return the QueueResult.
 
-    requests: the load, ordered by time of arrival. concurrency: most requests open at once; None: any number. With a
+    requests: the load, ordered by time of arrival. concurrency: maximum requests open at once; None: any number. With a
     number, a request's times count from when it is sent, not from its arrival. Raises ValueError for a request that the
     K/V cache cannot hold.
     """

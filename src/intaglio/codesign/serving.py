@@ -35,8 +35,8 @@ class EngineSettings:
     """How the simulated engine is run.
 
     Attributes:
-        max_batch_tokens: most token rows of a step; a longer prompt is prefilled in chunks.
-        max_sequences: most sequences that run at once.
+        max_batch_tokens: maximum token rows of a step; a longer prompt is prefilled in chunks.
+        max_sequences: maximum sequences that run at once.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         step_overhead_s: seconds between one step and the next in which the chips wait for the host.
         request_overhead_s: the host's seconds for each request outside the engine, such as HTTP and tokenizer. They are
@@ -244,7 +244,7 @@ def simulate_serving(
         requests: arrival times and lengths.
         settings: settings of the engine.
         limits: latencies that a good response keeps.
-        concurrency: most requests open at once; None: any number.
+        concurrency: maximum requests open at once; None: any number.
         seed: seed of the prompts' token ids. They are random, so that no prompt shares a prefix with another.
         progress: called as requests end.
 

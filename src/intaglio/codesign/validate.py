@@ -198,7 +198,7 @@ class Worst:
 class Record(Errors):
     """Errors of the modelled times for one chip, table (or kernel) and number format.
 
-    The fields of Errors are those of all rows, in per cent.
+    The inherited fields (rows, median, mean, bias) are for all rows of the table in this format, in per cent.
 
     Attributes:
         chip: name of the chip.

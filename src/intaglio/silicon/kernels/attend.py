@@ -296,11 +296,12 @@ def split_streams(
 class AttendTiles:
     """Tile buffers of one core: queries, keys, values, results, and the softmax's sums, maxima and denominators.
 
-    There are plan.held buffers of queries and of results. With plan.ahead above 0 each of these jobs also has its own
-    sums, set to 0 while an earlier job is computed; otherwise plan.lanes jobs share a tile of sums, set to 0 together.
+    There are plan.held buffers of queries and of results. If plan.ahead is above 0, there are as many buffers of sums,
+    so that a job's sums are set to 0 while an earlier job is computed. If it is 0, plan.lanes jobs share one buffer of
+    sums, which is set to 0 for all of them together.
 
-    d, dv: widths of a key and of a value. listed: decoding jobs whose query's row number is loaded in one transfer; 0
-    for chunks with several queries.
+    d, dv: widths of a key and of a value. listed: number of decoding jobs whose queries' row numbers one transfer
+    loads; 0 for chunks with several queries.
     """
 
     def __init__(

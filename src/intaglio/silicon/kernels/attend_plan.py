@@ -30,17 +30,17 @@ SPARE = 2048  # bytes of SRAM for sinks, indices and alignment
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPlan:
-    """How a kernel cuts the attention of prompts, or that of decoding sequences.
+    """How a kernel cuts attention into tiles and jobs. Prompts and decoding sequences have a plan each.
 
     Attributes:
         rows: query rows of a tile. All of them are computed, even if fewer have a query.
         pack: query heads that share a tile, since they share a K/V head; 1: none do.
         keys: keys of a tile.
         depth: tiles of keys and values that SRAM holds at a time, so that one loads while another is used.
-        ahead: most jobs (tiles of queries) whose operands a core loads while it computes an earlier job; 0: the
-            operands of a job are loaded when the job starts.
+        ahead: largest number of jobs (tiles of queries) whose operands a core loads while it computes an earlier job;
+            0: the operands of a job are loaded when the job starts.
         lanes: with `ahead` 0, jobs that a core starts together, so that it waits only for the first job's operands.
-        parts: most parts into which the context of a decoding sequence is split.
+        parts: largest number of parts into which the context of a decoding sequence is split.
     """
 
     rows: int
@@ -177,10 +177,10 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 
 
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Seconds until the last core ends if `count` jobs of `seconds` each are dealt as by deal().
+    """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds, count: arrays with an item for each kind of job. If each core has at most one job, or more than DEALT on
-    average, the result is that of even_makespan().
+    seconds: time of a job of each kind. count: number of jobs of each kind. If each core has at most one job, or more
+    than DEALT on average, returns even_makespan(), a lower bound.
     """
     total = float(count.sum())
     if total <= cores or total > DEALT * cores:

@@ -222,7 +222,7 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
 
 @lru_cache(maxsize=4096)
 def link_traffic(network: Network, op: str, algorithm: str) -> float:
-    """Bytes that leave a chip, forwarded ones included, per byte of the tensor; mean over the chips that send."""
+    """Bytes that a chip sends over its links per byte of the tensor, forwarded bytes included: mean over senders."""
     ranks = simulated_ranks(network, op)
     s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
     hops = sum(link.src < ranks for i in s.steps if i.kind == "send" for link in topology.route(i.rank, i.peer))

@@ -102,7 +102,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """FP32 columns of each SRAM tile of a job, as a tuple; by default `width` for each operand, at least twice."""
+        """FP32 columns of each SRAM tile of a job, as a tuple; by default max(2, operands) tiles of `width` columns."""
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
@@ -146,9 +146,9 @@ class RowsKernel(ChipKernel):
 
 
 def vector_bytes(t: Tensor) -> float:
-    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM: in its own format, else in FP32.
+    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
 
-    A quantised operand is held in FP32.
+    It is kept in its own format if that is a plain one (formats.PLAIN), and in FP32 if it is quantised.
     """
     bits = formats.bits(t.format) if t.format in formats.PLAIN else 32
     return float(-(-int(t.shape[-1]) * bits // 8))

@@ -28,7 +28,10 @@ INDEX_TILES = 4  # tiles of row numbers by which results are stored
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
-    """Number of columns of x [m, k] that share a scale: w.scale_columns, at most `k`; `k` if w has no groups."""
+    """Number of columns of x [m, k] that share a scale, for a product with `w`.
+
+    It is w.scale_columns, but at most `k`; `k` for a weight that is not quantised.
+    """
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
 
@@ -162,8 +165,7 @@ def tiling(
     tm, tn, parts = (float(v[i]) for v in how["tile"])
     rows, columns = int(tm), -(-int(tn) // sides)
     buffers = 8 * columns * (1 + residual)  # bytes of a drained row, in two buffers
-    most = max(grouped.counts) if grouped else m
-    drain_rows = max(1, min(rows, most, chip.sram_bytes // DRAIN_PART // buffers))
+    drain_rows = max(1, min(rows, chip.sram_bytes // DRAIN_PART // buffers))
     bits = rows * formats.bits(x_format) + sides * columns * formats.bits(w_format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
     if grouped and grouped.scattered:
@@ -342,7 +344,9 @@ def product_streams(
 ) -> list[Stream]:  # fmt: skip
     """A list of Streams that compute the tiles of `jobs`, dealt to the cores, in the loop that time_choices() times.
 
-    finisher: called once for each core, after the operands' tiles are allocated. The jobs get their accumulators here.
+    finisher: called once for each core with the core's stream builder, after the operands' tiles are allocated. It
+    returns a function finish(job), which is called after each job's product to emit the drain and the store.
+    Sets job.accs, the accumulators, of each job.
     """
     streams = []
     for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, site)):
