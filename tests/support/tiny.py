@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.families import MORE
+from support.families import MORE, UNGATED
 
 VOCABULARY = 263  # odd, prime, and room for 256 bytes and the special tokens
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")  # ids 256..260
@@ -294,6 +294,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24,
         "time_step_min": 0.4, "mamba_proj_bias": True,
     },
+    **UNGATED,
 }  # fmt: skip
 _built: dict[str, Path] = {}
 _placed: dict[Path, str] = {}

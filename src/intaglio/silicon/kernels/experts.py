@@ -58,6 +58,7 @@ class ExpertsKernel(ChipKernel):
         hidden, inner: widths of x and of an expert's inner row.
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.
+        gated: True if experts have a gate.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -69,13 +70,14 @@ class ExpertsKernel(ChipKernel):
     x_format: str
     w_format: str
     w_bits: float
+    gated: bool = True
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
         up, x_format, top = t[op.up], formats.element(op.x_format), int(t[op.ids].shape[1])
         held, inner, hidden = (int(d) for d in up.shape)
         w = formats.element(up.format), bits_per_value(up)
-        return cls(top, held, op.of or held, hidden, inner, x_format, *w)
+        return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         return experts_timing(target, *self.layer(sizes))
@@ -84,10 +86,10 @@ class ExpertsKernel(ChipKernel):
         """The Timings of the op's launches by their labels, as experts_parts() returns them."""
         return experts_parts(target, *self.layer(sizes))
 
-    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float]:
-        """The arguments of experts_timing() from `tokens` to `w_bits` for a step of these sizes, as a tuple."""
+    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
+        """The arguments of experts_timing() from `tokens` to `gated`, for a step of these sizes, as a tuple."""
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
-        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
 
     @classmethod
@@ -108,7 +110,7 @@ class ExpertsKernel(ChipKernel):
         other chips hold, if there are any. 6. Down, scattered back to routing order.
         """
         kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format
-        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
+        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.up].shape)
         order, tokens = (mem.heap.allocate(1, n, "i32") for _ in range(2))
         counts = mem.heap.allocate(1, count, "i32")
         mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)), label=ROUTING)
@@ -119,12 +121,12 @@ class ExpertsKernel(ChipKernel):
         rows, parts = int(sizes.sum()), mem.heap.allocate(n, mem.region(op.out).cols, "f32")
         if rows:
             on = grouped_target(expert_kernel(mem.target, kernel.x_format, kernel.w_format), ids.rows, count)
-            gate, up, last = (mem.regions[w] for w in (op.gate, op.up, op.down))
-            spans = [scale_columns(w, k) for w, k in ((gate, mem.region(op.x).cols), (last, inner))]
+            *sides, last = (mem.regions[w] for w in (op.gate, op.up, op.down) if w)
+            spans = [scale_columns(w, k) for w, k in ((sides[0], mem.region(op.x).cols), (last, inner))]
             codes = rounded(mem, op.site, mem.region(op.x), x_format, spans[0], rows, by_expert(mem, op, order, tokens))
             scaled = codes.scales is not None
             hidden = mem.heap.allocate(rows, inner, "f32" if scaled else codes.x.format)
-            product = grouped_product(on, codes, (gate, up), kernel.w_bits, inner, sizes, scattered=False)
+            product = grouped_product(on, codes, sides, kernel.w_bits, inner, sizes, scattered=False)
             mem.run(gate_up(mem, op, product, hidden), on)
             codes = rounded(mem, op.site, hidden, x_format, spans[1]) if scaled else Codes(hidden, None, inner)
             product = grouped_product(on, codes, (last,), bits_per_value(t[op.down]), parts.cols, sizes, scattered=True)
@@ -341,7 +343,7 @@ def experts_timing(
         inner: width of an expert's inner row.
         x_format: format of a value of x.
         w_format: format of a weight.
-        w_bits: bits per weight including scales; 0: those of `w_format`.
+        w_bits: bits per weight including scales; 0: the bits of `w_format` without scales.
         gated: True if experts have a gate.
         kernel: name of the library's kernel; "": its default.
 
