@@ -19,6 +19,7 @@ from intaglio.models.decoder.description import (
     Latent,
     Layer,
     Mixture,
+    Shared,
     layer_norm_sizes,
     sizes,
     sparse,
@@ -32,7 +33,6 @@ from intaglio.models.decoder.writer import Writer
 __all__ = [
     "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
     "TRANSPOSED", "AltUp", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent", "Layer", "LightningMixer",
-    "LruMixer",
-    "Mixture", "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window",
-    "write",
+    "LruMixer", "Mixture", "ScanMixer", "Shared", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse",
+    "uniform_layers", "window", "write",
 ]  # fmt: skip
