@@ -113,18 +113,18 @@ class LLM:
         kv_tokens: tokens of K/V cache for all sequences together. None: 32,768 or one whole context, whichever is more,
             but no more than fit the memory.
         kv_format: K/V cache format, as for Model.open().
-        max_batch_tokens: most token rows of a step.
-        max_sequences: most sequences that run at once; fewer if the memory for recurrent state has no room for them.
-        max_waiting: most sequences that wait.
-        max_drafts: most draft tokens per sequence and step; 0 switches speculative decoding off.
+        max_batch_tokens: maximum token rows of a step.
+        max_sequences: maximum sequences that run at once; fewer if the memory for recurrent state has no room for them.
+        max_waiting: maximum sequences that wait.
+        max_drafts: maximum draft tokens per sequence and step; 0 switches speculative decoding off.
         state_cache_bytes: only for a model with recurrent state: bytes of states kept for the prefix cache, beside
             those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
             states. 0: such a model has no prefix cache.
         window_tokens: only for a model with sliding-window layers: tokens of K/V cache that these layers keep for all
             sequences together. A sequence needs its window and one step there. If there are too few tokens for all
             running sequences, the last ones are preempted. 0: these layers keep all tokens, as other layers do; the
-            only number allowed with `kv_cache_dir` or `kv_peer`. None: 0 with these and on device silicon; otherwise
-            enough for `max_sequences` sequences if that saves a quarter of the pages, else 0.
+            only number allowed with `kv_cache_dir` or `kv_peer`. None: enough for `max_sequences` sequences, if that
+            saves a quarter of the pages; else 0. With `kv_cache_dir`, `kv_peer` or device="silicon", None means 0.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: True to run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
@@ -145,7 +145,7 @@ class LLM:
         kv_peer: in place of `kv_cache_dir`: an address. K/V blocks are kept in memory, and other engines of the model
             that know the address's token can fetch them there. An engine fetches only blocks that it was told of: by
             the router of `intaglio cluster up --prefill`, or by `llm.tier.announce()`.
-        kv_cache_bytes: most bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
+        kv_cache_bytes: maximum bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
             new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
@@ -426,7 +426,7 @@ def _tier(
     Args:
         folder: value of the option kv_cache_dir.
         address: value of the option kv_peer: where to listen, and the token.
-        budget: most bytes of all blocks.
+        budget: maximum bytes of all blocks.
         scope: BlockScope of the engine's blocks.
         journal: value of the option journal; a journal does not record which blocks were loaded.
 

@@ -51,7 +51,7 @@ class Machine:
 
     @property
     def kv_bytes(self) -> int:
-        """Most bytes of K/V cache that one model may hold."""
+        """Maximum bytes of K/V cache that one model may hold."""
         return int(self.memory * KV_SHARE) // self.models
 
     def shared(self, executable: Executable) -> Executable:

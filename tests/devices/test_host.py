@@ -250,8 +250,8 @@ def test_an_unsupported_activation_format_is_refused(site: str) -> None:
     x = b.op(Embed, "x", "tokens", names["embed"])
     b.op(Route, "route", b.op(Linear, "logits0", x, "router"), top=2)
     rounding = {"x_format": "fp8row"}
-    operands = ("route", "route.ids", *named.values())
-    y = b.op(Experts, "mlp", x, *operands, **(rounding if site == "mlp" else {}))
+    operands = ("route", "route.ids", named["up"], named["down"])
+    y = b.op(Experts, "mlp", x, *operands, gate=named["gate"], **(rounding if site == "mlp" else {}))
     b.tensors["w"] = replace(b.tensors["w"], format="fp8row")
     last = b.op(Select, "select", y, "rows")
     b.op(Linear, "head", last, "w", out="logits", role="output", **(rounding if site == "head" else {}))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from support.families import UNGATED
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LATENT = {
@@ -121,4 +123,5 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24,
         "time_step_min": 0.4, "mamba_proj_bias": True,
     },
+    **UNGATED,
 }  # fmt: skip

@@ -24,8 +24,7 @@ def open_llm(
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
-    no_cache: True to neither use nor keep packed weights on disk. The other arguments, and the errors, are those of
-    LLM.
+    no_cache: True to neither use nor keep packed weights on disk. For the other arguments, and the errors, see LLM.
     """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM

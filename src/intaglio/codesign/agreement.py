@@ -35,7 +35,7 @@ class KernelAgreement:
 
     @property
     def ratio(self) -> float:
-        """The simulator's seconds over those of the closed form; 1.0 if they agree."""
+        """The simulator's seconds divided by the closed form's seconds; 1.0 if they agree."""
         return self.machine / self.closed
 
 

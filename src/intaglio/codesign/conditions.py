@@ -23,8 +23,8 @@ class Conditions:
         weight_copies: number of copies of a product's weights, which are used in turn.
         attention_launches: number of kernels of one attention call: cache write, preparation, attention.
         warm_cache: True if keys and values are in the L2, as far as they fit.
-        older_experts: True for the benchmark's older version: every expert has a gate, and where rounding left rows
-            of tokens without an expert, the experts with the most rows got them.
+        older_experts: True for the benchmark's older version. There every expert has a gate, and token rows that are
+            left over by rounding go to the experts with the largest numbers of rows.
         expert_kernels: {number format: name of the library's kernel that ran experts in it}, for formats in which
             this was not the library's default kernel.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from intaglio.chips import Target
 from intaglio.codesign.queue import NEVER, Queue, QueueSettings
-from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context
+from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context, moments
 from intaglio.codesign.steps import Costs, Server, StepTimes
 from intaglio.measure.load import Outcome, summarise
 from intaglio.measure.workload import LoadRequest
@@ -68,8 +68,9 @@ class Member:
     def take(self, until: float = NEVER) -> None:
         """Simulate one run of the replica's steps, and set `next` to the end of the run after it.
 
-        The run ends when a response ends or the engine looks for new requests, and takes no step that begins at or
-        after `until` seconds; see Queue.take_steps(). It has at least one step if a request is admitted.
+        A run is one step with a prompt, or decode steps up to the first of these: a response ends, the engine looks for
+        new requests, the next step would begin at or after `until` seconds; see Queue.take_steps(). It has at least one
+        step, or none if no request is admitted. `next` is where the following run would end.
         """
         self.queue.take_steps(until)
         self.look_ahead()
@@ -159,8 +160,8 @@ def simulate_fleet(
 ) -> ServingResult:  # fmt: skip
     """Serve a load on all replicas of a placement, event by event. Returns the ServingResult.
 
-    Step times are those of the table StepTimes. K/V of a request's prompt and whole response is reserved when it is
-    admitted, so nothing is preempted.
+    Step times come from a StepTimes table. K/V for the prompt and the whole response of a request is reserved when the
+    request is admitted, so nothing is preempted.
 
     Args:
         server: one replica, compiled; its placement says how many there are.
@@ -190,5 +191,6 @@ def simulate_fleet(
     idle_s = max(0.0, done.seconds * placement.replicas - done.busy_s)
     joules = done.joules + idle_s * target.chip.energy.idle_w * placement.chips_per_server
     return ServingResult(
-        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv
-    )
+        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv,
+        moments(outcomes, kv * placement.replicas),
+    )  # fmt: skip

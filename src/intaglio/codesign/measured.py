@@ -189,7 +189,7 @@ class Compared:
         ttft: modelled mean time to the first token, in seconds.
         tpot: modelled mean time per token after it, in seconds.
         refused: why the row was not modelled; "" if it was.
-        draft_tokens: draft tokens that each step verifies, by the profile's recipe for the row; 0: none.
+        draft_tokens: draft tokens that each step verifies, as the engine's profile says for the row; 0: none.
     """
 
     row: Row
@@ -200,7 +200,10 @@ class Compared:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative errors of TTFT and TPOT, with signs: (modelled / measured - 1) of each."""
+        """A pair (error of TTFT, error of TPOT). Each error is modelled / measured - 1, so it has a sign.
+
+        Both are -1 for a row that was not modelled (see `refused`).
+        """
         return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
 
 
@@ -224,10 +227,10 @@ def rows(path: Path) -> list[Row]:
 def completed(found: Sequence[Row]) -> list[Row]:
     """A list of the same rows, with numbers of prefill and decode servers filled in where a row leaves them out.
 
-    They come from the row's twin: a row with both numbers, and otherwise the same settings and measured latencies to
-    the last digit, so it is another entry of one experiment (see experiment()). All columns that start with prefill_ or
-    decode_ are copied, because a row without the numbers also leaves out data-parallel attention. A row stays as it is
-    if it has no twin, or twins that disagree.
+    Published tables list some experiments twice. A row without these numbers takes them from its twin: a row that has
+    both numbers, and whose other settings and measured latencies are equal to the last digit (see experiment()). All
+    columns that start with prefill_ or decode_ are copied, because a row without the numbers also leaves out
+    data-parallel attention. A row stays unchanged if it has no twin, or if its twins disagree.
     """
     twins: dict[tuple[str, ...], list[Row]] = {}
     for row in found:
@@ -359,7 +362,8 @@ class Agreement:
         engine: name of the engine, or "all".
         group: kind of the rows: "dense", "mixture" (of experts) or "disaggregated", see Row.group.
         rows: number of rows compared.
-        derived: how many of them leave out their numbers of servers and take them from an equal row, see completed().
+        derived: number of compared rows whose numbers of servers come from another row of the same experiment, see
+            completed().
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.

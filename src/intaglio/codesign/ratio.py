@@ -44,9 +44,10 @@ class Kind:
         return self.times.server.placement.chips_per_server
 
     def of(self, replicas: int) -> StepTimes:
-        """The StepTimes of a placement with `replicas` servers of this kind.
+        """New StepTimes for a placement with `replicas` servers of this kind.
 
-        A step of each takes what a step of `self.times` takes, so both objects share one table of computed step times.
+        A server's steps take as long as those in `self.times`, whatever the number of servers. The new object therefore
+        uses the same cache of step times (`tables`) as `self.times`.
         """
         server = self.times.server
         many = replace(server, placement=replace(server.placement, replicas=replicas))
@@ -97,7 +98,7 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 
 
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
-    """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none.
+    """The largest number of requests with which one decode server's steps take at most `tpot` seconds; 0 if none does.
 
     A step is timed with half of every response in the cache. The engine's sequences and K/V cache limit the number too.
     input, output: tokens of each request's prompt and response.
@@ -114,11 +115,11 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 
 
 def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Ratio | None:
-    """The Ratio with the most requests per second of exactly `chips` chips, in closed form.
+    """Divide `chips` chips into prefill and decode servers: the Ratio with the highest estimated requests per second.
 
-    Prefill servers are planned with PREFILL_LOAD of their full rate. Decode servers have as many requests as
-    most_decoding() gives, and steps with half of every response in the cache. None if no ratio fills the chips, or if a
-    prompt alone or a step that decodes one sequence breaks a limit.
+    The estimate loads prefill servers with PREFILL_LOAD of their full rate. It gives each decode server as many
+    requests as most_decoding() allows, and times its steps with half of every response in the cache. None if no numbers
+    of servers use all chips, or if a prompt alone or a step that decodes one sequence breaks a limit.
 
     first, second: kinds of prefill and decode servers.
     """
@@ -146,15 +147,15 @@ def kinds(
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
     """Compile one server for each layout. Returns ({layout: Kind}, [(layout, reason)]).
 
-    The list has the layouts that are refused and why: the model and one prompt do not fit the chips, or the chips
-    cannot be joined.
+    The list has the refused layouts, each with the reason: the model and one prompt do not fit the chips, the model
+    cannot be divided this way, or the chip's links do not connect so many chips.
 
     Args:
         question: the model, its number formats and its load.
         on: chip and kernel library.
         layouts: such as tp8 or dp8/ep8.
-        budget: most tokens of a step on one data-parallel copy of the attention layers (DP rank).
-        sequences: most sequences of a step on one DP rank.
+        budget: maximum tokens of a step on one data-parallel copy of the attention layers (DP rank).
+        sequences: maximum sequences of a step on one DP rank.
 
     Raises LayoutError for a text that is no layout, and ValueError for a layout of more than one server.
     """
@@ -182,8 +183,8 @@ def search(
 ) -> list[tuple[str, str, ApartResult]]:
     """Find how many servers should prefill and how many decode, for each pair of a prefill and a decode layout.
 
-    Returns a list of (prefill placement, decode placement, ApartResult), the most output tokens/s per chip first. A
-    placement is text, such as 2x(dp8/ep8) for two servers.
+    Returns a list of (prefill placement, decode placement, ApartResult), ordered by output tokens/s per chip, the
+    highest first. A placement is text, such as 2x(dp8/ep8) for two servers.
 
     Args:
         question: the load and its limits.
@@ -207,11 +208,13 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """Simulate prefill and decode servers in the numbers `found`. Returns the ApartResult; None if a limit is broken.
+    """Simulate prefill and decode servers until latencies keep the limits: returns that run's ApartResult, or None.
 
-    If the mean TTFT or TPOT is above the question's limits, the run is repeated with 15 % fewer open requests, up to
-    TRIES runs or until one request is open. first, second: the prefill and the decode server. Raises ValueError for a
-    request that a cache cannot hold, or with fewer than two output tokens.
+    The first run has found.concurrency open requests. While the mean TTFT or TPOT is above the question's limits, the
+    run is repeated with 15 % fewer. None if no run keeps them: after TRIES runs, or with one open request.
+
+    first, second: the prefill and the decode server. found: number of servers of each kind, and of open requests.
+    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

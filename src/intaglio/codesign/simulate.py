@@ -73,7 +73,10 @@ def stages(program: Program, layout: str, weights: str, kv_format: str, activati
 
 @dataclass(frozen=True)
 class Serving:
-    """A steady serving load: in every step `batch` requests start. Each has `input` prompt and `output` new tokens."""
+    """A steady serving load: at every engine step `batch` new requests start.
+
+    Each request has `input` prompt tokens and generates `output` tokens. `batch` is not the number of running requests.
+    """
 
     input: int
     output: int
@@ -93,7 +96,10 @@ class Serving:
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step of the steady load: `batch` prompts, and one token of batch * (output - 1) sequences."""
+        """BatchSizes of a step that computes `batch` prompts and decodes one token for each running sequence.
+
+        There are batch * (output - 1) running sequences, see decode().
+        """
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 
@@ -183,7 +189,7 @@ class Simulation:
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """The MemoryUse of the chip that needs the most memory, in the steady state of the load.
+        """The MemoryUse, in the steady state of the load, of the chip that needs more memory than any other.
 
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
@@ -282,13 +288,13 @@ def what_helps(
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """A simulated step of a load with one layout, and the change of the chip that speeds it up most.
+    """A simulated step of a load with one layout, and the one change of the chip that makes the step fastest.
 
     Attributes:
         layout: how the chips share the model.
         mixed: the mixed Phase (prompts and decoding); the prefill Phase for a load with one output token.
-        change: name of the change, a key of CHANGES, that speeds the Phase up most when made alone.
-        gain: speed-up by that change; 1.0 means no effect.
+        change: name of the change, a key of CHANGES, that makes the step fastest when it is made alone.
+        gain: seconds without the change divided by seconds with it; 1.0 means no effect.
     """
 
     layout: str

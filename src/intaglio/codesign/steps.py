@@ -63,8 +63,8 @@ class Server:
         stages: a Program for each pipeline stage; all its ops are timed, except routed experts.
         experts: a Program for each pipeline stage whose routed experts are timed. The same as `stages`, unless experts
             have their own layout or format.
-        rows: format of activations in products. "auto": as the Programs say. "weights": that of the weights, if the
-            chip's arrays multiply it.
+        rows: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the weights,
+            if the chip's arrays multiply it; see StepTimes._kernel().
         rooms: cache of results of kv_tokens(), by its arguments.
     """
 
@@ -79,9 +79,9 @@ class Server:
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
         """Compile a whole model for one server of a placement. Returns the Server.
 
-        program: the model, such as simulate.ported() returns it. how: number formats. Raises LayoutError if the
-        placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a layout
-        of experts but the model has no experts.
+        program: the uncompiled model, for example from simulate.ported(). how: number formats. Raises LayoutError if
+        the placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a
+        layout of experts but the model has no experts.
         """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
@@ -118,9 +118,10 @@ class Server:
         Args:
             target: the chip.
             share: fraction of each chip's HBM that may be filled.
-            max_tokens: most tokens of a step on one DP rank.
-            max_sequences: most sequences of a step on one DP rank.
-            open_sequences: a DP rank counts at most so many sequences of the model's full context; None: max_sequences.
+            max_tokens: maximum tokens of a step on one DP rank.
+            max_sequences: maximum sequences of a step on one DP rank.
+            open_sequences: upper limit of the K/V cache of a DP rank, in sequences of the model's full context; None:
+                max_sequences.
             states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
                 writes, or 1 in engines that update it in place.
 
@@ -179,8 +180,8 @@ class Costs(Protocol):
 class Part:
     """A kernel of one pipeline stage that runs `count` times in a step.
 
-    shared: True if it processes the tokens of all data-parallel copies of attention (DP ranks), as experts do; False:
-    those of one copy.
+    shared: True if the kernel processes the tokens of all data-parallel copies of attention (DP ranks), like experts.
+    False if it processes the tokens of one copy only.
     """
 
     kernel: ChipKernel
@@ -195,12 +196,12 @@ class StepTimes:
     Attributes:
         server: the compiled model.
         target: chip and kernel library.
-        fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
+        fusions: names in FUSIONS. Each is a way in which the engine fuses, splits or replaces ops of the Program.
         queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
         overlaps: True if the library prefetches weights or hides collectives, so that a step takes less than the sum
-            of its kernels. Steps are then timed by the property `plans`. Kernels are summed all the same if there are
-            fusions, or experts with a layout, format or activation format of their own.
+            of its kernels. Steps are then timed by the property `plans`. With fusions, or experts with a layout, format
+            or activation format of their own, kernels are always summed.
         tables: cache of exact() results by (decoding, context, chunks).
         others: cache of the StepTimes that on() has made, by target.
 
@@ -235,9 +236,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Equal targets give the same object, with its table.
+        """The StepTimes of the same server on another target. Calls with equal targets return the same object.
 
-        Raises ChipError as StepTimes does.
+        So its cached step times are used again. Raises ChipError if a chip of the target cannot hold the weights, or
+        its arrays do not take a format.
         """
         if target == self.target:
             return self
@@ -247,9 +249,9 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, as a tuple: it times a step in which ops overlap.
+        """The Plan of each pipeline stage, as a tuple. A Plan times steps in which ops overlap.
 
-        Used only if `overlaps`. For other libraries the times of kernels are summed, which is faster.
+        Used only if `overlaps` is True. For other libraries the times of kernels are summed, which is faster.
         """
         return Plan.of(self.server.stages, self.target)
 
@@ -267,11 +269,12 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel with the number formats in which this server's chips run it.
+        """The kernel with the number formats in which this server's chips run it: a copy for matrix products, experts.
 
-        Matrix products and experts get a copy with other formats of weights and activations, as the server's `rows`
-        says ("auto" or "weights"); other kernels are returned as they are. Raises ChipError if the chip's arrays do not
-        take the weights' format.
+        nvfp4 weights become e2m1. If the server's `rows` is "auto", activations keep their format. If it is "weights",
+        they get the weights' format where the chip's arrays multiply it (e4m3, e2m1, int8), else bf16 in place of wider
+        formats. Kernels of other ops are returned unchanged. Raises ChipError if the arrays do not take the weights'
+        format.
         """
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
             return kernel
@@ -335,10 +338,11 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """How often a decode step reads a sequence's keys and values, relative to a step of one query; rounded down.
+        """Factor for the K/V traffic of a decode step with `queries` tokens a sequence, over a step with one token.
 
-        The rows of all queries, and of all heads that share a K/V head, are multiplied together, in tiles. A tile has
-        the least number of rows that the library's attention kernel takes. Each tile reads the keys and values once.
+        The rows of all queries, and of all heads that share a K/V head, are multiplied together in tiles of
+        library.min_query_rows rows. Each tile reads the keys and values once, so the factor is the number of tiles over
+        that for one query, rounded down: 1 or more.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -410,10 +414,10 @@ class StepTimes:
 
 
 def around(x: float, step: int) -> tuple[int, int, float]:
-    """(entry at or below x, next entry above, fraction of the way to it) of the grid of table entries.
+    """The table entries around x: (entry at or below x, next entry, fraction of the way from the first to the next).
 
-    The grid has all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
-    the distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
+    Entries are all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
+    their distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
     """
     if x <= step:
         low = max(1, math.floor(x))
@@ -426,10 +430,9 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """Round x to the nearest entry of a grid, as an int; to the lower entry if two are equally near.
+    """Round x to the nearest number for which step times are computed, as an int. A tie goes to the lower number.
 
-    The grid has all whole numbers from 1 to `step`. From there on it has at most PER_OCTAVE entries between a number
-    and its double, see around().
+    These numbers are 1, 2, ... `step`, and then up to PER_OCTAVE between each number and its double; see around().
     """
     low, high, way = around(x, step)
     return high if way > 0.5 else low

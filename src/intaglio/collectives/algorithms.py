@@ -115,7 +115,8 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
-    In the first round a rank sends its own chunks to the next rank, later the chunks received in the round before.
+    In the first round a rank sends its own chunks to the next rank. In each later round it sends on the chunks that it
+    received in the round before.
 
     group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
     that rank, before and after the all-gather.
@@ -188,7 +189,8 @@ def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pl
 
     Each rank owns h chunks. For an owner's k-th chunk, the k-th rank of the other side is the relay. Step 1: the other
     ranks on the owner's side send the relay their contributions, and the relay adds them and its own. Step 2: the relay
-    sends this sum to the owner, the rest of its side send their contributions, and the owner adds all to its own.
+    sends this sum to the owner. The other ranks on the relay's side send the owner their contributions. The owner adds
+    all these to its own. Returns nothing.
 
     group: the ranks, one side after the other. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the
     Slot with the rank's own contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.

@@ -62,7 +62,10 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     renamed: dict[str, str] = {}
 
     def fused(m: Map) -> tuple[str, Op] | None:
-        """(name of the operand that is no longer stored, the op that also computes `m`); None if no op can do so."""
+        """Fuse `m` into the op that computes one of its operands, if `absorb` allows it.
+
+        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`), or None.
+        """
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
             if base in made and tensors[base].role == "temp" and reads[base] == bases.count(base):

@@ -32,7 +32,7 @@ class Layout:
         redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
             then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
             None: there are no copies, and each group holds consecutive experts.
-        placement: says which experts each group holds; None: ExpertPlacement.even() says it.
+        placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
     Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
     """
@@ -46,8 +46,9 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4, with redundant experts ep4r8, with sp tp4sp.
+        """The Layout that a text such as tp4, pp2, tp4pp2 or tp2ep4 describes.
 
+        After ep4, "r8" adds 8 redundant experts in all: ep4r8. At the end, "sp" means sequence parallelism: tp4sp.
         Raises LayoutError for any other text, for sp without tp or with ep, and for redundant experts without ep.
         """
         extra = REDUNDANT.search(text)

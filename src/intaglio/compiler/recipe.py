@@ -150,7 +150,7 @@ def _sharded(
 ) -> tuple[Program, ...]:
     """Run the passes WHOLE (for the Program of the whole model) and shard the result; a tuple of one Program a rank.
 
-    The passes EACH, for the Program of one rank, have not run on them. Arguments and errors are those of build_mesh().
+    The passes EACH, for the Program of one rank, have not run on the result. For arguments and errors see build_mesh().
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     return shard(whole, layout, wire, _coded(program, whole))

@@ -297,7 +297,8 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
 
     Tried are swapped or transposed matrices, other activations and clamps, the weight on the other side, and no biases.
     """
-    yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
+    if op.gate is not None:
+        yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
     for act in SPARE:
         if act != op.activation:
             yield f"the experts' activation: {act}, not {op.activation}", replace(op, activation=act)
@@ -306,12 +307,13 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
     if op.limit:
         yield "the experts' clamp does not belong there", replace(op, limit=0.0)
     for alpha, limit, shift in ((1.702, 7.0, 1.0), (1.0, 10.0, 0.0), (1.702, 1.5, 1.0)):
-        if (alpha, limit, shift) != (op.alpha, op.limit, op.shift):
+        if op.gate is not None and (alpha, limit, shift) != (op.alpha, op.limit, op.shift):
             words = f"the experts' gate: alpha {alpha:g}, limit {limit:g}, shift {shift:g}"
             yield words, replace(op, alpha=alpha, limit=limit, shift=shift)
     for n in ("gate", "up", "down"):
-        yield f"the experts' {n} matrices are transposed", _turned_stack(scene, op, n)
-    if op.gate_bias is not None:
+        if getattr(op, n) is not None:
+            yield f"the experts' {n} matrices are transposed", _turned_stack(scene, op, n)
+    if op.up_bias is not None:
         yield "experts' biases that do not belong there", replace(op, gate_bias=None, up_bias=None, down_bias=None)
 
 

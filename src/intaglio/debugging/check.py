@@ -364,7 +364,7 @@ def module_of(model: Any, p: Program, op: Op) -> Any:
     if op.site == "lm_head":
         return model.get_output_embeddings()
     weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None
-    weight = op.gate if isinstance(op, Experts) else weight
+    weight = (op.gate or op.up) if isinstance(op, Experts) else weight
     if weight is None or not p.tensors[weight].source:
         return None
     modules = dict(model.named_modules())

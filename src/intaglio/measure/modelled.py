@@ -28,8 +28,9 @@ class Running:
 
     Attributes:
         planned: the request as planned.
-        start: its start, in seconds from the beginning of the load.
-        stamps: seconds from its start to each token.
+        start: seconds from the beginning of the load until the request counts as sent. That is its planned arrival, or
+            with a limit of open requests the time when it is given to the engine.
+        stamps: for each token, seconds from `start` to the token.
     """
 
     planned: LoadRequest
@@ -55,10 +56,10 @@ def run_load(
 ) -> list[Outcome]:
     """Run a load on an engine whose steps advance `clock`. Returns a list of Outcomes, first ended first.
 
-    A request is given to the engine at its time. With `concurrency` the request also waits until fewer requests than
-    that are open, and its times count from the moment when it is given. A request that the engine refuses has the
-    reason as its error. The clock jumps ahead while the engine is idle. request_of: function from a LoadRequest to the
-    engine's Request, whose id must be new.
+    A request is given to the engine when the clock reaches its planned arrival. With `concurrency` it also waits until
+    fewer than `concurrency` requests are open, and its times count from the moment when the engine gets it. The Outcome
+    of a request that the engine refuses has the reason as its error. The clock jumps ahead while the engine is idle.
+    request_of: function from a LoadRequest to the engine's Request; every Request must have another id.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}

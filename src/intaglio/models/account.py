@@ -211,7 +211,9 @@ def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate
             tables = (n for n, x in ported.program.tensors.items() if x.role == "const" and "frequencies" in n)
             yield TensorFate(*how, "used", tuple(tables), "f32")
         else:
-            yield TensorFate(*how, "ignored", why=UNUSED[use])
+            held = (name.removeprefix("blocks of ") for _, name in places[first:last])
+            why = next((ported.unused[name] for name in held if name in ported.unused), UNUSED[use])
+            yield TensorFate(*how, "ignored", why=why)
 
 
 def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:

@@ -55,7 +55,7 @@ HARMLESS: dict[str, str] = {
         "transformers_weights", "tf_legacy_loss", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
         "chunk_size", "mamba_chunk_size", "residual_in_fp32", "use_mambapy", "use_associative_scan",
         "mamba_ssm_cache_dtype", "mamba_ssm_dtype", "num_logits_to_keep",
-        "reorder_and_upcast_attn", "slow_but_exact", "n_ctx", "enable_moe_fp32_combine",
+        "reorder_and_upcast_attn", "slow_but_exact", "n_ctx", "enable_moe_fp32_combine", "moe_shared_expert_overlap",
     ), OUTPUTS),
     **dict.fromkeys((
         "pad_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
@@ -89,7 +89,8 @@ HARMLESS: dict[str, str] = {
     ), OTHER_PARTS),
     **dict.fromkeys((
         "num_nextn_predict_layers", "num_mtp_modules", "use_mtp", "mtp_transformer_layers", "mtp_num_layers",
-        "mtp_loss_weight", "mtp_loss_scaling_factor", "num_assistant_tokens",
+        "mtp_loss_weight", "num_assistant_tokens", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+        "mtp_loss_scaling_factor",
     ), AHEAD),
     "dtype": "each tensor's header says its own type", "torch_dtype": "each tensor's header says its own type",
     "sliding_window": "no layer of this model slides", "use_sliding_window": "layer_types says which layers slide",

@@ -54,9 +54,10 @@ def is_run(source: str) -> bool:
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """The source of the tensors `numbers` of a run of tensors, counted from 0 at the run's first tensor.
+    """The source (pattern of checkpoint tensor names) for some tensors of a run, as text.
 
-    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}. source: names a run. numbers: which tensors of the
+    run to keep, counted from 0 at its first tensor.
     """
     run = RUN.search(source)
     assert run, f"{source} is no run"
@@ -67,13 +68,13 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """Rewrite the sources of some matrices of a stack so that they name others, such as other experts.
+    """The sources of other matrices of a stack, such as other experts: used when experts move to another rank.
 
-    Returns a tuple with a source for each run of consecutive numbers in `wanted`. What the sources do besides (cuts of
-    rows or columns, transposition) stays.
+    A source is text that names checkpoint tensors and how to cut or transpose them. Returns a tuple with a source for
+    each run of consecutive numbers in `wanted`. Cuts of rows or columns and transpositions stay as in sources[0].
 
     Args:
-        sources: the sources to rewrite, of which the first is the pattern.
+        sources: the sources of the matrices `held`; the results are made from the first.
         held: numbers of the matrices that `sources` name, ascending.
         wanted: numbers of the matrices that the result names, ascending.
         total: number of matrices in the stack.
@@ -172,8 +173,8 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
     steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
     matrices). A quantised x stays quantised if possible. It becomes a float32 array if a step would split a group
-    (values that share a scale), if a step is of the kind "h", or if it is stored transposed and the steps have no "T",
-    or the other way round. Raises ProgramError for a step that does not fit.
+    (values that share a scale), if a step is of the kind "h", or if only one of two things is true: x is stored
+    transposed (x.turned), and the steps have a "T". Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -210,7 +211,7 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
 
 
 def _unit_run(x: Quantised) -> int:
-    """Number of neighbouring columns for which Quantised.units has one factor of the scales: 256, or the whole row."""
+    """Number of neighbouring columns of x that share one value of x.units: 256, or the length of a whole row."""
     return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
 
 

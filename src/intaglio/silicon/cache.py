@@ -29,7 +29,7 @@ class Cache:
     def begin(self) -> None:
         """Prepare for a new run of the simulator, whose clock starts at 0: mark all lines in the cache as arrived at 0.
 
-        Lines of a run before can then be read without waiting for HBM. Returns nothing.
+        The new run then reads lines that earlier runs have fetched without waiting for HBM. Returns nothing.
         """
         self.arrival[:] = 0.0
 

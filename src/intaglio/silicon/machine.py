@@ -30,8 +30,8 @@ from intaglio.silicon.stream import Stream
 class Span:
     """One executed instruction (`name`), with its start and end in seconds since the start of the run.
 
-    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: site of the op it belongs
-    to.
+    `core`: number of the core. `engine`: name of the core's engine that ran the instruction. `site`: name of the op's
+    place in the model, such as layers.3.mlp.down_proj.
     """
 
     core: int
@@ -48,11 +48,11 @@ class RunResult:
 
     Attributes:
         seconds: until the last instruction ended.
-        busy: seconds in use by engine.
+        busy: {name of an engine: seconds in which it was in use}, summed over the cores.
         stalls: idle seconds by (engine, engine whose result it waited for, or "start").
         bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
         spans: the executed instructions, if the machine records them.
-        label: what the launch is for, where a kernel has several; "": the product or the kernel itself.
+        label: purpose of this launch, such as "rounding", if a kernel has several launches; "" for its main launch.
     """
 
     seconds: float = 0.0
@@ -70,7 +70,7 @@ class Core:
     Attributes:
         stream: the core's Stream.
         memory: the memory spaces that the core addresses.
-        queues: the engine's instructions, in order.
+        queues: a list of each engine's instructions, in order.
         started: number of instructions started.
         finished: number of instructions whose result is visible.
         busy: True while the engine runs an instruction.
@@ -188,10 +188,10 @@ class Machine:
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
 
     def _other_user(self, core: int, region: Region, writes: bool) -> str:
-        """Text for an error: another core of the chip that has accessed `region`, and its instruction that did.
+        """Text for an error that names another core which has accessed `region`, and the instruction that did it.
 
-        core: number of the core that is not searched, since it ran into the conflict. writes: True to look for a write,
-        False for a read. The text is "another core" if no such instruction is found.
+        core: number of the core that found the conflict; only other cores of its chip are searched. writes: True to
+        look for a write, False for a read. The text is "another core" if no such instruction is found.
         """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
@@ -229,9 +229,13 @@ class Machine:
     def _rates(self) -> list[float]:
         """The current bytes/s of each of self.transfers, as a list.
 
-        A transfer over a link gets an equal share of the chip's links. Any other transfer has the lowest of four rates:
-        the port of its core; an equal share of the L2; an equal share of HBM among the transfers that move HBM bytes,
-        scaled up if only some of its bytes are HBM's; and its bytes over the time that its instruction takes at least.
+        A transfer over a link gets an equal part of the bandwidth of the chip's links. Any other transfer has the
+        lowest of these rates:
+
+        - the rate of its core's port;
+        - an equal part of the L2's rate;
+        - if HBM moves bytes for it: an equal part of HBM's rate, divided by HBM bytes for each byte of the transfer;
+        - if its instruction has a minimum time: its bytes divided by that time.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -342,9 +346,10 @@ class Machine:
         """Record a transfer in the L2's model. Returns (HBM bytes, missed fraction, time when the L2 has all bytes).
 
         - HBM bytes: bytes that the L2 reads from HBM or writes back for it.
-        - Missed fraction: for a Load, the part of its bytes that the L2 fetches; its latency is HBM's times this. 1 for
-          all other transfers. (The L2's own latency is not counted: it is in the launch overhead, fitted to it.)
-        - Time: seconds of the run, before which lines that an earlier transfer fetches are not visible; 0 if no Load.
+        - Missed fraction: for a Load, the fraction of its bytes that the L2 fetches from HBM. The Load's latency is
+          this fraction of HBM's latency. (The L2's own latency is in the fitted launch overhead.) Other transfers: 1.
+        - Time: seconds since the start of the run at which the L2 has received lines that an earlier transfer fetches
+          and this Load reads; 0 if there are none, and for other transfers.
 
         Rows of Gather and Scatter are taken to miss the L2, since they depend on values.
         """
@@ -370,7 +375,7 @@ class Machine:
             raise MachineError(f"deadlock: {cycle(blocked)}")
 
     def _blocked(self, c: int, i: Instruction) -> Blocked:
-        """The Blocked record of instruction `i` of core `c`: what it waits for."""
+        """The Blocked record of instruction `i` of core `c`, which cannot start: what it waits for, and for whom."""
         core = self.cores[c]
         what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "
         for e, n in enumerate(i.wait):

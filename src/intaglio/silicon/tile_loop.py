@@ -27,12 +27,13 @@ class TileLoop:
         load: bytes that a job loads.
         work_s: seconds that a job computes on the vector lanes.
         store: bytes that a job stores.
-        depth: tiles that a core has for loads, and as many for results; so many jobs overlap.
-        once: bytes that each core loads besides, before its first job.
+        depth: number of a core's tiles for loads, and of its tiles for results. It is also the largest number of jobs
+            that overlap on a core.
+        once: bytes that each core loads before its first job, in addition to its jobs' bytes.
         in_place: True if a tile is stored from where it was loaded, so that it is free only after its store.
         load_missed: bytes that HBM moves for each loaded byte.
         store_missed: bytes that HBM moves for each stored byte.
-        store_s: seconds that the store of a job takes at least.
+        store_s: minimum seconds of a job's store; 0: no minimum.
     """
 
     jobs: int
@@ -57,9 +58,9 @@ class TileLoop:
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds of the whole loop minus those of a loop without its last jobs, of which there are jobs * fraction.
+        """Seconds that the last jobs * fraction jobs add: the loop's seconds minus those of a loop without these jobs.
 
-        fraction: 0 to 1. If that is no whole number of jobs, the result is interpolated between the two nearest.
+        fraction: 0 to 1. If jobs * fraction is not whole, the result is interpolated between the two nearest numbers.
         """
         jobs = self.jobs * (1 - fraction)
         low = int(jobs)
@@ -93,9 +94,10 @@ def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
 
 
 class _Core:
-    """Simulation of one core of a TileLoop, from which the time of the whole loop follows: it has the most jobs.
+    """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
 
-    full: rounds in which every core has a job. rest: cores that have one more job after those.
+    Jobs are counted from 0 on each core. full: number of jobs that every core has. rest: number of cores that have one
+    more job.
     """
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int) -> None:
@@ -104,13 +106,14 @@ class _Core:
         self.stored_at: list[float] = []  # seconds when each job's store has ended
 
     def active(self, job: int) -> int:
-        """Number of cores that have a job of this number."""
+        """Number of cores that have a job number `job`. Each core counts its own jobs from 0."""
         return self.target.chip.cores if job < self.full else self.rest
 
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
-        """(bytes/s of a load, bytes/s of a store) that the core runs at the same time, as all cores with such jobs do.
+        """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
 
-        load, store: number of the job whose tile is loaded, or stored, now; None: there is none, and its rate is 0.
+        All cores with a job of the same number are taken to load or store at the same time. load, store: number of the
+        job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]

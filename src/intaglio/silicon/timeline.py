@@ -82,7 +82,7 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """(name, seconds) of what takes the most time of the step, by spent_on(). Raises ValueError without ops."""
+        """(name, seconds) of the largest item of spent_on(); the name is in words. Raises ValueError without ops."""
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
 

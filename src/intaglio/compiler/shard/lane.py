@@ -305,8 +305,8 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = Fal
         share: the runs of indices along `axis` that the lane holds.
         axis: the axis that is cut.
         length: size of that axis.
-        each: if `t` is joined from several sources: True if the axis is not the one along which they are joined, so
-            that each of them is cut.
+        each: only for a weight that is joined from several sources. True: `axis` is not the axis along which they are
+            joined, so every source is cut. False: `axis` is that axis.
 
     Raises LayoutError for a cut inside a block of the weight's format; and for several sources if `each` is False,
     except for a cut of rows if the sources are parts of one tensor.

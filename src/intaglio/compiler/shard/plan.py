@@ -40,7 +40,10 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 
 
 def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
-    """Add a convolution's state to `plan`, split as the channels of its input are; nothing if they are not split."""
+    """Add the state of a short convolution to `plan`, with the channels of the op's input on each lane (rank).
+
+    Changes nothing if the input is not split, or is computed from linears that are split differently.
+    """
     shares = [plan.get(name) for name in roots(p, op.x, ()) or ()]
     if shares and shares[0] and all(share == shares[0] for share in shares):
         plan[op.state] = shares[0]
@@ -49,9 +52,9 @@ def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     """Split an attention op by heads: add to `plan` how the tensors before it are divided among tp lanes (ranks).
 
-    Query heads are divided evenly; a lane has the kv heads that its query heads read. Added are the columns of each
-    lane, for the results of the projections that compute queries, keys and values, and its heads of the K/V caches. If
-    there is one kv head, keys, values and caches stay whole.
+    Query heads are divided evenly; a lane has the kv heads that its query heads read. Two kinds of items are added: the
+    columns of each lane, for the results of the projections that compute queries, keys and values; and the heads of
+    each lane, for the K/V caches. If there is one kv head, keys, values and caches stay whole.
 
     plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads, or
     if queries, keys or values are computed from anything but projections.
@@ -90,11 +93,12 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
     """Split the linears from which `x` is computed by columns: add their results to `plan` with `shares`.
 
-    They then compute the columns of `x` that each lane (rank) needs. Only elementwise ops, convolutions, permute and
-    moment may lie between the linears and `x`. Nothing is added if `x` depends on other results too, if a linear's
-    result is in the plan already or has another width than `x`, or if `x` has fewer columns than there are lanes.
+    Each lane (rank) then computes only its own columns of `x`. The linears and `x` may be separated by ops that work on
+    each column alone: elementwise ops, short convolutions, Permute and Moment. Nothing is added if `x` depends on
+    results of any other op, if a linear's result is in the plan already or has another width than `x`, or if `x` has
+    fewer columns than there are lanes. Returns nothing.
 
-    plan: {result: columns of each lane}; changed. shares: the columns of each lane, a list with an item a lane.
+    plan: {result: columns of each lane}; changed. shares: a list with the columns of each lane.
     """
     found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
@@ -104,10 +108,11 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 def roots(
     p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
 ) -> set[str] | None:
-    """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
+    """Names of the linears' results from which tensor `name` is computed, as a set.
 
-    Only elementwise ops, and ops of the types `through`, may lie between. A view of a linear's result counts as such a
-    result. found: the roots of tensors already visited, to which others are added, so that each is visited once.
+    It follows operands back through elementwise ops and ops of the types `through`. None if it meets the result of any
+    other op, or if `name` is no op's result. Weights, constants and inputs of the Program do not count. A view of a
+    linear's result counts as a linear's result. found: roots of tensors already visited; new ones are added.
     """
     found = {} if found is None else found
     if name not in found:
@@ -116,10 +121,10 @@ def roots(
 
 
 def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
-    """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
+    """Names of the linears' results from which tensor `name` is computed, as a set; None if roots() returns None.
 
-    Called by roots() for a tensor that is not in `found` yet. Only elementwise ops, and ops of the types `through`, may
-    lie between. found: results of roots() for tensors already visited; those visited now are added.
+    roots() calls it for a tensor that is not in `found` yet; see there. found: results of roots() for tensors already
+    visited; new ones are added.
     """
     op = p.producer(name)
     if isinstance(op, Linear):

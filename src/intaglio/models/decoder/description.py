@@ -25,8 +25,10 @@ BEFORE = {"attn.norm": "attention_norm", "mlp.norm": "mlp_norm"}  # before each 
 # Sources of the experts' gate, up and down, in the notation of program/source.py.
 NAMED = ("experts.{run}.gate_proj.weight", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
 NAMED_BIASES = ("experts.gate_proj_bias", "experts.up_proj_bias", "experts.down_proj_bias")
+UNGATED = ("", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
 NUMBERED = ("experts.{run}.w1.weight", "experts.{run}.w3.weight", "experts.{run}.w2.weight")
 STACKED = ("experts.gate_up_proj|r0:{i}/{2i}", "experts.gate_up_proj|r{i}:{2i}/{2i}", "experts.down_proj")
+UNGATED_STACKED = ("", "experts.up_proj", "experts.down_proj")
 TRANSPOSED = ("experts.gate_up_proj|T|r0:{i}/{2i}", "experts.gate_up_proj|T|r{i}:{2i}/{2i}", "experts.down_proj|T")
 
 
@@ -169,7 +171,8 @@ class Mixture:
         count: number of experts.
         top: experts per token.
         width: inner width of an expert.
-        sources: templates of the sources of gate, up and down, for source().
+        sources: templates of the sources of gate, up and down, for source(); "" for the gate if experts have none, and
+            compute down(activation(up(x))).
         biases: templates of the sources of their biases, or None.
         block: name of the module that holds the experts.
         router: name of the router's linear.
@@ -183,6 +186,14 @@ class Mixture:
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
         join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b).
+        latent: columns of x between the linears fc1_latent_proj and fc2_latent_proj, in which the routed experts
+            compute; 0: they compute on the columns of the residual.
+        latent_bias: True if these linears have biases.
+        factors: name of a vector with a factor for the weight of each expert; "": none.
+        beside: True if layers with experts have the dense MLP too. The two results, each normed, are added; the experts
+            read the residual with a norm of their own, and the router reads it normed with the weight `router_scale`
+            and divided by sqrt(hidden).
+        router_scale: name of that weight; used only if `beside` is set.
     """
 
     count: int
@@ -202,6 +213,11 @@ class Mixture:
     shared_gate: str = ""
     shared_bias: bool = False
     join: str = "a + b"  # how the results of the routed experts (a) and of the shared one (b) are joined
+    latent: int = 0
+    latent_bias: bool = False
+    factors: str = ""
+    beside: bool = False
+    router_scale: str = ""
 
     def source(self, template: str) -> str:
         """The source of the experts' weights, a str: checkpoint tensors, and how to cut them (program/source.py).

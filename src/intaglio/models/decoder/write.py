@@ -11,7 +11,7 @@ from intaglio.models.decoder.altup import correct, end_streams, predict, scaled_
 from intaglio.models.decoder.attention import write_attention
 from intaglio.models.decoder.description import AltUp, Layer
 from intaglio.models.decoder.latent import write_latent
-from intaglio.models.decoder.mlp import write_dense, write_mixture
+from intaglio.models.decoder.mlp import write_beside, write_dense, write_mixture
 from intaglio.models.decoder.recurrent import write_mixer
 from intaglio.models.decoder.shared import write_shared
 from intaglio.models.decoder.writer import Writer
@@ -171,7 +171,7 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
         x = read if w.d.normed_residual else x
     elif "mlp.norm" in w.d.norms:
         read = w.layer_norm(i, "mlp.norm", start)
-    y = w.layer_norm(i, "mlp.post_norm", _mlp(w, i, layer, read))
+    y = w.layer_norm(i, "mlp.post_norm", _mlp(w, i, layer, read, x))
     return w.layer_norm(i, "mlp.add_norm", w.add(f"layers.{i}.mlp.add", x, y, w.d.mlp_mix))
 
 
@@ -212,20 +212,22 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     return write_latent(w, w.d.latent, i, layer, x) if w.d.latent else write_attention(w, i, layer, x)
 
 
-def _mlp(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of a layer's MLP or, in a sparse layer, its mixture of experts. Returns the result's tensor name.
+def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
+    """Add the ops of a layer's MLP or, in a sparse layer, its mixture of experts or both. Returns the result's name.
 
     Args:
         w: writes the ops.
         i: number of the layer.
         layer: the layer's description.
         x: name of the tensor that they read, after its norm.
+        residual: name of the tensor that the result is added to.
     """
-    d = w.d
-    if layer.sparse and d.mixture:
-        return write_mixture(w, d.mixture, i, x)
+    d, m = w.d, w.d.mixture if layer.sparse else None
+    if m and not m.beside:
+        return write_mixture(w, m, i, x)
     at, source, width = f"layers.{i}.mlp.", f"{d.prefix}layers.{i}.{d.block}.", layer.width or d.intermediate
-    return write_dense(w, at, source, x, width, d.mlp_bias, sparsity=layer.sparsity)
+    y = write_dense(w, at, source, x, width, d.mlp_bias, sparsity=layer.sparsity)
+    return write_beside(w, m, i, residual, y) if m else y
 
 
 def _head(w: Writer, x: str) -> None:

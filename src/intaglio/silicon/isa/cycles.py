@@ -50,7 +50,10 @@ def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
 
 
 def exposed(target: Target, cycles: float) -> float:
-    """Cycles of a softmax step that do not overlap with products of other rows, see KernelLibrary.softmax_overlap."""
+    """The part of a softmax step's `cycles` that is not hidden behind matrix products of other rows, in cycles.
+
+    The hidden fraction is target.library.softmax_overlap.
+    """
     return cycles * (1 - target.library.softmax_overlap)
 
 

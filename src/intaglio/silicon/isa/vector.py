@@ -163,7 +163,7 @@ class Norm(Instruction, engine="VEC", opcode=0x34):
     """Normalise rows, as in the op `norm`: dst = normalised(x) * (weight + offset) + bias + residual.
 
     x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span]. `norm` and
-    `eps` are those of the op.
+    `eps` have the same meaning as in the op.
     """
 
     dst: Region

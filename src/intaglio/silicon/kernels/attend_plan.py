@@ -30,17 +30,17 @@ SPARE = 2048  # bytes of SRAM for sinks, indices and alignment
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPlan:
-    """How a kernel cuts the attention of prompts, or that of decoding sequences.
+    """How a kernel cuts attention into tiles and jobs. Prompts and decoding sequences have a plan each.
 
     Attributes:
         rows: query rows of a tile. All of them are computed, even if fewer have a query.
         pack: query heads that share a tile, since they share a K/V head; 1: none do.
         keys: keys of a tile.
         depth: tiles of keys and values that SRAM holds at a time, so that one loads while another is used.
-        ahead: most jobs (tiles of queries) whose operands a core loads while it computes an earlier job; 0: the
-            operands of a job are loaded when the job starts.
+        ahead: largest number of jobs (tiles of queries) whose operands a core loads while it computes an earlier job;
+            0: the operands of a job are loaded when the job starts.
         lanes: with `ahead` 0, jobs that a core starts together, so that it waits only for the first job's operands.
-        parts: most parts into which the context of a decoding sequence is split.
+        parts: largest number of parts into which the context of a decoding sequence is split.
     """
 
     rows: int
@@ -103,7 +103,10 @@ def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
 
 @dataclass(frozen=True)
 class TileSeconds:
-    """Seconds of one core for a tile of queries and one of keys, and for the start and end of a job."""
+    """Seconds that one core takes for each part of an attention job, by field.
+
+    `scores`, `softmax` and `sums` are for one tile of queries with one tile of keys; the others are once a job.
+    """
 
     scores: float  # of the product of queries and keys; 0 with a fused engine
     softmax: float
@@ -174,10 +177,10 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 
 
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Seconds until the last core ends if `count` jobs of `seconds` each are dealt as by deal().
+    """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds, count: arrays with an item for each kind of job. If each core has at most one job, or more than DEALT on
-    average, the result is that of even_makespan().
+    seconds: time of a job of each kind. count: number of jobs of each kind. If each core has at most one job, or more
+    than DEALT on average, returns even_makespan(), a lower bound.
     """
     total = float(count.sum())
     if total <= cores or total > DEALT * cores:
@@ -261,11 +264,11 @@ def prefill_seconds(
 
 
 def leading_jobs(tiles: np.ndarray, count: np.ndarray, cores: int) -> np.ndarray:
-    """How many of the `cores` longest jobs are of each kind, as an array like `count`.
+    """Take the `cores` longest jobs, and count them by kind. Returns an array of floats in the order of `count`.
 
-    deal() gives each core one of these jobs as its first. With fewer jobs than cores, all jobs are counted.
+    These are the jobs that deal() gives to cores first, one to each. With fewer jobs than cores, all jobs are counted.
 
-    tiles: key tiles of a job of each kind. count: number of jobs of each kind.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind.
     """
     longest = np.argsort(-tiles, kind="stable")
     out = np.zeros(len(count))
@@ -401,12 +404,12 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 def decode_seconds(
     target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, keys: float
 ) -> float:
-    """Seconds of the chunks with one query, until the last job's result is stored.
+    """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
-    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
-    from HBM, not from the L2. keys: keys that are loaded for a mean tile.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes

@@ -41,7 +41,7 @@ class QuantisedRegion:
 
 
 def codes_of(w: Region | QuantisedRegion) -> Region:
-    """The region of a quantised tensor's codes, or of another tensor's values."""
+    """The region with a tensor's numbers: `w.codes` if `w` is a QuantisedRegion, else `w` itself."""
     return w.codes if isinstance(w, QuantisedRegion) else w
 
 
@@ -91,7 +91,7 @@ class ChipMemory:
         return region
 
     def codes(self, name: str) -> Region:
-        """The region of a quantised tensor's codes, or of another tensor's values."""
+        """The region of tensor `name`: its codes if it is quantised, else its values."""
         return codes_of(self.regions[name])
 
     def scales(self, name: str) -> Region | None:

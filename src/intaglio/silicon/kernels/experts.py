@@ -58,6 +58,7 @@ class ExpertsKernel(ChipKernel):
         hidden, inner: widths of x and of an expert's inner row.
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.
+        gated: True if experts have a gate.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -69,13 +70,14 @@ class ExpertsKernel(ChipKernel):
     x_format: str
     w_format: str
     w_bits: float
+    gated: bool = True
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
         up, x_format, top = t[op.up], formats.element(op.x_format), int(t[op.ids].shape[1])
         held, inner, hidden = (int(d) for d in up.shape)
         w = formats.element(up.format), bits_per_value(up)
-        return cls(top, held, op.of or held, hidden, inner, x_format, *w)
+        return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         return experts_timing(target, *self.layer(sizes))
@@ -84,10 +86,10 @@ class ExpertsKernel(ChipKernel):
         """The Timings of the op's launches by their labels, as experts_parts() returns them."""
         return experts_parts(target, *self.layer(sizes))
 
-    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float]:
-        """The arguments of experts_timing() from `tokens` to `w_bits`, in a step of these sizes."""
+    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
+        """The arguments of experts_timing() from `tokens` to `gated`, for a step of these sizes, as a tuple."""
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
-        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
 
     @classmethod
@@ -108,7 +110,7 @@ class ExpertsKernel(ChipKernel):
         other chips hold, if there are any. 6. Down, scattered back to routing order.
         """
         kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format
-        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
+        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.up].shape)
         order, tokens = (mem.heap.allocate(1, n, "i32") for _ in range(2))
         counts = mem.heap.allocate(1, count, "i32")
         mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)), label=ROUTING)
@@ -119,12 +121,12 @@ class ExpertsKernel(ChipKernel):
         rows, parts = int(sizes.sum()), mem.heap.allocate(n, mem.region(op.out).cols, "f32")
         if rows:
             on = grouped_target(expert_kernel(mem.target, kernel.x_format, kernel.w_format), ids.rows, count)
-            gate, up, last = (mem.regions[w] for w in (op.gate, op.up, op.down))
-            spans = [scale_columns(w, k) for w, k in ((gate, mem.region(op.x).cols), (last, inner))]
+            *sides, last = (mem.regions[w] for w in (op.gate, op.up, op.down) if w)
+            spans = [scale_columns(w, k) for w, k in ((sides[0], mem.region(op.x).cols), (last, inner))]
             codes = rounded(mem, op.site, mem.region(op.x), x_format, spans[0], rows, by_expert(mem, op, order, tokens))
             scaled = codes.scales is not None
             hidden = mem.heap.allocate(rows, inner, "f32" if scaled else codes.x.format)
-            product = grouped_product(on, codes, (gate, up), kernel.w_bits, inner, sizes, scattered=False)
+            product = grouped_product(on, codes, sides, kernel.w_bits, inner, sizes, scattered=False)
             mem.run(gate_up(mem, op, product, hidden), on)
             codes = rounded(mem, op.site, hidden, x_format, spans[1]) if scaled else Codes(hidden, None, inner)
             product = grouped_product(on, codes, (last,), bits_per_value(t[op.down]), parts.cols, sizes, scattered=True)
@@ -132,15 +134,16 @@ class ExpertsKernel(ChipKernel):
             mem.run(zero_rows(mem, op, order.part(cols=slice(rows, n)), parts))
         if rows:
             mem.run(down(mem, op, product, order, parts), on)
-        loop, width = combine_loop(mem.target, ids.rows, n, parts.cols, bool(op.residual), 4.0)
+        loop, width = combine_loop(mem.target, ids.rows, ids.cols, parts.cols, bool(op.residual), 4.0)
         return combine(mem, op, parts, width, loop.depth)
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Expected number of rows of each of the `held` experts of a chip, as a tuple; tokens choose experts at random.
+    """Expected rows of each of a chip's `held` experts, as a tuple of `held` integers, busy experts first.
 
-    Every token chooses `top` of all `experts`. The rows, at least 1, are spread evenly over the expected number of
-    experts that have any, which is held (1 - (1 - top / experts) ** tokens); the other experts have 0.
+    Every token chooses `top` of all `experts` at random. `held * (1 - (1 - top / experts) ** tokens)` of the chip's
+    experts, rounded, are then expected to have rows. They share tokens * top * held / experts rows (at least 1) evenly.
+    The other experts have 0.
     """
     rows = max(1, round(tokens * top * held / experts))
     active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
@@ -150,10 +153,11 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; otherwise at HBM's, or
-    the L2's if that is lower. The L2's rate is divided by library.l2_multicast, since no two cores read the same bytes.
+    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; if not, at the lower one
+    of the rates of L2 and HBM. chip.l2_rate is reached when library.l2_multicast cores get the same line from one read.
+    No two cores read the same line here, so that rate is divided by library.l2_multicast.
 
-    held: bytes of the operands, which decide whether they fit the L2; 0: as many as `moved`.
+    moved: also decides whether the operands fit the L2, unless `held`, their bytes, is given (not 0).
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -192,15 +196,21 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """The target with the library's kernel for experts in these formats. name: of the kernel; "": the default."""
+    """A target whose library holds only the constants of the kernel that computes experts in these formats.
+
+    It is `target` itself if its library has no kernel records. name: name of the kernel; "": the default for the wider
+    of the two formats. Raises ChipError if the library has records, and none of this name.
+    """
     return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
 
 
 @lru_cache(maxsize=4096)
 def grouped_target(target: Target, tokens: int, experts: int) -> Target:
-    """The target whose library has the tiles, stages and efficiency of grouped products as those of products.
+    """A copy of `target` for timing grouped products (one for each expert) like plain products.
 
-    tokens, experts: those of the step, by which the library may choose tiles. Raises ChipError if no tile fits.
+    Its library's tiles, matmul_stages, mxu_efficiency and burst_bytes are the library's values for grouped products;
+    K is not split. tokens, experts: numbers of tokens and experts of the step; the library may choose tiles by them.
+    Raises ChipError if no tile fits the chip.
     """
     chip, lib = target.chip, target.library
     menu = tile_menu(lib, tokens, experts)
@@ -258,18 +268,17 @@ def grouped_timing(
 
 
 def combine_loop(
-    target: Target, tokens: int, rows: float, columns: int, residual: bool, value_bytes: float
+    target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
     """The loop that sums each token's results: (TileLoop, columns of a job).
 
-    A job is a part of a token's columns. rows: rows of results that are summed. residual: True if a residual is added.
-    value_bytes: bytes of a value.
+    A job is a part of a token's columns. top: rows of results that are summed for a token. residual: True if a residual
+    is added. value_bytes: bytes of a value.
     """
-    parts, top = -(-columns // COMBINE_COLUMNS), rows / tokens
+    parts = -(-columns // COMBINE_COLUMNS)
     width = -(-columns // parts)
     load = (top + residual) * columns / parts * value_bytes + 4 * top
-    most = -(-int(rows) // tokens)
-    depth = ring_depth(target, (most * width, most, width, width), load)
+    depth = ring_depth(target, (top * width, top, width, width), load)
     seconds = float(vector_cycles(target.chip, (2 * top + residual) * width)) / target.chip.clock_hz
     store = columns / parts * value_bytes
     return TileLoop(jobs=tokens * parts, load=load, work_s=seconds, store=store, depth=depth), width
@@ -279,10 +288,11 @@ def experts_parts(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> dict[str, Timing]:  # fmt: skip
-    """The Timings of the launches of a layer of routed experts on one rank, in order, by their labels.
+    """Time the launches of a layer of routed experts on one rank: a dict {label: Timing}, in the order of execution.
 
-    ROUTING is the router with the sort of rows; ROUNDING the rounding of x and of inner rows. Arguments and errors are
-    those of experts_timing().
+    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), "gate_up", "activation",
+    "down", "zero" (clear rows of other ranks' experts), "combine". Launches that the kernel does not need are left out.
+    Takes the same arguments as experts_timing(), and raises the same errors.
     """
     target = expert_kernel(target, x_format, w_format, kernel)
     chip, lib, sides = target.chip, target.library, 2 if gated else 1
@@ -308,7 +318,7 @@ def experts_parts(
     if value < WIDE:
         out["combine"] = Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0))
     else:
-        loop, _ = combine_loop(target, tokens, rows, hidden, False, value)
+        loop, _ = combine_loop(target, tokens, top_k, hidden, False, value)
         out["combine"] = loop_timing(target, loop, loop.jobs * loop.load, loop.jobs * loop.store, past_l2=True)
     return out
 

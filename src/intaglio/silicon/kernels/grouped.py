@@ -55,9 +55,11 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """The argument `reader` of rounded() for rows of x in the order of their experts.
+    """A function reader(builder, rows of a tile) that returns one core's RowReader; rounded() takes it as `reader`.
 
-    Each is multiplied by its routing weight if op.scale_input. order, tokens: as sort_by_expert() writes them.
+    A RowReader is called as read(tile, rows, columns). It emits the load of these rows of x, in the order of their
+    experts, into `tile`. If op.scale_input, it also multiplies each row by the row's routing weight. It returns `tile`
+    cut to the rows and columns. order, tokens: regions that sort_by_expert() writes.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 
@@ -84,9 +86,9 @@ class GroupedProduct:
     """The products of all experts that have rows.
 
     Attributes:
-        codes: rows sorted by expert, rounded.
+        codes: rows of x, sorted by expert and rounded.
         cut: the Tiling.
-        jobs: the tiles, one expert after the other; a job's index is its expert.
+        jobs: one TileJob for each tile of the result, one expert after the other. job.index is the expert's number.
     """
 
     codes: Codes
@@ -100,9 +102,10 @@ def grouped_product(
 ) -> GroupedProduct:  # fmt: skip
     """Cut the products of all experts that have rows into tiles, and return the GroupedProduct.
 
-    on: the target with the tiles of grouped products. sides: weights of all experts, [experts * n, K], of each side of
-    a GLU pair or of the one side. bits: of a weight, with its scales. n: columns of a side. counts: rows of each
-    expert. scattered: True if rows of the result are stored by index.
+    on: the target with the tiles of grouped products. codes: rows of x, sorted by expert and rounded. sides: weights of
+    all experts, [experts * n, K]: one item, or two (gate and up) for a GLU pair. bits: bits of a weight with its
+    scales. n: result columns of one item of `sides`. counts: rows of each expert, int [experts]. scattered: True if
+    rows of the result are stored by index.
     """
     k, groups = codes.x.cols, Grouped(tuple(counts[counts > 0].tolist()), scattered)
     size = codes.x.rows, len(sides) * n, k
@@ -121,7 +124,10 @@ Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part 
 
 
 def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], columns: int) -> list[Bias]:
-    """A list of each bias's region in HBM and a tile of `columns` columns; None for a missing bias."""
+    """A list with an item for each of `names`: (the bias's region in HBM, a new SRAM tile [1, columns]), or None.
+
+    The item is None where there is no bias (the name is None).
+    """
     return [(r, k.tile(1, columns, r.format)) if r else None for r in map(mem.optional_region, names)]
 
 
@@ -131,22 +137,23 @@ def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | No
 
 
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
-    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
+    """A list of Streams that compute out = act(gate(x)) * up(x), or act(up(x)) without a gate, by the experts of rows.
 
     product: of the rows sorted by expert. out [rows, inner]: the results, sorted by expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 
     def finisher(k: StreamBuilder) -> Callable[[TileJob], None]:
-        extra = biases(mem, k, (op.gate_bias, op.up_bias), cut.columns)
+        extra = biases(mem, k, (op.gate_bias, op.up_bias) if op.gate else (op.up_bias,), cut.columns)
         ring = k.ring(2, cut.drain_rows, cut.columns, out.format)
 
         def finish(job: TileJob) -> None:
-            first, second = (bias_of(k, bias, job.index, job.out) for bias in extra)
+            bias, *up_bias = (bias_of(k, bias, job.index, job.out) for bias in extra)
             for piece, at in pieces(job, ring):
                 y = ring.next().shaped(piece.stop - piece.start, job.out.stop - job.out.start)
-                g, u = (acc.part(piece, slice(0, y.cols)) for acc in job.accs)
-                k.emit(isa.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
+                acc, *up = (acc.part(piece, slice(0, y.cols)) for acc in job.accs)
+                second, its_bias = (up[0], up_bias[0]) if up else (None, None)
+                k.emit(isa.Drain(dst=y, acc=acc, up=second, bias=bias, up_bias=its_bias, **how))
                 k.emit(isa.Store(dst=out.part(at, job.out), src=y))
 
         return finish
@@ -157,8 +164,8 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
     """A list of Streams that compute the down product, each row with its own expert.
 
-    product: of the rows sorted by expert. order: for each of these rows, its row of `out`. out: the results in routing
-    order.
+    product: the tiles of the products of rows sorted by expert. order: for each sorted row, the row of `out` to which
+    its result is stored. out: the results in routing order.
     """
     cut = product.cut
 

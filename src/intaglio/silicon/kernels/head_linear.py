@@ -37,7 +37,8 @@ COPY = "copy"  # label of the launch that copies columns
 class HeadLinearKernel(ChipKernel):
     """Chip kernel of `head_linear` (each head of x times a matrix of its own): timing and instruction streams.
 
-    x is multiplied in bf16; in FP32 where activations take four bytes, as in the streams.
+    time() assumes that x is multiplied in bf16, or in FP32 if the library's activations have four bytes. streams()
+    multiplies x in the format that it has in the chip's memory.
 
     Attributes:
         rows: rows of x, a number or a symbol.

@@ -32,10 +32,10 @@ ROWS = 16  # rows of a tile of other kernels that load rows, at most
 def loop_timing(
     target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
 ) -> Timing:
-    """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
+    """The Timing of `loop`, launch included. Its operands are in the L2 as far as they fit: the op before wrote them.
 
-    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM. past_l2:
-    True if the op before has written the operands by index, past the L2.
+    reads, writes: bytes of all jobs. gathered: True if rows are read by index; all reads then come from HBM. past_l2:
+    True if the op before wrote by index, to HBM and not to the L2. It is ignored if `gathered`.
     """
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable
@@ -59,7 +59,8 @@ def ring_depth(target: Target, columns: Sequence[int], load: float, held: float 
 
     It is from 2 to MOST_TILES. If SRAM does not fit that many, it is the number that fits, at least 1.
 
-    columns: for each buffer, the FP32 columns of a tile of one row. held: bytes of SRAM that are taken.
+    columns: for each buffer, the columns of its tiles; a tile is one row of FP32 values. load: bytes that a core loads
+    for one tile. held: bytes of SRAM already in use.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -75,7 +76,8 @@ class RowsKernel(ChipKernel):
     Attributes:
         rows: rows of each matrix, a number or a symbol.
         width: columns of each matrix.
-        operands: number of matrices [rows, width]: `operands` - 1 are read, but at least one, and one is written.
+        operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
+            stands for one read and one write.
         vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
         gathered: True if rows are read by index. A core then has a run of rows, whose indices it loads first.
         in_place: True if a row is stored from the tile into which it was loaded.
@@ -100,7 +102,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """FP32 columns of each SRAM tile of a job, as a tuple; by default `width` for each operand, at least twice."""
+        """FP32 columns of each SRAM tile of a job, as a tuple; by default max(2, operands) tiles of `width` columns."""
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
@@ -144,9 +146,9 @@ class RowsKernel(ChipKernel):
 
 
 def vector_bytes(t: Tensor) -> float:
-    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM: in its own format, else in FP32.
+    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
 
-    A quantised operand is held in FP32.
+    It is kept in its own format if that is a plain one (formats.PLAIN), and in FP32 if it is quantised.
     """
     bits = formats.bits(t.format) if t.format in formats.PLAIN else 32
     return float(-(-int(t.shape[-1]) * bits // 8))
@@ -160,10 +162,11 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
     Args:
         mem: the chip's memory.
         op: the op.
-        kernel: gives the number of column ranges and of tiles in a ring, and says whether rows are gathered.
+        kernel: gives the number of column ranges and the number of tiles in a ring. kernel.gathered: the rows are read
+            by index.
         rows: number of rows.
-        columns: for each ring (circular buffer of f32 tiles of one row), the columns of a tile; the last is the width
-            that is divided.
+        columns: for each ring (circular buffer of f32 tiles of one row), the columns of the whole row. columns[-1] is
+            the width that is divided into ranges; no tile is wider than a range.
         body: called as body(builder, rings, rows, columns) to emit the instructions of one job. rows: slice of one row.
             columns: slice of the job's columns; slice(None) if rows are gathered.
     """

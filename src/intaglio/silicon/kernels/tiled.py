@@ -28,7 +28,10 @@ INDEX_TILES = 4  # tiles of row numbers by which results are stored
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
-    """Number of columns of x [m, k] that share a scale: w.scale_columns, at most `k`; `k` if w has no groups."""
+    """Number of columns of x [m, k] that share a scale, for a product with `w`.
+
+    It is w.scale_columns, but at most `k`; `k` for a weight that is not quantised.
+    """
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
 
@@ -58,11 +61,12 @@ def rounded(
 ) -> Codes:  # fmt: skip
     """Round x f32 [m, k] to `x_format`, executing that on the chip now, and return the Codes.
 
-    int8 has one scale for every `span` columns of a row, fp8row one for each row; bf16 has none. For f32 the result is
-    x itself, and nothing is executed.
+    int8 has one scale for every `span` columns of a row, fp8row one for each row; bf16 has none. For f32 without a
+    reader the result is x itself, and nothing is executed.
 
-    reader: None, or a function that loads x in another order of rows, which are `rows` in number; f32 is then copied in
-    this order. It is called for each core, with its stream builder and the rows of a tile, and returns a RowReader.
+    reader: None to take the rows of x in order. Otherwise a function called for each core with (stream builder, rows of
+    a tile), which returns a RowReader: a function that loads rows of x in another order. The codes, f32 too, are then
+    written in that order. rows: number of rows that the reader gives; not used without a reader.
     """
     if x_format == "f32" and reader is None:
         return Codes(x, None, span)
@@ -116,7 +120,7 @@ class Tiling:
         at_once: tiles between which a core alternates: it computes one step of each, then the next step of each.
         banks: 2 if a core begins its next tiles in other accumulators while it stores these, else 1.
         block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
-        scaled: tiles of the rings of scales, where a tile of the result has one scale for each of its rows and columns.
+        scaled: tiles in each ring (circular SRAM buffer) of scales, for x and for w.
     """
 
     rows: int
@@ -149,7 +153,7 @@ def tiling(
         sides: 2 for a GLU pair, else 1.
         residual: True if a residual is added.
         heads: number of products, each with its own x and w.
-        grouped: None, or as many products as it has counts; then m and heads are ignored.
+        grouped: None, or the row counts of several products (experts); m and heads are then ignored.
 
     Raises MachineError if SRAM does not fit two stages with one K value each.
     """
@@ -161,8 +165,7 @@ def tiling(
     tm, tn, parts = (float(v[i]) for v in how["tile"])
     rows, columns = int(tm), -(-int(tn) // sides)
     buffers = 8 * columns * (1 + residual)  # bytes of a drained row, in two buffers
-    most = max(grouped.counts) if grouped else m
-    drain_rows = max(1, min(rows, most, chip.sram_bytes // DRAIN_PART // buffers))
+    drain_rows = max(1, min(rows, chip.sram_bytes // DRAIN_PART // buffers))
     bits = rows * formats.bits(x_format) + sides * columns * formats.bits(w_format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
     if grouped and grouped.scattered:
@@ -249,9 +252,9 @@ class TiledProduct:
 
     Tiles at the edge of the result are padded with zeros.
 
-    codes: the rounded x. w: the weights of each side of one job; those of all jobs have the same formats. cut: the
-    Tiling. w_first: True to load tiles of w before those of x. If half of the cores do so, not all load x from the L2
-    at the same time, and HBM is never idle.
+    codes: the rounded x. w: weights of any one job: one item, or two for a GLU pair (gate, up). Only their formats are
+    used, and all jobs have the same. cut: the Tiling. w_first: True to load tiles of w before tiles of x. Half of the
+    cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
     """
 
     def __init__(
@@ -296,8 +299,8 @@ class TiledProduct:
     def load_x(self, job: TileJob, step: slice) -> Region:
         """Emit the load of columns `step` of a job's rows of x; returns the tile.
 
-        If x has scales, also loads the row scales of these columns into job.factor, unless job.factor has them from the
-        job's step before.
+        If x has scales, also emits the load of these columns' row scales and stores their tile in job.factor. It does
+        so only where a new scale begins; until then job.factor keeps the tile that an earlier step loaded.
         """
         columns = slice(job.first + step.start, job.first + step.stop)
         a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
@@ -341,7 +344,9 @@ def product_streams(
 ) -> list[Stream]:  # fmt: skip
     """A list of Streams that compute the tiles of `jobs`, dealt to the cores, in the loop that time_choices() times.
 
-    finisher: called once for each core, after the operands' tiles are allocated. The jobs get their accumulators here.
+    finisher: called once for each core with the core's stream builder, after the operands' tiles are allocated. It
+    returns a function finish(job), which is called after each job's product to emit the drain and the store.
+    Sets job.accs, the accumulators, of each job.
     """
     streams = []
     for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, site)):
@@ -373,7 +378,10 @@ def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
 
 
 def store_product(k: StreamBuilder, job: TileJob, out: Region, columns: Sequence[slice], ring: Ring) -> None:
-    """Emit the drain and store of a tile as it is. columns: for each side, the columns of `out` that it becomes."""
+    """Emit the drain of a job's accumulators and the store to `out`, unchanged. Returns nothing.
+
+    columns: for each item of job.accs, the columns of `out` to which its sums go. ring: SRAM tiles for drained rows.
+    """
     for acc, part in zip(job.accs, columns, strict=True):
         for piece, at in pieces(job, ring):
             result = ring.next().shaped(piece.stop - piece.start, part.stop - part.start)
