@@ -290,7 +290,7 @@ class LLM:
         Args:
             prompts: without a tokenizer they are token ids, and the texts of the outputs are empty.
             params: one SamplingParams for all prompts, or one per prompt; None is SamplingParams().
-            progress: called after each step with the tokens generated so far and the most that all may generate.
+            progress: called after each step with the tokens generated so far and the limit of all prompts together.
 
         Raises, before anything runs: the errors of prepare(), naming the prompt's index, and RequestError for another
         number of params than of prompts. Raises Refused if the engine has failed.
@@ -357,7 +357,7 @@ class LLM:
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
         """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
-        Arguments and errors are those of Model.chat_prompt().
+        For arguments and errors see Model.chat_prompt().
         """
         return self.model.chat_prompt(messages)
 

@@ -200,7 +200,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
+    """Read the options of `up`: returns ({role: number of replicas}, maximum with autoscaling, or None without it).
 
     Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """

@@ -169,7 +169,7 @@ def spread(errors: np.ndarray) -> float:
 class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
-    The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
+    The likelihood is for logarithmic errors with a Laplace distribution of unknown spread. Constants have a
     log-normal prior around their values at the start. run() searches.
 
     Attributes:
@@ -315,7 +315,7 @@ class Fitted:
     """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
 
     Attributes:
-        table: its name.
+        table: name of the table.
         dtype: number format.
         rows: number of rows compared.
         before: median error of the target that the fit started from.

@@ -148,7 +148,7 @@ def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """A list of text, one for each rate of a step that is above the data sheet's: FLOP/s, HBM, L2 or links."""
+    """A list with a text for each rate of a step (FLOP/s, HBM, L2, links) that is above the data sheet's rate."""
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
     total = t.totals()

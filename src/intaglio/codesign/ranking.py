@@ -25,7 +25,7 @@ MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
 
 
 def servers(row: Row) -> tuple[str, int]:
-    """(layout as text, number of chips) of a row's server; of both kinds of servers if they are disaggregated."""
+    """(layout as text, number of chips) of a row's server; for disaggregated servers, of both kinds together."""
     phases = ("prefill_", "decode_") if row.group == "disaggregated" else ("",)
     kinds = [row.placement(phase) for phase in phases]
     return " and ".join(map(str, kinds)), sum(one.chips for one in kinds)

@@ -306,7 +306,7 @@ def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, 
     Args:
         on: chip and kernel library.
         table: the rows' table, a key of TABLES.
-        dtype: their number format.
+        dtype: number format of the rows.
         rows: at least one measured row.
         worst: how many rows with the largest errors the Record lists.
         name: what the Record calls the table; "": `table`.

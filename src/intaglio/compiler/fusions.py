@@ -133,8 +133,9 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
     """The op `linear` fused with `m`, an elementwise op over the linear's result x; None if they cannot be fused.
 
-    They can be if `m` is residual + activation(scale * x), of which each part may be missing. They cannot if `linear`
-    has a residual already, or if it has an activation and `m` has a scale or an activation too. t: tensors by name.
+    `m` must be residual + activation(scale * x); each of residual, activation and scale may be missing. Not fused if
+    `linear` has a residual already, or if it has an activation and `m` has a scale or an activation too. t: tensors by
+    name.
     """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:

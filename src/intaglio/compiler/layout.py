@@ -64,7 +64,7 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """This layout with the placement of experts in the file `path`; without one if there is no such file.
+        """A copy of this layout with the placement of experts in the file `path`; without a placement if it is missing.
 
         Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
         """

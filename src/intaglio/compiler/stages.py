@@ -52,8 +52,8 @@ def stage_of(p: Program, stages: int) -> list[int]:
 def _fitting(home: list[int], stages: int) -> str:
     """Advice for an error message: "ppN" with the largest N below `stages` that leaves no stage without layers.
 
-    "tp, or no pp" if no N above 1 does. home: for each layer, the first of the layers with which it must share a stage
-    (the layer itself if it is free).
+    "tp, or no pp" if no N above 1 does. home: for each layer, the first layer with which it must share a stage; the
+    layer itself if there is none.
     """
     fit = max(n for n in range(1, stages) if len({m * n // len(home) for m in home} | {n - 1}) == n)
     return f"pp{fit}" if fit > 1 else "tp, or no pp"

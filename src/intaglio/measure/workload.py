@@ -26,7 +26,7 @@ class Trace:
 
     @property
     def most(self) -> int:
-        """The context length in tokens (prompt and output together) that all but about 1 in 100 requests stay below."""
+        """Number of tokens (prompt and output together) that about 99 of 100 requests do not exceed."""
         return self.prompt[10] + self.output[10]
 
 

@@ -94,7 +94,8 @@ class AllReduce(Collective, kind="all_reduce"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: reduce-scatter, then all-gather, which is 2 (p-1)/p of x for p ranks.
+        Link bytes are the bytes that the rank receives, in a reduce-scatter and an all-gather: 2 (p-1)/p of x for p
+        ranks.
         """
         n, p = self.link_bytes(t, self.x, batch), len(self.group)
         sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
@@ -178,8 +179,7 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: this rank's rows of x from the p-1 other ranks, which is (p-1)/p of x for
-        p ranks.
+        Link bytes are the bytes that the rank receives: its rows of x from the p-1 other ranks, (p-1)/p of x in all.
         """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
@@ -236,7 +236,7 @@ def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Divide the rows of x among ranks: a list with a view of x for each rank, in order.
 
-    The runs are those of batch.shared_rows(): they differ by at most one row, and are empty where ranks outnumber rows.
+    batch.shared_rows() says which rows. Numbers of rows differ by at most one; with more ranks than rows some are 0.
     """
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]

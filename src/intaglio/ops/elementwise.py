@@ -54,8 +54,8 @@ Steps = tuple[tuple[str, float | str], ...]  # an expression in postfix order, s
 def postfix(expr: str) -> Steps:
     """Parse an expression such as "silu(a) * b". Returns its steps in postfix order, as a tuple of pairs.
 
-    The pairs are ("operand", "a"), ("number", 0.5), ("call", "silu") and ("binary", "+"). Operands are a, b, c;
-    operators + - * /; functions those of FUNCTIONS. Raises OpError for any other expression.
+    The pairs are ("operand", "a"), ("number", 0.5), ("call", "silu") and ("binary", "+"). Operands are a, b and c,
+    operators are + - * /, and functions are the keys of FUNCTIONS. Raises OpError for any other expression.
     """
 
     def walk(node: ast.expr) -> list[tuple[str, float | str]]:

@@ -102,7 +102,7 @@ class Lane:
 
         Args:
             name: name of the tensor in the whole Program.
-            shares: the indices along `axis` that each lane holds, of which this lane's are kept; None: all.
+            shares: the indices along `axis` that each lane holds; only this lane's are kept. None: all are kept.
             axis: the axis that is cut.
             as_: name of the tensor in this lane's Program; "": the same name.
 

@@ -33,7 +33,7 @@ def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
 class Load(Instruction, engine="DMA", opcode=0x10):
     """Copy from HBM to a core: dst = src; both have the same shape and format.
 
-    With `padded`, dst may have more rows and columns than src; those are set to zero.
+    With `padded`, dst may have more rows and columns than src; the additional ones are set to zero.
     """
 
     dst: Region

@@ -343,7 +343,7 @@ def experts_timing(
         inner: width of an expert's inner row.
         x_format: format of a value of x.
         w_format: format of a weight.
-        w_bits: bits per weight including scales; 0: those of `w_format`.
+        w_bits: bits per weight including scales; 0: the bits of `w_format` without scales.
         gated: True if experts have a gate.
         kernel: name of the library's kernel; "": its default.
 

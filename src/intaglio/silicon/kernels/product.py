@@ -332,7 +332,7 @@ def linear_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
+    w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored.
     """

@@ -45,8 +45,8 @@ class Codes:
     """Left operand of a product, or of several that share a loop.
 
     Attributes:
-        x: its codes [m, k].
-        scales: scales f32 [m, G] of its rows; None: it has none.
+        x: the operand's codes [m, k], or its values if it is not quantised.
+        scales: scales f32 [m, G] of the rows of x; None: there are none.
         span: columns of x that share a scale.
     """
 
@@ -103,7 +103,7 @@ def rounded(
 
 
 def one_scale(w: Region | QuantisedRegion) -> bool:
-    """True if w is quantised with a single scale for each row; False if it is not quantised."""
+    """True if w is quantised with a single scale for each row; False if it has several, or is not quantised."""
     return isinstance(w, QuantisedRegion) and w.scales_t.rows == 1
 
 
@@ -315,11 +315,11 @@ class TiledProduct:
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
         """Divide a step's columns into the groups that share scales of w; a list of (columns, region of the scales).
 
-        The columns are a slice relative to the step's first. If w has no scales, the list has one item, with None as
-        region.
+        Columns are a slice, counted from the first column of the step. If w has no scales, the list has one item, with
+        None as region.
 
-        side: index into job.w. step: slice of K. If job.held has no scales for these groups, they are loaded and stored
-        in it.
+        side: index into job.w. step: slice of K. job.held keeps the scales that were loaded last. If these are of other
+        groups, the call emits the load of new ones and stores them there.
         """
         ring, w = self.column_scales[side], job.w[side]
         if not isinstance(w, QuantisedRegion) or ring is None:
