@@ -247,8 +247,9 @@ def build(family: str, path: Path, dtype: str, overrides: dict[str, Any]) -> Non
     name = table.pop("class")
     shards = table.pop("max_shard_size", "5GB")
     config = getattr(transformers, table.pop("config", f"{name}Config"))(**json.loads(json.dumps(table)))
+    torch.manual_seed(seed := zlib.crc32(family.encode()))  # for what shake() adds to, such as the rates of a decay
     model = getattr(transformers, architecture(name))(config)
-    shake(model, zlib.crc32(family.encode()))
+    shake(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shards)
     if config.vocab_size >= 256 + len(SPECIALS):
         tokenizer(path)
