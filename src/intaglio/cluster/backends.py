@@ -185,8 +185,8 @@ class Backends:
         if again:
             job = replace(job, start_by=None)
             self.router.resubmit(job)
-        else:
-            self.router.submit(job, self.clock())
+        elif placement := self.router.place(job, self.clock()):
+            return placement
         placed = self.waiting[job.id] = asyncio.get_running_loop().create_future()
         self.pump()
         try:
