@@ -208,7 +208,7 @@ class Backends:
 
         head: facts of the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
         """
-        self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
+        self.router.started(job.id, self.clock(), head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
         self.release(job)
         self.pump()

@@ -173,14 +173,14 @@ class Router:
                     break
         return placed
 
-    def started(self, id: str, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
+    def started(self, id: str, now: float, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
         """Note that a placed job's first token has come: its prompt of `tokens` tokens is computed.
 
-        id: the job's id; one that is not placed is ignored. names: names of the blocks that hold the prompt, of
-        `block_size` tokens each.
+        id: the job's id; one that is not placed is ignored. now: the time in seconds. names: names of the blocks that
+        hold the prompt, of `block_size` tokens each.
         """
         if (name := self._where.get(id)) is not None:
-            self.memory.learn(self.replicas[name].started(id).keys, tokens, names, block_size)
+            self.memory.learn(self.replicas[name].started(id, now).keys, tokens, names, block_size)
 
     def ended(self, job: Job, output_tokens: int) -> None:
         """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices.
@@ -296,7 +296,7 @@ class Router:
         self.queue.take(job)
         self.placements += 1
         replica = on.replica
-        replica.assign(job, on.uncached)
+        replica.assign(job, on.uncached, now)
         replica.last_placed = self.placements
         replica.index.assume(job.keys, now)
         self.cached_tokens += on.cached
