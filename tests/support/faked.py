@@ -16,6 +16,7 @@ from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.link import Link
 from intaglio.router import Autoscaler, Role, Router
 from intaglio.server.control import READ, FrameBuffer, pack
+from intaglio.server.private_socket import private_socket
 
 LOAD = {
     "running": 0, "waiting": 0, "kv_usage": 0.0, "draining": False, "failed": None, "max_batch_tokens": 512,
@@ -49,7 +50,7 @@ class FakedProcess:
         self.before_start(self)
         self.over.clear()
         path = self.folder / f"{self.name}.{self.starts}"
-        self.server = await asyncio.start_unix_server(self._connected, path)
+        self.server = await asyncio.start_unix_server(self._connected, sock=private_socket(path))
         return await Link.connect(path)
 
     async def wait(self) -> int:

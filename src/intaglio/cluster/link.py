@@ -12,6 +12,7 @@ from typing import Any, cast
 from intaglio.devices.processes.address import TcpAddress
 from intaglio.server import control_tcp
 from intaglio.server.control import FrameBuffer, pack
+from intaglio.server.private_socket import short_path
 
 RETRY = 0.2  # seconds between attempts to connect
 Frame = tuple[dict[str, Any], bytes]
@@ -103,7 +104,8 @@ class Link(asyncio.Protocol):
             try:
                 if isinstance(where, TcpAddress):
                     return cls._over(await control_tcp.connect(where))
-                _, link = await asyncio.get_running_loop().create_unix_connection(cls, str(where))
+                with short_path(where) as short:
+                    _, link = await asyncio.get_running_loop().create_unix_connection(cls, short)
                 return link
             except OSError:
                 if time.monotonic() >= ends:
