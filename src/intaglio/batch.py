@@ -74,10 +74,10 @@ def shared_rows(rows: int, share: int, shares: int) -> range:
 
 
 class Sizes(dict[str, int]):
-    """Sizes of symbolic dimensions by name: a dict that also knows the sizes of ranks' shares of T.
+    """A dict {name of a symbolic dimension, such as "T": size}, which also computes the sizes of parts of T.
 
-    `T:1/4` is the number of token rows that rank 1 of 4 holds (see shared_rows()). Raises KeyError for a name it does
-    not have.
+    sizes["T:1/4"] is the number of token rows that rank number 1 of 4 holds (see shared_rows()). Any other missing name
+    raises KeyError.
     """
 
     def __missing__(self, dim: str) -> int:
@@ -94,7 +94,7 @@ class Chunk:
     Attributes:
         tokens: token ids to compute.
         start: position of the first of `tokens`.
-        blocks: numbers of all K/V blocks of the sequence, in order, those of earlier steps included.
+        blocks: numbers of all K/V blocks of the sequence, in order, also of blocks that earlier steps filled.
         rows: offsets into `tokens` of the rows whose logits are wanted.
         sampling: parameters for all these rows, or one per row.
         state: (slot that is read, slot that is written) of recurrent state. The first holds the state before these
@@ -227,7 +227,10 @@ class Batch:
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes of the symbolic dimensions in this batch: T, S, R, and ranks' shares of T."""
+        """A dict of the sizes of symbolic dimensions: "T" (tokens), "S" (sequences), "R" (rows with wanted logits).
+
+        It also answers keys such as "T:1/4": the number of token rows that rank 1 of 4 holds.
+        """
         t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
 
@@ -295,9 +298,10 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
 
 
 def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
-    """The error message for two tokens with the same K/V slot, naming their chunks.
+    """The error message for the first two tokens that have the same K/V slot, naming their chunks.
 
-    slots: K/V slot of each token. first_row: index of each chunk's first token.
+    Call it only if there are two such tokens. slots: K/V slot of each token. first_row: index of each chunk's first
+    token.
     """
     seen: dict[int, int] = {}
     for at, slot in enumerate(slots):
@@ -330,7 +334,10 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check_window(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if chunk number `i` lacks a window block for a token, or has more of them than `blocks`."""
+    """Raise BatchError if the window blocks (K/V of layers with a sliding window) of chunk number `i` are invalid.
+
+    c.window_blocks must have a block for each token that the chunk computes, and be no longer than c.blocks.
+    """
     held = c.window_blocks
     first, last = c.start // block_size, (c.start + len(c.tokens) - 1) // block_size
     if not last < len(held) <= len(c.blocks) or min(held[first : last + 1]) < 0:
@@ -343,8 +350,9 @@ def _check_window(i: int, c: Chunk, block_size: int) -> None:
 def _check(i: int, c: Chunk, block_size: int) -> None:
     """Raise BatchError if a chunk cannot be run. `i` is the chunk's number, for the message.
 
-    Refused are: a chunk without tokens; positions outside its blocks; a recurrent state to read at start 0, or none at
-    a later start; a row outside its tokens; another number of Samplings than rows.
+    A chunk cannot be run if it has no tokens, positions outside its blocks, or rows outside its tokens; if it has a
+    list of Samplings that is not as long as its rows; or if its recurrent state does not fit: a state is read at start
+    0, none is read at a later start, or one is read and none is written.
     """
     n = len(c.tokens)
     if n == 0:

@@ -133,18 +133,18 @@ class Format:
 
     @property
     def block(self) -> int:
-        """Number of values along a row that a cut must not separate; 0 for plain formats, ROW (-1) for a whole row.
+        """Number of consecutive values of a row that must stay together when columns are divided among ranks, an int.
 
-        These are the values that share a scale; in formats whose scales are multiples of a unit, those that share a
-        unit.
+        0 for plain formats; ROW (-1) if a row must stay whole. Values that share a scale stay together. In q4_k, q5_k
+        and q6_k the scales of 256 values are whole multiples of one number, so those 256 values stay together.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
-        """Number of values that share a scale in a row of `cols` values; 0 for plain formats.
+        """Number of values that are stored as one group with one scale, in a row of `cols` values; 0 for plain formats.
 
-        For a format with one scale per row (ROW), a row is cut into runs of one length, which have equal scales. The
-        result is this length: a multiple of 32, at most CHUNK (1024).
+        A format with one scale per row (ROW) stores a long row as several groups of equal length, each with a copy of
+        the row's scale. The result is then a multiple of 32, at most CHUNK (1024).
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
@@ -196,10 +196,11 @@ def get(name: str) -> Format:
 
 
 def element(name: str) -> str:
-    """The name of the format of a single value, without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
+    """The name of the format of one value without its scale, as matrix arrays multiply it; a str.
 
-    A name in ELEMENTS is returned as it is. So is a format whose codes no chip here multiplies directly: one with zeros
-    or minima, or only read from checkpoints (uint4g32, q4_k, int8rowf32). Raises FormatError for other names.
+    e4m3 for fp8row, int8 for int8g128, bf16 for bf16. Some formats have codes that no chip here multiplies directly:
+    those with zeros or minima, and those only read from checkpoints (uint4g32, q4_k, int8rowf32). Their name is
+    returned unchanged. Raises FormatError if `name` is no format.
     """
     return name if name in ELEMENTS else get(name).element
 
@@ -235,10 +236,11 @@ class Quantised:
         group: values along a row that share a scale.
         zeros: whole numbers, shaped as the scales; None if all are 0.
         minima: float32, shaped as the scales; None if all are 0. A bias is a minimum with its sign turned.
-        units: None, or float32 of which the scales are multiples: [N, K / 256] in q4_k, q5_k, q6_k, or [N, 1] in nvfp4.
-        low_units: None, or float32 [N, K / 256] of which the minima are multiples.
+        units: None, or float32: each scale is a whole or E4M3 multiple of its unit. [N, K / 256] in q4_k, q5_k, q6_k;
+            [N, 1] in nvfp4.
+        low_units: None, or float32 [N, K / 256]: each minimum is a whole multiple of its unit.
         format: name of the format; "" if no one name describes all arrays.
-        turned: True if the arrays are those of the transposed matrix, [K, N] in checkpoints without quantisation.
+        turned: True if the matrix is [K, N] and the arrays store its transpose [N, K]. `shape` is then (K, N).
         levels: the values that codes are indices of (Format.levels); () if codes are numbers themselves.
     """
 
@@ -292,7 +294,10 @@ class Quantised:
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """A copy as a stack of matrices. shape: [E, N, K], of the same rows; each array becomes [E, N, ...]."""
+        """A copy whose rows are divided into a stack of equal matrices, as a Quantised.
+
+        shape: [E, N, K], for a matrix of E * N rows [E * N, K]; each array [E * N, ...] becomes [E, N, ...].
+        """
         return self.each(lambda x: x.reshape(*shape[:-1], -1))
 
 
@@ -307,13 +312,14 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 def quantise(x: np.ndarray, name: str) -> Quantised:
     """A Quantised of weights [N, K] in the format `name`: symmetric (no zeros or minima), except q4_k.
 
-    - int8: the value of largest magnitude maps to 127 or -127, codes are -127..127.
-    - int4: that value maps to -8, so that all sixteen codes are used (as in llama.cpp's Q4_0), codes are -8..7.
-    - int8 and int4 in groups try that scale and four near it, and take that of least squared error, see _searched().
+    - int8: the value of largest magnitude maps to 127 or -127; codes are -127..127.
+    - int4: the value of largest magnitude maps to -8, as in llama.cpp's Q4_0; codes are -8..7, all sixteen in use.
+    - int8 and int4 in groups try this scale and four scales near it, and take the one of least squared error.
     - fp8: max|w| maps to 448, the largest E4M3 value.
-    - mxfp4: the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at
-      most 6. Codes are twice the value, -12..12, so that they are whole numbers, and scales half.
-    - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
+    - mxfp4: the scale is the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3). Scaled
+      values are rounded to E2M1, at most 6. Codes are twice these values, so whole numbers in -12..12; stored scales
+      are half.
+    - q4_k: of several pairs of scale and minimum, the one of least squared error, see _q4_k(). K: a multiple of 256.
 
     A group that holds NaN or infinity gets a NaN scale, so all its values are NaN; so does a block of q4_k with a value
     above 2^20. Groups of only |w| < 2^-120 become 0, except in q4_k. Raises FormatError for an unknown format, one
@@ -353,9 +359,9 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
     """The best of five candidate scales for each group, float32 [n, G]: the one of least squared error.
 
-    groups: values [n, G, group]. farthest: the value farthest from 0 in each group [n, G]. A candidate maps that value
-    to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step, which
-    is returned if it is 0 or NaN. fmt: the format. csrc/pack/ does the same, to the bit.
+    Each candidate maps the group's value farthest from 0 to another code: the format's last code, or one or two steps
+    below or above it. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales: candidates
+    for the last code, [n, G]; a scale of 0, inf or NaN is returned as it is. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -398,8 +404,9 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Quantise activations [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
 
-    G = ceil(K / group). Consecutive groups that together make SPAN (128) values have the same scale, float32 max|x| /
-    127 over all of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
+    G = ceil(K / group); if `group` does not divide K, the last group is filled up with zeros. Consecutive groups that
+    together make SPAN (128) values have the same scale, float32 max|x| / 127 over all of them. Codes are
+    rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)
@@ -421,17 +428,20 @@ ZERO = np.float32(0)
 
 
 def _q4_k(x: np.ndarray) -> Quantised:
-    """Quantise float32 [N, K] to a Quantised in q4_k: codes, 6-bit scales and minima, and f16 units.
+    """Quantise float32 [N, K] to a Quantised in q4_k: 4-bit codes, with a scale and a minimum for each 32 values.
 
-    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved inwards
-       by up to a step), and keep the best line.
-    2. The units are the largest scale and minimum over 63, rounded up, so that every scale is within reach.
-    3. Each group takes, of the three nearest scales and for each the three nearest minima, the pair of least squared
-       error.
+    The scales of a block of 256 values are 0 to 63 times one f16 number, the block's unit; the minima likewise.
 
-    Blocks with NaN, infinity or a value above 2^20 become NaN. csrc/isa/scales.inl does the same in the same order, to
-    the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
-    the nearest scale and minimum without a second search. Raises FormatError if 256 does not divide K.
+    1. For each group, try 16 ranges of values: the group's own range, with either end moved inwards by up to a step.
+       Code the values within each range, fit a line to the codes by least squares, and keep the best line's scale and
+       minimum.
+    2. Take as units the block's largest scale / 63 and largest minimum / 63, rounded up to f16.
+    3. For each group, try the three multiples of the unit nearest to its scale, and with each the three nearest to its
+       minimum. Keep the pair of least squared error.
+
+    Blocks with NaN, infinity or a value above 2^20 become NaN. Raises FormatError if 256 does not divide K.
+    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c), but
+    moves one end only, weighs large values more, and has no third step.
     """
     n, k = x.shape
     if k % BLOCK:
@@ -490,7 +500,10 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _sum(x: np.ndarray) -> np.ndarray:
-    """The sum of x over its first axis, added in ascending order."""
+    """The sum of an array [n, ...] over its first axis, as an array [...].
+
+    The n parts are added one after the other, from index 0 on, as in the C++ twin, so that both round alike.
+    """
     return reduce(np.add, x)
 
 
@@ -500,7 +513,10 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: the least f16 of which 63 are >= all."""
+    """The unit of each q4_k block: the smallest f16 number u for which all scales (or minima) are at most 63 * u.
+
+    sizes: the 8 scales, or the 8 minima, of each block [..., 8]. Returns float32 [..., 1].
+    """
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)

@@ -113,17 +113,18 @@ class LLM:
         kv_tokens: tokens of K/V cache for all sequences together. None: 32,768 or one whole context, whichever is more,
             but no more than fit the memory.
         kv_format: K/V cache format, as for Model.open().
-        max_batch_tokens: most token rows of a step.
-        max_sequences: most sequences that run at once; fewer if the memory for recurrent state has no room for them.
-        max_waiting: most sequences that wait.
-        max_drafts: most draft tokens per sequence and step; 0 switches speculative decoding off.
+        max_batch_tokens: maximum token rows of a step.
+        max_sequences: maximum sequences that run at once; fewer if the memory for recurrent state has no room for them.
+        max_waiting: maximum sequences that wait.
+        max_drafts: maximum draft tokens per sequence and step; 0 switches speculative decoding off.
         state_cache_bytes: only for a model with recurrent state: bytes of states kept for the prefix cache, beside
             those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
             states. 0: such a model has no prefix cache.
-        window_tokens: only for a model of which some or all layers have a window: tokens of K/V cache that these layers
-            keep for all sequences together. A sequence holds no more than its window and one step. If it is too few
-            for all running sequences, the last ones are preempted. None: enough for `max_sequences` sequences, if
-            that saves a quarter, else 0. 0: all tokens, as in other layers; so with `kv_cache_dir`.
+        window_tokens: only for a model with sliding-window layers: tokens of K/V cache that these layers keep for all
+            sequences together. A sequence needs its window and one step there. If there are too few tokens for all
+            running sequences, the last ones are preempted. 0: these layers keep all tokens, as other layers do; the
+            only number allowed with `kv_cache_dir` or `kv_peer`. None: enough for `max_sequences` sequences, if that
+            saves a quarter of the pages; else 0. With `kv_cache_dir`, `kv_peer` or device="silicon", None means 0.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: True to run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
@@ -131,8 +132,8 @@ class LLM:
             dies, with an equal share of the threads; on other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
         expert_placement: for a layout with redundant experts (ep4r8): a JSON file with the experts of each rank of each
-            layer. It is read at the start if it is there, and replaced whenever experts have moved. One engine a file.
-            Not for device silicon. Its folder must be writable, unless experts never move.
+            layer. It is read at the start if it is there, and replaced whenever experts have moved. Each engine needs
+            a file of its own, in a writable folder unless experts never move. Not for device silicon.
         rebalance_every: seconds between two proposals of another placement of experts; 0: experts are never moved.
             None: MOVE_EVERY. Not for device silicon.
         in_process: True to run all ranks of a layout in this process, one after the other.
@@ -141,10 +142,10 @@ class LLM:
         machine: threads and memory shared with other models; it then gives the threads.
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
-        kv_peer: in place of `kv_cache_dir`: address at which other engines of the model, which know its token, fetch
-            K/V blocks, which are kept in memory. They do so only if they are told which blocks are there, as the
-            router of `intaglio cluster up --prefill` does; `llm.tier.announce()` tells an engine.
-        kv_cache_bytes: most bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
+        kv_peer: in place of `kv_cache_dir`: an address. K/V blocks are kept in memory, and other engines of the model
+            that know the address's token can fetch them there. An engine fetches only blocks that it was told of: by
+            the router of `intaglio cluster up --prefill`, or by `llm.tier.announce()`.
+        kv_cache_bytes: maximum bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
             new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
@@ -289,7 +290,7 @@ class LLM:
         Args:
             prompts: without a tokenizer they are token ids, and the texts of the outputs are empty.
             params: one SamplingParams for all prompts, or one per prompt; None is SamplingParams().
-            progress: called after each step with the tokens generated so far and the most that all may generate.
+            progress: called after each step with the tokens generated so far and the limit of all prompts together.
 
         Raises, before anything runs: the errors of prepare(), naming the prompt's index, and RequestError for another
         number of params than of prompts. Raises Refused if the engine has failed.
@@ -356,7 +357,7 @@ class LLM:
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
         """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
-        Arguments and errors are those of Model.chat_prompt().
+        For arguments and errors see Model.chat_prompt().
         """
         return self.model.chat_prompt(messages)
 
@@ -418,10 +419,19 @@ class LLM:
 def _tier(
     folder: str | Path | None, address: TcpAddress | None, budget: int, scope: BlockScope, journal: str | Path | None
 ) -> StoreTier | None:
-    """The tier that keeps K/V blocks in `folder`, or in memory for peers at `address`; None if both are None.
+    """The tier that keeps K/V blocks outside the engine: in files of `folder`, or in memory for peers at `address`.
 
-    Raises RequestError for a budget below 1 byte, if both are given, or one and `journal`; OSError if the address
-    cannot be bound.
+    Returns None if both are None.
+
+    Args:
+        folder: value of the option kv_cache_dir.
+        address: value of the option kv_peer: where to listen, and the token.
+        budget: maximum bytes of all blocks.
+        scope: BlockScope of the engine's blocks.
+        journal: value of the option journal; a journal does not record which blocks were loaded.
+
+    Raises RequestError for a budget below 1 byte, for `folder` and `address` together, and for a journal with either of
+    them; OSError if the address cannot be bound.
     """
     if folder is None and address is None:
         return None

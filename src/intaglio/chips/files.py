@@ -120,11 +120,12 @@ def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
 
 
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a chip or library file as a dict, with what it lacks taken from the file that `base` names.
+    """Read a chip or library file as a dict; values that it lacks are taken from the file that its key `base` names.
 
-    The reasons of values from the base are kept, `[sheet_flops]` is not taken over, and the base's kernels come after
-    the file's own. Raises ChipError for a file that cannot be read or is not TOML, for a base that does not exist, and
-    for bases in a circle.
+    The base's `reasons` (texts that say where a value comes from) are taken over with the values, and its kernels come
+    after the file's own. Its `[sheet_flops]` (peak rates that only check a chip's own values) are left out. The result
+    has no key `base`. Raises ChipError for a file that cannot be read or is not TOML, for a base that does not exist,
+    and for bases in a circle.
 
     Args:
         path: the file.

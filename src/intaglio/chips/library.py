@@ -40,10 +40,10 @@ ALGORITHMS = ("ring", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class KernelLibrary:
-    """The kernels of one vendor on one generation of chips: what decides their times, apart from the chip.
+    """Numbers that describe a vendor's kernels on one generation of chips, such as overheads, tiles and efficiencies.
 
-    Efficiencies are fractions, above 0 and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value
-    outside its range.
+    Together with a ChipSpec they determine the modelled times. It holds no code. Efficiencies are fractions, above 0
+    and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value outside its range.
     """
 
     name: str
@@ -124,10 +124,13 @@ class KernelLibrary:
         check(self)
 
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
-        """The first record that serves a call; None if the library's own fields describe the kernel.
+        """The KernelRecord of the kernel that computes one use of an op: the first whose formats and widths fit.
 
-        op, format, head_dim: the call; see KernelRecord.serves(). kernel: name of the kernel that is asked for; "": the
-        default. Raises ChipError for a name that no record has.
+        None if no record fits, or if the library has none; the library's own fields then describe the kernel.
+
+        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
+        its heads. kernel: name of the kernel to use; "": the first that is used by default. Raises ChipError for a name
+        that no record has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"

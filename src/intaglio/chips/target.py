@@ -51,8 +51,8 @@ class Target:
     def with_chip(self, **changes: Any) -> Target:
         """A copy of the target with fields of the chip changed. changes: the new values, by field.
 
-        Fields of the chip's links, energy and constants are given by their own names. Raises ChipError for an unknown
-        field, an invalid chip, and a chip that the library does not fit.
+        Fields inside chip.links, chip.energy and chip.constants are given by their own names, such as bytes_per_s.
+        Raises ChipError for an unknown field, an invalid chip, and a chip that the library does not fit.
         """
         return Target(replace(self.chip, **changes), self.library)
 
@@ -65,18 +65,22 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A target whose library has only the kernel that runs a call; the target itself if its library has no records.
+        """A target whose library holds only the constants of the kernel that computes an op.
 
-        op, format, head_dim: the call; see KernelRecord.serves(). name: name of the kernel; "": the one chosen by
-        default. Raises ChipError if the library has records, and none of this name.
+        A library may have records of kernels with values of their own for some fields. The result's library has the
+        values of the one record that fits the call. Without records the result is this target itself.
+
+        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
+        its heads. name: name of the kernel; "": the one used by default. Raises ChipError if the library has records,
+        and none of this name.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def get(self, name: str) -> Any:
         """The value of the field called `chip.FIELD` or `library.FIELD`.
 
-        Fields of the chip's links, energy and constants are given without the part's name. Raises ChipError for an
-        unknown name.
+        Fields inside chip.links, chip.energy and chip.constants are named without that part: chip.bytes_per_s stands
+        for chip.links.bytes_per_s. Raises ChipError for an unknown name.
         """
         part, field = split(name)
         if part == "library":
@@ -127,9 +131,11 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """The result of Target.kernel(), cached: the target with one kernel of its library.
+    """A target whose library holds only the constants of the kernel that computes an op; see Target.kernel(). Cached.
 
-    Raises ChipError for a name that no record of the library has.
+    on: the target. op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and
+    the width of its heads. name: name of the kernel; "": the one used by default. Raises ChipError for a name that no
+    record of the library has.
     """
     return Target(on.chip, on.library.with_record(on.library.record(op, format, head_dim, name)))
 
@@ -182,7 +188,7 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 def register_chip(on: Target) -> Target:
     """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
 
-    For plugins. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
+    Plugins call it. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

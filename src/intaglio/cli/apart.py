@@ -35,12 +35,12 @@ def apart_table(
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
-        concurrency: numbers of requests open at once. If empty, the layouts are those of one server, and the ratio of
-            servers and the load with the most output per chip are searched for each pair of layouts.
-        budget: most tokens of a step of one copy of attention (see Placement).
+        concurrency: numbers of requests open at once, to simulate. If empty, search instead: for each prefill layout
+            with each decode layout, find the numbers of servers and the load with the most output per chip.
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
-        chips: number of chips that a search shares out.
+        chips: for a search, the number of chips that all servers have together.
 
     Raises ValueError if the lists differ in length, LayoutError for a wrong layout, ChipError if a model does not fit.
     """
@@ -102,7 +102,7 @@ def given_pairs(
         prefill: layouts of prefill servers.
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
         concurrency: numbers of requests open at once.
-        budget: most tokens of a step of one copy of attention.
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         progress: called before each pair and concurrency.
 
     Raises ValueError if there are not as many prefill as decode layouts, LayoutError for a wrong layout, ChipError if a
@@ -137,7 +137,9 @@ def given_pairs(
 def searched_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, progress: Progress
 ) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]]]:
-    """Search the best ratio and load for each pair of layouts. Returns (found, refused).
+    """For each pair of layouts, search how many servers should prefill and decode, and with how many open requests.
+
+    Returns (found, refused).
 
     found: a list of (prefill layout, decode layout, ApartResult), the most output per chip first. refused: a list of
     (layout, reason) of layouts that do not fit.
@@ -147,8 +149,8 @@ def searched_pairs(
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
         decode: layouts of decode servers.
-        chips: number of chips that the servers share.
-        budget: most tokens of a step of one copy of attention.
+        chips: number of chips that all servers have together.
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         progress: called as pairs are searched.
 
     Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
@@ -161,7 +163,11 @@ def searched_pairs(
 
 
 def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool) -> str:
-    """A chart as SVG text. by_load: True for lines of output per chip over output per user, False for bars by pair."""
+    """Draw the results as a chart, and return it as SVG text.
+
+    found: (prefill layout, decode layout, ApartResult) of each result. by_load: True for a line for each pair of
+    layouts, output per chip over output per user; False for a bar for each result, its output per chip.
+    """
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:
         rows = [(f"{a} + {b}", f"{r.concurrency:,} open", r.tokens_per_s / r.chips) for a, b, r in found]

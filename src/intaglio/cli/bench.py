@@ -75,7 +75,7 @@ def profile(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Show where a step's time goes, site by site beside its roof, and which sites lose most.
+    """Show where a step's time goes: each op beside its roofline bound, and which ops lose most.
 
     With a layout, also how long each rank was in collectives and for which rank it waited.
     """
@@ -115,7 +115,7 @@ def profile(
 
 
 def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
-    """The table of experts' loads that `intaglio profile` prints for a mixture, to be printed by a rich console."""
+    """The table of experts' loads that `intaglio profile` prints for a mixture of experts, as a rich Table."""
     lines = []
     for site, load in loads.items():
         total, hottest = int(load.tokens.sum()), int(load.tokens.argmax())
@@ -128,7 +128,7 @@ def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
 
 
 def rank_table(ranks: Sequence[RankTimes]) -> Table:
-    """The table of ranks that `intaglio profile --layout` prints, to be printed by a rich console."""
+    """The table of ranks that `intaglio profile --layout` prints, as a rich Table: one line for each rank."""
     headers = ("rank", "ops\nms", "in collectives\nms", "of these waiting\nms", "for\nrank")
     lines = []
     for r in ranks:
@@ -140,7 +140,7 @@ def rank_table(ranks: Sequence[RankTimes]) -> Table:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """The table that `intaglio bench model` prints."""
+    """The table that `intaglio bench model` prints, as a rich Table: one line for each Row."""
     headers = (
         "phase", "sequences", "prompt\ntokens", "measured\ntokens/s", "measured\nms", "bound\nms", "bound\nby",
         "share\nof roof",
@@ -156,7 +156,10 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def profile_table(p: Profile) -> Table:
-    """The table that `intaglio profile` prints: the sites of a profile, the slowest first."""
+    """The table that `intaglio profile` prints, as a rich Table: the ops of a profile, the slowest first.
+
+    The last line is the time outside the ops.
+    """
     headers = ("site", "measured\nms", "share\nof step", "bound\nms", "bound\nby", "share\nof roof")
     lines = []
     for s in sorted(p.sites, key=lambda s: -s.seconds):
@@ -169,9 +172,10 @@ def profile_table(p: Profile) -> Table:
 
 
 def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
-    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, reason why they have no bounds or "").
+    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, reason).
 
-    sizes: keyword arguments of measure.bench.bench().
+    The reason is "" if the rows have roofline bounds; if not, it says why. sizes: keyword arguments of
+    measure.bench.bench().
     """
     from intaglio.measure.bench import bench
 
@@ -196,9 +200,9 @@ def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, 
 
 
 def facts(llm: LLM, why: str) -> dict[str, Any]:
-    """A dict for JSON that describes the measured Program and device.
+    """A dict for JSON that describes the measurement: "program", "device" and "no_bounds".
 
-    why: the reason why there are no bounds, or "".
+    why: the reason why the measured times have no roofline bounds; "" if they have, which makes "no_bounds" None.
     """
     return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
 

@@ -34,13 +34,15 @@ def bench_serve(
     base_url: Annotated[
         str | None, typer.Option(help="Address of a server that runs already, up to and with /v1.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Its key.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="INTAGLIO_API_KEY", help="API key for --base-url.")] = None,
     workload: Annotated[
         str, typer.Option(help="Lengths as in a trace: code, conversation, document.")
     ] = "conversation",
-    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 100,
     rate: Annotated[float, typer.Option(help="Requests a second, on average; inf: all at once.")] = 1.0,
-    cv: Annotated[float, typer.Option(help="Of the gaps between requests: 1 is Poisson, more comes in bursts.")] = 1.0,
+    cv: Annotated[
+        float, typer.Option(help="Coefficient of variation of arrival gaps: 1 Poisson, above: bursts.")
+    ] = 1.0,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests open at once. Default: any number.")] = None,
     scale: Annotated[float | None, typer.Option(help="Multiplies the lengths. Default: as the context needs.")] = None,
     deadline: Annotated[float, typer.Option(help="Seconds for a whole answer to count as good.")] = 30.0,
@@ -56,8 +58,8 @@ def bench_serve(
 ) -> None:
     """Send a server the load of a public trace: latencies, throughput, and goodput under a deadline.
 
-    The server is that of --base-url, any with OpenAI's completions, or one that is started for the run. With --device
-    silicon the engine runs in the modelled time of the chip.
+    --base-url names any server with OpenAI's /v1/completions. Without it, a server is started for this run. With
+    --device silicon there is no server: the engine runs in the modelled time of the chip.
     """
     try:
         import aiohttp  # noqa: F401
@@ -122,7 +124,7 @@ def bench_serve(
 
 
 def latencies(s: Summary, clock: str) -> Table:
-    """A table of the latencies of a load, in milliseconds. clock: "measured" or "modelled", for the heading."""
+    """The latencies of a load in milliseconds, as a rich Table. clock: "measured" or "modelled", for the heading."""
     shown = [name for name in ROWS if name in s.times]
     rows = [(ROWS[name], *(f"{s.times[name][k] * 1e3:,.3f}" for k in FIGURES)) for name in shown]
     headers = (f"latency, {clock}", *(f"{figure}\nms" for figure in FIGURES))

@@ -200,7 +200,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
+    """Read the options of `up`: returns ({role: number of replicas}, maximum with autoscaling, or None without it).
 
     Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """
@@ -214,9 +214,11 @@ def read_roles(replicas: str | None, prefill: int | None, decode: int | None) ->
 
 
 def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
-    """({"mixed": replicas}, largest number of replicas with autoscaling) of a text such as 1..4.
+    """Parse --replicas: returns ({"mixed": number of replicas at the start}, maximum with autoscaling or None).
 
-    A text with one number, such as 2, means no autoscaling: the second item is None. Raises ValueError for other texts.
+    1..4 means 1 at the start and at most 4: ({"mixed": 1}, 4). A single number, such as 2, means no autoscaling:
+    ({"mixed": 2}, None). "mixed" is the role of replicas that prefill and decode. Raises ValueError for other texts,
+    and for numbers outside 1 to 64.
     """
     found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
@@ -245,10 +247,10 @@ def connect_ray(address: str, name: str) -> RayLauncher:
 
 
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
-    """Arguments of `intaglio serve` with which replicas keep K/V blocks in `folder`, as a list.
+    """Arguments of `intaglio serve`, as a list, that make replicas keep K/V blocks in `folder`.
 
-    given: arguments that the user gives; --kv-cache-size among them is left as it is. Otherwise the size is half of the
-    disk's free space, at most BLOCKS_BYTES (8 GiB).
+    The list has --kv-cache-dir. It also has --kv-cache-size, with half of the disk's free space but at most
+    BLOCKS_BYTES (8 GiB), unless the user's own arguments, `given`, have that option.
     """
     from intaglio.cluster.budget import size_words
 

@@ -32,9 +32,9 @@ def port(
         typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
     ] = None,
 ) -> None:
-    """Find the port that fits an architecture and print its row of the table, or what is missing.
+    """Find the port that fits an architecture, and print the line that adds it to FAMILIES, or what is missing.
 
-    Needs torch and transformers.
+    FAMILIES is the table of supported architectures in a file of models/ports/. Needs torch and transformers.
     """
     if output and not auto:
         raise ValueError("--output goes with --auto, which writes a port file")
@@ -72,11 +72,13 @@ def check(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder, GGUF file or hub id.")],
     revision: o.Revision = None,
     device: o.Device = "host",
-    seed: Annotated[int, typer.Option(help="Of the token ids that are run.")] = 0,
-    bisect: Annotated[str, typer.Option(help="Two of our own runs instead, such as reference,host:int8.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the random token ids that are run.")] = 0,
+    bisect: Annotated[
+        str, typer.Option(help="Compare these two of our devices or formats instead: reference,host:int8.")
+    ] = "",
     as_json: o.Json = False,
 ) -> None:
-    """Compare the model on a device with transformers, site by site; exit code 1 if they disagree. Needs torch."""
+    """Compare the model on a device with transformers, op by op; exit code 1 if they disagree. Needs torch."""
     from intaglio.debugging.bisect import bisect as run_bisect
     from intaglio.debugging.check import CheckError
     from intaglio.debugging.check import check as run_check
@@ -102,7 +104,7 @@ def check(
 
 
 def site_table(report: Report) -> Table:
-    """The table of errors by site that `intaglio check` prints, without the columns that would be empty."""
+    """The table of each op's errors that `intaglio check` prints, as a rich Table without empty columns."""
     headers = ["site", "error", "allowed"]
     columns = [
         [r.site for r in report.rows],

@@ -53,12 +53,12 @@ def agent(
 def launch(
     context: typer.Context,
     hosts: Annotated[
-        str, typer.Option(help="Hosts on which to start agents over SSH, with commas; or how many start by themselves.")
+        str, typer.Option(help="Hosts on which to start agents over SSH, with commas; or how many agents you start.")
     ],
     rendezvous: Annotated[str, typer.Option(help="HOST:PORT of this host, where the agents connect.")],
     token_file: TokenFile = None,
 ) -> None:
-    """Run a command with the ranks of its --layout on several hosts, such as serve MODEL --layout tp2pp2."""
+    """Run another command, such as serve MODEL --layout tp2pp2, with its ranks on several hosts."""
     from intaglio.devices import HostsDevice
     from intaglio.devices.processes.hosts import Rendezvous
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Stream(Console):
-    """Console without automatic colours. Raises BrokenPipeError if the reader of its output has closed the pipe."""
+    """A rich Console without automatic colours and emoji, for a command's output.
+
+    Printing raises BrokenPipeError if the output is a pipe whose reader has closed it.
+    """
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, emoji=False)

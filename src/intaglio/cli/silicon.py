@@ -124,7 +124,7 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 def used(p: Phase) -> tuple[str, ...]:
     """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
 
-    FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
+    The FLOP/s are of all chips together. HBM and link bandwidth are of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
@@ -153,7 +153,10 @@ def simulate(
     chips: Annotated[int, typer.Option(min=1, help="Chips; with --layout they must be as many as its ranks.")] = 1,
     layout: Annotated[
         str | None,
-        typer.Option(help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips."),
+        typer.Option(
+            help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips, or with "
+            "--find every layout."
+        ),
     ] = None,
     concurrency: Annotated[
         str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
@@ -212,11 +215,12 @@ def simulate(
     if concurrency or find:
         if trace or helps or batch != 1:
             raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
-        from intaglio.codesign.placement import Placement
+        from intaglio.codesign.placement import Placement, placements
         from intaglio.codesign.queue import QueueSettings
         from intaglio.codesign.serving import EngineSettings, Limits
         from intaglio.codesign.steady import Question
         from intaglio.codesign.steps import Formats
+        from intaglio.ops import Experts
 
         none, engine = float("inf"), EngineSettings(memory_share=memory_share, step_overhead_s=step_overhead / 1e6)
         limits = Limits(none if ttft is None else ttft / 1e3, none if tpot is None else tpot / 1e3)
@@ -225,6 +229,9 @@ def simulate(
         asked = Question(ported(model, None), how, input, output, limits, memory_share, settings=added)
         targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
         layouts = layout.split(",") if layout else [f"tp{chips}"]
+        if find and not layout:
+            routed = any(isinstance(op, Experts) for op in asked.program.ops)
+            layouts = [str(one) for one in placements(chips, routed)]
         apart = prefill or decode
         if apart and not (prefill and decode and not layout and len(targets) == 1):
             raise ValueError("--prefill goes with --decode, --concurrency or --find, and one chip, without --layout")
@@ -319,7 +326,11 @@ def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str
 
 
 def kernel_facts(record: KernelRecord) -> tuple[str, str]:
-    """(op of a kernel record, text with the kernel's name, the calls it is chosen for, its values and their source)."""
+    """Two texts that describe a kernel record: (its op, description).
+
+    The description has the kernel's name, the calls it is chosen for, the values it sets and, on a second line, their
+    source.
+    """
     least, most = record.head_dims
     width = f"head width {least} to {most}" if most < WIDEST else f"head width from {least}" if least else ""
     calls = ", ".join(part for part in (*record.formats, width) if part) or "all calls"
@@ -329,7 +340,7 @@ def kernel_facts(record: KernelRecord) -> tuple[str, str]:
 
 
 def chips(
-    name: Annotated[str | None, typer.Argument(help="One of them, with the source of its numbers.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a chip to print with the source of its numbers.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """List the preset chips, or print one of them in full."""
@@ -353,7 +364,7 @@ def chips(
 
 
 def libraries(
-    name: Annotated[str | None, typer.Argument(help="One of them, with all its fields.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a library to print with all its fields.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """List the preset kernel libraries, or print one of them in full."""
@@ -373,7 +384,11 @@ def libraries(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop. The dots of a range such as `a .. b` are no full stops."""
+    """The first sentence of a text on one line, without its full stop.
+
+    A sentence ends at a full stop with a space behind it; the dots of a range such as `a .. b` end none. If there is no
+    such full stop, the whole text is returned.
+    """
     return re.split(r"(?<![. ])\. ", " ".join(text.split()))[0]
 
 

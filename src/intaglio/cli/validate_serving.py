@@ -41,9 +41,12 @@ def validate_serving(
     ] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Serve the loads of measured servers in modelled time and compare latencies, by engine and class of model."""
+    """Simulate the loads of measured servers, and compare modelled with measured latencies.
+
+    The errors are listed by serving engine and class of model.
+    """
     from intaglio.codesign import measured
-    from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, rankings
+    from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, MODEL_CHIP_LENGTHS, rankings
 
     if split not in (None, "fit", "test"):
         raise ValueError(f"--split {split}; use fit or test")
@@ -64,16 +67,16 @@ def validate_serving(
     ranked = {
         f"at least {LEAST} layouts and loads": rankings(compared) if ranking else [],
         "at one load": rankings(compared, at_one_load=True, least=2) if ranking else [],
-        f"model and chip, at least {LEAST} layouts": (
-            rankings(compared, same=MODEL_AND_CHIP, least_layouts=LEAST) if ranking else []
-        ),
     }
+    for name, same in (("model and chip", MODEL_AND_CHIP), ("model, chip and lengths", MODEL_CHIP_LENGTHS)):
+        cases = rankings(compared, same=same, least_layouts=LEAST, apart=True) if ranking else []
+        ranked[f"{name}, at least {LEAST} layouts"] = cases
     if as_json:
         figures = [{k: v for k, v in asdict(a).items() if k != "worst"} for a in found]
-        cases = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
+        by_kind = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
         report = {"rows": len(rows), "derived": derived, "drafting": drafting, "agreements": figures}
         report["refused"] = dict(refused)
-        print(json.dumps({**report, **({"ranking": cases} if ranking else {})}, indent=2))
+        print(json.dumps({**report, **({"ranking": by_kind} if ranking else {})}, indent=2))
         return
     shown = [
         (
@@ -109,7 +112,11 @@ def validate_serving(
 
 
 def say_ranking(ranked: Mapping[str, Sequence[Ranked]], worst: int) -> None:
-    """Print how often the recommendation is within 5 % of the best, and the `worst` cases of each kind."""
+    """Print how often the layout that the model recommends comes within 5 % of the best measured one.
+
+    ranked: the compared cases, by a text that says which cases they are. worst: number of cases to print for each such
+    text; cases with the worst recommendation come first.
+    """
     for kind, cases in ranked.items():
         if not cases:
             say(f"Ranking, {kind}: no case among these rows.")

@@ -204,9 +204,14 @@ class Backends:
                 waiter.set_result(placement)
 
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
-        """Tell the router that a job's first token has come, so that its prompt is computed.
+        """Tell the router that a job's first token has come, and end the lease on blocks handed over for the job.
 
-        head: facts of the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
+        The router then knows that the prompt has been computed, and which K/V blocks it has.
+
+        Args:
+            job: the job.
+            head: facts about the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
+                Without them the job's own estimate of the tokens is used, and no names.
         """
         self.router.started(job.id, self.clock(), head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
@@ -214,14 +219,17 @@ class Backends:
         self.pump()
 
     def release(self, job: Job) -> None:
-        """End the lease on the blocks that were handed over for a job, if there is one: they are not needed longer."""
+        """End the lease on the K/V blocks that a prefill replica keeps for a job, if there is one. Returns nothing.
+
+        The replica learns of it with the next poll, and may then evict the blocks.
+        """
         if found := self.leases.pop(job.id, None):
             replica, lease = found
             if replica in self.links:  # else nobody renews it, and it runs out
                 self.released.setdefault(replica, []).append(lease)
 
     def _forget_leases(self, name: str) -> None:
-        """Forget the leases that a lost replica renewed, which run out by themselves."""
+        """Forget the leases on K/V blocks that a lost replica renewed. They run out by themselves."""
         self.released.pop(name, None)
         for id in [id for id, (replica, _) in self.leases.items() if replica == name]:
             del self.leases[id]

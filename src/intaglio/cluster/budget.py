@@ -11,17 +11,22 @@ DECODE_BYTES = 256 << 20  # most of a decode replica: nobody fetches its blocks
 
 
 def peer_budget(role: Role, replicas: int, memory: int) -> int:
-    """Budget in bytes of a replica of this role, if none is given.
+    """Default for the most bytes of K/V blocks that a replica keeps in memory for other replicas, an int.
 
-    An equal part of 1/8 of the memory, at most 8 GiB, or 256 MiB for decode replicas. replicas: most replicas on the
-    node. memory: bytes of the node's memory.
+    1/8 of the node's memory is divided equally among its replicas. Each gets at most 8 GiB, a decode replica at most
+    256 MiB: nobody fetches its blocks.
+
+    Args:
+        role: the replica's role.
+        replicas: most replicas on the node.
+        memory: bytes of the node's memory.
     """
     budget = default_budget(memory, replicas)
     return min(budget, DECODE_BYTES) if role == "decode" else budget
 
 
 def size_words(given: Sequence[str], size: int) -> list[str]:
-    """Arguments of `intaglio serve` that set --kv-cache-size to `size` bytes; [] if it is among those given."""
+    """Arguments of `intaglio serve` that set --kv-cache-size to `size` bytes; [] if `given` already has that option."""
     return [] if gives(given, "--kv-cache-size") else ["--kv-cache-size", str(size)]
 
 

@@ -87,8 +87,8 @@ class Cluster:
     async def drain(self, name: str, restart: bool = False) -> int:
         """Move a replica's requests to other replicas and stop it; start it again if `restart`.
 
-        Returns how many requests it had. Raises ValueError if there is no such replica or no other to take its
-        requests, ReplicaFailed if it does not start again.
+        Returns the number of requests that it had when draining began. Raises ValueError if there is no such replica or
+        no other to take its requests, ReplicaFailed if it does not start again.
         """
         async with self._changing:
             if name not in self.processes or name in self._leaving:
@@ -146,7 +146,11 @@ class Cluster:
         self.incidents.append((time.time(), what.partition("\n")[0][:INCIDENT]))
 
     def _enrol(self, roles: Sequence[Role]) -> dict[str, asyncio.Future[None]]:
-        """Add one more replica for each of `roles` and begin to start it. Returns a dict {name: its start}."""
+        """Add one more replica for each of `roles` and begin to start it.
+
+        Returns a dict {name of the replica: asyncio future}. The future is done once the replica serves; it has the
+        error if the replica does not start. Wait for it with _started().
+        """
         starts: dict[str, asyncio.Future[None]] = {}
         for role in roles:
             name = f"{INITIALS[role]}{self._numbers[role]}"
@@ -161,7 +165,7 @@ class Cluster:
         return start
 
     async def _started(self, starts: Mapping[str, asyncio.Future[None]]) -> None:
-        """Wait until enrolled replicas serve. starts: the starts by replica name, as _enrol() returns them.
+        """Wait until replicas serve. starts: {name of the replica: future of its start}, as _enrol() returns it.
 
         If some do not start, the first one's error is raised: ReplicaFailed for a replica that was removed meanwhile.
         """
@@ -193,7 +197,8 @@ class Cluster:
     async def _remove(self, names: Sequence[str]) -> int:
         """Drain replicas, all at the same time, and stop their processes.
 
-        Each has up to DRAIN_TIMEOUT seconds for its requests to end. Returns how many requests they had.
+        Each has up to DRAIN_TIMEOUT seconds for its requests to end. Returns the number of requests that they had
+        together when draining began.
         """
         self._leaving.update(names)
         try:
@@ -206,9 +211,10 @@ class Cluster:
         return moved
 
     async def _stop_drained(self, name: str) -> None:
-        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT seconds, then stop and forget it.
+        """Stop a replica once it has no requests, at the latest after DRAIN_TIMEOUT seconds, and forget it.
 
-        A replica that has not served yet is given up.
+        name: name of a replica that is given no more requests. If it is still being started, its start is cancelled,
+        and its process is killed at once.
         """
         if start := self._starting.get(name):
             start.cancel()

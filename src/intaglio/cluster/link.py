@@ -41,9 +41,10 @@ class Call:
             self._arrived.set_result(None)
 
     async def frame(self) -> Frame:
-        """Wait for the next frame of the answer. Returns (header, body).
+        """Wait for the next frame of the answer. Returns (header, body): a dict and bytes.
 
-        Raises LinkLost if the connection has ended, Moved after move().
+        Raises LinkLost if the connection has ended, and Moved after move(), in both cases once all earlier frames are
+        returned.
         """
         while not self._frames:
             self._arrived = asyncio.get_running_loop().create_future()
@@ -68,7 +69,10 @@ class Call:
         return start, bytes(whole)
 
     def move(self) -> None:
-        """Make frame() raise Moved, once it has returned the frames that are already here."""
+        """Tell the task that reads this call's answer to go on at another replica, because this one is being drained.
+
+        frame() returns the frames that have already arrived, and then raises Moved.
+        """
         self.put(Moved())
 
     def close(self) -> None:

@@ -27,12 +27,20 @@ async def prefill(
 ) -> tuple[Job, bool, str]:
     """Have a prefill replica compute a job's prompt, if the cluster has one and enough of the prompt is not cached.
 
-    Returns (job, placed, peer). If a replica has computed the prompt, the job has the prompt's length and the number of
-    tokens handed over. placed: True if the job has been placed on a replica. peer: address at which other replicas
-    fetch the K/V blocks; "" if they find them in a folder, or there are none. Up to ATTEMPTS replicas are tried.
+    Up to ATTEMPTS replicas are tried. Raises Refusal if the job is not admitted, or not placed in its time.
 
-    header: function that makes the header of the call. raw: the request's body. Raises Refusal if the job is not
-    admitted, or not placed in its time.
+    Args:
+        backends: the links to the replicas.
+        job: the job whose prompt is computed.
+        header: function that makes the header of the call.
+        raw: the request's body.
+
+    Returns (job, placed, peer):
+
+    - job: if a replica has computed the prompt, a copy of the job with the prompt's true length and the number of
+      tokens handed over; else the same job.
+    - placed: True if the job was placed on a prefill replica, even one that failed. It is then not admitted again.
+    - peer: address at which other replicas fetch the K/V blocks; "" if they find them in a folder, or there are none.
     """
     placed = False
     for _ in range(ATTEMPTS):

@@ -62,7 +62,10 @@ class Launched(Protocol):
         """End the process and all that it started, at once."""
 
     def trim_log(self) -> None:
-        """Move the log's content aside if the log is long. Raises OSError if that fails."""
+        """Keep the replica's log short: once it is longer than LOG_BYTES, move its content to NAME.log.1.
+
+        Raises OSError if that fails.
+        """
 
 
 class ReplicaProcess:

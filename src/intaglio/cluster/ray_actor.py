@@ -59,10 +59,16 @@ class ReplicaActor:
         self.process.kill()
 
     async def trim_log(self) -> None:
-        """Move the log's content aside if the log is long. Raises OSError if that fails."""
+        """Move the content of the replica's log to NAME.log.1 once it is longer than LOG_BYTES. Returns nothing.
+
+        Raises OSError if that fails.
+        """
         self.process.trim_log()
 
 
 def peer_words(host: str) -> list[str]:
-    """Arguments of `intaglio serve` with which a replica keeps K/V blocks in memory, and gives them there at `host`."""
+    """Arguments of `intaglio serve`, a list, that make a replica keep K/V blocks in memory for other replicas to fetch.
+
+    The replica listens for them at a free TCP port. host: this node's address, at which it listens.
+    """
     return ["--kv-peer", f"tcp://{f'[{host}]' if ':' in host else host}:0"]

@@ -61,7 +61,12 @@ class RayLauncher:
             raise ValueError(f"there is no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
 
     def threads(self, replicas: int) -> int:
-        """Most CPUs that each of `replicas` replicas can have in the cluster, each on one node; at least 1."""
+        """Number of CPUs to give each replica so that all fit into the Ray cluster: the most possible, an int.
+
+        The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit.
+
+        replicas: number of replicas, all of equal size.
+        """
         nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         return threads_that_fit(nodes, replicas)
 

@@ -133,7 +133,10 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call to a replica, a dict with the deltas passed on so far. The replica computes the rest.
+        """The header of a call that sends the request to a replica, a dict.
+
+        It holds the deltas that the client has already been sent, so that the replica only generates the tokens after
+        them.
 
         prefill: True if the replica should compute only the K/V of the prompt.
         """
@@ -216,15 +219,21 @@ class RelayedRequest:
     def _patient(self, code: str | None) -> bool:
         """True if a refused request is tried again until its deadline, however often it is refused.
 
-        This holds if the request has a deadline and has output so far, and if the replica refused because it is busy.
+        That is so if three things hold: the request has a deadline, the client has been sent output, and the replica
+        refused because it is busy.
+
         code: the code of the refusal; None if it has none.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 
     def _count_refusal(self, why: str, code: str) -> None:
-        """Count a refusal by a replica. why, code: message and code of its error.
+        """Count a refusal by a replica. Returns nothing, or raises Problem 503 if there were too many.
 
-        Raises Problem 503 after more than MAX_REFUSALS; for a request that is _patient(), once its deadline has passed.
+        Normally MAX_REFUSALS are allowed. If _patient() is True, any number is allowed until the job's deadline.
+
+        Args:
+            why: message of the replica's error.
+            code: code of the replica's error.
         """
         self.backends.moves["refused"] += 1
         if not self._patient(code):

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 
 def threads_that_fit(nodes: Sequence[float], replicas: int) -> int:
-    """Most CPUs that each of `replicas` equal replicas can have if each has them on one node; at least 1.
+    """Number of CPUs to give each replica so that all fit on the nodes: the most possible, an int.
 
-    nodes: CPUs of each node.
+    The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit.
+
+    Args:
+        nodes: number of CPUs of each node; fractions do not count.
+        replicas: number of replicas, all of equal size.
     """
     fitting = (t for t in range(int(max(nodes, default=0.0)), 1, -1) if sum(int(n) // t for n in nodes) >= replicas)
     return next(fitting, 1)

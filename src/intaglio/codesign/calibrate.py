@@ -1,9 +1,7 @@
 """Fits constants and facts of a chip and its kernel library to a small table of measured kernel latencies.
 
-Few parameters are fitted: of the chip the latency of HBM and the efficiencies of HBM and L2; launch overhead; one
-efficiency for each family of kernels; start, step and reached bandwidth of collectives. Facts of the library (tiles,
-native 8-bit kernels, fusions) are chosen among the alternatives of FACTS by likelihood. Errors are those of rows that
-were left out of the fit.
+Constants (CONSTANTS) are fitted: a few latencies and efficiencies of chip, launches, kernels and collectives. Facts
+(FACTS), such as tiles and fusions, are chosen by likelihood. Errors are those of rows left out of the fit.
 """
 
 from __future__ import annotations
@@ -63,7 +61,10 @@ STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured rows of one table and number format. us: the measured microseconds, one for each row."""
+    """Measured kernel latencies of one table, such as matmul, and number format, to which parameters are fitted.
+
+    rows: the calls, each a dict by column name. us: their measured microseconds, an array [rows].
+    """
 
     table: str
     dtype: str
@@ -107,9 +108,10 @@ def chosen(sample: Sample, points: int) -> np.ndarray:
 
 
 def value_of(on: Target, name: str) -> Any:
-    """The value of the parameter `name`: `chip.FIELD`, `library.FIELD` or `FAMILY.FIELD`.
+    """The value of a parameter of `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    `FAMILY.FIELD` is a field of the library for a family's bf16 kernel with heads of 128 columns.
+    FAMILY.FIELD is the library's value for a kind of kernels, such as prefill (attention over prompts). It is taken
+    from the kernel that the library uses for bf16 calls with 128 columns a head.
     """
     part, field = name.split(".")
     if part in ("chip", "library"):
@@ -118,11 +120,11 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target with another value of the parameter `name`: chip.FIELD, library.FIELD or FAMILY.FIELD.
+    """A copy of the target with another value of one parameter. Raises ChipError for a value out of range.
 
-    For FAMILY.FIELD all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
-    them by the same factor, to at most 1. format: only kernels for calls in this format change; "": all. Raises
-    ChipError for a value out of range.
+    name: chip.FIELD, library.FIELD or FAMILY.FIELD, see value_of(). FAMILY.FIELD is set in all kernels of the family.
+    If it is in CONSTANTS, each kernel's own value is multiplied by value / value_of(on, name), and is then at most 1.
+    format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -167,7 +169,7 @@ def spread(errors: np.ndarray) -> float:
 class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
-    The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
+    The likelihood is for logarithmic errors with a Laplace distribution of unknown spread. Constants have a
     log-normal prior around their values at the start. run() searches.
 
     Attributes:
@@ -205,9 +207,10 @@ class Search:
             return inf
 
     def affected(self, name: str) -> list[int]:
-        """A list of the indices in `data` of the samples whose predictions the constant `name` changes.
+        """The indices in `data` of the samples whose predictions a constant may change, as a list.
 
-        A constant of every family counts as changing all samples but collectives.
+        A constant of one kernel family, such as prefill.mxu_efficiency, changes this family's samples. One that all
+        families share, such as launch overhead, changes all samples except collectives.
         """
         family = next(f for f, many in CONSTANTS.items() if name in many)
         return [
@@ -216,20 +219,20 @@ class Search:
         ]  # fmt: skip
 
     def weight(self, number: int, common: bool) -> float:
-        """Weight of a sample, by its index, in the choice of a constant: PRODUCTS_WEIGHT or 1.
+        """Factor by which a sample's change of cost counts when a constant is chosen: PRODUCTS_WEIGHT or 1.
 
-        It is PRODUCTS_WEIGHT for matrix products if `common`. common: True if the constant affects every family. The
-        closed form of products is the most exact, so their rows are the least biased about memories and launches.
+        number: the sample's index in `data`. common: True if all kernels share the constant; matrix products then count
+        PRODUCTS_WEIGHT times, because their times are modelled best. All other changes count once.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
     def attempt(
         self, other: Target, numbers: Sequence[int], prior: float = 0.0, least: float = 1e-6, common: bool = False
     ) -> bool:
-        """Keep `other` as the best target so far if its cost is lower by more than `least`. Returns True if it is kept.
+        """Make `other` the best target so far if its cost is lower by more than `least`. Returns True if it does.
 
-        numbers: indices of the samples that count. prior: added to the cost of `other`. common: True if the change
-        affects every family; products then have another weight, see weight().
+        The cost is the negative log-likelihood of the samples with the indices `numbers`, plus `prior`: the change of
+        the constants' negative log-prior. common: True if all kernels share the constant that changed.
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -240,7 +243,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Move the constant `name` up or down in relative steps of `step`, for as long as the cost falls."""
+        """Raise, then lower, the constant `name` of self.on by factors of 1 + step, as long as the cost falls."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -258,11 +261,11 @@ class Search:
                 self.prior[name] = prior
 
     def choose_facts(self) -> None:
-        """Try other values for the kernels' properties in FACTS, and keep those that are clearly more likely.
+        """Try other properties of kernels, such as tiles, and keep those that the samples make clearly more likely.
 
-        Only families that the samples have are tried: first all properties of a family together, as each shipped
-        library has them, then each property alone. Properties of attention and experts are chosen for each format,
-        because kernels differ by format.
+        For each kernel family of the samples (attention, experts: each format too), first give all properties in FACTS
+        the values of each shipped library, then try each value in FACTS alone. A trial is kept, in `on` and `facts`, if
+        the log-likelihood rises by FACT_GAIN, or by twice FACT_GAIN where several properties change.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -312,7 +315,7 @@ class Fitted:
     """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
 
     Attributes:
-        table: its name.
+        table: name of the table.
         dtype: number format.
         rows: number of rows compared.
         before: median error of the target that the fit started from.
@@ -334,10 +337,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Result of calibrate(): the fitted target, its errors on rows that a fit did not see, and rows to measure next."""
+    """Result of calibrate(): the fitted target, its errors on rows that no fit saw, and calls to measure next."""
 
     on: Target
-    kept: str  # in words, the part of the fit that was kept: the one that best predicts rows that were left out
+    kept: str  # "nothing", "constants" or "constants and facts": what of the fit best predicts rows that were left out
     constants: dict[str, tuple[float, float]]  # name -> (value at the start, fitted value)
     facts: dict[str, Any]  # facts that differ from the start, by name
     crossed: list[Fitted]  # errors on the rows used; each fold of them is predicted by a fit to the others
@@ -346,10 +349,9 @@ class Calibration:
 
 
 def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
-    """Errors of a sample before and after a fit, as a Fitted.
+    """Errors of a sample before and after a fit, as a Fitted. before, errors: log(predicted / measured) of each row.
 
-    before, errors: log(predicted / measured) of each row by the start and by the fitted target. rng: draws the 1000
-    samples of the bootstrap that gives the confidence interval.
+    rng: draws 1000 bootstrap resamples of the rows, for the confidence interval of the median error after the fit.
     """
     size = np.abs(np.expm1(errors)) * 100
     draws = np.median(size[rng.integers(0, len(size), (1000, len(size)))], axis=1)
@@ -373,7 +375,7 @@ def calibrate(
     Args:
         start: chip and kernel library to start from.
         data: the measurements.
-        points: most rows of each sample that are used; 0: all.
+        points: maximum number of rows that are used of each sample; 0: all rows.
         folds: parts for the cross-validation.
         seed: seed of the random division into parts.
         progress: called before each round of the search.
@@ -411,7 +413,7 @@ def calibrate(
 def left_out(
     start: Target, used: Sequence[Sample], turns: Sequence[np.ndarray], folds: int, facts: bool, progress: Progress
 ) -> tuple[list[np.ndarray], list[Target]]:
-    """Cross-validate a fit. Returns (log errors, an array for each sample; for each fold the target of its fit).
+    """Cross-validate a fit: returns a list with an array of log errors for each sample, and a list of targets by fold.
 
     A fold's target is fitted to the rows of the other folds, and gives the errors of the fold's own rows. start: the
     target where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold.
@@ -429,10 +431,10 @@ def left_out(
 
 
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
-    """Rows worth measuring next: up to three for each sample, as a list of (table, row in words, spread in per cent).
+    """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
 
-    fits: targets fitted to different folds. The rows are those on whose times the fits disagree most; `spread` is their
-    standard deviation. Candidates are random: the columns of one measured row with the size of another.
+    Up to 20 random calls for each sample combine one measured row with the size (m, tokens, batch or bytes) of another.
+    The list gets the three of them on whose times the `fits` (targets fitted to different rows) differ most.
     """
     out = []
     for s in data:
@@ -452,8 +454,7 @@ def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Genera
             times = np.log([predict(on, s.table, rows) for on in fits])
             apart = np.expm1(times.std(axis=0)) * 100
             for i in np.argsort(-apart)[:3]:
-                text = " ".join(f"{c}={v}" for c, v in rows[i].items())
-                out.append((s.table, text, float(apart[i])))
+                out.append((s.table, " ".join(f"{c}={v}" for c, v in rows[i].items()), float(apart[i])))
     return out
 
 

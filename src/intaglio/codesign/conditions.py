@@ -17,14 +17,16 @@ from intaglio.chips.files import DATA
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """How a benchmark repeated the calls in the tables of one generation of chips, and which of its kernels ran.
+    """How a published benchmark measured its kernel latencies on one generation of chips.
 
     Attributes:
         weight_copies: number of copies of a product's weights, which are used in turn.
         attention_launches: number of kernels of one attention call: cache write, preparation, attention.
         warm_cache: True if keys and values are in the L2, as far as they fit.
-        older_experts: True if every expert has a gate, and rows left over by rounding go to the first experts.
-        expert_kernels: {format: kernel of the library}, for formats whose kernel is not the library's default.
+        older_experts: True for the benchmark's older version. There every expert has a gate, and token rows that are
+            left over by rounding go to the experts with the largest numbers of rows.
+        expert_kernels: {number format: name of the library's kernel that ran experts in it}, for formats in which
+            this was not the library's default kernel.
     """
 
     weight_copies: int
@@ -41,9 +43,10 @@ def table() -> dict[str, Any]:
 
 
 def conditions(library: KernelLibrary) -> Conditions:
-    """The Conditions under which the tables for chips of this library's generation were measured.
+    """How the benchmark's tables were measured for chips of this library's generation, as Conditions.
 
-    An unknown generation has those of the section `default`.
+    They come from the section `default` of data/benchmarks.toml. The section of the generation, if there is one,
+    replaces some of its values.
     """
     found = table()
     return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

@@ -78,10 +78,16 @@ def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Reco
 
 
 def by_kernel(chip: str, name: str, table: str, rows: Sequence[dict[str, str]], worst: int) -> list[Record]:
-    """A list of Records, one for each kernel and format among the rows of one table.
+    """Errors of the modelled times of one table, as a list of Records: one for each kernel and number format in it.
 
-    chip: its name. name: engine's table, for the Records. table: the table of validate.py. worst: how many rows with
-    the largest errors a Record lists. Raises ChipError if the chip cannot run a call.
+    Args:
+        chip: name of the chip.
+        name: what the Records call the table; the kernel's name is added.
+        table: how the rows are modelled, a key of validate.TABLES.
+        rows: the measured rows, with a column `kernel`.
+        worst: how many rows with the largest errors a Record lists.
+
+    Raises ChipError if the chip cannot run a row's call.
     """
     out = []
     for kernel, dtype in sorted({(r["kernel"], r.get("dtype") or r["kv_dtype"]) for r in rows}):

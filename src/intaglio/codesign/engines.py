@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.chips import ChipError, Target
+from intaglio.codesign.fleet import ROUTES
 from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steps import StepTimes
 
-SERVERS = ("system", "card", "release", "layout")  # what a recipe's server is known by
+SERVERS = ("system", "card", "release", "layout", "prompt")  # what a recipe's server is known by
+PAIRS = ("poll_steps", "decode_sequences")  # fields of pairs (open requests, value)
 ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
@@ -25,31 +27,38 @@ class EngineProfile:
     Attributes:
         name: the engine's name.
         description: one line, for listings.
-        max_batch_tokens: most tokens of a step of one copy of attention.
-        max_sequences: most sequences that run at once, for each copy of attention.
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        max_sequences: maximum sequences that run at once on each DP rank.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: the host's time for each step.
-        sequence_s: the host's time for each sequence of a step; each copy of attention has a host process for its own.
+        sequence_s: the host's time for each sequence of a step. Each DP rank has a host process for its sequences.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
-        poll_steps: pairs (open requests of a server, decode steps between two looks for new requests), ascending: the
-            steps of the last pair with no more open requests count. (): the engine looks before every step.
+        poll_steps: pairs (n, steps), with ascending n. A server with n or more open requests looks for new ones after
+            every `steps` decode steps; the largest n that fits counts. If none fits, or for (): before every step.
+        decode_sequences: pairs (n, sequences), with ascending n, for disaggregated servers. With n or more requests
+            open on all servers together, each copy of attention of a decode server runs at most `sequences` at once;
+            the largest n that fits counts. If none fits, or for (): max_sequences.
+        route: how a router chooses one of several disaggregated servers: one of codesign.fleet.ROUTES.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
-        fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
-        library: fields of the chip's kernel library in which the engine's own kernels differ.
-        generations: such fields for single generations of chips, by the generation's name, such as hopper.
+        fusions: names in intaglio.codesign.fusions.FUSIONS. Each is a way in which the engine fuses, splits or replaces
+            ops of the Program.
+        library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
+        generations: {generation of chips, such as hopper: {field: value}}; like `library`, for one generation only.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
-        recipes: tables of fields that differ for some servers, such as options with which published benchmarks start
-            them. `system` (the chip's name), `card`, `release` and `layout` of a table say for which; those left out do
-            not matter. Of tables that give one field, the last counts. `why` is the source.
-        apart: fields that differ where prefill and decode have servers of their own.
-        older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
+        recipes: dicts of profile fields with other values for some servers, such as options with which published
+            benchmarks start them. The keys `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens
+            of a request's prompt) say for which servers; a key left out matches all. For disaggregated servers,
+            `layout` is the layout of one prefill server. If several set a field, the last one counts. `why` is the
+            source.
+        apart: profile fields with other values on disaggregated servers (prefill and decode on separate servers).
+        older: profile fields with other values in older releases. `before` is the first newer release, such as 0.14.
         reasons: source of each field's value.
 
     Raises ValueError for a value out of range or an unknown fusion, ChipError for a wrong `older`.
@@ -68,6 +77,8 @@ class EngineProfile:
     prompt_token_s: float = 0.0
     admission_steps: float = 0.0
     poll_steps: tuple[tuple[int, int], ...] = ()
+    decode_sequences: tuple[tuple[int, int], ...] = ()
+    route: str = "least-open"
     graph_launch_s: float | None = None
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
@@ -102,6 +113,8 @@ class EngineProfile:
                 )
         if unknown := sorted(set(self.fusions) - set(FUSIONS)):
             raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
+        if self.route not in ROUTES:
+            raise ValueError(f"engine {self.name}: route is {self.route!r}; allowed: {', '.join(ROUTES)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
@@ -112,55 +125,75 @@ class EngineProfile:
             )
 
     def is_older(self, release: str) -> bool:
-        """True if `release` comes before the release older["before"]. "", an unnamed release, counts as older.
+        """True if `release` is older than the release self.older["before"], or is "" (not known).
 
-        False if the profile has no `older`, and for a name that does not start with a number.
+        False if the profile has no `older` values, and for a release whose name does not start with a number.
         """
         if not self.older:
             return False
         return not release or () < numbers(release) < numbers(self.older["before"])
 
     def of(
-        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = ""
+        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = "", prompt: int = 0
     ) -> EngineProfile:
-        """The profile of one server: this one, with the fields changed that differ for the server.
+        """A copy of this profile with the values that hold for one server; `recipes`, `apart` and `older` are empty.
 
-        First the fields of `apart` are taken if prefill and decode have servers of their own, else those of `older` if
-        is_older(release). Then come the fields of each recipe for the server. release: such as 0.17.0. card: name of
-        the model's card. layout: text of the server's Placement. apart: True for such servers of their own. system:
-        name of the chip, such as b200_sxm.
+        Values are replaced in this order: by `self.apart` if the argument `apart` is True, otherwise by `self.older` if
+        is_older(release); then by each recipe that matches the server.
+
+        Args:
+            release: the engine's release, such as 0.17.0; "": not known, which counts as older.
+            card: name of the model's card (its shipped config).
+            layout: text of the server's Placement, such as tp8; for disaggregated servers, the text of one prefill
+                server's.
+            apart: True for a disaggregated server, which only prefills or only decodes.
+            system: name of the chip, such as b200_sxm.
+            prompt: tokens of a request's prompt.
         """
         older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         changes = dict(self.apart if apart else older)
-        asked = dict(zip(SERVERS, (system, card, release, layout), strict=True))
+        asked = dict(zip(SERVERS, (system, card, release, layout, prompt), strict=True))
         for recipe in self.recipes:
             if all(recipe.get(name, value) == value for name, value in asked.items()):
                 changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}
         return replace(self, **changes, recipes=(), apart={}, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels in its library.
+        """A copy of `target` whose kernel library has this engine's values for some fields.
 
-        Raises ChipError if the profile changes an unknown field, or sets a value out of range.
+        The values come from self.library and then from self.generations for the library's generation. If both are
+        empty, returns `target` itself. Raises ChipError for an unknown field of a library, or a value out of range.
         """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
-    def settings(self, kv_tokens: int, copies: int = 1, concurrency: int = 1) -> QueueSettings:
-        """The QueueSettings of one of the engine's servers.
+    def settings(
+        self, kv_tokens: int, copies: int = 1, concurrency: int = 1, decodes: bool = False
+    ) -> QueueSettings:  # fmt: skip
+        """The QueueSettings of one server of this engine.
 
-        kv_tokens: tokens that its K/V cache holds. copies: copies of attention in the server. concurrency: requests
-        open at once.
+        Args:
+            kv_tokens: tokens that the server's K/V cache holds.
+            copies: data-parallel copies of the attention layers (DP ranks) in the server; each runs max_sequences.
+            concurrency: requests open at once on the server, or on all disaggregated servers together. The fields
+                poll_steps and decode_sequences depend on it.
+            decodes: True for a disaggregated server that decodes.
         """
-        poll = [steps for least, steps in self.poll_steps if concurrency >= least]
+        sequences = of_load(self.decode_sequences, concurrency, self.max_sequences) if decodes else self.max_sequences
         return QueueSettings(
-            kv_tokens, self.max_batch_tokens, self.max_sequences * copies, self.mixed, self.step_s, self.sequence_s,
-            self.request_s, self.prompt_token_s, self.admission_steps, poll[-1] if poll else 0, self.tokens_per_step,
+            kv_tokens, self.max_batch_tokens, sequences * copies, self.mixed, self.step_s, self.sequence_s,
+            self.request_s, self.prompt_token_s, self.admission_steps, of_load(self.poll_steps, concurrency, 0),
+            self.tokens_per_step,
         )  # fmt: skip
 
 
 class EngineTimes:
-    """Step times of a serving engine: those of the chip's kernels, with the profile's launches and factors."""
+    """Step times of a server under one serving engine: modelled times of kernels, changed as its profile says.
+
+    The profile gives the launch overhead of CUDA graphs in steps that only decode, and a factor for each kind of step.
+
+    times: the server's StepTimes. profile: the engine's profile.
+    """
 
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies
@@ -171,14 +204,23 @@ class EngineTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
-        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
-        and including them, number of such prompts).
+        The profile's factors make the step longer than its kernels; in the added time the chips draw idle power.
+
+        decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
+        chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
-        if chunks:
-            seconds, joules = self.times.cost(decoding, context, chunks)
-            return seconds * self.profile.prefill_factor, joules
-        seconds, joules = self.graphs.cost(decoding, context)
-        return seconds * self.profile.decode_factor, joules
+        factor = self.profile.prefill_factor if chunks else self.profile.decode_factor
+        seconds, joules = (self.times if chunks else self.graphs).cost(decoding, context, chunks)
+        idle_w = self.target.chip.energy.idle_w * self.server.placement.chips_per_server
+        return seconds * factor, joules + (factor - 1) * seconds * idle_w
+
+
+def of_load(pairs: Sequence[tuple[int, int]], concurrency: int, default: int) -> int:
+    """The value of the last of the pairs (open requests, value) with at most `concurrency` requests; `default` if none.
+
+    pairs: ascending by the number of open requests.
+    """
+    return next((value for least, value in reversed(pairs) if concurrency >= least), default)
 
 
 def numbers(release: str) -> tuple[int, ...]:
@@ -206,5 +248,5 @@ def engine(name: str) -> EngineProfile:
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
     for part in (table, table.get("apart", {}), table.get("older", {}), *table.get("recipes", [])):
         part |= {"fusions": tuple(part["fusions"])} if "fusions" in part else {}
-        part |= {"poll_steps": tuple((n, m) for n, m in part["poll_steps"])} if "poll_steps" in part else {}
+        part |= {name: tuple((n, m) for n, m in part[name]) for name in PAIRS if name in part}
     return EngineProfile(name=path.stem, **{**table, "recipes": tuple(table.get("recipes", ()))})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from intaglio.chips import Target
 from intaglio.codesign.queue import NEVER, Queue, QueueSettings
-from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context
+from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context, moments
 from intaglio.codesign.steps import Costs, Server, StepTimes
 from intaglio.measure.load import Outcome, summarise
 from intaglio.measure.workload import LoadRequest
@@ -47,23 +47,40 @@ class FleetResult:
 
 
 class Member:
-    """A replica of the fleet: its Queue, and the time at which its present steps end if no request arrives."""
+    """One replica of the fleet in virtual time.
+
+    Attributes:
+        number: its number, from 0.
+        queue: its Queue of requests.
+        next: seconds at which its current run of equal steps ends, see Queue.next_event(). A request that arrives
+            before then ends the run sooner. NEVER if no request is open.
+        given: number of requests that the router gave it.
+    """
 
     def __init__(self, number: int, queue: Queue) -> None:
         self.number, self.queue, self.next, self.given = number, queue, NEVER, 0
 
     def look_ahead(self) -> None:
-        """Admit waiting requests, and set `next` to the time at which the next steps end; NEVER if none is open."""
+        """Admit waiting requests, and set `next` to the end of the next run of steps; NEVER if no request is open."""
         self.queue.admit()
         self.next = self.queue.next_event() if self.queue.open else NEVER
 
     def take(self, until: float = NEVER) -> None:
-        """Take the steps up to the next event, or those that begin before `until`."""
+        """Simulate one run of the replica's steps, and set `next` to the end of the run after it.
+
+        A run is one step with a prompt, or decode steps up to the first of these: a response ends, the engine looks for
+        new requests, the next step would begin at or after `until` seconds; see Queue.take_steps(). It has at least one
+        step, or none if no request is admitted. `next` is where the following run would end.
+        """
         self.queue.take_steps(until)
         self.look_ahead()
 
     def give(self, request: LoadRequest) -> None:
-        """Add a request, which arrives at request.at, after taking the replica's steps that begin before that time."""
+        """Add a request to the replica's queue at the time request.at.
+
+        The replica's steps that begin before that time are simulated first. Raises ValueError if its K/V cache cannot
+        hold the request.
+        """
         while self.queue.open and self.queue.now < request.at:
             self.take(request.at)
         if not self.queue.open:
@@ -74,7 +91,7 @@ class Member:
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:
-    """The replica with the fewest open requests; among equals the one that was given the fewest so far.
+    """The replica with the smallest number of open requests; of several, the one that was given fewest requests so far.
 
     number: number of the arrival; not used.
     """
@@ -82,8 +99,21 @@ def least_open(members: Sequence[Member], number: int) -> Member:
 
 
 def in_turn(members: Sequence[Member], number: int) -> Member:
-    """The replica whose turn it is at the arrival with this number."""
+    """The replica that is next in round-robin order. number: number of the arrival, from 0."""
     return members[number % len(members)]
+
+
+Choice = Callable[[Sequence[Member], int], Member]
+
+
+def choice(route: str) -> Choice:
+    """The function choose(replicas, number of the arrival) by which a router chooses a replica; it returns the Member.
+
+    route: name of the function, one of ROUTES. Raises ValueError for another name.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
+    return least_open if route == "least-open" else in_turn
 
 
 def serve_fleet(
@@ -92,15 +122,13 @@ def serve_fleet(
 ) -> FleetResult:  # fmt: skip
     """Serve a load on equal replicas. Returns the FleetResult.
 
-    The router knows a replica's open requests as they are when a step ends. Each replica does what serve() does with
-    the requests that it is given.
+    The router sees a replica's open requests as they were when its last step ended. Each replica serves the requests
+    that it is given like serve().
 
     times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
     of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.
     """
-    if route not in ROUTES:
-        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
-    choose: Callable[[Sequence[Member], int], Member] = least_open if route == "least-open" else in_turn
+    choose = choice(route)
     members = [Member(i, Queue(times, settings)) for i in range(replicas)]
     events: list[tuple[float, int]] = []  # (end of a replica's steps, its number); a later entry replaces it
     for i, request in enumerate(requests):
@@ -132,8 +160,8 @@ def simulate_fleet(
 ) -> ServingResult:  # fmt: skip
     """Serve a load on all replicas of a placement, event by event. Returns the ServingResult.
 
-    Step times are those of the table StepTimes. K/V of a request's prompt and whole response is reserved when it is
-    admitted, so nothing is preempted.
+    Step times come from a StepTimes table. K/V for the prompt and the whole response of a request is reserved when the
+    request is admitted, so nothing is preempted.
 
     Args:
         server: one replica, compiled; its placement says how many there are.
@@ -163,5 +191,6 @@ def simulate_fleet(
     idle_s = max(0.0, done.seconds * placement.replicas - done.busy_s)
     joules = done.joules + idle_s * target.chip.energy.idle_w * placement.chips_per_server
     return ServingResult(
-        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv
-    )
+        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv,
+        moments(outcomes, kv * placement.replicas),
+    )  # fmt: skip

@@ -41,7 +41,7 @@ class FusedKernel(ChipKernel):
 
     @property
     def by_sequence(self) -> bool:  # type: ignore[override]
-        """True if the time of a part depends on the batch's sequences."""
+        """True if the time of a kernel in it depends on each sequence's length, not only on the number of tokens."""
         return any(part.by_sequence for part in self.parts)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
@@ -51,10 +51,11 @@ class FusedKernel(ChipKernel):
 
 
 def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
-    """The kernels that an engine launches for a Program's ops, in order, as a list; routed experts are left out.
+    """The chip kernels that an engine launches for a Program's ops, in order, as a list of ChipKernels.
 
-    fusions: names of FUSIONS, for the ops that the engine fuses, splits or replaces. Raises ValueError for another
-    name, ChipError for an op without a chip kernel.
+    Ops `experts` are left out: the caller times them with the tokens of all chips. fusions: names in FUSIONS, for ops
+    that the engine fuses, splits or replaces. Raises ValueError for another name, ChipError for an op without a chip
+    kernel.
     """
     if unknown := sorted(set(fusions) - set(FUSIONS)):
         raise ValueError(f"unknown fusion {', '.join(unknown)}; there are {', '.join(FUSIONS)}")
@@ -123,11 +124,13 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """Replace gathers before norms by sums of squares. Returns (sites of ops to leave out, {site: replacing kernel}).
+    """Make norms run without gathering their rows. Returns (sites of ops not launched, {site of an op: new kernel}).
 
-    Where only a norm over whole rows reads a gathered tensor, each chip sums the squares of its own columns. One
-    all_reduce of all of a layer's sums, in float32, then stands for the gathers. users: ops that read a tensor, by its
-    name.
+    A site is an op's name in the Program. If only a norm over whole rows reads a gathered tensor, each chip instead
+    sums the squares of its own columns, and all chips exchange these sums. In each layer one all_reduce in float32
+    carries the sums of all such norms: it replaces the first gather, and the other gathers are not launched.
+
+    users: for each tensor name, the ops that read it.
     """
     layers: dict[str, list[tuple[AllGather, Norm]]] = {}
     for op in ops:

@@ -35,7 +35,14 @@ MAPS = ("silu(a) * b", "a + b", "tanh(a / 30.0) * 30.0", "a + b * sigmoid(c)")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of one op: the op, the tensors of its operands and results, a batch, and its sizes in words."""
+    """A call of one op, to compare its closed-form time with the time of its simulated instruction streams.
+
+    Attributes:
+        op: the op.
+        tensors: its operands and results by name.
+        batch: the tokens and sequences of the step.
+        words: its sizes as text, such as "m=64 n=4096 k=4096 bf16".
+    """
 
     op: Op
     tensors: Mapping[str, Tensor]
@@ -68,7 +75,10 @@ def tokens(rng: np.random.Generator, most: int) -> Batch:
 
 
 def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
-    """The Case of an op on a batch. tensors: the op's operands; those of its results are added. words: its sizes."""
+    """The Case of an op on a batch.
+
+    tensors: the op's operands; tensors of its results are added. words: the call's sizes as text.
+    """
     table = {t.name: t for t in tensors}
     table |= {n: Tensor(n, shape, fmt, "temp") for n, (shape, fmt) in op.shapes(table).items()}
     return Case(op, table, batch, words)
@@ -80,7 +90,11 @@ def temp(name: str, width: int, format: str = "f32", rows: str = "T") -> Tensor:
 
 
 def weight_format(rng: np.random.Generator, on: Target) -> tuple[str, str]:
-    """(format of activations, format of weights) of a product: bf16 or, if the arrays have it, E4M3."""
+    """Two random names of number formats for a matrix product: (format of activations, format of weights).
+
+    Both are bf16 or both are fp8row, with equal probability; always bf16 if the chip's matrix arrays do not multiply
+    E4M3.
+    """
     kinds = [("bf16", "bf16"), *([("fp8row", "fp8row")] if "e4m3" in dict(on.chip.macs) else [])]
     return kinds[rng.integers(len(kinds))]
 
@@ -95,7 +109,7 @@ def linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def head_linear(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of a matrix product for each of 4 to 128 heads."""
+    """A random Case of the op head_linear: 4 to 128 heads of x are each multiplied by the head's own matrix."""
     heads, n, k, batch = power(rng, 4, 128), power(rng, 64, 512, 16), power(rng, 64, 512, 64), tokens(rng, 512)
     op = HeadLinear(site="head_linear", x="x", w="w", out="y")
     words = f"m={len(batch.tokens)} heads={heads} n={n} k={k}"
@@ -156,7 +170,7 @@ def kv_write(rng: np.random.Generator, on: Target) -> Case:
 
 
 def widest(on: Target, most: int, tiles: int) -> int:
-    """A number of columns: as many as let a core's SRAM hold `tiles` + 1 rows of FP32 values, and at most `most`."""
+    """The largest number of columns, up to `most`, with which a core's SRAM holds `tiles` + 1 tiles of one FP32 row."""
     return min(most, on.chip.sram_bytes // (4 * tiles + 4))
 
 

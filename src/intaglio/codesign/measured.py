@@ -39,19 +39,18 @@ MODELS = {  # the end of a row's model_path -> card
 MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
 TURNS = 10  # requests for each that is open
-MOST_REQUESTS = 3000
 APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
 SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of them, and so are their responses
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds.
+    """One row of a table of measured servers. Its properties give what the columns say; times are in seconds.
 
     Attributes:
-        columns: name to text.
-        twin: the row with the same measurement from which this row's prefill and decode servers are taken, if its own
-            columns do not say how many there are; see completed(). None: no such row.
+        columns: {name of a column: text}.
+        twin: another row of the same measurement, from which this row's numbers of prefill and decode servers are taken
+            because its own columns do not have them; see completed(). None: there is none, or the row has them.
     """
 
     columns: dict[str, str]
@@ -90,15 +89,16 @@ class Row:
 
     @property
     def counts_servers(self) -> bool:
-        """True if the row says how many prefill servers and how many decode servers there are."""
+        """True if a benchmark row states both the number of prefill servers and the number of decode servers."""
         return all(self.number(f"{kind}num_workers") for kind in APART)
 
     @property
     def split(self) -> str:
-        """The half to which the row belongs, "fit" or "test".
+        """The half of the table to which the row belongs: "fit" or "test".
 
-        It is chosen by a hash of all columns but the measurements, so rows that repeat a measurement are in one half. A
-        row with a twin is in the half of its twin.
+        Constants are fitted to one half and tested on the other. A hash of all columns except the measurements chooses
+        the half, so repeated measurements of one setting are in the same half. A row that takes its servers from
+        another row (see `twin`) is in the half of that row.
         """
         columns = (self.twin or self).columns
         asked = [v for k, v in sorted(columns.items()) if not k.startswith("silicon")]
@@ -120,7 +120,10 @@ class Row:
         return None
 
     def formats(self, profile: EngineProfile) -> Formats:
-        """The number formats in which the engine `profile` holds the row's model, as a Formats."""
+        """The number formats of the row's model, as a Formats.
+
+        profile: the serving engine, which chooses the format of the K/V cache.
+        """
         gemm, moe = (FORMATS[self.columns[f"{name}_quant_mode"]] for name in ("gemm", "moe"))
         kv = profile.kv if gemm != "bf16" else "auto"
         if self.card == "gpt-oss-120b" and moe == "nvfp4":
@@ -135,14 +138,14 @@ class Row:
         Raises LayoutError if the row's sizes do not fit each other.
         """
         apart = self.group == "disaggregated"
-        layout = "" if apart else str(self.placement())
+        layout = str(replace(self.placement("prefill_"), replicas=1) if apart else self.placement())
         release, system = self.columns.get("backend_version") or "", self.columns["system"]
-        return general.of(release, self.card or "", layout, apart, system)
+        return general.of(release, self.card or "", layout, apart, system, self.number("isl"))
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
 
-        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows. Raises
+        phase: "prefill_" or "decode_" for those servers of a disaggregated row (mode disagg); "" for other rows. Raises
         LayoutError if the row's sizes do not fit each other.
         """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
@@ -161,13 +164,14 @@ class Row:
         return Placement(Layout(tp=tp, pp=pp), dp, experts, workers)
 
     def load(self) -> list[LoadRequest]:
-        """The row's requests as a list, all sent at 0 s: TURNS for each that is open, but at most MOST_REQUESTS.
+        """The requests with which the benchmark measured the row, as a list of LoadRequests that all arrive at 0 s.
 
-        If the row's lengths are both in SPREAD, the load generator draws lengths from 80 to 100 % of them, and so does
-        this function. Otherwise all requests have the row's lengths.
+        There are TURNS (10) for each request kept open. They have the row's lengths. If both lengths are in SPREAD,
+        each request's lengths are drawn at random from 80 to 100 % of them, as the benchmark's load generator does; the
+        seed is the number of open requests.
         """
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
-        count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
+        count = TURNS * n
         if isl not in SPREAD or osl not in SPREAD:
             return [LoadRequest(0.0, isl, osl)] * count
         rng = Random(n)
@@ -185,7 +189,7 @@ class Compared:
         ttft: modelled mean time to the first token, in seconds.
         tpot: modelled mean time per token after it, in seconds.
         refused: why the row was not modelled; "" if it was.
-        draft_tokens: draft tokens that each step verifies, by the profile's recipe for the row; 0: none.
+        draft_tokens: draft tokens that each step verifies, as the engine's profile says for the row; 0: none.
     """
 
     row: Row
@@ -196,14 +200,18 @@ class Compared:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative errors of TTFT and TPOT, with signs: (modelled / measured - 1) of each."""
+        """A pair (error of TTFT, error of TPOT). Each error is modelled / measured - 1, so it has a sign.
+
+        Both are -1 for a row that was not modelled (see `refused`).
+        """
         return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of the CSV file `path`, as completed() returns them.
+    """Read a CSV file of measured servers. Returns a list of Rows, one for each line, in the order of the file.
 
-    Raises ValueError if it has no rows or lacks a column.
+    Numbers of servers that a line leaves out are filled in where completed() finds them. Raises ValueError if the file
+    has no lines or lacks a column.
     """
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
@@ -217,12 +225,12 @@ def rows(path: Path) -> list[Row]:
 
 
 def completed(found: Sequence[Row]) -> list[Row]:
-    """The rows, as a list. Those that do not say how many prefill or decode servers there are get it from their twin.
+    """A list of the same rows, with numbers of prefill and decode servers filled in where a row leaves them out.
 
-    The twin of a row is another entry of the same experiment: it states all servers and has the same engine, release,
-    card, chip, formats, lengths and open requests, and the same measured latencies to the last digit. All columns
-    of servers are taken from it, since entries without numbers of servers also leave out data-parallel attention. A row
-    is unchanged if it has no twin, or twins that differ.
+    Published tables list some experiments twice. A row without these numbers takes them from its twin: a row that has
+    both numbers, and whose other settings and measured latencies are equal to the last digit (see experiment()). All
+    columns that start with prefill_ or decode_ are copied, because a row without the numbers also leaves out
+    data-parallel attention. A row stays unchanged if it has no twin, or if its twins disagree.
     """
     twins: dict[tuple[str, ...], list[Row]] = {}
     for row in found:
@@ -238,7 +246,11 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """A tuple of texts that is equal for rows of one experiment: the row without its servers and its model's path."""
+    """A tuple of texts that is equal for two rows if they are entries of one experiment; used as a key of a dict.
+
+    It holds the name of the model's card and "column=value" for all columns, the measured latencies included. Left out
+    are the model's path and the columns of the servers, which start with prefill_ or decode_.
+    """
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
 
@@ -264,10 +276,11 @@ def times(
 
 
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
-    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
+    """Serve a measured row's load in virtual time, and return the Compared: the row with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. closed_form: True to take, for aggregated servers,
-    the steady state of steady.estimate() for the mean lengths instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. profile: the serving engine. closed_form: True to
+    compute the latencies with steady.estimate() for the mean lengths, in about a tenth of the time. Rows of
+    disaggregated servers are always simulated.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -292,10 +305,10 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """(step times, QueueSettings) of the server that a row describes.
+    """Model of the server that a benchmark row was measured on, as (EngineTimes, QueueSettings).
 
-    phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows. Raises
-    ChipError or LayoutError if the model does not fit.
+    EngineTimes gives the time of a step. phase: "prefill_" or "decode_" for those servers of a disaggregated row (mode
+    disagg); "" for other rows. Raises ChipError or LayoutError if the model does not fit.
     """
     assert row.card
     on = profile.on(target(row.columns["system"]))
@@ -304,26 +317,32 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     )  # fmt: skip
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
     kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
-    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency)
+    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency, phase == "decode_")
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The prefill and decode servers of a row of mode disagg, as an Apart.
+    """The prefill and decode servers of a disaggregated row (mode disagg), as an Apart.
 
     Raises ChipError or LayoutError if the model does not fit.
     """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
-    return Apart(first, second, one, two)
+    return Apart(first, second, one, two, profile.route)
 
 
 def compare_all(
     found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent,
     closed_form: bool = False,
 ) -> Iterator[Compared]:  # fmt: skip
-    """Yield the Compared of each row, in an order in which each server is compiled once.
+    """Compare all rows, and yield a Compared (the row, with its modelled latencies) for each.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: True to take, for
-    aggregated servers, the steady state of steady.estimate() instead of the queue.
+    They do not come in the order of `found`: rows of one model and server follow each other, so that the server is
+    compiled once.
+
+    Args:
+        found: the measured rows.
+        profiles: function from an engine's name to its EngineProfile; its errors are raised.
+        progress: called before each row.
+        closed_form: True to compute latencies with steady.estimate(), see compare().
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))
@@ -337,18 +356,19 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the rows of one engine and group: (modelled - measured) / measured latency, as fractions.
+    """Errors of the model on the measured rows of one engine and group: (modelled - measured) / measured latency.
 
     Attributes:
         engine: name of the engine, or "all".
-        group: group of the rows: "dense", "mixture" or "disaggregated" (see Row.group).
+        group: kind of the rows: "dense", "mixture" (of experts) or "disaggregated", see Row.group.
         rows: number of rows compared.
-        derived: how many of them take their servers from a twin (see Row.twin).
+        derived: number of compared rows whose numbers of servers come from another row of the same experiment, see
+            completed().
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
         ttft_bias: median of the signed errors of the time to the first token.
-        worst: up to three rows, as Compared: those with the largest errors of the time per token, the largest first.
+        worst: up to three rows, as Compared, with the largest errors of the time per token; the largest comes first.
     """
 
     engine: str
@@ -363,9 +383,10 @@ class Agreement:
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
-    """A list of Agreements: one for each engine and group, then one for all engines of each group.
+    """Statistics of the model's errors, as a list of Agreements; an empty list if no row was compared.
 
-    Refused rows are left out.
+    The first ones are for each pair of an engine and a group of rows (dense, mixture, disaggregated; see Row.group)
+    that has rows. The last ones are for each group with the rows of all engines. Rows that were refused are left out.
     """
     out = []
     good = [c for c in compared if not c.refused]

@@ -52,7 +52,7 @@ class Draw:
         keys: keys of each decoding sequence.
         prompt: tokens of the one prompt.
         precision: formats of weights, K/V and rows, in words.
-        changes: (field, value) of each field of the chip that differs from the preset.
+        changes: (field, value) of each field of the chip that differs from the preset, except its size of HBM.
     """
 
     on: Target
@@ -73,19 +73,20 @@ class Draw:
 
 
 def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
-    """BatchSizes of a step that decodes `decoding` sequences of `keys` keys and computes a prompt of `prompt` tokens.
+    """BatchSizes of a step with some decoding sequences and at most one prompt.
 
-    prompt: 0 for none.
+    decoding: number of decoding sequences. keys: each one's number of keys (tokens in its K/V cache). prompt: number of
+    tokens of a prompt that is computed whole in this step; 0: no prompt.
     """
     parts = ((1, keys, decoding),) * (decoding > 0) + ((prompt, prompt, 1),) * (prompt > 0)
     return BatchSizes(decoding + prompt, decoding + (prompt > 0), parts)
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """A random chip: (Target, the (field, value) pairs in which it differs from a preset).
+    """A random chip, as a pair: its Target, and a tuple of pairs (field, value) that were changed from a preset.
 
-    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3. The chip always has 10 TB of HBM, so
-    that every model fits.
+    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3; in the other half the tuple is empty.
+    The chip always has 10 TB of HBM, so that every model fits; this change is not in the tuple.
     """
     on = target(str(rng.choice(sorted(CHIPS))))
     on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed
@@ -99,7 +100,7 @@ def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, floa
 
 
 def random_model(rng: np.random.Generator) -> tuple[str, Program]:
-    """(description, Program) of a small random Llama or mixture of experts with two layers."""
+    """A small random Llama or mixture of experts with two layers, as a pair: its sizes in words, and its Program."""
     heads = int(rng.choice([8, 16, 32, 64]))
     kv = int(rng.choice([k for k in (8, 16, 32) if k <= heads]))
     hidden, inner = int(rng.integers(2, 17)) * 512, int(rng.integers(2, 29)) * 512
@@ -118,7 +119,10 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random Draw. card: name of a shipped config; None: a random model. Raises ValueError for another name."""
+    """A random test case for violations(), as a Draw: a chip, a model, a layout, number formats and a load.
+
+    card: name of a shipped model config to use; None: a small random model. Raises ValueError for an unknown name.
+    """
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
     reachable = [x for x in LAYOUTS if Layout.parse(x).tp <= max(1, on.chip.links.max_chips)]
@@ -144,7 +148,7 @@ def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """A list of text, one for each rate of a step that is above the data sheet's: FLOP/s, HBM, L2 or links."""
+    """A list with a text for each rate of a step (FLOP/s, HBM, L2, links) that is above the data sheet's rate."""
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
     total = t.totals()
@@ -170,13 +174,19 @@ def tiles_by_heuristic(d: Draw) -> bool:
 
 
 def violations(d: Draw) -> list[str]:
-    """The properties that do not hold for a Draw, in words; [] if all hold.
+    """Check that modelled times obey physics in one case. Returns a list with a text for each broken property.
 
-    Two facts of libraries let a step become faster with more work. They are switched off for such comparisons:
+    The properties:
 
-    - Two halves of a batch that overlap are a list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on
-      Multiprocessing Timing Anomalies, 1969). Resources and loads are compared with one half after the other.
-    - Tiles may be chosen by a heuristic (see tiles_by_heuristic()). Loads are compared with the fastest tiles.
+    1. No rate of a step is above the data sheet's.
+    2. n chips are at most n times as fast as one.
+    3. Twice a resource of a chip, such as its HBM rate (see RESOURCES), does not make a step more than 1 % slower.
+    4. More sequences, keys or prompt tokens do not make a step faster.
+
+    Real systems may break 3 and 4 in two ways, so both ways are switched off here. Overlapping halves of a batch are a
+    list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969):
+    for 3 and 4 the halves run one after the other. A library may choose tiles by a heuristic (tiles_by_heuristic()):
+    for 4 the fastest tiles are used.
     """
     load = sizes(d.decoding, d.keys, d.prompt)
     lines = timelines(d.programs, d.on, load)
@@ -207,5 +217,5 @@ def violations(d: Draw) -> list[str]:
 
 
 def all_cards() -> list[str]:
-    """A sorted list of the names of the shipped configs."""
+    """Names of the model configs that ship with the package (cards), as a sorted list."""
     return sorted(cards())

@@ -19,13 +19,15 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How the chips of a serving system share a model: equal servers, each with some copies of attention.
+    """How the chips of a serving system share a model: `replicas` equal servers, each of some chips.
+
+    With data-parallel attention a server has several copies of the attention layers (DP ranks), each with its own
+    requests and K/V cache, while all its chips share the experts.
 
     Attributes:
-        attention: layout of one copy of everything but routed experts.
-        copies: number of copies of attention in a server, each with its own requests; 1 without data-parallel
-            attention.
-        experts: layout of the routed experts over all chips of a server; None: as `attention` says.
+        attention: layout of one copy of everything except routed experts.
+        copies: number of such copies in a server; 1 without data-parallel attention.
+        experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
         replicas: number of servers, which share nothing.
 
     Raises LayoutError if the layout of the experts does not have as many chips as the copies together.
@@ -80,12 +82,15 @@ class Placement:
 
     @property
     def plain(self) -> bool:
-        """True if the experts have no layout of their own, so that the layout of one server is `attention`."""
+        """True if experts are distributed by the same layout as all other layers, so `experts` is None."""
         return self.experts is None
 
     @property
     def single(self) -> bool:
-        """True for one server without a layout of its own for the experts: the engine itself can be simulated on it."""
+        """True for one server (replicas is 1) whose experts have no layout of their own (`experts` is None).
+
+        Only such a placement can be simulated with the real engine; others need the queue model.
+        """
         return self.plain and self.replicas == 1
 
     def __str__(self) -> str:
@@ -95,3 +100,24 @@ class Placement:
             return (f"dp{self.replicas}" if self.replicas > 1 else "") + inner
         whole = f"{inner}/{self.experts}"
         return f"{self.replicas}x({whole})" if self.replicas > 1 else whole
+
+
+def placements(chips: int, routed: bool) -> list[Placement]:
+    """A list of all Placements of `chips` chips: every division into replicas, pipeline stages and tensor parallel.
+
+    routed: True for a model with routed experts. It adds servers whose chips share the experts whole (ep), with one or
+    several copies of attention, and no pipeline stages. A model may not fit some of them. Raises ValueError for less
+    than one chip.
+    """
+    if chips < 1:
+        raise ValueError(f"{chips} chips; give 1 or more")
+    ways = [(a, b, chips // a // b) for a in divisors(chips) for b in divisors(chips // a)]
+    out = [Placement(Layout(tp=tp, pp=pp), replicas=n) for tp, pp, n in ways]
+    if routed:
+        out += [Placement(Layout(tp=tp), c, Layout(ep=c * tp), n) for tp, c, n in ways if c * tp > 1]
+    return out
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, a whole number of 1 or more, as an ascending list."""
+    return [i for i in range(1, n + 1) if n % i == 0]

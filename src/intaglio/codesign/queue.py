@@ -26,12 +26,13 @@ class QueueSettings:
 
     Attributes:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
-        max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
-        max_sequences: most sequences that run at once, of all copies.
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
+            longer prompt is prefilled in chunks.
+        max_sequences: maximum sequences that run at once, on all DP ranks together.
         mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
-        sequence_s: the host's time for each sequence of a step, during which the chips wait. Each copy of attention has
-            a host process for its own sequences.
+        sequence_s: the host's time for each sequence of a step, during which the chips wait. The DP ranks share the
+            sequences evenly, and their hosts work in parallel.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
         admission_steps: steps that a request waits for before it is admitted.
@@ -98,8 +99,8 @@ class Queue:
     Args:
         times: seconds and joules of steps.
         settings: settings of the engine.
-        prefills: False for a server that gets prompts whose K/V is computed; its requests decode once they are
-            admitted, and their first token counts from then.
+        prefills: False for a decode server. It gets requests whose prompts another server has computed; they decode
+            once they are admitted, and this is the time of their first token.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
@@ -129,10 +130,10 @@ class Queue:
         self.waiting.append(Queued(request, start))
 
     def admit(self) -> None:
-        """Admit waiting requests, in order, while the engine has a free sequence and room for the next one's K/V.
+        """Admit waiting requests in order, up to settings.max_sequences admitted ones and as far as the K/V cache fits.
 
-        Admitted requests go to prefill; if `prefills` is False, to decoding. Requests that came since the engine last
-        looked for new ones are left out.
+        The engine looks for new requests at intervals; a request that came after its last look is not admitted yet.
+        Admitted requests start prefill, or decoding if `prefills` is False.
         """
         s = self.settings
         if self.unlooked >= s.poll_steps or not self.running:
@@ -149,11 +150,11 @@ class Queue:
                 self.start_decoding(one)
 
     def take_steps(self, until: float) -> None:
-        """Advance the clock by one step if a prompt is being computed, otherwise by decode steps.
+        """Advance the clock by one step if a prompt is being computed, otherwise by 1 to LEAP decode steps.
 
-        Decode steps are taken until the next response ends, the engine looks for waiting requests, or the clock reaches
-        `until` seconds; at most LEAP of them and at least one. All of them take as long as the one in the middle.
-        Nothing happens if no request is admitted.
+        The decode steps stop at the first of these: a response ends, the engine looks for waiting requests, the next
+        step would begin at or after `until` seconds. There is at least one. All are timed as long as the middle one,
+        since a step's time grows linearly with the keys. If no request is admitted, nothing happens.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -168,9 +169,10 @@ class Queue:
         self._advance(n, *self._mean_cost(count), count)
 
     def next_event(self) -> float:
-        """Time in seconds at which the next decode steps end if no request arrives.
+        """Time in seconds, on this queue's clock, at which the caller should look at the queue again.
 
-        The present time if a prompt is being computed or nothing runs.
+        While sequences decode, it is the end of the run of decode steps that take_steps() would take if no request
+        arrives. If a prompt is being computed, or nothing runs, it is the current time `now`.
         """
         if self.prefilling or not self.running:
             return self.now
@@ -183,7 +185,10 @@ class Queue:
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
-        """(seconds, joules) of the step in the middle of the next `count` decode steps, at the mean number of keys."""
+        """(seconds, joules) of the middle one of the next `count` decode steps.
+
+        All running sequences count with their mean number of keys.
+        """
         n = len(self.running)
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
 
@@ -220,7 +225,10 @@ class Queue:
             self.start_decoding(one)
 
     def start_decoding(self, one: Queued) -> None:
-        """Note that a request's prompt is computed and its first token is there. A request of one token ends."""
+        """Move a request whose prompt is computed to decoding, and record the current time as that of its first token.
+
+        A request that asks for one token ends here: it gets its Outcome and does not decode.
+        """
         one.first = self.now
         if one.planned.output == 1:
             self._end(one)
@@ -230,7 +238,7 @@ class Queue:
         heapq.heappush(self.running, (self.counter + self._steps(one), self.number, one))
 
     def _steps(self, one: Queued) -> int:
-        """Number of steps in which a request decodes its tokens after the first, each of the mean tokens a step."""
+        """Number of decode steps after a request's first token: (output - 1) / tokens_per_step, rounded up."""
         return ceil((one.planned.output - 1) / self.settings.tokens_per_step)
 
     def _advance(self, decoding: int, seconds: float, joules: float, count: int, prompts: int = 0) -> None:
@@ -268,7 +276,7 @@ def serve(
 ) -> QueueResult:  # fmt: skip
     """Serve a load in virtual time and return the QueueResult.
 
-    requests: the load, ordered by time of arrival. concurrency: most requests open at once; None: any number. With a
+    requests: the load, ordered by time of arrival. concurrency: maximum requests open at once; None: any number. With a
     number, a request's times count from when it is sent, not from its arrival. Raises ValueError for a request that the
     K/V cache cannot hold.
     """

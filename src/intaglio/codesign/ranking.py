@@ -21,12 +21,23 @@ SAME = (
     "precision",
 )  # fmt: skip
 MODEL_AND_CHIP = ("card", "system")  # `card` is the name of the model's card, whatever its path
+MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
+
+
+def servers(row: Row) -> tuple[str, int]:
+    """(layout as text, number of chips) of a row's server; for disaggregated servers, of both kinds together."""
+    phases = ("prefill_", "decode_") if row.group == "disaggregated" else ("",)
+    kinds = [row.placement(phase) for phase in phases]
+    return " and ".join(map(str, kinds)), sum(one.chips for one in kinds)
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
-    """Output tokens per second per chip of a row's server, by Little's law from mean latencies in seconds."""
+    """Output tokens per second per chip of a measured row's servers, by Little's law from the latencies.
+
+    ttft, tpot: mean latencies in seconds, measured or modelled.
+    """
     output = row.number("osl")
-    return row.concurrency * output / (ttft + tpot * (output - 1)) / row.placement().chips
+    return row.concurrency * output / (ttft + tpot * (output - 1)) / servers(row)[1]
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,9 @@ class Ranked:
             of one load are compared.
         layouts: number of different layouts.
         points: number of different pairs of layout and number of open requests.
-        recommended: layout and open requests with the most modelled output tokens/s per chip, in words.
-        best: layout and open requests with the most measured output tokens/s per chip, in words.
-        reached: measured rate per chip of the recommended point, over that of the best.
+        recommended: layout and open requests with the highest modelled output tokens/s per chip, in words.
+        best: layout and open requests with the highest measured output tokens/s per chip, in words.
+        reached: measured tokens/s per chip of `recommended`, divided by measured tokens/s per chip of `best`.
     """
 
     question: tuple[str, ...]
@@ -52,29 +63,32 @@ class Ranked:
 
     @property
     def good(self) -> bool:
-        """True if the recommended point is within 5 % of the best."""
+        """True if the recommended point's measured output tokens/s per chip are within 5 % of the best point's."""
         return self.reached >= CLOSE
 
 
 def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
-    least_layouts: int = 2,
+    least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
-    """A list with a Ranked for each case of aggregated servers with enough layouts and points.
+    """Compare the layouts that the model recommends with the layouts that measured best: a Ranked for each case.
 
-    Refused rows, and rows of disaggregated servers, are left out.
+    A case is a set of measured rows that answer one question, such as the same model, chip and engine. Its points are
+    the layouts and numbers of open requests in these rows. Refused rows are left out. The list is ordered by the cases'
+    column values; it is empty if no case has enough points.
 
     Args:
-        compared: measured and modelled latencies.
-        at_one_load: True to compare only points with equal numbers of open requests.
+        compared: measured and modelled latencies of the rows.
+        at_one_load: True to make a case of its own for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: columns that the points of a case have in common. Rows that differ in another column of SAME are different
-            points.
+        same: columns in which all rows of a case are equal. If a column of SAME is left out here, rows with different
+            values of it are compared in one case, as different points.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
+        apart: True to compare rows of disaggregated servers too. Their layout names prefill and decode servers.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
     for c in compared:
-        if not c.refused and c.row.group != "disaggregated":
+        if not c.refused and (apart or c.row.group != "disaggregated"):
             more = (f"{c.row.concurrency} open",) if at_one_load else ()
             cases.setdefault(values(c.row, same) + more, []).append(c)
     found = (
@@ -84,32 +98,38 @@ def rankings(
 
 
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """A tuple of the row's texts in these columns; "" for a column without one.
+    """The row's texts in the columns `names`, as a tuple; "" where the row has no text.
 
-    The name "card" is no column: its text is the name of the card of the row's model.
+    The name "card" stands for the shipped config of the row's model, and "" if there is none.
     """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """The Ranked of the rows of one case.
+    """What the model recommends for one case and what measured best, as a Ranked.
 
-    Rows of the same layout, number of open requests and columns `others` count as one point, with their mean rates.
+    Rows with equal layout, number of open requests and columns `others` are one point; its rate is their mean.
 
-    asked: the question, as Ranked.question holds it. mine: the rows. others: names of columns.
+    Args:
+        asked: what the rows have in common; it becomes Ranked.question.
+        mine: the rows of the case, at least one.
+        others: names of columns in which rows of different points may differ.
     """
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:
         pair = rate(c.row, c.row.ttft, c.row.tpot), rate(c.row, c.ttft, c.tpot)
-        name = f"{c.row.placement()} with {c.row.concurrency} open"
+        name = f"{servers(c.row)[0]} with {c.row.concurrency} open"
         points.setdefault((name, *values(c.row, others)), []).append(pair)
     seen = {point: [statistics.fmean(p[i] for p in pairs) for i in (0, 1)] for point, pairs in points.items()}
     best, chosen = (max(seen, key=lambda point, i=i: seen[point][i]) for i in (0, 1))  # type: ignore[misc]
     first, second = (" ".join(filter(None, point)) for point in (chosen, best))
-    layouts = {str(c.row.placement()) for c in mine}
+    layouts = {servers(c.row)[0] for c in mine}
     return Ranked(asked, len(layouts), len(points), first, second, seen[chosen][0] / seen[best][0])
 
 
 def share_good(found: Sequence[Ranked]) -> float:
-    """Fraction of the cases whose recommendation is good. Raises ValueError without cases."""
+    """Fraction of the cases, 0 to 1, in which the recommended point reaches 95 % of the best measured rate or more.
+
+    Raises ValueError without cases.
+    """
     return statistics.fmean(r.good for r in found)

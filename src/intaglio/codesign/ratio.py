@@ -44,7 +44,11 @@ class Kind:
         return self.times.server.placement.chips_per_server
 
     def of(self, replicas: int) -> StepTimes:
-        """The StepTimes of `replicas` such servers. They share the table of step times with this one."""
+        """New StepTimes for a placement with `replicas` servers of this kind.
+
+        A server's steps take as long as those in `self.times`, whatever the number of servers. The new object therefore
+        uses the same cache of step times (`tables`) as `self.times`.
+        """
         server = self.times.server
         many = replace(server, placement=replace(server.placement, replicas=replicas))
         times = StepTimes(many, self.times.target, self.times.fusions)
@@ -72,7 +76,8 @@ class Ratio:
 def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
     """Seconds in which one prefill server computes `count` prompts of `input` tokens together.
 
-    Prompts longer than a step are computed in chunks. With count=1 the result is the least time to the first token.
+    Prompts longer than a step are computed in chunks. With count=1 the result is the shortest possible time to the
+    first token.
     """
     budget = kind.settings.max_batch_tokens
     ends = [*range(budget, input, budget), input]
@@ -81,10 +86,12 @@ def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
 
 
 def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
-    """(prompts per second of one prefill server whose steps are full, seconds that a prompt takes in such steps).
+    """(prompts per second, seconds for a full step's prompts) of one prefill server that always has prompts waiting.
 
-    Each step has as many whole prompts as its tokens allow, or one chunk of a longer prompt, for each copy of
-    attention.
+    Each data-parallel copy of the attention layers (DP rank) computes as many whole prompts as fit max_batch_tokens, or
+    one prompt in chunks if it is longer; the seconds are those until all these prompts are computed.
+
+    kind: the server. input: tokens of each prompt.
     """
     count = kind.times.copies * max(1, kind.settings.max_batch_tokens // input)
     seconds = prompt_seconds(kind, input, count)
@@ -92,7 +99,7 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 
 
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
-    """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none.
+    """The largest number of requests with which one decode server's steps take at most `tpot` seconds; 0 if none does.
 
     A step is timed with half of every response in the cache. The engine's sequences and K/V cache limit the number too.
     input, output: tokens of each request's prompt and response.
@@ -109,11 +116,11 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 
 
 def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Ratio | None:
-    """The Ratio with the most requests per second of exactly `chips` chips, in closed form.
+    """Divide `chips` chips into prefill and decode servers: the Ratio with the highest estimated requests per second.
 
-    Prefill servers are planned with PREFILL_LOAD of their full rate. Decode servers have as many requests as
-    most_decoding() gives, and steps with half of every response in the cache. None if no ratio fills the chips, or if a
-    prompt alone or a step that decodes one sequence breaks a limit.
+    The estimate loads prefill servers with PREFILL_LOAD of their full rate. It gives each decode server as many
+    requests as most_decoding() allows, and times its steps with half of every response in the cache. None if no numbers
+    of servers use all chips, or if a prompt alone or a step that decodes one sequence breaks a limit.
 
     first, second: kinds of prefill and decode servers.
     """
@@ -139,11 +146,19 @@ def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Rat
 def kinds(
     question: Question, on: Target, layouts: Sequence[str], budget: int, sequences: int
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
-    """Compile a server for each of `layouts`. Returns ({layout: Kind}, [(layout, reason)]): servers, and refusals.
+    """Compile one server for each layout. Returns ({layout: Kind}, [(layout, reason)]).
 
-    A layout is refused if model and one prompt do not fit its chips. budget, sequences: most tokens and sequences of a
-    step of one copy of attention. Raises LayoutError for a text that is no layout, and ValueError for a layout with
-    replicas.
+    The list has the refused layouts, each with the reason: the model and one prompt do not fit the chips, the model
+    cannot be divided this way, or the chip's links do not connect so many chips.
+
+    Args:
+        question: the model, its number formats and its load.
+        on: chip and kernel library.
+        layouts: such as tp8 or dp8/ep8.
+        budget: maximum tokens of a step on one data-parallel copy of the attention layers (DP rank).
+        sequences: maximum sequences of a step on one DP rank.
+
+    Raises LayoutError for a text that is no layout, and ValueError for a layout of more than one server.
     """
     found: dict[str, Kind] = {}
     refused: list[tuple[str, str]] = []
@@ -167,10 +182,20 @@ def kinds(
 def search(
     question: Question, prefill: dict[str, Kind], decode: dict[str, Kind], chips: int, progress: Progress = silent
 ) -> list[tuple[str, str, ApartResult]]:
-    """A list of (prefill layout, decode layout, ApartResult) for pairs of layouts, the most output per chip first.
+    """Find how many servers should prefill and how many decode, for each pair of a prefill and a decode layout.
 
-    Each pair has its best ratio for `chips` chips. A pair is left out if no ratio fills the chips within the limits, or
-    if its queues break a limit at every load tried. Raises ValueError for responses of fewer than two tokens.
+    Returns a list of (prefill placement, decode placement, ApartResult), ordered by output tokens/s per chip, the
+    highest first. A placement is text, such as 2x(dp8/ep8) for two servers.
+
+    Args:
+        question: the load and its limits.
+        prefill: a server for each prefill layout, see kinds().
+        decode: a server for each decode layout.
+        chips: number of chips that all servers together have, exactly.
+        progress: called before each pair.
+
+    A pair is left out if no numbers of servers use all chips and keep the limits. Raises ValueError for responses of
+    fewer than two tokens.
     """
     out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
@@ -184,10 +209,12 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """The ApartResult of serving with the ratio `found`, by the queues in virtual time.
+    """Simulate prefill and decode servers until latencies keep the limits: returns that run's ApartResult, or None.
 
-    first, second: kinds of prefill and decode servers. The number of open requests is reduced until the limits are
-    kept. None if they are still broken after TRIES tries, or with one request.
+    The first run has found.concurrency open requests. While the mean TTFT or TPOT is above the question's limits, the
+    run is repeated with 15 % fewer. None if no run keeps them: after TRIES runs, or with one open request.
+
+    first, second: the prefill and the decode server. found: number of servers of each kind, and of open requests.
     Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)

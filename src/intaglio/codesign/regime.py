@@ -27,12 +27,12 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Call:
-    """A modelled call.
+    """The modelled time of one kernel call, in parts.
 
     Attributes:
-        on: chip and kernel library.
-        timing: its Timing.
-        launch_s: seconds of it that are launch overhead.
+        on: chip and kernel library that the call runs on.
+        timing: its modelled Timing: seconds, bytes, FLOPs and how long each engine is busy.
+        launch_s: seconds of `timing` that are launch overhead.
     """
 
     on: Target
@@ -41,9 +41,9 @@ class Call:
 
     @property
     def busiest(self) -> tuple[str, float]:
-        """(name of the engine or memory that is busy longest, its share of the time without launch overhead).
+        """(name of the engine or memory that is busy longest, its share of the time after the launch, at most 1).
 
-        ("", 0) if none is busy.
+        ("", 0) if none is busy, or all of the time is launch overhead.
         """
         rest = self.timing.seconds - self.launch_s
         name = max(self.timing.busy, key=lambda e: self.timing.busy[e], default="")
@@ -61,13 +61,20 @@ class Call:
 
     @property
     def last_wave(self) -> tuple[int, int]:
-        """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted."""
+        """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted.
+
+        A wave is a set of jobs that run at the same time, one on each core of the chip.
+        """
         jobs, cores = ceil(self.timing.jobs), self.on.chip.cores
         waves = -(-jobs // cores)
         return waves, jobs - max(0, waves - 1) * cores
 
     def cause(self, measured_s: float) -> str:
-        """The key of CAUSES that fits best if the modelled time is far from the measured time `measured_s`."""
+        """The likeliest cause of an error of the modelled time, as a key of CAUSES.
+
+        measured_s: measured seconds of the call. The size of the error does not matter: a key is returned even if the
+        modelled time is exact.
+        """
         chip, t = self.on.chip, self.timing
         if t.hbm_bytes > measured_s * chip.hbm_bytes_per_s:
             return "bandwidth"
@@ -81,7 +88,11 @@ class Call:
         return self.regime
 
     def reason(self, measured_s: float) -> str:
-        """Part of a sentence that gives the cause of the error, with numbers. measured_s: the measured time."""
+        """A clause in English, with numbers, that says why the modelled time may differ from the measured time.
+
+        It words the cause that cause() returns, such as "launch is 62% of the modelled time". measured_s: measured
+        seconds.
+        """
         chip, t = self.on.chip, self.timing
         name, share = self.busiest
         waves, last = self.last_wave
@@ -107,9 +118,10 @@ class Call:
         return f"{name} is busy for {share:.0%} of the modelled time after the launch{self._reached(measured_s)}"
 
     def _reached(self, measured_s: float) -> str:
-        """Text with the share of a peak rate that the measured call reached: of HBM if a memory is busiest, or FLOP/s.
+        """Text that says how much of a peak rate the measured call reached, such as "; measured at 63% of HBM's peak".
 
-        "" if no memory is busiest and the call has no FLOPs.
+        If HBM or the L2 is the busiest part of the chip, the rate is HBM's bandwidth. In other cases it is the chip's
+        FLOP/s in the call's format; the text is "" if the call has no FLOPs. measured_s: measured seconds.
         """
         chip, t = self.on.chip, self.timing
         if self.busiest[0] in MEMORIES:

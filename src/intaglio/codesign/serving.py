@@ -27,14 +27,16 @@ from intaglio.runtime import Engine, Request, SamplingParams
 from intaglio.silicon.plan import Plan
 from intaglio.silicon.sizes import BLOCK, BatchSizes
 
+MOMENTS = 60  # times of a run at which queue and cache are shown
+
 
 @dataclass(frozen=True)
 class EngineSettings:
     """How the simulated engine is run.
 
     Attributes:
-        max_batch_tokens: most token rows of a step; a longer prompt is prefilled in chunks.
-        max_sequences: most sequences that run at once.
+        max_batch_tokens: maximum token rows of a step; a longer prompt is prefilled in chunks.
+        max_sequences: maximum sequences that run at once.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         step_overhead_s: seconds between one step and the next in which the chips wait for the host.
         request_overhead_s: the host's seconds for each request outside the engine, such as HTTP and tokenizer. They are
@@ -70,10 +72,57 @@ class Limits:
     tpot: float = float("inf")
 
     def met_by(self, outcome: Outcome) -> bool:
-        """True if the request has ended without an error, and within both limits."""
+        """True if a request ended without an error and both its latencies, `ttft` and `tpot`, are within these limits.
+
+        A response of one token has no time per token and needs only `ttft`.
+        """
         if outcome.error is not None or outcome.first is None:
             return False
         return outcome.first <= self.ttft and (outcome.each or 0.0) <= self.tpot
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The load at one time of a run.
+
+    Attributes:
+        at: seconds since the beginning of the load.
+        waiting: requests that were sent and have no token yet: in the queue, or with a prompt that is being computed.
+        decoding: requests that have their first token, and not their last.
+        kv_share: fraction of all servers' K/V caches that holds the prompts and tokens so far of decoding requests.
+    """
+
+    at: float
+    waiting: int
+    decoding: int
+    kv_share: float
+
+
+def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -> tuple[Moment, ...]:
+    """A tuple of `count` Moments at equal distances from the beginning of a load to its last response.
+
+    () without outcomes.
+
+    The tokens of a response are assumed to come at equal intervals. Requests that failed count as waiting
+    until their end. kv_tokens: tokens that the K/V caches of all servers hold.
+    """
+    if not outcomes:
+        return ()
+    start, first, end, prompt, output = (
+        np.array(column)
+        for column in zip(
+            *((o.start, o.start + (o.end if o.first is None else o.first), o.start + o.end, o.prompt, o.output)
+              for o in outcomes), strict=True,
+        )
+    )  # fmt: skip
+    found = []
+    for at in np.linspace(0.0, end.max(), count):
+        decodes = (first <= at) & (at < end)
+        part = (at - first[decodes]) / np.maximum(1e-9, end[decodes] - first[decodes])
+        held = float((prompt[decodes] + part * output[decodes]).sum())
+        waiting = int((start <= at).sum() - (first <= at).sum())
+        found.append(Moment(float(at), waiting, int(decodes.sum()), held / kv_tokens))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -89,6 +138,7 @@ class ServingResult:
         steps: number of engine steps.
         preemptions: times that a sequence was preempted because the K/V cache was full.
         kv_tokens: tokens that the K/V cache holds.
+        moments: queue and cache over the time of the load, see moments().
     """
 
     summary: Summary
@@ -99,6 +149,7 @@ class ServingResult:
     steps: int
     preemptions: int
     kv_tokens: int
+    moments: tuple[Moment, ...] = ()
 
     @property
     def output_tokens_per_s_per_chip(self) -> float:
@@ -195,7 +246,7 @@ def simulate_serving(
         requests: arrival times and lengths.
         settings: settings of the engine.
         limits: latencies that a good response keeps.
-        concurrency: most requests open at once; None: any number.
+        concurrency: maximum requests open at once; None: any number.
         seed: seed of the prompts' token ids. They are random, so that no prompt shares a prefix with another.
         progress: called as requests end.
 
@@ -234,7 +285,7 @@ class NoWeights:
     strips = release = read
 
     def identity(self) -> str | None:
-        """None, since there are no values to identify."""
+        """None. A real source of weights returns a text that identifies their values; this one has no values."""
         return None
 
 
@@ -261,7 +312,8 @@ def result(
     ranks_per_stage = layout.ranks // stages
     idle_s = summary.seconds * stages - executable.busy_s
     joules = ranks_per_stage * (executable.joules + max(0.0, idle_s) * target.chip.energy.idle_w)
+    kv_tokens = engine.pool.total * executable.state.page_tokens
     return ServingResult(
         summary, layout.ranks, good / len(later), good / summary.seconds, joules, engine.counts.steps,
-        engine.counts.preemptions, engine.pool.total * executable.state.page_tokens,
+        engine.counts.preemptions, kv_tokens, moments(later, kv_tokens),
     )  # fmt: skip

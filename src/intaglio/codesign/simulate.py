@@ -73,7 +73,10 @@ def stages(program: Program, layout: str, weights: str, kv_format: str, activati
 
 @dataclass(frozen=True)
 class Serving:
-    """A steady serving load: in every step `batch` requests start. Each has `input` prompt and `output` new tokens."""
+    """A steady serving load: at every engine step `batch` new requests start.
+
+    Each request has `input` prompt tokens and generates `output` tokens. `batch` is not the number of running requests.
+    """
 
     input: int
     output: int
@@ -84,15 +87,19 @@ class Serving:
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """BatchSizes of a step that only decodes, in the steady state: batch * (output - 1) requests.
+        """BatchSizes of a step that only decodes, under the steady load: one token of batch * (output - 1) sequences.
 
-        All of them have the average number of keys, input + output // 2.
+        There are so many because `batch` requests start in every step, and each decodes for output - 1 steps. All have
+        the average number of keys (tokens in the K/V cache), input + output // 2.
         """
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step in the steady state: `batch` prompts, and a token for each request of decode()."""
+        """BatchSizes of a step that computes `batch` prompts and decodes one token for each running sequence.
+
+        There are batch * (output - 1) running sequences, see decode().
+        """
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 
@@ -134,7 +141,7 @@ class Phase:
 
     @property
     def flops_share(self) -> float:
-        """FLOPs of one step as a fraction of what all chips could do in one period at the peak rate of `format`."""
+        """MFU: FLOPs of one step over what all chips could do in `period` at the peak rate of `format`; a fraction."""
         done = sum(t.totals().flops for t in self.stages) / len(self.stages)
         return done / (self.period * self.slowest.chip.peak_flops(self.format))
 
@@ -182,7 +189,7 @@ class Simulation:
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """The MemoryUse of the chip that needs the most memory, in the steady state of the load.
+        """The MemoryUse, in the steady state of the load, of the chip that needs more memory than any other.
 
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
@@ -193,7 +200,7 @@ class Simulation:
     def largest_batch(self, s: Serving) -> int:
         """The largest batch smaller than `s.batch` with which the chips can hold the load; 0 if there is none.
 
-        Found by bisection, since memory grows with the batch.
+        The search is a bisection, since memory grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
@@ -266,9 +273,9 @@ def what_helps(
 ) -> list[tuple[str, float]]:
     """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
-    The speed-up is the time of the load's last phase (mixed, or prefill with one output token) before the change over
-    that after it; 1.0 means no effect. Raises ChipError if the chips cannot hold the load, ValueError for requests
-    longer than the model's context.
+    The speed-up is the seconds between two steps before the change over the seconds after it; 1.0 means no effect. The
+    steps are mixed ones (prompts and decoding), or prefill with one output token. Raises ChipError if the chips cannot
+    hold the load, ValueError for requests longer than the model's context.
     """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period
@@ -281,13 +288,13 @@ def what_helps(
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """The last phase of a load (mixed, or prefill with one output token) with one layout, and what speeds it up most.
+    """A simulated step of a load with one layout, and the one change of the chip that makes the step fastest.
 
     Attributes:
         layout: how the chips share the model.
-        mixed: the Phase.
-        change: name of the change, a key of CHANGES, that helps most.
-        gain: speed-up by that change; 1.0 means no effect.
+        mixed: the mixed Phase (prompts and decoding); the prefill Phase for a load with one output token.
+        change: name of the change, a key of CHANGES, that makes the step fastest when it is made alone.
+        gain: seconds without the change divided by seconds with it; 1.0 means no effect.
     """
 
     layout: str
@@ -296,7 +303,7 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: the layout, the phase's figures, and the change that helps most with its speed-up."""
+        """A dict for JSON: layout, the figures of the Phase, helps_most (name of a change), gain (its speed-up)."""
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 
 

@@ -55,8 +55,8 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Every
     decoding sequence has half of its response in the cache. Steps with prompts take longer than steps that only decode;
     with `s.mixed` False they decode nothing. As many prompts start as responses end, which gives the fraction of steps
-    with prompts. If prompts need more than every step, fewer sequences decode. The other requests wait, by Little's
-    law.
+    with prompts. If even steps that all have prompts are too few for this, fewer sequences decode. The time that the
+    remaining requests wait follows from Little's law.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:
@@ -115,7 +115,7 @@ class Design:
         library: name of its kernel library.
         placement: how the chips share the model.
         concurrency: requests open at once, of all replicas.
-        max_batch_tokens: most tokens of a step of each copy of attention.
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         ttft: mean time to the first token.
         tpot: mean time per token after the first.
         tokens_per_s: output tokens per second of all replicas.
@@ -123,8 +123,8 @@ class Design:
         weight_bytes: bytes of weights on the chip that has the most.
         kv_bytes: bytes of K/V on that chip when every open request has half of its response.
         kv_tokens: tokens of K/V that one server holds.
-        confirmed: True if the figures are those of the simulated queue, False if those of estimate().
-        within: True if both limits are kept.
+        confirmed: True if the figures come from a simulation of the requests, False if from the formula estimate().
+        within: True if `ttft` and `tpot` are within the limits that were asked for.
     """
 
     chip: str
@@ -178,8 +178,9 @@ class Question:
         output: new tokens of a request.
         limits: largest acceptable mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
-        max_sequences: most sequences of a server that run at once.
-        settings: overheads of the engine; its sizes are set for each design.
+        max_sequences: maximum sequences of a server that run at once.
+        settings: the engine's overheads. kv_tokens, max_batch_tokens and max_sequences of it are not used: each design
+            sets its own.
 
     Raises ValueError if a request is longer than the model's context.
     """
@@ -202,7 +203,7 @@ class Question:
 
 
 class Candidate:
-    """One chip and placement for a question.
+    """One kind of chip and one placement of the model on such chips, whose rates and latencies are computed.
 
     Attributes:
         question: the load and its limits.
@@ -216,16 +217,24 @@ class Candidate:
         self.times = StepTimes(server, on)
 
     def settings(self, budget: int) -> QueueSettings:
-        """The QueueSettings of one server, with `budget` tokens a step. Raises ChipError if no K/V block fits."""
+        """The QueueSettings of one server. Raises ChipError if no K/V block fits.
+
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        """
         q = self.question
         kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
         return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
-        """The Design of all replicas, from the figures `seen` of one server.
+        """The Design (a deployment with its figures) of all replicas, made from the figures of one server.
 
-        concurrency: requests open on one server. confirmed: True if the figures are those of the queue, not of
-        estimate().
+        Open requests, tokens/s and watts are one server's, times the number of replicas; latencies are one server's.
+
+        Args:
+            concurrency: requests open on one server.
+            settings: settings of the server's engine.
+            seen: its latencies, rate and power.
+            confirmed: True if `seen` comes from a simulation of the requests, False if from estimate().
         """
         p, q = self.server.placement, self.question
         held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
@@ -237,18 +246,23 @@ class Candidate:
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
-        """The Design by estimate(), with `concurrency` requests open on each server and at most `budget` tokens a step.
+        """The Design with figures from the formula estimate(); queued() simulates the requests instead.
 
-        Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
+        concurrency: requests open on each server. budget: maximum tokens a step on each DP rank. Raises ValueError if
+        not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         seen = estimate(self.times, settings, q.input, q.output, concurrency)
         return self.design(concurrency, settings, seen, confirmed=False)
 
     def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
-        """The Design by the simulated queue of one server.
+        """The Design with figures from a simulation of one server's requests, event by event, in virtual time.
 
-        concurrency: requests open on it. budget: most tokens of a step. turns: requests served, for each that is open.
+        Args:
+            concurrency: requests open on each server.
+            budget: maximum tokens of a step on each DP rank.
+            turns: requests to serve, as a multiple of `concurrency`.
+
         Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
@@ -275,7 +289,7 @@ class Candidate:
     def largest(self, budget: int, most: int) -> Design | None:
         """The estimated Design with the largest load that keeps the limits; None if one open request alone breaks them.
 
-        budget: most tokens of a step. most: most requests open at once. Found by doubling and bisection, since
+        budget: maximum tokens of a step. most: largest number of open requests to try. Found by bisection, since
         latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
         only wait. Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """
@@ -301,10 +315,10 @@ class Candidate:
 def candidates(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """(Candidates, refusals): a Candidate for each chip and layout that can hold the model.
+    """Compile the model for each layout, and pair it with each chip. Returns (Candidates, refusals), two lists.
 
-    A refusal is (chip, layout, reason) of another pair. Raises LayoutError for a text that is no layout, FormatError
-    for an unknown format.
+    A refusal is (chip, layout, reason) of a pair that cannot hold the model. Raises LayoutError for a text that is no
+    layout, FormatError for an unknown format.
     """
     out: list[Candidate] = []
     refused: list[tuple[str, str, str]] = []
@@ -330,19 +344,19 @@ def find(
     asked: Sequence[Candidate], budgets: Iterable[int] = BUDGETS, by: str = "watt", keep: int = KEEP,
     progress: Progress = silent,
 ) -> list[Design]:  # fmt: skip
-    """The best Design of each candidate that can keep the limits.
+    """Find the best Design of each candidate: the step size and the load with the most output per watt or per chip.
 
-    Returns a list: first the designs that the queue has confirmed, then the estimates, each the best first, and last
-    those that break a limit in the queue.
+    Figures come from the formula estimate(); the best `keep` designs are then simulated, see confirm(). Returns a list:
+    simulated designs that keep the latency limits of their candidate's question, then estimates, then simulated designs
+    that break a limit. The first two parts are ordered, the best first.
 
     Args:
-        asked: the candidates; one that breaks a limit under every load is left out.
-        budgets: most tokens of a step, to try.
+        asked: the candidates. One without room for a request, or that breaks a limit even with one open request, has no
+            Design in the list.
+        budgets: values to try for the maximum number of tokens of a step on a DP rank.
         by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
-        keep: how many of the best estimates are confirmed, see confirm().
+        keep: how many of the best estimates are simulated.
         progress: called before each candidate.
-
-    Raises ValueError if a request does not fit a K/V cache.
     """
     value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
     best: list[tuple[Design, Candidate]] = []
@@ -370,10 +384,13 @@ def find(
 
 
 def confirm(one: Candidate, design: Design) -> Design:
-    """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
+    """Simulate the requests of an estimated design. Returns a Design with the simulated figures.
 
-    There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
-    breaks a limit. Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
+    While a latency limit is broken, the simulation is repeated with 10 % fewer open requests, up to 12 runs or until
+    one request is open. The last result is returned even if it breaks a limit.
+
+    one: the candidate that the design belongs to. design: its estimate, which gives load and step size. Raises
+    ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

@@ -60,12 +60,12 @@ class Server:
     Attributes:
         program: the whole model.
         placement: how the chips share it.
-        stages: Programs whose ops are timed, except those of routed experts.
-        experts: Programs whose routed experts are timed. The same as `stages`, unless experts have their own layout or
-            format.
-        rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied with,
-            where the chip's arrays multiply it.
-        rooms: results of kv_tokens(), kept by its arguments.
+        stages: a Program for each pipeline stage; all its ops are timed, except routed experts.
+        experts: a Program for each pipeline stage whose routed experts are timed. The same as `stages`, unless experts
+            have their own layout or format.
+        rows: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the weights,
+            if the chip's arrays multiply it; see StepTimes._kernel().
+        rooms: cache of results of kv_tokens(), by its arguments.
     """
 
     program: Program
@@ -77,10 +77,11 @@ class Server:
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
-        """The Server of a whole model, as ported() returns it. how: number formats.
+        """Compile a whole model for one server of a placement. Returns the Server.
 
-        Raises LayoutError if the placement does not fit the model, FormatError for an unknown format, and ChipError if
-        the placement has a layout of experts but the model has no experts.
+        program: the uncompiled model, for example from simulate.ported(). how: number formats. Raises LayoutError if
+        the placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a
+        layout of experts but the model has no experts.
         """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
@@ -110,14 +111,17 @@ class Server:
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
         states: int = 2,
     ) -> int:  # fmt: skip
-        """Tokens of K/V that one server holds, beside weights and activations.
+        """Number of tokens whose K/V one server holds, beside weights and activations: the sum over its DP ranks.
+
+        A DP rank is a data-parallel copy of the attention layers, with sequences and a K/V cache of its own.
 
         Args:
             target: the chip.
             share: fraction of each chip's HBM that may be filled.
-            max_tokens: most tokens of a step of one copy of attention.
-            max_sequences: most sequences of a step of one copy.
-            open_sequences: for each copy, the result is at most this number of whole contexts; None: max_sequences.
+            max_tokens: maximum tokens of a step on one DP rank.
+            max_sequences: maximum sequences of a step on one DP rank.
+            open_sequences: upper limit of the K/V cache of a DP rank, in sequences of the model's full context; None:
+                max_sequences.
             states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
                 writes, or 1 in engines that update it in place.
 
@@ -156,15 +160,19 @@ def weights_of(p: Program, of_experts: bool) -> set[str]:
 
 
 class Costs(Protocol):
-    """Interface to a server's step times, as a queue uses it: the number of copies of attention, the cost of a step."""
+    """Interface to the step times of a server, which the simulated queue uses.
+
+    Attributes:
+        copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
+    """
 
     copies: int
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
-        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
-        and including them, number of such prompts).
+        decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
+        chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
 
 
@@ -172,7 +180,8 @@ class Costs(Protocol):
 class Part:
     """A kernel of one pipeline stage that runs `count` times in a step.
 
-    shared: True if it processes the tokens of all copies of attention, as experts do; False: those of one copy.
+    shared: True if the kernel processes the tokens of all data-parallel copies of attention (DP ranks), like experts.
+    False if it processes the tokens of one copy only.
     """
 
     kernel: ChipKernel
@@ -187,12 +196,14 @@ class StepTimes:
     Attributes:
         server: the compiled model.
         target: chip and kernel library.
-        fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
+        fusions: names in FUSIONS. Each is a way in which the engine fuses, splits or replaces ops of the Program.
         queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
-        overlaps: True if the library prefetches weights or hides collectives. Steps are then timed by `plans`, unless
-            there are fusions, or experts with a layout, format or activation format of their own.
-        tables: the exact seconds and joules computed so far, by kind and size of step.
-        others: the StepTimes that on() has made, by target.
+        copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
+        overlaps: True if the library prefetches weights or hides collectives, so that a step takes less than the sum
+            of its kernels. Steps are then timed by the property `plans`. With fusions, or experts with a layout, format
+            or activation format of their own, kernels are always summed.
+        tables: cache of exact() results by (decoding, context, chunks).
+        others: cache of the StepTimes that on() has made, by target.
 
     Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
@@ -225,9 +236,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Equal targets give the same object, with its table.
+        """The StepTimes of the same server on another target. Calls with equal targets return the same object.
 
-        Raises ChipError as StepTimes does.
+        So its cached step times are used again. Raises ChipError if a chip of the target cannot hold the weights, or
+        its arrays do not take a format.
         """
         if target == self.target:
             return self
@@ -237,7 +249,10 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """A tuple with the Plan of each pipeline stage, for libraries that overlap ops."""
+        """The Plan of each pipeline stage, as a tuple. A Plan times steps in which ops overlap.
+
+        Used only if `overlaps` is True. For other libraries the times of kernels are summed, which is faster.
+        """
         return Plan.of(self.server.stages, self.target)
 
     def _parts(self, own: Program, experts: Program) -> list[Part]:
@@ -254,9 +269,12 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel with the weight and activation formats in which the chip runs it, by `rows` of the server.
+        """The kernel with the number formats in which this server's chips run it: a copy for matrix products, experts.
 
-        Only products and experts change. Raises ChipError if the chip's arrays do not take the weights' format.
+        nvfp4 weights become e2m1. If the server's `rows` is "auto", activations keep their format. If it is "weights",
+        they get the weights' format where the chip's arrays multiply it (e4m3, e2m1, int8), else bf16 in place of wider
+        formats. Kernels of other ops are returned unchanged. Raises ChipError if the arrays do not take the weights'
+        format.
         """
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
             return kernel
@@ -272,11 +290,11 @@ class StepTimes:
         return replace(kernel, w_format=w, x_format=x)
 
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step, computed without the table.
+        """(seconds, joules of all chips of the server) of one step, computed anew, without the interpolation of cost().
 
-        decoding: sequences that get one token each, spread evenly over the copies of attention and the micro-batches of
-        the pipeline. context: their number of keys. chunks: (new tokens, keys up to and including them, number of such
-        prompts).
+        decoding: number of decoding sequences, spread evenly over the data-parallel copies of attention (DP ranks) and
+        the pipeline's micro-batches. context: number of keys of each. chunks: the step's prompt chunks as (new tokens,
+        keys including the new tokens, number of such prompts).
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)
@@ -291,10 +309,12 @@ class StepTimes:
         return seconds, spent * ranks
 
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
-        """(BatchSizes of the attention copy with the most tokens, tokens of all copies) of one micro-batch.
+        """(BatchSizes of the busiest DP rank, tokens of all DP ranks) of one micro-batch of a pipeline.
 
-        Each prompt goes to the copy that has the fewest tokens of prompts, the longest prompts first; its chunk is in
-        one micro-batch. Decoding sequences are spread evenly, rounded up.
+        A DP rank is a data-parallel copy of the attention layers; the busiest is the one with the most tokens of
+        prompts. Each prompt, the longest first, goes to the rank with the fewest tokens of prompts, and all prompts are
+        in this micro-batch. Decoding sequences are spread evenly over ranks and micro-batches; a fraction counts as one
+        sequence.
 
         decoding, context, chunks: the step, as given to exact().
         """
@@ -318,10 +338,11 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """How often a decode step reads a sequence's keys and values, relative to a step of one query.
+        """Factor for the K/V traffic of a decode step with `queries` tokens a sequence, over a step with one token.
 
-        The rows of all queries, and of all heads that share a K/V head, are multiplied together, in tiles. A tile has
-        the least number of rows that the library's attention kernel takes. Each tile reads the keys and values once.
+        The rows of all queries, and of all heads that share a K/V head, are multiplied together in tiles of
+        library.min_query_rows rows. Each tile reads the keys and values once, so the factor is the number of tiles over
+        that for one query, rounded down: 1 or more.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -331,9 +352,10 @@ class StepTimes:
         return -(-group * self.queries // tile) // -(-group // tile)
 
     def _stage(self, i: int, own: BatchSizes, tokens: int) -> tuple[float, float]:
-        """(seconds, joules of one chip) of pipeline stage number i.
+        """(seconds, joules of one chip) of one micro-batch in pipeline stage number i; (0, 0) if it has no tokens.
 
-        own: sizes of one copy of attention. tokens: number of tokens of all copies.
+        own: sizes of the micro-batch on one data-parallel copy of attention (DP rank). tokens: tokens of all DP ranks,
+        which the experts compute together.
         """
         if not own.tokens:
             return 0.0, 0.0
@@ -362,13 +384,13 @@ class StepTimes:
         )
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step, by the table of exact() times.
+        """(seconds, joules of all chips of the server) of one step, from a table of exact() times.
 
         A step that only decodes is interpolated between four entries of the table. A step with chunks takes the entry
-        with the nearest sizes, scaled by the number of tokens.
+        with the nearest sizes, scaled by the number of tokens. (0, 0) for a step with neither.
 
-        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
-        and including them, number of such prompts).
+        decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
+        chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
         if not chunks:
             if not decoding:
@@ -392,10 +414,10 @@ class StepTimes:
 
 
 def around(x: float, step: int) -> tuple[int, int, float]:
-    """(entry at or below x, next entry above, fraction of the way to it) of the grid of table entries.
+    """The table entries around x: (entry at or below x, next entry, fraction of the way from the first to the next).
 
-    The grid has all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
-    the distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
+    Entries are all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
+    their distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
     """
     if x <= step:
         low = max(1, math.floor(x))
@@ -408,6 +430,9 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """The entry nearest to x in the grid that around() describes; the lower one if two are equally near."""
+    """Round x to the nearest number for which step times are computed, as an int. A tie goes to the lower number.
+
+    These numbers are 1, 2, ... `step`, and then up to PER_OCTAVE between each number and its double; see around().
+    """
     low, high, way = around(x, step)
     return high if way > 0.5 else low

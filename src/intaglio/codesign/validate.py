@@ -88,7 +88,7 @@ def collective(on: Target, row: Row) -> Timing:
 
 
 def experts(on: Target, row: Row) -> Timing:
-    """The Timing of the layer of routed experts that a row describes, on the rank with the most rows.
+    """The Timing of the layer of routed experts that a table's row describes, on the rank that gets the most tokens.
 
     Raises ChipError if the chip's arrays do not take the row's format.
     """
@@ -114,10 +114,11 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         top_k: number of experts of each token.
         n: number of experts on all ranks.
         ep: number of ranks that share the experts.
-        load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
-            * tokens, as in the benchmark.
-        in_order: True if rows left over by rounding go to the experts with the most rows, the first of equal ones (the
-            older benchmark); False: to those with the largest exact share.
+        load: "balanced"; or "power_law_A", such as power_law_1.2: the experts' rows are proportional to n evenly spaced
+            quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in random order. An expert has at most `tokens`
+            rows. The benchmark that measured the table does the same.
+        in_order: where rows that are left over by rounding go. True: to experts in the order of their rounded counts,
+            the largest first (the older benchmark). False: in the order of their counts before rounding.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -181,7 +182,7 @@ class Worst:
     """A row with a large error.
 
     Attributes:
-        words: the call.
+        words: the call as text, see words().
         us: measured microseconds.
         predicted: modelled microseconds.
         reason: the cause of the error, in words.
@@ -195,12 +196,17 @@ class Worst:
 
 @dataclass(frozen=True)
 class Record(Errors):
-    """The Errors of one chip, table (or kernel) and number format.
+    """Errors of the modelled times for one chip, table (or kernel) and number format.
+
+    The inherited fields (rows, median, mean, bias) are for all rows of the table in this format, in per cent.
 
     Attributes:
-        regimes: the Errors of the rows in each regime of the model, see regime.REGIMES; none for a regime without rows.
-        causes: number of rows by cause (see regime.CAUSES), among the twentieth with the largest errors.
-        worst: the rows with the largest errors, the largest first.
+        chip: name of the chip.
+        table: name of the table, such as matmul.
+        dtype: number format, as in the table.
+        regimes: {what bounds the modelled time, one of regime.REGIMES: Errors of these rows}; only those with rows.
+        causes: {cause of an error, a key of regime.CAUSES: number of rows} of the 5 % of rows with the largest errors.
+        worst: some rows with the largest errors, the largest first.
     """
 
     chip: str
@@ -214,7 +220,8 @@ class Record(Errors):
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
     """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, each row a dict by column name.
 
-    A file SERVING is left out. Raises ValueError for an unknown chip or table, and if there is no such file.
+    The file serving.csv is skipped: it has measurements of whole servers, not of kernels. Raises ValueError for an
+    unknown chip or table, and if there is no file to read.
     """
     found = {}
     for path in sorted(p for p in folder.glob("*.csv") if p.name != SERVING):
@@ -232,7 +239,10 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row, as in its column dtype or kv_dtype; "two bytes" if it has neither."""
+    """The number format of a row as text: its column dtype, or else kv_dtype.
+
+    A row of a collective has neither column, only a number of bytes. The text is then "two bytes".
+    """
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 
 
@@ -278,7 +288,10 @@ def validate(
 
 
 def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
-    """The modelled Calls of the rows of a table, as a list. A collective's barrier counts as its launch."""
+    """A list of Calls, one for each row of a table: the modelled Timing, and how much of it is launch overhead.
+
+    For a collective the ranks' barrier counts as launch overhead. Raises ChipError if the chip cannot run a row's call.
+    """
     without = on.with_library(launch_s=0.0, barrier_s=0.0)
     out = []
     for row in rows:
@@ -288,9 +301,15 @@ def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
 
 
 def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, name: str = "") -> Record:
-    """The Record of `rows` of a table on a chip, which lists the `worst` rows with the largest errors.
+    """The Record of the errors of `rows`. Raises ChipError if the chip cannot run a row's call.
 
-    name: of the Record's table; "": `table`. Raises ChipError if the chip cannot run a row's call.
+    Args:
+        on: chip and kernel library.
+        table: the rows' table, a key of TABLES.
+        dtype: number format of the rows.
+        rows: at least one measured row.
+        worst: how many rows with the largest errors the Record lists.
+        name: what the Record calls the table; "": `table`.
     """
     us, found = measured(rows), calls(on, table, rows)
     predicted = np.array([c.timing.seconds for c in found]) * 1e6

@@ -58,10 +58,12 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """Text of a library file with the fields in which `new` differs from `old`.
+    """Text of a library file (TOML) that makes `new` from the library file `base`.
 
-    base: name of the file of `old`. why: reason given for each value. If any kernel differs, all kernels of `new` are
-    written; as a file's own kernels they are chosen before those of its base.
+    It sets the fields in which `new` differs from `old`, and gives `why` as the reason of each. If any kernel record
+    differs, all kernel records of `new` are written: records of a file count before those of its base file.
+
+    base: name of the file of `old`.
     """
     changed = differences(new, old)
     lines = [f"description = {toml(f'{old.description}, calibrated')}", f"base = {toml(base)}", ""]
@@ -101,8 +103,9 @@ def new_files(folder: Path, name: str) -> tuple[Path, Path]:
 def write(files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str) -> None:
     """Write the chip's and the library's file, with the values in which the target `new` differs from `old`.
 
-    files: their paths, see new_files(). base, library_base: names or files of the chip and library that `old` is of.
-    why: the reason that the files give for each value.
+    files: paths of the chip's and the library's file, see new_files(). base, library_base: name or file of the chip and
+    of the kernel library from which `old` was made; the new files refer to them as their base. why: the reason that the
+    files give for each value.
     """
     chip_file, library_file = files
     chip_file.write_text(chip_text(new.chip, old.chip, base, library_file.name, why), encoding="utf-8")

@@ -36,8 +36,8 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
         w: builder of the schedule.
         group: numbers of the ranks that take part.
         own: function from i to the numbers of the chunks that the group's i-th rank owns.
-        src: function (rank, chunk) -> Slot of the chunk before the reduce-scatter.
-        dst: function (rank, chunk) -> Slot of the sum after it.
+        src: function (rank, chunk) -> the Slot with the rank's own contribution to the chunk.
+        dst: function (rank, chunk) -> the Slot for the chunk's sum on its owner.
     """
     for i, owner in enumerate(group):
         for c in own(i):
@@ -95,8 +95,8 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
     A chunk's sum travels from its owner's successor around the ring to its owner, and each rank on the way adds its own
     contribution. The owner of a chunk is the rank that gets its sum.
 
-    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk
-    before the reduce-scatter, of its sum after it.
+    group: the ranks. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the Slot with the rank's own
+    contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
@@ -115,7 +115,8 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
-    In the first round a rank sends its own chunks to the next rank, later the chunks received in the round before.
+    In the first round a rank sends its own chunks to the next rank. In each later round it sends on the chunks that it
+    received in the round before.
 
     group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
     that rank, before and after the all-gather.
@@ -135,16 +136,16 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     In each round two partners exchange the halves that they will not own. The distance between partners halves each
     round. A sum takes the lower rank's operand first.
 
-    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk
-    before the reduce-scatter, of its sum after it.
+    group: the ranks. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the Slot with the rank's own
+    contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
 
     def mine(i: int, distance: int) -> list[int]:
-        """The chunks owned by all ranks of the group's i-th rank's block, as a list.
+        """All chunks that are owned by ranks in the same block as the group's i-th rank, as a list.
 
-        Blocks have `distance` ranks each.
+        The group consists of blocks of `distance` ranks each.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -186,12 +187,13 @@ def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a reduce-scatter for two sides of h ranks, each rank linked only to the ranks of the other side.
 
-    Each rank owns h chunks. The k-th rank of the opposite side relays the contributions of the owner's side to the
-    owner's k-th chunk: it adds them and its own, and sends the sum to the owner. Other ranks of the opposite side send
-    their contributions directly.
+    Each rank owns h chunks. For an owner's k-th chunk, the k-th rank of the other side is the relay. Step 1: the other
+    ranks on the owner's side send the relay their contributions, and the relay adds them and its own. Step 2: the relay
+    sends this sum to the owner. The other ranks on the relay's side send the owner their contributions. The owner adds
+    all these to its own. Returns nothing.
 
-    group: the ranks, one side after the other. own(i): chunks of the group's i-th rank. src, dst: functions
-    (rank, chunk) -> Slot of the chunk before the reduce-scatter, of its sum after it.
+    group: the ranks, one side after the other. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the
+    Slot with the rank's own contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])

@@ -48,7 +48,9 @@ FREE, END, BEGIN = 0, 1, 2  # events: a link or rank becomes free, a step ends, 
 
 
 class ScheduleClock:
-    """Event-driven simulation of one schedule on a topology, for any sizes of its chunks.
+    """Event-driven simulation of one schedule on a topology. seconds() runs it for given sizes of the chunks.
+
+    Time is counted in ticks of 2**-60 s.
 
     Args:
         s: the schedule.
@@ -57,12 +59,12 @@ class ScheduleClock:
 
     Attributes:
         chunks: number of chunks of the payload.
-        needs: for each step, a list of the links, or the rank, that it occupies: (number of the link, or -1 - rank;
-            bytes per second).
-        arrival: for each step, ticks from when it has sent everything until it ends.
+        needs: for each step, a list of what it occupies: a link by its number, or a rank r as -1 - r, each with its
+            bytes per second.
+        arrival: for each step, the latency of its route in ticks: from the last byte sent until the step ends.
         waits: number of unmet dependencies of each step.
-        busy: the tick at which a link or a rank becomes free; the key is a link's number, or -1 - rank.
-        held: ticks that a chunk takes, by (bytes, bytes per second).
+        busy: the tick at which a link or a rank becomes free, by the same numbers as in `needs`.
+        held: ticks for which a chunk occupies a link or rank, by (bytes of the chunk, bytes per second).
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
@@ -113,7 +115,7 @@ class ScheduleClock:
     def begin(self, i: int, now: int) -> None:
         """Start step number `i` at tick `now`, or queue it at the first busy link or rank that it needs.
 
-        A send takes no time itself; it only counts as a dependency of its recv, which is met now.
+        A send takes no time itself: it only allows its recv, which occupies the links, to start.
         """
         step, needs = self.steps[i], self.needs[i]
         if step.kind == "send":

@@ -83,7 +83,7 @@ class Topology:
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
         """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if they are one rank.
 
-        Pairs of ranks are spread over routes that are equally short, by the sum of their numbers.
+        Where n links lead on equally well, number (src + dst) % n is taken, so that pairs of ranks use different links.
         """
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()

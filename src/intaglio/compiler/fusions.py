@@ -20,36 +20,40 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """The Program in which each linear followed by activation(gate) * up over the halves of its result is one linear.
+    """Fuse each linear with the gating after it, activation(gate) * up, where gate and up are halves of its result.
 
-    That linear has the attributes `glu` and `activation`.
+    Returns the Program; in it, such a linear has the attributes `glu` and `activation`, and the op `map` is gone.
     """
     return _fuse_maps(p, _glu)
 
 
 def fuse_epilogues(p: Program) -> Program:
-    """The Program in which a scale, activation or residual addition after a linear is part of that linear."""
+    """Fuse each linear with the scale, activation or residual addition that an op `map` after it does.
+
+    Returns the Program.
+    """
     return _fuse_maps(p, _epilogue)
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """The Program in which the addition of a residual to a norm's result is part of that norm."""
+    """Fuse each norm with the op `map` after it that adds a residual to the norm's result. Returns the Program."""
     return _fuse_maps(p, _residual_norm)
 
 
 def fuse_residual_experts(p: Program) -> Program:
-    """The Program in which the addition of a residual to the result of experts is part of the experts op."""
+    """Fuse each experts op with the op `map` after it that adds a residual to its result. Returns the Program."""
     return _fuse_maps(p, _residual_experts)
 
 
 def _fuse_maps(p: Program, absorb: Absorb) -> Program:
-    """The Program in which maps are fused into the ops that compute one of their operands, where `absorb` can do it.
+    """Fuse ops of the class Map (elementwise expressions) into ops that compute one of their operands.
 
-    A map is fused only if no other op reads that operand. The fused op takes the map's place in the order, because the
-    map's other operands are written before there. It has the site of the op that absorbed the map. Its result has the
-    name of that op's result, or the name of the map's result if this is an output of the Program.
+    Returns the Program. A map is fused if `absorb` allows it and no other op reads that operand. The fused op stands
+    where the map stood, since all operands of the map exist there, and has the site (name) of the op that absorbed the
+    map. Its result has the name of that op's result, or of the map's result if that is an output of the Program.
 
-    absorb: function (map, operand x, op that computes x, tensors) that returns the fused op, or None if it cannot.
+    absorb: function (map, operand x, op that computes x, tensors by name) that returns the fused op, or None if the two
+    cannot be fused.
     """
     tensors = dict(p.tensors)
     reads = Counter(p.base(name) for op in p.ops for name in op.inputs)
@@ -58,7 +62,10 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     renamed: dict[str, str] = {}
 
     def fused(m: Map) -> tuple[str, Op] | None:
-        """(name of the operand that is no longer stored, the op that also computes `m`); None if no op can do so."""
+        """Fuse `m` into the op that computes one of its operands, if `absorb` allows it.
+
+        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`), or None.
+        """
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
             if base in made and tensors[base].role == "temp" and reads[base] == bases.count(base):
@@ -102,9 +109,10 @@ def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
 
 
 def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The linear with `glu`, if the map is activation(gate) * up over the two halves of the linear's result; else None.
+    """The op `linear` fused with `m`, an elementwise op, if `m` is activation(gate) * up over the halves of its result.
 
-    m: the map. t: tensors by name. x is not used.
+    None for any other `m`, if `linear` is no Linear, or if it has an activation or a residual. t: tensors by name. x is
+    not used.
     """
     if not isinstance(linear, Linear) or linear.residual is not None or linear.activation:
         return None
@@ -123,10 +131,11 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The linear with the residual, activation and scale of the map `m`; None if it cannot compute the map.
+    """The op `linear` fused with `m`, an elementwise op over the linear's result x; None if they cannot be fused.
 
-    It can if the map is `residual + activation(scale * x)` with x the linear's result, each part optional. It cannot if
-    it has a residual already, or an activation that the map's activation or scale would follow.
+    `m` must be residual + activation(scale * x); each of residual, activation and scale may be missing. Not fused if
+    `linear` has a residual already, or if it has an activation and `m` has a scale or an activation too. t: tensors by
+    name.
     """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:
@@ -149,31 +158,23 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The norm with the map's other operand as its residual; None if it cannot compute the map.
+    """The op `norm` with a residual: the operand that `m`, an elementwise op, adds to the norm's result x.
 
-    It can if the map is the sum of the norm's result `x` and that operand, and the norm has no residual yet.
+    None if `m` is no such sum, or if `norm` is no Norm or has a residual already. t: tensors by name, not used.
     """
-    other = _other_of_sum(m, x)
+    other = m.other_of_sum(x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
         return None
     return replace(norm, residual=other)
 
 
 def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The experts op with the map's other operand as its residual; None if it cannot compute the map.
+    """The op `experts` with a residual: the operand that `m`, an elementwise op, adds to the op's result x.
 
-    It can if the map is the sum of the op's result `x` and that operand, both have one shape, and the op has no
-    residual yet.
+    None if `m` is no sum of x and one operand of the same shape, or if `experts` is no Experts or has a residual
+    already. t: tensors by name.
     """
-    other = _other_of_sum(m, x)
+    other = m.other_of_sum(x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:
         return None
     return replace(experts, residual=other) if t[other].shape == t[x].shape else None
-
-
-def _other_of_sum(m: Map, x: str) -> str | None:
-    """The name of the operand that the map adds to `x`; None if the map is any other expression."""
-    others = [name for name in m.inputs if name != x]
-    steps = postfix(m.expr)
-    sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == PLUS
-    return others[0] if sums and len(others) == 1 else None

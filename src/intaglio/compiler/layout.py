@@ -29,10 +29,10 @@ class Layout:
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
-        redundant: number of redundant experts, which are further copies of some. Each of the ep groups then holds
-            ceil((experts + redundant) / ep) experts of a layer, and results do not depend on which. None: each holds a
-            run of the experts, without copies.
-        placement: the experts of each group; None: those of ExpertPlacement.even().
+        redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
+            then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
+            None: there are no copies, and each group holds consecutive experts.
+        placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
     Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
     """
@@ -46,8 +46,9 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4, with redundant experts ep4r8, with sp tp4sp.
+        """The Layout that a text such as tp4, pp2, tp4pp2 or tp2ep4 describes.
 
+        After ep4, "r8" adds 8 redundant experts in all: ep4r8. At the end, "sp" means sequence parallelism: tp4sp.
         Raises LayoutError for any other text, for sp without tp or with ep, and for redundant experts without ep.
         """
         extra = REDUNDANT.search(text)
@@ -63,7 +64,7 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """This layout with the placement of experts in the file `path`; without one if there is no such file.
+        """A copy of this layout with the placement of experts in the file `path`; without a placement if it is missing.
 
         Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
         """

@@ -148,15 +148,18 @@ def build_stages(
 def _sharded(
     program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
 ) -> tuple[Program, ...]:
-    """The Programs of all ranks after the passes WHOLE, sharded. Arguments as of build_mesh()."""
+    """Run the passes WHOLE (for the Program of the whole model) and shard the result: a tuple with a Program per rank.
+
+    The passes EACH, for the Program of one rank, have not run on the result. For arguments and errors see build_mesh().
+    """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     return shard(whole, layout, wire, _coded(program, whole))
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """Names of the quantised weights that have the same format in `ported` and in `whole`.
+    """Names of the quantised weights that have the same format in both Programs, so keep their checkpoint's codes.
 
-    Their codes are those of the checkpoint. whole: the Program after the passes WHOLE.
+    ported: the Program as the port made it, with the checkpoint's formats. whole: the same after set_weight_formats().
     """
     kept = ((t, ported.tensors.get(t.name)) for t in whole.of_role("weight"))
     return {t.name for t, was in kept if was and was.format == t.format and formats.get(t.format).grouped}

@@ -20,8 +20,8 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     """The Program with weight matrices in the format `weights`, x_format to match, and K/V caches in `kv_format`.
 
     - weights="auto" leaves weights as stored.
-    - kv_format="auto" makes caches f32 with weights="f32", and leaves them as the port made them with weights="auto" or
-      "f16". With all other weights it leaves e4m3, which only a checkpoint asks for, and makes others bf16.
+    - kv_format="auto" follows `weights`. With weights "f32", K/V caches become f32. With "auto" or "f16", they keep the
+      port's format. With other weights they become bf16, except e4m3 caches, which only a checkpoint asks for.
     - Scales of caches (k_scale, v_scale) stay in ops whose cache is e4m3, and are removed from others.
     - Short names (int8, int4, fp8) choose groups that fit each weight. A q4_k weight whose rows are not whole blocks of
       256 becomes int4g32, which has as many bits.
@@ -29,8 +29,8 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
       instead, in groups that fit it.
     - Tables read only by `embed` change format for weights="f32" and "bf16" alone, because `embed` copies single rows:
       a narrower table would not make a step faster.
-    - Weights of products that compute an `exact` operand (routers) stay as stored and read x unrounded: near a tie,
-      rounding would choose other experts.
+    - Weights of products whose result another op needs exactly (router logits, declared `exact`) stay as stored and
+      read x unrounded: near a tie, rounding would choose other experts.
     - Vectors and per-head matrices stay as stored.
 
     Raises FormatError for an unknown name.
@@ -64,7 +64,10 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """The op with scales only for caches in e4m3. Ops other than kv_write and attend are unchanged."""
+    """The op with scales (k_scale, v_scale) only for caches in e4m3; the scale of any other cache is set to None.
+
+    A copy for kv_write and attend; other ops are returned unchanged. tensors: the tensors by name, for their formats.
+    """
     if not isinstance(op, (KvWrite, Attend)):
         return op
     k, v = (tensors[cache].format == formats.CACHED for cache in (op.k_cache, op.v_cache))
@@ -72,7 +75,10 @@ def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
 
 
 def _table_formats(p: Program, name: str) -> dict[str, str]:
-    """{table: name} for the embedding tables, whose rows are copied, if the format `name` is f32 or bf16; else {}."""
+    """New formats of the embedding tables, {tensor: format}: all get the format `name` if it is f32 or bf16.
+
+    {} for any other format: `embed` copies rows, so that a narrower table would not make a step faster.
+    """
     return dict.fromkeys((w for op in p.ops for w in op.operands("table")), name) if name in ("f32", "bf16") else {}
 
 

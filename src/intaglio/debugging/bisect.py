@@ -35,15 +35,16 @@ def bisect(
     path: str | Path, runs: Sequence[str], seed: int = 0, programs: Sequence[Program] | None = None,
     progress: Progress = silent,
 ) -> Report:  # fmt: skip
-    """Compare two runs of one checkpoint on random tokens, site by site. Returns the Report.
+    """Run one checkpoint in two ways on random tokens, and compare the results of every op. Returns the Report.
 
-    The first run is taken as correct. Sites that both Programs have are compared, in the order of the second.
-    Tolerances are those of check(), which allow for rounding in float32 only; with a lossy weight format, the first
-    site out of tolerance is where quantisation begins to matter.
+    The first run is taken as correct. A site is the name of an op's place in the model, such as layers.3.mlp.down_proj.
+    Sites that both Programs have are compared, in the order of the second. Tolerances are those of check(), which allow
+    for rounding in float32 only; with a lossy weight format, the first site out of tolerance is where quantisation
+    begins to matter.
 
     Args:
         path: the checkpoint.
-        runs: two runs, each a text "device" or "device:weights".
+        runs: two runs, each a text such as "reference" or "host:int8": a device, and after a colon a weight format.
         seed: seed of the random token ids.
         programs: the Programs of the two runs; None: the checkpoint is compiled for each.
         progress: called before each run.

@@ -63,7 +63,11 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
 
 
 def _result(p: Program, site: str) -> str:
-    """Name of the tensor that is computed at a site: the first result of its op, or for a view the site's name."""
+    """Name of the tensor to compare at a site: the first result of the op of that name.
+
+    If no op with results has that name, it is the name of a view (a slice of another tensor's columns) and is returned
+    itself.
+    """
     return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
 
 
@@ -103,9 +107,10 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 
 
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
-    """Yield (description of a mistake, the op without it) for each common mistake in this kind of op.
+    """Yield a pair (text, op) for each common porting mistake in this kind of op.
 
-    Nothing is yielded for kinds of ops that have no list of mistakes.
+    The text describes a mistake that the port may have made. The op is a copy of `op` without that mistake, to be run
+    in its place. Nothing is yielded for kinds of ops that have no list of mistakes.
     """
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
@@ -114,7 +119,10 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 
 
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for a rope op: style of pairs, which columns turn, attention factor, table."""
+    """Yield a pair (text, op) for each porting mistake that a rope op may have; see variants().
+
+    Tried are another style of pairs, other columns that turn, no attention factor, and another table.
+    """
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
     end = "last" if not op.trailing else "first"
@@ -128,10 +136,10 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for a rope op that rotates another number of columns of each head.
+    """Yield a pair (text, op) for each other number of a head's columns that rope may have to rotate; see variants().
 
-    The frequencies are theta^(-i / n) for n pairs of columns; theta is taken from the op's own. The new tables are
-    added to the scene's values.
+    The frequencies are theta^(-i / n) for n pairs of columns. theta is computed from the op's present table. Tables for
+    the other numbers are added to scene.values.
     """
     values, have = scene.values, np.asarray(scene.values[op.frequencies], np.float64)
     assert isinstance(values, dict)
@@ -148,7 +156,10 @@ def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for a norm: offset, kind, epsilon, weight, residual."""
+    """Yield a pair (text, op) for each porting mistake that a norm may have; see variants().
+
+    Tried are another offset of the weight, another kind of norm, epsilon or weight, and no residual.
+    """
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
     for kind in ("rms", "layer", "l2") if op.norm != "none" else ():
@@ -171,7 +182,11 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
 
 
 def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for a linear: bias, weight, scale, activation."""
+    """Yield a pair (text, op) for each porting mistake that a linear may have; see variants().
+
+    Tried are no bias or an unused one of the checkpoint, another or the transposed weight, no scale, and other
+    activations.
+    """
     if op.bias is not None:
         yield "a bias that does not belong there", replace(op, bias=None)
     else:
@@ -190,9 +205,10 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 
 
 def _turned(scene: Scene, op: Linear) -> Op:
-    """The linear with its weight transposed.
+    """A copy of a linear that multiplies with the transposed weight.
 
-    The transposed weight is added to the scene's values; not if it is quantised, so that rerun() then gives None.
+    The transposed weight is added to scene.values under the name WEIGHT.turned. A quantised weight is not transposed or
+    added; rerun() then returns None for the copy.
     """
     values = scene.values
     assert isinstance(values, dict)
@@ -203,7 +219,10 @@ def _turned(scene: Scene, op: Linear) -> Op:
 
 
 def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for attention: window, chunk, softcap, scale, sinks, temperature."""
+    """Yield a pair (text, op) for each porting mistake that attention may have; see variants().
+
+    Tried are other windows, chunks, softcaps and scales, no sinks or unused ones of the checkpoint, and no temperature.
+    """
     length = len(scene.batch.tokens)
     windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
     for w in dict.fromkeys(windows):
@@ -228,7 +247,10 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 
 
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for an elementwise op: operands swapped, activation, residual scale."""
+    """Yield a pair (text, op) for each porting mistake that an elementwise op may have; see variants().
+
+    Tried are swapped operands, other activations, and other scales of the residual.
+    """
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
     for old in FUNCTIONS:
@@ -244,7 +266,11 @@ def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
 
 
 def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for expert routing: normalisation, score, bias, scale, groups."""
+    """Yield a pair (text, op) for each porting mistake that expert routing may have; see variants().
+
+    Tried are another normalisation, score or scale, no correction bias or an unused one of the checkpoint, and no
+    groups.
+    """
     does = "are not" if op.normalise else "are"
     yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
     for score in ("softmax", "sigmoid", "chosen"):
@@ -267,8 +293,12 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for experts: swapped or transposed matrices, activation, clamp, biases."""
-    yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
+    """Yield a pair (text, op) for each porting mistake that the op Experts may have; see variants().
+
+    Tried are swapped or transposed matrices, other activations and clamps, the weight on the other side, and no biases.
+    """
+    if op.gate is not None:
+        yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
     for act in SPARE:
         if act != op.activation:
             yield f"the experts' activation: {act}, not {op.activation}", replace(op, activation=act)
@@ -277,19 +307,23 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
     if op.limit:
         yield "the experts' clamp does not belong there", replace(op, limit=0.0)
     for alpha, limit, shift in ((1.702, 7.0, 1.0), (1.0, 10.0, 0.0), (1.702, 1.5, 1.0)):
-        if (alpha, limit, shift) != (op.alpha, op.limit, op.shift):
+        if op.gate is not None and (alpha, limit, shift) != (op.alpha, op.limit, op.shift):
             words = f"the experts' gate: alpha {alpha:g}, limit {limit:g}, shift {shift:g}"
             yield words, replace(op, alpha=alpha, limit=limit, shift=shift)
     for n in ("gate", "up", "down"):
-        yield f"the experts' {n} matrices are transposed", _turned_stack(scene, op, n)
-    if op.gate_bias is not None:
+        if getattr(op, n) is not None:
+            yield f"the experts' {n} matrices are transposed", _turned_stack(scene, op, n)
+    if op.up_bias is not None:
         yield "experts' biases that do not belong there", replace(op, gate_bias=None, up_bias=None, down_bias=None)
 
 
 def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
-    """The experts op with the matrices `which` (gate, up or down) transposed.
+    """A copy of an experts op that multiplies with transposed matrices.
 
-    The transposed matrices are added to the scene's values; not if quantised, so that rerun() then gives None.
+    The transposed matrices are added to scene.values under the name NAME.turned. Quantised matrices are not transposed
+    or added; rerun() then returns None for the copy.
+
+    which: the matrices to transpose: "gate", "up" or "down".
     """
     values, name = scene.values, getattr(op, which)
     assert isinstance(values, dict)
@@ -309,9 +343,10 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """The names in scene.spare that end with `ending` and belong to the layer of `op`, as a list.
+    """Names of unused vectors of the checkpoint that may be a missing operand of `op`, as a list; [] without any.
 
-    For an op outside the layers they are those of all layers.
+    They are the names in scene.spare that end with `ending` and belong to the op's layer; for an op outside the layers,
+    to any layer.
     """
     layer = ".".join(op.site.split(".")[:2]) + "."
     return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]

@@ -17,9 +17,15 @@ Variant = tuple[str, str, dict[str, Op]]
 
 
 def layer_variants(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a Variant for each mistake of layers that may explain a wrong result of the ops of `chain`.
+    """Yield a triple (site, text, changes) for each porting mistake that involves several ops of a layer.
 
-    values: all values of the step; corrected weights are added to it.
+    The text describes a mistake that the port may have made at the site. `changes` is {site: op to run there in place
+    of the present op}. causes.explain() runs the ops again with them.
+
+    Args:
+        p: the Program.
+        values: all values of the step, by name; corrected weights are added to it.
+        chain: the ops that compute the wrong result. Only mistakes that can change them are yielded.
     """
     yield from _joined(p, values, chain)
     yield from _residual(p, chain)
@@ -31,7 +37,11 @@ def _layer(site: str) -> str:
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a Variant for each way in which a checkpoint may join q, k and v: by head, or one after another."""
+    """Yield a triple (site, text, changes), as layer_variants(), for each other way to split a joined q, k, v matrix.
+
+    A checkpoint may hold the matrix by head (each K/V head after its query heads), or q, k and v one after another. The
+    port may have split it in the wrong way. Only attention whose q, k or v is computed in `chain` is tried.
+    """
     for attend in (op for op in p.ops if isinstance(op, Attend)):
         heads, kv_heads = attend.heads, int(p.tensors[attend.k_cache].shape[2])
         own = [op for op in p.ops if isinstance(op, Linear) and _layer(op.site) == _layer(attend.site)]
@@ -56,15 +66,26 @@ def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[V
 
 
 def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
-    """True if the rows of q, k and v are heads of one size."""
+    """True if q, k and v can be joined by head: their heads have equally many rows, and heads % kv_heads is 0.
+
+    Args:
+        parts: weights or biases of q, k and v.
+        heads: number of query heads.
+        kv_heads: number of K/V heads.
+    """
     rows = [len(x) for x in parts]
     return rows[0] % heads == 0 and rows[1] == rows[2] == rows[0] // heads * kv_heads and heads % kv_heads == 0
 
 
 def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """A list of q, k and v of a matrix in which each K/V head follows its query heads.
+    """Split a joined q, k, v matrix again: by head, where it was split as if q, k and v stood one after another.
 
-    parts: the matrix, cut into three runs. share: query heads of each K/V head. groups: K/V heads.
+    By head, each K/V head's key and value rows follow the rows of its query heads. Returns the new [q, k, v].
+
+    Args:
+        parts: the three parts of the wrong split, in order; together they are the matrix.
+        share: query heads of each K/V head.
+        groups: number of K/V heads.
     """
     whole = np.concatenate(parts)
     each = whole.reshape(groups, share + 2, -1, *whole.shape[1:])
@@ -73,9 +94,14 @@ def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """A list of q, k and v of a matrix that holds them one after another.
+    """Split a joined q, k, v matrix again: one after another, where it was split by head (see _by_head()).
 
-    parts: q, k and v as they were cut from the matrix by head. share: query heads of each K/V head. groups: K/V heads.
+    The matrix is first put together from the parts. Returns the new [q, k, v].
+
+    Args:
+        parts: q, k and v of the wrong split.
+        share: query heads of each K/V head.
+        groups: number of K/V heads.
     """
     d, rest = len(parts[1]) // groups, parts[0].shape[1:]
     each = [x.reshape(groups, n, d, *rest) for x, n in zip(parts, (share, 1, 1), strict=True)]
@@ -83,7 +109,11 @@ def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
-    """Yield a Variant for each op that reads the layer's input in place of its sum with attention, or vice versa."""
+    """Yield a triple (site, text, changes), as layer_variants(), for each residual that may be wired wrongly.
+
+    Sequential: the MLP reads the layer's input plus the result of attention. Parallel: the MLP reads the layer's input.
+    A change makes an op read the other one.
+    """
     sums: Mapping[str, Map] = {
         op.out: op for op in p.ops if isinstance(op, Map) and op.b and op.expr.startswith("a + b")
     }

@@ -27,7 +27,10 @@ DERIVED = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "qk
 
 
 class PortingError(RuntimeError):
-    """Raised for an architecture on which ports cannot be tried. The message says what is missing and what to do."""
+    """Raised if no port can be tried on a model architecture, because no tiny model of it can be built or run.
+
+    The message says what is missing and what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,15 @@ def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Trial:
-    """Check the tiny model in `folder` with the port of `architecture`, whatever its own is. Returns the Trial.
+    """Run the tiny model in `folder` with the port of another architecture, and compare it with transformers.
 
-    config: the tiny model's config.json.
+    Returns the Trial: how many ops agree before the first difference. If the port does not accept the model, that is in
+    the Trial too.
+
+    Args:
+        folder: a checkpoint of the tiny model.
+        config: its config.json.
+        architecture: the architecture whose port is used, whatever config.json says.
     """
     from intaglio.debugging.check import check
     from intaglio.models import Checkpoint, CheckpointError, PortError
@@ -162,10 +171,16 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def investigate(target: str, progress: Progress = silent) -> Findings:
-    """Try ports on a tiny model of the target's architecture. Returns the Findings.
+    """Find the existing port that fits an architecture. Returns the Findings.
 
-    If the table of ports has the architecture, only its own port is tried, else every port. target: a checkpoint
-    folder, or a model type of transformers. Raises PortingError if a tiny model cannot be built.
+    A tiny model of the architecture with random weights is built with transformers. Each port is run on it and compared
+    with transformers, op by op. If the table of ports has the architecture, only its own port is tried.
+
+    Args:
+        target: a checkpoint folder, or a model type of transformers.
+        progress: called before each port.
+
+    Raises PortingError if a tiny model cannot be built.
     """
     from intaglio.models import families
 

@@ -36,7 +36,10 @@ DEVICES: dict[str, str] = {}  # "module:class" by name
 
 
 def register_device(name: str, where: str) -> None:
-    """Register a Device class under a name, so that open_device() can open it. where: "module:class"."""
+    """Register a Device class under a name, so that open_device() can open it. where: "module:class".
+
+    A device that was registered under this name before is replaced. Returns nothing.
+    """
     DEVICES[name] = where
 
 

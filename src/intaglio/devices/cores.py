@@ -60,7 +60,7 @@ def _groups(membership: str, root: Path) -> Iterator[Path]:
 
 
 def _limit(folder: Path) -> float:
-    """CPU limit of one group, in cores; infinity if it sets none."""
+    """CPU limit in cores of the control group (cgroup) at `folder`; infinity if it has none or does not exist."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (folder / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)

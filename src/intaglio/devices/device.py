@@ -61,13 +61,15 @@ class Weights(Protocol):
 class StateSpec:
     """Size of the state that outlives a step: K/V cache and recurrent state.
 
+    A page holds one K/V block of a sequence.
+
     Attributes:
-        pages: pages in the pool (the symbolic dim P).
+        pages: pages of each K/V cache (the symbolic dim P).
         page_tokens: tokens per page (the symbolic dim B).
         slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
             without recurrent state.
-        window_pages: pages of the caches that only layers with a window or chunk read (`Program.windows`). Blocks of
-            these caches are given back when no query sees them any more. 0: these caches have `pages` pages too.
+        window_pages: pages of each cache that only layers with a window or chunk read (`Program.windows`); fewer are
+            enough, since a page is free again once no later query can see it. 0: such a cache has `pages` pages.
         window: the longest of these windows in tokens; 0 if window_pages is 0.
     """
 
@@ -78,9 +80,10 @@ class StateSpec:
     window: int = 0
 
     def pages_of(self, program: Program, cache: str) -> int:
-        """Number of pages of a K/V cache of the Program.
+        """Number of pages of one K/V cache: `window_pages` if only layers with a window read it, else `pages`.
 
-        Raises DeviceError for a cache whose window is longer than `window`.
+        cache: name of the cache's tensor. If `window_pages` is 0, every cache has `pages`. Raises DeviceError if a
+        window layer that reads the cache sees more tokens than the attribute `window` of this StateSpec allows.
         """
         reach = program.windows.get(cache)
         if not self.window_pages or reach is None:
@@ -108,8 +111,8 @@ class StepRequest:
     Attributes:
         batch: the arrays of the step.
         logits: True to return logits f32 [R, vocabulary].
-        taps: the sites whose first result is returned.
-        timed: True to return seconds by site.
+        taps: sites (names of ops, or of views of a result) whose first result is returned, for debugging.
+        timed: True to return the seconds of each op.
     """
 
     batch: Batch
@@ -126,9 +129,9 @@ class StepResult:
         tokens: int32 [R]; -1: the row has NaN, or no finite logit that may be drawn.
         logprobs: f32 [R], the log-probabilities of `tokens`.
         logits: f32 [R, vocabulary] if requested, else None.
-        taps: the tapped tensors by site.
-        timings: seconds by site if requested, else empty.
-        rank_timings: seconds by site for each rank of a mesh, if requested; else ().
+        taps: the results that StepRequest.taps asked for, by site (name of the op or view).
+        timings: seconds of each op by site if requested, else empty; the sum over ranks for a mesh.
+        rank_timings: for each rank of a mesh, seconds by site, if requested; else ().
     """
 
     tokens: np.ndarray
@@ -140,9 +143,10 @@ class StepResult:
 
 
 def merge_ranks(results: Sequence[StepResult]) -> StepResult:
-    """The results of a mesh's ranks as one: the last rank's tokens and logits, summed timings, and all taps.
+    """One StepResult for all ranks of a mesh: the last one's tokens, log-probabilities and logits, and all taps.
 
-    Rank r's tapped tensor is named `site@r`.
+    A tap of rank r is named `site@r`. The seconds of each op (timings) are summed over ranks; rank_timings keeps them
+    by rank. results: at least one, in order of rank.
     """
     last, timings = results[-1], dict[str, float]()
     for result in results:
@@ -165,7 +169,7 @@ class PendingStep(Protocol):
 
 @dataclass(frozen=True)
 class CompletedStep:
-    """A step that has ended. `outcome`: its result, or the error it raised."""
+    """A step that has ended, as a PendingStep. outcome: its StepResult, or the error that ended it."""
 
     outcome: StepResult | Exception
 
@@ -174,7 +178,7 @@ class CompletedStep:
         return True
 
     def result(self) -> StepResult:
-        """The StepResult. Raises the error if the step failed."""
+        """Return the StepResult at once, or raise the error that ended the step."""
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -222,7 +226,7 @@ class Executable(ABC):
         return any(op.kind == "experts" for op in self.program.ops)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
-        """The ExpertLoad of each layer with experts, by the site of its op; {} if this executable does not count.
+        """{site (name of an op): ExpertLoad} of all layers with experts; {} if this executable does not count.
 
         All steps launched so far are counted. Raises DeviceLost if the device is lost.
         """
@@ -231,13 +235,13 @@ class Executable(ABC):
     def load_experts(self, layers: Mapping[str, Ranks]) -> None:
         """Start to load the experts that another placement of some layers needs. Returns at once; steps go on.
 
-        layers: the experts of each rank, by site. Raises DeviceError if they do not fit or cannot be moved, and
-        DeviceLost if the device is lost.
+        layers: the expert numbers of each rank, by site (name of the layer's op). Raises DeviceError if they do not fit
+        or cannot be moved, and DeviceLost if the device is lost.
         """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def experts_loaded(self) -> bool:
-        """True if load_experts() has loaded everything, or was not called.
+        """True once load_experts() has loaded everything, and if it was not called; False while it loads.
 
         Raises DeviceError if loading failed; the experts then stay where they are. Raises DeviceLost if the device is
         lost.
@@ -245,7 +249,7 @@ class Executable(ABC):
         return True
 
     def switch_experts(self) -> None:
-        """In all steps launched later, use the experts that load_experts() has loaded.
+        """Use the experts that load_experts() has loaded, in all steps launched later. Returns nothing.
 
         Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
         """
@@ -260,9 +264,10 @@ class Executable(ABC):
         return self
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """The result of call(executable inside all wrappers), which runs no step. Raises what it raises.
+        """Return call(executable), for work that is not a step, such as moving experts. It raises what `call` raises.
 
-        A wrapper that runs steps in turns with other models makes the call in its turn too.
+        `call` gets the executable inside all wrappers, and must run no step itself. If several models take turns on one
+        machine, the call waits for this model's turn.
         """
         return call(self)
 
@@ -293,7 +298,10 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that can be one rank of a mesh: their steps stop at collectives."""
+    """Base class of executables that can run one rank of a mesh, several of them in one process.
+
+    A step is a generator. It yields at each collective, and goes on once the caller has exchanged the ranks' data.
+    """
 
     @abstractmethod
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
@@ -377,7 +385,10 @@ class Device(ABC):
         """Load one Program, a whole model or one rank of a mesh. Returns the Executable."""
 
     def recipe(self) -> Recipe:
-        """The Recipe with which another process makes an equal device. Classes with arguments override it."""
+        """The Recipe, (name of a function, its arguments), by which another process makes an equal device.
+
+        Classes whose constructor has arguments override it.
+        """
         return f"{type(self).__module__}:{type(self).__qualname__}", {}
 
     def facts(self) -> DeviceFacts:

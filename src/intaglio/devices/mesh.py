@@ -46,9 +46,10 @@ class MeshExecutable(BlockingExecutable):
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank. Returns one StepResult: the last rank's, with the timings of all ranks added up.
+        """Run one step of every rank. Returns one StepResult, made by merge_ranks(): the last rank's tokens and logits.
 
-        The value that rank r computes at a tapped site is named `site@r`. Raises DeviceError for a batch out of range.
+        The seconds of each op are summed over ranks, and rank r's tap is named `site@r`. Raises DeviceError for a batch
+        out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
@@ -117,9 +118,10 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run a rank up to its next collective or its end.
+        """Run one rank until its next collective or its end. Returns nothing.
 
-        `output`: the rank's result of the collective at which it waits; None to begin.
+        It stores the collective and the rank's input in `waiting`, or the StepResult in `results`. output: the rank's
+        result of the collective at which it waits; None after a send, and to begin.
         """
         self.waiting.pop(rank, None)
         try:
@@ -179,7 +181,7 @@ class MeshDevice(Device):
 
     @classmethod
     def of(cls, inner: Recipe) -> MeshDevice:
-        """A MeshDevice whose inner device is made from a recipe."""
+        """A MeshDevice that runs each rank on a device made from a Recipe (a function's name and its arguments)."""
         device = make(inner)
         assert isinstance(device, Device)
         return cls(device)

@@ -49,9 +49,13 @@ def link(previous: int, token: int) -> int:
 
 
 def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
-    """The token id that follows a sequence whose K/V slots hold `links`; -1 if the mask allows no token id.
+    """The next token id of a sequence on the oracle, a fake device for tests; -1 if the mask allows no token id.
 
-    Depends on every link and its position, on every edit and on the mask; with a temperature above 0 also on the seed.
+    It is a hash of all links and their order, of the row's logit edits and mask, and with a temperature above 0 of the
+    seed. A link is the content of one K/V slot: a hash of the sequence's tokens up to there, see link().
+
+    links: those of all tokens of the sequence, in order. vocabulary: number of token ids. sampling: parameters of the
+    row.
     """
     total = sum(h * (2 * i + 1) for i, h in enumerate(links)) & MASK
     if sampling.temperature > 0:
@@ -66,7 +70,10 @@ def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
 
 
 def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -> int:
-    """The token id that must follow the token ids `ids`, computed without a K/V cache for tests to compare with."""
+    """The token id that the oracle, a fake device for tests, gives after the token ids `ids`; -1 if none is allowed.
+
+    It is computed from `ids` alone, without a K/V cache, so that tests can compare it with the device's token.
+    """
     links, previous = [], START
     for token in ids:
         previous = link(previous, token)
@@ -75,7 +82,12 @@ def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -
 
 
 class OracleExecutable(BlockingExecutable):
-    """An executable of the oracle device: one hash (link) per K/V slot, and one per slot of recurrent state."""
+    """A fake model for tests of the runtime: the next token is a hash of the sequence's token ids.
+
+    It reads the ids' hashes (links) back from the K/V cache, so that any mistake in block tables or slots becomes a
+    wrong token. Each K/V slot holds one 64-bit link: the hash of its token and of the link before. Each slot of
+    recurrent state holds the link of a sequence's last token.
+    """
 
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state = program, state
@@ -101,9 +113,10 @@ class OracleExecutable(BlockingExecutable):
         return batch.block_table[s, at // batch.block_size] * batch.block_size + at % batch.block_size
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step and return its StepResult, without taps and timings.
+        """Run one step. Returns a StepResult with tokens and log-probabilities 0, and with logits if requested.
 
-        Every chunk is written before any row is sampled. Raises DeviceError for a batch that does not fit.
+        Taps and timings are ignored. As on a real device, the K/V of all tokens of the batch is written before any
+        token is sampled. Raises DeviceError for a batch that does not fit.
         """
         batch = request.batch
         check_batch(self.program, self.state, batch)
@@ -127,9 +140,10 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
-        """True if the window blocks of sequence `s` hold the links of a query's window.
+        """True if a sequence's window blocks hold the right links (hashes) of all tokens that a query may attend to.
 
-        held: the links of all tokens up to the query; those of its window are the last `window` of them.
+        Those are the last `state.window` tokens up to the query. s: the sequence's number in the batch. held: the right
+        links of all tokens up to the query.
         """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]
@@ -137,9 +151,9 @@ class OracleExecutable(BlockingExecutable):
         return bool((blocks >= 0).all()) and links.tolist() == [held[i] for i in at]
 
     def _states(self, batch: Batch) -> list[int]:
-        """The recurrent state after each token row, as a list; [] if there are no slots.
+        """The recurrent state after each token row of the batch, a list of ints: hashes (links) of the tokens so far.
 
-        Writes each sequence's new state to its slot.
+        Each sequence's last one is written to its slot. [] if the state has no slots, as for models without recurrence.
         """
         if not len(self.states):
             return []

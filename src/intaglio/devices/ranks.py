@@ -17,9 +17,10 @@ SILENCE = 0.7  # seconds without a sign of life after which a stopped process co
 
 
 def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[int, ...]]:
-    """The CPU cores that each rank may use: a list with a tuple of `threads` neighbouring core numbers for each.
+    """Divide CPU cores among the ranks of this host. Returns a list with a tuple of core numbers for each rank.
 
-    () if there are too few cores for all ranks: the rank may then run on any core.
+    Each rank gets `threads` neighbouring cores of the list `cores`. If there are fewer than ranks * threads, every
+    tuple is (), which lets the rank run on any core.
     """
     if ranks * threads > len(cores):
         return [()] * ranks

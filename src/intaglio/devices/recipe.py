@@ -12,10 +12,13 @@ Recipe = tuple[str, Mapping[str, Any]]  # "module:name" of what makes it, and it
 
 @runtime_checkable
 class HasRecipe(Protocol):
-    """Interface of objects that another process can recreate from a Recipe."""
+    """Interface of objects of which another process can make an equal one, from a Recipe."""
 
     def recipe(self) -> Recipe:
-        """The Recipe that makes an equal object."""
+        """The Recipe of this object, for make() in another process: ("module:name" of a function, its arguments).
+
+        The arguments are passed by keyword and are values that JSON can hold.
+        """
 
 
 def named(where: str) -> Any:

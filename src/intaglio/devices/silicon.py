@@ -96,7 +96,10 @@ class TimeOnlyExecutable(BlockingExecutable):
         self.program, self.state = program, state
 
     def run(self, request: StepRequest) -> StepResult:
-        """Return token id 0 and log-probability 0 for each row. Raises DeviceError if logits or taps are asked for."""
+        """Run a step without computing. Returns a StepResult: token id 0 and log-probability 0 for each row to sample.
+
+        It has no timings, even if `timed` is requested. Raises DeviceError if logits or taps are requested.
+        """
         if request.logits or request.taps:
             raise DeviceError(f"values={NONE!r} computes no logits and no taps; use another value, such as host")
         rows = len(request.batch.rows)
@@ -105,7 +108,10 @@ class TimeOnlyExecutable(BlockingExecutable):
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """A step whose result is known and which ends when the modelled clock shows `end` seconds."""
+    """A step whose values are known and which ends at a modelled time, as a PendingStep.
+
+    outcome: its result. end: seconds on `clock` at which the step ends.
+    """
 
     outcome: StepResult
     end: float
@@ -116,7 +122,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """The StepResult. If the clock shows a time before the step's end, it is set forward to the end first."""
+        """Return the StepResult, after setting the clock forward to the step's end if it shows an earlier time."""
         self.clock.wait_until(self.end)
         return self.outcome
 
@@ -151,9 +157,10 @@ class SiliconExecutable(Executable):
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it. Its result() sets the clock to the step's end, or raises the step's error.
+        """Compute a step's values and model its time. Returns a PendingStep that ends at the modelled time.
 
-        With `timed`, the result has modelled seconds by site.
+        Its result() sets the clock forward to that time and returns the StepResult, or raises the step's error. If
+        `request.timed`, the result has the modelled seconds of each op, by site (name of the op).
         """
         try:
             result = self.inner.step(replace(request, timed=False))

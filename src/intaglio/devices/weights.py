@@ -25,7 +25,7 @@ class ArrayWeights:
     arrays: Mapping[str, Value]
 
     def read(self, name: str) -> Value:
-        """The array called `name`."""
+        """The array or Quantised matrix called `name`. Raises KeyError if there is none."""
         return self.arrays[name]
 
     def strips(self, name: str) -> Iterator[Value]:
@@ -40,14 +40,18 @@ class ArrayWeights:
 
 
 class ReportedWeights:
-    """Wraps a source of weights and reports progress: the number of checkpoint values that the device has taken."""
+    """A source of weights that passes calls on to another source, and reports how much the device has taken so far."""
 
     def __init__(
         self, weights: Weights, mesh: MeshProgram, shape: Callable[[str], tuple[int, ...]], progress: Progress
     ) -> None:
-        """Wrap `weights`. mesh: the Programs being loaded.
+        """Wrap the source `weights` to report progress.
 
-        shape: function from a checkpoint tensor's name to its shape.
+        Args:
+            weights: the source that holds the values.
+            mesh: the Programs to be loaded, which say how often each checkpoint tensor is used.
+            shape: function from a checkpoint tensor's name to its shape.
+            progress: called with (values taken, values in all, text) after each tensor.
         """
         self.weights, self.progress = weights, progress
         self.left = Counter(
@@ -62,18 +66,18 @@ class ReportedWeights:
         self.taken = 0
 
     def read(self, name: str) -> Value:
-        """The values of a checkpoint tensor."""
+        """Read a checkpoint tensor by name: an array [rows, ...] in its stored type, or a Quantised matrix."""
         return self.weights.read(name)
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the values of a checkpoint tensor in runs of rows."""
+        """Yield a checkpoint tensor in parts of successive rows (first dimension), each like the result of read()."""
         return self.weights.strips(name)
 
     def release(self, name: str) -> None:
-        """Release the tensor `name` in `weights`, and report the values that the device has taken so far.
+        """Tell the wrapped source that the device has copied tensor `name`, and report progress.
 
-        The Programs may use a tensor several times. As many releases as there are uses count, each with all values of
-        the tensor. Later releases, and releases of tensors that no Program reads, are passed on but not reported.
+        A tensor's values count once for each use in the Programs, so a tensor that is used twice is reported twice.
+        Releases beyond the number of uses report nothing.
         """
         self.weights.release(name)
         if self.left[name] > 0:
@@ -108,7 +112,10 @@ def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
 
 
 def check_slots(tensor: Tensor, state: StateSpec) -> None:
-    """Raise DeviceError if a tensor is recurrent state and `state` has fewer than two slots, which a sequence needs."""
+    """Raise DeviceError if `tensor` is recurrent state and `state` has fewer than two slots. Returns nothing.
+
+    A sequence needs two: each step reads its state from one slot and writes the new state to another.
+    """
     if tensor.shape[0] == "N" and state.slots < 2:
         raise DeviceError(
             f"{tensor.name} is recurrent state, {tensor.type}, and the StateSpec has {state.slots} slots; give it two "

@@ -31,10 +31,11 @@ class WorkerDevice(Device):
         return self.inner.facts()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Start a child process and load the Program there. Returns the Executable.
+        """Start a child process and load the Program there. Returns the Executable, which sends steps to the process.
 
-        `weights` must be ArrayWeights or have a recipe(). Errors of the device are raised as DeviceError, and the end
-        of the process meanwhile as DeviceLost.
+        weights: an ArrayWeights, whose arrays are sent, or a source with a recipe(), by which the child opens it
+        itself. Raises DeviceError if the weights are neither or the device raises an error, DeviceLost if the process
+        ends while it loads.
         """
         programs, layout = ((program,), "") if isinstance(program, Program) else (program.programs, program.layout)
         job = Job(self.inner.recipe(), programs, layout, weights, state)

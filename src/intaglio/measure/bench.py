@@ -47,19 +47,19 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
+    """Roofline bound of ops: the minimum seconds by memory bandwidth (`memory`) and by arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The bound in seconds: the larger of memory and matrix."""
+        """The minimum seconds that the ops can take: the larger of `memory` and `matrix`."""
         return max(self.memory, self.matrix)
 
     @property
     def by(self) -> str:
-        """Name of the larger of the two, which limits the speed: "memory" or "matrix"."""
+        """What sets the bound: "memory" (bandwidth) if `memory` is larger than `matrix`, else "matrix" (arithmetic)."""
         return "memory" if self.memory > self.matrix else "matrix"
 
     def __add__(self, other: Bound) -> Bound:
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """Bound over measured time, 1 at the roof; None without a bound."""
+        """Roofline bound divided by measured seconds; 1: as fast as the machine allows. None without a bound."""
         return None if self.bound_seconds is None else self.bound_seconds / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,10 +123,7 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure and return the bytes/s at which a CPU device reads a working set of `megabytes`.
-
-    The best of several tries.
-    """
+    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`; returns the best of some tries."""
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 
@@ -142,14 +139,15 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size. Returns a list with two Rows for each size, in this order.
+    """Measure prefill and decode at each size. Returns a list with two Rows for each size: prefill, then decode.
 
     Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
 
     Args:
         executable: the loaded Program.
         roofs: bounds are computed from these; None: rows have no bounds.
-        lengths: prompt lengths; by default those of LENGTHS that fit.
+        lengths: prompt lengths. None: those in LENGTHS that fit the context with the decode steps; if none does, the
+            longest that fits.
         sequences: numbers of sequences run together.
         runs: runs of which medians are taken.
         max_batch_tokens: token rows of a prefill step.
@@ -199,7 +197,7 @@ class Stopwatch:
         return [self.step(StepRequest(batch))[0] for batch in steps]
 
     def step(self, request: StepRequest) -> tuple[float, StepResult]:
-        """Run one step. Returns (seconds, result)."""
+        """Run one step. Returns (seconds that it took, its StepResult). Also reports progress."""
         self.report(self.what)
         start = self.clock()
         result = self.executable.step(request)
@@ -253,7 +251,10 @@ def _blocks(executable: Executable, sequence: int, length: int) -> range:
 
 
 def prefill_steps(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
-    """Yield the Batches that prefill `count` prompts of `length` random tokens, each filled up to `budget` tokens."""
+    """Yield the Batches that prefill `count` prompts of `length` random tokens.
+
+    Each Batch has `budget` tokens, the last one perhaps fewer; a prompt may be split over several Batches.
+    """
     rng = random.Random(0)
     chunks: list[Chunk] = []
     room = budget
@@ -319,9 +320,10 @@ def moved(work: Work) -> int:
 
 
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
-    """A dict from site to its Bound in one step of `batch`.
+    """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
 
-    The bandwidth is that for the working set of the whole step.
+    All ops get the bandwidth measured for a working set as large as all bytes of the step: the bytes of a small model
+    stay in the CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
@@ -332,7 +334,10 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """Name of the format of an op's multiplications: an integer weight's own, else the format that x is rounded to."""
+    """Name of the number format in which an op multiplies; roofs.peak() takes it. "f32" for any op but a linear.
+
+    For a linear with x in int8, the weight's format; for other linears, the format to which x is rounded.
+    """
     if not isinstance(op, Linear):
         return "f32"
     return program.tensors[op.w].format if op.x_format == "int8" else op.x_format

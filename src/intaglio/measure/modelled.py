@@ -24,12 +24,13 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request that the engine has.
+    """A request of a load that the engine is working on.
 
     Attributes:
         planned: the request as planned.
-        start: its start, in seconds from the beginning of the load.
-        stamps: seconds from its start to each token.
+        start: seconds from the beginning of the load until the request counts as sent. That is its planned arrival, or
+            with a limit of open requests the time when it is given to the engine.
+        stamps: for each token, seconds from `start` to the token.
     """
 
     planned: LoadRequest
@@ -37,7 +38,7 @@ class Running:
     stamps: list[float] = field(default_factory=list)
 
     def ended(self, event: Event, end: float) -> Outcome:
-        """The outcome, from the request's last event. end: seconds from the request's start."""
+        """The Outcome of this request, made from its last event. end: seconds from the request's start to its end."""
         assert event.usage
         error = event.finish_reason if event.finish_reason in FAILED else None
         gaps = tuple(b - a for a, b in itertools.pairwise(self.stamps))
@@ -55,10 +56,10 @@ def run_load(
 ) -> list[Outcome]:
     """Run a load on an engine whose steps advance `clock`. Returns a list of Outcomes, first ended first.
 
-    A request is given to the engine at its time. With `concurrency` the request also waits until fewer requests than
-    that are open, and its times count from the moment when it is given. A request that the engine refuses has the
-    reason as its error. The clock jumps ahead while the engine is idle. request_of: function from a LoadRequest to the
-    engine's Request, whose id must be new.
+    A request is given to the engine when the clock reaches its planned arrival. With `concurrency` it also waits until
+    fewer than `concurrency` requests are open, and its times count from the moment when the engine gets it. The Outcome
+    of a request that the engine refuses has the reason as its error. The clock jumps ahead while the engine is idle.
+    request_of: function from a LoadRequest to the engine's Request; every Request must have another id.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}
@@ -93,10 +94,14 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on a silicon LLM in the modelled time of its chips. Returns the list of Outcomes of run_load().
+    """Run a load in the modelled time of the simulated chips. Returns a list of Outcomes, first ended first.
 
-    seed: random seed of the prompts, which are random token ids. concurrency: the largest number of open
-    requests; None: no limit.
+    Args:
+        llm: a model on the device "silicon".
+        requests: lengths and arrival times.
+        seed: random seed of the prompts, which are random token ids.
+        concurrency: the largest number of open requests; None: no limit.
+        progress: called before each step.
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

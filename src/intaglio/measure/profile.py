@@ -33,11 +33,11 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Site:
-    """Timing of one op over all layers.
+    """Timing of one op of the Program, summed over all layers.
 
     Attributes:
-        site: name of the op's site, with * in place of the layer's number.
-        count: number of ops.
+        site: the op's name, with * in place of the layer's number, such as layers.*.mlp.down_proj.
+        count: number of ops with this name.
         seconds: sum of the ops' median seconds.
         bound_seconds: sum of the ops' roofline bounds; None without roofs.
         bound_by: "memory" or "matrix", which sets the bound; None without roofs.
@@ -51,17 +51,23 @@ class Site:
 
     @property
     def lost(self) -> float:
-        """Seconds above the bound; all seconds without a bound."""
+        """Seconds above the roofline bound, `seconds` - `bound_seconds`; all of `seconds` if there is no bound.
+
+        Negative if the measured time is below the bound.
+        """
         return self.seconds - (self.bound_seconds or 0.0)
 
     @property
     def share(self) -> float | None:
-        """Bound over measured time, 1 at the roof; None without a bound, or without time."""
+        """Roofline bound divided by measured seconds: 1 if the op is as fast as the machine allows.
+
+        None without a bound, and for an op that took 0 seconds.
+        """
         return None if self.bound_seconds is None or not self.seconds else self.bound_seconds / self.seconds
 
     @property
     def label(self) -> str:
-        """The site's name, with the number of ops if there are several, such as "layers.*.mlp.down_proj ×16"."""
+        """The op's name, with the number of layers that have it if there are several: "layers.*.mlp.down_proj ×16"."""
         return f"{self.site} ×{self.count}" if self.count > 1 else self.site
 
 
@@ -74,10 +80,10 @@ class Profile:
         sequences: number of sequences run together.
         prompt_tokens: prompt length.
         steps: number of steps in the phase.
-        seconds: wall time when sites are timed.
-        untimed_seconds: wall time when they are not.
-        outside_seconds: `seconds` minus the time of all sites.
-        sites: timings by op, in the order of the Program.
+        seconds: wall time when each op is timed.
+        untimed_seconds: wall time when ops are not timed, which is less.
+        outside_seconds: `seconds` minus the time of all ops.
+        sites: the time of each op, summed over layers, in the order of the Program.
     """
 
     phase: str
@@ -91,16 +97,22 @@ class Profile:
 
     @property
     def outside_share(self) -> float:
-        """Fraction of the time that is spent outside sites."""
+        """Fraction of `seconds` that is spent outside the ops of the Program, such as in Python and between kernels."""
         return self.outside_seconds / self.seconds
 
     @property
     def worst(self) -> list[Site]:
-        """A list of the WORST sites that lose most time against their bounds, the worst first."""
+        """The ops with the largest Site.lost (seconds above the roofline bound), as a list of at most WORST (5) Sites.
+
+        The largest comes first. An op without a bound counts with all its seconds.
+        """
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
-        """A sentence that says how much time site `s` takes and how much above its bound."""
+        """A sentence that compares the time of op `s` with its roofline bound: how many milliseconds are lost.
+
+        Without a bound the sentence says which share of the phase's time the op takes.
+        """
         takes = f"{s.label} takes {s.seconds * 1e3:,.2f} ms"
         if s.bound_seconds is None:
             return f"{takes}, {s.seconds / self.seconds:.1%} of {self.phase}"
@@ -113,7 +125,11 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the fields, shares and worst sites, as plain values for JSON."""
+        """A dict for JSON of the fields of this Profile, plus "outside_share" and "worst".
+
+        In "sites" each op also has its "lost" seconds and its "share" (bound over measured seconds). "worst" is a list
+        of the ops that lose most time: {"site", "lost", "text"}, where "text" is the sentence of gap().
+        """
         sites = [{**asdict(s), "lost": s.lost, "share": s.share} for s in self.sites]
         worst = [{"site": s.site, "lost": s.lost, "text": self.gap(s)} for s in self.worst]
         return {**asdict(self), "sites": sites, "outside_share": self.outside_share, "worst": worst}
@@ -121,11 +137,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sample:
-    """Timings of one run of a phase.
+    """Timings of one run of a phase: of a whole prefill, or of one decode step.
 
     Attributes:
         wall: seconds in all.
-        sites: seconds by folded site.
+        sites: seconds by op, summed over layers: {name of the op with * for the layer's number: seconds}. Empty if ops
+            were not timed.
     """
 
     wall: float
@@ -133,7 +150,7 @@ class Sample:
 
 
 def fold(site: str) -> str:
-    """A site's name with its layer number replaced by *: layers.3.mlp.down_proj becomes layers.*.mlp.down_proj."""
+    """An op's name with its layer number replaced by *: layers.3.mlp.down_proj becomes layers.*.mlp.down_proj."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", site)
 
 
@@ -150,8 +167,9 @@ def profile(
 ) -> list[Profile]:
     """Profile prefill, then decode. Returns a list of the two Profiles in this order.
 
-    The arguments are those of bench(), with one number of sequences and one prompt length. prompt_tokens None:
-    PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
+    Arguments have the same meaning as in bench(). sequences: number of sequences run together. prompt_tokens: prompt
+    length; None: PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size
+    does not fit.
     """
     if prompt_tokens is None:
         prompt_tokens = max(1, min(PROMPT_TOKENS, executable.program.context - DECODE_STEPS))
@@ -178,7 +196,10 @@ def profile(
 
 
 def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
-    """Run the steps of a phase once and return their timings as a Sample. timed: True to time sites too."""
+    """Run the steps of a phase (a whole prefill, or one decode step) once. Returns its timings as a Sample.
+
+    timed: True to measure the seconds of each op too; False: the Sample has the wall time alone.
+    """
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
         seconds, result = watch.step(StepRequest(batch, timed=timed))
@@ -191,9 +212,13 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """A tuple of Sites, one for each folded site, in the order of the Program.
+    """The timings of all ops as a tuple of Sites, in the order of the Program; ops of all layers are summed.
 
-    Each has the median seconds of the samples, and its bound.
+    Args:
+        executable: the loaded Program.
+        steps: the Batches of the phase; their work gives the roofline bounds.
+        samples: timings of several runs; a Site has their median.
+        roofs: measured limits of the machine; None: the Sites have no bounds.
     """
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())

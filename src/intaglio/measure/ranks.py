@@ -31,7 +31,7 @@ class RankTimes:
         rank: number of the rank.
         seconds: seconds in all ops.
         collectives: seconds in collectives, a part of `seconds`.
-        waited: seconds in which it waited for another rank, a part of `collectives`, by that rank's number.
+        waited: {number of another rank: seconds in which this rank waited for it}, a part of `collectives`.
     """
 
     rank: int
@@ -41,8 +41,9 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns a list of each step's StepResult.
+    """Measure decode steps. Returns a list of runs * DECODE_STEPS StepResults with the seconds of each op.
 
+    Each run decodes DECODE_STEPS tokens after short prompts; one more run before them warms up and is left out.
     sequences: number of sequences in a step. Overwrites the K/V cache.
     """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))
@@ -69,7 +70,14 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 
 
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
-    """A list with a dict for each rank: {number of another rank: seconds of the step that it waited for that rank}."""
+    """How long each rank of a mesh waited for others in one step: a list with a dict {other rank: seconds} for each.
+
+    All seconds of a recv count as waiting for its sender. In other collectives all ranks wait for the last rank to
+    arrive, which is the rank with the shortest time in the op. Every other rank waited for the last rank: its own time
+    minus the last rank's.
+
+    timings: for each rank, the seconds of each op by site (name of the op).
+    """
     found = [defaultdict[int, float](float) for _ in mesh.programs]
     for rank, program in enumerate(mesh.programs):
         for op in program.ops:

@@ -26,7 +26,7 @@ class Trace:
 
     @property
     def most(self) -> int:
-        """The context length in tokens (prompt and output together) that all but about 1 in 100 requests stay below."""
+        """Number of tokens (prompt and output together) that about 99 of 100 requests do not exceed."""
         return self.prompt[10] + self.output[10]
 
 
@@ -91,8 +91,9 @@ def draw(
 ) -> list[LoadRequest]:
     """A list of `n` LoadRequests in order of arrival, with lengths drawn from the trace `t` and multiplied by `scale`.
 
-    context: outputs are cut to half of it, then prompts to the rest; None: no length is cut. rate, cv: of the arrivals,
-    as in arrivals(). Raises ValueError unless both are above 0.
+    rate: mean arrivals per second; inf: all at once. cv: coefficient of variation of the gaps between arrivals.
+    context: context length in tokens. Outputs are cut to half of it, then prompts to the rest; None: no length is cut.
+    Raises ValueError unless rate and cv are above 0.
     """
     rng = np.random.default_rng(seed)
     at = arrivals(n, rate, cv, rng)
@@ -104,5 +105,9 @@ def draw(
 
 
 def _lengths(knots: Sequence[int], n: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """`n` lengths in tokens, drawn from the quantiles `knots` at SHARES and multiplied by `scale`, as an array [n]."""
+    """Draw `n` random lengths in tokens. Returns an int array [n] of 1 or more.
+
+    knots: quantiles of the lengths of a trace, in tokens, at the fractions in SHARES; between them, quantiles are
+    interpolated linearly. scale: factor for each length, which is then rounded to a whole number.
+    """
     return np.maximum(1, np.rint(scale * np.interp(rng.random(n), SHARES, knots))).astype(int)

@@ -56,7 +56,7 @@ class TensorFate:
         file: name of its file.
         dtype: its stored type, such as BF16.
         shape: its stored shape.
-        bytes: its bytes in the file.
+        bytes: number of its bytes in the file.
         fate: "used" or "ignored".
         becomes: names of the Program's weights made from it; () if ignored.
         format: number format of the first of these weights; "" if ignored.
@@ -130,7 +130,11 @@ class Account:
     notes: tuple[str, ...]
 
     def table(self) -> dict[str, Any]:
-        """The account's fields as a dict of plain values, for JSON."""
+        """The account of the checkpoint as a dict of plain values, for JSON.
+
+        The keys are the attributes' names. Attributes with entries (groups, tensors, keys, files) become lists of
+        dicts. quantised_by is None if it is "".
+        """
         return {
             "path": self.path, "architecture": self.architecture, "models": self.models, "said_by": self.said_by,
             "quantised_by": self.quantised_by or None, "context": self.context, "vocabulary": self.vocabulary,
@@ -168,7 +172,13 @@ def account(path: str | Path, context: int | None = None) -> Account:
 
 
 def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """({name of a stored tensor: the Program's weights made from it}, {the same name: format of the first of them})."""
+    """What the stored tensors of a checkpoint become. Returns two dicts, whose keys are names of stored tensors.
+
+    - First dict: a list of the names of the Program's weights that are made from the tensor.
+    - Second dict: the number format that the first of those weights has in the Program.
+
+    A tensor that nothing is made from is in neither.
+    """
     used: dict[str, list[str]] = {}
     formats: dict[str, str] = {}
     for t in ported.program.of_role("weight"):
@@ -201,7 +211,9 @@ def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate
             tables = (n for n, x in ported.program.tensors.items() if x.role == "const" and "frequencies" in n)
             yield TensorFate(*how, "used", tuple(tables), "f32")
         else:
-            yield TensorFate(*how, "ignored", why=UNUSED[use])
+            held = (name.removeprefix("blocks of ") for _, name in places[first:last])
+            why = next((ported.unused[name] for name in held if name in ported.unused), UNUSED[use])
+            yield TensorFate(*how, "ignored", why=why)
 
 
 def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:

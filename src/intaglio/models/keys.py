@@ -33,7 +33,8 @@ HARMLESS: dict[str, str] = {
         "output_router_logits", "label_smoothing", "z_loss", "moe_dropout", "router_dtype", "mup_base_width",
         "use_fused_crossentropy", "fused_ce", "rescale_prenorm_residual", "load_balance_loss_weight", "lora_dropout",
         "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme", "time_step_scale", "mamba_dt_min",
-        "mamba_dt_max", "mamba_dt_init_floor", "z_loss_coefficient",
+        "mamba_dt_max", "mamba_dt_init_floor", "z_loss_coefficient", "linear_a_log_min", "linear_a_log_max",
+        "linear_dt_min", "linear_dt_max", "linear_dt_init_floor",
         "is_training", "layerdrop", "finetuned", "train_batch_size", "initialization_scheme", "altup_coef_clip",
         "altup_lr_multiplier",
     ), TRAINING),
@@ -54,7 +55,7 @@ HARMLESS: dict[str, str] = {
         "transformers_weights", "tf_legacy_loss", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
         "chunk_size", "mamba_chunk_size", "residual_in_fp32", "use_mambapy", "use_associative_scan",
         "mamba_ssm_cache_dtype", "mamba_ssm_dtype", "num_logits_to_keep",
-        "reorder_and_upcast_attn", "slow_but_exact", "n_ctx", "enable_moe_fp32_combine",
+        "reorder_and_upcast_attn", "slow_but_exact", "n_ctx", "enable_moe_fp32_combine", "moe_shared_expert_overlap",
     ), OUTPUTS),
     **dict.fromkeys((
         "pad_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
@@ -88,12 +89,14 @@ HARMLESS: dict[str, str] = {
     ), OTHER_PARTS),
     **dict.fromkeys((
         "num_nextn_predict_layers", "num_mtp_modules", "use_mtp", "mtp_transformer_layers", "mtp_num_layers",
-        "mtp_loss_weight", "num_assistant_tokens",
+        "mtp_loss_weight", "num_assistant_tokens", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+        "mtp_loss_scaling_factor",
     ), AHEAD),
     "dtype": "each tensor's header says its own type", "torch_dtype": "each tensor's header says its own type",
     "sliding_window": "no layer of this model slides", "use_sliding_window": "layer_types says which layers slide",
     "topk_group": "all experts are in one group", "n_group": "all experts are in one group",
     "attention_layers": "a copy of attention_types, layer by layer",
+    "hybrid_layer_ids": "layers_block_type says which layers are hybrid",
     "qk_head_dim": "the sum of qk_nope_head_dim and qk_rope_head_dim",
     "_sliding_window_pattern": "a copy of sliding_window_pattern that layer_types replaces",
     "sliding_window_pattern": "layer_types says which layers slide",
@@ -177,11 +180,19 @@ class Fate:
 
 
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
-    """A list with a Fate for each key of config.json, and for each key of nested tables that the port reads.
+    """Say of every key in config.json whether the port used or ignored it, and why. Returns a list of Fates.
 
-    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than those that the
-    port computes (`family.fixed`). If the model brings code of its own (`auto_map`), PortError is also raised for a key
-    that nothing reads and whose name suggests that it changes results.
+    Keys of nested tables that the port reads, such as rope_parameters, have a Fate too.
+
+    Args:
+        c: the Config of the text model, which knows the keys that were read.
+        family: the port.
+        config: config.json.
+        file: the file's name, for the Fates.
+
+    Raises PortError for a value that the port does not implement (`family.fixed` has those that it does). If the model
+    brings code of its own (`auto_map`), also raises it for a key that nothing reads and whose name suggests that it
+    changes results.
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)
@@ -201,10 +212,15 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
-    """A list with a Fate for each key of the quantisation settings. where: the file and key that hold them.
+    """Say of every key of the quantisation settings whether it was used or ignored, and why. Returns a list of Fates.
 
-    taken: True if the checkpoint has matrices quantised by these settings. cache: the key that asks for an E4M3 K/V
-    cache; "": none. Raises PortError for a setting that nothing reads and that may change what codes mean.
+    Args:
+        q: the settings, which know the keys that were read.
+        where: the file and key that hold them.
+        taken: True if these settings were used to decode matrices of the checkpoint; False if no matrix is quantised.
+        cache: the key that asks for an E4M3 K/V cache; "": none.
+
+    Raises PortError for a setting that nothing reads and that may change what codes mean.
     """
     file, _, at = where.partition(": ")
     out = []
@@ -236,9 +252,20 @@ def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") ->
 def _judge(
     c: Config, family: Family, config: Mapping[str, Any], file: str, key: str, path: str, value: Any
 ) -> Iterator[Fate]:
-    """Yield the Fate of a key and, if its value is a table that the port read by keys, the Fates of the table's keys.
+    """Yield a Fate (used or ignored, and why) for one key of config.json.
 
-    path: path of the key in the file. Raises PortError in the cases of judge_config().
+    If the port has read keys of a table under it, a Fate for each key of the table follows.
+
+    Args:
+        c: the Config of the text model, which knows the keys that were read.
+        family: the port.
+        config: config.json.
+        file: the file's name, for the Fates.
+        key: the key.
+        path: its place in the file, such as text_config.KEY.
+        value: its value.
+
+    Raises PortError for a value that the port does not implement, as judge_config() says.
     """
     if key in c.replaced:
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""

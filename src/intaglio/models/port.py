@@ -14,7 +14,16 @@ from typing import Any
 
 from intaglio import formats
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import NAMED, NAMED_BIASES, NUMBERED, STACKED, Decoder, write
+from intaglio.models.decoder import (
+    NAMED,
+    NAMED_BIASES,
+    NUMBERED,
+    STACKED,
+    UNGATED,
+    UNGATED_STACKED,
+    Decoder,
+    write,
+)
 from intaglio.models.decoder.rope import lengths
 from intaglio.models.files.cache_scales import CacheScales, read_cache_scales
 from intaglio.models.files.checkpoint import PLAIN, Checkpoint
@@ -119,7 +128,7 @@ def port_checkpoint(
     )
     c = _config(family, checkpoint.config)
     notes = list(checkpoint.notes)
-    layout = _layout(checkpoint, prefix, scales, notes)
+    layout = _layout(checkpoint, family, prefix, scales, notes)
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
@@ -208,10 +217,17 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 
 
 def _prefix(family: Family, names: Any) -> str:
-    """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
+    """The part of the decoder's tensor names before "embed_tokens" or "layers", such as "model."; a str.
 
-    names: the checkpoint's tensors. If no name shows a prefix, the family's first. Raises PortError, naming the prefix
-    found, if it is another.
+    It is the first of the family's prefixes with which the checkpoint has one of the family's `tops` modules. For
+    families with the prefix "model." it is "" if the names begin with those modules, as in models saved without their
+    outer class. If the names show no prefix at all, it is the family's first.
+
+    Args:
+        family: the port.
+        names: names of the checkpoint's tensors.
+
+    Raises PortError, naming the prefix found, if the checkpoint has another.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):
@@ -249,15 +265,20 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
 
 
 def _llama_names(checkpoint: Checkpoint) -> bool:
-    """True if the reader of a GGUF file has named the tensors as Decoder names them, one for each matrix."""
+    """True if a GGUF file's tensors already have the names that Decoder uses, with no fused matrices.
+
+    False for a folder with config.json, and for GGUF architectures whose tensors are read under transformers' names.
+    """
     return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
 
 
-def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
+def _layout(
+    checkpoint: Checkpoint, family: Family, prefix: str, scales: CacheScales, notes: list[str]
+) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
     It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
-    embedding, and how experts are stored. It may add to `notes`.
+    embedding, how experts are stored, and what `family.adapt` does. It may add to `notes`.
     """
     names = checkpoint.names
 
@@ -266,6 +287,8 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if _llama_names(checkpoint):
             d = replace(d, sources={}, head="", table="")
+        elif family.adapt:
+            d = family.adapt(d, {n: checkpoint.shape(n) for n in names})
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")
@@ -282,8 +305,11 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         first = next((i for i, layer in enumerate(d.layers) if layer.sparse), 0)
         if m and m.correction_optional and f"{prefix}layers.{first}.{m.block}.{m.correction}" not in names:
             d = replace(d, mixture=(m := replace(m, correction="")))
-        if m is None or m.sources not in (NAMED, NUMBERED, STACKS):
+        if m is None or m.sources not in (NAMED, NUMBERED, STACKS, UNGATED):
             return d
+        if m.sources == UNGATED:
+            stacked = f"{prefix}layers.{first}.{m.block}.{UNGATED_STACKED[1]}" in names
+            return replace(d, mixture=replace(m, sources=UNGATED_STACKED)) if stacked else d
         for block in ("mlp", "block_sparse_moe"):
             at = f"{prefix}layers.{first}.{block}."
             if at + "experts.gate_up_proj" in names:  # as transformers 5 holds them, saved so
@@ -317,7 +343,7 @@ def _program(
     if notes is not None and differs:
         notes.append(_long_note(length, usual, limit))
     d = layout(family.describe(c, length))
-    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[0])):
+    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[1])):
         d = replace(d, mixture=replace(d.mixture, sources=NAMED, biases=d.mixture.biases and NAMED_BIASES))
     try:
         return write(family.writer(d, name, length, format, order))
@@ -326,9 +352,15 @@ def _program(
 
 
 def _long_note(length: int, usual: int, limit: int) -> str:
-    """A warning, as text, about a model whose rope table depends on the context.
+    """Text of a warning that a model's results depend on the context of its Program, because its rope table does.
 
-    length: the context of the Program; usual: the default context; limit: the longest one. All in tokens.
+    It says which of both tables the Program has, and how to get the other. Call it only for such models (see
+    lengths()).
+
+    Args:
+        length: the context of the Program, in tokens.
+        usual: the default context, in tokens.
+        limit: the longest context, in tokens.
     """
     if length > usual:
         return (
@@ -342,10 +374,15 @@ def _long_note(length: int, usual: int, limit: int) -> str:
 
 
 def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
-    """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
+    """Check that a Program fits its checkpoint, and add the reason for each unread tensor to ported.unused.
 
-    Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results, too, and for one that cannot be cut as the Program wants it.
+    Args:
+        ported: the Program with its report.
+        checkpoint: the checkpoint.
+        prefix: prefix of the decoder's tensor names.
+
+    Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has another shape
+    than the Program needs; or a tensor that nothing reads might change results.
     """
     program, family = ported.program, ported.family
     wanted = {

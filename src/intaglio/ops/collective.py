@@ -94,7 +94,8 @@ class AllReduce(Collective, kind="all_reduce"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: reduce-scatter, then all-gather, which is 2 (p-1)/p of x for p ranks.
+        Link bytes are the bytes that the rank receives, in a reduce-scatter and an all-gather: 2 (p-1)/p of x for p
+        ranks.
         """
         n, p = self.link_bytes(t, self.x, batch), len(self.group)
         sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
@@ -113,11 +114,13 @@ def add_slots(x: np.ndarray, slots: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class AllGather(Collective, kind="all_gather"):
-    """Op that joins columns: out on every rank of `group` = the columns of their x, in the order of `group`.
+    """Op that joins columns: every rank of `group` gets the columns of all ranks' x side by side, in `group`'s order.
 
-    Values are rounded to `wire`. x f32 [rows, c], where c may differ from rank to rank; out f32 [rows, width], where
-    `width` is the sum of c over the ranks. With `tokens`, the op joins rows instead, in the order of `group`: x f32
-    [T:i/n, width] on the i-th of n ranks, out f32 [T, width].
+    x f32 [rows, c], where c may differ from rank to rank; out f32 [rows, width], where `width` is the sum of c over the
+    ranks. `wire` is the format to which values are rounded before they are sent: f32, bf16 or f16.
+
+    If `tokens` is True, the op joins token rows instead: each of n ranks has its run of the T rows, out f32 [T, width].
+    A dimension written T:i/n is the number of rows in the i-th rank's run, so its x is f32 [T:i/n, width].
     """
 
     x: str = operand()
@@ -148,11 +151,11 @@ class AllGather(Collective, kind="all_gather"):
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceScatter(Collective, kind="reduce_scatter"):
-    """Op that sums over ranks and splits the sum by rows.
+    """Op that sums x over the ranks of `group` and gives each rank one run of token rows of the sum.
 
-    out on the `share`-th rank of `group` = its run of token rows of the sum that all_reduce computes, rounded as
-    `wire` says. x f32 [T, width]; out f32 [rows of this rank, width], written T:share/n for n ranks, see
-    batch.shared_rows().
+    x f32 [T, width] on every rank. out f32 [T:share/n, width] on rank number `share` of the n ranks: T:share/n is the
+    number of rows in its run, which are near-equal (batch.shared_rows()). The sum is that of all_reduce, in the order
+    of `group`. `wire` is the format to which each x, and the sum, are rounded before they are sent: f32, bf16 or f16.
     """
 
     x: str = operand()
@@ -176,8 +179,7 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: this rank's rows of x from the p-1 other ranks, which is (p-1)/p of x for
-        p ranks.
+        Link bytes are the bytes that the rank receives: its rows of x from the p-1 other ranks, (p-1)/p of x in all.
         """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
@@ -188,9 +190,9 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 class AllToAll(Collective, kind="all_to_all"):
     """Op that exchanges parts among ranks: each rank has some columns of all rows, and gets all columns of some rows.
 
-    out on the `share`-th rank of `group` = this rank's run of token rows, with the columns of all ranks' x side by side
-    in the order of `group`. Values are rounded to `wire`. x f32 [T, c], where c may differ from rank to rank; out f32
-    [T:share/n, width] for n ranks, where `width` is the sum of c over the ranks.
+    x f32 [T, c] on every rank of `group`, where c may differ from rank to rank. out f32 [T:share/n, width] on rank
+    number `share` of the n ranks: its run of token rows, T:share/n of them (batch.shared_rows()), with the columns of
+    all ranks' x side by side, `width` in all. `wire` is the format to which values are rounded before they are sent.
     """
 
     x: str = operand()
@@ -222,7 +224,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """The row dimension of a tensor that `ranks` ranks split along tokens, on each rank: ["T:0/4", "T:1/4", ...]."""
+    """The names of the dimension "one rank's run of the T token rows" on each of `ranks` ranks: ["T:0/4", ...]."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
@@ -232,7 +234,10 @@ def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
 
 
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """The rows of x divided among ranks: a list of one view of x for each rank, in order."""
+    """Divide the rows of x among ranks: a list with a view of x for each rank, in order.
+
+    batch.shared_rows() says which rows. Numbers of rows differ by at most one; with more ranks than rows some are 0.
+    """
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]
 
@@ -264,7 +269,8 @@ class Send(Collective, kind="send"):
 class Recv(Collective, kind="recv"):
     """Op that receives: out = the value that rank `peer` sends, f32 [rows, width].
 
-    `rows` is T (all tokens), a share of them such as T:1/4, or R (rows to sample).
+    `rows` is "T" (all tokens), text such as "T:1/4" (the token rows of rank 1 of 4), or "R" (rows to sample). `wire` is
+    the format to which the sender rounds values.
     """
 
     out: str = result()

@@ -26,7 +26,7 @@ ROLES = ("input", "const", "weight", "state", "temp", "output")
 
 
 def dim_known(dim: Dim) -> bool:
-    """True if a dimension is a number above 0, a symbol, or a share of the tokens such as T:1/4."""
+    """True if a dimension is a number above 0, one of SYMBOLS, or text such as "T:1/4" (token rows of rank 1 of 4)."""
     if isinstance(dim, int):
         return dim > 0
     match = SHARE.fullmatch(dim)
@@ -46,8 +46,9 @@ class Tensor:
 
     Attributes:
         name: unique in the Program.
-        shape: numbers and symbolic dims (SYMBOLS, shares such as T:1/4).
-        format: number format.
+        shape: each dimension is a number, or a text whose value each step's batch gives: one of SYMBOLS, such as "T"
+            (tokens), or "T:1/4" (the token rows of rank 1 of 4).
+        format: name of the number format, such as "f32" or "int8g128".
         role: one of ROLES.
         source: sources of a weight (see program/source.py), joined along dim 0; () for other roles.
         view: (base, first column) of a temp that is a range of columns of the temp `base`; else None.
@@ -169,17 +170,22 @@ FACES = ("shapes", "reference", "work")
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """Base of all ops. An op is a frozen dataclass: a site, names of operands and results, plain attributes.
+    """Base class of all ops. An op is a frozen dataclass: a site, names of operand and result tensors, attributes.
 
-    A subclass with a `kind` is an op and must define every method in `faces`, or its import fails; one without a kind
-    is a base class.
+    Attributes:
+        site: the op's name in the Program, which is its place in the model, such as layers.3.attn.q_proj.
+        kind: the name of the class of ops, such as linear. A subclass without one is a base class.
+        faces: names of the methods that every subclass with a kind must define itself; else it raises TypeError when it
+            is declared.
+        elementwise: True if each column of the result depends only on the same column of the operands.
+        has_effect: True if the op must run even if no op reads its results, because other ranks wait for it.
     """
 
     site: str
     kind: ClassVar[str]
     faces: ClassVar[tuple[str, ...]] = FACES
-    elementwise: ClassVar[bool] = False  # each column of the result depends only on the same column of the operands
-    has_effect: ClassVar[bool] = False  # must run even if no op reads its results, because other ranks wait for it
+    elementwise: ClassVar[bool] = False
+    has_effect: ClassVar[bool] = False
 
     def __init_subclass__(cls, kind: str = "") -> None:
         if not kind:
@@ -229,15 +235,20 @@ class Op:
     @classmethod
     @cache
     def fields_where(cls, **facts: Any) -> tuple[str, ...]:
-        """A tuple of the names of the operand fields declared with all of these facts, such as use="matrix"."""
+        """Names of the class's operand fields, as a tuple, that were declared by operand() with all of these arguments.
+
+        facts: arguments of operand(), such as use="matrix".
+        """
         return tuple(
             f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
         )
 
     def operands(self, *uses: str, **facts: Any) -> tuple[str, ...]:
-        """Names of the tensors given as operands of these uses, as a tuple; of any use, if none is named.
+        """Names of the operand tensors that the op uses in one of these ways, as a tuple.
 
-        facts: further properties that the operand's field must have been declared with, such as access="read".
+        uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them. Tensors come in the order
+        of the uses, then of the op's fields; an optional operand that is None is left out. facts: keep only operands
+        whose field was declared with these arguments of operand(), such as access="read".
         """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)
@@ -262,15 +273,20 @@ class Op:
 
     @property
     def gates(self) -> dict[str, str]:
-        """{name of the gate: name of the up} of the two weights, or two biases, of each gated product."""
+        """The gate and up tensors of an op that computes activation(gate @ x) * (up @ x), as {gate: up}, by name.
+
+        One item is for the two weights; another is for the two biases, if the op has them. {} for an op without such a
+        product.
+        """
         pairs = [(n, f.metadata["up"]) for f in fields(self) if (n := f.name) and f.metadata.get("up")]
         return {gate: up for a, b in pairs if (gate := getattr(self, a)) and (up := getattr(self, b))}
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """A tuple of weight names, whose gate and up rows a device stores alternately, to compute both in one pass.
+        """Names of the weight matrices whose gate and up rows a device stores alternately, to compute both in one pass.
 
-        By default these are the weights in `gates` that a device packs for products.
+        A tuple of the matrices in `gates`; biases are left out. () for an op without a gated product. The class Linear
+        overrides it, because there one weight holds both gate and up.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)
@@ -310,7 +326,10 @@ class Op:
         self.check(t[a].shape == t[b].shape, f"{a} is {t[a].type} but {b} is {t[b].type}; they must have one shape")
 
     def vector(self, t: Tensors, name: str | None, length: int) -> None:
-        """Raise OpError if an operand, when given, is not a vector of `length` in a plain format."""
+        """Raise OpError unless tensor `name` has the shape [length] and a format without scales (f32, bf16, f16, ...).
+
+        Returns nothing; a `name` of None, for an optional operand that is not given, is accepted.
+        """
         if name is not None:
             self.check(t[name].shape == (length,), f"{name} is {t[name].type}; wanted [{length}]")
             plain = not formats.get(t[name].format).grouped

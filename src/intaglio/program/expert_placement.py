@@ -42,10 +42,11 @@ class ExpertPlacement:
 
     @classmethod
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-        """The placement before any tokens are counted: runs of experts, with copies of the first ones.
+        """The placement used before any tokens are counted: balance() with equal loads, the same at all `sites`.
 
-        Each rank holds ceil((experts + redundant) / ranks) experts. Raises PlacementError if that is more than
-        `experts`.
+        Experts are dealt to the ranks in turn, so that with 8 experts and 4 ranks rank 1 holds (1, 5). Each rank holds
+        ceil((experts + redundant) / ranks) experts; the places left over get further copies of the experts from 0 on.
+        Raises PlacementError if a rank would hold more than `experts`.
         """
         return cls(dict.fromkeys(sites, balance(np.ones(experts), ranks, slots_of(experts, ranks, redundant))))
 
@@ -69,7 +70,10 @@ class ExpertPlacement:
 
     @classmethod
     def read(cls, path: Path) -> ExpertPlacement | None:
-        """The placement in a file that keep() wrote; None if there is no file. Raises PlacementError for any other."""
+        """The placement in a file that keep() wrote; None if there is no file.
+
+        Raises PlacementError if the file cannot be read or holds anything but a placement.
+        """
         try:
             return cls.parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -96,8 +100,8 @@ class ExpertPlacement:
     def check(self, experts: int, ranks: int) -> None:
         """Raise PlacementError unless the placement fits a model of `experts` experts on `ranks` ranks; return nothing.
 
-        In each layer, all ranks must hold equally many experts, each rank different ones, and every expert must be
-        held.
+        In each layer, all ranks must hold equally many experts, at least one; a rank must list its experts in ascending
+        order and none twice; and every expert must be on at least one rank. Several ranks may hold the same expert.
         """
         for site, held in self.layers.items():
             sizes = {len(own) for own in held}
@@ -168,7 +172,14 @@ def _ranks(site: str, found: Any) -> Ranks:
 
 
 def turns(held: Ranks, rank: int) -> dict[str, Any]:
-    """The attributes `held`, `copy`, `copies`, `rank` and `ranks` of the op `experts` on one rank, as a dict."""
+    """The placement attributes of the op `experts` on one rank, as a dict of keyword arguments for Experts.
+
+    Ranks that hold copies of one expert take turns at its tokens. Keys: "held" (numbers of this rank's experts),
+    "copies" (for each of these experts, the number of ranks that hold it), "copy" (for each, the number of this rank
+    among its holders, from 0), "rank" and "ranks" (this rank's number, and the number of ranks).
+
+    held: the experts of each rank. rank: number of the rank.
+    """
     holders = [[r for r, own in enumerate(held) if e in own] for e in held[rank]]
     return {
         "held": held[rank],
@@ -193,10 +204,10 @@ def slots_of(experts: int, ranks: int, redundant: int) -> int:
 
 
 def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
-    """Number of copies of each expert, i64 [experts], `slots` in all, such that the largest load of a copy is least.
+    """Choose the number of copies of each expert, i64 [experts], `slots` in all, so that copies have near-equal loads.
 
-    load: tokens of each expert, f64 [experts]. most: copies that one expert can have. Each further copy goes to the
-    expert whose copies have the largest load each.
+    Every expert has one copy. Each further copy goes to the expert whose copies have the largest load each. load:
+    tokens of each expert, f64 [experts]. most: maximum number of copies of one expert.
     """
     copies = np.ones(len(load), np.int64)
     for _ in range(slots - len(load)):
@@ -206,14 +217,18 @@ def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
 
 
 def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
-    """The experts of each rank, `each` on every rank, so that the ranks' loads are nearly equal.
+    """Distribute experts over ranks so that the ranks' loads are nearly equal.
 
-    load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts. Copies of an expert are on
-    different ranks and share its load equally. Copies are dealt out in order of load, each to the least loaded rank
-    with room, as in EPLB. Then experts of the most and the least loaded rank are exchanged while that makes the two
-    more equal. In the end their loads differ by no more than the load of the heaviest copy. While they differ by more,
-    there is a pair of experts, each held by only one of the two ranks, that can be exchanged.
+    Returns a tuple with a tuple for each rank: the numbers of its `each` experts, ascending. An expert may be on
+    several ranks, which share its load equally, but only once on a rank.
+
+    Copies are dealt out in order of load, each to the least loaded rank with room, as in EPLB. Then experts of the most
+    and of the least loaded rank are exchanged as long as that makes the two more equal. In the result, the loads of any
+    two ranks differ by no more than the load of the heaviest copy.
+
+    load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts.
     """
+    # While the two ranks' loads differ by more, there is a pair of experts, each on only one of the two, to exchange.
     load = np.asarray(load, np.float64)
     copies = replicate(load, ranks * each, ranks)
     share = load / copies
@@ -227,27 +242,31 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
 
 
 def rank_loads(held: Sequence[Sequence[int] | set[int]], share: np.ndarray) -> np.ndarray:
-    """The sum of the loads of each rank's copies, f64 [ranks].
+    """The load of each rank: the sum over the experts that it holds, f64 [ranks].
 
-    share: load of one copy of each expert, f64 [experts].
+    held: the experts of each rank. share: load of one copy of each expert, f64 [experts].
     """
     return np.array([_rank_load(own, share) for own in held])
 
 
 def _rank_load(own: Sequence[int] | set[int], share: np.ndarray) -> float:
-    """The sum of the loads of one rank's copies, in order of expert."""
+    """The load of one rank, which holds the experts `own`: the sum of their items in `share`, f64 [experts].
+
+    It is summed in ascending order of expert, so that the same experts always give the same bits.
+    """
     return float(share[sorted(own)].sum())
 
 
 def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.ndarray) -> None:
     """Give a copy of expert e to the least loaded rank that has room and no copy of it. Returns nothing.
 
-    held: experts of each rank; changed. each: number of experts that a rank has room for. loads: load of each rank, f64
-    [ranks]; changed.
+    If every rank with room has a copy of e already, another expert first moves from a full rank to one with room, and
+    the full rank gets e.
 
-    If every rank with room has a copy of e already, another expert first moves from a full rank to one with room. The
-    full rank then gets e. Such an expert exists: the full rank holds `each` experts without e, the other fewer with e.
+    held: experts of each rank; changed. share: load of one copy of each expert. each: number of experts that a rank has
+    room for. loads: load of each rank, f64 [ranks]; changed.
     """
+    # There is an expert to move: the full rank holds `each` experts and not e, the one with room fewer, e among them.
     order: list[int] = np.argsort(loads, kind="stable").tolist()
     to = next((r for r in order if len(held[r]) < each and e not in held[r]), None)
     if to is None:

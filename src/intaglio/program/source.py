@@ -36,7 +36,11 @@ AXES = {"r": -2, "c": -1, "s": -3}
 
 
 def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (name, steps) of each checkpoint tensor in a source. steps: a tuple such as ("T", "r0:1/2")."""
+    """Parse a source, a text such as experts.{0..7}.w1|T|r0:1/2: yield (tensor name, steps) for each tensor it names.
+
+    {0..7} stands for eight tensors. steps: a tuple of the changes to apply to each, in order, such as ("T", "r0:1/2"):
+    transpose it, then keep row 0 of every 2 rows. () if there are none.
+    """
     name, *steps = source.split("|")
     run = RUN.search(name)
     numbers = range(int(run[1]), int(run[2]) + 1) if run else [None]
@@ -50,9 +54,10 @@ def is_run(source: str) -> bool:
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """The source of the tensors `numbers` of a run of tensors, counted from 0 at the run's first tensor.
+    """The source (pattern of checkpoint tensor names) for some tensors of a run, as text.
 
-    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}. source: names a run. numbers: which tensors of the
+    run to keep, counted from 0 at its first tensor.
     """
     run = RUN.search(source)
     assert run, f"{source} is no run"
@@ -63,11 +68,17 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """The sources of other matrices of the stack that `sources` are from, as a tuple: one for each run of numbers.
+    """The sources of other matrices of a stack, such as other experts: used when experts move to another rank.
 
-    held: numbers, in the stack of `total` matrices, of those that `sources` name, ascending. wanted: numbers of those
-    to name, ascending; each run of consecutive numbers gets one source. Other cuts of `sources` are kept. axis: s for a
-    stack of matrices; r for a stack of vectors, which are the rows of one matrix.
+    A source is text that names checkpoint tensors and how to cut or transpose them. Returns a tuple with a source for
+    each run of consecutive numbers in `wanted`. Cuts of rows or columns and transpositions stay as in sources[0].
+
+    Args:
+        sources: the sources of the matrices `held`; the results are made from the first.
+        held: numbers of the matrices that `sources` name, ascending.
+        wanted: numbers of the matrices that the result names, ascending.
+        total: number of matrices in the stack.
+        axis: "s" for a stack of matrices, "r" for a stack of vectors, which are the rows of one matrix.
     """
     template, found = sources[0], list[str]()
     ends = [n + 1 for n in wanted if n + 1 not in wanted]
@@ -93,12 +104,16 @@ def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
 
 
 def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
-    """Rows of each of `sources`, which have `length` rows together, if parts_of() one tensor; None for other sources.
+    """Number of rows of each of `sources`, as a list, if they are cuts of rows.
 
-    The sources need not be all parts of the tensor.
+    They are parts of one tensor, as parts_of() makes them, or runs of rows of several tensors. None if they are
+    neither, or if `length`, the number of rows of all of them together, does not fit their cuts. The tensors may have
+    further parts.
     """
     cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
     sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
+    if len(sizes) == len(sources) and sum(sizes) == length:
+        return sizes
     if len(sizes) < len(sources) or len({(cut[1], cut[4]) for cut in cuts if cut}) > 1 or length % sum(sizes):
         return None
     return [length // sum(sizes) * size for size in sizes]
@@ -126,7 +141,11 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape (tuple) of a tensor of this shape after the steps. Raises ProgramError for a step that does not fit."""
+    """The shape that a tensor of this shape has after the steps of a source, as a tuple.
+
+    steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
+    matrices). Raises ProgramError for a cut that does not fit.
+    """
     for step in steps:
         if step[0] == "g":
             continue
@@ -150,10 +169,12 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 
 
 def take(x: Value, steps: tuple[str, ...]) -> Value:
-    """The tensor x after the steps that a weight's source lists (see this module), without a copy where possible.
+    """Apply the steps of a source to a tensor x, and return the result; without a copy where possible.
 
-    Quantised values stay quantised if they can. They become float32 if a step would split a group, divides rows into a
-    stack (hN), or transposes otherwise than the tensor is stored. Raises ProgramError for a step that does not fit.
+    steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
+    matrices). A quantised x stays quantised if possible. It becomes a float32 array if a step would split a group
+    (values that share a scale), if a step is of the kind "h", or if only one of two things is true: x is stored
+    transposed (x.turned), and the steps have a "T". Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -165,17 +186,18 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """The quantised tensor x after the steps, as a Quantised; None if the steps cannot be applied to codes and scales.
+    """Apply the steps of a source to the codes and scales of x, and return the Quantised; None if that is impossible.
 
-    That is so if a step splits a group or divides rows into a stack (hN), or if the steps transpose otherwise than the
-    tensor is stored. Raises ProgramError for a step that does not fit.
+    It is impossible if a step splits a group (values that share a scale), if a step divides the rows into a stack of
+    matrices ("h16"), or if the steps have a "T" (transpose) and x is not stored transposed, or the other way round.
+    Raises ProgramError for a step that does not fit.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
     x = replace(x, turned=False)
     for step in (s for s in steps if s != "T"):
         if step[0] == "g" or (step[0] == "c" and x.format and formats.get(x.format).group == formats.ROW):
-            x = _regrouped(x, int(step[1:])) if step[0] == "g" else _cut_rows(x, step)
+            x = _regrouped(x, int(step[1:])) if step[0] == "g" else _cut_columns(x, step)
             continue
         cuts: dict[str, tuple[str, ...]] = {}
         for name in x.arrays:
@@ -189,14 +211,15 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
 
 
 def _unit_run(x: Quantised) -> int:
-    """The number of columns whose scales share a unit (Quantised.units): a block of 256, or the whole row."""
+    """Number of neighbouring columns of x that share one value of x.units: 256, or the length of a whole row."""
     return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
 
 
 def _regrouped(x: Quantised, group: int) -> Quantised:
-    """The tensor in smaller groups of `group` columns, with each scale repeated. Codes and values do not change.
+    """A copy of x in smaller groups of `group` columns, with each scale repeated. Codes and values do not change.
 
-    Raises ProgramError unless `group` divides the tensor's group and its scales have no units.
+    Raises ProgramError unless `group` divides the size of x's groups, and for a format whose scales are multiples of a
+    unit (x.units), such as q4_k.
     """
     if x.group % group or x.units is not None:
         raise ProgramError(f"groups of {x.group} cannot become groups of {group}; wanted a divisor of {x.group}")
@@ -208,8 +231,12 @@ def _regrouped(x: Quantised, group: int) -> Quantised:
     return replace(x.holding(arrays), group=group, format=re.sub(r"g\d+", f"g{group}", x.format))
 
 
-def _cut_rows(x: Quantised, step: str) -> Quantised:
-    """A copy of `x`, which has one scale per row, with its columns cut by `step`. Each row keeps its scale."""
+def _cut_columns(x: Quantised, step: str) -> Quantised:
+    """Keep some columns of `x`, which has one scale per row; returns a Quantised in which each row keeps its scale.
+
+    step: the cut as text, such as "c96:192/384" (columns 96 to 191 of every 384). Raises ProgramError if it does not
+    fit.
+    """
     codes = _moved(x.codes, (step,))
     group = formats.get(x.format).group_of(codes.shape[-1])
     count = -(-codes.shape[-1] // group)
@@ -221,10 +248,12 @@ def _cut_rows(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """A cut of columns rewritten as the same cut of the groups' scales, in a tuple; None if it would split a group.
+    """Rewrite a cut of columns as the cut of the scales that belong to them, with one scale for `group` columns.
 
-    () if one group is the whole row, so that its scales stay as they are. length: columns. group: columns of a group.
-    Raises ProgramError for a step that does not fit.
+    Returns a tuple of one step: with group 32, "c96:192/384" gives ("c3:6/12",). () if one group is the whole row, so
+    that the scales need no cut. None if the cut would split a group.
+
+    step: the cut as text. length: number of columns. Raises ProgramError for a step that does not fit.
     """
     _, first, last, of = _cut(step, length)
     if group >= length:
@@ -235,9 +264,10 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """The array x after a source's steps (transposition, cuts, stacking), for an array that is not quantised.
+    """Apply the steps of a source to an array that is not quantised, and return the result.
 
-    Raises ProgramError for a step that does not fit.
+    steps: texts such as "T" (transpose) or "r0:1/2" (keep row 0 of every 2). Raises ProgramError for a cut that does
+    not fit.
     """
     for step in steps:
         if step[0] == "g":
@@ -266,11 +296,13 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Yield (tensor name, values) of the tensors of a source, after its steps, a run of consecutive rows at a time.
+    """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
 
-    A tensor's name is yielded once for each of its runs, which need less memory than the whole tensor. A quantised
-    tensor is yielded whole if a step divides its rows into a stack (hN); so is a quantised matrix if a step transposes
-    it. read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
+    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to each; a piece may be left
+    out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a stack of
+    matrices ("h16"); so is a quantised matrix that a step transposes.
+
+    read: function from a name to the whole tensor. runs: function from a name to an iterator over the tensor's pieces.
     """
     for name, steps in expand(source):
         at = 0

@@ -17,9 +17,9 @@ Rule = Callable[[Program], Iterator[str]]
 
 
 def names_resolve(p: Program) -> Iterator[str]:
-    """Yield a message for each name used by an op or view that the table of tensors lacks.
+    """Yield a message for each name that an op or a view uses and that is not in the Program's table of tensors.
 
-    A tensor that the table lists under another name is reported, too.
+    Also yield one for each tensor whose key in the table is not the tensor's own name.
     """
     for key, t in p.tensors.items():
         if key != t.name:
@@ -76,7 +76,10 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Yield a message for each op that refuses its operands, and for each result of another shape or format."""
+    """Yield a message for each op whose shape rule refuses its operands, and for each result that is declared wrongly.
+
+    A result is declared wrongly if its Tensor has another shape or format than the op computes.
+    """
     for op in p.ops:
         try:
             for name, (shape, format) in op.shapes(p.tensors).items():
@@ -111,7 +114,10 @@ def written_before_read(p: Program) -> Iterator[str]:
 
 
 def views_inside(p: Program) -> Iterator[str]:
-    """Yield a message for each view that is not a range of columns of a temp in its format, or is a view of a view."""
+    """Yield a message for each invalid view. A view is a range of columns of another tensor, without a copy.
+
+    Valid is a view of a temp that is no view itself, in the temp's format and with as many rows, inside its columns.
+    """
     for t in p.tensors.values():
         if t.view:
             base, start = p.tensors[t.view[0]], t.view[1]
@@ -167,7 +173,8 @@ def buffers_apart(p: Program) -> Iterator[str]:
 def collectives_placed(p: Program) -> Iterator[str]:
     """Yield a message for each collective that does not fit the mesh, and for a rank outside the mesh.
 
-    The group of a collective must lie inside the mesh and contain this rank. A send or recv must name another rank.
+    The group of a collective must lie inside the mesh and contain this rank. A send or recv must name another rank of
+    the mesh.
     """
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"

@@ -36,8 +36,8 @@ class Tenant:
 class FairQueue:
     """The waiting jobs of all tenants, by priority, and within a priority by the tenants' use of the service.
 
-    weights: shares by tenant; a tenant not named has weight 1. Raises ValueError for a weight that is not a finite
-    number above 0.
+    weights: shares by tenant; a tenant without a weight has weight 1. Raises ValueError for a weight that is not a
+    finite number above 0.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
@@ -110,9 +110,13 @@ class FairQueue:
         self._forget_idle()
 
     def settle(self, job: Job, output_tokens: int) -> None:
-        """Correct the charge of a job that has ended after `output_tokens` tokens, over all choices.
+        """Correct the charge of a job's tenant once the job has ended: charge its real output, not the expected output.
 
         Does nothing for a job that was never taken, or has been settled.
+
+        Args:
+            job: the job that has ended.
+            output_tokens: tokens that it has generated, over all choices.
         """
         if job.id not in self.charged:
             return
@@ -154,10 +158,13 @@ class FairQueue:
         return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
 
     def _forget_idle(self) -> None:
-        """Drop tenants without waiting jobs whose counters are not above the lowest of tenants with waiting jobs.
+        """Drop the tenants whose counter no longer matters, so that their number stays bounded. Returns nothing.
 
-        If no tenant has waiting jobs, the bound is the counter at which the last job was taken. If more than IDLE_MAX
-        tenants without waiting jobs are left, the IDLE_MAX / 2 with the highest counters are kept.
+        A counter is the tokens that a tenant has been charged, divided by its weight. A tenant without waiting jobs is
+        dropped if its counter is at most the lowest counter of the tenants with waiting jobs: push() gives a tenant
+        that comes back a counter at least that high. If no tenant has waiting jobs, the bound is the highest counter at
+        which a job was ever taken. If more than IDLE_MAX tenants without waiting jobs are left, the IDLE_MAX / 2 with
+        the highest counters are kept.
         """
         lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
         idle = [name for name, t in self.tenants.items() if not t.waiting]

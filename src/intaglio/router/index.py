@@ -51,9 +51,13 @@ CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 @dataclass(frozen=True)
 class Prefix:
-    """Record about the text up to a prefix key: its number of tokens, and the name of its last whole block.
+    """What is known of a prefix of prompt text: its length in tokens, and the name of the last whole K/V block in it.
 
-    name: None if the text is shorter than a block, or the replica gave no names.
+    PromptMemory keeps one Prefix for each prefix key, which is a hash of the prefix (see prefix_keys()).
+
+    Attributes:
+        tokens: tokens of the prefix, estimated.
+        name: name of the block; None if the prefix is shorter than a block, or the replica gave no names.
     """
 
     tokens: int
@@ -91,11 +95,20 @@ class PromptMemory:
             self._prefixes.popitem(last=False)
 
     def find(self, key: bytes) -> Prefix | None:
-        """The Prefix recorded for the text up to this key; None if none was recorded or it has been dropped."""
+        """The Prefix recorded under a prefix key; None if none was recorded or it has been dropped.
+
+        key: hash of the first chunks of a prompt's text (see prefix_keys()).
+        """
         return self._prefixes.get(key)
 
     def estimate_tokens(self, keys: Sequence[bytes]) -> int:
-        """Estimated number of tokens of a prompt with these keys."""
+        """Estimated number of tokens of a prompt, an int, from its prefix keys.
+
+        The longest prefix that is recorded counts with its recorded tokens, each further chunk of text with the mean
+        number of tokens of a chunk.
+
+        keys: all prefix keys of the prompt's text, shortest prefix first (see prefix_keys()); 0 tokens for no keys.
+        """
         n = bisect_left(keys, True, key=lambda key: self.find(key) is None)  # leading keys that are known
         known = self.find(keys[n - 1]) if n else None
         return (known.tokens if known else 0) + int((len(keys) - n) * self.tokens_per_chunk)
@@ -117,17 +130,25 @@ class CacheIndex:
         self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: when it was sent, seconds
 
     def restarted(self, incarnation: str) -> None:
-        """Note the incarnation of the replica's cache. If it is new, nothing is cached and the index is stale."""
+        """Record the incarnation of the replica's cache. If it is new, nothing counts as cached and the index is stale.
+
+        incarnation: text that is different for each start of the replica's engine.
+        """
         if incarnation != self.incarnation:
             self.incarnation, self.sequence, self.stale = incarnation, 0, True
             self.names.clear()
             self._assumed.clear()
 
     def apply(self, incarnation: str, sequence: int, event: CacheEvent) -> None:
-        """Apply event number `sequence` of the cache's incarnation.
+        """Update the record of a replica's cache with one event from the replica. Returns nothing.
 
-        A repeated event is ignored; after a gap the index is stale. The first event of an incarnation has
-        number 1.
+        An event with the number of an earlier one is ignored. If a number is missing, all blocks known from events are
+        forgotten, and `stale` stays True until a snapshot comes.
+
+        Args:
+            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            sequence: number of the event in its incarnation, from 1.
+            event: blocks that were stored or removed, or that the cache was emptied.
         """
         self.restarted(incarnation)
         if self.events and sequence <= self.sequence:
@@ -150,10 +171,15 @@ class CacheIndex:
                 self._assumed.clear()
 
     def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
-        """Replace the confirmed blocks by `names`, a snapshot taken after event number `sequence` of `incarnation`.
+        """Replace the blocks that are known from the replica's events by the names in a snapshot. Returns nothing.
 
-        A snapshot is ignored if a higher number of the same incarnation was already applied. incarnation: names the
-        replica's cache since its last restart.
+        The prefixes recorded by assume() stay. A snapshot is ignored if an event or snapshot with a higher number of
+        the same incarnation was already applied.
+
+        Args:
+            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            sequence: number of the last event before the snapshot.
+            names: names of all blocks in the cache.
         """
         self.restarted(incarnation)
         if sequence < self.sequence:
@@ -161,7 +187,15 @@ class CacheIndex:
         self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt with these keys was sent to the replica at time `now` (seconds), which will cache it."""
+        """Record that a prompt was sent to the replica: its prefixes count as cached until the replica reports itself.
+
+        An assumed prefix counts for ASSUMED_SECONDS, and longer while no events arrive. At most ASSUMED_MAX are kept;
+        the oldest are dropped.
+
+        Args:
+            keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
+            now: time at which the prompt was sent, in seconds.
+        """
         for key in reversed(keys):  # the longest prefix first, so that it is dropped first
             self._assumed[key] = now
             self._assumed.move_to_end(key)
@@ -169,7 +203,13 @@ class CacheIndex:
             self._assumed.popitem(last=False)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
-        """Estimated number of tokens of the longest cached prefix of a prompt with these keys; 0 if none is cached."""
+        """Estimated number of a prompt's leading tokens whose K/V this replica has cached, an int; 0 if it has none.
+
+        Args:
+            keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
+            memory: token counts and block names of the prefixes that replicas have reported.
+            now: the time in seconds.
+        """
         low, high, tokens = 0, len(keys), 0  # keys[:low] are cached, and have `tokens` tokens
         while low < high:
             middle = (low + high) // 2
@@ -181,10 +221,16 @@ class CacheIndex:
         return tokens
 
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
-        """Tokens of the prefix that ends with this key; None if it is not cached.
+        """Number of tokens of one prefix of a prompt, an int; None if the replica has not cached the prefix.
 
-        number: position of the key in the prompt, from 1. The result is 0 for a prefix shorter than a block; it does
-        not tell whether longer prefixes are cached.
+        The number is 0 if the prefix is shorter than a K/V block or its block has no name. Longer prefixes may then be
+        cached.
+
+        Args:
+            key: prefix key of the prefix (see prefix_keys()).
+            number: number of text chunks in the prefix.
+            memory: token counts and block names of the prefixes that replicas have reported.
+            now: the time in seconds.
         """
         known = memory.find(key)
         sent = self._assumed.get(key)

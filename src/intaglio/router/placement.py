@@ -56,11 +56,19 @@ def fastest_pace(replicas: Iterable[Replica]) -> Pace:
 def estimate(
     replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0, pace: Pace | None = None
 ) -> Estimate:
-    """The Estimate of a job on a replica: prefill of uncached tokens, after that of the jobs before it, then decode.
+    """The Estimate of a job on a replica: cached prompt tokens, and seconds until its first token and its end.
 
-    now: seconds. ahead: prompt tokens of queued jobs that will go to this replica before this one. pace: step times to
-    use; None: those that the replica has reported. The last prompt token is always computed, because its logits are
-    needed. A job of stage prefill ends with its first token.
+    The first token comes after the prefill of the jobs before it and of its own uncached tokens; its decode steps
+    follow. The last prompt token is always computed, because its logits are needed. A job of stage "prefill" ends with
+    its first token.
+
+    Args:
+        replica: the replica that may be given the job.
+        job: the job.
+        memory: token counts and block names of the prompt prefixes that replicas have reported.
+        now: the time in seconds.
+        ahead: prompt tokens of queued jobs that will go to this replica before this job.
+        pace: step times to use; None: those that the replica has reported.
     """
     cached = max(job.handed, replica.index.cached_tokens(job.keys, memory, now))
     cached = min(cached, job.prompt_tokens - 1)
@@ -74,12 +82,20 @@ def estimate(
 
 
 def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:
-    """The estimate with the lowest cost; among equals the replica used least recently."""
+    """The Estimate with the lowest cost; of equal ones, that of the replica that was given a job least recently.
+
+    estimates: one for each replica that may be given the job. Raises ValueError if it is empty.
+    """
     return min(estimates, key=lambda e: (e.cost, e.replica.last_placed))
 
 
 def take_turns(estimates: Sequence[Estimate]) -> Estimate:
-    """The estimate of the replica used least recently, of those with room if any has; load and cache do not count."""
+    """The Estimate of the replica that was given a job least recently, for the policy "round-robin".
+
+    Replicas without room are considered only if no replica has room. Load and cached tokens are not considered.
+
+    estimates: one for each replica that may be given the job. Raises ValueError if it is empty.
+    """
     return min(estimates, key=lambda e: (not e.replica.has_room, e.replica.last_placed))
 
 

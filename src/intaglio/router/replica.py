@@ -92,9 +92,10 @@ class Replica:
         prefill_tokens: prompt tokens to compute of its jobs that have no token yet.
         prefills: the same by job, in the order of placement.
         prefill_since: time in seconds at which it began the first of them, as far as the router knows.
-        sequences: choices of its jobs.
-        last_placed: number of the last placement; breaks ties, so that equal replicas take turns.
-        failures: requests it lost by dying.
+        sequences: number of sequences of its jobs: the sum of their `choices`.
+        last_placed: number of the router's placement that last chose it; breaks ties, so that equal replicas take
+            turns.
+        failures: number of requests it lost by dying.
     """
 
     name: str
@@ -141,7 +142,13 @@ class Replica:
         return self.prefill_tokens - min(first, max(0.0, now - self.prefill_since) / pace.per_token)
 
     def assign(self, job: Job, prefill: int, now: float) -> None:
-        """Add a job with `prefill` prompt tokens to compute, placed at time `now` (seconds)."""
+        """Add a job that the router has placed on this replica.
+
+        Args:
+            job: the job.
+            prefill: number of its prompt tokens that the replica has to compute.
+            now: the time in seconds.
+        """
         if not self.prefills:
             self.prefill_since = now
         self.jobs[job.id] = Assigned(job)
@@ -150,14 +157,20 @@ class Replica:
         self.sequences += job.choices
 
     def started(self, id: str, now: float) -> Job:
-        """Note that the prompt of job `id` has been computed by time `now` (seconds). Returns the Job."""
+        """Record that a job's first token has come: no prompt tokens are left to compute. Returns the Job.
+
+        id: id of a job on this replica. now: the time in seconds. Raises KeyError for any other id.
+        """
         assigned, self.prefill_since = self.jobs[id], now
         self.prefill_tokens -= self.prefills.pop(id, 0)
         assigned.started = True
         return assigned.job
 
     def release(self, id: str) -> None:
-        """Remove job `id` from the replica's jobs."""
+        """Remove a job from the replica's jobs, because it has ended or goes to another replica. Returns nothing.
+
+        id: id of a job on this replica. Raises KeyError for any other.
+        """
         assigned = self.jobs.pop(id)
         self.prefill_tokens -= self.prefills.pop(id, 0)
         self.sequences -= assigned.job.choices

@@ -77,9 +77,12 @@ class Router:
         return self.replicas[name]
 
     def ready(self, name: str, incarnation: str) -> None:
-        """Note that a replica accepts requests; one that drains goes on draining.
+        """Record that a replica accepts requests. A replica that is being drained stays so.
 
-        incarnation: identifies the content of its K/V cache. If it differs from the last one, nothing counts as cached.
+        Args:
+            name: name of the replica.
+            incarnation: identifies the content of its K/V cache. If it differs from the last one, nothing counts as
+                cached.
         """
         replica = self.replicas[name]
         if replica.state != "draining":
@@ -96,9 +99,12 @@ class Router:
         return [a.job for a in self.replicas[name].jobs.values()]
 
     def died(self, name: str) -> list[Job]:
-        """Note that a replica is gone.
+        """Record that a replica has ended, and take all its jobs off it.
 
-        Returns a list of the jobs it had, in the order of their placement. They are no longer placed.
+        Returns a list of these jobs, in the order of their placement, so that the caller can resubmit() them. The
+        replica is given no jobs until it is ready() again.
+
+        name: name of the replica. Raises KeyError for an unknown one.
         """
         replica = self.replicas[name]
         replica.state = "dead"
@@ -109,7 +115,7 @@ class Router:
         return jobs
 
     def restarting(self, name: str) -> None:
-        """Note that a dead replica is being started again."""
+        """Record that a replica that had ended is being started again."""
         self.replicas[name].state = "starting"
 
     def remove_replica(self, name: str) -> None:
@@ -174,19 +180,29 @@ class Router:
         return placed
 
     def started(self, id: str, now: float, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
-        """Note that a placed job's first token has come: its prompt of `tokens` tokens is computed.
+        """Record that a placed job's first token has come, so its prompt has been computed. Returns nothing.
 
-        id: the job's id; one that is not placed is ignored. now: the time in seconds. names: names of the blocks that
-        hold the prompt, of `block_size` tokens each.
+        The prompt's length and block names are remembered, for the estimates of later jobs.
+
+        Args:
+            id: the job's id; one that is not placed is ignored.
+            now: the time in seconds.
+            tokens: number of tokens of the prompt.
+            names: names of the K/V blocks that hold the prompt.
+            block_size: tokens of a block.
         """
         if (name := self._where.get(id)) is not None:
             self.memory.learn(self.replicas[name].started(id, now).keys, tokens, names, block_size)
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices.
+        """Record that a job has ended or was cancelled: take it off its replica, or out of the queue.
 
-        Its tenant is charged for its output if it was ever placed. Call this also for a job that expired() has
+        Its tenant is charged for its real output, if it was ever placed. Call this also for a job that expired() has
         returned.
+
+        Args:
+            job: the job.
+            output_tokens: tokens generated, over all choices.
         """
         if not self._unplace(job.id):
             self.queue.discard(job)
@@ -276,7 +292,12 @@ class Router:
         return estimates
 
     def _wait_seconds(self, alive: list[Replica], stage: str) -> float:
-        """Estimated seconds until the waiting jobs of a stage have been placed, by the replicas' prefill pace."""
+        """Estimated seconds until the waiting jobs of a stage have been placed, from the replicas' pace of prefill.
+
+        Args:
+            alive: the replicas that may be given jobs of the stage; at least one.
+            stage: "all" or "prefill", see Job.
+        """
         return self.queue.tokens_of[stage] / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
     def _estimates(
@@ -304,7 +325,7 @@ class Router:
         return Placement(job, replica.name, on)
 
     def _unplace(self, id: str) -> bool:
-        """Take a job off its replica. Returns True, or False if it was on none."""
+        """Take a job off its replica. Returns True, or False if the job was on no replica."""
         name = self._where.pop(id, None)
         if name is None:
             return False

@@ -19,10 +19,11 @@ class BlockEvent:
     """A change of the prefix cache.
 
     Attributes:
-        sequence: number of the event, counted from 1 in each incarnation.
+        sequence: number of the event, counted from 1 since the engine's start.
         kind: "stored": the block is in the prefix cache now; "removed": it was evicted; "cleared": all blocks are gone.
         name: name of the block; "" if cleared.
-        parent: name of the block before it, or BlockNames.root() of its salt; "" unless stored.
+        parent: name of the block before it in the sequence; for a sequence's first block BlockNames.root() of the
+            request's cache salt; "" unless stored.
     """
 
     sequence: int

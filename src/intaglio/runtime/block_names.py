@@ -57,7 +57,11 @@ class BlockScope:
 
     @cached_property
     def digest(self) -> str:
-        """The hash of all fields of this scope, as 64 hexadecimal digits."""
+        """The hash of all fields of this BlockScope, as 64 hexadecimal digits.
+
+        Every block name includes this hash. So two engines give a block the same name only if their model, weights, K/V
+        format, numerics, block size and version are the same.
+        """
         return digest(json.dumps(asdict(self), sort_keys=True).encode())
 
 
@@ -86,9 +90,11 @@ class BlockNames:
         return digest(parent.encode() + b" " + np.asarray(tokens, "<i8").tobytes())
 
     def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:
-        """Yield the names of the full blocks of a sequence of token ids, from its start.
+        """Yield the names of a sequence's full K/V blocks, in order, as of() lists them.
 
-        salt: the request's cache salt; None: none.
+        Args:
+            tokens: token ids of the sequence.
+            salt: the request's cache salt; None: none.
         """
         name = self.root(salt)
         for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
@@ -96,8 +102,12 @@ class BlockNames:
             yield name
 
     def of(self, tokens: Sequence[int], salt: str | None = None) -> list[str]:
-        """A list of the names of the full blocks of a sequence of token ids, from its start.
+        """The names of a sequence's full K/V blocks, in order, as a list of strings; [] if no block is full.
 
-        salt: the request's cache salt; None: none.
+        A name is a hash, 64 hexadecimal digits, over all tokens from the sequence's start to the block's end.
+
+        Args:
+            tokens: token ids of the sequence.
+            salt: the request's cache salt; None: none. Other salts give other names.
         """
         return list(self.chain(tokens, salt))

@@ -15,9 +15,10 @@ CHECKPOINT_BLOCKS = 32  # blocks between the checkpoints of a long prompt
 
 
 class Checkpoints:
-    """Keeps recurrent states at block borders as checkpoints, for the prefix cache, and finds them again.
+    """Keeps copies of recurrent state at block borders for the prefix cache, and finds them again.
 
-    A state exists only at the end of a step, so the steps of a prompt are made to end at its borders. These are:
+    Such a copy is called a checkpoint. A border is a position at which a K/V block ends. A state exists only at the end
+    of a step, so the steps of a prompt are made to end at its borders. These are:
 
     1. every `every` blocks, counted from position 0;
     2. where another sequence branched off: the end of the K/V blocks found in the prefix cache, if no state was kept
@@ -43,11 +44,13 @@ class Checkpoints:
         return bool(self.slots.total and self.every)
 
     def usable(self, known: Many[int]) -> int:
-        """How many of the blocks `known`, from the first on, a new sequence can reuse.
+        """Number of leading K/V blocks in the prefix cache that a new sequence can reuse, an int.
 
-        known: numbers of the sequence's leading blocks that are in the prefix cache. Returns their number if the model
-        has no recurrent state. Else returns the number of blocks up to the last one with a checkpoint at its end; 0 if
-        no block has one.
+        A model without recurrent state can reuse all of them. Any other needs the recurrent state at the end of the
+        last block it reuses. So the result is the longest prefix with a saved copy of the state at its end; 0 if there
+        is none.
+
+        known: numbers of the sequence's leading blocks that are in the prefix cache.
         """
         if not self.slots.total:
             return len(known)
@@ -55,11 +58,15 @@ class Checkpoints:
         return next(deepest, 0)
 
     def start(self, sequence: Sequence, found: int) -> None:
-        """Give a sequence its two state slots and plan the borders of its prompt at which steps end.
+        """Give a sequence that starts its two slots of recurrent state, and choose where the steps of its prompt end.
 
-        One slot is the checkpoint after its cached blocks, if there are any. The other is the slot that its first step
-        writes. The sequence's `computed` and `prefix_name` must be set before. found: number of leading blocks that are
-        in the prefix cache, with or without a checkpoint.
+        The first slot is the saved state at the end of its cached blocks, if there are any. The second is the slot that
+        its first step writes. For a model without recurrent state both stay -1. The chosen positions go to
+        `sequence.borders`.
+
+        Args:
+            sequence: the sequence. Its `computed` and `prefix_name` must already be set.
+            found: number of its leading K/V blocks in the prefix cache, with or without a saved state.
         """
         size = self.pool.block_size
         if sequence.prefix_name and self.slots.total:
@@ -71,7 +78,11 @@ class Checkpoints:
         sequence.prefill_end = sequence.length
 
     def cut(self, sequence: Sequence, tokens: int) -> int:
-        """Number of the sequence's next `tokens` tokens that a step may compute: up to its prompt's next border."""
+        """Number of a sequence's next tokens that one step may compute, an int, at most `tokens`.
+
+        A step of a prompt ends at the next position at which the recurrent state is to be saved. All `tokens` are
+        returned once the sequence decodes, and if no states are saved.
+        """
         start, stop = sequence.computed, sequence.computed + tokens
         if not self.on or start >= sequence.prefill_end:
             return tokens
@@ -83,7 +94,11 @@ class Checkpoints:
         return min([*borders, stop]) - start
 
     def keep(self, sequence: Sequence) -> None:
-        """Keep the sequence's state as a checkpoint, if the step that has just ended stands at a border."""
+        """After a step: save the sequence's recurrent state for the prefix cache, if it is at a position for that.
+
+        That is at the end of a block in the prefix cache: while the sequence decodes at every one, in its prompt only
+        at the borders that the class describes. Does nothing elsewhere.
+        """
         at, size = sequence.computed, self.pool.block_size
         name = sequence.prefix_name
         if (
@@ -104,7 +119,10 @@ class Checkpoints:
             sequence.checkpoint = name
 
     def supersede(self, name: str) -> None:
-        """Drop the checkpoint `name` unless a sequence holds it. A later one of the same sequence replaces it."""
+        """Free the saved recurrent state at the end of block `name`, because the same sequence has saved a later one.
+
+        Does nothing if a sequence still holds the saved state, or if there is none.
+        """
         slot = self.slots.checkpoints.get(name)
         if slot in self.slots.evictable:
             self.slots.drop(name)

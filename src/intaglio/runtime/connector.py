@@ -30,7 +30,9 @@ class BlockKey:
 
 @dataclass
 class TierCounts:
-    """Total counts of a tier. Blocks that are missing, corrupt or late are computed by the engine instead.
+    """Total counts of a tier, a store of K/V blocks outside the engine.
+
+    The engine computes blocks that are missing, corrupt or late.
 
     Attributes:
         hits: blocks that were loaded into an engine's pool.
@@ -41,7 +43,8 @@ class TierCounts:
         dropped: blocks that were not saved because earlier ones were still being written, or writing had just failed.
         evicted: blocks that were deleted to make room for others.
         refused: blocks that were not saved because pinned blocks leave no room.
-        expired: leases that had run out when they were used; nothing counts as handed over under them.
+        expired: times that a lease (which pins blocks for another replica) had already run out when it was renewed or
+            its blocks were handed over.
         errors: reads and writes that the operating system refused, such as writes to a full disk.
         loaded_bytes: bytes of the hits.
         saved_bytes: bytes of the blocks that were written.
@@ -84,7 +87,8 @@ class Connector(Protocol):
 
     Its methods do not wait for a disk or a network, and raise nothing.
 
-    counts: an engine counts hits, misses and late blocks, the tier itself the rest.
+    counts: the tier's TierCounts. The engine adds hits, loaded bytes, misses, late blocks, blocks dropped because it
+    stopped saving, and errors of the device. The tier counts everything else.
     """
 
     counts: TierCounts
@@ -105,13 +109,25 @@ class Connector(Protocol):
         """Begin to load the blocks of `keys`, of `block_bytes` bytes each, and return the Load without waiting."""
 
     def save(self, key: BlockKey, content: np.ndarray) -> bool:
-        """Save a block. Returns False if the tier drops it, as it would the next.
+        """Save a block, now or later. Returns True, or False if the tier drops the block.
 
-        content: uint8 [block_bytes], which belongs to the tier from now on.
+        After a False the caller stops saving, since the tier would drop the next blocks too.
+
+        Args:
+            key: the block's name, its parent's name and its tokens.
+            content: uint8 [block_bytes], which belongs to the tier from now on.
         """
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that these blocks, each the parent of the next, are in use, so that other blocks are evicted first."""
+        """Mark blocks as just used, so that the tier evicts other blocks first. Returns nothing.
+
+        names: the names of the blocks, each the parent of the next.
+        """
 
     def say(self, kind: str, what: str) -> None:
-        """Tell the operator the message `what`, once for each `kind`."""
+        """Tell the operator a message about the tier. Only the first of each kind is told; later ones are dropped.
+
+        Args:
+            kind: a word for the kind of message.
+            what: the message.
+        """

@@ -212,10 +212,13 @@ class Engine:
         return self.live.take_events()
 
     def submit(self, now: float) -> list[ScheduledSequence]:
-        """Schedule and launch steps until as many are under way as the executable has pipeline stages. now: seconds.
+        """Schedule and launch steps until as many are under way as the executable has pipeline stages.
 
-        While a sequence is suspected of a device loss, at most one launch is under way at a time. Returns a list of the
-        ScheduledSequences of the launches that were waited for; [] if none was. Raises DeviceLost.
+        Returns a list of the ScheduledSequences whose launches were completed meanwhile, with their results applied;
+        usually []. Launches are waited for only if a sequence is suspected of having made the device fail: then at most
+        one launch is under way at a time. Raises DeviceLost if the device is lost.
+
+        now: the time in seconds.
         """
         collected: list[ScheduledSequence] = []
         depth = self.executable.depth
@@ -233,16 +236,20 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and apply its results. Returns a list of ScheduledSequences. Raises DeviceLost."""
+        """Wait for the oldest launch under way and apply its results to its sequences.
+
+        Returns a list of the ScheduledSequences of that launch. Call it only while a launch is under way. Raises
+        DeviceLost if the device is lost.
+        """
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
         return launch.scheduled
 
     def move_experts(self, now: float) -> None:
-        """Count tokens of experts and move experts between two steps, if it is time.
+        """Between two steps: count the tokens of a model's experts, and move experts between ranks, if it is time.
 
-        now: seconds. Raises DeviceLost.
+        now: the time in seconds. Raises DeviceLost if the device is lost.
         """
         self.experts.tick(now, last=self.idle)
 
@@ -305,10 +312,15 @@ class Engine:
     def _admit(
         self, request: Request, seed: int, choices: abc.Sequence[int], resumption: Resumption | None = None
     ) -> list[Sequence]:
-        """Check and queue choices of a request. Returns a list of a Sequence for each.
+        """Check the choices of a new or suspended request and queue them. Returns a list with a Sequence for each.
 
-        seed: seed of choice 0. choices: their indices. resumption: if given, the choices continue after the output in
-        it. Raises RequestError or Refused, and counts the choices as refused.
+        Raises RequestError or Refused, and counts the choices as refused.
+
+        Args:
+            request: the request.
+            seed: seed of choice 0.
+            choices: numbers of the choices to queue.
+            resumption: None for a new request; for a suspended one, its output so far, after which the choices go on.
         """
         n = len(choices)
         self.counts.received += n
@@ -329,10 +341,15 @@ class Engine:
         return sequences
 
     def _sequences(self, request: Request, seed: int, choices: abc.Sequence[int], estimate: float) -> list[Sequence]:
-        """Create the Sequences of choices of a request. Choice i samples with seed + i. Returns a list.
+        """Make the Sequences of a request's choices. Returns them as a list, in the order of `choices`.
 
-        choices: their indices. estimate: seconds until the request ends. Raises RequestError if the function that makes
-        the caller's stop checkers or matchers fails.
+        Raises RequestError if the caller's function that makes stop checkers or matchers fails.
+
+        Args:
+            request: the request.
+            seed: seed of choice 0; choice i samples with seed + i.
+            choices: numbers of the choices.
+            estimate: estimated seconds until the request ends.
         """
         now, first = self.clock.read(), self.counts.admitted
         try:

@@ -23,16 +23,18 @@ WORTH = 1.1  # a layer is moved if that makes the largest load of a rank smaller
 
 
 class ExpertBalancer:
-    """Keeps the loads of a model's experts, and moves experts of layouts with redundant experts.
+    """Counts the tokens that each expert of a model gets, and moves experts between ranks to make loads equal.
 
-    Does nothing for a model without experts. If experts cannot be loaded, nothing is moved until the device is
-    replaced, and `failed` says why.
+    Experts are moved only in layouts with redundant experts. Does nothing for a model without experts. If experts
+    cannot be loaded, nothing is moved until the device is replaced, and `failed` says why.
 
     Attributes:
-        every: seconds between two proposals; inf: experts are never moved.
-        worth: a layer is moved if its largest load of a rank, over the mean, becomes smaller by this factor.
-        loads: the ExpertLoad of each layer when they were last counted, by site; tokens since the engine's start.
-        moves: layers whose experts were moved.
+        every: seconds between two proposals of a new placement; inf: experts are never moved.
+        worth: a layer's experts are moved only if the load of its busiest rank, divided by the mean load of its ranks,
+            becomes smaller by this factor, above 1.
+        loads: the ExpertLoad of each layer when they were last counted, by site (the layer's name); tokens since the
+            engine's start.
+        moves: number of times that a layer's experts were moved.
         moved: None, or called after a layer's experts have moved, with each rank's experts of every layer, by site.
         failed: why experts are not moved; "" if they are.
     """
@@ -52,17 +54,24 @@ class ExpertBalancer:
 
     @property
     def movable(self) -> bool:
-        """True if the layout has redundant experts, so that experts can be moved; False before the first count."""
+        """True if experts can be moved between ranks: the layout has redundant experts.
+
+        False until count() was first called, because the layout is known only from the device's answer.
+        """
         return any(load.held and all(load.held) for load in self.loads.values())
 
     def tick(self, now: float, last: bool = False) -> None:
-        """Count tokens, and propose, load or switch experts if it is time. Call between steps.
+        """Between two steps: count the tokens of experts, and propose or carry out the next move, if it is time.
 
-        At most one layer is balanced in a call, as that takes milliseconds. The device answers only when no step is
-        under way. So while a pipeline has steps under way, the device is asked RARELY times less often. Tokens are also
-        counted RARELY times less often if the layout has no redundant experts, as they then serve only metrics.
+        The device answers only when no step is under way. So while a pipeline has steps under way, the device is asked
+        RARELY times less often. If experts cannot be moved, the counts serve only metrics; tokens are then always
+        counted RARELY times less often. At most one layer is balanced in a call, as that takes milliseconds.
 
-        now: seconds. last: True if no request is left; tokens are then counted now. Raises DeviceLost.
+        Args:
+            now: the time in seconds.
+            last: True if no request is left; tokens are then counted now.
+
+        Raises DeviceLost if the device is lost. Another failure of the device stops all moves, see `failed`.
         """
         if self._counted_on is not self.launcher.executable:
             self._begin(now)
@@ -83,7 +92,10 @@ class ExpertBalancer:
                 self.failed, self._recent, self._loading = str(e), {}, {}
 
     def count(self) -> None:
-        """Read the loads from the device. Returns nothing. Raises DeviceLost."""
+        """Read from the device how many tokens each expert has got, and store it in `loads`. Returns nothing.
+
+        Tokens counted on earlier devices that were lost are included. Raises DeviceLost if the device is lost.
+        """
         for site, load in self.launcher.between_steps(lambda device: device.expert_loads()).items():
             base = self._base.get(site, np.zeros_like(load.tokens))
             self.loads[site] = ExpertLoad(base + load.tokens, load.held)
@@ -102,7 +114,11 @@ class ExpertBalancer:
         return proposed if now >= then * self.worth else None
 
     def _begin(self, now: float) -> None:
-        """Start to count on the executable in use, whose counts and placement are those of a new one."""
+        """Start again on a new executable, after the first start or the loss of a device. now: the time in seconds.
+
+        The new executable counts tokens from 0, so the tokens counted so far are kept as a base. A move in progress is
+        forgotten, and `failed` is reset.
+        """
         self._base = {site: load.tokens for site, load in self.loads.items()}
         self._counted_on = self.launcher.executable
         self._has_experts = self.launcher.executable.unwrapped().has_experts()
@@ -118,9 +134,13 @@ class ExpertBalancer:
         return found
 
     def _move(self, now: float) -> None:
-        """Do the next part of moving experts: switch to loaded ones, count for a proposal, or load those of a layer.
+        """Do the next part of moving experts. Returns nothing.
 
-        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        1. While a layer's new experts are being loaded: return; once they are loaded, switch the layer to them.
+        2. If no layer is left to balance and it is time: read the tokens of all layers since the last time.
+        3. If a layer is left: propose its new placement, and begin to load its experts if moving is worth it.
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost. now: the time in seconds.
         """
         device = self.launcher.between_steps
         if self._loading:

@@ -85,10 +85,10 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 
 
 def checkpoints_sound(e: Engine) -> Iterator[str]:
-    """Yield a text for each inconsistency of the checkpoints of recurrent state.
+    """Yield a text for each inconsistency of the recurrent states that are saved for the prefix cache (checkpoints).
 
-    Names and slots must agree. Evictable slots must be checkpoints, free ones must not. Each checkpoint must stand at
-    the end of a block in the prefix cache.
+    Names and slots must agree. Evictable slots must have a saved state, free ones must not. Each saved state must stand
+    at the end of a block in the prefix cache.
     """
     slots = e.slots
     if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:

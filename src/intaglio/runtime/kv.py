@@ -120,9 +120,13 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """The longest prefix of `tokens` that is in the prefix cache, as a list of block numbers; whole blocks only.
+        """The longest prefix of `tokens` that is in the prefix cache, as a list of block numbers; [] if there is none.
 
-        salt: the request's cache salt. Changes no refcount.
+        Only whole blocks count. No refcount is changed: share() the blocks to hold them.
+
+        Args:
+            tokens: token ids of the sequence.
+            salt: the request's cache salt; None: none. Blocks of another salt are not found.
         """
         blocks: list[int] = []
         for name in self.names.chain(tokens, salt):

@@ -64,8 +64,8 @@ class LatencyEstimator:
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
         """Estimated seconds to prefill `prefill_tokens` and then sample `output_tokens` for each of `sequences`.
 
-        Assumes that each step samples one token per sequence, and that steps have as many token rows per sampled token
-        as recent steps had.
+        Assumes one sampled token per sequence and step. A decode step is taken to have as many token rows per sampled
+        token as recent steps had on average, since prefills of other requests share the steps.
         """
         rows = sequences * self.mean_tokens / self.mean_sampled if self.mean_sampled else 0
         return self.seconds_per_token * prefill_tokens + output_tokens * (
@@ -91,15 +91,26 @@ class LatencyEstimator:
         return self.slowdown * estimate
 
     def observe_request(self, estimate: float, seconds: float) -> None:
-        """Update the slowdown with a request that took `seconds` and had been estimated at `estimate` seconds."""
+        """Update `slowdown` after a request has ended. Returns nothing.
+
+        The slowdown is the 90th percentile of measured time / estimated time of requests; percentile_90() multiplies by
+        it. It stays within SLOWDOWN_MIN..SLOWDOWN_MAX. An estimate of 0 is ignored.
+
+        Args:
+            estimate: seconds that the request had been estimated to take.
+            seconds: seconds that it took.
+        """
         if estimate > 0:
             moved = _moved(self.slowdown, SLOWDOWN_STRIDE, seconds > self.percentile_90(estimate))
             self.slowdown = min(max(moved, SLOWDOWN_MIN), SLOWDOWN_MAX)
 
 
 def _moved(quantile: float, stride: float, above: bool) -> float:
-    """The 90th percentile `quantile` after one more observation: a little larger if that was above it, else smaller.
+    """A tracked 90th percentile after one more observation: slightly larger if that was above it, else smaller.
 
-    stride: step size, in the logarithm of the value.
+    Args:
+        quantile: the percentile before.
+        stride: step size, in the logarithm of the value.
+        above: True if the observation was above `quantile`.
     """
     return quantile * math.exp(stride * (QUANTILE if above else QUANTILE - 1))

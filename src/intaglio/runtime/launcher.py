@@ -129,8 +129,12 @@ class Launcher:
     def _retry(self, launch: Launch, error: Exception) -> Iterator[Completed]:
         """Launch a failed step again, in two halves, or its only sequence once more without drafts.
 
-        Yields what completes. If sequences were aborted meanwhile, the others are launched together. A single
-        sequence that has already been retried ends with a fault.
+        Yields a Completed for each launch that completes. If sequences were aborted meanwhile, the others are launched
+        together. A single sequence that has already been retried ends with a fault.
+
+        Args:
+            launch: the launch that failed.
+            error: what the device raised.
         """
         scheduled = [one for one in launch.scheduled if one.sequence.state != "ended"]  # others were aborted meanwhile
         half = len(scheduled) // 2
@@ -169,7 +173,11 @@ class Launcher:
             self.executable.write_blocks(blocks, contents)
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """The result of call(executable), which runs no step. Raises what it raises."""
+        """Call `call(executable)` and return its result; for anything that is not a step, such as reading expert loads.
+
+        The executable is the innermost one, inside all wrappers. Raises what `call` raises. If that is DeviceLost, the
+        sequences in flight are recorded in `in_flight`.
+        """
         with self._noting_loss():
             return self.executable.between_steps(call)
 

@@ -49,7 +49,8 @@ class SequenceLoad:
         load: the tier's load.
         since: when it began or the last block came, in seconds by the engine's clock.
         arrived: number of blocks that had come by then.
-        kept: contents of the blocks that had come when the others were given up; None: none have been given up.
+        kept: None normally. If the load was stopped because no further block came in time: contents of the blocks that
+            had come by then, which are used.
     """
 
     sequence: Sequence
@@ -62,14 +63,19 @@ class SequenceLoad:
 
 
 class Offload:
-    """Moves K/V blocks between an engine's pool and a tier. Without a connector it does nothing.
+    """Moves K/V blocks between an engine's pool and a tier, a store outside the engine.
 
     Full blocks are saved once they are in the prefix cache, and again if a sequence starts with them and the tier has
-    evicted them. Blocks are loaded for one sequence at a time, the first that waits: those that wait behind it start
-    after it, and running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
+    evicted them. Blocks are loaded for one sequence at a time, the first that waits; the waiting sequences behind it do
+    not start before it. Running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
 
-    timeout: longest time in which no further block of a load comes, in seconds by the engine's clock; then the blocks
-    that have come are used. device: the device with the blocks; to be set before the first step.
+    Args:
+        connector: the tier; None: there is none, and nothing is moved.
+        pool: the engine's K/V blocks.
+        clock: the engine's clock.
+        timeout: seconds without a further block after which a load is stopped and the blocks that have come are used.
+
+    `device`, the device with the blocks, must be set before the first step.
     """
 
     def __init__(
@@ -145,9 +151,10 @@ class Offload:
         return len(contents)
 
     def started(self, blocks: list[int]) -> None:
-        """Tell the tier that a sequence starts with these blocks, so that they count as recently used.
+        """Tell the tier that a sequence starts with these blocks, so that it counts them as recently used.
 
-        save() saves those that the tier has evicted.
+        They are also queued for the next save(), which writes those that the tier has evicted. blocks: their numbers;
+        those that are not in the prefix cache are left out.
         """
         self.unsaved += self.touch(blocks)
 
@@ -163,14 +170,16 @@ class Offload:
         return cached
 
     def stored(self, block: int) -> None:
-        """Note that a block is in the prefix cache; save() saves it."""
+        """Queue a block that is now in the prefix cache for the next save(). block: its number."""
         if self.connector:
             self.unsaved.append(block)
 
     def save(self) -> None:
-        """Read the noted blocks that the tier does not have from the device and save them. Raises DeviceLost.
+        """Write the queued blocks to the tier, reading them from the device. Returns nothing.
 
-        Blocks that were loaded since the last call are not saved: of a tier that fetches from peers, a peer has them.
+        started() and stored() queue blocks. A block is left out if the tier has it, if it is not in the prefix cache
+        any more, or if it was loaded since the last call: the tier, or the peer that it came from, has it. If the
+        device fails or the tier drops a block, the rest is not saved. Raises DeviceLost if the device is lost.
         """
         noted, self.unsaved = self.unsaved, []
         fetched, self.fetched = self.fetched, set()

@@ -38,8 +38,10 @@ class Recovery:
         so the K/V computed before the loss is intact. Otherwise all running sequences are preempted and recomputed from
         their token ids.
 
-        The sequences in the launch that lost the device become suspects: each runs in a step of its own, without
-        drafts, until it has sampled a token. A suspect that loses the device twice before that ends in error.
+        The sequences in flight at the loss become suspects: each runs in a step of its own, without drafts, until it
+        has sampled a token. A sequence that loses the device twice in such steps, with no token between, ends in error.
+
+        lost: the error that the device raised.
         """
         self.counts.faults["worker"] += 1
         why = f"the device was lost: {lost}"
@@ -52,10 +54,12 @@ class Recovery:
                 self.live.emit(self.live.end(s, "error", Fault("worker", why)))
 
     def blame(self, why: str) -> None:
-        """Mark the sequences that were in flight when the device was lost as suspects.
+        """After a loss of the device: mark the sequences that were in flight as suspects. Returns nothing.
 
-        A sequence that was alone in two launches that lost the device, with no token sampled between them, ends in
-        error; `why` is the error's text.
+        A suspect runs in steps of its own until it samples a token. A sequence that was alone in the step ends in error
+        if that has now happened MAX_DEVICE_LOSSES_PER_SEQUENCE times since it last sampled a token.
+
+        why: text of that error.
         """
         in_flight = self.launcher.in_flight
         alone = len(in_flight) == 1 and self.launcher.lost_in_step
@@ -66,7 +70,11 @@ class Recovery:
                 self.live.emit(self.live.end(s, "error", Fault("worker", f"{why}, in a step with this request only")))
 
     def probe(self) -> Chunk:
-        """A chunk of one token that writes only to a block and a state slot that no sequence needs."""
+        """A Chunk of one token, for the step that tests a replaced device before sequences run on it.
+
+        It writes only to a K/V block and a state slot whose contents nobody needs. The last running sequence is
+        preempted if no block is available.
+        """
         slot = self.scheduler.spare_slot()
         windows = self.scheduler.windows
         spare = (windows.spare,) if windows.on else ()

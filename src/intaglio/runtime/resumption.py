@@ -49,7 +49,14 @@ class Resumption:
 
     @classmethod
     def of(cls, sequences: list[Sequence], now: float, program: str, numerics: str) -> Resumption:
-        """The Resumption of one request, made from its live sequences at time `now` (seconds by the engine's clock)."""
+        """The Resumption of a request: what Engine.resume() needs to continue it with the same tokens elsewhere.
+
+        Args:
+            sequences: the request's choices that have not ended, at least one.
+            now: time of the suspension, in seconds by the engine's clock.
+            program: hash of the Program that the engine runs.
+            numerics: what else decides the bits of results, such as "host avx2 tp2".
+        """
         s = sequences[0]
         params = replace(s.request.params, seed=(s.seed - s.index) % 2**63)
         waited = now - s.arrived
@@ -101,7 +108,10 @@ class Resumption:
             sequence.prompt_rows_read = sequence.prompt_rows_wanted
 
     def as_dict(self) -> dict[str, Any]:
-        """The Resumption as a dict that JSON can hold, for from_dict(). The request's functions are left out."""
+        """The Resumption as a dict that JSON can hold, for from_dict().
+
+        The request's callables, `stop_checker` and `matcher`, are left out. The caller makes them again.
+        """
         request = write_request(self.request, self.request.params.seed or 0)
         choices = [{"index": c.index, "output": [*c.output], "logprobs": [*c.logprobs]} for c in self.choices]
         return {"request": request, "choices": choices, "program": self.program, "numerics": self.numerics}

@@ -96,9 +96,10 @@ class Scheduler:
             self.preempt(sequence)
 
     def spare_block(self) -> int:
-        """Number of a K/V block that no sequence holds and that is not in the prefix cache any more.
+        """Number of a K/V block whose content nobody needs; for the step that tests a replaced device.
 
-        Frees the blocks of rejected drafts; while no block is available, preempts the last running sequence.
+        The block stays available: it is not allocated to the caller. To find one, the blocks of rejected drafts are
+        freed, and while none is available the last running sequence is preempted.
         """
         for sequence in self.running:
             self.update_blocks(sequence)
@@ -156,7 +157,7 @@ class Scheduler:
         request computes the prompt, whose blocks it will share, or another request computes most of what it would have
         to compute. Later sequences never overtake it.
 
-        Blocks found in the prefix cache are shared (of a model with recurrent state, those up to the last checkpoint).
+        Blocks found in the prefix cache are shared; of a model with recurrent state, only those up to a saved state.
         The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
         prompt is computed instead. The last token is always computed, because its logits are needed. Raises DeviceLost
         if the device is lost while loaded blocks are written to it.
@@ -203,11 +204,16 @@ class Scheduler:
         return sequence
 
     def _computed_by_another(self, sequence: Sequence, tokens: list[int], known: int) -> bool:
-        """True if a running sequence is about to compute at least half of the blocks that a waiting one needs.
+        """True if a waiting sequence should wait, as a running one is about to compute K/V blocks that both can share.
 
-        To wait for it costs a step or a few, in which the tokens would be computed twice. tokens: those of the waiting
-        sequence whose blocks may be shared. known: number of leading blocks that are in the prefix cache. False for
-        models with recurrent state, which share blocks only up to a border.
+        That is so if the running sequence has yet to compute the first missing block and has the same tokens for at
+        least half of the missing blocks. Waiting takes a step or a few; starting now would compute these tokens twice.
+        Always False for models with recurrent state.
+
+        Args:
+            sequence: the waiting sequence.
+            tokens: its tokens whose blocks may be shared.
+            known: number of its leading blocks that are in the prefix cache.
         """
         size, full = self.pool.block_size, len(tokens) // self.pool.block_size
         half = (known + full + 1) // 2 * size  # tokens up to the middle of the missing blocks
@@ -220,11 +226,12 @@ class Scheduler:
         )  # fmt: skip
 
     def _usable(self, found: list[int]) -> list[int]:
-        """The blocks of `found`, from the first on, that a new sequence can reuse, as a list.
+        """The leading blocks of `found` that a new sequence can reuse, as a list; [] if there are none.
 
-        found: numbers of its leading blocks in the prefix cache. Blocks are left out from the end until the recurrent
-        state at the end of the last block, and the window blocks that the next token sees, are cached too (if the model
-        has them).
+        The recurrent state at the end of the last block must be cached too, and the window blocks that the next token
+        sees, if the model has them. Blocks are left out from the end until both are.
+
+        found: numbers of the sequence's leading blocks that are in the prefix cache.
         """
         while True:
             known = found[: self.windows.usable([self.pool.name(block) for block in found])]
@@ -251,7 +258,11 @@ class Scheduler:
         return True
 
     def move_state(self, sequence: Sequence) -> None:
-        """Make the slot that the last step wrote the sequence's state, and allocate another slot for its next step."""
+        """After a step: take the recurrent state that the step has written as the sequence's state. Returns nothing.
+
+        The slot of the old state is released, and a new slot is allocated for the next step to write. Without recurrent
+        state nothing changes.
+        """
         self.slots.release(sequence.state_slot)
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
 
@@ -277,8 +288,8 @@ class Scheduler:
     def _schedule_chunk(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
         """Append a ScheduledSequence with the sequence's next tokens, as many as the budget allows, to `scheduled`.
 
-        The tokens end at the next border at which its recurrent state is kept, if the model has any. Returns the number
-        of tokens left of the budget.
+        A model with recurrent state gets fewer tokens if its state is to be saved for the prefix cache at an earlier
+        position (see Checkpoints.cut()). Returns the number of tokens left of the budget.
         """
         num_tokens = self.checkpoints.cut(sequence, min(budget, sequence.remaining))
         if num_tokens:
@@ -304,10 +315,12 @@ class Scheduler:
                 self.preempt(worse.pop())
 
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
-        """A list of the scheduled sequences with draft tokens added, `budget` in all. Drafts never preempt a sequence.
+        """Add draft tokens (speculative decoding) to the sequences of a step. Returns a new list of ScheduledSequence.
 
-        A sequence with recurrent state gets no drafts while it computes more than `max_drafts` tokens again after a
-        rejected draft; otherwise its state might never advance.
+        All drafts together are at most `budget` tokens, and need no preemption: a sequence gets only drafts for which
+        blocks are available. A sequence gets none if it samples no token in this step or is suspected of a device loss.
+        A sequence with recurrent state gets none if more than `max_drafts` tokens have to be computed again after
+        rejected drafts; otherwise its state might never advance.
         """
         drafted = []
         for one in scheduled:

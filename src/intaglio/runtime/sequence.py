@@ -98,9 +98,10 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """True if only the sequence's last token is left to compute for the first time: its next step is a decode.
+        """True if the sequence's next step is a decode: exactly one of its tokens has never been computed.
 
-        Tokens that are computed again after a rejected draft do not count.
+        False while tokens of its prompt are left to compute. Tokens that are computed a second time, after a rejected
+        draft, do not matter.
         """
         return self.remaining - self.rerun == 1
 

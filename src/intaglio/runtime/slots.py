@@ -18,9 +18,10 @@ class SlotError(RuntimeError):
 class SlotPool:
     """Pool of `total` slots of recurrent state, numbered from 0, with reference counts and checkpoints.
 
-    A slot is free; held, by as many sequences as its refcount says; or evictable: held by none, its content kept as a
-    checkpoint until the slot is needed. A model without recurrent state has a pool of 0 slots. Raises SlotError if
-    `total` is too small for one sequence.
+    A checkpoint is a state that is saved for the prefix cache, under the name of the K/V block at whose end it stood. A
+    slot is free; held, by as many sequences as its refcount says; or evictable: held by none, its checkpoint kept until
+    the slot is needed. A model without recurrent state has a pool of 0 slots. Raises SlotError if `total` is too small
+    for one sequence.
 
     Attributes:
         refcounts: number of sequences that hold each slot.
@@ -57,7 +58,8 @@ class SlotPool:
     def allocate(self) -> int:
         """Take a slot, with a refcount of 1, and return its number; -1 if the model has no recurrent state.
 
-        Evicts the checkpoint released earliest if no slot is free. Raises SlotError if none is available.
+        If no slot is free, the saved state that was released earliest is evicted from the prefix cache, and its slot is
+        taken. Raises SlotError if sequences hold all slots.
         """
         if not self.total:
             return -1
@@ -78,9 +80,10 @@ class SlotPool:
         self.refcounts[slot] += 1
 
     def release(self, slot: int) -> None:
-        """Decrement the refcount of a slot; at 0 it becomes evictable if it is a checkpoint, else free.
+        """Decrement the refcount of a slot. Returns nothing.
 
-        -1 stands for no slot and does nothing. Raises SlotError for a slot that is not held.
+        At 0 the slot becomes evictable if its recurrent state is saved for the prefix cache, see keep(); else it
+        becomes free. -1 stands for no slot and does nothing. Raises SlotError for a slot that is not held.
         """
         if slot == -1:
             return
@@ -93,10 +96,11 @@ class SlotPool:
                 self.free.append(slot)
 
     def keep(self, slot: int, name: str) -> bool:
-        """Keep a held slot as the checkpoint at the end of the block `name`. Returns True.
+        """Save the recurrent state in a slot for the prefix cache, as the state at the end of the K/V block `name`.
 
-        Returns False, and keeps nothing, if there is a checkpoint of that name or the slot is one already. Raises
-        SlotError if the slot is not held.
+        Nothing is copied: the slot is not reused until the saved state is dropped or evicted. Returns True; False if a
+        state is already saved under that name, or if the slot's state is already saved under another. Raises SlotError
+        if the slot is not held.
         """
         self._check_held(slot)
         if name in self.checkpoints or slot in self.named:
@@ -105,7 +109,10 @@ class SlotPool:
         return True
 
     def drop(self, name: str) -> None:
-        """Forget the checkpoint of block `name`, if there is one. Its slot becomes free if no sequence holds it."""
+        """Forget the recurrent state that is saved under block `name`, if there is one.
+
+        Its slot becomes free if no sequence holds it.
+        """
         slot = self.checkpoints.pop(name, None)
         if slot is not None:
             del self.named[slot]

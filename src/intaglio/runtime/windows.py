@@ -21,14 +21,20 @@ from intaglio.runtime.sequence import Sequence
 def reservations(
     window: int, block_size: int, *, context: int, max_batch_tokens: int, depth: int
 ) -> tuple[int, int]:  # fmt: skip
-    """The tuple (most window blocks that a sequence reserves, window blocks that steps need besides all reservations).
+    """Numbers of window blocks to provide: (most that one sequence reserves, those that all steps share), two ints.
 
-    A step of r rows reads and writes window - 1 + r positions of a sequence. These lie in at most window // block_size
-    + 3 + r // block_size blocks. A sequence reserves the blocks without the last term. All sequences in a step together
-    have at most `max_batch_tokens` rows, so the last term is added once for each of the `depth` steps under way. If a
-    whole context has no more blocks than that, a sequence reserves those of the context, and steps need none besides.
+    Window blocks are the K/V blocks of layers with a sliding window. A step of r rows reads and writes window - 1 + r
+    positions of a sequence, in at most (window // block_size + 3) + r // block_size blocks. The first term is what a
+    sequence reserves. All sequences of a step have at most `max_batch_tokens` rows together, so the last term is needed
+    once for each step under way: depth * (max_batch_tokens // block_size) is the second number. If a whole context has
+    no more blocks than the first term, the result is (blocks of a context, 0).
 
-    window: positions that a query sees. block_size: tokens in a block. context: context length in tokens.
+    Args:
+        window: positions that a query sees.
+        block_size: tokens in a block.
+        context: context length in tokens.
+        max_batch_tokens: most token rows in a step.
+        depth: number of steps under way at once.
     """
     most, blocks = window // block_size + 3, -(-context // block_size)
     return (most, depth * (max_batch_tokens // block_size)) if most < blocks else (blocks, 0)
@@ -38,12 +44,21 @@ def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
     max_sequences: int, depth: int = 1,
 ) -> StateSpec:  # fmt: skip
-    """`state` with window pages for the caches of `Program.windows` added, as a StateSpec; unchanged if there are none.
+    """A copy of `state` with K/V pages of their own for the layers with a sliding window, as a StateSpec.
 
-    window_tokens: tokens of all window pages together, rounded up to whole pages. 0: none; layers with a window then
-    have the same pages as the others. None: enough for `max_sequences` sequences of any length, so that no sequence
-    waits for a window block; but none if that would save less than a quarter of the pages, or if a context is not
-    longer than what a sequence keeps. depth: number of steps under way at once.
+    Returns `state` itself if no layer has a window, or if such pages are not wanted. All layers then have the same
+    pages.
+
+    Args:
+        state: sizes of the K/V cache.
+        programs: the Programs of all ranks, which name the layers with a window.
+        window_tokens: tokens of all window pages together, rounded up to whole pages. 0: none. None: enough that
+            `max_sequences` sequences of any length never wait for a window block; but none if that saves less than a
+            quarter of the pages, or if a sequence would keep its whole context anyway.
+        context: context length in tokens.
+        max_batch_tokens: most token rows in a step.
+        max_sequences: most sequences that run at a time.
+        depth: number of steps under way at once.
 
     Raises RequestError if `window_tokens` is above 0 and less than one sequence needs, or no layer has a window.
     """
@@ -71,13 +86,14 @@ class Windows:
 
     Does nothing if `state.window_pages` is 0.
 
-    A running sequence reserves the blocks of its tokens so far and of its next drafts, up to those of reservations().
-    So a step never lacks a window block. When a reservation cannot grow, the scheduler preempts the last sequence.
-    A prefix of n blocks is found only if the window blocks that its next token sees are found too. Blocks that were
-    given back are evicted in the order in which they were given back.
+    Each running sequence reserves window blocks for its tokens so far and its next drafts, but no more than a window
+    needs (see reservations()). A further `step_blocks` blocks are kept for the rows of the steps under way. So a step
+    never lacks a window block. When a reservation cannot grow, the scheduler preempts the last sequence. A prefix is
+    found in the prefix cache only if the window blocks that the token after it sees are cached too. Released blocks
+    that are in the prefix cache stay there until their place is needed; the one released first is evicted first.
 
     Args:
-        state: gives the window and the number of window pages, of which the last is for the probe of a new device.
+        state: gives the window and the number of window pages. The last page is used only to test a replaced device.
         scope: digest of the BlockScope for the names of blocks.
         context: context length in tokens.
         max_batch_tokens: most token rows in a step.
@@ -86,7 +102,7 @@ class Windows:
 
     Attributes:
         limit: blocks that all sequences together can reserve.
-        step_blocks: blocks that steps need besides all reservations.
+        step_blocks: blocks for the rows of the steps under way, which no sequence reserves.
 
     Raises KvError if there are fewer window pages than one sequence needs.
     """
@@ -114,10 +130,12 @@ class Windows:
         return not self.on or self.reserved - freed + self._needed(sequence) <= self.limit
 
     def usable(self, names: Many[str]) -> int:
-        """How many of the blocks `names`, from the first on, a new sequence can reuse.
+        """Number of leading K/V blocks that a new sequence can reuse in layers with a window, an int.
 
-        names: names of its leading blocks, which are in the prefix cache of the other layers. After the blocks that it
-        reuses, the window blocks that its next token sees must be in this prefix cache.
+        The window blocks that the token after the reused blocks sees must be in this prefix cache. The result is the
+        largest such number of blocks; all of `names` if layers with a window have no blocks of their own.
+
+        names: names of the sequence's leading blocks that are in the prefix cache of the other layers.
         """
         if not self.on:
             return len(names)
@@ -129,9 +147,10 @@ class Windows:
         return deepest
 
     def start(self, sequence: Sequence, names: Many[str]) -> None:
-        """Reserve the window blocks of a sequence that starts, and share those of its prefix that its next token sees.
+        """Reserve window blocks for a sequence that starts, and share the cached ones that its next token sees.
 
-        names: names of the blocks of the prefix.
+        Call it only if fits() is True, and with blocks that usable() allows. names: names of the prefix's blocks that
+        the sequence reuses from the prefix cache.
         """
         if not self.on:
             return
@@ -143,9 +162,9 @@ class Windows:
         sequence.window_blocks = [-1] * first + shared
 
     def grow(self, sequence: Sequence) -> bool:
-        """Reserve the blocks of a sequence's newest tokens. Returns True.
+        """Raise a running sequence's reservation of window blocks for its newest tokens. Returns True.
 
-        Returns False, and reserves none, if other sequences have reserved the rest.
+        Returns False, and reserves nothing more, if the other sequences have reserved too many.
         """
         more = self._needed(sequence) - sequence.window_reserved if self.on else 0
         if more > 0 and self.reserved + more > self.limit:
@@ -192,7 +211,10 @@ class Windows:
         sequence.window_blocks, sequence.window_reserved = [], 0
 
     def _needed(self, sequence: Sequence) -> int:
-        """Number of blocks to reserve for a sequence's tokens so far and its next drafts; at most `most`."""
+        """Number of window blocks to reserve for a sequence's tokens so far and its next drafts, an int.
+
+        At most `self.most`, the number with which a window is always covered (see reservations()).
+        """
         tokens = min(sequence.length + self.max_drafts, sequence.max_kv_tokens(self.context))
         return min(self.most, self.pool.blocks_for(tokens))
 

@@ -28,7 +28,7 @@ class Choice(Protocol):
     rank: Rank
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
 
         Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
@@ -75,7 +75,7 @@ class CompletionChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
 
         Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
@@ -175,7 +175,7 @@ class Rank:
         self.sum, self.tokens = 0.0, 0
 
     def add(self, scored: Scored | None) -> None:
-        """Count a token with its log-probability; None (a delta without a token) changes nothing."""
+        """Add a token's log-probability to the mean. None (a delta without a token) changes nothing."""
         if scored:
             self.sum, self.tokens = self.sum + finite(scored.logprob), self.tokens + 1
 
@@ -237,7 +237,7 @@ class ChatChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
 
         Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """

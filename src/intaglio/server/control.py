@@ -243,13 +243,14 @@ class Call:
 
 
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
-    """Figures of a model's engine, as a dict, and the events of its K/V blocks with numbers above `after`.
+    """A dict for the router about a model's engine: queue, rates, and what its K/V cache has gained or lost.
 
-    incarnation: the incarnation of the K/V cache to which `after` belongs; None if the caller knows none. If it is not
-    the cache's current one, or if the events are no longer kept, the dict has a snapshot of the blocks instead of
-    events. It has neither if the engine does not answer within ENGINE_WAIT seconds.
+    The changes are the events of K/V blocks with numbers above `after`. If the router has followed another cache, or
+    the events are no longer kept, the dict has a snapshot of all blocks instead. It has neither if the engine does not
+    answer within ENGINE_WAIT seconds.
 
-    step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
+    incarnation: id of the K/V cache that the router has followed, new at each start of an engine; None: it has followed
+    none. step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
     ended.
     """
     snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine

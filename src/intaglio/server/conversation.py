@@ -88,11 +88,18 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 
 
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
-    """A dict of variables for the chat template: chat_template_kwargs, `documents`, and the hints that it reads.
+    """A dict of variables for the chat template: those of chat_template_kwargs, `documents`, and hints.
 
-    wishes: the hints, by name; None: not given. Adds the names of unread hints to out.ignored. If the template reads
-    enable_thinking instead of reasoning_effort, enable_thinking is set. Raises Problem if chat_template_kwargs has a
-    variable that the server sets or that the template does not read.
+    A hint is a field of the request that may stay without effect, such as reasoning_effort.
+
+    Args:
+        template: text of the chat template.
+        body: the request.
+        wishes: hints by name; None for a hint that the request does not give.
+        out: the names of hints that the template does not read are added to out.ignored.
+
+    A template that reads enable_thinking but not reasoning_effort gets enable_thinking: False for "none", else True.
+    Raises Problem if chat_template_kwargs has a variable that the server sets or that the template does not read.
     """
     given: dict[str, Any] = dict(body.chat_template_kwargs or {})
     reserved = sorted({"messages", "tools", "documents", "add_generation_prompt"} & given.keys())
@@ -208,13 +215,13 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
-    """The form in which a chat template accepts a message's content: "text", "parts" or "none".
+    """The form in which a chat template takes a message's content: "text", "parts" or "none".
 
-    It is found by rendering a test message in each form, and cached per template.
+    It is found by rendering a test message in both forms, and cached per template.
 
-    - "text": the template writes the content if it is a text.
+    - "text": the template writes the content if it is a string, or it refused a test message and the form is not known.
     - "parts": it writes the content only if it is a list of typed parts.
-    - "none": it drops the content in both forms. If it refuses one of the messages and drops the other: "text".
+    - "none": it leaves out the content in both forms.
 
     variables: only `tools` is passed to the template.
     """

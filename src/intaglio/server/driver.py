@@ -184,9 +184,10 @@ class Submission:
                 self.admitted.set_result(None)
 
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
-        """The choices of a prompt that `earlier` does not end, as a list of SuspendedChoice with their earlier tokens.
+        """The choices of one prompt that still need output, as a list of SuspendedChoice; [] if all have ended.
 
-        prompt: the prompt's index in the submission, from 0.
+        Each has the tokens that another engine has already generated for it, from the deltas in `self.earlier`. Choices
+        that have ended there are left out. prompt: the prompt's index in the submission, from 0.
         """
         first = prompt * self.n
         mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]
@@ -199,9 +200,11 @@ class Submission:
         ]
 
     def check_text(self, prompt: int, choices: Sequence[SuspendedChoice]) -> None:
-        """Raise RequestError if the text decoded again for one of these choices differs from its text in `earlier`.
+        """Raise RequestError if a continued choice has other text than the client has been sent. Returns nothing.
 
-        prompt: the prompt's index in the submission, from 0.
+        Another engine generated the choice's first tokens and sent their text, which the deltas in `self.earlier` hold.
+        Here the tokens were decoded again, and must give the same text. prompt: the prompt's index in the submission,
+        from 0. choices: its choices to check.
         """
         for choice in choices:
             sent = "".join(d.text for d in self.earlier if d.choice == prompt * self.n + choice.index)
@@ -351,9 +354,10 @@ class Driver:
             self._call(_settle, message.result, value, None)
 
     def _submit(self, submission: Submission) -> None:
-        """Add all prompts of a submission to the engine, or none if one is refused. Queues the outcome as an update.
+        """Add all prompts of a submission to the engine, or none if the engine refuses one.
 
-        Prompts whose choices have all ended in `earlier` are left out.
+        The outcome, Admitted or the error, is queued as an update for the event loop. Prompts all of whose choices have
+        ended on another engine already (submission.earlier) are left out.
         """
         n = submission.n
         try:

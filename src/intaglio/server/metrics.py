@@ -104,9 +104,11 @@ class ModelMetrics:
         self._step = 0
 
     def watch(self, updates: list[Update], step: StepRecord | None) -> None:
-        """Add one step to the histograms: its new deltas and its record.
+        """Add what the engine's thread has just done to the histograms. Returns nothing.
 
-        step: the latest step, which may have been counted already; None if the engine has run no step yet.
+        updates: the new updates; each ChoiceDelta counts for the latencies, other updates are ignored. step: the
+        engine's latest step; its tokens count only if it has not been seen before. None: the engine has run no step
+        yet.
         """
         observe = self.histograms
         if step and step.number > self._step:

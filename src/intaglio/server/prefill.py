@@ -27,8 +27,9 @@ class Prefill:
     while they are computed and saved. When all blocks are saved, a response of JSON is sent:
 
     - tokens: number of tokens of the first prompt.
-    - handed: number of these whose K/V is in the tier and pinned.
-    - whole: number that would be handed if all blocks had been kept.
+    - whole: number of these in full K/V blocks, which are all that can be handed over; 0 if nothing is computed.
+    - handed: number of these whose blocks are in the tier and pinned; less than `whole` if a block could not be saved
+      or the lease has run out.
     - lease: the lease, which the router renews for as long as the blocks are wanted; "" if no tokens are handed.
     - peer: the address at which the other replica fetches the blocks; "" if it finds them in a folder that both use.
 
@@ -87,9 +88,9 @@ class Prefill:
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
     def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
-        """Number of the first prompt's tokens whose K/V blocks are in the tier and pinned.
+        """Number of tokens at the first prompt's beginning whose K/V blocks are in the tier and pinned by the lease.
 
-        Waits until all blocks being saved are in the tier.
+        Waits until the engine's blocks are saved. names: names of the first prompt's full blocks, in order.
         """
         tier.flush()
         blocks = tier.handed(self.lease, names) if self.lease else 0
@@ -97,10 +98,11 @@ class Prefill:
 
 
 class HeldLeases:
-    """The leases that a router holds on blocks in a tier. A task in the background renews them every RENEWAL seconds.
+    """The leases that keep K/V blocks of requests from being evicted, renewed in the background for a router.
 
-    So the caller never waits for the tier's folder, which others may lock. A lease that has run out is not revived.
-    Used on the event loop.
+    A tier is a store of K/V blocks that replicas share. While a lease lasts, its blocks stay in the tier. Each lease
+    held is renewed every RENEWAL seconds; one that has run out stays ended, and its blocks may be gone. Calls on the
+    event loop return at once: a thread works on the tier, whose lock may be taken.
     """
 
     def __init__(self, tier: StoreTier) -> None:

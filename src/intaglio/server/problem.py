@@ -54,9 +54,10 @@ class Problem(Exception):
 
 
 def as_problem(error: Exception) -> Problem | None:
-    """The Problem that represents an exception as an HTTP error; a Problem is returned unchanged.
+    """The HTTP error for an exception, as a Problem; None if the exception is no error of a request.
 
-    Status 400, 429 or 503 for an exception that means an invalid or refused request; None for any other exception.
+    A Problem is returned unchanged. Invalid requests become status 400, a full queue or a deadline that cannot be met
+    429, and other refusals, such as a server that shuts down, 503.
     """
     match error:
         case Problem():

@@ -63,11 +63,14 @@ class Relay:
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """A list of copies of the prompts: timeouts are shortened by `waited`, and a missing seed is the router's.
+        """Copies of the prompts for this replica, as a list.
 
-        Prompts of one request get different seeds. If output has begun, queue_timeout is dropped. engine:
-        ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica could then
-        not continue the output bit for bit.
+        Their timeouts are shortened by the seconds that the request has waited elsewhere (self.waited). queue_timeout
+        is None if output has begun. A prompt without a seed gets one made from the router's (self.seed), another for
+        each prompt.
+
+        engine: ServedModel.identity of this replica. Raises Problem 503 if another replica began the output
+        (self.made_by) and its identity differs: this replica could then not continue the output bit for bit.
         """
         if self.made_by is not None and self.made_by != engine:
             why = f"it was begun by {self.made_by[1]} and Program {self.made_by[0][:12]}, this replica is {engine[1]}"
@@ -90,7 +93,12 @@ class Relay:
 
 
 class RelayedAnswer(Answer):
-    """An Answer that sends its deltas beside the response, in ASGI messages that only the control channel knows."""
+    """A replica's answer to a request that came from a router.
+
+    Besides the HTTP response for the client, it sends the router the generated tokens (ChoiceDeltas), so that another
+    replica can continue if this one fails. They travel as extra ASGI messages, or fields of messages, which only the
+    control channel between router and replica understands.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self.prompts[0].request

@@ -101,7 +101,11 @@ class ServedModel:
         return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}
 
     def trace(self, submission: Submission) -> None:
-        """Record the phases of the choices that have ended, if the request is traced and times are measured."""
+        """Record queue, prefill and decode of each ended choice as spans of the request's trace. Returns nothing.
+
+        Nothing is recorded for a request that is not traced, for choices that ended on another replica, or if the
+        device's time is modelled, which does not fit other spans' times.
+        """
         if not self.llm.modelled:
             elsewhere = {d.choice for d in submission.earlier if d.usage}
             here = {i: u for i, u in enumerate(submission.usages) if u and i not in elsewhere}

@@ -61,8 +61,14 @@ class Vocabulary:
 class Offsets:
     """Computes text_offset: the place in a choice's text, in characters from 0, at which each token begins.
 
-    All tokens that make up one character have the same place. echo: True if the text begins with the prompt, without
-    its first `prefix` tokens. hidden: ids that leave no text in the output; None: all special tokens.
+    All tokens that make up one character have the same place.
+
+    Args:
+        tokenizer: the model's tokenizer; None: all places are 0.
+        prompt: the prompt's token ids.
+        echo: True if the choice's text begins with the prompt's text.
+        prefix: number of tokens at the prompt's beginning, such as BOS, that this text leaves out.
+        hidden: ids that leave no text in the output; None: all special tokens.
     """
 
     def __init__(
@@ -73,9 +79,10 @@ class Offsets:
         self.output = tokenizer.stream(prompt, hidden) if tokenizer else None
 
     def of_prompt(self, id: int) -> int:
-        """The place in the choice's text, in characters, of the next prompt token.
+        """The place at which prompt token `id` begins in the choice's text, in characters from 0.
 
-        Call it for all tokens of the prompt in order.
+        Call it once for each token of the prompt, in order. With `echo` the text begins with the prompt; without, all
+        places are 0.
         """
         at, self.count = self.at, self.count + 1
         if self.prompt and self.count > self.prefix:
@@ -83,9 +90,9 @@ class Offsets:
         return at
 
     def of_output(self, id: int) -> int:
-        """The place in the choice's text, in characters, of the next output token.
+        """The place at which output token `id` begins in the choice's text, in characters from 0.
 
-        Call it for the output's tokens in order, after those of the prompt.
+        Call it once for each output token, in order, after the tokens of the prompt.
         """
         if self.prompt:
             self.at, self.prompt = self.at + len(self.prompt.end()), None

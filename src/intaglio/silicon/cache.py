@@ -27,14 +27,22 @@ class Cache:
         self.oldest = 1  # number of the access at the left of `uses`
 
     def begin(self) -> None:
-        """Begin a run, whose clock starts at 0: all lines that the cache holds have come from HBM. Returns nothing."""
+        """Prepare for a new run of the simulator, whose clock starts at 0: mark all lines in the cache as arrived at 0.
+
+        The new run then reads lines that earlier runs have fetched without waiting for HBM. Returns nothing.
+        """
         self.arrival[:] = 0.0
 
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
-        """Record an access to a region. Returns the number of bytes that the cache moves from and to HBM for it.
+        """Record an access to a region of HBM; returns the bytes that the cache moves from and to HBM for it.
 
-        These are the lines that are read and not in the cache, and the written lines that are evicted. arrival: the
-        seconds of the run at which lines come from HBM that are not in the cache.
+        Lines that are read and not in the cache are fetched. Dirty lines that are evicted to make room are written
+        back. A cache of size 0 moves all bytes of the region.
+
+        Args:
+            region: the region.
+            writes: True for a write.
+            arrival: seconds since the start of the run at which HBM would deliver lines that this access fetches.
         """
         self.fetched = self.ready = 0.0
         if not region.nbytes:
@@ -62,7 +70,9 @@ class Cache:
         return self.fetched + self._evict() * LINE
 
     def _evict(self) -> int:
-        """Evict least recently used lines until the cache fits its size. Returns how many of them had been written.
+        """Evict least recently used lines until the cache fits its size. Returns the number of evicted dirty lines.
+
+        A dirty line has been written and not yet copied to HBM, so its eviction costs a write-back.
 
         Lines of the latest access stay, even if they alone exceed the size.
         """

@@ -78,7 +78,7 @@ def overflow(target: Target, i: Instruction) -> str:
 
 
 def stored_and_loaded(stream: Stream) -> Iterator[Region]:
-    """Yield the regions of HBM that a stream writes and of which it also reads at least a part."""
+    """Yield each region of HBM that a stream writes, if the stream also reads at least a part of the region."""
     loaded = {r for i in stream.instructions for r in i.regions(False) if r.space == "hbm"}
     stored = {r for i in stream.instructions for r in i.regions(True) if r.space == "hbm"}
     if stored and loaded:
@@ -88,10 +88,11 @@ def stored_and_loaded(stream: Stream) -> Iterator[Region]:
 
 
 def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
-    """Yield (engine, number, instruction) in an order in which each instruction follows all that it waits for.
+    """Yield (engine, number, instruction) so that each instruction comes after all instructions that it waits for.
 
-    Otherwise the order is the stream's. Numbers count from 1 per engine. Raises MachineError (deadlock) if there is
-    no such order: a wait for a number that the stream never reaches, or a cycle.
+    Of the instructions that can come next, the earliest of the stream is taken. engine: index into ENGINES. number:
+    counts the engine's instructions from 1. Raises MachineError (deadlock) when all instructions that are left wait for
+    one another, or for a number that the stream never reaches.
     """
     queues: list[list[tuple[int, Instruction]]] = [[] for _ in ENGINES]  # with each one's place in the stream
     for place, i in enumerate(stream.instructions):
@@ -119,7 +120,11 @@ def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
 
 @dataclass(frozen=True)
 class Blocked:
-    """An engine that cannot continue: text of what it waits for, and the engine that would have to act, or None."""
+    """An engine that cannot continue, for the error of a deadlock.
+
+    what: text that says which engine it is and what it waits for. waits_for: key of the engine whose progress would end
+    the wait; None if nothing can end it.
+    """
 
     what: str
     waits_for: Hashable | None  # None: nothing could ever finish it
@@ -129,8 +134,8 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
     """Text that names the engines that wait for each other in a cycle, for the error of a deadlock.
 
     The cycle is found by following the waits from the first engine of `blocked`, which is not empty. If they end at an
-    engine whose wait nothing can satisfy, the text names that engine instead. It also has the number of the other
-    engines in `blocked`.
+    engine whose wait nothing can satisfy, the text names only that engine. At the end the text gives the number of
+    blocked engines that it has not named, if there are any.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []
@@ -147,13 +152,17 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
 
 @dataclass
 class Entry:
-    """The last accesses to one region of memory, and the regions that overlap it.
+    """Record of the last accesses to one region of memory, by which check() finds races.
 
-    last: {(engine, True if it writes): (instruction's number on its engine, its place in the whole stream)}.
+    Attributes:
+        region: the region.
+        overlapping: the Entries of all regions that share a byte with it, this one included.
+        last: the last read and the last write of each engine, by (engine, True for the write): (instruction's number on
+            its engine, position in the order of ordered()).
     """
 
     region: Region
-    overlapping: list[Entry] = field(default_factory=list)  # itself included
+    overlapping: list[Entry] = field(default_factory=list)
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
@@ -178,7 +187,10 @@ class Accesses:
         self.entries: dict[tuple[int, int, int, int], Entry] = {}
 
     def entry(self, region: Region) -> Entry:
-        """The Entry of a region's bytes; it is created at their first access."""
+        """The Entry of `region`. Regions of the same bytes in the same rows have one Entry.
+
+        At the first call for these bytes it is new, and linked to all earlier Entries whose regions overlap `region`.
+        """
         key = (region.address, region.rows, region.row_bytes, region.stride)
         if key not in self.entries:
             new = Entry(region)

@@ -30,8 +30,8 @@ from intaglio.silicon.stream import Stream
 class Span:
     """One executed instruction (`name`), with its start and end in seconds since the start of the run.
 
-    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: site of the op it belongs
-    to.
+    `core`: number of the core. `engine`: name of the core's engine that ran the instruction. `site`: name of the op's
+    place in the model, such as layers.3.mlp.down_proj.
     """
 
     core: int
@@ -48,10 +48,11 @@ class RunResult:
 
     Attributes:
         seconds: until the last instruction ended.
-        busy: seconds in use by engine.
+        busy: {name of an engine: seconds in which it was in use}, summed over the cores.
         stalls: idle seconds by (engine, engine whose result it waited for, or "start").
         bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
         spans: the executed instructions, if the machine records them.
+        label: purpose of this launch, such as "rounding", if a kernel has several launches; "" for its main launch.
     """
 
     seconds: float = 0.0
@@ -59,6 +60,7 @@ class RunResult:
     stalls: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     spans: list[Span] = field(default_factory=list)
+    label: str = ""
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Core:
     Attributes:
         stream: the core's Stream.
         memory: the memory spaces that the core addresses.
-        queues: the engine's instructions, in order.
+        queues: a list of each engine's instructions, in order.
         started: number of instructions started.
         finished: number of instructions whose result is visible.
         busy: True while the engine runs an instruction.
@@ -98,8 +100,9 @@ class Transfer:
         cost: the instruction's Cost.
         bytes_left: bytes still to move.
         start: seconds from the start of the run.
-        hbm_bytes: bytes that the L2 meanwhile reads from HBM or writes back to it.
-        ready: seconds at which the L2 has all of its bytes, which other transfers may still fetch from HBM.
+        hbm_bytes: bytes that the L2 reads from HBM or writes back to HBM because of this transfer.
+        ready: time, in seconds from the start of the run, before which the transfer's result is not visible. Some of
+            its bytes may be in L2 lines that another transfer still fetches from HBM; they are there at this time.
     """
 
     core: int
@@ -112,16 +115,20 @@ class Transfer:
 
 
 def l2_of(target: Target) -> Cache:
-    """A new, empty Cache for a chip's L2, as large as the part of it that the library's kernels can use."""
+    """A new, empty Cache for a chip's L2. Its size is the part of the L2 that the library's kernels can use."""
     return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
 class Machine:
     """Simulator of one chip, or of several of one kind that exchange messages.
 
-    hbm: each chip's number to its memory; None: instructions are timed but no values are computed. spans: True if the
-    result lists every executed instruction. l2: the L2 of each chip as earlier launches left it; None: empty. Raises
-    ChipError if the chip's extra_instructions names anything but optional instructions.
+    Args:
+        target: chip and kernel library.
+        hbm: the HBM of each chip, by chip number; None: instructions are timed but no values are computed.
+        spans: True if the result shall list every executed instruction.
+        l2: the L2 of each chip, by chip number, as earlier runs left it; None: empty.
+
+    Raises ChipError if the chip's extra_instructions names anything but optional instructions.
     """
 
     def __init__(
@@ -172,7 +179,7 @@ class Machine:
 
         def watch(region: Region, indices: np.ndarray, writes: bool) -> None:
             if did := self.shared[stream.chip].access(number, indices, writes):
-                verb, other = "writes" if writes else "reads", self._accessor(number, region, did == "writes")
+                verb, other = "writes" if writes else "reads", self._other_user(number, region, did == "writes")
                 raise MachineError(
                     f"core {number} {verb} {region}, which {other} {did} in the same run; cores have no order among "
                     "them, so give the bytes to one core or make it two runs"
@@ -180,11 +187,11 @@ class Machine:
 
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
 
-    def _accessor(self, core: int, region: Region, writes: bool) -> str:
-        """Text that names a core of the same chip, and an instruction it has started that accessed `region`.
+    def _other_user(self, core: int, region: Region, writes: bool) -> str:
+        """Text for an error that names another core which has accessed `region`, and the instruction that did it.
 
-        core: the core that asks, which is not searched. writes: True to look for writes, False for reads. The text is
-        "another core" if none is found.
+        core: number of the core that found the conflict; only other cores of its chip are searched. writes: True to
+        look for a write, False for a read. The text is "another core" if no such instruction is found.
         """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
@@ -220,11 +227,15 @@ class Machine:
                 self._end(core, engine, self.cores[core].free_at[engine], cost)
 
     def _rates(self) -> list[float]:
-        """A list of the bytes/s of each transfer in flight.
+        """The current bytes/s of each of self.transfers, as a list.
 
-        Transfers of a chip share its links and its L2 equally, and those that miss the L2 also share HBM. The port
-        of its core limits each, and so do the least cycles of its instruction. Only `hbm_bytes` of a transfer's bytes
-        pass HBM.
+        A transfer over a link gets an equal part of the bandwidth of the chip's links. Any other transfer has the
+        lowest of these rates:
+
+        - the rate of its core's port;
+        - an equal part of the L2's rate;
+        - if HBM moves bytes for it: an equal part of HBM's rate, divided by HBM bytes for each byte of the transfer;
+        - if its instruction has a minimum time: its bytes divided by that time.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -250,9 +261,9 @@ class Machine:
         heapq.heappush(self.events, (time, self.event_count, core, engine, visible))
 
     def _end(self, c: int, engine: int, start: float, cost: Cost, ready: float = 0.0) -> None:
-        """Free the engine at the end of its instruction.
+        """Free an engine at the end of its instruction, and count what the instruction used.
 
-        The result becomes visible cost.latency_s later, but not before the time `ready`.
+        Its result becomes visible cost.latency_s later, but not before `ready`, in seconds of the run.
         """
         core = self.cores[c]
         i = core.queues[engine][core.started[engine] - 1]
@@ -296,9 +307,10 @@ class Machine:
         return not isinstance(i, Receive) or bool(self.messages[i.peer, core.stream.chip, i.tag])
 
     def _start(self, c: int, engine: int, i: Instruction) -> None:
-        """Start an instruction: compute its values now, and schedule its end.
+        """Start instruction `i` on an engine of core `c`: compute its values now, and schedule its end.
 
-        Raises MachineError, naming site, engine and instruction, if run() does or a message has another shape than dst.
+        Raises MachineError, naming site, engine and instruction: if the instruction's run() does, or if a received
+        message has not the shape of the region into which it is received.
         """
         core = self.cores[c]
         idle = self.now - core.free_at[engine]
@@ -331,13 +343,15 @@ class Machine:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
     def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float, float]:
-        """(bytes moved from and to HBM for a transfer, fraction of its bytes from HBM, seconds at which L2 has all).
+        """Record a transfer in the L2's model. Returns (HBM bytes, missed fraction, time when the L2 has all bytes).
 
-        Lines that another transfer fetches are not visible before they have come.
+        - HBM bytes: bytes that the L2 reads from HBM or writes back for it.
+        - Missed fraction: for a Load, the fraction of its bytes that the L2 fetches from HBM. The Load's latency is
+          this fraction of HBM's latency. (The L2's own latency is in the fitted launch overhead.) Other transfers: 1.
+        - Time: seconds since the start of the run at which the L2 has received lines that an earlier transfer fetches
+          and this Load reads; 0 if there are none, and for other transfers.
 
-        The transfer's latency is HBM's times this fraction. The L2's own latency is not counted: it is in the launch
-        overhead, which was fitted to it. Rows of Gather and Scatter are taken to miss the L2, since they depend on
-        values.
+        Rows of Gather and Scatter count as misses of the L2, since their addresses depend on values.
         """
         cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0
         if isinstance(i, Load):
@@ -361,7 +375,7 @@ class Machine:
             raise MachineError(f"deadlock: {cycle(blocked)}")
 
     def _blocked(self, c: int, i: Instruction) -> Blocked:
-        """The Blocked record of instruction `i` of core `c`: what it waits for."""
+        """The Blocked record of instruction `i` of core `c`, which cannot start: what it waits for, and for whom."""
         core = self.cores[c]
         what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "
         for e, n in enumerate(i.wait):

@@ -12,18 +12,19 @@ MANY = -1
 
 
 class SharedHbm:
-    """Record of accesses to a chip's HBM in one run: for each byte, the core that wrote it and the one that read it.
+    """Finds accesses to the same HBM byte by two cores in one run, of which one writes. No order is defined for them.
 
-    The number MANY in place of a core's stands for several cores.
+    Keeps, for each byte, the core that wrote it and the core that read it; MANY if several cores read it.
     """
 
     def __init__(self) -> None:
         self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
 
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
-        """Record that `core` reads or writes the bytes at `indices`. Returns "" if no other core's access conflicts.
+        """Record that `core` reads or writes the bytes at `indices`. Returns "" if there is no conflict.
 
-        If one does, returns what another core has done with one of the bytes: "writes" or "reads".
+        There is a conflict if another core has written one of the bytes, or if `writes` and another core has read one.
+        The result is then "writes" or "reads", for what the other core has done.
         """
         if not indices.size:
             return ""

@@ -43,14 +43,19 @@ class BatchSizes:
 
     @cached_property
     def counts(self) -> BatchSizes:
-        """BatchSizes with the same numbers of tokens, rows and sequences, and one query and key for each sequence."""
+        """A copy without the lengths of the sequences: all are listed with one query and one key.
+
+        The numbers of tokens, rows and sequences stay. The copy is the cache key for times of ops other than attention:
+        steps that differ only in their sequences' queries and keys share one Timing.
+        """
         return BatchSizes(self.tokens, self.rows, ((1, 1, self.sizes["S"]),), self.filtered)
 
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
-        """A pair of the BatchSizes of the batch's two halves, whose tokens and rows differ by at most one.
+        """Divide the batch into two halves whose tokens, and whose rows, differ by at most one; returns their sizes.
 
-        Each half gets half of the sequences with equal queries and keys. If their number is odd, the last sequence is
-        split in the middle of its queries; the first half gets the earlier ones.
+        Each group of sequences with equal numbers of queries and keys is divided equally. From a group with an odd
+        number of sequences, one is cut in the middle of its queries, and the first half gets the earlier queries. If it
+        has a single query, it goes whole to the half with fewer tokens so far, or to the first half.
         """
         parts: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
         surplus = 0  # tokens of the first half beyond those of the second: -1, 0 or 1
@@ -74,7 +79,7 @@ class BatchSizes:
         return self.sizes[dim] if isinstance(dim, str) else dim
 
     def batch(self) -> Batch:
-        """A Batch of these sizes with all token ids 0, for the work() of ops."""
+        """A Batch of these sizes with token ids 0. Op.work() takes it to count FLOPs and bytes."""
         rows_left, used, chunks = self.rows, 0, list[Chunk]()
         for q, keys, n in self.sequences:
             for _ in range(n):
@@ -85,7 +90,10 @@ class BatchSizes:
 
 
 def sizes_of(batch: Batch) -> BatchSizes:
-    """The BatchSizes of a Batch."""
+    """Count a Batch's tokens, rows with wanted logits and sequences of each length, as a BatchSizes.
+
+    `filtered` is True if any row is sampled at a temperature above 0 with top-k, or with top-p below 1.
+    """
     filtered = any(s.temperature > 0 and (s.top_k or s.top_p < 1) for s in batch.sampling)
     counts = count_chunks(batch.q_len.tolist(), batch.context_len.tolist())
     return BatchSizes(len(batch.tokens), len(batch.rows), counts, filtered)

@@ -53,7 +53,10 @@ class LastAccess:
 
 
 class StreamBuilder:
-    """Builds the stream of one core. Tiles are allocated from the start of each memory space and never freed."""
+    """Builds a Stream, the instructions of one core, with the waits that order its engines.
+
+    Also allocates SRAM and accumulator tiles, from the start of each memory; none is freed.
+    """
 
     def __init__(self, site: str, chip: int = 0) -> None:
         self.site, self.chip = site, chip
@@ -102,13 +105,14 @@ class StreamBuilder:
         self.instructions.append(replace(instruction, wait=tuple(need)))
 
     def fence(self) -> None:
-        """Make all instructions that are emitted from now on wait for all those before."""
+        """Make all instructions that are emitted later wait for all instructions emitted so far. Returns nothing."""
         self.fenced = list(self.count)
 
     def _last_access(self, region: Region) -> LastAccess:
-        """The LastAccess record that covers `region`, created empty if there is none.
+        """The LastAccess record of `region`; an empty one is created and kept if there is none.
 
-        In SRAM and accumulators each tile has a record; in HBM each address at which an accessed region begins.
+        In SRAM and accumulators there is one record for each tile. In HBM there is one for each start address: regions
+        that overlap but start elsewhere have different records.
         """
         low, high = region.span
         if region.space == "hbm":

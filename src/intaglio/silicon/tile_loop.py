@@ -20,28 +20,48 @@ STEADY = 1, 2  # these two
 
 @dataclass(frozen=True, kw_only=True)
 class TileLoop:
-    """Equal jobs, dealt to the cores in turn. Bytes and seconds are of one job."""
+    """A loop of equal jobs, dealt to the cores in turn; each loads a tile, computes on it and stores the result.
+
+    Attributes:
+        jobs: number of jobs, of all cores together.
+        load: bytes that a job loads.
+        work_s: seconds that a job computes on the vector lanes.
+        store: bytes that a job stores.
+        depth: number of a core's tiles for loads, and of its tiles for results. It is also the largest number of jobs
+            that overlap on a core.
+        once: bytes that each core loads before its first job, in addition to its jobs' bytes.
+        in_place: True if a tile is stored from where it was loaded, so that it is free only after its store.
+        load_missed: bytes that HBM moves for each loaded byte.
+        store_missed: bytes that HBM moves for each stored byte.
+        store_s: minimum seconds of a job's store; 0: no minimum.
+    """
 
     jobs: int
-    load: float  # bytes
-    work_s: float  # seconds of the vector lanes
-    store: float  # bytes
-    depth: int = 2  # tiles of each ring
-    once: float = 0.0  # bytes that each core loads before its first job
-    in_place: bool = False  # a tile is stored as it was loaded, so it is free only after its store
-    load_missed: float = 0.0  # bytes that HBM moves for each loaded byte
-    store_missed: float = 0.0  # bytes that HBM moves for each stored byte
-    store_s: float = 0.0  # seconds that a store takes at least
+    load: float
+    work_s: float
+    store: float
+    depth: int = 2
+    once: float = 0.0
+    in_place: bool = False
+    load_missed: float = 0.0
+    store_missed: float = 0.0
+    store_s: float = 0.0
 
     def in_parts(self, target: Target, parts: Sequence[LoopPart]) -> float:
-        """Seconds of the loop if its jobs are in these LoopParts, one after the other."""
+        """Seconds of the loop if its jobs run as these LoopParts, one part after the other.
+
+        The parts' values replace load_missed and store_missed; their fractions sum to 1.
+        """
         loops = [replace(self, load_missed=p.load, store_missed=p.store) for p in parts]
         first = loops[0].seconds(target)
         pairs = list(zip(loops, parts, strict=True))[1:]
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds that the last `fraction` of the jobs adds to the loop; linear between whole numbers of jobs."""
+        """Seconds that the last jobs * fraction jobs add: the loop's seconds minus those of a loop without these jobs.
+
+        fraction: 0 to 1. If jobs * fraction is not whole, the result is interpolated between the two nearest numbers.
+        """
         jobs = self.jobs * (1 - fraction)
         low = int(jobs)
         a, b = (replace(self, jobs=n).seconds(target) for n in (low, min(low + 1, self.jobs)))
@@ -62,9 +82,10 @@ class TileLoop:
 
 @lru_cache(maxsize=4096)
 def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
-    """(seconds of the loop, seconds that each further round of jobs would add).
+    """Simulate a loop that is long enough to extrapolate: (its seconds, seconds that each further round would add).
 
-    loop: SIMULATED times the ring's depth in rounds of jobs, after which the rounds take equally long.
+    A round is one job on every core. loop: has SIMULATED * max(6, depth) rounds; the seconds of a further round are the
+    mean over the loop's middle third.
     """
     core = _Core(loop, target, loop.jobs // target.chip.cores, 0)
     start, end = (n * max(6, loop.depth) for n in STEADY)
@@ -73,7 +94,11 @@ def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
 
 
 class _Core:
-    """Follows one of the cores that have the most jobs. `full` rounds use all cores; `rest` cores have one job more."""
+    """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
+
+    Jobs are counted from 0 on each core. full: number of jobs that every core has. rest: number of cores that have one
+    more job.
+    """
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int) -> None:
         self.loop, self.target, self.full, self.rest = loop, target, full, rest
@@ -81,11 +106,15 @@ class _Core:
         self.stored_at: list[float] = []  # seconds when each job's store has ended
 
     def active(self, job: int) -> int:
-        """Number of cores that have a job of this number."""
+        """Number of cores that have a job number `job`. Each core counts its own jobs from 0."""
         return self.target.chip.cores if job < self.full else self.rest
 
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
-        """(bytes/s of the load of job `load`, bytes/s of the store of job `store`); 0 for one that does not run."""
+        """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
+
+        The model lets all cores with a job of the same number load or store at the same time. load, store: number of
+        the job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
+        """
         chip, loop = self.target.chip, self.loop
         flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]
         users = sum(self.active(job) for job, _ in flows if job is not None)
@@ -150,19 +179,36 @@ class _Core:
 
 @dataclass(frozen=True)
 class LoopPart:
-    """A part of a loop's jobs, and the bytes that HBM moves for each byte that they load and store."""
+    """Consecutive jobs of a TileLoop for which HBM moves the same bytes.
 
-    part: float  # of all jobs
+    Attributes:
+        part: number of these jobs, as a fraction of the loop's jobs.
+        load: bytes that HBM moves for each loaded byte: 0 if loads hit the L2, 1 if they miss, above 1 if lines are
+            also written back for them.
+        store: bytes that HBM moves for each stored byte.
+    """
+
+    part: float
     load: float
     store: float
 
 
 def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
-    """A list of the LoopParts of a loop over `reads` bytes of operands, which the op before has just written to the L2.
+    """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
 
-    The L2 of `capacity` bytes evicts the least recently used lines. Results replace operands that are not read yet, so
-    once it is full the other operands miss; when none of those is left, also results are written back. ahead: bytes
-    that are loaded before the first result is stored.
+    The op before has just written the operands to the L2. The L2 evicts the least recently used lines.
+
+    1. Loads hit the L2, unless the operands alone exceed the L2.
+    2. Once the L2 is full, each result evicts operands that no job has read yet, so loads miss.
+    3. Once no such operands are left in the L2, results are also written back to HBM.
+
+    Without an L2, HBM moves all bytes.
+
+    Args:
+        reads: bytes of all operands.
+        writes: bytes of all results.
+        capacity: bytes of the L2; 0: none.
+        ahead: bytes that are loaded before the first result is stored.
     """
     each = reads + writes
     if not capacity:
@@ -180,6 +226,11 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
 
 
 def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
-    """A list of the LoopParts of a loop that reads operands by index, past the L2. Results stay in L2 if they fit."""
+    """Divide a loop that reads rows by index into LoopParts by what HBM moves: a list of one or two.
+
+    All loads count as misses of the L2. Results stay in the L2 until they fill it; later results are written to HBM.
+
+    writes: bytes of all results. capacity: bytes of the L2; 0: none.
+    """
     held = min(1.0, capacity / writes) if writes else 1.0
     return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1.0, 1.0)) if p.part > 0]

@@ -25,8 +25,8 @@ ENGINE_NAMES = {
 class OpSpan:
     """One op of a step: site, kind, and start and end in seconds since the start of the step.
 
-    `timing`: Timing of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time,
-    else "".
+    `timing`: Timing of its kernel alone. `stalled_on`: "HBM" if the op took longer than its kernel, because its weights
+    had not arrived from HBM in time; else "".
     """
 
     site: str
@@ -70,7 +70,7 @@ class Timeline:
     def spent_on(self) -> dict[str, float]:
         """A dict of the seconds of the step by bottleneck; they sum to the step's time.
 
-        An op's busy time counts for the engine or memory that bounds it, or for what it stalled on; the rest of
+        An op's busy time counts for the engine or memory that bounds it, or that it stalled on; the rest of
         its time counts as "launch, ramps and tails".
         """
         out: dict[str, float] = defaultdict(float)
@@ -82,7 +82,7 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """(name, seconds) of the bottleneck in spent_on() with the most time. Raises ValueError without ops."""
+        """(name, seconds) of the largest item of spent_on(); the name is in words. Raises ValueError without ops."""
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
 
@@ -124,7 +124,11 @@ class Timeline:
         return dict(sorted(out.items(), key=lambda item: -item[1]))
 
     def report(self, format: str) -> str:
-        """One line of text for a user: bottlenecks, shares of the peak in `format`, bytes, seconds by kind of op."""
+        """One line of text for a user: bottlenecks, shares of peak FLOP/s and HBM rate, bytes, shares by kind of op.
+
+        format: the number format, such as "e4m3", for whose peak FLOP/s the share is given. Raises ChipError if the
+        chip's array does not multiply it. "the step has no ops" if there are none.
+        """
         if not self.ops:
             return "the step has no ops"
         total, seconds = self.totals(), self.seconds
@@ -146,7 +150,11 @@ class Timeline:
         return "; ".join([*parts, f"time by op: {kinds}"])
 
     def as_dict(self, format: str) -> dict[str, Any]:
-        """A dict of the figures of report(), as plain values for JSON."""
+        """A dict of the step's figures for JSON: seconds, FLOPs, bytes, shares, joules, and the text of report().
+
+        format: the number format, such as "e4m3", for whose peak FLOP/s the share is given. Raises ChipError if the
+        chip's array does not multiply it.
+        """
         total = self.totals()
         return {
             "seconds": self.seconds, "flops": total.flops, "hbm_bytes": total.hbm_bytes, "link_bytes": total.link_bytes,

@@ -18,13 +18,13 @@ class Timing:
 
     Attributes:
         seconds: time of the kernel, launch included.
-        busy: seconds in use by engine or memory, mean over cores.
+        busy: {engine or memory: seconds in which it is in use}, as a mean over the cores.
         hbm_bytes, l2_bytes, link_bytes: bytes moved.
         flops: FLOPs of the matrix array.
         format: number format in which the matrix array multiplies.
         weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
         choice: tile, split or algorithm chosen, in words.
-        steps: steps of a collective.
+        steps: number of steps of a collective's schedule; 0 for other kernels.
         jobs: tiles or other equal units of work that were dealt to the cores; 0: not counted.
     """
 
@@ -66,13 +66,13 @@ class Timing:
 def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> Any:
     """Seconds of a software pipeline of n iterations: load a tile, then compute on it, with a ring of `depth` tiles.
 
-    Counted from the start of the first load to the end of the last computation. A tile can be used latency_s after its
-    load ended (load_s), and can be overwritten when its computation (work_s) has ended. Arguments are numbers or arrays
-    that broadcast.
+    The time runs from the start of the first load to the end of the last computation. A load takes load_s. Its tile can
+    be used latency_s later, is computed on for work_s, and is then free for another load. Arguments are numbers or
+    arrays that broadcast, and so is the result.
 
-    The result is exact. The longest path through the n iterations passes r times around the ring (load, latency,
-    compute, then the load of the same tile `depth` iterations on), and follows the busier engine for the rest. Its
-    length is linear in r, so it is longest for r = 0 or for the largest r.
+    The result is exact: it is the length of the longest chain of dependencies. With r waits for a free tile, a chain
+    takes (r + 1) * (load_s + latency_s + work_s) + (n - 1 - r * depth) * max(load_s, work_s) seconds. The formula is
+    linear in r, so the maximum is at r = 0 or at the largest r, floor((n - 1) / depth).
     """
     once = load_s + latency_s + work_s
     busier = np.maximum(load_s, work_s)
@@ -81,7 +81,7 @@ def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> An
 
 
 def fraction_held(need: float, capacity: float) -> float:
-    """The fraction, 0 to 1, of `need` bytes that a memory of `capacity` bytes still holds when they are read again.
+    """The fraction, 0 to 1, of `need` bytes that a cache of `capacity` bytes still holds when they are read again.
 
     1 up to the capacity, 0 from twice the capacity on, linear between: time grows without a jump where a tensor
     outgrows the L2. The width of the transition is an assumption.

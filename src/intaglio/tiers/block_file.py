@@ -63,9 +63,17 @@ def read_block(file: Path, scope: BlockScope, key: BlockKey, block_bytes: int) -
 def check_block(
     held: np.ndarray, size: int, where: str, scope: BlockScope, key: BlockKey, block_bytes: int
 ) -> np.ndarray:
-    """The contents, uint8 [block_bytes], of `held`, the bytes of a block's file, uint8 [n].
+    """Check the bytes of a block's file and return the block's contents, uint8 [block_bytes].
 
-    size: bytes of the whole file. where: names the file in errors. Raises BlockFileError as read_block() does.
+    Args:
+        held: bytes read from the file, uint8 [n]. At most as many as this block's file must have are read.
+        size: bytes of the whole file, which may be more.
+        where: names the file in errors.
+        scope: BlockScope of the engine's blocks.
+        key: the block that the file must hold.
+        block_bytes: bytes of the contents.
+
+    Raises BlockFileError if the file is not exactly what file_bytes() gives for this block.
     """
     head = head_of(scope, key, block_bytes)
     wanted = len(head) + block_bytes + CHECKSUM

@@ -30,11 +30,11 @@ CONNECTIONS_MAX = 256  # one more ends the oldest that has not proved that it kn
 
 
 class BlockServer:
-    """Listens at an address, and gives blocks to who knows its token. Each connection has a thread.
+    """A TCP server that gives K/V blocks to clients that prove that they know its token. Each connection has a thread.
 
     Args:
         address: where to listen, and the token. Port 0: any free one.
-        get: function that returns the bytes of a block by its name, None if it is not here.
+        get: function from a block's name to the bytes of its file; None if this server does not have the block.
         refused: called with the reason for each connection that is refused or ended.
 
     Raises OSError that names the address if it cannot be bound.
@@ -68,7 +68,11 @@ class BlockServer:
                 s.close()
 
     def _take(self, s: socket.socket) -> bool:
-        """Note a new connection. Returns True; False if there are too many that know the token."""
+        """Count a new connection if there is room. Returns True, or False if the caller has to refuse and close it.
+
+        With CONNECTIONS_MAX connections, the oldest client that has not yet proved that it knows the token is cut off.
+        If all have proved it, there is no room.
+        """
         with self._lock:
             if len(self._connections) >= CONNECTIONS_MAX:
                 oldest = next((other for other, known in self._connections.items() if not known), None)
@@ -132,8 +136,10 @@ def _request(s: socket.socket, where: str) -> list[str]:
 class BlockClient:
     """An authenticated connection to a BlockServer. Raises OSError if it cannot be made or is refused.
 
-    connecting: longest time, in seconds, for the connection and for each answer of the handshake. silence: longest time
-    without a byte of an answer.
+    Args:
+        address: address of the server, and the token that it knows.
+        connecting: longest time, in seconds, for the connection and for each answer of the handshake.
+        silence: longest time, in seconds, without a byte of an answer; then OSError is raised.
     """
 
     def __init__(self, address: TcpAddress, connecting: float, silence: float) -> None:
@@ -150,15 +156,20 @@ class BlockClient:
         return not poll.poll(0)
 
     def ask(self, names: Sequence[str]) -> None:
-        """Ask for blocks, at most NAMES_MAX; answers() gives them. Raises OSError if the connection fails."""
+        """Ask the server for blocks by name, at most NAMES_MAX; answers() then yields them.
+
+        Raises OSError if the connection fails.
+        """
         self.socket.sendall(COUNT.pack(len(names)) + b"".join(map(bytes.fromhex, names)))
 
     def answers(self, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (bytes, uint8 [size], and their number) of each block asked for, until one is not there.
+        """Yield a pair (bytes, their number) for each block asked for, in order, up to the first that the server lacks.
 
-        sizes: bytes that each block must have. Of a block that has more or fewer, nothing is received: the pair is then
-        (uint8 [0], the number announced), and the connection cannot be used any more. Raises OSError if the
-        connection fails.
+        The first item is the block's file, uint8 [size]. If the server announces another number of bytes than `sizes`
+        has, the pair is (uint8 [0], the announced number). Nothing of the block is then received, and the connection
+        cannot be used any more. Raises OSError if the connection fails.
+
+        sizes: bytes that each block's file must have.
         """
         for wanted in sizes:
             [size] = SIZE.unpack(self._receive(SIZE.size).tobytes())
@@ -167,7 +178,10 @@ class BlockClient:
             yield self._receive(wanted if size == wanted else 0), size
 
     def abort(self) -> None:
-        """End the connection, from any thread: who waits for an answer gets an OSError, and closes it."""
+        """End the connection. Any thread may call this while another waits for an answer.
+
+        The thread that waits gets an OSError, and then has to close() this client.
+        """
         _end(self.socket)
 
     def close(self) -> None:
@@ -185,6 +199,6 @@ class BlockClient:
 
 
 def _end(s: socket.socket) -> None:
-    """End a connection that another thread may be using, which then closes it."""
+    """Shut down a connection that another thread may be using. That thread then gets an error and closes the socket."""
     with suppress(OSError):
         s.shutdown(socket.SHUT_RDWR)

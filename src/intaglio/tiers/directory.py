@@ -46,8 +46,11 @@ class BlockDirectory:
 
     One thread writes; any thread may read. A block that a lease in `leases` pins is not evicted.
 
-    budget: bytes of all files together. Other processes that use the folder are noticed only when all files are looked
-    at, so for a while the files may exceed the budget by 1/16 for each process.
+    Args:
+        folder: the folder; several processes may use the same one.
+        budget: bytes of all files together. A process notices what other processes have written only when it looks at
+            the sizes of all files, which it does after writing 1/16 of the budget. So for a while the files may exceed
+            the budget by 1/16 of it for each process.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -120,9 +123,10 @@ class BlockDirectory:
             self.file(name).unlink()
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that blocks are in use now. names: the blocks, each the parent of the next.
+        """Mark the files of blocks as just used, by their modification times, so that others are evicted first.
 
-        A child gets an older time than its parent, so it is deleted first.
+        A child gets an older time than its parent, so it is evicted first. Files that are not there are skipped. names:
+        the names of the blocks, each the parent of the next.
         """
         now = time.time_ns()
         for depth, name in enumerate(names):
@@ -176,7 +180,7 @@ class BlockDirectory:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """A list of the entries of a folder; [] if it cannot be read."""
+    """The files and folders in a folder, as a list of os.DirEntry; [] if the folder cannot be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)

@@ -26,7 +26,11 @@ SECOND = 10**9  # ns
 
 
 class Leases:
-    """The leases on blocks of a folder, shared by all processes that use it."""
+    """The leases on the K/V blocks of a folder, shared by all processes that use it. Each lease is a file.
+
+    A lease pins blocks until a time, so that they are not evicted. It is taken for blocks that another replica will
+    load.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "leases"
@@ -55,12 +59,10 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns True.
+        """Extend a lease, so that it ends `seconds` from now. Returns True.
 
-        Returns False, and renews nothing, if it has run out already or its file cannot be changed.
-
-        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
-        LOCK_WAIT seconds.
+        Returns False, and renews nothing, if it has run out already or its file cannot be changed. Raises ValueError
+        unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
         """
         check_seconds(seconds)
         try:

@@ -39,7 +39,7 @@ class MemoryLeases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns True; False, renewing nothing, if it has run out already.
+        """Extend a lease, so that it ends `seconds` from now. Returns True; False, changing nothing, if it has run out.
 
         Raises ValueError unless 0 < seconds <= LONGEST.
         """
@@ -140,7 +140,11 @@ class BlockMemory:
             self.held = self._forget(name)
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that blocks are in use now. names: the blocks, each the parent of the next; a child is deleted first."""
+        """Mark blocks as just used, so that others are evicted first. Returns nothing.
+
+        Of these blocks, a child is evicted before its parent. Blocks that are not here are skipped. names: the names of
+        the blocks, each the parent of the next.
+        """
         with self._lock:
             now = self._now()
             for depth, name in enumerate(names):
@@ -152,6 +156,6 @@ class BlockMemory:
         return self._uses
 
     def _forget(self, name: str) -> int:
-        """Delete a block, if it is here. Returns the bytes of the others."""
+        """Delete a block, if it is here. Returns the total number of bytes of the blocks that are left."""
         self._used.pop(name, None)
         return (self.held or 0) - len(self._blocks.pop(name, b""))

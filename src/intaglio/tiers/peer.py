@@ -32,10 +32,13 @@ IDLE_MAX = 64  # connections to peers that are kept open
 
 
 def default_budget(memory: int, engines: int) -> int:
-    """Budget of a PeerTier's blocks in bytes, if none is given.
+    """Default for the most bytes of K/V blocks that an engine's PeerTier keeps in memory for its peers, an int.
 
-    1/8 of the machine's memory in equal parts, at most 8 GiB each. memory: bytes of the machine's memory. engines:
-    number of engines there that keep blocks for peers.
+    1/8 of the machine's memory is divided equally among its engines; each gets at most 8 GiB.
+
+    Args:
+        memory: bytes of the machine's memory.
+        engines: number of engines there that keep blocks for peers.
     """
     return max(1, min(BLOCKS_BYTES, memory // BLOCKS_SHARE // engines))
 
@@ -56,13 +59,18 @@ class PeerLoad(StoreLoad):
                 self.client.abort()
 
     def wait_for(self, client: BlockClient | None) -> None:
-        """Set the connection that cancel() ends from now on; None: none. While cancel() ends another, wait for it."""
+        """Record the connection that the loading thread waits for, so that cancel() can end it; None: there is none.
+
+        Blocks while cancel() runs in another thread.
+        """
         with self._lock:
             self.client = client
 
 
 class PeerTier(StoreTier):
-    """A Connector that keeps blocks in memory, and fetches announced blocks from the peers that have them.
+    """A Connector that keeps K/V blocks in memory, gives them to other replicas, and fetches blocks from them.
+
+    A peer is another replica. Blocks are fetched from a peer only after announce() has said that the peer has them.
 
     Args:
         address: where this tier gives its blocks to peers, and the token that all peers know.
@@ -89,7 +97,11 @@ class PeerTier(StoreTier):
         return self.server.address
 
     def announce(self, names: Iterable[str], address: TcpAddress) -> None:
-        """Note that the peer at this address has these blocks. Blocks that are here are not fetched."""
+        """Record that the peer at `address` has the blocks of these names; a later load() fetches them from there.
+
+        Nothing is fetched now. A load() fetches only blocks that are not in this tier's own memory. At most
+        ANNOUNCED_MAX names are remembered; the oldest are forgotten.
+        """
         with self._peers:
             for name in names:
                 self._announced[name] = address
@@ -98,7 +110,10 @@ class PeerTier(StoreTier):
                 self._announced.popitem(last=False)
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that are here or announced. names: the blocks, each the parent of the next."""
+        """Number of leading blocks that load() can probably get, an int: blocks in memory, or announced as at a peer.
+
+        names: the names of the blocks, each the parent of the next.
+        """
         here = (at for at, name in enumerate(names) if name not in self._announced and not self.store.has(name))
         return next(here, len(names))
 
@@ -135,7 +150,7 @@ class PeerTier(StoreTier):
             keys = keys[got:]
 
     def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """A list of the leading keys whose blocks the peer at this address has announced."""
+        """A list of the leading `keys` whose blocks are announced as at the peer of this address."""
         return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
 
     def _fetched(
@@ -181,7 +196,7 @@ class PeerTier(StoreTier):
                 client.close()
 
     def _forget(self, names: Iterable[str]) -> None:
-        """Forget who has these blocks."""
+        """Forget which peer has these blocks, so that they are not fetched. names: names of the blocks."""
         with self._peers:
             for name in names:
                 self._announced.pop(name, None)
@@ -197,9 +212,9 @@ class PeerTier(StoreTier):
         return BlockClient(address, CONNECTING, SILENCE)
 
     def _keep(self, client: BlockClient) -> None:
-        """Keep a connection open for the next load, and close the one kept for this peer before.
+        """Keep a connection open for the next load from the same peer. An older connection to that peer is closed.
 
-        With more than IDLE_MAX connections, the one kept longest is closed.
+        If there are then more than IDLE_MAX connections, the one that was kept longest is closed too.
         """
         with self._peers:
             surplus = [self._idle.pop(client.address)] if client.address in self._idle else []

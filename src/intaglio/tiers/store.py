@@ -53,7 +53,7 @@ class BlockLeases(Protocol):
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns True; False if it has run out already.
+        """Extend a lease, so that it ends `seconds` from now. Returns True; False if it has run out already.
 
         Raises ValueError unless 0 < seconds <= leases.LONGEST, TimeoutError if others lock the leases for too long.
         """
@@ -66,9 +66,13 @@ class BlockLeases(Protocol):
 
 
 class BlockStore(Protocol):
-    """Interface of what keeps the blocks of a tier, each in the form of its file (see block_file.py).
+    """Interface of a store that holds a tier's K/V blocks, such as a folder or this process's memory.
 
-    where: what the store is called in messages. held: bytes of all blocks, as far as known; None: not known yet.
+    The store holds each block as the bytes of its file (see block_file.py).
+
+    Attributes:
+        where: what the store is called in messages.
+        held: bytes of all blocks, as far as known; None: not known yet.
     """
 
     where: str
@@ -76,7 +80,7 @@ class BlockStore(Protocol):
 
     @property
     def leases(self) -> BlockLeases:
-        """The leases, by which blocks are pinned."""
+        """The store's BlockLeases: the object with which blocks are pinned for a time, so that they are not evicted."""
 
     def has(self, name: str) -> bool:
         """True if the block is here. Its contents are not checked."""
@@ -101,7 +105,10 @@ class BlockStore(Protocol):
         """Delete a block, if it is here and may be deleted."""
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that blocks are in use now. names: the blocks, each the parent of the next."""
+        """Mark blocks as just used, so that others are evicted first. Blocks that are not here are skipped.
+
+        names: the names of the blocks, each the parent of the next.
+        """
 
 
 class StoreTier:
@@ -164,7 +171,10 @@ class StoreTier:
         return True
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that blocks are in use, so that other blocks are deleted first. names: each the parent of the next."""
+        """Mark blocks as just used, so that others are evicted first. Blocks that are not here are skipped.
+
+        names: the names of the blocks, each the parent of the next.
+        """
         with self.lock:
             if not self.closed:
                 self.writer.submit(self.store.touch, list(names))
@@ -183,7 +193,7 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns True; False if it has run out already, which is counted.
+        """Extend a lease, so that it ends `seconds` from now. Returns True; False, and counts it, if it has run out.
 
         Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
         before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
@@ -215,7 +225,12 @@ class StoreTier:
         return next((at for at, name in enumerate(names[:there]) if name not in pinned), there)
 
     def say(self, kind: str, what: str) -> None:
-        """Report the message `what`, if it is the first of its `kind`."""
+        """Report a message to the operator. Only the first message of each kind is reported; later ones are dropped.
+
+        Args:
+            kind: a word for the kind of message.
+            what: the message.
+        """
         with self.lock:
             if kind in self.said:
                 return

@@ -34,8 +34,8 @@ def shard(
         program: as ported, with no ops fused.
         layout: how ranks share the model.
         wire: format to which values are rounded before they travel between ranks.
-        coded: names of the weights whose codes come from a checkpoint, so that no group of them may be split; None: all
-            quantised weights.
+        coded: names of the quantised weights whose codes come from a checkpoint. They keep these codes, in smaller
+            groups (values that share a scale) where a cut needs them. None: all quantised weights.
 
     Raises LayoutError if heads, experts or layers cannot be divided like this, an op has no sharding rule, or a group
     would be split.

@@ -17,16 +17,18 @@ from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
-    """Builds the Program of one lane. The sharding rule of each op calls the methods of this class.
+    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers. Ops' sharding rules call it.
+
+    A lane's share of a tensor is the runs of columns, heads or experts that the lane holds.
 
     Attributes:
         p: the whole Program.
-        plan: every lane's share of the results that are split, see make_plan().
+        plan: every lane's share of each result that is split, by the result's name; see make_plan().
         layout: degrees of parallelism.
         lane: number of this lane.
         wire: format to which values are rounded before they travel between ranks.
         coded: names of the weights whose codes come from a checkpoint.
-        shares: every lane's share of each result on this lane that is split by columns.
+        shares: every lane's share of each result added so far that is split by columns, by the result's name.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
         wholes: names of the gathered copies of split results, by the result's name.
         views: lists of the views in the whole Program, by the name of their base.
@@ -47,9 +49,9 @@ class Lane:
         self.split: set[str] = set()
 
     def run(self) -> Program:
-        """Apply the sharding rule of every op and return the Program of this lane.
+        """Apply the sharding rule of every op of the whole Program, and return the Program of this lane (one rank).
 
-        Raises LayoutError for an op without a rule, or if an op or a weight cannot be divided like this.
+        Raises LayoutError for an op without a rule, and for an op or a weight that the layout cannot divide.
         """
         for t in self.p.of_role("state"):
             if t.shape[0] == "P":  # the rules of ops with recurrent state keep theirs
@@ -59,9 +61,10 @@ class Lane:
         return self.p.with_ops(self.ops, self.tensors)
 
     def add(self, op: Op, shares: list[Share] | None = None) -> None:
-        """Append an op, its results and their views to this lane's Program.
+        """Append an op, its results and their views to the Program of this lane (one rank). Returns nothing.
 
-        shares: every lane's share of the columns of its only result; None: results are whole.
+        shares: the columns of the op's only result that each lane holds, a list with an item a lane; None: results are
+        whole.
         """
         self.ops.append(op)
         for name, (shape, format) in op.shapes(self.tensors).items():
@@ -74,7 +77,11 @@ class Lane:
                 self.add_view(t)
 
     def add_view(self, t: Tensor) -> None:
-        """Add the view `t` of the whole Program, narrowed to the columns that this lane holds of the view's base."""
+        """Add a view `t` of the whole Program to the Program of this lane (one rank). Returns nothing.
+
+        If the tensor that it views is split by columns among the lanes, the view is narrowed to the columns that this
+        lane holds; its width is 0 if the lane holds none. If that tensor is split by token rows, so is the view.
+        """
         assert t.view
         base, start = t.view
         if base in self.split:
@@ -91,10 +98,15 @@ class Lane:
         self.tensors[t.name] = t
 
     def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
-        """Add a tensor of the whole Program (weight, const or state), or this lane's share of it, to this lane.
+        """Add a weight, const or state of the whole Program to the Program of this lane (one rank); returns its name.
 
-        Returns the tensor's name here. shares: every lane's share along `axis`; None: the whole tensor. as_: name of
-        the tensor here; "": the same name. Raises LayoutError if the cut would split a group of a quantised weight.
+        Args:
+            name: name of the tensor in the whole Program.
+            shares: the indices along `axis` that each lane holds; only this lane's are kept. None: all are kept.
+            axis: the axis that is cut.
+            as_: name of the tensor in this lane's Program; "": the same name.
+
+        Raises LayoutError if the cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         if shares:
@@ -109,7 +121,7 @@ class Lane:
         return as_ or name
 
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
-        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts, to this lane.
+        """Add part of a stack of matrices [E, ...], such as the weights of experts, to the Program of this lane (rank).
 
         Args:
             name: name of the stack.
@@ -129,10 +141,13 @@ class Lane:
         self.tensors[name] = t
 
     def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
-        """The weight `t`, with smaller groups if a cut into `shares` along `axis` would split a group, else as it is.
+        """The weight `t`, with smaller groups (values that share a scale) if a cut along `axis` would split a group.
 
-        Only weights in `coded` change. Smaller groups keep the checkpoint's codes, while a split group would have to be
-        dequantised and quantised again. Raises LayoutError if no group size fits.
+        Smaller groups keep the checkpoint's codes; a split group would have to be dequantised and quantised again. So
+        only weights in self.coded, whose codes come from a checkpoint, change. For any other weight, and if no group is
+        split, `t` is returned as it is.
+
+        shares: the indices along `axis` that each lane gets. Raises LayoutError if no group size fits.
         """
         fmt = formats.get(t.format)
         if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:
@@ -154,18 +169,20 @@ class Lane:
         return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
-        """Add this lane's share of a weight of `op` along `axis` to this lane. Returns the weight's name here.
+        """Add a lane's part of a weight of `op` to the Program of this lane (one rank); returns its name there.
 
-        The name is made from the op's site if other ops read the weight too. shares: every lane's share. Raises
-        LayoutError if the cut would split a group of a quantised weight.
+        If other ops read the weight too, the name is made from the op's site (its name), since their parts may differ;
+        else it is `name`. shares: the indices along `axis` that each lane holds. Raises LayoutError if the cut would
+        split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
 
     def whole(self, name: str) -> str:
-        """The name here of a tensor that holds the whole operand `name`.
+        """Make the whole operand `name` available to the Program of this lane (one rank); returns its name there.
 
-        If the operand is split, an all_gather that makes the tensor is added first. A weight is added to this lane.
+        For an operand that is split among the lanes, an all_gather into a new tensor is added, at the first call only.
+        A weight is added to the Program whole. Any other operand has its own name.
         """
         t = self.p.tensors[name]
         if t.role == "weight":
@@ -181,12 +198,17 @@ class Lane:
         return self.wholes.get(name, name)
 
     def total(self, site: str, x: str, out: str, group: tuple[int, ...], slots: int = 1) -> None:
-        """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
+        """Append an all_reduce that sums the partial results `x` of the ranks in `group` into `out`. Returns nothing.
 
-        site: the op's site. slots: as for AllReduce.
+        With sequence parallelism a reduce_scatter is appended instead, if all lanes are in `group` and `out` is a temp
+        with a row per token. It gives this lane (one rank) its own token rows of the sum.
 
-        With sequence parallelism a reduce_scatter is added instead, if all lanes are in `group` and `out` is a temp
-        with a row per token. It gives this lane its own token rows of the sum.
+        Args:
+            site: site (name) of the op whose result is summed; the collective's site begins with it.
+            x: name of the partial result.
+            out: name of the sum.
+            group: numbers of the lanes.
+            slots: number of column blocks of `x` that are also added to each other, see AllReduce.
         """
         t = self.p.tensors[out]
         if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
@@ -197,35 +219,44 @@ class Lane:
             self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire, slots=slots))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
-        """Add an all_gather of the columns of `x`, which are split as `shares` says, into `out` of `width` columns.
+        """Append an all_gather that joins the columns of `x`, which are split among lanes, in `out`. Returns nothing.
 
-        site: site of the all_gather.
+        site: site (name) of the new op. shares: the columns that each lane (rank) holds, a list with an item a lane.
+        width: number of columns of `out`.
         """
         group = partners(shares, self.lane)
         assert is_partition(shares, width), f"{x} cannot be gathered from {shares}"
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
-        """Append the op with whole operands, so that every lane computes all of it."""
+        """Append the op to the Program of this lane (one rank) with whole operands: every lane computes all of it."""
         self.add(op.rename({name: self.whole(name) for name in op.inputs}))
 
     def add_split(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split by columns as `shares` says. An output of the Program is gathered."""
+        """Append an op whose result is split by columns among the lanes (ranks). Returns nothing.
+
+        An all_gather follows if the result is an output of the Program. shares: the columns that each lane computes.
+        """
         if self.p.tensors[op.outputs[0]].role == "output":
             self.add_gathered(op, shares)
         else:
             self.add(op, shares)
 
     def add_gathered(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split by columns as `shares` says, and an all_gather of the whole result."""
+        """Append an op whose result is split by columns among the lanes (ranks), and an all_gather of the whole result.
+
+        The gathered result has the name of the op's result, and the split one that name with ".part". shares: the
+        columns that each lane computes, a list with an item a lane. Returns nothing.
+        """
         (out,) = op.outputs
         self.add(op.rename({out: f"{out}.part"}), shares)
         self.gather(f"{op.site}.all_gather", f"{out}.part", out, shares, int(self.p.tensors[out].shape[1]))
 
     def has_token_rows(self, op: Op) -> bool:
-        """True if the op can run on this lane's token rows alone (sequence parallelism).
+        """True if this lane (one rank) can compute the op for its own token rows alone (sequence parallelism).
 
-        It can if all operands except weights are split by token rows, and its result is a temp.
+        That is so if all operands except weights are split by token rows among the lanes, and the result is a temp (an
+        activation that is no output of the Program).
         """
         rows = [name for name in op.inputs if self.p.tensors[name].role != "weight"]
         return set(rows) <= self.split and self.p.tensors[op.outputs[0]].role == "temp"
@@ -264,13 +295,21 @@ def rule_of(op: Op) -> Rule:
 
 
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
-    """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
+    """The checkpoint sources from which one lane (rank) reads its part of the weight `t`, as a tuple of texts.
 
-    The tuple is () for a tensor without source, such as state. axis: the axis that is cut. length: its size. each: True
-    to cut each of several sources, which must be joined along another axis.
+    Each source names a tensor and the cuts of it; there is at least one for each run of indices in `share`. The tuple
+    is () for a tensor without source, such as state.
 
-    Raises LayoutError for several sources if `each` is False, unless they are parts_of() one tensor and axis is 0; and
-    for a cut inside a block of the weight's format.
+    Args:
+        t: the weight.
+        share: the runs of indices along `axis` that the lane holds.
+        axis: the axis that is cut.
+        length: size of that axis.
+        each: only for a weight that is joined from several sources. True: `axis` is not the axis along which they are
+            joined, so every source is cut. False: `axis` is that axis.
+
+    Raises LayoutError for a cut inside a block of the weight's format; and for several sources if `each` is False,
+    except for a cut of rows if the sources are parts of one tensor.
     """
     if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
         ends, found = list(accumulate(rows)), list[str]()

@@ -10,11 +10,12 @@ from intaglio.program import Program
 
 
 def make_plan(p: Program, layout: Layout) -> Plan:
-    """The plan of a Program: a dict from each result that is split among lanes to every lane's share of its columns.
+    """Decide which results are split among lanes (ranks that hold the same layers): {result: columns of each lane}.
 
     Attention is split by heads, a block with recurrent state by heads or channels, an MLP by its intermediate columns,
-    logits by vocabulary, the embedding by its columns. A K/V cache or a state that is split is in the dict with every
-    lane's share of its heads or channels. Raises LayoutError as plan_heads() and plan_recurrence().
+    logits by vocabulary, the embedding by its columns. A K/V cache or a state that is split is in the dict with the
+    heads or channels of each lane. Raises LayoutError if tp does not fit the number of heads or channels, or if
+    queries, keys or values are computed from anything but projections.
     """
     plan: Plan = {}
     for op in p.ops:
@@ -39,18 +40,24 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 
 
 def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
-    """Add the state of a convolution to `plan`, with the shares of its channels, if these are split."""
+    """Add the state of a short convolution to `plan`, with the channels of the op's input on each lane (rank).
+
+    Changes nothing if the input is not split, or is computed from linears that are split differently.
+    """
     shares = [plan.get(name) for name in roots(p, op.x, ()) or ()]
     if shares and shares[0] and all(share == shares[0] for share in shares):
         plan[op.state] = shares[0]
 
 
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
-    """Add an attention op's shares to `plan`: query heads divided evenly among tp lanes, with the kv heads they read.
+    """Split an attention op by heads: add to `plan` how the tensors before it are divided among tp lanes (ranks).
 
-    Shares are added for the projections that compute queries, keys and values, and for the K/V caches. Raises
-    LayoutError if tp does not fit the number of heads, or if queries, keys or values are computed from anything but
-    projections.
+    Query heads are divided evenly; a lane has the kv heads that its query heads read. Two kinds of items are added: the
+    columns of each lane, for the results of the projections that compute queries, keys and values; and the heads of
+    each lane, for the K/V caches. If there is one kv head, keys, values and caches stay whole.
+
+    plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads, or
+    if queries, keys or values are computed from anything but projections.
     """
     lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):
@@ -84,11 +91,14 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 
 
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
-    """Add `shares` to `plan` for the results of the linears from which `x` is computed.
+    """Split the linears from which `x` is computed by columns: add their results to `plan` with `shares`.
 
-    Only elementwise ops, convolutions, permute and moment may lie between them and `x`. Nothing is added if `x` depends
-    on other results too, if one of the linears is in the plan or has another width than `x`, or if `x` has fewer
-    columns than there are lanes.
+    Each lane (rank) then computes only its own columns of `x`. The linears and `x` may be separated by ops that work on
+    each column alone: elementwise ops, short convolutions, Permute and Moment. Nothing is added if `x` depends on
+    results of any other op, if a linear's result is in the plan already or has another width than `x`, or if `x` has
+    fewer columns than there are lanes. Returns nothing.
+
+    plan: {result: columns of each lane}; changed. shares: a list with the columns of each lane.
     """
     found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
@@ -98,10 +108,11 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 def roots(
     p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
 ) -> set[str] | None:
-    """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
+    """Names of the linears' results from which tensor `name` is computed, as a set.
 
-    Only elementwise ops, and ops of the types `through`, may lie between. A view of a linear's result counts as such a
-    result. found: the roots of tensors already visited, to which others are added, so that each is visited once.
+    It follows operands back through elementwise ops and ops of the types `through`. None if it meets the result of any
+    other op, or if `name` is no op's result. Weights, constants and inputs of the Program do not count. A view of a
+    linear's result counts as a linear's result. found: roots of tensors already visited; new ones are added.
     """
     found = {} if found is None else found
     if name not in found:
@@ -110,7 +121,11 @@ def roots(
 
 
 def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
-    """The roots of a tensor that is not yet in `found`; arguments and result as those of roots()."""
+    """Names of the linears' results from which tensor `name` is computed, as a set; None if roots() returns None.
+
+    roots() calls it for a tensor that is not in `found` yet; see there. found: results of roots() for tensors already
+    visited; new ones are added.
+    """
     op = p.producer(name)
     if isinstance(op, Linear):
         return {name}
@@ -127,11 +142,11 @@ def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
-    """Split the result `out` of a linear that has views, if its views allow it.
+    """Make `plan` consistent for `out`, a linear's result that other ops read through views (ranges of its columns).
 
-    They allow it if all views are in `plan`, the views cover `out`, and no op reads `out` itself. The shares of `out`
-    are then composed of those of its views and added to `plan`. Otherwise `out` and its views are removed from `plan`.
-    Nothing changes for a result without views.
+    plan: {result: columns of each lane (rank)}; changed. If all views are in it, the views cover `out`, and no op reads
+    `out` itself, then `out` is added: each lane gets the columns that it has of the views. Otherwise `out` and its
+    views are removed, so that all of them stay whole. Nothing changes for a result without views.
     """
     views = p.views(out)
     shares = joint(p, out, plan)

@@ -20,12 +20,14 @@ Recurrence = LinearAttention | SelectiveScan | RgLru
 
 
 def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> None:
-    """Add the shares of the block around a recurrence to `plan`: tp lanes divide its heads, or else its channels.
+    """Decide how the block around a recurrence is split among tp lanes (ranks), and add that to `plan`.
 
-    Shares are added for every result between the projections into the block and the one out of it, which sums over
-    lanes, and for the states: heads of linear attention, channels of the others. If some op of the block needs whole
-    operands, nothing is added, so that every lane runs the whole block. Raises LayoutError if tp does not fit the
-    number of heads or channels.
+    Linear attention is split by heads, other recurrences by channels. `plan` gets the columns of each lane for every
+    result between the projections into the block and the projection out of it, and for the states. If some op of the
+    block needs whole operands, nothing is added, so that every lane runs the whole block. Returns nothing.
+
+    plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads or
+    channels.
     """
     t = p.tensors
     if isinstance(op, LinearAttention):
@@ -50,10 +52,15 @@ def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> N
 
 
 def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[Share], list[Share]]:
-    """(every lane's heads, the groups of q and k that they read). `heads` is a multiple of `groups`.
+    """Divide the heads of linear attention among `lanes` ranks. Returns two lists, each with one item for each lane.
 
-    Lanes get near-equal numbers of groups with all their heads. If there are more lanes than groups, lanes that divide
-    the heads of a group have copies of the group. site: the op's site. Raises LayoutError if neither is possible.
+    Items of the first list: the numbers of the heads that the lane computes. Items of the second list: the numbers of
+    the groups of q and k that these heads read. Each item is a Share, here a tuple of one range. Lanes get near-equal
+    numbers of groups with all their heads. If there are more lanes than groups, several lanes have the same group and
+    divide its heads.
+
+    site: the op's site (name), for errors. heads: a multiple of `groups`. Raises LayoutError if the lanes can divide
+    neither groups nor heads evenly.
     """
     each = heads // groups
     if lanes <= groups:
@@ -70,10 +77,11 @@ def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[S
 
 
 def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
-    """Every lane's channels, near-equal in number. Raises LayoutError for more lanes than blocks or channels.
+    """Divide `width` channels among `lanes` ranks, near-equally. Returns a list with a Share (one range) for each rank.
 
-    site: the op's site. width: number of channels. blocks: number of equal blocks of channels that stay whole; 0: runs
-    end where cut() ends them.
+    site: the op's site (name), for errors. blocks: number of equal blocks of channels that must stay whole. With 0,
+    ranges end at multiples of 128, else 64, else 32 channels, if these divide `width` and every rank gets some; if not,
+    at any channel. Raises LayoutError for more lanes than blocks, or than channels.
     """
     if lanes > (blocks or width):
         what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
@@ -82,11 +90,13 @@ def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Shar
 
 
 def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
-    """The shares of all results and states of the block around `op`, by name. starts: shares of the op's own tensors.
+    """Find how the block around a recurrent op is split among ranks: returns {tensor: columns of each lane (rank)}.
 
-    Shares pass through ops whose columns are independent of each other, up to the linears that compute the block's
-    inputs and those that read its results. A result that is read through views has the shares of all its views.
-    Returns None if shares contradict each other, or if an op needs an operand whole that cannot be gathered.
+    The search starts at the tensors of `op`. It goes on through ops that compute each column from the same column, and
+    ends at the linears before and after the block. A tensor that is read through views is split as all its views are.
+
+    Returns None if the block cannot be split: two ops want one tensor split differently, or an op needs a whole operand
+    that cannot be gathered. starts: {tensor of `op` that is split: columns, or heads, of each lane}.
     """
     found: Plan = {}
     todo = list(starts.items())
@@ -113,10 +123,13 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 
 
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
-    """The shares, by name, that operands and results of `op` must have if its operand or result `name` has `shares`.
+    """How the operands and results of `op` must be split if one of them, `name`, is: {name: columns of each lane}.
 
-    {} if the block ends at this op: a linear, or an op for which `name` is gathered. None if the op can neither have
-    such shares nor end the block.
+    spread() calls it to go on from one op of a recurrent block to its neighbours. {} if the block ends at this op: a
+    linear, or an op for which `name` can be gathered. None if the op can neither be split nor end the block; the block
+    then stays whole.
+
+    shares: the columns of `name` that each lane (rank) holds, a list with an item a lane.
     """
     width = int(p.tensors[name].shape[1])
     match op:

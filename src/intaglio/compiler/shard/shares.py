@@ -26,46 +26,56 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among lanes. Returns a list with each lane's Share, in order.
+    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a Share (tuple of one range) for each.
 
-    Blocks of the weight's format larger than 128 (256 in K-quants) are kept whole where every lane gets one; lanes may
-    then differ by a block.
+    Ranges end at multiples of the first of these numbers that divides the columns and gives every rank some: the
+    format's block if that is above 128 values (K-quants: 256), then 128, 64, 32. If none does, they end at any column.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """A list of shares of columns, made from shares of heads. by: columns per head."""
+    """The columns of shares of heads: a list with a Share (runs of column numbers) for each Share of head numbers.
+
+    by: columns of a head.
+    """
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """A share of columns as a share of heads of `head_dim` columns; the inverse of scaled()."""
+    """The numbers of the heads whose columns are in `share`, as a tuple with a range for each range of columns.
+
+    A head has `head_dim` columns. `share` must consist of whole heads.
+    """
     return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
 def width_of(share: Share) -> int:
-    """Number of columns of a share."""
+    """Number of columns, or of heads, in a share, a tuple of ranges."""
     return sum(map(len, share))
 
 
 def keeps_whole(shares: Sequence[Share], group: int) -> bool:
-    """True if no group of `group` consecutive columns is divided by the shares. False for a group of 0."""
+    """True if no group of `group` consecutive columns is divided between shares; False if `group` is 0 or less."""
     return group > 0 and all(end % group == 0 for share in shares for r in share for end in (r.start, r.stop))
 
 
 def is_partition(shares: Sequence[Share], width: int) -> bool:
-    """True if the shares are runs that together are all `width` columns once. Several lanes may hold the same run."""
+    """True if each share is one run of columns, and the different runs together are columns 0 to width - 1, each once.
+
+    shares: the columns of each lane (rank). Several lanes may have the same run.
+    """
     runs = sorted({run for share in shares for run in share}, key=lambda r: r.start)
     ends = [0, *(r.stop for r in runs)]
     return all(len(share) == 1 for share in shares) and [r.start for r in runs] == ends[:-1] and ends[-1] == width
 
 
 def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
-    """The shares of `base` that consist of those of its views in `plan`.
+    """The columns of tensor `base` on each lane (rank), when `plan` says which columns of its views each lane holds.
 
-    None if `base` has no views, they do not cover it, or one of them is not in `plan`.
+    Returns a list with a Share (tuple of ranges) for each lane. None if `base` has no views, if the views do not cover
+    `base` without gaps, or if a view is not in `plan`. plan: {view: its columns on each lane}.
     """
     views = p.views(base)
     ends = [start + int(p.tensors[name].shape[1]) for start, name in views]
@@ -79,10 +89,12 @@ def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
 
 
 def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
-    """The lanes with which `lane` gathers, as a tuple: together they hold every column once, in this order.
+    """The group of lanes (ranks) for an all_gather on lane number `lane`, as a tuple ordered by the columns they hold.
 
-    Where several lanes hold the same share (kv heads are copied when there are more lanes than kv heads), the n-th
-    holder of each share gathers with the n-th holders of the others.
+    Together they hold every column once. Several lanes may hold the same columns (kv heads are copied if there are
+    more lanes than kv heads). Then one group has the first holder of each share, another the second, and so on.
+
+    shares: the columns of each lane.
     """
     holders: dict[Share, list[int]] = {}
     for i, share in enumerate(shares):

@@ -15,9 +15,11 @@ Facts = dict[str, Any]
 
 
 def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray) -> tuple[Facts, list[Norm]]:
-    """Find out what an attention block computes. Returns (dict of properties, list of the norms of q and k).
+    """What an attention block computes. Returns (facts, norms): a dict, and [norm of q, norm of k] or [].
 
-    Properties are sizes, projections, norms, rope, scale, mask and gate.
+    The dict has the sizes (heads, kv_heads, head_dim, value_dim), the projections (names, layout, transposed, biases,
+    o_name, o_transposed, o_bias), qk_norm and qk_names, rope (a Rotation), scale, softcap, sinks, window, chunk, gate
+    and inner_norm.
 
     Args:
         t: the trace.
@@ -47,9 +49,14 @@ def _relative(name: str, under: str) -> str:
 
 
 def _scores(t: Trace, rec: Attention) -> Facts:
-    """A dict {scale, softcap, sinks, window, chunk} with which softmax attention gives the traced result.
+    """How the traced result follows from queries, keys and values: a dict {scale, softcap, sinks, window, chunk}.
 
-    Raises Unmatched if no such values give it.
+    scale and softcap are floats (0: no softcap), sinks is True if the module has attention sinks, window and chunk are
+    tokens (0: none). Raises Unmatched if softmax attention with no such values gives the result.
+
+    Args:
+        t: the trace.
+        rec: the call of the attention function.
     """
     heads, n = rec.q.shape[:2]
     seen = np.tri(n, dtype=bool) if rec.mask is None else rec.mask > -1e30
@@ -147,10 +154,19 @@ def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[
 
 
 def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[Norm], f: Facts) -> list[Norm]:
-    """Add the layout of the projections, the norms of queries and keys, and the rope to the properties `f`.
+    """Find the linears, norms and rope that make queries, keys and values from the block's input, and add them to `f`.
 
-    Returns these norms as a list. A factor on the queries is multiplied into f["scale"]. readers: linears that read the
-    block's input. found: norms in the block. Raises Unmatched if queries, keys and values are computed otherwise.
+    The keys added to `f` are rope, layout (see _layouts()), names, transposed, biases, qk_norm and qk_names. If queries
+    have a further factor, f["scale"] is multiplied by it. Returns [norm of q, norm of k], or [] without norms.
+
+    Args:
+        t: the trace.
+        rec: the call of the attention function.
+        readers: linears that read the block's input.
+        found: norms in the block.
+        f: facts of the block so far.
+
+    Raises Unmatched if queries, keys and values are computed in any other way.
     """
     q, k, late = rec.q, rec.k, [_late(found, x) for x in (rec.q, rec.k)]
     if late[0] is not None and late[1] is not None:
@@ -203,9 +219,12 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which queries are scaled, besides the rotation `turn`; None if another rotation turns queries.
+    """Factor by which queries are scaled beside rope, a float; None if queries are rotated otherwise than keys.
 
-    before, after: the queries before and after rope, [heads, tokens, head_dim]. turn: the rotation of keys.
+    Args:
+        before: the queries before rope, [heads, tokens, head_dim].
+        after: the queries after rope, in the same shape.
+        turn: the rotation of the keys.
     """
     length = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (before, after)]
     last = [float(np.linalg.norm(x[..., -1].astype(np.float64))) for x in (before, after)]  # not turned, if a part is

@@ -40,7 +40,8 @@ class AutoPort:
     Attributes:
         architecture: name of the architecture in config.json.
         text: the source text of the port file; "" if none could be written.
-        deviations: {variant of the configuration, in words: deviation() of the port for it}.
+        deviations: a dict from a configuration, in words, to the port's error there: max |ours - theirs| / max |theirs|
+            over logits, from deviation().
         refused: {setting, as key=value: why the port refuses it}.
         failure: the part that was not matched, or the difference that was found, as text; "" for a verified port.
     """
@@ -101,9 +102,11 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A paragraph for users that names the module without a counterpart here, and the nearest op or field.
+    """A paragraph for users, as text: which transformers module cannot be ported, and what is nearest to it.
 
-    e: the error that names them.
+    Args:
+        architecture: name of the architecture in config.json.
+        e: the error; its fields name the module, what is missing for it, and the nearest op or field.
     """
     return (
         f"{architecture} is not ported: the module {e.module} has {e.missing}, for which no op or field of Decoder is "
@@ -121,10 +124,10 @@ def load_port(text: str) -> Family:
 
 
 def _first(tiny: TinyModels) -> Variant:
-    """The Variant of the tiny model with small sizes.
+    """Trace the tiny model with its usual sizes (SIZES) and return the Variant: its config.json and traced properties.
 
-    If transformers refuses the small head_dim, heads get hidden_size / heads columns. Raises Unmatched for what Decoder
-    cannot express, PortingError if the model cannot be built or run.
+    All other variants are compared with this one. If transformers refuses the head_dim in SIZES, heads get hidden_size
+    / heads columns. Raises Unmatched for what Decoder cannot express, PortingError if the model cannot be built or run.
     """
     try:
         return _variant(tiny, {})
@@ -174,11 +177,17 @@ def aliases(tiny: TinyModels) -> dict[str, str]:
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
     """Trace the tiny model with other sizes and settings. Returns (variants, refused, lines).
 
-    - variants: `first`, and those whose facts may differ from it.
-    - refused: {setting that Decoder cannot express: the reason}.
-    - lines: source text for the port file that refuses these settings.
+    - variants: list of Variant: `first`, and those whose traced properties may differ from it.
+    - refused: a dict {setting that Decoder cannot express: the reason}.
+    - lines: source text for the port file, one statement for each refused setting, which raises an error for it.
 
-    Raises PortingError if Decoder cannot express the model with the second set of sizes.
+    Settings that transformers refuses are skipped. Raises PortingError if Decoder cannot express the model with
+    OTHER_SIZES.
+
+    Args:
+        tiny: builds the models.
+        first: the Variant with the usual sizes.
+        progress: called before each model.
     """
     trials: list[dict[str, Any]] = [{k: v for k, v in OTHER_SIZES.items() if k in _sized(tiny)}]
     trials += [{k: x} for k, values in tiny.switches().items() for x in values]
@@ -226,9 +235,14 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 
 
 def _saved(folder: Path, module: str) -> str:
-    """The name under which a checkpoint has a module's weight, without ".weight".
+    """The name under which a checkpoint has the weight of the output head, without ".weight".
 
-    If there is no such weight, it is the name of the only embedding table at top level (a tied head), else `module`.
+    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding: the result is the
+    name of the only embedding table outside all modules, or `module` if there is no such table or there are several.
+
+    Args:
+        folder: the checkpoint.
+        module: name of the head's module in transformers; "" if there is none, and the result is "".
     """
     found = Checkpoint.open(folder)
     if f"{module}.weight" in found.names or not module:
@@ -239,9 +253,21 @@ def _saved(folder: Path, module: str) -> str:
 
 
 def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
-    """A dict {version, defaults, aliases, title, head, vocabulary}, which write_port() takes as `about`.
+    """Facts for the text of the port file, as a dict, which write_port() takes as `about`.
 
-    folder: a checkpoint of the tiny model.
+    The keys are:
+
+    - version: version of transformers.
+    - defaults: transformers' values of config keys.
+    - aliases: {usual name of a key: its name in this configuration}.
+    - title: name of the architecture without its class's ending.
+    - head: name of the output head's module in a checkpoint; "" for lm_head or none.
+    - vocabulary: expression that gives the vocabulary's size.
+
+    Args:
+        tiny: the tiny models of the architecture.
+        first: the Variant with the usual sizes.
+        folder: a checkpoint of the tiny model.
     """
     import transformers
 
@@ -260,10 +286,15 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path, first: Variant) -> str:
-    """The name of the form in which the checkpoint in `folder` holds experts, such as STACKED; "" without experts.
+    """Name of the layout in which a checkpoint stores the matrices of experts, as text; "" for a model without experts.
 
-    The forms are NAMED, NUMBERED, STACKED and TRANSPOSED of models.decoder. With NUMBERED, "saved_block" is added to
-    first.facts["mixture"]. Raises PortingError for another form.
+    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. For NUMBERED, the name of the experts'
+    module in the checkpoint may differ from that in transformers, so it is stored as "saved_block" in
+    first.facts["mixture"]. Raises PortingError for another layout.
+
+    Args:
+        folder: a checkpoint of the tiny model.
+        first: the Variant with the usual sizes.
     """
     m = first.facts.get("mixture")
     if not m:
@@ -285,15 +316,16 @@ def _verify(
     tiny: TinyModels, family: Family, text: str, variants: list[Variant], refused: dict[str, str], folder: Path,
     progress: Progress,
 ) -> AutoPort:  # fmt: skip
-    """Compare the port with transformers and return the AutoPort.
+    """Compare the port's results with those of transformers, and return the AutoPort with the errors found.
 
-    The logits of the first 2 * SHOWN variants are compared, and if all are near enough, the first variant site by site.
+    The logits of up to 2 * SHOWN variants are compared. If all are within LIMIT, check() also compares the first
+    variant at every op.
 
     Args:
         tiny: builds the models.
         family: the port.
         text: its source text.
-        variants: traced variants of the configuration.
+        variants: traced variants of the configuration; the first ones are compared.
         refused: settings that the port refuses, for the result.
         folder: folder in which checkpoints of the variants are written.
         progress: called before each variant.

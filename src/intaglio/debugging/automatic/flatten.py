@@ -101,10 +101,17 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """The properties of each layer's mixture, as a list, with the first way of routing that fits all layers.
+    """Choose one routing for all layers with experts. Returns the layers' facts with its keys, as a list of dicts.
 
-    mixed: the properties of each layer, with a list of ways in `routing`, since several ways can fit a layer's few
-    tokens. name: name of the list of layers, for the error. Raises Unmatched if no way fits all layers.
+    A layer's few traced tokens may fit several routings. The first one that fits all layers is taken; its keys replace
+    the key `routing`.
+
+    Args:
+        mixed: facts of each layer's mixture, with a list of routings under the key `routing` (see _routing() in
+            mlp.py).
+        name: name of the list of layers, for the error.
+
+    Raises Unmatched if no routing fits all layers.
     """
     ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
     if not ways:
@@ -158,12 +165,15 @@ def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
 def _sources(
     f: Facts, attn: Facts, mlp: Facts, attention: str, block: str, prefix: str
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(Decoder.fused, Decoder.sources): names of modules that hold several weights, and names that differ from Llama's.
+    """Values of Decoder's fields `fused` and `sources` for a traced model. Returns (tuple of names, dict).
+
+    fused: modules that hold several projections, such as qkv_proj. sources: {name in Llama: name or source in the
+    checkpoint}, where both differ.
 
     Args:
-        f: properties of the model.
-        attn: properties of its attention.
-        mlp: properties of its dense MLP; {} without one.
+        f: facts of the model.
+        attn: facts of its attention.
+        mlp: facts of its dense MLP; {} without one.
         attention: name of the attention module in a layer.
         block: name of the MLP's module in a layer.
         prefix: part of a weight's name before the list of layers.
@@ -217,7 +227,13 @@ def _sources(
 def _mixture(m: Facts, block: str) -> Facts:
     """The values of Mixture's fields, as a dict, from the properties `m` of a traced mixture of experts.
 
-    The dict also has `route_scale`, and how experts' parameters lie in their module (`turned`, `inside`, `experts`).
+    The dict has four more keys:
+
+    - route_scale: factor on the routing weights.
+    - turned: True if the experts' matrices are stored transposed.
+    - inside: True if the routing weight multiplies an expert's input, not its result.
+    - experts: name of the experts' module within the mixture's module.
+
     block: name of the mixture's module in a layer. Raises Unmatched for a shared expert with other linears.
     """
     shared = m["shared"]
@@ -238,7 +254,10 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """A list with the number of each layer's rotation: distinct ones are counted from 0; -1 for a layer without."""
+    """The number of each layer's rope table, as a list: equal rotations have equal numbers, from 0; -1 for none.
+
+    ropes: the rotation traced in each layer.
+    """
     seen: list[Rotation] = []
     out = []
     for r in ropes:

@@ -15,9 +15,11 @@ Facts = dict[str, Any]
 
 
 def model_facts(t: Trace) -> Facts:
-    """The properties of a traced model, as a dict; `layers` in it is a list with one dict per layer.
+    """What a traced transformers model computes, as a dict from which flatten() makes the fields of Decoder.
 
-    Raises Unmatched for what Decoder cannot express.
+    The keys are list (name of the list of layers), embedding, hidden, head, norm (see Norm.family), layers (one dict
+    for each layer, see _layer()), and those of _embedding() and _head(). Raises Unmatched for what Decoder cannot
+    express.
     """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
@@ -59,10 +61,18 @@ def _called(t: Trace, name: str) -> Call:
 
 
 def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the embeddings.
+    """What the model does to token embeddings before its first layer. Returns (properties, norms).
 
-    x: the first layer's input. layers: name of the list of layers. Raises Unmatched if x is anything else than
-    embeddings with a scale, learned positions and a norm.
+    The properties are a dict with the keys vocabulary (its size), embed_scale, positions (table of learned positions,
+    see _summed()), embed_norm (name of a norm's module, "" without) and embed_norm_first (True if positions are added
+    after the norm). The norms are a list of Norm: [] or that one.
+
+    Args:
+        t: the trace.
+        x: the first layer's input.
+        layers: name of the list of layers.
+
+    Raises Unmatched if x is not the embeddings with at most a scale, learned positions and a norm.
     """
     table = t.weight(t.embedding)
     assert table is not None
@@ -82,9 +92,16 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 
 
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
-    """A dict {embed_scale, positions} if x is `rows` times a scale, with or without learned positions; else None.
+    """Scale and learned positions that turn token embeddings into `x`, as a dict with two keys; None if none do.
 
-    rows: the embeddings of the tokens. positions: name, first row and number of rows of the table; None without.
+    - embed_scale: factor on the embeddings.
+    - positions: None, or a dict that describes the table whose rows are added: name, first (row of position 0) and rows
+      (their number).
+
+    Args:
+        t: the trace.
+        x: what a norm or the first layer reads.
+        rows: the embeddings of the tokens.
     """
     if (found := factors(x, rows)) is not None:
         return {"embed_scale": found[0], "positions": None}
@@ -98,7 +115,18 @@ def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the called layer. Raises Unmatched for what Decoder cannot express."""
+    """What one layer computes. Returns (facts, norms): a dict, and a list of the Norms found in the layer.
+
+    The dict has the keys attention (name of its module in the layer), attn (see attention_facts()), mlp ({"dense": see
+    dense_facts()} or {"mixture": see mixture_facts()}), block (name of the MLP's module), norms ({name here, such as
+    attn.norm: name of the module}), parallel and residual_scale.
+
+    Args:
+        t: the trace.
+        call: the call of the layer.
+
+    Raises Unmatched for what Decoder cannot express.
+    """
     here = [a for a in t.attention if a.name.startswith(f"{call.name}.")]
     if len(here) != 1:
         what = "no attention" if not here else f"{len(here)} calls of attention"
@@ -140,10 +168,16 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 
 
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
-    """Add the norm before attention to `n`, under the name `site`, if there is one.
+    """Add the norm before attention to `n`, under the name `site`, if there is one. Returns nothing.
 
-    own: norms called in the layer. x: the input of attention. call: the call of the layer. Raises Unmatched if x is
-    neither the residual nor a norm of it.
+    Args:
+        n: norms of the layer by name.
+        site: the name, such as attn.norm.
+        own: norms called in the layer.
+        x: the input of attention.
+        call: the call of the layer.
+
+    Raises Unmatched if x is neither the residual nor a norm of it.
     """
     if same(x, call.x):
         return
@@ -154,10 +188,18 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 
 
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
-    """(dict of properties, name within the layer, argument, result) of a layer's MLP or mixture of experts.
+    """What a layer's MLP or mixture of experts computes. Returns (facts, name, argument, result).
 
-    call: the call of the layer. attention: name of its attention module. Raises Unmatched for what Decoder cannot
-    express.
+    - facts: {"dense": see dense_facts()} or {"mixture": see mixture_facts()}.
+    - name: name of its module in the layer; "" if its linears are directly in the layer.
+    - argument, result: the arrays that it reads and yields.
+
+    Args:
+        t: the trace.
+        call: the call of the layer.
+        attention: name of the layer's attention module, which is left out.
+
+    Raises Unmatched for what Decoder cannot express.
     """
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
@@ -183,13 +225,14 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """A dict {parallel, residual_scale}: how the results of attention and MLP are added to the residual.
+    """How the results of attention and MLP are added to the residual: a dict with the keys parallel, residual_scale.
 
-    The norms before the MLP, or after an addition, are added to `n`.
+    parallel is True if the MLP reads the layer's input, not its sum with attention. residual_scale is the factor on
+    both results. The norms before the MLP, or after an addition, are added to `n`.
 
     Args:
         call: the call of the layer.
-        n: norms of the layer by their site; norms that are found here are added.
+        n: norms of the layer, by name such as attn.norm; norms that are found here are added.
         own: all norms called in the layer.
         read: the input of the MLP.
         branch: the result of attention, with its norm.
@@ -227,9 +270,15 @@ def _residuals(
 
 
 def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel: bool) -> Facts:
-    """A dict {parallel, residual_scale} for a layer whose result is x + residual_scale * (sum of branches).
+    """Check that a layer's result is x + s * (sum of branches). Returns {"parallel": parallel, "residual_scale": s}.
 
-    parallel: returned as given. Raises Unmatched if the result is anything else.
+    Args:
+        call: the call of the layer.
+        x: the residual.
+        branches: the results that are added to it.
+        parallel: value for the key parallel.
+
+    Raises Unmatched if the result is anything else.
     """
     found = factors(call.y, x, *branches)
     if found is None or found[0] != 1 or max(found[1:]) - min(found[1:]) > 1e-5:
@@ -238,10 +287,17 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the final norm, the output head, and the logits' softcap and scale.
+    """How the logits are computed from the last layer's result. Returns (facts, norms): a dict, and [final norm] or [].
 
-    x: the last layer's result. layers: name of the list of layers. Raises Unmatched if the logits are computed
-    otherwise.
+    The dict has the keys final_norm (name of its module; "" without), head_bias, tied (True if the head is the
+    embedding), logit_scale and final_softcap (0: none).
+
+    Args:
+        t: the trace.
+        x: the last layer's result.
+        layers: name of the list of layers, in which no final norm is looked for.
+
+    Raises Unmatched if the logits are computed in any other way.
     """
     outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)

@@ -20,10 +20,18 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
-    """(dict of properties, result) of the dense MLP that reads x.
+    """Recognise the dense MLP that reads `x` in a traced model. Returns (properties, result).
 
-    own: linears that may belong to the MLP. x: the MLP's input. under: name of the MLP's module. Raises Unmatched if no
-    linears among `own` form an MLP that Decoder can express.
+    The properties are a dict: gated, activation, fused, swapped (if fused: up comes before gate), names (of the linears
+    that read x), down, transposed, bias, width and inner_norm. The result is the traced output of the down projection.
+
+    Args:
+        t: the trace.
+        own: linears that may belong to the MLP.
+        x: the MLP's input.
+        under: name of the MLP's module.
+
+    Raises Unmatched if no linears among `own` form an MLP that Decoder can express.
     """
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
@@ -51,10 +59,14 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield a dict of properties for each form of MLP that gives `inner`, the input of the down projection.
+    """Find the MLPs without down projection that compute `inner` from the given linears, and yield each as a dict.
 
-    readers: linears that read the MLP's input. The forms are: gated by two linears, gated by one linear that holds gate
-    and up, and without a gate.
+    The keys are gated, activation (a name), linears (names of the one or two linears used), fused (True if one linear
+    holds gate and up), swapped (only if fused: up comes before gate) and up_bias (True if the linear has a bias).
+
+    Args:
+        readers: traced linears that read the MLP's input.
+        inner: the input of the down projection, or of the norm before it.
     """
     y = inner.reshape(len(readers[0].y), -1)
     for act in ACTIVATIONS:
@@ -87,9 +99,17 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """The properties of the mixture of experts in module `under`, as a dict: experts, routing, shared expert.
+    """What a mixture of experts computes, as a dict with the keys of _expert(), _routing(), _shared(), and `experts`.
 
-    x, result: the module's input and result. Raises Unmatched if the fields of Mixture cannot express the module.
+    `experts` is the name of the experts' module within the mixture's module.
+
+    Args:
+        t: the trace.
+        under: name of the mixture's module.
+        x: the module's input.
+        result: the module's result.
+
+    Raises Unmatched if the fields of Mixture cannot express the module.
     """
     call = experts_call(t, under)
     assert call is not None
@@ -103,9 +123,19 @@ def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Fa
 
 
 def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts:
-    """The properties of the routed experts, as a dict: count, width, top (experts per token), layout and activation.
+    """What the routed experts compute, as a dict.
 
-    call: the call of the module of experts. ids, weights: experts of each token and their weights, [tokens, top].
+    - count, width, top: number of experts, their inner width, and experts per token.
+    - turned: True if their matrices are stored transposed.
+    - activation: name of the function on the gate.
+    - inside: True if the routing weight multiplies an expert's input, not its result.
+
+    Args:
+        t: the trace.
+        call: the call of the module of experts.
+        ids: experts of each token [tokens, top].
+        weights: their weights [tokens, top].
+
     Raises Unmatched if no activation and layout give the call's result.
     """
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
@@ -137,7 +167,10 @@ def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts
 
 
 def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, count: int) -> Facts:
-    """{"routing": list of all ways that give the traced experts and weights}: a router, and attributes of the op route.
+    """Find every routing that chooses the traced experts with the traced weights. Returns {"routing": list of dicts}.
+
+    Each dict has the keys router (name of the router's module), router_bias (True or False), route (attributes of our
+    op Route), correction (name of the correction bias; "" without) and route_scale (factor on the weights).
 
     Args:
         t: the trace.
@@ -147,7 +180,7 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
         weights: their weights [tokens, top].
         count: number of experts.
 
-    Raises Unmatched if no way does.
+    Raises Unmatched if there is none.
     """
     routers, found = {}, list[Facts]()
     for name, w in t.parameters.items():
@@ -179,9 +212,13 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 
 
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
-    """Yield dicts of attributes of the op route that may be the model's.
+    """Yield candidates for the attributes of our op Route, as dicts, to be tried on the traced model.
 
-    corrected: True if scores have a correction bias.
+    The keys are score and normalise, and with groups of experts groups, kept_groups and group_best.
+
+    Args:
+        t: the trace, whose configuration has the numbers of groups.
+        corrected: True if the candidate has a correction bias.
     """
     groups, kept = int(t.config.get("n_group") or 0), int(t.config.get("topk_group") or 0)
     for grouped in (False, *([True] if groups > 1 else [])):
@@ -198,11 +235,16 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """The factor on the weights of the op route that gives the traced weights.
+    """Factor by which the weights of our op Route must be multiplied to be the traced routing weights, a float.
 
-    None if the op chooses other experts than the traced ones, or if no factor fits. logits: the router's logits
-    [tokens, experts]. bias: correction bias, or None. how: attributes of the op. ids, weights: traced experts and
-    weights [tokens, top].
+    None if the op chooses other experts than the traced ones, or if no one factor fits.
+
+    Args:
+        logits: the router's logits [tokens, experts].
+        bias: correction bias, or None.
+        how: attributes of the op.
+        ids: traced ids of the chosen experts [tokens, top].
+        weights: traced weights of the chosen experts [tokens, top].
     """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",
@@ -218,7 +260,11 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """A dict {"shared": properties of the shared expert or None, "shared_gate": name of its gate or ""}.
+    """What the shared expert of a mixture computes, as a dict with two keys.
+
+    - shared: facts of its MLP (see dense_facts()), with its module's name under `place`; None if there is no shared
+      expert.
+    - shared_gate: name of the linear whose sigmoid multiplies its result; "" for none.
 
     Args:
         t: the trace.

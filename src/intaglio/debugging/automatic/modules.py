@@ -35,7 +35,7 @@ class Norm:
 
     Attributes:
         name: the module's name.
-        kind: rms, layer or l2, as in the op norm.
+        kind: rms, layer or l2, as in the op Norm.
         eps: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
         offset: added to the weight.
         weight: True if it has a weight.
@@ -120,15 +120,18 @@ def norm_of(t: Trace, call: Call) -> Norm | None:
 def _eps(
     t: Trace, name: str, kind: str, scale: np.ndarray | float, shift: np.ndarray | float, shape: tuple[int, ...]
 ) -> float:
-    """A norm's epsilon, to two significant digits, measured with small arguments; 0.0 if it is below 1e-9.
+    """A norm's epsilon, to two significant digits, as a float; 0.0 if it is below 1e-9.
+
+    The module is run on random values of about 2e-3, whose squares are small enough that the epsilon shows in the
+    result.
 
     Args:
         t: the trace, whose probe() runs the module.
         name: the module's name.
         kind: rms, layer or l2.
-        scale: weight and offset together.
-        shift: the bias.
-        shape: shape of the arguments.
+        scale: what the normed values are multiplied with: weight plus offset.
+        shift: what is added to them: the bias.
+        shape: shape of the module's input.
     """
     x = np.random.default_rng(0).standard_normal(shape) * 2e-3
     if kind == "l2":

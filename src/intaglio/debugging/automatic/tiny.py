@@ -128,10 +128,11 @@ class TinyModels:
             raise PortingError(f"transformers refuses a {self.model_type} with {changes or 'small sizes'}: {e}") from e
 
     def untraced_layer_types(self) -> list[str]:
-        """The layer types that this architecture has and that the tiny model does not show, as a list.
+        """Values of the config key layer_types that the architecture accepts and the tiny model lacks, as a list.
 
-        A type is in the list if a model with such a layer has modules of classes that are not in the tiny model. Raises
-        PortingError if the tiny model cannot be built.
+        Each value in OTHER_LAYERS is tried. It is in the list if a model with such a layer has modules of a class that
+        the tiny model does not have. [] if the configuration has no key layer_types. Raises PortingError if the tiny
+        model cannot be built.
         """
         if "layer_types" not in self.usual:
             return []

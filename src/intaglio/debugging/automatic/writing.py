@@ -42,7 +42,9 @@ class Unsolved(ValueError):
     """Raised when no expression over config.json gives a field's value in all variants.
 
     Attributes:
-        variant: the variant that shows it, see differing(); None if there is none.
+        variant: a variant with one changed config key in which the field's value differs from the first variant (see
+            differing()); None if there is none. The port can be written without that variant, and then refuses the
+            key's value.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -52,7 +54,7 @@ class Unsolved(ValueError):
 
 @dataclass
 class Text:
-    """The parts of a port file, as source text.
+    """The parts of a port file, as source text. The functions of this module fill them one after the other.
 
     Attributes:
         body: lines of the describing function, before its return.
@@ -80,9 +82,13 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """The first variant with a single changed key in which the field `name` differs from the first variant.
+    """The first variant with a single changed config key whose value of the field `name` is not that of variants[0].
 
-    None if there is none.
+    Returns None if there is no such variant.
+
+    Args:
+        name: a key of Variant.facts, or several with dots, such as mixture.width.
+        variants: the variants; variants[0] has no changed keys.
     """
 
     def get(v: Variant) -> Any:
@@ -103,15 +109,19 @@ def write_port(
     stored: str,
     about: dict[str, Any],
 ) -> str:
-    """The source text of the port file. Raises Unsolved naming the field that no expression gives.
+    """The source text of the port file, a Python module with one Family.
 
     Args:
         architecture: name in config.json.
-        kind: model type.
-        variants: traced configurations.
-        refusals: lines that refuse settings.
-        stored: name of the form in which the checkpoint holds experts; "" without experts.
-        about: title, version of transformers, defaults, aliases, head, vocabulary.
+        kind: model_type in config.json.
+        variants: traced variants of the configuration, first the one with the usual sizes.
+        refusals: statements that raise an error for settings that cannot be ported.
+        stored: name of the layout in which the checkpoint stores experts; "" without experts.
+        about: a dict with the keys version, defaults, aliases, title, head and vocabulary, as _about() of derive.py
+            makes it.
+
+    Raises Unsolved if no expression over config.json gives some field's value in all variants; the message names the
+    field.
     """
     t, first = Text(), variants[0].facts
     function = re.sub(r"\W", "_", kind)
@@ -174,7 +184,14 @@ def _each(expression: str, v: Variant, wanted: list[Any]) -> bool:
 
 
 def _layers(t: Text, variants: Sequence[Variant]) -> None:
-    """Add the rope tables and the layers to the parts `t`. Raises Unsolved if no expression gives a value per layer."""
+    """Write the source text of the rope tables and the layers into `t`. Returns nothing.
+
+    Raises Unsolved if no expression over config.json gives each layer's value.
+
+    Args:
+        t: parts of the port file's text.
+        variants: traced variants of the configuration.
+    """
     numbers = [k for k, x in variants[0].config.items() if "window" in k or "local_attention" in k]
     own = [f'int(c.get("{k}", 0))' for k in numbers]
     own += [f'c.whole("{k}") if kind == "sliding_attention" else 0' for k in numbers]
@@ -216,9 +233,16 @@ REQUIRED = (
 
 
 def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
-    """Add the rope tables to the parts `t`. Returns source text for Layer's argument `rope`; "" for the default.
+    """Write the source text of the rope tables into `t`, and return that of the argument `rope` of each Layer.
 
-    turns: rope_kinds() of each variant. Raises Unsolved if no expression gives the traced angles.
+    The result is an expression, or "" if all layers use the only table.
+
+    Args:
+        t: parts of the port file's text.
+        variants: traced variants of the configuration.
+        turns: for each variant, the number of each layer's rope table (see rope_kinds()); -1 for a layer without rope.
+
+    Raises Unsolved if no expression gives the traced angles.
     """
     if all(max(x) < 0 for x in turns):
         t.body.append("ropes: dict[str, Table] = {}")
@@ -230,7 +254,7 @@ def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
     options += ", partial=True" if partial else ""
     if max(max(x) for x in turns) > 0:
         call = f"table(c, parameters(c, kind), head_dim, context{options})"
-        if not all(_tables(call, v, k) for v in variants for k in [None]):
+        if not all(_tables(call, v) for v in variants):
             raise Unsolved("the rope tables of the layers are not those of rope_parameters by layer type", None)
         t.body.append(f"ropes = {{kind: {call} for kind in set(c.layer_types())}}")
         if any(-1 in x for x in turns):
@@ -238,7 +262,7 @@ def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
         return "kind"
     for settings in ("parameters(c)", 'turned(parameters(c), c.whole("rotary_dim") / head_dim)'):
         call = f"table(c, {settings}, head_dim, context{options})"
-        failing = next((v for v in variants if not _tables(call, v, None)), None)
+        failing = next((v for v in variants if not _tables(call, v)), None)
         if failing is None:
             break
     else:
@@ -261,13 +285,20 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 
 
 def turned(settings: Any, share: float) -> Any:
-    """The rope settings, changed in place so that the fraction `share` of each head's columns is rotated."""
+    """Rope settings, changed in place so that rope rotates the fraction `share` of each head's columns."""
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
 
 
-def _tables(call: str, v: Variant, _: None) -> bool:
-    """True if the expression `call` gives rope tables with the angles traced in a variant's layers."""
+def _tables(call: str, v: Variant) -> bool:
+    """True if the source text `call` gives, in every layer of a traced variant, a rope table with the traced angles.
+
+    False if evaluating it raises an error. Layers without rope are not compared.
+
+    Args:
+        call: a call of table(), as it will stand in the port file.
+        v: the variant.
+    """
     c = Config(v.config, {})
     try:
         kinds = _kinds(c)
@@ -298,9 +329,14 @@ def alike(made: Table, seen: Rotation) -> bool:
 
 
 def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
-    """Add the mixture of experts to the parts `t`. Raises Unsolved if no expression gives one of its fields.
+    """Write the source text that describes the mixture of experts into `t`. Returns nothing.
 
-    variants: the variants with experts. stored: name of the form in which the checkpoint holds the experts.
+    Raises Unsolved if no expression over config.json gives the value of a field of Mixture in all variants.
+
+    Args:
+        t: parts of the port file's text.
+        variants: the variants with experts.
+        stored: name of the layout in which the checkpoint stores the experts, such as STACKED.
     """
     m = variants[0].facts["mixture"]
     if stored == "NUMBERED":  # saved under a name of its own
@@ -347,21 +383,22 @@ def _sources(t: Text) -> Iterator[str]:
 
 
 def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str, Any], about: dict[str, Any]) -> str:
-    """The source text of the port file, put together from the parts `t`.
+    """The source text of the whole port file, put together from the parts in `t`.
 
     Args:
         t: parts of the text.
         architecture: name in config.json.
-        kind: model type.
-        function: name of the describing function.
-        first: facts of the first variant.
-        about: title, version of transformers, defaults, aliases, head, vocabulary.
+        kind: model_type in config.json.
+        function: name of the function in the port file that returns the Decoder.
+        first: Variant.facts of the variant with the usual sizes.
+        about: a dict with the keys version, defaults, aliases, title, head and vocabulary, as _about() of derive.py
+            makes it.
     """
     sources = list(_sources(t))
     if sources:
         t.body.append("sources = {\n        " + "\n        ".join(sources) + "\n    }")
         t.fields["sources"] = "sources"
-    whole = {"vocabulary": solve_vocabulary(about), **{n: n for n in LOCAL if _assigned(t, n)}}
+    whole = {"vocabulary": about["vocabulary"], **{n: n for n in LOCAL if _assigned(t, n)}}
     whole |= {"context": 'c.whole("max_position_embeddings")', "layers": "layers", "ropes": "ropes", **t.fields}
     if about["head"]:
         whole["head"] = text(about["head"])
@@ -409,8 +446,3 @@ ALWAYS = ("max_position_embeddings", "rope_theta", "num_hidden_layers", "partial
 
 def _assigned(t: Text, name: str) -> bool:
     return any(line.startswith(f"{name} = ") for line in t.body)
-
-
-def solve_vocabulary(about: dict[str, Any]) -> str:
-    """Source text of the expression that gives the vocabulary's size, as `about` has it."""
-    return str(about["vocabulary"])

@@ -59,9 +59,10 @@ class HostDevice(Device):
             raise DeviceError(f"instruction set {self.isa!r} is not available; there are {', '.join(isa_names())}")
 
     def recipe(self) -> Recipe:
-        """The Recipe of a device with the same threads, instruction set and cache.
+        """The Recipe, (name of this class, arguments), by which another process makes an equal host device.
 
-        Communicator and memory files are not in it; only the rank itself can have them.
+        It has the threads, the instruction set and the folder for packed weights. It leaves out the communicator and
+        memory files, which are open descriptors: each rank's process adds its own.
         """
         cache = None if self.cache is None else str(self.cache)
         return f"{__name__}:HostDevice", {"threads": self.threads, "isa": self.isa, "cache": cache}

@@ -45,13 +45,14 @@ class _Step:
     """Arrays of a step in progress.
 
     Attributes:
-        taken: tapped tensors by site.
-        taps: taps of ops that run in Python, as (number of the op, number of the tensor, array).
-        seconds: seconds per op, if requested; else None.
-        tokens: sampled token ids.
-        logprobs: log-probabilities of the sampled tokens.
-        logits: logits, if requested; else None.
-        outs: (number of a native tensor, array that it is copied to at the end of the step).
+        taken: results that the caller asked for (taps), by the name of the op or view (site).
+        taps: those of `taken` whose op runs in Python, as (number of the op, number of the native tensor, array to
+            fill).
+        seconds: seconds of each op, an array by op number, if requested; else None.
+        tokens: sampled token ids, int32 [R].
+        logprobs: log-probabilities of the sampled tokens, f32 [R].
+        logits: f32 [R, vocabulary], if requested; else None.
+        outs: pairs (number of a native tensor, array that it is copied to at the end of the step).
     """
 
     taken: dict[str, np.ndarray]
@@ -109,11 +110,18 @@ class HostExecutable(RankExecutable):
 
     @cached_property
     def experts(self) -> ExpertMoves:
-        """The ExpertMoves of this executable."""
+        """The ExpertMoves that counts tokens per expert and replaces the experts that this rank holds.
+
+        It is there for a model without experts too, and then does nothing.
+        """
         return ExpertMoves(self.native, self.program, self.ids, self.matrices, self._pack)
 
     def _pack(self, program: Program, names: Sequence[str]) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:
-        """Read weights again and pack them, as pack_again(). Raises DeviceError if their source was not kept."""
+        """Read weights from their source again and pack them. Returns ({packed matrix: weight}, {vector: f32 values}).
+
+        program: says from which checkpoint tensors the weights come. names: names of weights. Raises DeviceError if
+        this executable did not keep its source of weights: it does so only for layouts with redundant experts.
+        """
         if self._weights is None:
             raise DeviceError("experts are moved only in layouts with redundant experts, such as ep4r8")
         return pack_again(self.native, self.layout, self._weights, self.state, program, names)
@@ -222,10 +230,15 @@ class HostExecutable(RankExecutable):
     def _run_python(
         self, stop: Stop, rows: Mapping[str, np.ndarray], batch: Batch, seconds: np.ndarray | None
     ) -> Mapping[str, np.ndarray]:
-        """Run an op with a Python kernel and return its results by name.
+        """Run an op whose kernel is a Python function. Returns its results by tensor name.
 
-        rows: the op's operands that are temps. seconds: if not None, the op's duration is stored at its number. Raises
-        DeviceError unless the results have the names and shapes that the op declares.
+        Args:
+            stop: the op, its number in the Program and its kernel.
+            rows: the op's operands computed in this step, by name.
+            batch: the step's batch.
+            seconds: array by op number, in which the op's seconds are stored; None: they are not measured.
+
+        Raises DeviceError unless the results have the names and shapes that the op declares.
         """
         start = time.perf_counter()
         inputs = {"tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}

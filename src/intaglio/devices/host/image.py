@@ -66,9 +66,9 @@ def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]
 
 
 def gather(weights: Mapping[str, _native.Weight]) -> None:
-    """Allocate one memory region and place all matrices in it, still without values.
+    """Allocate one memory region and give each matrix its part of it, still without values. Returns nothing.
 
-    All share one region, because single matrices are often smaller than a huge page.
+    The matrices keep the region alive. One region can use huge pages, for which single matrices are often too small.
     """
     found, end = offsets(weights)
     region = _native.Region(end)
@@ -77,10 +77,14 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
 
 
 class MemoryImage:
-    """Packed matrices in a memory file that outlives this process. A context manager, used like Image.
+    """Packed weights in a memory file that the parent process keeps open, so that they outlive this process.
 
-    `ready`: True if the file held the matrices of this key already. The header is written last, so that weights are
-    packed again if a process died while it packed them.
+    Use it as a context manager. On entry each matrix becomes a part of the mapped file. If `ready` is True then, the
+    file held these weights already; otherwise fill the matrices inside the `with` block. The header is written last, so
+    that weights are packed again if a process died while it packed them.
+
+    file: descriptor of the memory file. key: hash of everything on which the packed weights depend; the file counts as
+    ready only if it has the same key. weights: the matrices by name.
     """
 
     def __init__(self, file: int, key: str, weights: Mapping[str, _native.Weight]) -> None:
@@ -114,10 +118,15 @@ def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dic
 def place(
     file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
 ) -> None:
-    """Map an image into memory and place the matrices in it.
+    """Map a file into memory, and make each matrix a part of the mapping, without a copy. Returns nothing.
 
-    file: its descriptor. size: its bytes. writable: True if the mapping may be written. weights: the matrices by name.
-    at: their offsets in bytes from byte `first` of the file, by name.
+    Args:
+        file: descriptor of the file.
+        size: bytes to map, from its beginning.
+        writable: True to fill the matrices; the values then go to the file.
+        weights: the matrices by name; they keep the mapping alive.
+        at: by name, each matrix's offset in bytes after `first`.
+        first: bytes of the header in front of the matrices.
     """
     region = _native.Region(file, size, writable)
     for name, weight in weights.items():
@@ -162,12 +171,16 @@ class Image:
             self._close()
 
     def wait(self) -> None:
-        """Wait until the file has been written and renamed, or has been given up."""
+        """Wait until the thread that writes the file has ended, and return nothing.
+
+        The file is then complete under its name. If writing failed, there was a warning and no file is kept; the
+        weights in memory stay usable.
+        """
         if self._keeper:
             self._keeper.join()
 
     def _map(self, writable: bool) -> None:
-        """Map the file into memory and place the matrices in it."""
+        """Map the file into memory, and make each matrix a part of the mapping. writable: True to fill the matrices."""
         place(self._file, self.size, writable, self.weights, self.offsets, len(self.header))
 
     def _open(self) -> bool:

@@ -73,9 +73,11 @@ def plain_attributes(op: Op) -> Attributes:
 
 
 def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = plain_attributes) -> None:
-    """Register the C++ kernel of the class's kind as the host kernel of an op class.
+    """Register an op class whose host kernel is C++: the kernel in the native module named after the class's `kind`.
 
-    Raises TypeError if the native module has no such kernel, or if the class already has a kernel.
+    attributes: function from an op to the attributes (dict) that the kernel takes; the default passes all fields that
+    are attributes. Returns nothing. Raises TypeError if the native module has no such kernel, or if the class already
+    has a kernel.
     """
     if op_class.kind not in _native.op_kinds():
         raise TypeError(f"the native module has no kernel {op_class.kind!r}; it has {', '.join(_native.op_kinds())}")
@@ -83,9 +85,10 @@ def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = 
 
 
 def host_kernel(op_class: type[Op]) -> Callable[[PythonFunction], PythonFunction]:
-    """Decorator that registers a Python function as the host kernel of an op class; see this module's docstring.
+    """Decorator that registers a Python function as the host kernel of an op class, and returns the function unchanged.
 
-    Raises TypeError if the class already has a kernel.
+    The function takes (op, {operand's name: value}, batch) and returns {result's name: array}; the module's docstring
+    has an example. Raises TypeError if the class already has a kernel.
     """
 
     def register(function: PythonFunction) -> PythonFunction:

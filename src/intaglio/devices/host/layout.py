@@ -95,14 +95,14 @@ class Stop:
 
 @dataclass(frozen=True)
 class HostLayout:
-    """The layout of a Program on the host.
+    """How the host stores and runs a Program: packed weights, buffers, and where native code stops.
 
     Attributes:
-        matrices: packed matrices, by the name of the first weight in each.
-        homes: location of each packed weight.
-        buffers: sizes by key, see buffer_key().
-        keys: caches that hold attention keys, which are stored transposed.
-        joined: bias vector of a gate -> bias vector of its up, which is appended to it.
+        matrices: shape of each packed matrix, by the name of the first weight in it.
+        homes: where each packed weight is: {name of the weight: Home (packed matrix, first row)}.
+        buffers: size of each buffer for temps, a Buffer (columns, kind of rows), by buffer_key().
+        keys: names of the caches that hold attention keys, which are stored transposed.
+        joined: {bias of an MLP's gate: bias of its up-projection, which is appended to the gate's}.
         stops: ops at which native code returns to Python, in order.
         native: names of weights, constants and state that native ops use.
         arrays: names of weights, constants and state that Python kernels use.
@@ -119,7 +119,7 @@ class HostLayout:
 
     @cached_property
     def stopped(self) -> frozenset[int]:
-        """The set of the numbers of the ops at which native code stops."""
+        """The numbers of the ops at which native code returns to Python, as a frozenset."""
         return frozenset(stop.at for stop in self.stops)
 
     @classmethod
@@ -175,10 +175,13 @@ def packing_of(t: Tensor, glu: bool) -> Packing:
 def _matrices(
     program: Program, ops: list[Op], gates: Mapping[str, str]
 ) -> tuple[dict[str, PackedMatrix], dict[str, Home]]:
-    """({name: packed matrix}, {weight: its location in a packed matrix}).
+    """The packed matrices of a Program: ({name: PackedMatrix}, {weight: Home, its location in one of them}).
 
-    Each weight of a product has its own packed matrix, except that gate and up share one. Each matrix of a stack begins
-    at a multiple of the panel size.
+    Each weight of a matrix product has a packed matrix of its own, named after it; a gated MLP's gate and up matrices
+    share the gate's. In a weight [n, rows, columns], such as that of n experts, each of the n matrices begins at a
+    multiple of _native.PANEL_ROWS rows.
+
+    ops: the ops with native kernels. gates: {gate weight: up weight} of gated MLPs, and likewise for their biases.
     """
     packed = {w for op in ops for w in op.operands(*WEIGHT_MATRICES)}
     interleaved = {w for op in ops for w in op.interleaved}
@@ -208,7 +211,7 @@ def buffer_key(t: Tensor) -> str | int:
 
 
 def _buffers(program: Program) -> dict[str | int, Buffer]:
-    """A dict of the sizes of the buffers of a step (Buffer), by buffer_key()."""
+    """The buffers in which a step keeps its temps and outputs, as {buffer_key(): Buffer, its size}."""
     buffers = dict[str | int, Buffer]()
     for t in program.tensors.values():
         if t.role in ("temp", "output") and not t.view:

@@ -65,7 +65,11 @@ class ExpertMoves:
         self.error: Exception | None = None
 
     def loads(self) -> dict[str, ExpertLoad]:
-        """A dict {site: ExpertLoad} of all layers with experts. `held` names only the experts of this rank."""
+        """{site: ExpertLoad} of all layers with experts, where a site is the name of the layer's op `experts`.
+
+        The counts are of all tokens of the layer. Only this rank's experts are known, so `held` of each ExpertLoad is
+        () for all other ranks.
+        """
         found = {}
         for site, (i, op) in self.ops.items():
             held = tuple(self.held[site] if r == op.rank else () for r in range(op.ranks))
@@ -86,7 +90,10 @@ class ExpertMoves:
         self.thread.start()
 
     def loaded(self) -> bool:
-        """True if nothing is being loaded. Raises DeviceError with the message of the error that loading raised."""
+        """True if no experts are being loaded; False while they are.
+
+        Raises DeviceError with the message of the error that loading raised, once.
+        """
         if self.thread and self.thread.is_alive():
             return False
         self.thread = None

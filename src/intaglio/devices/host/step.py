@@ -28,7 +28,10 @@ class Draws:
 
     @classmethod
     def of(cls, ways: tuple[Sampling, ...]) -> Draws:
-        """The Draws of the sampling parameters of all rows, converted to native form."""
+        """Convert sampling parameters to native arrays, once for many steps.
+
+        ways: the Sampling (temperature, top_k, top_p, min_p, seed) of each row to sample, in order; may be empty.
+        """
         numbers = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in ways]
         seeds = [s.seed & 0xFFFFFFFFFFFFFFFF for s in ways]
         return cls(
@@ -37,9 +40,10 @@ class Draws:
 
 
 class Timings(Mapping[str, float]):
-    """Seconds by site: a mapping that builds its dict when it is first read. seconds: array [number of sites].
+    """Seconds of each op of a step: a read-only mapping {site (name of the op): seconds}.
 
-    Building it takes as long as the rest of a small step's Python, and would count as part of the step.
+    The dict is built when a value is first read, not at the end of the step, because building it would lengthen a small
+    step measurably. sites: the ops' names. seconds: array in the same order.
     """
 
     def __init__(self, sites: Sequence[str], seconds: np.ndarray) -> None:
@@ -60,9 +64,10 @@ class Timings(Mapping[str, float]):
 
 
 def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | None:
-    """Logit edits and masks of all rows as flat arrays in native form; None if no row has any.
+    """Logit edits and grammar masks of all rows as one native object, _native.Edits; None if no row has any.
 
-    Raises DeviceError if they do not fit the vocabulary.
+    sampling: the Sampling of each row to sample, in order. Raises DeviceError if an edited token id is outside 0 ..
+    vocabulary - 1, or a mask is not uint32 [ceil(vocabulary / 32)].
     """
     if all(s.edits is None and s.mask is None for s in sampling):
         return None
@@ -89,10 +94,11 @@ def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | N
 def taps_of(
     program: Program, ids: Mapping[str, int], batch: Batch, sites: Collection[str]
 ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
-    """({site: array}, copies): arrays for the results of the tapped sites and views, and the copies that fill them.
+    """Arrays for the results that a caller asked for (taps), as ({site: array}, copies that fill them).
 
-    A copy is (number of the op after which native code copies, number of the tensor, array). ids: numbers of the
-    Program's tensors in the native executable. Results that are not f32 are left out.
+    A site is the name of an op or of a view of its result. A copy is (number of the op after which native code copies,
+    number of the tensor, array). ids: numbers of the Program's tensors in the native executable. Results that are not
+    f32 are left out.
     """
     taken, wanted = {}, []
     for i, op in enumerate(program.ops):

@@ -80,7 +80,11 @@ class Port:
         return host, port
 
     def begin(self, epoch: int) -> None:
-        """Close the kept connections of epochs before `epoch`, and refuse connections of such epochs from now on."""
+        """Refuse connections for groups before `epoch` from now on, and close those that have arrived for them.
+
+        epoch: number of the group of ranks that now runs on this host; a group that replaces another has a higher
+        number.
+        """
         with self.news:
             self.epoch = epoch
             for key in [key for key in self.arrived if key[0] != epoch]:
@@ -88,10 +92,10 @@ class Port:
                     self.arrived.pop(key).close()
 
     def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
-        """Wait for the connection from rank `peer` to this host's rank `rank`, and return its socket.
+        """Wait for the connection from rank `peer` of another host to this host's rank `rank`, and return its socket.
 
-        stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that case, and if no connection comes
-        within MEET_TIMEOUT seconds.
+        epoch: number of the ranks' group. stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that
+        case, and if no connection comes within MEET_TIMEOUT seconds.
         """
         ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)
@@ -137,11 +141,16 @@ class Port:
 
 
 class HostGroup:
-    """The ranks of this host in one epoch of a group, and the thread that sends their results to the coordinator.
+    """This host's ranks of one group, and the thread that starts them and sends their results to the coordinator.
 
-    link: the connection to the coordinator. port: the port to which other hosts' ranks connect. server: forks the
-    processes. message: the coordinator's START frame. images: packed weights of an earlier group, which are used again
-    if it had as many ranks here; None: none.
+    Args:
+        link: the connection to the coordinator.
+        port: the port to which other hosts' ranks connect.
+        server: forks the processes.
+        message: the coordinator's START frame. It holds the ranks' jobs and the group's epoch, a number that grows with
+            each group that replaces another.
+        images: packed weights of an earlier group on this host. They are used again if that group had as many ranks
+            here as this one. None: there was none.
     """
 
     def __init__(
@@ -177,9 +186,10 @@ class HostGroup:
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send a frame to the coordinator, with this group's epoch in front of the message.
+        """Send a frame to the coordinator. The payload is this group's epoch (its number, 8 bytes), then `message`.
 
-        Raises LinkLost if it cannot be sent.
+        By the epoch the coordinator drops frames of a group that has been replaced. kind: kind of the frame, such as
+        membership.RESULT. Raises LinkLost if it cannot be sent.
         """
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
@@ -316,7 +326,10 @@ class Agent:
         return check_binding(host, self.given)
 
     def _session(self, s: socket.socket, key: bytes) -> None:
-        """Follow the coordinator's frames until the connection is lost, then end the ranks."""
+        """Do what the coordinator asks for over one connection until it is lost, then end the ranks. Returns nothing.
+
+        The coordinator sends frames to start ranks, run a step, or stop them. s: the connection. key: its session key.
+        """
         host = s.getsockname()[0]
         port = Port(host, check_binding(host, self.given))
         try:

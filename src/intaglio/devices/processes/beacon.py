@@ -54,7 +54,10 @@ class Beacon:
             self._open(s)
 
     def _open(self, s: socket.socket) -> None:
-        """Open the UDP port beside the connection `s`. Returns nothing. Raises OSError if the host refuses it."""
+        """Open a UDP socket at the local address of the TCP connection `s`, at any free port. Returns nothing.
+
+        Sets `socket` and `port`. Raises OSError if the host refuses it.
+        """
         self.peer = s.getpeername()
         with ExitStack() as failed:
             own = failed.enter_context(socket.socket(s.family, socket.SOCK_DGRAM))
@@ -67,10 +70,10 @@ class Beacon:
             failed.pop_all()
 
     def meet(self, port: int) -> None:
-        """Start to send to the other end's port. Returns nothing.
+        """Start to send heartbeats to the other end's UDP port. Returns nothing.
 
-        Does nothing if it has started or is closed, if this beacon or the other (port 0) is off, or if this host does
-        not allow to send there.
+        Nothing happens in these cases: heartbeats are being sent already; the beacon is off or closed; `port` is 0,
+        which says that the other end's beacon is off; the host's network refuses to send there.
         """
         if self.sender is None and self.fileno() >= 0 and port and self.socket:
             from intaglio import _native
@@ -84,7 +87,11 @@ class Beacon:
         return self.socket.fileno() if self.socket else -1
 
     def refill(self) -> None:
-        """Sign further datagrams, if the sender has started and has fewer than AHEAD left. Returns nothing."""
+        """Sign heartbeats in advance, so that AHEAD of them wait to be sent. Returns nothing.
+
+        A native thread sends one every `seconds`, also while Python code is busy or waits for the interpreter lock.
+        Nothing happens before meet().
+        """
         sender = self.sender
         while sender is not None and sender.waiting() < AHEAD:
             self.sent += 1
@@ -112,8 +119,8 @@ class Beacon:
     def give_up(self) -> None:
         """Tell the other end that this end hears nothing from it and closes the connection. Returns nothing.
 
-        The close of the connection says so too, but may arrive late: behind bytes that are sent again and again,
-        because their receipts are lost.
+        The end of the TCP connection tells it too, but may arrive late: TCP sends it after all bytes that are still to
+        be acknowledged. Nothing happens if the beacon is off.
         """
         if own := self.socket:
             for _ in range(3):
@@ -128,6 +135,9 @@ class Beacon:
 
 
 def signed(key: bytes, number: int) -> bytes:
-    """The datagram of a number, signed with `key`: SIZE bytes."""
+    """A heartbeat datagram, SIZE bytes: its number, then the HMAC-SHA256 of the number under `key`.
+
+    number: position in the sender's sequence of heartbeats, from 1; LAST: the sender gives up.
+    """
     head = NUMBER.pack(number)
     return head + hmac.digest(key, head, "sha256")

@@ -18,9 +18,11 @@ LENGTH = 8  # bytes in front of the message, which hold its length
 
 
 class Board:
-    """One message in a memory file that processes share. Each process maps as much of the file as it needs.
+    """A memory file with one message, by which processes pass data: one writes it, the others read it once notified.
 
-    file: descriptor of an existing file; None creates one, which exists until the last process has closed it.
+    A new message replaces the old one. Each process maps as much of the file as it needs.
+
+    file: descriptor of an existing board's file; None creates one, which exists until the last process has closed it.
     """
 
     def __init__(self, file: int | None = None) -> None:

@@ -36,16 +36,23 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 
 
 class SwitchError(DeviceError):
-    """Raised if experts could not be switched. The error ends the process, as some of its layers may have switched."""
+    """Raised if a rank could not switch from its present experts to those that were loaded for it.
+
+    The error ends the process, since some of its layers may have switched and others not.
+    """
 
 
 class Rank:
     """The rank that a child process runs: run() loads its job and runs the steps.
 
-    joins: True if the rank's device takes part in collectives. timeout: seconds that a collective may take. files:
-    descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, the board with the
-    job, the boards for requests and as many boards for results. sockets: descriptors of connections to ranks of other
-    hosts, by rank.
+    Args:
+        rank: number of the rank.
+        joins: True if the rank's device takes part in collectives.
+        timeout: seconds that a collective may take.
+        files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, and the
+            boards. A board is a memory file with one message: first the job, then the requests, then as many for
+            results.
+        sockets: descriptors of connections to ranks of other hosts, by rank.
     """
 
     def __init__(
@@ -102,11 +109,10 @@ class Rank:
         )
 
     def step(self, executable: Executable, reader: RequestReader, number: int) -> None:
-        """Run step `number` and write its result to the board of this rank. Returns nothing.
+        """Run request `number` and write its answer where the parent reads it. Returns nothing.
 
-        A process that is alone answers with an error. In a group of several ranks an error aborts the group,
-        because the other ranks would wait for this one forever. An error while experts are switched aborts the group in
-        any case, because some layers or ranks may have switched.
+        If this is the only process, an error becomes the answer. In a group of several ranks an error aborts the group
+        and ends this process, because the other ranks would wait for this one forever. A SwitchError always does.
         """
         slot = number % len(self.requests)
         try:
@@ -120,7 +126,11 @@ class Rank:
         self.results[slot].write(parts)
 
     def answer(self, executable: Executable, reader: RequestReader, message: memoryview) -> list[np.ndarray]:
-        """Run a step, or read or write K/V blocks, as a message asks. Returns a list of the arrays of the answer."""
+        """Carry out a request from the parent. Returns the answer as a list of arrays, to be written as one message.
+
+        A step's answer is its StepResult, with logits only from the last rank. A read of K/V blocks answers with their
+        contents, a write with none. A request about experts answers as answer_about_experts() says.
+        """
         if asked := read_experts_request(message):
             return answer_about_experts(executable, *asked)
         if moved := read_blocks_request(message, self.rank):
@@ -133,11 +143,17 @@ class Rank:
 
 
 def answer_about_experts(executable: Executable, action: str, layers: Mapping[str, Ranks]) -> list[np.ndarray]:
-    """Carry out a request about experts. Returns a list of the arrays of the answer.
+    """Carry out a request about a model's experts. Returns the answer: a list of arrays, to be written as one message.
 
-    action: "loads", "load", "loaded" or "switch" (see experts_parts()). layers: the experts of each rank, by site, for
-    "load". A DeviceError becomes the answer, since the ranks can go on with the experts that they have. Raises
-    SwitchError if "switch" fails, since other layers and ranks may have switched.
+    Args:
+        executable: the rank's executable.
+        action: "loads": count of tokens by expert, as {site: ExpertLoad.facts()}. "load": start to load other experts.
+            "loaded": only ask whether they are loaded; "load" and "loaded" answer True or False. "switch": use them;
+            answers True.
+        layers: for "load", the experts of each rank, by site (name of the layer's op).
+
+    A DeviceError becomes the answer, since the ranks can go on with the experts that they have. Raises SwitchError if
+    "switch" fails, since other layers and ranks may have switched.
     """
     if action == "switch":
         try:
@@ -156,7 +172,10 @@ def answer_about_experts(executable: Executable, action: str, layers: Mapping[st
 
 
 def end_with(pipe: int) -> None:
-    """End this process when the other end of `pipe` is closed, which happens when the parent dies."""
+    """Wait until the parent's end of `pipe` is closed, then end this process at once. Does not return.
+
+    The parent's end closes when the parent dies. Runs in a thread of its own.
+    """
     os.read(pipe, 1)
     os._exit(0)
 

@@ -48,8 +48,9 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> socket.socket:
     """Connect as `rank` to rank `peer`, which listens at `address`, and return the authenticated socket.
 
-    Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
-    token, and ValueError for a short token.
+    token: the secret that both ends know. epoch: number of the group of ranks. Raises OSError if no connection can be
+    made, its subclass ConnectionRefused if the peer refuses or does not know the token, and ValueError for a short
+    token.
     """
     return introduce(address, token, epoch, rank, peer)[0]
 
@@ -57,9 +58,18 @@ def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer:
 def introduce(
     address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int, seconds: float = TIMEOUT
 ) -> tuple[socket.socket, bytes]:
-    """Connect as `rank` to rank `peer`, which listens at `address`, and authenticate. Returns (socket, session key).
+    """Connect as `rank` to rank `peer` and authenticate. Returns (socket, session key).
 
-    Only the two ends know the key. seconds: longest time for the connection, and for each of the peer's two answers.
+    The session key, 32 bytes, is made anew for each connection, and only its two ends know it.
+
+    Args:
+        address: (host, port) at which the peer listens.
+        token: the secret that both ends know.
+        epoch: number of the group of ranks; a group that replaces another has a higher one.
+        rank: this end's rank.
+        peer: the other end's rank.
+        seconds: longest time for the connection, and for each of the peer's two answers.
+
     Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
     token, and ValueError for a short token.
     """
@@ -98,8 +108,15 @@ class Peer:
 def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tuple[int, socket.socket]:
     """Wait for the next peer that connects to `rank`. Returns (the peer's rank, socket).
 
-    Raises ConnectionRefused for a peer that is refused, of another epoch or without the token, after which the listener
-    can be used again. Raises OSError if the listener fails, and ValueError for a short token.
+    Args:
+        listener: the socket at which `rank` listens.
+        token: the secret that both ends must know.
+        epoch: number of the group of ranks.
+        rank: this end's rank.
+
+    Raises ConnectionRefused, after closing the connection, for a peer that wants another rank, belongs to a group of
+    another epoch or does not know the token; call again to wait for the next peer. Raises OSError if the listener
+    fails, and ValueError for a short token.
     """
 
     def check(peer: Peer) -> None:
@@ -194,8 +211,17 @@ def join(
 ) -> dict[int, int]:
     """Connect `rank` with each rank in `addresses`. Returns {rank: socket descriptor}; the caller must close them.
 
-    listener: the socket at which `rank` listens. addresses: (host, port) of the other ranks. The lower rank of a pair
-    connects, the higher one accepts. Peers that are refused are ignored. Raises OSError if a connection cannot be made.
+    The lower rank of a pair connects, the higher one accepts. Connections that come from others are closed and ignored:
+    from ranks of another group, without the token, or not expected.
+
+    Args:
+        listener: the socket at which `rank` listens.
+        addresses: (host, port) of each other rank, by rank.
+        token: the secret that all ranks know.
+        epoch: number of the group of ranks.
+        rank: this end's rank.
+
+    Raises OSError if a connection cannot be made.
     """
     made: dict[int, socket.socket] = {}
     try:

@@ -61,7 +61,10 @@ class ForkedProcess:
                 signal.pidfd_send_signal(self.file, signal.SIGKILL)
 
     def wait(self) -> int | None:
-        """Wait until the process has ended. Returns its returncode; None if the server, which knows it, is gone."""
+        """Wait until the process has ended. Returns its returncode: the exit status, or -n if signal n killed it.
+
+        Only the fork server can learn the status, so the result is None if the server is gone.
+        """
         if self.file >= 0:
             select.select([self.file], [], [])
             with suppress(ForkServerError):
@@ -289,9 +292,10 @@ def prepare(modules: Iterable[str]) -> None:
 
 
 def become(files: Sequence[int]) -> None:
-    """In a forked child: call the target, and end the process. Does not return.
+    """In a forked child: call the function that the request names, then end the process. Does not return.
 
-    files: descriptors of the request and of the files that the target takes.
+    The exit status is 0, or 1 if the function raises. files: a descriptor of the request (JSON), then those that the
+    function gets.
     """
     try:
         os.setsid()  # a Ctrl-C is for the parent, which drains first

@@ -71,9 +71,13 @@ class RankStart:
 
 @dataclass(frozen=True)
 class Place:
-    """Position of this host's ranks in a group: their numbers, the group's size `of`, and its epoch.
+    """Which ranks of a group run on this host.
 
-    sockets: descriptors of connections to ranks of other hosts, as {this host's rank: {other rank: descriptor}}.
+    Attributes:
+        ranks: their numbers in the group.
+        of: number of ranks of the whole group.
+        epoch: number of the group; a group that replaces another has a higher one.
+        sockets: descriptors of connections to ranks of other hosts, {this host's rank: {other rank: descriptor}}.
     """
 
     ranks: tuple[int, ...]
@@ -297,7 +301,10 @@ class GroupExecutable(PostedExecutable):
             raise DeviceLost(f"the {self.processes.what} is gone")
 
     def close(self) -> None:
-        """Kill the processes, and give up the K/V cache and the packed weights, which the next group may still use."""
+        """Kill the processes, and let go of this group's K/V cache and packed weights. Returns nothing.
+
+        The memory is freed unless a group that replaces this one already uses it.
+        """
         self.processes.close()
         self.kept = self.images = None
 

@@ -20,9 +20,14 @@ from intaglio.program import MeshProgram, Program, parse_program
 
 @dataclass(frozen=True)
 class Job:
-    """The job of a child process: the device, Programs, weights and state that it loads.
+    """What a child process is to load: a device, Programs, weights and state.
 
-    programs: the Program of one rank, or of all ranks of a mesh. layout: how the model is sharded, such as tp4.
+    Attributes:
+        device: Recipe of the device: a function's name and its arguments.
+        programs: the Program of one rank, or of all ranks of a mesh.
+        layout: how the model is sharded, such as tp4; "" for a single Program.
+        weights: source of the weights.
+        state: size of the K/V cache and of recurrent state.
     """
 
     device: Recipe
@@ -32,9 +37,10 @@ class Job:
     state: StateSpec
 
     def parts(self) -> list[np.ndarray]:
-        """A list of the arrays of the message that carries this job; read_job() reads it.
+        """This job as a list of arrays, to be written as one message; read_job() reads it in the child process.
 
-        Raises DeviceError if the weights are neither arrays nor have a recipe.
+        Weights travel as arrays (ArrayWeights), or as a recipe: the name of a function and its arguments, by which the
+        child opens them itself. Raises DeviceError for weights that are neither.
         """
         arrays: list[np.ndarray] = []
         held: object
@@ -51,7 +57,10 @@ class Job:
         return [np.array([len(content)], np.int64), content, *(arrays or [NONE])]
 
     def modules(self) -> list[str]:
-        """A list of the modules that loading imports: those of the recipes."""
+        """Names of the modules that the child imports to make its device and weights, as a list of str.
+
+        A fork server imports them beforehand, so that a new child starts at once.
+        """
         recipes = [self.device, *([self.weights.recipe()] if isinstance(self.weights, HasRecipe) else [])]
         return [where.partition(":")[0] for where, _ in recipes]
 
@@ -73,7 +82,7 @@ class RankFacts:
     block_bytes: int = 0
 
     def parts(self) -> list[np.ndarray]:
-        """A list of the arrays of the message that carries these facts; read_facts() reads it."""
+        """These facts as a list of arrays, to be written as one message; read_facts() reads it."""
         content = text([self.isa, self.program, self.state_in_file, self.block_bytes])
         return [np.array([0, len(content)], np.int64), content]
 

@@ -42,8 +42,9 @@ def close_all(files: Sequence[int]) -> None:
 
 
 def spoils_memory(returncode: int | None) -> bool:
-    """True if an exit status means that the process crashed by itself and may have written to wrong addresses.
+    """True if a process crashed, such as by SIGSEGV, and may have written to wrong addresses before.
 
-    returncode: the exit status, as Popen.returncode; None while the process runs.
+    False for any other end, SIGKILL included, and while it runs. returncode: its exit status, as Popen.returncode; None
+    while it runs.
     """
     return returncode is not None and -returncode in CRASHES

@@ -34,10 +34,15 @@ class LinkLost(ConnectionError):
 class Link:
     """One end of a connection between two hosts that carries frames. Any thread may send; one receives.
 
-    key: the session's key. connected: True on the side that opened the connection. silence: seconds without a byte from
-    the other end, after which that end counts as gone. A heartbeat is sent every INTERVAL seconds, in the connection
-    and as a datagram (Beacon), so a host that is only slow does not count as gone. The link is also lost if for STALL
-    times the silence no byte comes in the connection, or none can be sent, even while datagrams come.
+    Heartbeats are sent every INTERVAL seconds both ways, in the TCP connection and as UDP datagrams (Beacon). The link
+    is lost after `silence` seconds without anything from the other end. While datagrams come but TCP is stuck, it is
+    lost after STALL * `silence` seconds in which no byte could be sent or none came over TCP.
+
+    Args:
+        s: the TCP connection, authenticated.
+        key: the session's key.
+        connected: True on the side that opened the connection.
+        silence: seconds.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
@@ -132,11 +137,11 @@ class Link:
         return bytes(got)
 
     def _arrived(self) -> bool:
-        """Wait up to INTERVAL seconds. Returns True if bytes came in the connection; datagrams are read here.
+        """Wait up to INTERVAL seconds for the other end. Returns True if bytes can be read from the connection.
 
-        If this process was paused meanwhile, the wait counts as at most INTERVAL seconds of silence. Raises LinkLost if
-        the link is closed, the other end says that it hears nothing, neither bytes nor datagrams came for `silence`
-        seconds, or no bytes for `stall` seconds.
+        Heartbeat datagrams that came are read here. A pause of this process counts as at most INTERVAL seconds of
+        silence. Raises LinkLost if the link is closed, the other end says that it hears nothing, neither bytes nor
+        datagrams came for `silence` seconds, or no bytes for STALL times that.
         """
         ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)} - {self.beacon.fileno()}
         before, self.looked = self.looked, time.monotonic()

@@ -49,7 +49,7 @@ class Silence:
         self.last = now
 
     def left(self, now: float) -> float:
-        """Seconds until the other end counts as gone; 0 or less if it does."""
+        """Seconds until the other end counts as gone; 0 or less if it does already. now: the current time, in s."""
         return self.last + self.allowed - now
 
 
@@ -71,7 +71,7 @@ class BeatWatch:
         self.seen, self.ticks = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
 
     def look(self, beats: Mapping[int, int], stopped: Callable[[int], bool]) -> dict[int, float]:
-        """The ranks that hang, with their seconds of silence, as a dict.
+        """Note the ranks' heartbeats. Returns the ranks that hang, as {rank: seconds of silence}; {} if none hangs.
 
         Args:
             beats: heartbeats so far, by rank.
@@ -121,10 +121,10 @@ class Roster(Generic[Member]):
 
 
 class Epoch(Generic[Member, Answer]):
-    """The coordinator's record of one epoch of a group: the members' answers, and why the epoch ended.
+    """The coordinator's record of one group of ranks: the answers of its agents, and why the group ended.
 
-    A step is complete when all members have answered it. The first failure ends the epoch for good: whatever comes
-    later, or from another epoch, is dropped.
+    A group that replaces another has a higher epoch, its number. A step is complete when all agents have answered it.
+    The first failure ends the group for good: what comes later, or from another group, is dropped.
 
     Args:
         number: number of the epoch.
@@ -144,12 +144,18 @@ class Epoch(Generic[Member, Answer]):
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:
-        """Store a member's answer to a step. It is dropped if the epoch has ended or the sender is not a member."""
+        """Store an agent's answer to a step. It is dropped if the group has ended or the agent is not of this group.
+
+        step: number of the step; 0 is the load.
+        """
         if not self.failed and member in self.members:
             self.answers.setdefault(step, {})[member] = answer
 
     def fail(self, why: str) -> bool:
-        """End the epoch. Returns True if it had not ended before."""
+        """End this group of ranks because of a failure. Returns True the first time, False if it had ended already.
+
+        Answers that come later are dropped. why: the reason, as text; only the first is kept, in `failed`.
+        """
         first = not self.failed
         self.failed = self.failed or why
         return first
@@ -165,20 +171,24 @@ class Epoch(Generic[Member, Answer]):
 
 
 class HostRanks(Protocol):
-    """Interface of the ranks of one host in one epoch."""
+    """Interface to the running ranks of one host, by which its agent gives them steps and ends them."""
 
     def post(self, message: bytes) -> None:
-        """Hand a step to the ranks. Returns nothing."""
+        """Hand a step to the ranks, and do not wait for its end. Returns nothing.
+
+        message: 8 bytes with the step's number, then the request.
+        """
 
     def stop(self) -> None:
         """End the ranks, and wait until they have ended. Returns nothing."""
 
 
 class Session:
-    """An agent's work for one coordinator. The ranks of at most one epoch run at a time.
+    """What an agent does for one coordinator: take() starts, uses and ends the ranks of this host.
 
-    start: function that starts the ranks that a message describes and returns their HostRanks. It is called when the
-    ranks of an earlier epoch have ended.
+    The ranks of one group run at a time: a new group's ranks start when those of the group before have ended.
+
+    start: function from a START message to the HostRanks that it started.
     """
 
     def __init__(self, start: Callable[[bytes], HostRanks]) -> None:

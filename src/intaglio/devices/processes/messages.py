@@ -32,7 +32,7 @@ NONE = np.empty(0, np.uint8)
 
 
 class MessageError(ValueError):
-    """Raised for bytes that are not a message of this layout."""
+    """Raised for bytes that are not a message of this module's binary format, such as a message cut off."""
 
 
 class Reader:
@@ -54,7 +54,10 @@ class Reader:
         return found
 
     def text(self, size: int) -> object:
-        """The value that the next `size` bytes stand for, which are JSON; None if size is 0."""
+        """Read the next `size` bytes, which are JSON. Returns the value; None if size is 0.
+
+        Raises MessageError if the message is too short.
+        """
         return json.loads(self.array(np.uint8, size).tobytes()) if size else None
 
 
@@ -64,7 +67,7 @@ def text(value: object) -> np.ndarray:
 
 
 def request_parts(request: StepRequest) -> list[np.ndarray]:
-    """A list of the arrays that make up the message for a step request, in order."""
+    """A step request as a list of arrays, to be written as one message; RequestReader reads it."""
     batch = request.batch
     taps = text(list(request.taps)) if request.taps else NONE
     parameters = np.empty(len(batch.sampling), PARAMETERS)
@@ -89,7 +92,7 @@ READ, WRITE, EXPERTS = 4, 8, 16  # in the flags of a request: it moves K/V block
 
 
 def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> list[np.ndarray]:
-    """A list of the arrays of the message for a request about experts.
+    """A request about experts as a list of arrays, to be written as one message; read_experts_request() reads it.
 
     action: "loads", "load", "loaded" or "switch", for the method expert_loads(), load_experts(), experts_loaded() or
     switch_experts() of Executable. layers: the argument of load_experts(); None for the other methods.
@@ -99,7 +102,11 @@ def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> lis
 
 
 def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | None:
-    """(action, layers) of a request about experts; None if the message asks for anything else."""
+    """Read a request about experts. Returns (action, layers); None if the message is another request.
+
+    action: "loads", "load", "loaded" or "switch", see experts_parts(). layers: for "load", {site: the expert numbers of
+    each rank}, where a site is the name of a layer's op; {} for the other actions.
+    """
     r = Reader(message)
     size, _, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
     if not flags & EXPERTS:
@@ -109,13 +116,16 @@ def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | 
 
 
 def value_parts(value: object) -> list[np.ndarray]:
-    """A list of the arrays of the message that answers a request with a value, as JSON; read_value() reads it."""
+    """An answer that holds one value, as a list of arrays to be written as one message; read_value() reads it.
+
+    value: anything that json.dumps() takes; it is sent as JSON.
+    """
     content = text(value)
     return [np.array([0, len(content), 0, 0, 0], np.int64), content]
 
 
 def read_value(message: memoryview) -> tuple[str, object]:
-    """("", the value in an answer), or (the error's text, None) if the request failed."""
+    """Read an answer that holds one value. Returns ("", value), or (the error's text, None) if the request failed."""
     r = Reader(message)
     failed, size, _, _, _ = r.array(np.int64, 5).tolist()
     content = r.text(size)
@@ -133,9 +143,12 @@ class BlocksRequest:
 def blocks_parts(
     blocks: Sequence[int], contents: np.ndarray | None = None, rank_bytes: Sequence[int] = ()
 ) -> list[np.ndarray]:
-    """A list of the arrays of the message for a request to read blocks, or to write `contents` to them.
+    """A request to read or write K/V blocks, as a list of arrays to be written as one message.
 
-    contents: uint8 [blocks, bytes], of which each rank takes its `rank_bytes` columns; None to read.
+    Args:
+        blocks: numbers of the blocks.
+        contents: for a write, uint8 [blocks, bytes], the bytes of all ranks side by side; None to read.
+        rank_bytes: for a write, how many of these bytes of a block belong to each rank, in order of rank; () to read.
     """
     flags = READ if contents is None else WRITE
     head = np.array([len(blocks), len(rank_bytes), 0, 0, 0, 0, 0, 0, flags, 0], np.int64)
@@ -147,7 +160,7 @@ def blocks_parts(
 
 
 def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
-    """The BlocksRequest in a message; None if the message asks for a step.
+    """Read a request about K/V blocks. Returns a BlocksRequest; None if the message is another request.
 
     In a request to write, its contents are the part for `rank`, uint8 [blocks, bytes]. Raises MessageError if the
     message is too short.
@@ -164,7 +177,10 @@ def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
 
 
 def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
-    """A list of the arrays of the message that answers a BlocksRequest. contents: those read; None after a write."""
+    """The answer to a request about K/V blocks, as a list of arrays to be written as one message.
+
+    contents: the blocks read, uint8 [blocks, bytes]; None after a write.
+    """
     rows, width = (0, 0) if contents is None else contents.shape
     head = np.array([0, 0, rows, width, 0], np.int64)
     return [head] if contents is None else [head, contents]
@@ -219,7 +235,7 @@ def _edits(r: Reader, n: int) -> Edits:
 
 
 def result_parts(result: StepResult) -> list[np.ndarray]:
-    """A list of the arrays that make up the message for a step's result, in order."""
+    """A step's result as a list of arrays, to be written as one message; read_result() reads it."""
     wide = result.logits
     facts = NONE
     if result.taps or result.timings:
@@ -232,7 +248,7 @@ def result_parts(result: StepResult) -> list[np.ndarray]:
 
 
 def error_parts(error: Exception) -> list[np.ndarray]:
-    """A list of the arrays of the message that takes the place of a result when a step fails."""
+    """The answer to a request that failed, with the error's text, as a list of arrays to be written as one message."""
     content = text(f"{type(error).__name__}: {error}")
     return [np.array([1, len(content), 0, 0, 0], np.int64), content]
 

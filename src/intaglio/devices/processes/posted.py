@@ -40,9 +40,12 @@ SLOTS = 4  # one more than the steps that may be under way; a longer pipeline ha
 
 @dataclass
 class PostedStep:
-    """A step that was posted to other processes as request `number`. Results arrive in the order of posting.
+    """A step that runs in other processes, as a PendingStep.
 
-    `completed`: the step with its result, once it has been received; else None.
+    Attributes:
+        executable: the executable that posted it. It receives results in the order of posting.
+        number: number of the request.
+        completed: None until the result has been received; then a CompletedStep with the result or the error.
     """
 
     executable: PostedExecutable
@@ -63,8 +66,9 @@ class PostedStep:
 class PostedExecutable(Executable):
     """Base class of executables that post requests to other processes and receive their results.
 
-    A request is a step, or a transfer of K/V blocks; number 0 is the load. depth: number of pipeline stages. checks:
-    True to check each step in this process first, because an error that only one rank raises would end the group.
+    A request is a step, a transfer of K/V blocks, or one about experts; number 0 is the load. depth: number of pipeline
+    stages. checks: True to check each step in this process first, since an error that only one rank raises would end
+    the group.
     """
 
     facts: list[RankFacts]
@@ -138,9 +142,10 @@ class PostedExecutable(Executable):
             self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
 
     def _move(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Post a request to read or write blocks, after all steps have ended. Returns a list of each rank's contents.
+        """Have all ranks read or write K/V blocks, once all posted steps have ended.
 
-        parts: the arrays of the request's message. Raises DeviceError if a rank fails.
+        Returns a list with an array for each rank: uint8 [blocks, bytes] for a read, [0, 0] for a write. parts: the
+        request, made by blocks_parts(). Raises DeviceError if a rank fails, DeviceLost if the group has ended.
         """
         found = [read_contents(message) for message in self._ask(parts)]
         for contents in found:
@@ -149,7 +154,10 @@ class PostedExecutable(Executable):
         return [contents for contents in found if isinstance(contents, np.ndarray)]
 
     def _ask(self, parts: Sequence[np.ndarray]) -> list[memoryview]:
-        """Post a request that runs no step, after all steps, and return a list of the ranks' answers."""
+        """Wait until all posted steps have ended, then post another request. Returns a list of the ranks' answers.
+
+        parts: the request's arrays. Raises DeviceLost if the group ends.
+        """
         while self.pending:
             self.receive_until(self.pending[0])
         self.check_alive()
@@ -158,7 +166,12 @@ class PostedExecutable(Executable):
         return self.replies(number)
 
     def _ask_about_experts(self, action: str, layers: Mapping[str, Ranks] | None = None) -> list[Any]:
-        """A list of the ranks' answers to a request about experts. Raises DeviceError if a rank fails."""
+        """Post a request about experts to all ranks, and return each rank's answer as a list.
+
+        An answer is a dict for the action "loads", and True or False for "load", "loaded" and "switch"; see
+        experts_parts(). layers: the experts of each rank, by site (name of a layer's op), for "load"; None for the
+        others. Raises DeviceError if a rank fails.
+        """
         found = [read_value(message) for message in self._ask(experts_parts(action, layers))]
         for error, _ in found:
             if error:

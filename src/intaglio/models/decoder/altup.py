@@ -14,18 +14,29 @@ LEAST_RMS = 1e-5**0.5  # of a projected stream, by which it is divided; transfor
 
 
 def start_streams(w: Writer, altup: AltUp, x: str) -> list[str]:
-    """Write the streams from the embeddings `x`. Returns a list of the names of their tensors [T, hidden].
+    """Add the ops that make the residual streams of a model with AltUp from its embeddings.
 
-    The first is x itself; the others are projections of x, scaled to its root mean square.
+    Returns a list of tensor names, one [T, hidden] for each stream. The first is `x` itself; the others are projections
+    of x, scaled to its root mean square.
+
+    Args:
+        w: writes the ops.
+        altup: sizes of AltUp.
+        x: name of the tensor of embeddings.
     """
     rest = [x] * (altup.streams - 1)
     return [x, *_projected(w, "altup.start", x, rest, "altup_projections")]
 
 
 def end_streams(w: Writer, streams: list[str]) -> str:
-    """Write the mean [R, hidden] of the streams, in the rows whose logits are wanted. Returns the name of its tensor.
+    """Add the ops that take the mean of the residual streams before the head. Returns its tensor's name [R, hidden].
 
-    Streams after the first are projected and scaled to the first one's root mean square before.
+    Only rows whose logits are wanted are computed. Streams after the first are first projected, and scaled to the first
+    one's root mean square.
+
+    Args:
+        w: writes the ops.
+        streams: names of the streams' tensors.
     """
     b = w.b
     first, *rest = [b.op(Select, f"select{k}", x, "rows") for k, x in enumerate(streams)]
@@ -36,9 +47,16 @@ def end_streams(w: Writer, streams: list[str]) -> str:
 
 
 def predict(w: Writer, altup: AltUp, i: int, streams: list[str]) -> list[str]:
-    """Write the streams as predicted before layer `i`. Returns a list of the names of their tensors.
+    """Add the ops that predict every residual stream after layer `i`, before the layer is computed (AltUp).
 
-    prediction[m] = streams[m] + sum over n of c[m, n] * streams[n], with coefficients c by the active stream.
+    Returns a list of tensor names, one [T, hidden] for each stream: prediction[m] = streams[m] + sum over n of c[m, n]
+    * streams[n]. The coefficients c of a token are computed from its row of the active stream by small learned layers.
+
+    Args:
+        w: writes the ops.
+        altup: sizes of AltUp.
+        i: number of the layer.
+        streams: names of the streams' tensors before the layer.
     """
     n, at = altup.streams, f"layers.{i}.altup.predict"
     c = _coefficients(w, altup, i, at, streams[altup.active], "prediction_coefs", n * n)
@@ -51,9 +69,17 @@ def predict(w: Writer, altup: AltUp, i: int, streams: list[str]) -> list[str]:
 
 
 def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> list[str]:
-    """Write the streams as corrected by `x`, which layer `i` computed. Returns a list of the names of their tensors.
+    """Add the ops that correct the predicted residual streams once layer `i` has been computed (AltUp).
 
-    corrected[m] = predicted[m] + (1 + c[m]) * (x - predicted[active]), with coefficients c by x.
+    Returns a list of tensor names, one [T, hidden] for each stream: corrected[m] = predicted[m] + (1 + c[m]) * (x -
+    predicted[active]). The coefficients c of a token are computed from its row of `x` by small learned layers.
+
+    Args:
+        w: writes the ops.
+        altup: sizes of AltUp.
+        i: number of the layer.
+        predicted: names of the tensors that predict() returned.
+        x: name of the layer's result for the active stream.
     """
     b, at = w.b, f"layers.{i}.altup.correct"
     c = _coefficients(w, altup, i, at, x, "correction_coefs", altup.streams)
@@ -65,7 +91,16 @@ def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> li
 
 
 def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
-    """Write the active stream after layer `i`, times the model's learned factors, if any. Returns its tensor's name."""
+    """Add the product of the active stream and the layer's learned factors (AltUp). Returns the name of its tensor.
+
+    If the model has no such factors, nothing is added, and the result is the name of the active stream.
+
+    Args:
+        w: writes the op.
+        altup: sizes of AltUp.
+        i: number of the layer.
+        streams: names of the streams' tensors after the layer.
+    """
     x, at = streams[altup.active], f"layers.{i}.altup.scale"
     if not altup.scaled:
         return x
@@ -74,12 +109,18 @@ def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
 
 
 def _coefficients(w: Writer, altup: AltUp, i: int, at: str, x: str, name: str, count: int) -> str:
-    """Write `count` coefficients for each row of `x`: linear(tanh(router(norm(x) / hidden))).
+    """Add the ops that compute `count` coefficients for each row of `x`: linear(tanh(router(norm(x) / hidden))).
 
-    Returns the name of their tensor.
+    Returns the name of their tensor [T, count]. Norm and router are the same in all calls for one layer.
 
-    at: prefix of the sites. name: the linear's module in layer `i`. Norm and router are the same in all calls for one
-    layer.
+    Args:
+        w: writes the ops.
+        altup: sizes of AltUp.
+        i: number of the layer.
+        at: prefix of the ops' names.
+        x: name of the tensor that they read.
+        name: name of the last linear's module in layer `i` of the checkpoint.
+        count: number of coefficients.
     """
     d, b, source = w.d, w.b, f"{w.d.prefix}layers.{i}.altup."
     norm = w.weight(f"layers.{i}.altup.norm", "weight", (d.hidden,), source + "router_norm")
@@ -94,9 +135,14 @@ def _coefficients(w: Writer, altup: AltUp, i: int, at: str, x: str, name: str, c
 
 
 def _projected(w: Writer, at: str, like: str, streams: list[str], source: str) -> list[str]:
-    """Write projections of `streams`, scaled to the root mean square of the rows of `like`. Returns their names.
+    """Add projections of residual streams, scaled to the root mean square of the rows of `like`. Returns their names.
 
-    at: prefix of their sites. source: name of the list of projections in the checkpoint.
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names.
+        like: name of the tensor whose root mean square the projections get.
+        streams: names of the tensors that are projected.
+        source: name of the list of projections in the checkpoint.
     """
     b, d, out = w.b, w.d, list[str]()
     for k, x in enumerate(streams):

@@ -11,7 +11,14 @@ from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the ops of the attention of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
+    """Add the ops of grouped-query attention, from projections to o_proj. Returns the result's tensor name [T, hidden].
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description: its window, rope, heads and whose K/V cache it reads.
+        x: name of the input tensor.
+    """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
     value_dim = d.value_dim or head_dim
@@ -58,24 +65,45 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     if d.temper and (d.temper_all or not layer.rope):
         how |= {"temper": d.temper, "temper_every": d.temper_every, "temper_from": d.temper_from}
     a = b.op(Attend, at + "attend", qk["q"], k_cache, v_cache, **how, **scales)
-    if d.attn_gate:
-        gate = w.linear(at + "gate", x, d.heads * value_dim, d.hidden, source + d.attn_gate)
-        a = b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")
+    a = gated(w, at, source, x, a, value_dim)
     if "attn.inner_norm" in d.norms:
         a = w.norm(at + "inner_norm", a, d.heads * value_dim, source + d.norms["attn.inner_norm"])
     return w.linear(at + "o_proj", a, d.hidden, d.heads * value_dim, source + "o_proj", d.o_bias or layer.o_bias)
 
 
+def gated(w: Writer, at: str, source: str, x: str, a: str, value_dim: int) -> str:
+    """Add the gate of attention's result, if the model has one. Returns the result's tensor name; `a` without a gate.
+
+    Args:
+        w: writes the ops; its Decoder says which linear is the gate (attn_gate).
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the tensor that the gate reads.
+        a: name of attention's result [T, heads * value_dim].
+        value_dim: columns of a head's values.
+    """
+    d = w.d
+    if not d.attn_gate:
+        return a
+    width = d.heads if d.attn_gate_by_head else d.heads * value_dim
+    gate = w.linear(at + "gate", x, width, d.hidden, source + d.attn_gate)
+    return w.b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")
+
+
 def clip(limit: float) -> str:
-    """An expression for the op `map` that clips its operand `a` to the range -limit to limit, as text."""
+    """An expression for the op Map that clips its operand `a` to the range -limit to limit, as text."""
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 
 def _qk_norms(w: Writer, at: str, source: str, qk: Mapping[str, str], head_dim: int) -> dict[str, str]:
-    """Write the norms of queries and keys. Returns {q: name of the normed queries, k: name of the normed keys}.
+    """Add the norms of queries and keys. Returns {"q": name of the normed queries, "k": name of the normed keys}.
 
-    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint. qk: {q: name of the
-    queries, k: name of the keys}, without k in a layer that has none of its own. head_dim: columns of a head.
+    Args:
+        w: writes the ops; its Decoder says of which kind the norms are (qk_norm).
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        qk: {"q": name of the queries, "k": name of the keys}, without k in a layer that reads another layer's cache.
+        head_dim: columns of a head.
     """
     d = w.d
     if d.qk_norm == "unit":

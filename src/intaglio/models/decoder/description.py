@@ -25,8 +25,10 @@ BEFORE = {"attn.norm": "attention_norm", "mlp.norm": "mlp_norm"}  # before each 
 # Sources of the experts' gate, up and down, in the notation of program/source.py.
 NAMED = ("experts.{run}.gate_proj.weight", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
 NAMED_BIASES = ("experts.gate_proj_bias", "experts.up_proj_bias", "experts.down_proj_bias")
+UNGATED = ("", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
 NUMBERED = ("experts.{run}.w1.weight", "experts.{run}.w3.weight", "experts.{run}.w2.weight")
 STACKED = ("experts.gate_up_proj|r0:{i}/{2i}", "experts.gate_up_proj|r{i}:{2i}/{2i}", "experts.down_proj")
+UNGATED_STACKED = ("", "experts.up_proj", "experts.down_proj")
 TRANSPOSED = ("experts.gate_up_proj|T|r0:{i}/{2i}", "experts.gate_up_proj|T|r{i}:{2i}/{2i}", "experts.down_proj|T")
 
 
@@ -45,18 +47,20 @@ class Layer:
         head_dim: columns of a head; 0: the Decoder's.
         values_are_keys: True if the keys before norm and rope serve as values.
         sinks: True if this layer has attention sinks; used only if the Decoder's `sinks` is set.
-        without: sites of norms that this layer does not have.
+        without: names of norms, such as attn.norm, that this layer does not have.
         width: inner width of the dense MLP; 0: the Decoder's.
         mixer: a block with recurrent state in place of attention; None: attention.
         beside: True if the layer has attention beside the mixer, and their results are added (Falcon-H1).
         attention: True if the layer has attention or a mixer.
         mlp: True if the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
-        shares_index: True if attention uses the positions that the last layer with an indexer before this one chose
-            (see Latent).
+        shares_index: True if sparse attention here has no indexer of its own (see Latent). It uses the positions chosen
+            in the nearest earlier layer that has one.
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
-        sparsity: share of the MLP's gate that is cut to 0 in each row, if its values are normally distributed: those
-            below mean + n * standard deviation, with n the quantile of the normal distribution; 0: none is cut.
+        sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
+            n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
+        shared: (number of the layer under whose name the checkpoint has the weights, number of the use) if the layer
+            has the Decoder's shared block before its mixer; None: it has not. Uses of all blocks are counted from 0.
     """
 
     rope: str = "rope"
@@ -79,6 +83,29 @@ class Layer:
     shares_index: bool = False
     cache_of: int | None = None
     sparsity: float = 0.0
+    shared: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A transformer block whose weights several layers share (Zamba): attention and an MLP, without residuals.
+
+    It reads the layer's input beside the embedding, so attention has twice the usual columns. A linear of each layer
+    follows, and the sum of its result and the layer's input goes into the layer's mixer.
+
+    Attributes:
+        block: name of the block's module in a layer of the checkpoint.
+        fused: True if the checkpoint stores the MLP's gate and up as one, gate_up_proj.
+        rank: columns between the two linears of the MLP's adapters, which each use has of its own; 0: none.
+        qkv_rank: the same of adapters of queries, keys and values; 0: none.
+        bias: True if the MLP's linears have biases.
+    """
+
+    block: str
+    fused: bool = False
+    rank: int = 0
+    qkv_rank: int = 0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,20 +171,29 @@ class Mixture:
         count: number of experts.
         top: experts per token.
         width: inner width of an expert.
-        sources: templates of the sources of gate, up and down, for source().
+        sources: templates of the sources of gate, up and down, for source(); "" for the gate if experts have none, and
+            compute down(activation(up(x))).
         biases: templates of the sources of their biases, or None.
         block: name of the module that holds the experts.
         router: name of the router's linear.
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        route: further attributes of the op route.
-        glu: further attributes of the op experts.
+        route: further attributes of the op Route.
+        glu: further attributes of the op Experts.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
-        join: expression for the op map that joins the routed experts' result (a) and the shared expert's (b).
+        join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b).
+        latent: columns of x between the linears fc1_latent_proj and fc2_latent_proj, in which the routed experts
+            compute; 0: they compute on the columns of the residual.
+        latent_bias: True if these linears have biases.
+        factors: name of a vector with a factor for the weight of each expert; "": none.
+        beside: True if layers with experts have the dense MLP too. The two results, each normed, are added; the experts
+            read the residual with a norm of their own, and the router reads it normed with the weight `router_scale`
+            and divided by sqrt(hidden).
+        router_scale: name of that weight; used only if `beside` is set.
     """
 
     count: int
@@ -177,11 +213,19 @@ class Mixture:
     shared_gate: str = ""
     shared_bias: bool = False
     join: str = "a + b"  # how the results of the routed experts (a) and of the shared one (b) are joined
+    latent: int = 0
+    latent_bias: bool = False
+    factors: str = ""
+    beside: bool = False
+    router_scale: str = ""
 
     def source(self, template: str) -> str:
-        """A weight's source in the checkpoint (see program/source.py) from a template.
+        """The source of the experts' weights, a str: checkpoint tensors, and how to cut them (program/source.py).
 
-        `{run}` becomes the range of expert numbers, `{0..count-1}`; `{i}` the experts' inner width, `{2i}` twice it.
+        It is the template with three marks replaced: `{run}` by the range of expert numbers, such as `{0..7}`; `{i}` by
+        the inner width of an expert; `{2i}` by twice that width.
+
+        template: one of `sources` or `biases`, such as "experts.{run}.up_proj.weight".
         """
         run = f"{{0..{self.count - 1}}}"
         return template.replace("{run}", run).replace("{i}", str(self.width)).replace("{2i}", str(2 * self.width))
@@ -189,17 +233,21 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """Description of a decoder-only transformer, from which write() makes its Program.
+    """Description of a decoder-only transformer as plain data, from which write() makes its Program.
 
-    Sizes are columns, numbers of heads, or tokens (`context`). Most other fields have a comment. A softcap of 0 is
-    none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat" (over all heads
-    as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper` scales the
-    queries (see the op attend) in layers without rope or, with `temper_all`, in all layers. `norms`: the name in
-    checkpoints of the norm at each site, such as PRE.
+    Sizes are columns, numbers of heads, or tokens (`context`). A softcap of 0 means none. Most fields have a comment;
+    the others are below.
 
-    The description names checkpoint tensors as Llama does. `sources` maps parts of those names to the checkpoint's own,
-    or to a source in the notation of program/source.py if the checkpoint stores the tensor in another form. A part is
-    one or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in order.
+    Attributes:
+        norms: {name of a layer's norm here, such as attn.norm: its module in a layer of the checkpoint}; see PRE.
+        qk_norm: how queries and keys are normed: "" (not), "head" (each head), "late" (each head, after rope), "flat"
+            (all heads as one row) or "unit" (each head after rope, without a weight, only in layers with rope).
+        temper: growth of the attention scale with the query's position (see Attend.temper, also for temper_every and
+            temper_from); 0: none. It applies to layers without rope or, with temper_all, to all layers.
+        sources: how the checkpoint's names differ from Llama's, which the description uses: {part of Llama's name: the
+            checkpoint's own}. A part is one or more whole segments between dots, such as `mlp.up_proj`. The value may
+            also be a source in the notation of program/source.py, if the tensor is stored in another form. Rules apply
+            in order.
     """
 
     vocabulary: int
@@ -211,7 +259,7 @@ class Decoder:
     context: int
     layers: tuple[Layer, ...]
     ropes: Mapping[str, Table]
-    activation: str  # a function of the op map, or xielu
+    activation: str  # a function of the op Map, or xielu
     eps: float
     tied: bool
     scale: float
@@ -259,10 +307,12 @@ class Decoder:
     embed_norm_first: bool = False  # it comes before positions are added, not after
     per_layer: int = 0  # columns of a second embedding, embed_tokens_per_layer, that each layer has of its own; 0: none
     per_layer_rows: int = 0  # rows of that table
+    shared: Shared | None = None  # the block that layers with Layer.shared have before their mixer
     altup: AltUp | None = None  # several residual streams; needs per_layer
     laurel: int = 0  # rank of a linear shortcut beside attention, which is added to its result (LAuReL); 0: none
     layer_scalar: bool = False  # each layer's result is multiplied by the one value of layer_scalar
     attn_gate: str = ""  # the linear whose sigmoid multiplies the attention's result, before o_proj
+    attn_gate_by_head: bool = False  # it has one value for each head
     attn_scale: float = 1.0  # on attention's result beside a mixer
     mixer_scale: float = 1.0  # on the mixer's result beside attention
     gate_scale: float = 1.0  # on the gate of the MLP, before the activation
@@ -281,7 +331,12 @@ class Decoder:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> str:
-        """The checkpoint's source (notation of program/source.py) for the tensor or module that Llama calls `name`."""
+        """The checkpoint's name of a tensor or module, a str, from the name that it has in Llama.
+
+        The rules in `sources` are applied in order; without one that matches, the result is `name`. For a tensor stored
+        in another form, the result also says how to cut it out (notation of program/source.py), such as
+        "c_attn.weight|r0:1/3". Whether the checkpoint has the tensor is not checked.
+        """
         for part, found in self.sources.items():
             name = re.sub(rf"(?<![^.]){re.escape(part)}(?![^.])", found.replace("\\", r"\\"), name, count=1)
         return name
@@ -296,8 +351,13 @@ class Decoder:
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
     """Arguments of Decoder that most families read from the same keys of config.json, as a dict.
 
-    act, eps: the keys of the activation and of the norms' epsilon, which families name differently. Raises PortError
-    for a missing or wrong value, and if the numbers of heads do not divide.
+    Args:
+        c: the config.
+        act: the config's key of the activation.
+        eps: the config's key of the norms' epsilon.
+
+    Raises PortError for a missing or wrong value, if num_attention_heads is not a multiple of num_key_value_heads, and
+    if head_dim is missing and hidden_size is not a multiple of num_attention_heads.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)
@@ -324,10 +384,14 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
 
 
 def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
-    """Arguments of Decoder for models from before rope, as a dict: LayerNorms, biases, an MLP without a gate.
+    """Arguments of Decoder, as a dict, that suit models like GPT-2: LayerNorms, biases, an MLP without a gate, no rope.
 
-    There are as many K/V heads as heads, each of hidden_size / heads columns; the keys that would change this are
-    cleared in `c`. eps: the config's key of the norms' epsilon. Raises PortError for a missing or wrong value.
+    They have as many K/V heads as heads, each of hidden_size / heads columns. So num_key_value_heads and head_dim are
+    set to None in `c`, in case the config has them. Raises PortError for a missing or wrong value.
+
+    Args:
+        c: the config, which is changed.
+        eps: the config's key of the norms' epsilon.
     """
     c.table |= {"num_key_value_heads": None, "head_dim": None}
     return sizes(c, eps=eps) | {

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from intaglio.models.decoder.attention import gated
 from intaglio.models.decoder.description import Indexer, Latent, Layer
 from intaglio.models.decoder.writer import Writer
 from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm, Rope
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
-    """Write the ops of the latent attention of layer `i`, with input tensor `x`. Returns the result's tensor name."""
+    """Add the ops of latent attention (DeepSeek-V2), from projections to o_proj. Returns the result's tensor name.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the attention.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the input tensor.
+    """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
-    turn = d.ropes[layer.rope]
-    how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
-    table = f"{layer.rope}.frequencies"
     narrow = _compressed_queries(w, m, at, source, x) if m.q_rank else ""
     q = _queries(w, m, at, source, x, narrow)
-    q = b.op(Rope, at + "q_rope", q, "positions", table, head_dim=m.nope + m.rope, trailing=True, **how)
+    q = _turned(w, layer, at + "q_rope", q, m.nope + m.rope, trailing=True)
     both = w.linear(at + "kv_a_proj", x, m.rank + m.rope, d.hidden, source + "kv_a_proj_with_mqa", d.o_bias)
     c = b.view(at + "latent", both, 0, m.rank)
     c = _norm(w, m, at + "kv_norm", c, m.rank, source + "kv_a_layernorm")
     k = b.view(at + "k_pe", both, m.rank, m.rank + m.rope)
-    k = b.op(Rope, at + "k_rope", k, "positions", table, head_dim=m.rope, **how)
+    k = _turned(w, layer, at + "k_rope", k, m.rope)
     latents, ropes = b.cache(at + "latent_cache", 1, m.rank, w.cache), b.cache(at + "rope_cache", 1, m.rope, w.cache)
     scales = dict.fromkeys(names := w.cache_scales(i, at, 1), names.get("k_scale", ""))  # one cache, of keys and values
     b.op(KvWrite, at + "kv_write", c, k, latents, ropes, **scales)
@@ -40,23 +46,54 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
         scales["chosen"] = _shared_index(w, i) if layer.shares_index else _indexer(w, m, m.indexer, i, layer, x, narrow)
     a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale, **scales)
     a = b.op(HeadLinear, at + "v_proj", a, values)
+    a = gated(w, at, source, x, a, m.value)
     return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
 
 
-def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
-    """Write the compressed queries [T, q_rank] and their norm. Returns the name of the result's tensor.
+def _turned(w: Writer, layer: Layer, site: str, x: str, head_dim: int, trailing: bool = False) -> str:
+    """Add rope as the layer has it. Returns the result's tensor name; x itself in a layer without rope (Kimi Linear).
 
-    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the op.
+        layer: the layer's description.
+        site: name of the op in the Program.
+        x: name of the input tensor.
+        head_dim: columns of a head.
+        trailing: True if the last columns of each head are turned, not the first.
+    """
+    if not layer.rope:
+        return x
+    turn = w.d.ropes[layer.rope]
+    how: dict[str, Any] = {"head_dim": head_dim, "style": turn.style, "factor": turn.factor}
+    if trailing:
+        how["trailing"] = True
+    return w.b.op(Rope, site, x, "positions", f"{layer.rope}.frequencies", **how)
+
+
+def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
+    """Add the projection of the input to compressed queries, and a norm. Returns the result's tensor name [T, q_rank].
+
+    Args:
+        w: writes the ops.
+        m: sizes of the attention.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     x = w.linear(at + "q_a_proj", x, m.q_rank, w.d.hidden, source + "q_a_proj", w.d.o_bias)
     return _norm(w, m, at + "q_norm", x, m.q_rank, source + "q_a_layernorm")
 
 
 def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) -> str:
-    """Write the queries [T, heads * (nope + rope)]. Returns the name of their tensor.
+    """Add the projection that gives the queries. Returns the name of their tensor [T, heads * (nope + rope)].
 
-    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. narrow: the tensor of
-    compressed queries from which they are computed; "": from `x`, the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the attention.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor; it is projected if queries are not compressed.
+        narrow: name of the tensor of compressed queries, which is projected; "" if queries are not compressed.
     """
     width = w.d.heads * (m.nope + m.rope)
     if not narrow:
@@ -65,9 +102,18 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) ->
 
 
 def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str, narrow: str) -> str:
-    """Write the indexer of layer `i`, with a cache of its own keys. Returns the name of the tensor of chosen positions.
+    """Add the ops of a layer's indexer, which chooses the positions that each query attends to (DeepSeek-V3.2).
 
-    narrow: the tensor of compressed queries, from which the indexer's queries are projected.
+    Returns the name of the tensor of chosen positions. The indexer has a K/V cache of its own for its keys.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the attention.
+        index: sizes of the indexer.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the input tensor, from which keys and weights are projected.
+        narrow: name of the tensor of compressed queries, from which the indexer's queries are projected.
     """
     b, at, n = w.b, f"layers.{i}.attn.indexer.", index.head_dim
     source, turn = f"{w.d.prefix}layers.{i}.self_attn.indexer.", w.d.ropes[layer.rope]
@@ -87,14 +133,24 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
 
 
 def _shared_index(w: Writer, i: int) -> str:
-    """Name of the tensor of positions chosen in the last layer before `i` that has an indexer of its own."""
+    """Name of the tensor of positions that layer `i` attends to, if it has no indexer of its own (Layer.shares_index).
+
+    The positions are those that the indexer of an earlier layer chose: the nearest one that has an indexer. Raises
+    ValueError if there is none.
+    """
     last = max(j for j, layer in enumerate(w.d.layers[:i]) if not layer.shares_index)
     return f"layers.{last}.attn.indexer.choose"
 
 
 def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:
-    """Write the RMS norm of a latent `x` [T, width]. Returns the name of the result's tensor.
+    """Add the RMS norm of a latent. Returns the name of the result's tensor [T, width].
 
-    source: the norm's module in the checkpoint.
+    Args:
+        w: writes the op.
+        m: sizes of the attention, with the norm's epsilon.
+        site: name of the op in the Program.
+        x: name of the latent's tensor.
+        width: columns of the latent.
+        source: name of the norm's module in the checkpoint.
     """
     return w.b.op(Norm, site, x, weight=w.weight(site, "weight", (width,), source), eps=m.eps)

@@ -25,7 +25,7 @@ class ConvMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class SsmMixer:
-    """A Mamba-2 block: in_proj gives gate, x, B, C and step; x, B and C pass a short convolution and silu.
+    """A Mamba-2 block: in_proj gives gate, x, B, C and dt (step size); x, B and C pass a short convolution and silu.
 
     Attributes:
         heads: number of heads.
@@ -39,9 +39,9 @@ class SsmMixer:
         bias: True if the projections have biases.
         conv_bias: True if the convolution has a bias.
         out_bias: True if out_proj has a bias.
-        low: smallest step size; smaller ones become `low`.
-        high: largest step size; larger ones become `high`; 0: no limit.
-        scales: factors of gate, x, B, C and step after in_proj (Falcon-H1); (): none.
+        low: smallest dt; smaller ones become `low`.
+        high: largest dt; larger ones become `high`; 0: no limit.
+        scales: factors of gate, x, B, C and dt after in_proj (Falcon-H1); (): none.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -63,16 +63,16 @@ class SsmMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanMixer:
-    """A Mamba block: in_proj gives x and gate. x passes a short convolution and silu.
+    """A Mamba block: in_proj gives x and gate; x passes a short convolution and silu.
 
-    The product of the result with x_proj gives step, B and C.
+    Then x_proj gives dt (the step size), B and C from x, and dt_proj widens dt to the columns of x.
 
     Attributes:
         inner: columns of x.
         state: columns of B and C.
-        rank: columns of the step before dt_proj.
+        rank: columns of dt before dt_proj (dt_rank).
         taps: tokens that the convolution reads.
-        eps: epsilon of the RMS norms of step, B and C; 0: they are not normed.
+        eps: epsilon of the RMS norms of dt, B and C; 0: they are not normed.
         weights: True if these norms have weights.
         bias: True if in_proj and out_proj have biases.
         conv_bias: True if the convolution has a bias.
@@ -94,6 +94,8 @@ class ScanMixer:
 class DeltaMixer:
     """A gated delta net: q, k and v pass a short convolution and silu; q and k are normed to length 1.
 
+    Two more projections, b and a, give beta and the decay of each head, or of each key column (Kimi delta attention).
+
     Attributes:
         key_heads: heads of q and k.
         heads: heads of v.
@@ -101,8 +103,18 @@ class DeltaMixer:
         values: columns of a value head.
         taps: tokens that the convolution reads.
         eps: epsilon of the norm before the gate.
-        fused: True if the checkpoint has q, k, v and gate in one weight in_proj_qkvz, beta and step in in_proj_ba, each
-            grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+        stored: how the checkpoint stores the projections. "parts": in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+            "fused": q, k, v and gate (z) in in_proj_qkvz, and b and a in in_proj_ba, each grouped by key head
+            (Qwen3-Next). "separate": q_proj, k_proj and v_proj, each with a convolution of its own (q_conv1d), and
+            g_proj (the gate), b_proj, a_proj and o_proj.
+        conv_rows: rows of the tensors q_conv1d, k_conv1d and v_conv1d, if a file divides the channels among them in
+            another way than q, k and v do; (): as q, k and v do. Only for stored="separate".
+        beta: factor of beta after the sigmoid; 2 lets a token overshoot what the state holds for its key.
+        gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
+        by_key: True if each key column has a decay (f_proj), False if each head has one (a_proj).
+        rank: columns between the two linears of the gate and of the decay (g_a_proj and g_b_proj, f_a_proj and
+            f_b_proj; Kimi); 0: one linear each. Needs by_key.
+        floor: the least log decay, which a sigmoid then bounds (see Decay); 0: none.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -112,7 +124,13 @@ class DeltaMixer:
     values: int
     taps: int
     eps: float
-    fused: bool = False
+    stored: str = "parts"
+    conv_rows: tuple[int, ...] = ()
+    beta: float = 1.0
+    gate: str = "silu"
+    by_key: bool = False
+    rank: int = 0
+    floor: float = 0.0
     block: str = "linear_attn"
 
 

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 from intaglio.models.decoder.description import Mixture
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Experts, Map, Moment, Route
+from intaglio.ops import Experts, Map, Moment, Norm, Route
 
 
 def write_dense(
@@ -19,11 +19,19 @@ def write_dense(
     fused: str = "gate_up_proj",
     sparsity: float = 0.0,
 ) -> str:
-    """Write the ops of an MLP of inner width `width`, with a gate if the model has one. Returns the result's name.
+    """Add the ops of a dense MLP. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor. bias:
-    True if the linears have biases. fused: the module that holds gate and up, if the checkpoint stores them as one.
-    sparsity: as in Layer; only an MLP with a gate has it.
+    With a gate the MLP is down_proj(activation(gate_proj(x)) * up_proj(x)), else down_proj(activation(up_proj(x))).
+
+    Args:
+        w: writes the ops; its Decoder says whether there is a gate, and which activation.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
+        width: inner width.
+        bias: True if the linears have biases.
+        fused: module that holds gate and up, if the Decoder says that the checkpoint stores them as one.
+        sparsity: fraction of the gate's values to set to 0, as in Layer; not used without a gate.
     """
     d = w.d
     if d.gated:
@@ -45,9 +53,16 @@ def write_dense(
 
 
 def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
-    """Write the value below which a row of `gate` is cut (gaussian top-k, Gemma 3n): mean + n * standard deviation.
+    """Add the ops that compute the value below which a gate's values are set to 0. Returns its tensor's name [rows, 1].
 
-    n is the quantile of the normal distribution at `sparsity`. Returns the name of the values' tensor [rows, 1].
+    It is mean + n * standard deviation of each row, with n the standard normal quantile of `sparsity` (gaussian top-k,
+    Gemma 3n).
+
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names in the Program.
+        gate: name of the gate's tensor.
+        sparsity: fraction of the values to set to 0.
     """
     mean = w.b.op(Moment, at + "gate.mean", gate, of="mean")
     std = w.b.op(Moment, at + "gate.std", gate, of="std")
@@ -55,10 +70,17 @@ def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
 
 
 def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
-    """Write xIELU (Huang & Schlag 2024) of `up`: p u^2 + u / 2 above 0, and n (e^u - 1 - u) + u / 2 below.
+    """Add the ops of the activation xIELU (Huang & Schlag 2024). Returns the name of the result's tensor.
 
-    Returns the name of the result's tensor. p = softplus(alpha_p) and n = 1/2 + softplus(alpha_n) are learned, one
-    of each in a layer.
+    For a value u it is p u^2 + u / 2 above 0, and n (e^u - 1 - u) + u / 2 below. p = softplus(alpha_p) and n = 1/2 +
+    softplus(alpha_n), with alpha_p and alpha_n learned numbers of the layer.
+
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of a tensor that has as many rows as `up`.
+        up: name of the tensor of values u.
     """
     b, act = w.b, source + "act_fn."
     p = b.op(Map, at + "act.p", w.scalar(at + "act.alpha_p", x, act + "alpha_p"), expr="softplus(a)")
@@ -68,34 +90,75 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
     return b.op(Map, at + "act", above, b=n, c=up, expr=below)
 
 
-def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
-    """Write the ops of the mixture of experts of layer `i`, with input tensor `x`. Returns the result's tensor name."""
+def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> str:
+    """Add the ops of a mixture of experts: router, experts and shared expert. Returns the result's tensor name.
+
+    Args:
+        w: writes the ops.
+        m: sizes and names of the mixture.
+        i: number of the layer.
+        x: name of the input tensor.
+        routed: name of the tensor that the router reads; "": x.
+    """
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
-    logits = w.linear(at + "router", x, m.count, w.d.hidden, source + m.router, m.router_bias)
+    logits = w.linear(at + "router", routed or x, m.count, w.d.hidden, source + m.router, m.router_bias)
     bias = w.tensor(at + "router.correction", (m.count,), source + m.correction) if m.correction else None
-    weights = b.op(Route, at + "route", logits, bias=bias, ids=at + "route.ids", top=m.top, **m.route)
-    inner, outer = (m.count, m.width, w.d.hidden), (m.count, w.d.hidden, m.width)
-    names = ("gate", "up", "down")
-    stacks = [
-        w.stack(f"{at}experts.{n}", shape, source + m.source(s))
-        for n, shape, s in zip(names, (inner, inner, outer), m.sources, strict=True)
+    factors = w.tensor(at + "router.factors", (m.count,), source + m.factors) if m.factors else None
+    ids = at + "route.ids"
+    weights = b.op(Route, at + "route", logits, bias=bias, factors=factors, ids=ids, top=m.top, **m.route)
+    width = m.latent or w.d.hidden
+    inner, outer = (m.count, m.width, width), (m.count, width, m.width)
+    named = [
+        (n, shape, m.source(s))
+        for n, shape, s in zip(("gate", "up", "down"), (inner, inner, outer), m.sources, strict=True)
+        if s
     ]
-    gate, up, down = (source + m.source(s) for s in m.sources)
+    stacks = {n: w.stack(f"{at}experts.{n}", shape, source + s) for n, shape, s in named}
+    *sides, down = (source + s for _, _, s in named)
     orders = {
-        "order": w.orders(f"{at}experts.order", inner[::2], gate, up),
+        "order": w.orders(f"{at}experts.order", inner[::2], *sides),
         "down_order": w.orders(f"{at}experts.down_order", outer[::2], down),
     }
     biases = {
         f"{n}_bias": w.tensor(f"{at}experts.{n}_bias", shape, source + m.source(s))
-        for n, shape, s in zip(names, (inner[:2], inner[:2], outer[:2]), m.biases or (), strict=False)
+        for n, shape, s in zip(("gate", "up", "down"), (inner[:2], inner[:2], outer[:2]), m.biases or (), strict=False)
     }
-    how = {"activation": w.d.activation, "x_format": w.x_format(stacks[0]), **m.glu, **biases, **orders}
-    y = b.op(Experts, at + "experts", x, weights, at + "route.ids", *stacks, **how)
+    how = {"activation": w.d.activation, "x_format": w.x_format(stacks["up"]), **m.glu, **biases, **orders}
+    read = x
+    if m.latent:
+        read = w.linear(at + "latent_in", x, m.latent, w.d.hidden, source + "fc1_latent_proj", m.latent_bias)
+    up, down = stacks.pop("up"), stacks.pop("down")
+    y = b.op(Experts, at + "experts", read, weights, ids, up, down, **stacks, **how)
+    if m.latent:
+        y = w.linear(at + "latent_out", y, w.d.hidden, m.latent, source + "fc2_latent_proj", m.latent_bias)
     return _shared(w, m, i, x, y) if m.shared else y
 
 
+def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> str:
+    """Write the mixture of experts of layer `i` beside its dense MLP (Gemma 4). Returns the name of the sum's tensor.
+
+    residual: the tensor that the layer's MLP is added to, which experts and router read. dense: the dense MLP's result.
+    Results are normed before their sum.
+    """
+    b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
+    weight = w.tensor(at + "router.scale", (w.d.hidden,), source + m.router_scale)
+    routed = b.op(Norm, at + "router.norm", residual, weight=weight, eps=w.d.eps)
+    routed = w.scaled(at + "router.input", routed, w.d.hidden**-0.5)
+    y = write_mixture(w, m, i, w.layer_norm(i, "mlp.experts_norm", residual), routed)
+    y = w.layer_norm(i, "mlp.experts_post_norm", y)
+    return b.op(Map, at + "join", w.layer_norm(i, "mlp.dense_post_norm", dense), b=y, expr="a + b")
+
+
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
-    """Write the shared expert and its sum with the routed experts' result `y`. Returns the name of the sum's tensor."""
+    """Add the ops of the shared expert, and join its result with the routed experts'. Returns the joined tensor's name.
+
+    Args:
+        w: writes the ops.
+        m: sizes and names of the mixture.
+        i: number of the layer.
+        x: name of the input tensor.
+        y: name of the tensor with the routed experts' result.
+    """
     at, source = f"layers.{i}.mlp.shared.", f"{w.d.prefix}layers.{i}.{m.block}.{m.shared_source}."
     shared = write_dense(w, at, source, x, m.shared, bias=m.shared_bias, fused="")
     if not m.shared_gate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from intaglio.models.decoder.mixers import (
     ConvMixer,
     DeltaMixer,
@@ -17,7 +19,14 @@ from intaglio.program.source import parts_of
 
 
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
-    """Write the ops of the mixer `m` of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
+    """Add the ops of a layer's recurrent block or short convolution. Returns the result's tensor name [T, hidden].
+
+    Args:
+        w: writes the ops.
+        m: description of the block; its class decides which function here writes it.
+        i: number of the layer.
+        x: name of the input tensor.
+    """
     at, source = f"layers.{i}.{m.block}.", f"{w.d.prefix}layers.{i}.{m.block}."
     match m:
         case ConvMixer():
@@ -35,9 +44,14 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated short convolution. Returns the name of the result's tensor.
+    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n = w.b, w.d.hidden
     joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
@@ -49,9 +63,14 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba-2 block. Returns the name of the result's tensor.
+    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
     wide = inner + 2 * group
@@ -81,9 +100,15 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
+    """Add the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
 
-    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. y, gate: the input tensors.
+    Args:
+        w: writes the ops.
+        m: sizes of the block; with norm "" only the gate is added.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        y: name of the tensor that is gated and normed [T, heads * head_dim].
+        gate: name of the gate's tensor, of the same shape.
     """
     inner = m.heads * m.head_dim
     if m.norm != "first":
@@ -95,9 +120,14 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba block. Returns the name of the result's tensor.
+    """Add the ops of a Mamba block. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n = w.b, m.inner
     joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
@@ -122,31 +152,48 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated delta net. Returns the name of the result's tensor.
+    """Add the ops of a gated delta net. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
-    b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
-    y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
-    y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
-    q, k, v = w.views(y, {at + "q": key, at + "k": key, at + "v": value})
-    q, k = (b.op(Norm, f"{n}_norm", n, norm="l2", eps=1e-6, group=m.keys) for n in (q, k))
-    beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)")
-    _, log_decay = decay(w, at, source, step, m.heads)
+    b, value, separate = w.b, m.heads * m.values, m.stored == "separate"
+    if separate:
+        q, k, v, gate, beta, step = separate_inputs(w, m, at, source, x)
+    else:
+        key = m.key_heads * m.keys
+        y, gate, beta, step = (fused_inputs if m.stored == "fused" else inputs)(w, m, at, source, x)
+        y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
+        q, k, v = w.views(y, {at + "q": key, at + "k": key, at + "v": value})
+    q, k = (
+        b.op(Norm, f"{at}{n}_norm", y, norm="l2", eps=1e-6, group=m.keys) for n, y in zip("qk", (q, k), strict=True)
+    )
+    beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)" + (f" * {m.beta!r}" if m.beta != 1 else ""))
+    _, log_decay = decay(w, at, source, step, m.heads, width=m.heads * m.keys if m.by_key else 0, floor=m.floor)
     y = b.op(
         LinearAttention, at + "scan", q, k, v, b.state(at + "state", m.heads, m.keys, m.values), decay=log_decay,
         beta=beta, heads=m.heads, delta=True, scale=m.keys**-0.5,
     )  # fmt: skip
-    weight = w.weight(at + "norm", "weight", (m.values,), source + "norm")
-    y = b.op(Norm, at + "norm", y, weight=weight, eps=m.eps, group=m.values)
-    y = b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
-    return w.linear(at + "out_proj", y, w.d.hidden, value, source + "out_proj")
+    norm, out = ("o_norm", "o_proj") if separate else ("norm", "out_proj")
+    weight = w.weight(at + norm, "weight", (m.values,), source + norm)
+    y = b.op(Norm, at + norm, y, weight=weight, eps=m.eps, group=m.values)
+    y = b.op(Map, at + "gated", y, b=gate, expr=f"a * {m.gate}(b)")
+    return w.linear(at + out, y, w.d.hidden, value, source + out)
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Griffin block. Returns the name of the result's tensor.
+    """Add the ops of a Griffin block, with its gated linear recurrence. Returns the result's tensor name [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n, dim = w.b, m.width, m.width // m.heads
     y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
@@ -165,9 +212,14 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of lightning attention. Returns the name of the result's tensor.
+    """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor [T, hidden].
 
-    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
     y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
@@ -184,10 +236,17 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 
 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net. Returns a list of the names of four tensors.
+    """Add the input projections of a gated delta net. Returns a list of the names of four result tensors.
 
-    They are: q, k and v side by side; gate; beta; step. at, source: prefixes of the sites in the Program and of the
-    modules in the checkpoint. x: the input tensor.
+    They are: q, k and v side by side [T, 2 * key_heads * keys + heads * values]; the gate z [T, heads * values]; b,
+    which gives beta [T, heads]; and a, which gives the decay [T, heads].
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     value = m.heads * m.values
     widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
@@ -195,11 +254,18 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
+    """Add the input projections of a gated delta net whose checkpoint stores them in two weights (Qwen3-Next).
 
-    Returns a list of the names of four tensors: q, k and v side by side; gate; beta; step. Arguments are those of
-    inputs(). in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next head, and so
-    on; in_proj_ba has rows of beta and step in the same order of heads.
+    Returns the names of four result tensors, in a list, as inputs() does: q, k and v side by side; z; b; a. The weight
+    in_proj_qkvz has the rows of q, k, v and z of the first key head, then those of the next head, and so on; in_proj_ba
+    has the rows of b and a in the same order of heads.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -213,42 +279,118 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
     ]
 
 
-def decay(
-    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
-) -> tuple[str, str]:
-    """Write the op decay with the checkpoint's A_log and dt_bias. Returns the names of (step sizes, log decays).
+def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
+    """Add the input projections of a gated delta net whose checkpoint stores a matrix for each (OLMo Hybrid, Kimi).
 
-    Both tensors are [T, heads]. at, source: prefixes of the sites in the Program and of the tensors in the checkpoint.
-    step: the input tensor. low, high: limits of the step size; high 0: none.
+    Returns the names of six result tensors, in a list: q and k [T, key_heads * keys] and v [T, heads * values], after
+    their convolutions; the gate [T, heads * values]; b, which gives beta [T, heads]; and what gives the decay, [T,
+    heads], or [T, heads * keys] with m.by_key.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
     """
-    rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
-    bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
-    name = w.b.op(Decay, at + "step", step, rate, bias=bias, low=low, high=high)
+    hidden, key, value = w.d.hidden, m.key_heads * m.keys, m.heads * m.values
+    out, first = [], 0
+    for n, width in zip("qkv", (key, key, value), strict=True):
+        y = w.linear(f"{at}{n}_proj", x, width, hidden, f"{source}{n}_proj")
+        parts = held_in(m.conv_rows, range(first, first + width), [f"{source}{n}_conv1d.weight|m" for n in "qkv"])
+        out.append(convolved(w, f"{at}{n}_", f"{source}{n}_conv1d", y, width, m.taps, bias=False, sources=parts))
+        first += width
+    widths = {"g": value, "b": m.heads, "f" if m.by_key else "a": m.heads * (m.keys if m.by_key else 1)}
+    for n, width in widths.items():
+        if m.rank and n != "b":
+            y = w.linear(f"{at}{n}_a_proj", x, m.rank, hidden, f"{source}{n}_a_proj")
+            out.append(w.linear(f"{at}{n}_b_proj", y, width, m.rank, f"{source}{n}_b_proj"))
+        else:
+            out.append(w.linear(f"{at}{n}_proj", x, width, hidden, f"{source}{n}_proj"))
+    return out
+
+
+def held_in(lengths: Sequence[int], rows: range, sources: Sequence[str]) -> list[str]:
+    """The sources of `rows` of a matrix that files hold as several tensors, one below the other; a list.
+
+    lengths: rows of each tensor; (): the rows are a tensor of their own, and the result is []. sources: the tensors.
+    """
+    found, first = list[str](), 0
+    for source, n in zip(sources, lengths, strict=False):
+        start, stop = max(rows.start - first, 0), min(rows.stop - first, n)
+        if start < stop:
+            found.append(f"{source}|r{start}:{stop}/{n}")
+        first += n
+    return found
+
+
+def decay(
+    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0, width: int = 0,
+    floor: float = 0.0,
+) -> tuple[str, str]:  # fmt: skip
+    """Add the op Decay, which computes a recurrent block's step sizes dt and log decays -exp(A_log) * dt.
+
+    Returns the names of both results' tensors, (dt, log decays), each [T, heads] or [T, width]. A_log and dt_bias are
+    read from the checkpoint.
+
+    Args:
+        w: writes the op.
+        at: prefix of the op's name in the Program.
+        source: prefix of the tensors' names in the checkpoint.
+        step: name of the input tensor [T, heads]; dt is softplus(input + dt_bias).
+        heads: number of heads.
+        low: smallest dt; smaller ones become `low`.
+        high: largest dt; larger ones become `high`; 0: no limit.
+        width: columns of the input, if the heads have several each; 0: one each. Then A_log may have any shape.
+        floor: the least log decay, below 0, which a sigmoid bounds; 0: none.
+    """
+    rate = w.tensor(at + "rate", (heads,), source + "A_log" + ("|f" if width else ""), plain=True)
+    bias = w.tensor(at + "dt_bias", (width or heads,), source + "dt_bias", plain=True)
+    name = w.b.op(Decay, at + "step", step, rate, bias=bias, low=low, high=high, floor=floor)
     return name, f"{name}.decay"
 
 
 def convolved(
-    w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
-) -> str:
-    """Write a short convolution of `width` channels, and silu. Returns the name of the result's tensor.
+    w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None,
+    sources: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Add a short causal convolution over tokens and the activation silu. Returns the result's tensor name [T, width].
 
-    at: prefix of their sites in the Program. source: the convolution's module in the checkpoint. taps: tokens that the
-    convolution reads. part: (first channel, number of channels of the module), if `width` is not all of them.
+    Args:
+        w: writes the ops.
+        at: prefix of the ops' names in the Program.
+        source: name of the convolution's module in the checkpoint.
+        x: name of the input tensor [T, width].
+        width: number of channels, each convolved by itself.
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: True if the convolution has a bias.
+        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
-    y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
+    y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
 
 
 def short_conv(
-    w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
-) -> str:
-    """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
+    w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None,
+    sources: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Add a short causal convolution over tokens, with the state that it needs. Returns the result's tensor name.
 
-    source: the convolution's module in the checkpoint. taps: tokens that the convolution reads. part: (first channel,
-    number of channels of the module), if `width` is not all of them.
+    Args:
+        w: writes the op.
+        site: name of the op in the Program.
+        source: name of the convolution's module in the checkpoint.
+        x: name of the input tensor [T, width]; the result has the same shape.
+        width: number of channels, each convolved by itself.
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: True if the convolution has a bias.
+        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
-    weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)
+    found = sources or [f"{source}.weight|m" + (f"|r{cut}" if cut else "")]
+    weight = w.tensor(f"{site}.weight", (width, taps), found, plain=True)
     more = {}
     if bias:
         more["bias"] = w.tensor(f"{site}.bias", (width,), f"{source}.bias" + (f"|c{cut}" if cut else ""), plain=True)

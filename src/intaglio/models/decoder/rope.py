@@ -37,11 +37,17 @@ class Table:
 
 
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
-    """The rope settings of layers of type `kind`, as a Settings table in the form of the key `rope_parameters`.
+    """The rope settings of layers of one attention type, as a Settings table in the form of the key `rope_parameters`.
 
-    Older files have a key for the base (named by `theta`) and `rope_scaling` instead. If rope_scaling is set, it
-    replaces rope_parameters, as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling
-    overrides single keys of the table. scaled: False if rope_scaling does not apply to these layers.
+    Older files have a key for the base and `rope_scaling` instead. If rope_scaling is set, it replaces rope_parameters,
+    as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling overrides single keys of the
+    table.
+
+    Args:
+        c: the config.
+        kind: the attention type, such as sliding_attention; "" if the config has the same settings for all layers.
+        theta: the config's key of the base in older files.
+        scaled: False if rope_scaling does not apply to these layers.
 
     Raises PortError for settings that are missing or wrong.
     """
@@ -86,15 +92,19 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """(default context, longest context, True if contexts beyond the default have another rope table); both in tokens.
+    """Context lengths of a model in tokens, and whether they matter to its rope: (default, longest, has another table).
 
-    By type of scaling:
-    - YaRN: both are factor * original length, if that is more than max_position_embeddings.
-    - LongRoPE: the default is the original length, up to which its short factors apply. One Program has one table, and
-      the long factors would change short sequences too. The longest context is max_position_embeddings.
-    - Dynamic NTK: the default is the length without scaling; the longest context is factor times that.
-    - Linear: the default is max_position_embeddings; the longest context is factor times that.
-    - Otherwise, and for dynamic or linear scaling given per layer type, both are max_position_embeddings.
+    The third item, a bool, is True if a Program for more than the default context has another rope table, so that
+    results for short sequences differ too. n below is max_position_embeddings. By type of rope scaling:
+
+    - YaRN: default and longest are the larger of n and factor * original length; False.
+    - LongRoPE: the default is the original length, the longest is n. True if n is more: longer contexts take the long
+      factors instead of the short ones.
+    - Dynamic NTK: the default is n, the longest factor * n. True if that is more than n.
+    - Linear: the default is n, the longest factor * n; False.
+    - Otherwise, and for dynamic or linear scaling given per layer type: both are n; False.
+
+    Invalid numbers count as no scaling here; table() raises an error for them.
     """
     n = c.whole("max_position_embeddings")
     scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
@@ -118,12 +128,19 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 
 
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
-    """The rope Table for settings `p` (see parameters()) and a Program of `context` positions.
+    """The rope Table for a Program of `context` positions.
 
-    partial: True if the family may rotate only part of each head. LongRoPE's long factors are chosen if `context`
-    exceeds the pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by
-    the longest sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier
-    would have other frequencies than later ones.
+    LongRoPE's long factors are chosen if `context` exceeds the pretrained length; dynamic NTK's base is that of a
+    sequence of `context` tokens. transformers chooses by the longest sequence in the batch. Then a sequence's logits
+    would depend on the batch, and keys written earlier would have other frequencies than later ones.
+
+    Args:
+        c: the config.
+        p: rope settings, as parameters() returns them.
+        head_dim: columns of a head.
+        context: positions of the Program.
+        style: how rope pairs columns, "half" or "interleaved".
+        partial: True if the family may rotate only part of each head.
 
     Raises PortError for settings that are missing, wrong or not supported.
     """
@@ -174,12 +191,12 @@ def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of rope without scaling."""
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim)."""
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of linear scaling: all are divided by the scaling factor."""
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of linear scaling: those of _default() / factor."""
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 

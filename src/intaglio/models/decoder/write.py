@@ -11,8 +11,9 @@ from intaglio.models.decoder.altup import correct, end_streams, predict, scaled_
 from intaglio.models.decoder.attention import write_attention
 from intaglio.models.decoder.description import AltUp, Layer
 from intaglio.models.decoder.latent import write_latent
-from intaglio.models.decoder.mlp import write_dense, write_mixture
+from intaglio.models.decoder.mlp import write_beside, write_dense, write_mixture
 from intaglio.models.decoder.recurrent import write_mixer
+from intaglio.models.decoder.shared import write_shared
 from intaglio.models.decoder.writer import Writer
 from intaglio.ops import Embed, Linear, Map, Norm, Sample, Select, Sinusoid
 from intaglio.program import Program
@@ -24,17 +25,15 @@ def write(w: Writer) -> Program:
     Raises PortError for weights with act-order outside linears and experts, and for a wrong number of cache scales.
     """
     d, b = w.d, w.b
-    for name in sorted(
-        {layer.rope for layer in d.layers if layer.attention and (layer.beside or not layer.mixer)} - {""}
-    ):
+    for name in sorted({x.rope for x in d.layers if x.attention and (x.beside or not x.mixer or x.shared)} - {""}):
         b.const(f"{name}.frequencies", d.ropes[name].frequencies)
-    x = _embedding(w)
+    x = embedded = _embedding(w)
     inputs = _per_layer(w, x) if d.per_layer else ""
     if d.altup:
         _head(w, _streams(w, d.altup, inputs, x))
         return b.done()
     for i, layer in enumerate(d.layers):
-        x = _layer(w, i, layer, x)
+        x = _layer(w, i, layer, x, embedded)
         if inputs:
             x = b.op(Map, f"layers.{i}.per_layer.add", x, b=_per_layer_branch(w, i, inputs, x), expr="a + b")
         if d.layer_scalar:
@@ -45,10 +44,15 @@ def write(w: Writer) -> Program:
 
 
 def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
-    """Write the layers of a model with several residual streams (Gemma 3n), from the embeddings `x`.
+    """Add the ops of all layers of a model with several residual streams (Gemma 3n, see AltUp).
 
-    inputs: the per-layer inputs, whose branch is added to all streams but the first. Returns the name of the tensor
-    [R, hidden] that the head reads.
+    Returns the name of the tensor [R, hidden] that the head reads.
+
+    Args:
+        w: writes the ops.
+        altup: sizes of AltUp.
+        inputs: name of the tensor of per-layer inputs; in each layer its branch is added to all streams but the first.
+        x: name of the tensor of embeddings.
     """
     streams = start_streams(w, altup, x)
     for i, layer in enumerate(w.d.layers):
@@ -61,10 +65,14 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
 
 
 def _per_layer(w: Writer, x: str) -> str:
-    """Write the per-layer inputs of Gemma 3n and 4, [T, layers * per_layer]. Returns the name of their tensor.
+    """Add the ops that compute the per-layer inputs of Gemma 3n and 4. Returns the name of their tensor.
 
-    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings `x`.
-    Tokens beyond the second embedding have its first row.
+    The tensor is [T, layers * per_layer]: the sum of rows of a second embedding, chosen by the tokens, and of a normed
+    projection of the embeddings, times 1 / sqrt(2). Tokens beyond the second embedding have its first row.
+
+    Args:
+        w: writes the ops.
+        x: name of the tensor of embeddings.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
     source, missing = d.source(d.prefix + "embed_tokens_per_layer.weight"), max(0, d.vocabulary - d.per_layer_rows)
@@ -78,9 +86,16 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Write the branch of layer `i` that is gated with per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
+    """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
 
-    branch = norm(proj(activation(gate(x)) * columns)), with the layer's columns of the tensor `inputs`.
+    branch = norm(proj(activation(gate(x)) * the layer's columns of `inputs`)), [T, hidden]. The caller adds it to the
+    residual.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        inputs: name of the tensor that _per_layer() returned.
+        x: name of the tensor that the gate reads.
     """
     d, b, at, source, n = w.d, w.b, f"layers.{i}.per_layer.", f"{w.d.prefix}layers.{i}.", w.d.per_layer
     mine = b.view(at + "input", inputs, i * n, (i + 1) * n)
@@ -91,9 +106,10 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Write the embedding of tokens. Returns the name of the result's tensor.
+    """Add the ops that embed the tokens. Returns the name of the result's tensor [T, hidden].
 
-    As the model has them, embeddings of position and token type are added, and norm and projection follow.
+    If the model has them, position and token-type embeddings are added, and a norm and a projection to `hidden` columns
+    follow.
     """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")
@@ -127,14 +143,22 @@ def _root(w: Writer, width: int, table: str) -> float:
     return float(root if formats.get(format).grouped else formats.round_to(root, format))
 
 
-def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write one layer: attention, mixer or both, then the MLP, each if the layer has it, with norms and residuals.
+def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
+    """Add the ops of one layer: attention or recurrent block, then the MLP, with their norms and residual additions.
 
-    Returns the name of the result's tensor.
+    Returns the name of the result's tensor [T, hidden]. A part that the layer does not have is left out.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the tensor that the layer reads.
+        embedded: name of the tensor of embeddings, which a shared block reads; not used without one.
     """
     start = read = x
     if layer.attention:
-        read = w.layer_norm(i, "attn.norm", x)
+        read = write_shared(w, w.d.shared, i, layer, x, embedded) if w.d.shared and layer.shared else x
+        read = w.layer_norm(i, "attn.norm", read)
         y = w.layer_norm(i, "attn.post_norm", _attention(w, i, layer, read))
         x = w.add(f"layers.{i}.attn.add", read if w.d.normed_residual else x, y, layer.mix)
         if w.d.laurel:
@@ -147,14 +171,19 @@ def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
         x = read if w.d.normed_residual else x
     elif "mlp.norm" in w.d.norms:
         read = w.layer_norm(i, "mlp.norm", start)
-    y = w.layer_norm(i, "mlp.post_norm", _mlp(w, i, layer, read))
+    y = w.layer_norm(i, "mlp.post_norm", _mlp(w, i, layer, read, x))
     return w.layer_norm(i, "mlp.add_norm", w.add(f"layers.{i}.mlp.add", x, y, w.d.mlp_mix))
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Write the shortcut beside attention of layer `i`: x + norm(right(left(x))). Returns the name of its tensor.
+    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of its tensor.
 
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        x: name of the tensor that attention reads too.
     """
     at, source, d = f"layers.{i}.laurel.", f"{w.d.prefix}layers.{i}.laurel.", w.d
     y = w.linear(at + "left", x, d.laurel, d.hidden, source + "linear_left")
@@ -164,9 +193,15 @@ def _laurel(w: Writer, i: int, x: str) -> str:
 
 
 def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the attention of a layer, latent or grouped-query, and the mixer that replaces it or is added to it.
+    """Add the ops of a layer's attention, or of its recurrent block if it has one. Returns the result's tensor name.
 
-    Returns the name of the result's tensor.
+    A layer with `beside` has both, and the result is their weighted sum.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the tensor that they read, after its norm.
     """
     if layer.mixer:
         y = write_mixer(w, layer.mixer, i, x)
@@ -177,19 +212,33 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     return write_latent(w, w.d.latent, i, layer, x) if w.d.latent else write_attention(w, i, layer, x)
 
 
-def _mlp(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write a layer's MLP, dense or a mixture of experts. Returns the name of the result's tensor."""
-    d = w.d
-    if layer.sparse and d.mixture:
-        return write_mixture(w, d.mixture, i, x)
+def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
+    """Add the ops of a layer's MLP or, in a sparse layer, its mixture of experts or both. Returns the result's name.
+
+    Args:
+        w: writes the ops.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the tensor that they read, after its norm.
+        residual: name of the tensor that the result is added to.
+    """
+    d, m = w.d, w.d.mixture if layer.sparse else None
+    if m and not m.beside:
+        return write_mixture(w, m, i, x)
     at, source, width = f"layers.{i}.mlp.", f"{d.prefix}layers.{i}.{d.block}.", layer.width or d.intermediate
-    return write_dense(w, at, source, x, width, d.mlp_bias, sparsity=layer.sparsity)
+    y = write_dense(w, at, source, x, width, d.mlp_bias, sparsity=layer.sparsity)
+    return write_beside(w, m, i, residual, y) if m else y
 
 
 def _head(w: Writer, x: str) -> None:
-    """Write final norm, the dense layer before the head, logits, softcap and sampling, of the rows `x` [R, hidden].
+    """Add the ops from the last layer to the sampled tokens: final norm, output head, softcap and sampling.
 
-    Returns nothing.
+    Models with a dense layer before the head get its ops too. Returns nothing; the outputs are named logits,
+    next_tokens and logprobs.
+
+    Args:
+        w: writes the ops.
+        x: name of the tensor [R, hidden] of the rows whose logits are wanted.
     """
     d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
     if d.final_norm:

@@ -16,15 +16,18 @@ from intaglio.program.source import names
 
 
 class Writer:
-    """Program builder with methods for the parts of a Decoder's layers. Most return the name of the tensor they add.
+    """Builds the Program of a Decoder: adds weights, linears, norms and other parts of its layers.
+
+    Most methods add an op or a weight and return the name of the tensor that it yields. A site is the name of an op in
+    the Program, such as layers.3.mlp.down_proj.
 
     Args:
         d: the model's description.
         name: name of the Program.
         context: positions to compile for.
         format: function from a checkpoint tensor's name to the number format it is stored in.
-        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or
-            to "" if it has none.
+        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or to "" if
+            it has none.
     """
 
     def __init__(
@@ -37,36 +40,60 @@ class Writer:
         self.cache = d.cache or ("f32" if format(names(table)[0]) == "f32" else "bf16")
 
     def weight(self, site: str, what: str, shape: tuple[int, ...], source: str) -> str:
-        """Add the weight or bias (`what`) of the checkpoint module `source` as a weight of `site`. Returns its name."""
+        """Add the weight or bias of a module as a weight of the Program. Returns the weight's name, SITE.WHAT.
+
+        Args:
+            site: name of the op that reads it.
+            what: "weight" or "bias".
+            shape: shape of the weight.
+            source: name of the module in the checkpoint, in Llama's terms (see Decoder.source()).
+        """
         found = self.d.source(f"{source}.{what}")
         return self.b.weight(f"{site}.{what}", shape, found, self.format(names(found)[0]))
 
-    def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
-        """Add a weight whose source is in the notation of program/source.py. Returns its name.
+    def tensor(self, name: str, shape: tuple[int, ...], source: str | Sequence[str], plain: bool = False) -> str:
+        """Add a tensor of the checkpoint as a weight of the Program, under `name`. Returns `name`.
 
-        plain: True if quantised weights become bf16, for an op that takes no quantised ones. Raises PortError for a
-        weight with act-order.
+        Args:
+            name: the weight's name in the Program.
+            shape: its shape.
+            source: the checkpoint tensor and how to cut it, in the notation of program/source.py; or several, whose
+                rows follow each other.
+            plain: True if a quantised tensor becomes bf16, for an op that takes no quantised weight.
+
+        Raises PortError for a tensor with act-order, whose columns are in an order of their own.
         """
-        source = self.d.source(source)
-        if ordered := [n for n in names(source) if self.order(n)]:
+        found = [self.d.source(s) for s in ([source] if isinstance(source, str) else source)]
+        if ordered := [n for s in found for n in names(s) if self.order(n)]:
             raise PortError(
                 f"{ordered[0]}: act-order (columns in an order of their own) is supported for linears and experts only"
             )
-        format = self.format(names(source)[0])
-        return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
+        format = self.format(names(found[0])[0])
+        return self.b.weight(name, shape, found, "bf16" if plain and formats.get(format).grouped else format)
 
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
-        """Add all experts' matrices as one weight [experts, rows, columns] (`shape`). Returns its name.
+        """Add the matrices of all experts as one weight of the Program [experts, rows, columns]. Returns `name`.
 
-        If the matrices have column orders (act-order), add those with orders().
+        If the columns of the matrices are reordered (act-order), add their orders with orders().
+
+        Args:
+            name: the weight's name in the Program.
+            shape: its shape.
+            source: the matrices' checkpoint tensors, in the notation of program/source.py.
         """
         source = self.d.source(source)
         return self.b.weight(name, shape, source, self.format(names(source)[0]))
 
     def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
-        """Add the column orders [experts, columns] (act-order) of stacks that multiply the same input, as one weight.
+        """Add the column orders (GPTQ's act-order) of the experts' matrices as one i32 weight [experts, columns].
 
-        Returns its name; None if the stacks have no such orders. Raises PortError if their orders differ.
+        Returns the weight's name; None if the matrices have no such orders. All stacks in `sources` multiply the same
+        input, so their orders must be equal; raises PortError if they differ.
+
+        Args:
+            name: the weight's name.
+            shape: (experts, columns).
+            sources: the sources of the stacks of matrices, such as those of gate and up, in Llama's names.
         """
         sources = tuple(map(self.d.source, sources))
         runs = [[self.order(n) for n in names(source)] for source in sources]
@@ -83,9 +110,16 @@ class Writer:
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
-        """Add the scales of layer `i`'s K/V cache, if the model has any: {k_scale: name, v_scale: name}; else {}.
+        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}.
 
-        heads: K/V heads. Raises PortError for another number of scales than one, or one per head.
+        The result is {} if the cache has no scales.
+
+        Args:
+            i: number of the layer.
+            at: prefix of the constants' names.
+            heads: K/V heads of the layer.
+
+        Raises PortError for another number of scales than one, or one per head.
         """
         out = {}
         for field, values in zip(("k_scale", "v_scale"), self.d.cache_scales.get(i, ()), strict=False):
@@ -97,24 +131,41 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Write a [rows of x, 1] tensor filled with the one value of checkpoint tensor `source`. Returns its name."""
+        """Add a tensor [rows of x, 1] whose rows all hold the one value of a checkpoint tensor. Returns its name.
+
+        Args:
+            site: name of the op.
+            x: name of a tensor with as many rows as are wanted.
+            source: name of the checkpoint tensor.
+        """
         zeros = self.b.op(Map, f"{site}.zeros", self.b.view(f"{site}.column", x, 0, 1), expr="a * 0.0")
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
-    def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
-        """Write a linear of tensor `x` with the weight [rows, cols] of the module `source`. Returns the result's name.
+    def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False, shared: str = "") -> str:
+        """Add a linear: x times a module's weight transposed, plus its bias if any. Returns the result's tensor name.
 
-        bias: True if the module has a bias, which is added.
+        Args:
+            site: name of the op.
+            x: name of the input tensor [T, cols].
+            rows: columns of the result.
+            cols: columns of x.
+            source: name of the module in the checkpoint, in Llama's terms.
+            bias: True if the module has a bias.
+            shared: site that names the weight and the bias, if several linears have the same; "": `site`.
         """
-        w = self.weight(site, "weight", (rows, cols), source)
-        b = self.weight(site, "bias", (rows,), source) if bias else None
+        w = self.weight(shared or site, "weight", (rows, cols), source)
+        b = self.weight(shared or site, "bias", (rows,), source) if bias else None
         x = self.in_order(site, x, cols, f"{source}.weight")
         return self.b.op(Linear, site, x, w, bias=b, x_format=self.x_format(w))
 
     def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
-        """Write a linear whose weight is joined from `sources`: parts of one module's weight, `rows` rows in all.
+        """Add a linear whose weight is joined from parts of one module's weight. Returns the result's tensor name.
 
-        Returns the name of the result's tensor.
+        Args:
+            site: name of the op.
+            x: name of the input tensor [T, hidden].
+            rows: rows of all parts together: columns of the result.
+            sources: the parts, in the notation of program/source.py.
         """
         found = [self.d.source(source) for source in sources]
         w = self.b.weight(f"{site}.weight", (rows, self.d.hidden), found, self.format(names(found[0])[0]))
@@ -122,10 +173,16 @@ class Writer:
         return self.b.op(Linear, site, x, w, x_format=self.x_format(w))
 
     def in_order(self, site: str, x: str, cols: int, source: str) -> str:
-        """Write a permutation of the columns of x into the order that the weight `source` has (GPTQ's act-order).
+        """Add an op that reorders the columns of x as the columns of a weight are stored (GPTQ's act-order).
 
-        Returns the name of the result; x itself if the weight has no such order. Weights that read the same x in the
-        same order share one op.
+        Returns the name of the result; x itself if the weight's columns are not reordered. Weights that read the same x
+        in the same order share one op.
+
+        Args:
+            site: name of the op that reads the weight.
+            x: name of the tensor.
+            cols: columns of x.
+            source: name of the weight in the checkpoint.
         """
         order = self.order(names(self.d.source(source))[0])
         if order and (x, order) not in self.permuted:
@@ -140,32 +197,46 @@ class Writer:
         """
         return x_format(self.b.tensors[w].format, exact=True)
 
-    def norm(self, site: str, x: str, width: int, source: str, group: int = 0) -> str:
-        """Write a norm of tensor `x`, of the kind that the model uses. Returns the name of the result's tensor.
+    def norm(self, site: str, x: str, width: int, source: str, group: int = 0, shared: str = "") -> str:
+        """Add a norm of the kind that the model uses (Decoder.norm). Returns the name of the result's tensor.
 
-        width: number of the norm's weights. source: its module in the checkpoint. group: columns of each group that is
-        normed by itself; 0: the whole row.
+        Args:
+            site: name of the op.
+            x: name of the input tensor.
+            width: number of the norm's weights.
+            source: name of the norm's module in the checkpoint.
+            group: columns of each group that is normed by itself; 0: the whole row.
+            shared: site that names the weight, if several norms have the same; "": `site`.
         """
-        d = self.d
-        w = self.weight(site, "weight", (width,), source) if d.norm_weight else None
-        bias = self.weight(site, "bias", (width,), source) if d.norm_bias else None
+        d, held = self.d, shared or site
+        w = self.weight(held, "weight", (width,), source) if d.norm_weight else None
+        bias = self.weight(held, "bias", (width,), source) if d.norm_bias else None
         return self.b.op(Norm, site, x, weight=w, bias=bias, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
 
     def layer_norm(self, i: int, which: str, x: str) -> str:
-        """Write the norm at site `which` of layer i.
+        """Add one of a layer's norms. Returns the name of the result's tensor; x itself if the layer has no such norm.
 
-        Returns the name of the result's tensor; x itself if there is no norm.
+        Args:
+            i: number of the layer.
+            which: the norm, such as attn.norm or mlp.post_norm (see PRE in description.py).
+            x: name of the input tensor.
         """
         source = self.d.norms.get(which) if which not in self.d.layers[i].without else None
         at = f"{self.d.prefix}layers.{i}.{source}"
         return self.norm(f"layers.{i}.{which}", x, self.d.hidden, at) if source else x
 
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
-        """Write linears that read the same x. Returns a list of the names of their results' tensors.
+        """Add several linears that read the same x, such as q, k and v. Returns a list of their results' tensor names.
 
-        at, source: prefixes of their sites in the Program and of their modules in the checkpoint. widths: {name of the
-        linear: columns of its result}. If the checkpoint stores the linears fused as `fused`, one linear is written,
-        and a view of its result for each.
+        If the checkpoint stores them as one module, one linear is added, and a view of its result for each.
+
+        Args:
+            at: prefix of the ops' names in the Program.
+            source: prefix of the modules' names in the checkpoint.
+            x: name of the input tensor.
+            widths: {name of a linear: columns of its result}, in order.
+            fused: name of the module that may hold them all, such as qkv_proj; Decoder.fused says whether it does.
+            bias: True if the linears have biases.
         """
         if fused not in self.d.fused:
             return [self.linear(at + n, x, w, self.d.hidden, source + n, bias) for n, w in widths.items()]
@@ -173,7 +244,12 @@ class Writer:
         return self.views(base, {at + n: w for n, w in widths.items()})
 
     def views(self, base: str, widths: Mapping[str, int]) -> list[str]:
-        """Add views of consecutive runs of columns of `base`, given as {name: width}. Returns a list of their names."""
+        """Add views of consecutive runs of a tensor's columns, from column 0 on. Returns a list of the views' names.
+
+        Args:
+            base: name of the tensor.
+            widths: {name of a view: its columns}, in order.
+        """
         out, start = [], 0
         for name, width in widths.items():
             out.append(self.b.view(name, base, start, start + width))
@@ -181,13 +257,24 @@ class Writer:
         return out
 
     def scaled(self, site: str, x: str, by: float) -> str:
-        """Write x times the number `by`. Returns the name of the result's tensor; x itself if `by` is 1."""
+        """Add an op that multiplies a tensor by a number. Returns the result's tensor name; x itself if `by` is 1.
+
+        Args:
+            site: name of the op.
+            x: name of the tensor.
+            by: the number.
+        """
         return x if by == 1 else self.b.op(Map, site, x, expr=f"a * {by!r}")
 
     def add(self, site: str, x: str, branch: str, mix: tuple[float, float] = (1.0, 1.0)) -> str:
-        """Write the sum of the residual x and a branch. Returns the name of its tensor.
+        """Add an op that adds a branch (attention or an MLP) to the residual. Returns the name of the sum's tensor.
 
-        mix: factors of x and branch; (1, 1): the branch is multiplied by the model's residual_scale.
+        Args:
+            site: the op's name.
+            x: name of the residual's tensor.
+            branch: name of the branch's tensor.
+            mix: (a, b) for a * x + b * branch. With the default (1, 1) the sum is x + residual_scale * branch, where
+                residual_scale is the Decoder's; other pairs replace it.
         """
         if mix != (1.0, 1.0):
             return self.b.op(Map, site, x, b=branch, expr=f"a * {mix[0]!r} + b * {mix[1]!r}")

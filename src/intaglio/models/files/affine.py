@@ -123,10 +123,17 @@ def _family(bits: int) -> str:
 
 
 def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, group: int, bias: str) -> Coded:
-    """The matrix (Coded) of MLX's module `base` in MXFP4, MXFP8 or NVFP4 without a factor.
+    """The matrix (Coded) of one MLX module with floating-point codes: MXFP4, MXFP8, or NVFP4 without a tensor scale.
 
-    Codes are packed in words, scales are U8. bits, group: bits of a code, and codes that share a scale. bias: not used,
-    as these formats have no biases.
+    Codes are packed in 32-bit words NAME.weight; NAME.scales are U8.
+
+    Args:
+        stored: contents of the checkpoint's files.
+        base: the module's name.
+        shape: (rows, columns) of the matrix.
+        bits: bits of a code: 8 for MXFP8, else 4.
+        group: number of codes that share a scale: 16 for NVFP4, else 32.
+        bias: not used; the argument that _affine_rows() needs.
     """
     codes, scale = base + ".weight", base + ".scales"
     parts, e4m3 = {codes: Part(), scale: Part()}, ml_dtypes.float8_e4m3fn

@@ -32,12 +32,18 @@ KINDS = ("nf4", "fp4")
 
 
 def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of a bitsandbytes checkpoint, as {name: Coded}.
+    """The quantised matrices of a bitsandbytes checkpoint, as {name of the weight: Coded}.
 
-    Codes are kept. LLM.int8: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4: nf4gN and fp4gN; a matrix with
-    another codebook, or whose rows and blocks have no common divisor that is a multiple of 32, becomes bf16, rounded to
-    nearest, as bitsandbytes dequantises them for products in bf16. q: the quantisation settings. Raises PortError for a
-    state that is not complete, codes tiled for a GPU, and a checkpoint without quantised matrices.
+    LLM.int8: I8 codes [N, K] times SCB / 127 of the row, kept as int8rowf32. NF4 and FP4: codes are kept, in format
+    nf4gN or fp4gN with groups of N values. A matrix becomes bf16, rounded to nearest, in two cases: its codebook is not
+    the usual one, or no group length fits both its rows and its blocks (see run_within()).
+
+    Args:
+        stored: contents of the checkpoint's files.
+        q: the quantisation settings; not read, since the tensors say everything.
+
+    Raises PortError for a quant_state that is not complete, codes tiled for a GPU, and a checkpoint without quantised
+    matrices.
     """
     out: dict[str, Coded] = {}
     for kind in KINDS:
@@ -70,11 +76,18 @@ def _eight_bits(stored: Stored, base: str) -> Coded:
 
 
 def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
-    """The NF4 or FP4 matrix `name` (Coded), which has two codes in each byte, the higher nibble first, row by row.
+    """The NF4 or FP4 matrix of bitsandbytes called `name`, as a Coded.
 
-    quant_map F32 [16] has the values of the codes, and absmax F32 a factor for each block of codes. Or absmax is
-    quantised too: U8 indices into nested_quant_map F32 [256], whose values are multiplied by nested_absmax F32 of each
-    nested block, plus an offset in the state. Raises PortError for tensors that are missing or do not fit.
+    `name` holds two codes in each byte, the higher nibble first, row by row. quant_map F32 [16] has the values of the
+    codes, and absmax F32 a factor for each block of codes. If the factors are quantised too, absmax is U8, and a factor
+    is nested_quant_map[absmax] * nested_absmax of its nested block + nested_offset. The block sizes and nested_offset
+    are in the quant_state, a JSON object in a tensor of its own. Raises PortError for tensors that are missing or do
+    not fit.
+
+    Args:
+        stored: contents of the checkpoint's files.
+        name: the weight's name.
+        kind: nf4 or fp4.
     """
     at = name + STATE + kind
     state = json.loads(bytes(stored.read(at)))

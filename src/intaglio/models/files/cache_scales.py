@@ -38,17 +38,18 @@ class CacheScales:
 def read_cache_scales(
     names: Iterable[str], read: Callable[[str], np.ndarray], q: Settings, prefix: str, coded: bool
 ) -> CacheScales:
-    """Read the scales of a checkpoint's E4M3 K/V cache and return them as CacheScales.
+    """Read the scales of a checkpoint's E4M3 K/V cache and return them as CacheScales, which is empty without any.
 
     A layer with a scale of keys or of values alone takes it for both, and a scale of 0 or less counts as 1, as in vLLM.
-    Raises CheckpointError for a scale that is not finite.
+    CacheScales.asked_by is set only if the checkpoint has such scales or quantised matrices; settings beside plain
+    weights are not followed. Raises CheckpointError for a scale that is not finite.
 
     Args:
         names: names of the checkpoint's tensors.
         read: function from a name to the tensor.
         q: the settings that say how matrices are quantised.
         prefix: prefix of the names of the decoder's tensors.
-        coded: True if the checkpoint has quantised matrices. Without any, and without scales, `asked_by` is "".
+        coded: True if the checkpoint has quantised matrices.
     """
     found: dict[int, dict[str, tuple[float, ...]]] = {}
     out = CacheScales()

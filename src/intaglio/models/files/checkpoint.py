@@ -44,9 +44,14 @@ GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metada
 
 
 def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | None:
-    """Find NaN and infinite values in `x`. Returns (index of the first, number of them); None if there are none.
+    """Find NaN and infinite values in an array. Returns (index, count), or None if there are none.
 
-    dtype: the stored type of x. Types other than F32, BF16 and F16 are not checked; the result is then None.
+    index: the first such value's index, a tuple with one int per dimension. count: number of such values.
+
+    Args:
+        x: the array.
+        dtype: the type in which it is stored. Types other than F32, BF16 and F16 are not checked; the result is then
+            None.
     """
     if dtype not in EXPONENTS:
         return None
@@ -203,9 +208,10 @@ class Checkpoint:
         return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the tensor's values: in runs of rows if its format is quantised, else all at once.
+        """Yield the contents of a tensor in runs of rows, so that decoding takes less memory.
 
-        The runs bound the memory that decoding takes.
+        A tensor in a quantised format is yielded as one Quantised for each run of consecutive rows. Any other tensor is
+        yielded whole, as read() returns it.
         """
         c = self.coded.get(name)
         if c is None or not formats.get(c.format).grouped:

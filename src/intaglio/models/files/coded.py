@@ -24,17 +24,20 @@ class Part:
     """How one stored tensor (codes, scales or zeros) maps to the rows of a matrix.
 
     Attributes:
-        axis: the tensor's axis that runs along the matrix's first dimension; None: all rows need the whole tensor.
-        each: number of matrix rows per index of `axis`.
+        axis: the tensor's axis that runs along the matrix's rows (its first dimension); None: any rows need the whole
+            tensor.
+        each: number of matrix rows that one index of `axis` stands for, such as 8 if each word has the codes of 8 rows.
     """
 
     axis: int | None = 0
     each: int = 1
 
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
-        """The part of the stored tensor `x` that belongs to the matrix rows `rows`, as a view.
+        """The part of a stored tensor that some rows of the matrix need, as a view; the whole tensor if `axis` is None.
 
-        All of `x` if the part has no axis. Ends of `rows` are multiples of `each`, or the matrix's end.
+        Args:
+            x: the stored tensor.
+            rows: the matrix rows. Start and stop must be multiples of `each`; stop may also be the number of rows.
         """
         if self.axis is None:
             return x
@@ -49,7 +52,7 @@ class Coded:
         format: number format of the decoded matrix.
         shape: shape of the decoded matrix.
         parts: the stored tensors by name, and how each maps to the rows.
-        decode: function that returns all rows or a slice of them, from a Reader of the same slice of each part.
+        decode: function from a Reader to decoded rows. The Reader gives, for each part, the values of the same rows.
         turned: True if the arrays stand for the transposed matrix, as in formats.Quantised.
         whole: number of rows that can only be decoded together.
         order: name of the act-order permutation of the columns (g_idx), or "".
@@ -69,10 +72,12 @@ class Coded:
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
-        """Read and decode the matrix, or a slice of its rows, and return its values or codes.
+        """Read and decode the matrix or some of its rows. Returns a Quantised; an array if the format is plain (bf16).
 
-        rows: start and stop are multiples of `step`, or the end. reader: function from a
-        stored tensor's name to its values.
+        Args:
+            reader: function from a stored tensor's name to its values.
+            rows: the rows to decode; None: all. Start and stop must be multiples of self.step; stop may also be the
+                number of rows.
         """
         run = rows or slice(0, self.shape[0])
         value = self.decode(lambda name: self.parts[name].cut(reader(name), run))
@@ -124,8 +129,11 @@ def as_scales(x: np.ndarray) -> np.ndarray:
 def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
     """The MXFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], and E8M0 scales [.., N, K / 32].
 
-    exponents: the scales, powers of two stored as exponents (uint8). Codes are stored as whole numbers, twice the E2M1
-    value, so scales are half the powers of two.
+    A Quantised holds whole numbers, so its codes are twice the E2M1 values, and its scales half the stored ones.
+
+    Args:
+        bytes: the codes.
+        exponents: the scales, powers of two stored as exponents (uint8).
     """
     return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
 
@@ -133,7 +141,13 @@ def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
 def e2m1_factored(bytes: np.ndarray, scales: np.ndarray, factor: np.ndarray) -> Quantised:
     """The NVFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
 
-    factor: one float32 number that multiplies all scales. Codes are twice the value, so scales and factor are half.
+    A value is E2M1 value * scale * factor. A Quantised holds whole numbers, so its codes are twice the E2M1 values;
+    half of `factor` is multiplied into its scales in return.
+
+    Args:
+        bytes: the codes.
+        scales: the scales.
+        factor: one float32 number that multiplies all scales.
     """
     half = np.float32(0.5) * factor.astype(np.float32).reshape(-1)[0]
     units = np.full((*scales.shape[:-1], 1), half, np.float32)
@@ -177,19 +191,24 @@ def scaled_format(kind: str, group: int, dtype: str) -> str:
 
 
 def run_within(columns: int, block: int) -> int:
-    """Length of the groups into which blocks of `block` values of a flattened matrix [N, columns] are cut.
+    """Length of groups of columns such that all values of a group have the same scale, an int; 0 if there is none.
 
-    It is the largest multiple of 32, at most 1024 (CHUNK), that divides both numbers; 0 if there is none. Then each
-    group lies in one row and in one block. block: 0 for values that are not next to each other; the result is 0.
+    In the stored matrix [N, columns], flattened, each `block` consecutive values share a scale, so a block may begin
+    within a row. The result is the largest multiple of 32, at most 1024 (CHUNK), that divides both `columns` and
+    `block`. `block` is 0 if the values that share a scale are not consecutive; the result is then 0.
     """
     both = gcd(columns, block) if block else 0
     return next((run for run in range(formats.CHUNK, 0, -32) if both and both % run == 0), 0)
 
 
 def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The values of blocks of a flattened matrix as those of its groups, [N, K / group].
+    """Scales by block, repeated to scales by group of columns: an array [N, K / group].
 
-    values: one per block of `block` elements, in order. group: a divisor of `block` and of K. shape: (N, K).
+    Args:
+        values: a scale (or zero) for each block of `block` consecutive values of the flattened matrix, in order.
+        block: values of a block.
+        group: values of a group, a divisor of `block` and of K (see run_within()).
+        shape: (N, K).
     """
     count = shape[0] * shape[1] // group
     return np.repeat(values.reshape(-1), block // group)[:count].reshape(shape[0], -1)
@@ -206,12 +225,20 @@ def by_group(groups: np.ndarray) -> np.ndarray:
 def find_order(
     stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]
 ) -> str:
-    """Name of the act-order permutation that sorts a matrix's columns by group; "" if they are sorted already.
+    """Name of the tensor with the permutation that sorts a matrix's columns by group (GPTQ's act-order), a str.
 
-    index: the stored tensor with each column's group; if there is none, columns are sorted. Matrices that multiply the
-    same input were ordered by the same activations, so equal orders share the name of the first one, which `known`
-    records. The matrix's own order is also added to `out` as `name`, for stacks of matrices. Raises PortError if groups
-    are not all of size `group`.
+    Returns "" if the columns are sorted, or if there is no tensor `index`. Matrices that multiply the same input have
+    equal permutations. So if an equal one was found before, the result is its name instead of `name`, and a port
+    permutes their input only once. If there is a tensor `index`, the permutation is also added to `out` as `name`, for
+    stacks of experts' matrices. Raises PortError if groups are not all of size `group`.
+
+    Args:
+        stored: contents of the checkpoint's files.
+        index: name of the stored tensor with each column's group (g_idx).
+        name: name of this matrix's permutation.
+        group: columns of a group.
+        known: {bytes of a tensor of groups: name of its permutation}; a new one is added.
+        out: the checkpoint's decoded tensors by name.
     """
     if index not in stored.dtypes:
         return ""

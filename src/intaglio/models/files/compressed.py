@@ -207,9 +207,12 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 
 
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Codes as uint8 [.., count], counted from the format's lowest value. x: packed words (int32) or signed bytes.
+    """Integer codes shifted so that the lowest possible one is 0 (signed code + 2^(bits - 1)), as uint8 [.., count].
 
-    bits: bits of a code. count: number of codes in a row; used for packed words.
+    Args:
+        x: codes as stored: packed 32-bit words, whose codes are shifted already, or signed bytes.
+        bits: bits of a code.
+        count: number of codes in a row; not used for bytes.
     """
     return fields(x, bits, count) if x.dtype == np.int32 else x.view(np.uint8) + np.uint8(1 << (bits - 1))
 
@@ -217,8 +220,14 @@ def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
 def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: dict[str, Coded]) -> Coded:
     """The integer matrix (Coded) of module `base`: packed words (weight_packed) or signed bytes (weight).
 
-    Codes have up to 8 bits, and are kept in 4 or 8. known, out: column orders found so far and the dict of matrices, to
-    which this one's order is added by find_order(). Raises PortError if the tensors do not fit the scheme.
+    Codes of up to 4 bits are kept in 4, others in 8. Raises PortError if the tensors do not fit the scheme.
+
+    Args:
+        stored: contents of the checkpoint's files.
+        base: the module's name.
+        s: bits, group size and symmetry.
+        known: column orders found so far, for find_order(), which adds this matrix's order.
+        out: the checkpoint's decoded tensors by name; find_order() adds this matrix's column order.
     """
     bits, group = s.bits, s.group
     packed = base + ".weight_packed" in stored.dtypes

@@ -111,8 +111,14 @@ def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The MXFP4 matrices of a checkpoint stored as gpt-oss does, as {name: Coded}.
 
     name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K / 32]
-    has powers of two with a bias of 127. Each Coded is `turned` and has the shape [E, K, N], in which these matrices
-    are published without quantisation. Raises PortError for name_blocks of another shape.
+    has powers of two with a bias of 127. The shape of each Coded is [E, K, N], as these matrices have it in checkpoints
+    without quantisation. `turned` is True: the arrays stay [E, N, K], those of the transposed matrices.
+
+    Args:
+        stored: contents of the checkpoint's files.
+        q: the quantisation settings; not read.
+
+    Raises PortError for name_blocks of another shape.
     """
     out = {}
     for base in bases(stored, "_blocks"):

@@ -196,16 +196,20 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 
 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
-    """Number of columns that share a scale; -1: one scale per row.
+    """Number of columns that share a scale, an int; -1 if each row has one scale.
 
-    It is the first of these that there is:
+    It is the config's group_size or, if the config names none, the size of the largest group in g_idx or, without
+    g_idx, `k` divided by the number of scales. If it does not fit the number of scales and the file has g_idx, that of
+    g_idx is taken instead.
 
-    - the config's group_size (`named`), if it fits the number of scales;
-    - the size of the largest group in g_idx;
-    - if the config names no size, the number of columns `k` divided by the number of scales.
+    Args:
+        stored: contents of the checkpoint's files.
+        base: the module's name.
+        k: number of columns.
+        named: the config's group_size; None: it names none.
 
-    Raises PortError if the file has no scales or zeros, if the size does not fit the number of scales, or if it is
-    neither a multiple of 32 up to CHUNK nor a whole row.
+    Raises PortError if the file has no scales or zeros, if no size fits the number of scales, or if the size is neither
+    a multiple of 32 up to CHUNK nor a whole row.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:
@@ -240,9 +244,19 @@ def _add(
 ) -> None:  # fmt: skip
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
-    group: columns that share a scale and a zero; -1: the whole row. codes, zeros: functions that decode them. parts:
-    the stored tensors that they read. known: argument of find_order(), the column orders found so far. Raises PortError
-    for a column order with groups of other sizes.
+    Args:
+        stored: contents of the checkpoint's files.
+        base: the module's name.
+        shape: shape of the matrix.
+        group: columns that share a scale and a zero; -1: the whole row.
+        bits: bits of a code.
+        codes: function from a Reader to the codes.
+        zeros: function from a Reader to the zeros.
+        parts: the stored tensors that these functions read, by the ends of their names.
+        known: column orders found so far, for find_order(), which adds this matrix's order.
+        out: the checkpoint's decoded tensors by name.
+
+    Raises PortError for a column order with groups of other sizes.
     """
     order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
     format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])

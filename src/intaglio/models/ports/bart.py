@@ -154,9 +154,14 @@ def bigbird_pegasus(c: Config, context: int) -> Decoder:
 def row(
     kind: str, architecture: str, models: str, describe: Callable[[Config, int], Decoder], **defaults: Any
 ) -> Family:
-    """The Family (row of the table) of a decoder of the model type `kind`.
+    """The Family of an encoder-decoder model like BART, whose decoder alone is ported: its entry in FAMILIES.
 
-    `defaults`: defaults of config keys that differ from BART's.
+    Args:
+        kind: model_type in config.json.
+        architecture: name in config.json.
+        models: the released models of this architecture.
+        describe: function (Config, context length in tokens) -> Decoder.
+        defaults: defaults of config keys that differ from BART's.
     """
     positions = () if describe not in (pegasus, marian) else ("model.decoder.embed_positions.",)  # computed here
     return Family(

@@ -216,7 +216,16 @@ def xlm_roberta_xl(c: Config, context: int) -> Decoder:
 
 
 def row(architecture: str, kind: str, models: str, describe: Any, defaults: dict[str, Any], prefix: str) -> Family:
-    """The Family (row of the table) of a BERT-like architecture. `prefix`: the module of the encoder."""
+    """The Family of a model like BERT that runs as a decoder: its entry in FAMILIES.
+
+    Args:
+        architecture: name in config.json.
+        kind: model_type in config.json.
+        models: the released models of this architecture.
+        describe: function (Config, context length in tokens) -> Decoder.
+        defaults: values of config keys that config.json may leave out.
+        prefix: name of the encoder's module, with which tensor names begin.
+    """
     return Family(
         architecture, models, defaults, describe, model_types=(kind,), prefixes=(f"{prefix}.",),
         tops=("embeddings.word_embeddings",), prepare=numbered if defaults["pad_token_id"] == 1 else None,

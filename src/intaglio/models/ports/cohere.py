@@ -48,9 +48,11 @@ def cohere(c: Config, context: int) -> Decoder:
 
 
 def cohere2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the mixture of experts of Cohere 2: dense first layers, which may all have rope.
+    """The Decoder that describes Cohere 2 with a mixture of experts, whose first layers have a dense MLP.
 
-    Raises PortError for settings that are not ported.
+    Layers with a window have rope, those with full attention have none. If the config's
+    prefix_dense_sliding_window_pattern is 1, the layers with a dense MLP have rope as well. Raises PortError for
+    settings that are not ported.
     """
     n, dense = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 0))
     prefix, every = c.whole("prefix_dense_sliding_window_pattern"), c.whole("sliding_window_pattern")

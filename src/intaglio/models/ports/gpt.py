@@ -33,11 +33,16 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """A dict of rules for Decoder.sources: where projections are in a stored tensor `source` that holds several.
+    """Rules for Decoder.sources that cut q, k and v out of a stored tensor that holds them together.
 
-    parts: (name of the projection, its rows in a block), in their order in a block. The tensor has one block or, if it
-    has more rows, several equal ones, such as one per head. transposed: True if the tensor is stored as [columns,
-    rows].
+    Returns a dict {name in Llama, such as self_attn.q_proj.weight: source of its rows}, with the biases too. A source
+    names the stored tensor and the rows to take (notation of program/source.py).
+
+    Args:
+        parts: (name of the projection, its number of rows), in their order in the tensor. If the tensor has more rows,
+            this order repeats, such as once for each head.
+        source: the stored module in Llama's names.
+        transposed: True if the weight is stored as [columns, rows].
     """
     widths = [width for _, width in parts]
     weights = parts_of(f"{source}.weight{'|T' if transposed else ''}", widths)

@@ -29,9 +29,13 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 
 
 def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
-    """The limits of the step size as a dict of the fields `low` and `high` of a mixer. `high` is 0 for no limit.
+    """Limits of Mamba's step size dt, as a dict with the fields `low` and `high` of a mixer. `high` is 0 for no limit.
 
-    key: the config's key of the two limits. Raises PortError unless they are two numbers, 0 <= low < high.
+    Args:
+        c: the config.
+        key: the config's key of the two limits.
+
+    Raises PortError unless they are two numbers, 0 <= low < high.
     """
     value = c.get(key, (0.0, float("inf")))
     pair = list(value) if isinstance(value, list | tuple) else []
@@ -50,11 +54,10 @@ def check_groups(c: Config, heads: str, groups: str) -> None:
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Number of columns of the step before dt_proj: the value of config key `key`.
+    """Number of columns of Mamba's step size dt before dt_proj (dt_rank), an int: the value of config key `key`.
 
-    If the value is "auto", the number is hidden_size / 16, rounded up.
-
-    Raises PortError for another value than "auto" or an integer of 1 or more.
+    If the value is "auto" or missing, the number is hidden_size / 16, rounded up. Raises PortError for another value
+    than "auto" or an integer of 1 or more.
     """
     return -(-c.whole("hidden_size") // 16) if c.get(key, "auto") == "auto" else c.whole(key)
 
@@ -99,7 +102,7 @@ def mamba(c: Config, context: int) -> Decoder:
 
 
 def falcon_mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FalconMamba, from config.json: norms without weights on step, B and C.
+    """The Decoder that describes FalconMamba, from config.json: Mamba with norms, without weights, of dt, B and C.
 
     Raises PortError for missing or wrong settings.
     """

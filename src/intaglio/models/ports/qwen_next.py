@@ -15,15 +15,19 @@ from intaglio.program.source import parts_of
 def mixer(c: Config, fused: bool) -> DeltaMixer:
     """The DeltaMixer (gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
 
-    fused: True if one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they
-    are stored apart (Qwen3.5). Raises PortError for numbers of heads that do not divide.
+    Args:
+        c: the config.
+        fused: True if the checkpoint has the weights in_proj_qkvz and in_proj_ba (Qwen3-Next); False if it has
+            in_proj_qkv, in_proj_z, in_proj_b and in_proj_a (Qwen3.5).
+
+    Raises PortError if the number of value heads is not a multiple of the number of key heads.
     """
     keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
     if values % keys:
         raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
     return DeltaMixer(
         key_heads=keys, heads=values, keys=c.whole("linear_key_head_dim"), values=c.whole("linear_value_head_dim"),
-        taps=c.whole("linear_conv_kernel_dim"), eps=c.real("rms_norm_eps"), fused=fused,
+        taps=c.whole("linear_conv_kernel_dim"), eps=c.real("rms_norm_eps"), stored="fused" if fused else "parts",
     )  # fmt: skip
 
 

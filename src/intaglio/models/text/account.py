@@ -120,7 +120,10 @@ def _judge_generation(file: str, key: str, value: Any) -> Fate:
 
 
 def _templates(path: Path) -> Iterator[Fate]:
-    """Yield a Fate for each chat template that is a file of its own."""
+    """Yield a Fate, which says that the file is used, for each chat template that is a file of its own.
+
+    path: the checkpoint's folder.
+    """
     if (path / "chat_template.jinja").exists():
         yield Fate("chat_template.jinja", "chat_template", "used", "the chat template; it comes before other places")
     for file in sorted((path / TEMPLATES).glob("*.jinja")):

@@ -25,7 +25,10 @@ class GrammarError(ValueError):
 
 @dataclass
 class Grammars:
-    """Compiles grammars for one tokenizer and a model of `vocabulary` token ids; caches the latest. Thread-safe."""
+    """Compiles grammars for one tokenizer and a model of `vocabulary` token ids. Thread-safe.
+
+    Up to MAX_CACHED_GRAMMARS compiled grammars are kept for reuse; the one compiled first is dropped for a new one.
+    """
 
     tokenizer: Tokenizer
     vocabulary: int

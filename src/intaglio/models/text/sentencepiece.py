@@ -219,7 +219,10 @@ def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
 def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model:
     """The BPE or Unigram model of the `tokenizers` library for a SentencePiece model.
 
-    pieces: text of each piece, by id. whole (BPE only): a part of the text that is a piece becomes that piece unmerged.
+    Args:
+        model: the SentencePiece model.
+        pieces: text of each piece, by id.
+        whole: BPE only: True if a pre-token that is itself a piece becomes that piece without merging (ignore_merges).
     """
     if model.kind == UNIGRAM:
         unknown = int(model.trainer.get(40, 0))

@@ -57,7 +57,10 @@ class Recorder:
         return RecordedExecutable(inner, self.launches)
 
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
-        """A restart function that calls `inner` and records its outcome and the launches of the new executable."""
+        """A function like `inner`, which loads an executable after the loss of a device, that also records what it did.
+
+        Recorded are the outcome of each call, in `restarts`, and the launches of the executable it returns.
+        """
 
         def load() -> Executable:
             self.restarts.append(False)
@@ -68,7 +71,11 @@ class Recorder:
         return load
 
     def rng(self, inner: Rng) -> Rng:
-        """A random number generator that draws from `inner` and records the last number."""
+        """A random number generator, RecordedRng, that draws from `inner` and keeps the number drawn last as `seed`.
+
+        The engine draws a seed for a request without one; RecordedEngine then writes `seed` into the request's journal
+        entry.
+        """
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:

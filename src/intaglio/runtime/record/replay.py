@@ -19,7 +19,11 @@ from intaglio.runtime.resumption import Resumption
 
 
 class JournalError(ValueError):
-    """Raised for a journal that does not begin with an engine, was recorded on another Program, or lacks a seed."""
+    """Raised for a journal that cannot be replayed.
+
+    That is so if its first entry does not describe the engine, it was recorded on another Program or pool size, or a
+    request in it lacks a seed.
+    """
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,13 @@ class Replayed:
 class ReplayedExecutable(Executable):
     """Executable for a replay: runs each step on `inner`, or raises the failure that the journal records for the step.
 
-    The step runs when its result is read. launches: the recorded outcomes, in order.
+    A step runs when its result is read.
+
+    Args:
+        inner: the executable that computes.
+        launches: the recorded outcomes in order: the failure as text, or None. They are removed as steps run.
+        depth: number of steps that may be under way at once.
+        state_kept: True if it replaces a lost executable and has its K/V cache.
     """
 
     def __init__(
@@ -59,7 +69,10 @@ class ReplayedExecutable(Executable):
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """A launched step of a replay. It runs when its result is read, because the journal has failures in that order."""
+    """A launched step of a replay. The step runs when its result is read, not when it is launched.
+
+    The journal lists the outcomes of steps in the order in which their results were read, so each step takes the next.
+    """
 
     executable: ReplayedExecutable
     request: StepRequest
@@ -108,9 +121,13 @@ def replay(
 ) -> Replayed:
     """Run a journal again on executables from `load()`, stopping at the first difference. Returns the Replayed.
 
-    revive: function from a recorded Request to one with its `stop_checker` and `matcher` made again. Raises
-    JournalError if the journal does not begin with an engine, has a request without a seed, or was recorded on another
-    Program or pool size.
+    Args:
+        entries: the journal's entries, in order.
+        load: makes an executable.
+        revive: function from a recorded Request to one with its `stop_checker` and `matcher` made again.
+
+    Raises JournalError if the first entry does not describe the engine, a request has no seed, or the journal was
+    recorded on another Program or pool size.
     """
     player = Player(load, revive)
     for number, entry in enumerate(entries):
@@ -134,10 +151,10 @@ class Player:
         self.steps = self.requests = self.tokens = self.faults = 0
 
     def play(self, entry: Entry) -> str | None:
-        """Apply one journal entry. Returns a text of how the engine differs from the journal; None if it does not.
+        """Apply one journal entry to the engine, and compare what the engine does with what the entry records.
 
-        Raises JournalError if the journal does not begin with an engine, has a request without a seed, or was recorded
-        on another Program or pool size.
+        Returns None if both agree, else a text that says what differs. Raises JournalError if the first entry does not
+        describe the engine, a request has no seed, or the journal was recorded on another Program or pool size.
         """
         self.readings.extend(entry.get("clock", ()))
         self.launches.extend(entry.get("launches", ()))
@@ -155,9 +172,10 @@ class Player:
         return self.readings.popleft() if self.readings else 0.0
 
     def restart(self) -> Executable:
-        """The executable that replaces a lost one: a new one, or one with the same K/V if the journal says so.
+        """The executable that replaces a lost one: new, or with the same K/V cache if the journal records that.
 
-        Raises DeviceError if the recorded restart failed, or none is left.
+        The engine calls this when the replay raises a recorded loss. Raises DeviceError if the recorded restart failed,
+        or if the journal records no further restart.
         """
         outcome = self.restarts.popleft() if self.restarts else False
         if not outcome:

@@ -14,9 +14,10 @@ MARKS = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 
 
 def harmony(s: Source, tools: Tools) -> Steps[None]:
-    """Parse a whole output in gpt-oss's harmony format and yield it as Parts: text, starts of calls, arguments.
+    """Parse a whole output in gpt-oss's harmony format, and yield it as Parts: text, starts of calls, arguments.
 
-    The output may begin inside a message whose header is in the prompt.
+    The output may begin inside a message whose header is in the prompt. A generator that yields None while it waits for
+    more output. tools: the tools that the request offers; without any, calls are yielded as text.
     """
     role: Role = "content"
     while True:
@@ -37,9 +38,10 @@ def harmony(s: Source, tools: Tools) -> Steps[None]:
 
 
 def _header(s: Source) -> Generator[None, None, str | None]:
-    """Consume a message's header (channel, recipient) up to <|message|> and return it.
+    """Consume a message's header (channel, recipient) up to and including <|message|>.
 
-    Returns None if the text ends inside the header; that text is dropped.
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is the header's text; None
+    if the output ends inside the header, which is then dropped.
     """
     while MESSAGE not in s.held and not s.last:
         yield None
@@ -51,9 +53,10 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 
 
 def _call(s: Source, recipient: str) -> Steps[bool]:
-    """Parse the body of a message to a function as a tool call, and yield it as Parts. Returns True.
+    """Parse the body of a message to a function as a tool call, and yield it as Parts.
 
-    Returns False, with nothing consumed, if the body does not begin with JSON arguments.
+    A generator. Its value (of `yield from`) is True; False, with nothing consumed, if the body does not begin with JSON
+    arguments. recipient: the function's name in the header, such as functions.NAME.
     """
     s.mark()
     began, _ = yield from called(arguments(s), CallStart(recipient.removeprefix("functions.")))
@@ -67,7 +70,10 @@ def _call(s: Source, recipient: str) -> Steps[bool]:
 
 
 def _body(s: Source, role: Role) -> Steps[None]:
-    """Yield a message's text as TextDeltas of the given role, as the text comes, and consume its end mark."""
+    """Yield a message's text as TextDeltas of the given role, piece by piece, and consume the message's end mark.
+
+    A generator that yields None while it waits for more output.
+    """
     while True:
         found = first(s, *ENDS)
         if found:

@@ -32,9 +32,10 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def value(s: Source, depth: int = 0) -> Pieces[bool]:
-    """Parse one JSON value and yield its text piece by piece, normalised to one space after `,` and `:`.
+    """Parse one JSON value and yield its text piece by piece, with one space after `,` and `:`. A generator.
 
-    Returns True if the value is complete, False if the text is not JSON, ends early or is nested deeper than MAX_DEPTH.
+    It yields None while it waits for more output. Its value (of `yield from`) is True if the JSON value is complete,
+    and False if the text is not JSON, ends early or is nested deeper than MAX_DEPTH. depth: levels around this value.
     """
     if not (yield from blanks(s)) or depth > MAX_DEPTH:
         return False
@@ -57,7 +58,8 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 def string(s: Source) -> Pieces[bool]:
     """Parse one JSON string and yield its text piece by piece, with its quotes; control characters are escaped.
 
-    Returns True if the string is complete, False if the text does not begin with a quote or ends early.
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is True if the string is
+    complete, False if the text does not begin with a quote or ends early.
     """
     if not (yield from some(s)) or s.held[0] != '"':
         return False
@@ -87,7 +89,8 @@ def _escape(text: str) -> str:
 def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
     """Parse a JSON object or list between the brackets `begin` and `end`, and yield its text piece by piece.
 
-    The opening bracket is held back until the first member is known to be valid. Returns True if complete, else False.
+    The opening bracket is held back until the first member is known to be valid. A generator; its value (of `yield
+    from`) is True if the object or list is complete, else False. depth: levels around it.
     """
     pending = s.take(1)
     if not (yield from blanks(s)):
@@ -127,10 +130,11 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one call, {"name": ..., "arguments": ...}, and yield it as Parts.
+    """Parse one tool call, {"name": ..., "arguments": ...}, and yield it as Parts.
 
     known: tools that the call may name; another name, or a key that calls do not have, ends the parse. None: any name
-    is accepted, and other keys are skipped. Returns True if a call was begun, even if its arguments are cut off.
+    is accepted, and other keys are skipped. A generator; its value (of `yield from`) is True if a call was begun, even
+    if its arguments are cut off.
     """
     if not (yield from blanks(s)) or s.held[0] != "{":
         return False
@@ -179,10 +183,10 @@ def call(s: Source, known: Tools | None = None) -> Steps[bool]:
 
 
 def arguments(s: Source) -> Pieces[bool]:
-    """Parse a call's arguments and yield them as pieces of the text of a JSON object; null and "" become {}.
+    """Parse a call's arguments and yield the text of a JSON object in pieces; null and "" become {}.
 
-    Accepts a JSON object, null, an empty string, or a string that contains an object or null. Returns True for these,
-    else False.
+    A generator. Its value (of `yield from`) is True for a JSON object, null, an empty string, or a string that contains
+    an object or null, and False for anything else.
     """
     if not (yield from blanks(s)):
         return False
@@ -204,10 +208,10 @@ def arguments(s: Source) -> Pieces[bool]:
 
 
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
-    """Parse one call or a JSON list of calls, and yield them as Parts. Returns True if at least one was begun.
+    """Parse one tool call or a JSON list of calls, and yield them as Parts.
 
     known: tools that a call may name; None: any. joined: separator of calls outside a list; "": only one call is
-    parsed.
+    parsed. A generator; its value (of `yield from`) is True if at least one call was begun.
     """
     if not (yield from blanks(s)):
         return False
@@ -232,9 +236,9 @@ def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool
 
 
 def _next(s: Source, joined: str) -> Generator[None, None, bool]:
-    """Consume the separator `joined` and the blanks around it, if `{` follows. True if so; else nothing is consumed.
+    """Consume the separator `joined` and the blanks around it, if `{` follows; otherwise consume nothing.
 
-    Yields None while it waits for more text.
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is True if `{` follows.
     """
     while not s.last and re.fullmatch(rf"\s*({re.escape(joined)}\s*)?", s.held):
         yield None
@@ -250,15 +254,23 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse calls without delimiters around them, and yield them as Parts. Returns True if a call was begun.
+    """Parse JSON tool calls that have no delimiters around them, and yield them as Parts.
 
-    The calls are JSON objects separated by `;`, or a JSON list. If `opener` is "", they must name one of `tools`.
+    The calls are JSON objects separated by `;`, or a JSON list. A generator; its value (of `yield from`) is True
+    if a call was begun.
+
+    s: the output. opener: the delimiter in front of the calls, already consumed; "": none, and then a call must name
+    one of `tools`, since other JSON may be meant as text.
     """
     return (yield from calls(s, None if opener else tools, ";"))
 
 
 def enclosed(end: str, *more: str) -> Reading:
-    """A parser of JSON calls that end with one of the delimiters `end` and `more`, which the output may leave out."""
+    """Make a parser (Reading) of JSON tool calls up to one of the delimiters `end` and `more`, or the output's end.
+
+    The parser is a generator function of (Source, opener, tools) that yields Parts; its value (of `yield from`) is True
+    if a call was begun.
+    """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
         began = yield from calls(s)
@@ -272,9 +284,9 @@ def enclosed(end: str, *more: str) -> Reading:
 
 
 def peek_call(s: Source) -> Generator[None, None, bool]:
-    """Consume the spaces, line breaks and commas before another call.
+    """Consume the spaces, line breaks and commas before another JSON call; nothing if no call follows.
 
-    Returns False, with nothing consumed, if no call follows.
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is True if a call follows.
     """
     while not s.last and not s.held.lstrip(" \n,"):
         yield None
@@ -286,5 +298,8 @@ def peek_call(s: Source) -> Generator[None, None, bool]:
 
 
 def close(s: Source, *ends: str) -> Generator[None, None, None]:
-    """Consume one of the delimiters `ends` if it follows, with any surplus closing brackets in front of it."""
+    """Consume the delimiter in `ends` that comes next, and any blanks, `}` and `]` in front of it. Returns nothing.
+
+    Nothing is consumed if no such delimiter comes next. A generator that yields None while it waits for more text.
+    """
     yield from skip(s, *ends, over=" \n}]")

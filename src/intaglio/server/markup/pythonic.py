@@ -16,7 +16,11 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def pythonic(*ends: str) -> Reading:
-    """A parser of calls in Python syntax or JSON that end with one of the delimiters `ends`, which may be missing."""
+    """Make a parser (Reading) of tool calls in Python syntax, or JSON, that end with one of the delimiters `ends`.
+
+    The delimiter may be missing. The parser is a generator function of (Source, opener, tools) that yields Parts; its
+    value (of `yield from`) is True if a call was begun.
+    """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
         if not (yield from blanks(s)):
@@ -31,7 +35,13 @@ def pythonic(*ends: str) -> Reading:
 
 
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Python calls, in a bracketed list or one per line, and yield Parts. Returns True if a call was begun."""
+    """Parse tool calls written as Python, in a bracketed list or one per line, and yield them as Parts.
+
+    A generator; its value (of `yield from`) is True if a call was begun, even if it is cut off.
+
+    s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "":
+    none, and then a call must name one of `tools`.
+    """
     if s.held[0] == "[":
         while re.fullmatch(r"\[\s*", s.held) and not s.last:
             yield None
@@ -53,9 +63,10 @@ def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def _call(s: Source, known: Tools | None) -> Steps[bool]:
-    """Parse one Python call, and yield each argument when it is complete. Returns True if the call was begun.
+    """Parse one tool call in Python syntax, and yield it as Parts: each argument when it is complete.
 
-    known: tools that the call may name; None: any.
+    A generator; its value (of `yield from`) is True if the call was begun. known: tools that the call may name; None:
+    any.
     """
     while re.fullmatch(r"[A-Za-z_][\w.-]*", s.held) and not s.last:
         yield None

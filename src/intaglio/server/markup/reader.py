@@ -62,9 +62,9 @@ class Reader:
         self.ended = False
 
     def feed(self, text: str, last: bool = False) -> list[Part]:
-        """Add text and return a list of the parts that are now certain.
+        """Add new output text. Returns a list of the Parts (text, starts of calls, arguments) that are now certain.
 
-        `last`: True if no more text follows, so all the rest is returned.
+        last: True if no more text follows, so that all the rest is returned.
         """
         self.source.held += text
         self.source.last = self.source.last or last
@@ -107,9 +107,9 @@ class Reader:
         yield
 
     def _reasoning(self) -> Steps[bool]:
-        """Parse reasoning at the beginning of the output.
+        """Parse reasoning at the beginning of the output, and yield it as TextDeltas.
 
-        Returns True if there was reasoning, else False.
+        A generator; its value (of `yield from`) is True if there was reasoning, else False.
         """
         s, thinking = self.source, self.style.thinking
         assert thinking
@@ -172,10 +172,10 @@ class Reader:
             yield None
 
     def _call(self, opener: str, form: Form) -> Steps[bool]:
-        """Parse calls after `opener` and yield Parts. Returns True if a call was begun.
+        """Parse the tool calls behind the delimiter `opener`, which is consumed already, and yield them as Parts.
 
         opener: "" for calls at the beginning of the text. If no call was begun, the text consumed becomes content, or
-        is dropped if a call is forced.
+        is dropped if a call is forced. A generator; its value (of `yield from`) is True if a call was begun.
         """
         s = self.source
         if not opener:

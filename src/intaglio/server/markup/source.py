@@ -44,10 +44,12 @@ Pieces = Generator[str | None, None, T]  # of parsers that yield text
 
 
 class Source:
-    """Buffer of a model's output for parsers.
+    """The output of a model as far as it has come, for parsers that consume it from the front.
 
-    `held`: text that no parser has consumed yet. `taken`: text consumed since mark() was last called. `last`: no more
-    text will arrive.
+    Attributes:
+        held: text that no parser has consumed yet.
+        taken: text consumed since mark() was last called.
+        last: True if no more text will arrive.
     """
 
     def __init__(self) -> None:
@@ -86,14 +88,21 @@ Reading = Callable[[Source, str, Tools], Steps[bool]]  # parses calls after an o
 
 
 def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
-    """Wait until the buffer holds `n` unconsumed characters. Returns True; False if the text ends earlier."""
+    """Wait until `n` characters of output are there that nothing has consumed.
+
+    A generator that yields None while it waits. Its value (of `yield from`) is True; False if the output ends earlier.
+    """
     while len(s.held) < n and not s.last:
         yield None
     return len(s.held) >= n
 
 
 def blanks(s: Source) -> Generator[None, None, bool]:
-    """Consume white space. Returns True if other text follows, False if the output ends."""
+    """Consume white space.
+
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is True if other text
+    follows, False if the output ends.
+    """
     while True:
         s.take(len(s.held) - len(s.held.lstrip()))
         if s.held or s.last:
@@ -104,7 +113,8 @@ def blanks(s: Source) -> Generator[None, None, bool]:
 def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
     """Consume the longest of the delimiters `marks` that the text begins with, and characters of `over` before it.
 
-    Returns the delimiter; None, with nothing consumed, if the text begins with none of them.
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is the delimiter; None,
+    with nothing consumed, if the text begins with none of them.
     """
     while True:
         text = s.held.lstrip(over)
@@ -118,9 +128,10 @@ def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None,
 
 
 def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None]]:
-    """Consume the text up to and including the first of the delimiters `marks`. Returns (text before it, delimiter).
+    """Consume the text up to and including the first of the delimiters `marks`; all remaining text if none comes.
 
-    If none comes, consumes and returns (all remaining text, None).
+    A generator that yields None while it waits for more output. Its value (of `yield from`) is (text before the
+    delimiter, delimiter), or (all remaining text, None).
     """
     while True:
         found = first(s, *marks)
@@ -143,7 +154,10 @@ def first(s: Source, *marks: str) -> str | None:
 
 
 def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
-    """Run a parser that yields text, and append the pieces to `into`. Returns the parser's return value."""
+    """Run the parser `steps`, which yields text, and append each piece to the list `into`.
+
+    A generator that yields None where `steps` waits for more output. Its value (of `yield from`) is that of `steps`.
+    """
     while True:
         try:
             piece = next(steps)
@@ -157,10 +171,12 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 
 
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
-    """Run a parser of arguments; yield `start` when it gives its first piece of text, and each piece as CallArguments.
+    """Yield the Parts of a call: `start`, then a CallArguments for each piece of its arguments, which `steps` parses.
 
-    began: True if `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return
-    value).
+    `start` is yielded when the first piece of text comes. A generator; its value (of `yield from`) is (True if
+    `start` has been yielded, the return value of `steps`).
+
+    began: True if the caller has already yielded `start`.
     """
     while True:
         try:

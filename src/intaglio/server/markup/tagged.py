@@ -62,7 +62,13 @@ DSML = Tags(
 
 
 def tagged(end: str, *ways: Tags) -> Reading:
-    """A parser of calls that are written with one of the given sets of tags, or as JSON, up to the delimiter `end`."""
+    """Make a parser (Reading) of tool calls in tags such as <function=NAME>, or as JSON.
+
+    The parser is a generator function of (Source, opener, tools) that yields Parts; its return value is True if a call
+    was begun.
+
+    end: delimiter after the last call, which is consumed if it comes. ways: the sets of tags that calls may have.
+    """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
         if not (yield from blanks(s)):
@@ -85,9 +91,10 @@ def tagged(end: str, *ways: Tags) -> Reading:
 
 
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
-    """Consume the opening tag of the next call and return the Tags of `ways` to which it belongs.
+    """Consume the opening tag of the next tool call, and find the set of tags to which it belongs.
 
-    If the text begins with no opening tag: the Tags of `ways` without an opening tag; None if all have one.
+    A generator; its value (of `yield from`) is one of `ways`. If the text begins with no opening tag, it is the first
+    of `ways` without an opening tag; None if all have one.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
@@ -95,10 +102,11 @@ def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None
 
 
 def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
-    """Parse one call in the format `way`, and yield Parts. Returns True if a call was begun, even if it is cut off.
+    """Parse one tool call in the format `way`, and yield it as Parts.
 
     Where calls have no opening tag (GLM), the name ends at a line break, the first argument, or the end of the call,
-    and must be the name of one of `tools`. end: delimiter after the last call.
+    and must be the name of one of `tools`. A generator; its value (of `yield from`) is True if a call was begun, even
+    if it is cut off. end: delimiter after the last call.
     """
     ends = (way.named,) if way.begin else (way.named, way.key, end)
     while not any(e in s.held for e in ends) and not s.last and len(s.held) < 300:
@@ -135,8 +143,8 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
 def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) -> Pieces[bool]:
     """Parse one argument's value and yield it as JSON text; strings piece by piece, other values when complete.
 
-    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag.
-    Returns True, or False if the closing tag never comes.
+    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag. A
+    generator; its value (of `yield from`) is True, or False if the closing tag never comes.
     """
     if kinds == {"string"}:
         yield '"'
@@ -157,11 +165,11 @@ def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) ->
 
 
 def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
-    """Yield the text before the closing tag `mark`, in pieces.
+    """Yield the text before the closing tag `mark`, in pieces, and consume the tag.
 
     The text itself may contain `mark`: only a `mark` before one of `follow`, or at the end of the output, is the
-    closing tag. One line break at each end of the text is removed. Returns True, or False if the closing tag never
-    comes.
+    closing tag. One line break at each end of the text is removed. A generator; its value (of `yield from`) is True, or
+    False if the closing tag never comes.
     """
     while not s.held and not s.last:
         yield None

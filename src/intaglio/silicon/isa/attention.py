@@ -19,7 +19,8 @@ MASKED = np.float32(-np.inf)
 def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, window: int) -> np.ndarray:
     """Attention mask [rows, n], True where a score counts: causal, within the window (0: none), and j < keys.
 
-    Row r is the query at position query + r // pack; column j is the key at position key + j.
+    Row r is the query at position query + r // pack, since `pack` query heads share each position. Column j is the key
+    at position key + j. scores: only its shape is used.
     """
     distance = query + np.arange(len(scores))[:, None] // pack - (key + np.arange(scores.shape[1])[None, :])
     exists = np.arange(scores.shape[1])[None, :] < keys
@@ -32,15 +33,15 @@ def capped(s: np.ndarray, softcap: float) -> np.ndarray:
 
 
 def masked(i: Any, s: np.ndarray) -> np.ndarray:
-    """Attention scores, f64 [rows, n], from the products `s` [rows, n] of queries and keys.
+    """Attention scores, f64 [rows, keys], from the products `s` [rows, keys] of queries and keys.
 
-    The fields of instruction `i` determine four steps:
+    The fields of instruction `i` (Softmax, SoftmaxStep or Attend) determine four steps:
 
-    1. Products are scaled and soft-capped.
-    2. They are multiplied by 1 + temper * ln(1 + floor(n / every)), where n is the query's position + 1, or its
-       position if `from_zero` is set.
-    3. slope * (key position - query position) is added.
-    4. Masked scores become -inf.
+    1. Multiply products by `scale`, and soft-cap them if `softcap` is above 0.
+    2. If `temper` is not 0, multiply them by 1 + temper * ln(1 + floor(p / every)): a temperature that grows with the
+       query's position (Llama 4). p is that position if `from_zero`, else the position + 1.
+    3. Add slope * (key position - query position), the bias of ALiBi; 0 for slope 0.
+    4. Set masked scores to -inf, see visible().
     """
     s = capped(s * i.scale, i.softcap)
     position = i.query + np.arange(len(s))[:, None] // i.pack
@@ -69,16 +70,18 @@ def online_softmax(
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Instruction, engine="VEC", opcode=0x38):
-    """One step of the online softmax (Milakov & Gimelshein 2018): p = exp(softcap(scores * scale) + mask - new m).
+    """One step of the online softmax (Milakov & Gimelshein 2018) over one tile of keys: p = exp(s - new m), by rows.
 
-    Updates the running maximum m and sum l. alpha is the factor that rescales sums made with the old m. scores f32 [q,
-    n] in accumulators; m, l, alpha f32 [q, 1].
+    m is the running maximum of each row, l its running sum of p; both are updated. alpha is the factor that rescales
+    sums made with the old m. scores f32 [q, n] in accumulators; p [q, n]; m, l, alpha f32 [q, 1].
 
-    Row r is the query at position query + r // pack. Column j is the key at position key + j, and is masked if j >=
-    keys.
+    s is the score after four steps. It is multiplied by `scale`; soft-capped to softcap * tanh(s / softcap), if
+    `softcap` is above 0; multiplied by 1 + temper * ln(1 + floor(x / every)), where x is the query's position if
+    `from_zero`, else the position + 1; and slope * (key position - query position) is added.
 
-    With `temper`, scores are multiplied by 1 + temper * ln(1 + floor(n / every)), where n is position + 1, or position
-    if `from_zero` is set. Then slope * (key position - query position) is added.
+    Row r is a query at position query + r // pack: `pack` query heads share each position. Column j is the key at
+    position key + j. A score becomes -inf if its key comes after the query, if j >= keys (padding), or, with `window`
+    above 0, if its key is `window` or more positions before the query.
     """
 
     p: Region
@@ -176,7 +179,7 @@ class Attend(Instruction, engine="ATT", opcode=0x40):
     """Attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul fused.
 
     Updates sums f32 [rows, dv] and m, l f32 [rows, 1] from q [rows, d], k [n, d] and v [n, dv]. The weights p are
-    rounded to v's format before the second product. The other fields are those of Softmax.
+    rounded to v's format before the second product. For the other fields see Softmax.
     """
 
     sums: Region

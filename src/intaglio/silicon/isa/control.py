@@ -32,7 +32,7 @@ class Check(Instruction, engine="SEQ", opcode=0x60):
 
 @dataclass(frozen=True, kw_only=True)
 class Halt(Instruction, engine="SEQ", opcode=0x61):
-    """Mark the end of a core's stream; it ends when all that it waits for has finished."""
+    """Mark the end of a core's stream. It starts when all that it waits for has finished, and takes no time."""
 
     writes = ()
 

@@ -22,10 +22,10 @@ PASS_OPS = 2  # operations a score, of Softmax's 5: scale and mask in one on the
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
-    """Softmax and Rescale in one pass over the scores.
+    """Softmax and Rescale in one pass over the scores of a tile of keys.
 
-    Writes p and updates m, l as Softmax does, and multiplies sums by the factor that Softmax returns as alpha; alpha
-    itself is not stored. The other fields are those of Softmax.
+    Writes p and updates m and l as Softmax does. Also rescales the accumulators `sums` f32 [q, dv], the running sum of
+    weighted values, by the factor that Softmax would write to alpha. For the other fields see Softmax.
     """
 
     p: Region

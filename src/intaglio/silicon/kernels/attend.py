@@ -70,9 +70,10 @@ class AttendKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the Streams of the last launch; earlier ones are executed here.
+        """A list of Streams, one for each core with work, that complete the attention.
 
-        Chunks with several queries come first, then those with one, then the merge of split contexts.
+        There are up to three kernels, in this order: chunks with several queries, chunks with one, and the merge of
+        split contexts. The Streams are those of the last; earlier kernels are executed in `mem` during the call.
         """
         h, on = cls.of(op, t).heads, mem.target.with_library(activation_bytes=WIDE)
         launches: list[list[Stream]] = []
@@ -109,7 +110,7 @@ class AttendKernel(ChipKernel):
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
-    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one.
+    """The Timing of one `attend` over a batch: first the chunks with several queries, then the chunks with one.
 
     batch: (queries, keys, number of sequences) of each distinct chunk. warm: True if the L2 holds as much of the keys
     and values as fits. kernel: name of one of the library's attention kernels; "": the library's choice. Raises
@@ -144,7 +145,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys."""
+    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys; window 0: none."""
     if not window:
         return q * keys - q * (q - 1) / 2
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())
@@ -152,14 +153,14 @@ def scored_pairs(q: int, keys: int, window: int) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """Queries of one sequence and tile of heads, and the keys that they attend to.
+    """One job of a core: some queries of one sequence, for some heads, and the keys that they attend to.
 
     Attributes:
-        s: number of the sequence.
-        head: first query head.
+        s: number of the sequence in the batch.
+        head: the first query head; the plan's `pack` heads from there on share the job.
         rows: the queries, as a slice of the sequence's new tokens.
-        low, high: positions of the keys, from the first to that after the last.
-        part: number of the context's part; parts: number of parts.
+        low, high: the keys are those at positions low .. high - 1.
+        part, parts: number of the part of a split context, and number of its parts.
     """
 
     s: int
@@ -172,7 +173,7 @@ class Job:
 
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan) -> list[Job]:
-    """The jobs of a sequence with several new tokens."""
+    """A list of the Jobs of sequence number `s` with several new tokens: one for each tile of queries and heads."""
     before, out = int(batch.context_len[s] - batch.q_len[s]), []
     for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
         low = int(op.first_seen(np.array(before + rows.start)))
@@ -182,7 +183,10 @@ def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan) -
 
 
 def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
-    """The jobs of a sequence with one new token. Parts of a context are whole tiles of keys, except the last."""
+    """A list of the Jobs of sequence number `s`, which has one new token: one for each head tile and context part.
+
+    A context is cut into at most plan.parts parts, between two tiles of plan.keys keys.
+    """
     context, out = int(batch.context_len[s]), []
     low = context - decode_keys(target.library, h.window, context)
     low = max(low, int(op.first_seen(np.array(context - 1)))) if op.chunk else low
@@ -198,10 +202,11 @@ def attend_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job],
     parts: dict[tuple[int, int, int], tuple[Region, ...]] | None = None,
 ) -> list[Stream]:  # fmt: skip
-    """A list of Streams that compute these jobs.
+    """Compute these jobs: returns a list of Streams (instruction sequences), one for each core with work.
 
-    on: the target with the library's attention kernel. parts: regions in HBM where sums, maxima and denominators of
-    each job are stored, by (sequence, head, part of the context); None: results are stored to the op's output.
+    on: Target whose library holds only the constants of the attention kernel that runs; see Target.kernel(). parts:
+    None if jobs store results to the op's output. Otherwise three HBM regions, where a job stores its sums, maxima and
+    denominators, by (sequence, head, part of the context).
     """
     q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
     single = all(batch.q_len[j.s] == 1 for j in jobs)
@@ -257,9 +262,10 @@ def attend_streams(
 def split_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job]
 ) -> list[list[Stream]]:
-    """The Streams of two launches: one in which the jobs store their sums, and one that merges each tile's parts.
+    """Two lists of Streams for contexts that are split into parts: first the jobs of all parts, then their merge.
 
-    The parts of a tile are stored one below the other: sums f32 [parts * rows, dv], maxima and denominators
+    The jobs store sums, maxima and denominators to HBM; the merge computes the results from them. The parts of one
+    tile of queries are stored one below the other: sums f32 [parts * rows, dv], maxima and denominators f32
     [parts * rows, 1].
     """
     out, dv, rows = mem.region(op.out), AttendKernel.of(op, t).heads.v_dim, plan.pack
@@ -291,10 +297,12 @@ def split_streams(
 class AttendTiles:
     """Tile buffers of one core: queries, keys, values, results, and the softmax's sums, maxima and denominators.
 
-    The core holds plan.held jobs. If plan.ahead is above 0, each has a tile of its own for sums, which is set up while
-    an earlier job is computed. If it is 0, the jobs share one tile, which is set up for plan.lanes jobs at once.
+    There are plan.held buffers of queries and of results. If plan.ahead is above 0, there are as many buffers of sums,
+    so that a job's sums are set to 0 while an earlier job is computed. If it is 0, plan.lanes jobs share one buffer of
+    sums, which is set to 0 for all of them together.
 
-    d, dv: widths of a key and of a value. listed: queries whose row numbers are loaded at a time; 0: those of a job.
+    d, dv: widths of a key and of a value. listed: number of decoding jobs whose queries' row numbers one transfer
+    loads; 0 for chunks with several queries.
     """
 
     def __init__(
@@ -323,7 +331,10 @@ class AttendTiles:
         self.pairs, self.d = k.ring(plan.depth, keys, d + dv, format), d  # keys and, beside them, their values
 
     def queries(self, k: StreamBuilder) -> Region:
-        """The next tile of queries. It is set to 0 before its first use, since a job may not fill it."""
+        """The SRAM tile for the next job's queries, from a ring of plan.held tiles.
+
+        Also emits a Fill with 0 at the first use of each tile, since a job may have fewer queries than the tile's rows.
+        """
         tile = self.q.next()
         if tile not in self.written:
             k.emit(isa.Fill(dst=tile, value=0.0))
@@ -334,9 +345,10 @@ class AttendTiles:
 def row_number(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, batch: Batch, jobs: list[Job], number: int
 ) -> Region:
-    """The region, i32 [1, 1], with the row number of the query of job `number` of a core; each job has one query.
+    """An SRAM region i32 [1, 1] with the row of q that job `number` reads. Every job must have a single query.
 
-    Row numbers are loaded for LISTED jobs at a time, or by a persistent kernel for all jobs of the core at once.
+    Call it for each job in order. One load brings the row numbers of the next tiles.listed.cols jobs; the calls in
+    between emit nothing. jobs: all jobs of the core.
     """
     assert tiles.listed is not None
     place = number % tiles.listed.cols
@@ -352,10 +364,9 @@ def key_parts(op: Attend) -> list[str]:
 
 
 def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
-    """A list of the queries of sequence `s`, as slices of at most `rows`.
+    """A list of slices of at most `rows` of the new tokens of sequence number `s`; token 0 is its first new one.
 
-    With chunked attention (op.chunk) no tile crosses a chunk boundary, so that all queries of a tile see the same
-    first key.
+    With chunked attention (op.chunk) no slice crosses a chunk boundary, so that all its queries see the same first key.
     """
     n, end = int(batch.q_len[s]), int(batch.context_len[s])
     edges = [i for i in range(1, n) if op.chunk and (end - n + i) % op.chunk == 0]
@@ -364,7 +375,7 @@ def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
 
 
 def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:
-    """The K/V slots of the positions `span` of sequence `s`, an int64 array."""
+    """The K/V cache slots of the positions `span` of sequence number `s`, as an int64 array."""
     at = np.arange(span.start, span.stop)
     return batch.block_table[s, at // batch.block_size].astype(np.int64) * batch.block_size + at % batch.block_size
 
@@ -375,8 +386,8 @@ def init_softmax(
     """Initialise sums, maxima m and denominators l for job `number` of a core's jobs. Returns the three regions.
 
     Sums are 0. Without an attention sink, m is -inf and l is 0. With a sink, m is its logit for the head and l is 1,
-    since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack. Jobs
-    that share tiles are initialised together.
+    since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack. Where
+    several jobs share a tile, the first one's call initialises all its rows; the others' calls emit nothing.
     """
     plan, place = tiles.plan, number % tiles.together
     if not place:
@@ -400,9 +411,10 @@ def init_softmax(
 
 
 def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator[tuple[slice, Region]]:
-    """The rows of one K/V head in `slots` of a cache [slots * heads, width], by runs of neighbouring slots.
+    """Yield (slice of `slots`, HBM region of their rows of one K/V head) for each run of consecutive slot numbers.
 
-    Yields (which of `slots`, their region).
+    cache: region [cache slots * heads, width]. slots: slot numbers, not empty. heads, head: number of K/V heads, and
+    number of the wanted head. A region can be loaded at once.
     """
     cuts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
     for a, b in pairwise(cuts):
@@ -464,9 +476,9 @@ def attend_tile(
     - On a chip with the extra instruction SoftmaxStep: Matmul, SoftmaxStep, Matmul.
     - On other chips: Matmul, Softmax, Rescale, Matmul.
 
-    q: the tile of queries. state: regions of sums, m and l (see init_softmax), which the instructions update. keys,
-    values: the tile of keys and that of their values. how: fields of the instructions for positions and the ALiBi
-    slope; the fields that `op` gives are added to this dict.
+    q, keys, values: tiles of queries, of keys and of their values. state: regions that the instructions update: sums of
+    weighted values, maxima m of the scores, softmax denominators l. how: fields of the instructions for positions and
+    the ALiBi slope, as a dict. The call changes this dict: it adds the fields that follow from `op`.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

@@ -16,11 +16,11 @@ import numpy as np
 from intaglio.chips import KernelLibrary, Target
 from intaglio.silicon.isa.cycles import attend_cycles, exposed, matmul_cycles, softmax_cycles, vector_cycles
 from intaglio.silicon.isa.softmax_step import NAME, step_cycles
+from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.kv_write import Heads
 from intaglio.silicon.sizes import ChunkCounts
 from intaglio.silicon.timing import pipeline
 
-WIDE = 4  # bytes of an activation from which queries and weights are FP32, as in the streams
 DEALT = 4  # jobs of a core up to which they are dealt one by one; of more, only their total counts
 JOBS_AHEAD = 15  # decoding jobs whose operands a persistent kernel loads ahead
 LISTED = 16  # jobs whose queries' row numbers a core reads at once
@@ -30,16 +30,17 @@ SPARE = 2048  # bytes of SRAM for sinks, indices and alignment
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPlan:
-    """How a kernel cuts the attention of prompts, or that of decoding sequences.
+    """How a kernel cuts attention into tiles and jobs. Prompts and decoding sequences have a plan each.
 
     Attributes:
         rows: query rows of a tile. All of them are computed, even if fewer have a query.
         pack: query heads that share a tile, since they share a K/V head; 1: none do.
         keys: keys of a tile.
-        depth: tiles of the rings of keys and of values.
-        ahead: most jobs whose operands a core loads while it computes another; 0: it loads a job's when it starts it.
-        lanes: jobs that a core sets up at once, so that it waits only for the first one's operands.
-        parts: most parts into which a context is split.
+        depth: tiles of keys and values that SRAM holds at a time, so that one loads while another is used.
+        ahead: largest number of jobs (tiles of queries) whose operands a core loads while it computes an earlier job;
+            0: the operands of a job are loaded when the job starts.
+        lanes: with `ahead` 0, jobs that a core starts together, so that it waits only for the first job's operands.
+        parts: largest number of parts into which the context of a decoding sequence is split.
     """
 
     rows: int
@@ -52,7 +53,7 @@ class AttendPlan:
 
     @property
     def held(self) -> int:
-        """Jobs whose queries and sums a core holds."""
+        """Number of jobs whose queries and sums a core holds at the same time."""
         return max(self.lanes, 1 + self.ahead)
 
 
@@ -64,10 +65,11 @@ def product_format(target: Target, h: Heads) -> str:
 
 
 def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
-    """The plan whose tiles fit SRAM and accumulators.
+    """Reduce a plan until its tiles fit a core's SRAM and accumulators, and return it.
 
-    For kernels with FP32 operands, such as the streams, it is `plan` with fewer or smaller tiles, as far as needed. For
-    others, such as a vendor's with 16-bit operands, it is `plan` itself, whose tiles are not checked.
+    With FP32 operands, as in the instructions that the simulator executes, the result has fewer or smaller tiles, as
+    far as needed. A plan with one row and one key is returned even if it does not fit. With smaller operands, as in a
+    vendor's 16-bit kernels, `plan` is returned as it is and not checked.
     """
     if target.library.activation_bytes < WIDE:
         return plan
@@ -88,7 +90,7 @@ def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
 
 
 def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
-    """True if the tiles of AttendTiles fit SRAM and accumulators."""
+    """True if a core's SRAM and accumulators fit all tiles of the plan: queries, keys, values, scores and sums."""
     chip, d, dv, ring = target.chip, h.head_dim, h.v_dim, plan.held
     kv = plan.depth * plan.keys * (d + dv) * (h.bits / 8 if h.bits >= 16 else WIDE)
     if h.bits < 16:  # codes, scales and indices of heads
@@ -101,7 +103,10 @@ def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
 
 @dataclass(frozen=True)
 class TileSeconds:
-    """Seconds of one core for a tile of queries and one of keys, and for the start and end of a job."""
+    """Seconds that one core takes for each part of an attention job, by field.
+
+    `scores`, `softmax` and `sums` are for one tile of queries with one tile of keys; the others are once a job.
+    """
 
     scores: float  # of the product of queries and keys; 0 with a fused engine
     softmax: float
@@ -112,7 +117,7 @@ class TileSeconds:
 
     @property
     def work(self) -> float:
-        """Seconds of a tile, one step after the other."""
+        """Seconds to attend from one tile of queries to one of keys: scores + softmax + sums, without overlap."""
         return self.scores + self.softmax + self.sums
 
 
@@ -157,9 +162,10 @@ def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
 
 
 def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
-    """Deal jobs of these seconds to cores, the longest first, each to the core with the least work.
+    """Deal jobs to cores, the longest first, each to the core with the least work so far.
 
-    Returns the jobs' numbers by core, in order; cores without a job are left out.
+    seconds: time of each job. Returns a list for each core with the numbers (indices into `seconds`) of its jobs, in
+    the order in which they run; cores without a job are left out.
     """
     out: list[list[int]] = [[] for _ in range(min(cores, len(seconds)))]
     free = [(0.0, core) for core in range(len(out))]
@@ -171,10 +177,10 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 
 
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Seconds until the last core ends if `count` jobs of `seconds` each are dealt as by deal().
+    """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds, count: arrays with an item for each kind of job. If each core has at most one job, or more than DEALT, the
-    result is the larger of two lower bounds: the longest job, and the total divided by the cores.
+    seconds: time of a job of each kind. count: number of jobs of each kind. If each core has at most one job, or more
+    than DEALT on average, returns even_makespan(), a lower bound.
     """
     total = float(count.sum())
     if total <= cores or total > DEALT * cores:
@@ -190,7 +196,10 @@ def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """The larger of two lower bounds of makespan(): the longest job, and the total divided by the cores."""
+    """Lower bound of makespan() in seconds: the longest job, or the total divided by the cores if that is longer.
+
+    seconds: time of a job of each kind. count: number of jobs of each kind.
+    """
     return max(float(seconds.max()), float(seconds @ count) / cores)
 
 
@@ -204,12 +213,13 @@ def prefill_seconds(
     rows: float,
     keys: float,
 ) -> float:
-    """Seconds of the chunks with several queries, until the last job's result is stored.
+    """Modelled seconds of prefill attention (chunks with several queries), until the last job's result is stored.
 
-    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
-    from HBM, not from the L2. rows: query rows of a mean job. keys: keys that are loaded for a mean tile.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    loaded from HBM; the L2 holds the rest. rows: mean number of query rows of a job. keys: mean number of keys that a
+    tile loads.
     """
     chip, lib = target.chip, target.library
     t = tile_seconds(target, h, plan.rows, plan.keys)
@@ -255,9 +265,11 @@ def prefill_seconds(
 
 
 def leading_jobs(tiles: np.ndarray, count: np.ndarray, cores: int) -> np.ndarray:
-    """Of each kind of job, the number that deal() gives to cores as their first: the longest, one for each core.
+    """Take the `cores` longest jobs, and count them by kind. Returns an array of floats in the order of `count`.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind.
+    These are the jobs that deal() gives to cores first, one to each. With fewer jobs than cores, all jobs are counted.
+
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind.
     """
     longest = np.argsort(-tiles, kind="stable")
     out = np.zeros(len(count))
@@ -286,8 +298,11 @@ def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndar
 def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, float, AttendPlan, float]:
     """The fastest plan for the chunks with several queries: (seconds, compute seconds, jobs, plan, bytes read again).
 
-    compute seconds: the part of the seconds in which a mean core computes. bytes read again: those of keys and values
-    that HBM delivers beyond once each; with an L2 none, without one every job reads its own.
+    - seconds: from the first load until the last result is stored.
+    - compute seconds: time in which a core computes, as a mean over the cores.
+    - jobs: number of jobs.
+    - plan: the AttendPlan.
+    - bytes read again: HBM's reads of keys and values beyond one of each; 0 with an L2, which serves repeated reads.
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
@@ -326,26 +341,31 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
     """True if a kernel loads only the keys that exist; False if it loads the last tile of a context whole.
 
-    Persistent kernels, and the streams that the simulator executes, know how long a context is before they load its
-    last tile.
+    It is True for a plan that loads jobs ahead, and for FP32 operands, as in the streams that the simulator executes.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context.
+    """Number of keys that a kernel reads for the query of a decoding sequence with `keys` keys in its context.
 
-    window: keys that a query sees at most; 0: all. Kernels of some libraries read more than a short window.
+    window: largest number of keys that a query sees; 0: it sees all. The kernel reads at least
+    library.window_min_keys keys, even if the window is shorter.
     """
     return min(keys, max(window, library.window_min_keys)) if window else keys
 
 
 @lru_cache(maxsize=16384)
 def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, float, AttendPlan]:
-    """The plan with the fastest context split for the chunks with one query: (seconds, compute seconds, jobs, plan).
+    """The fastest context split for the chunks with one query: (seconds, compute seconds, jobs, plan).
 
-    compute seconds: the part of the seconds in which a mean core computes. part: (1, keys, number of sequences) of each
-    distinct chunk. cached: fraction of the keys and values that the L2 holds.
+    - seconds: from the first load until the last result is stored, with the merge of the parts.
+    - compute seconds: time in which a core computes, as a mean over the cores.
+    - jobs: number of jobs.
+    - plan: the AttendPlan; plan.parts is the context split.
+
+    part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values that the L2
+    holds.
     """
     chip, lib, best = target.chip, target.library, None
     pack = h.group if (lib.pack_windowed or not h.window) and not h.slopes else 1
@@ -386,12 +406,12 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 def decode_seconds(
     target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, keys: float
 ) -> float:
-    """Seconds of the chunks with one query, until the last job's result is stored.
+    """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
-    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
-    from HBM, not from the L2. keys: keys that are loaded for a mean tile.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes

@@ -27,7 +27,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class QuantisedRegion:
-    """A quantised tensor in HBM: codes [N, K], and its scales [N, G] also transposed; G = K / group."""
+    """A quantised tensor in HBM: its codes [N, K], and two copies of its scales, [N, G] and [G, N]; G = K / group."""
 
     codes: Region
     scales: Region  # [N, G]
@@ -41,14 +41,14 @@ class QuantisedRegion:
 
 
 def codes_of(w: Region | QuantisedRegion) -> Region:
-    """The region of a quantised tensor's codes, or of another tensor's values."""
+    """The region with a tensor's numbers: `w.codes` if `w` is a QuantisedRegion, else `w` itself."""
     return w.codes if isinstance(w, QuantisedRegion) else w
 
 
 class ChipMemory:
     """HBM of one chip with tensors by name. A vector is stored as one row, a K/V cache as one row per slot and head.
 
-    With `values` False it only assigns addresses: streams that run on it are timed and compute nothing.
+    values: False to assign addresses and store no data; streams are then timed, and compute nothing.
     """
 
     def __init__(self, target: Target, values: bool = True) -> None:
@@ -91,7 +91,7 @@ class ChipMemory:
         return region
 
     def codes(self, name: str) -> Region:
-        """The region of a quantised tensor's codes, or of another tensor's values."""
+        """The region of tensor `name`: its codes if it is quantised, else its values."""
         return codes_of(self.regions[name])
 
     def scales(self, name: str) -> Region | None:
@@ -110,7 +110,8 @@ class ChipMemory:
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
         """Store indices for Gather or Scatter and return their region, i32 [1, n].
 
-        Hardware would get them with the batch. They begin at a line of the L2, so that no other core reads it first.
+        On hardware they would come with the batch. They start on a new L2 line: if they shared a line with data that is
+        read before, they would count as already in the L2.
         """
         self.heap.top = -(-self.heap.top // LINE) * LINE
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
@@ -119,14 +120,15 @@ class ChipMemory:
         """Store numbers and return their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
-    def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
+    def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
-        on: the target whose library has the fields of the kernel that runs, as Target.kernel() returns it; None: the
-        target of this memory.
+        on: target with which the run is timed, usually one whose library holds only one kernel's constants (see
+        Target.kernel()); None: the target of this memory. label: RunResult.label of the result.
         """
         machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
         self.launches.append(machine.run(streams))
+        self.launches[-1].label = label
         return self.launches[-1]
 
 
@@ -149,7 +151,7 @@ def slices(n: int, step: int) -> list[slice]:
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
     """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
 
-    rows, columns: size of that part, padded with zeros; 0: those of `src`.
+    rows, columns: size of that part, if larger than `src`; the rest is set to zeros. 0: the size of `src`.
     """
     part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
     padded = (part.rows, part.cols) != (src.rows, src.cols)

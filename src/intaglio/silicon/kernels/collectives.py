@@ -47,7 +47,7 @@ SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 @chip_kernel(AllReduce, AllGather, ReduceScatter, AllToAll)
 @dataclass(frozen=True)
 class CollectiveKernel(ChipKernel):
-    """Chip kernel of a collective over `ranks` chips: its timing. run_collective() writes its streams."""
+    """Time model of a collective over `ranks` chips. It writes no instructions; run_collective() does."""
 
     by_sequence: ClassVar[bool] = False
     kind: str
@@ -105,17 +105,17 @@ class RecvKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class Network:
-    """The network of a group of chips with unit links, whose bandwidth and latency are both 1."""
+    """Links of a group of chips, for simulation in normalised units: all have bandwidth 1 byte/s and latency 1 s."""
 
     kind: str  # topology of the chip's links
     ranks: int
     local: float  # bandwidth of a chip's local copies and sums, over that of a link
 
     def topology(self, ranks: int) -> Topology:
-        """Topology of `ranks` ranks with unit links.
+        """The Topology of `ranks` ranks, whose links have bandwidth 1 byte/s and latency 1 s.
 
-        On a torus, real rings run in both directions and, from nine chips on, in both dimensions, each with an equal
-        part of the payload. Here they are one ring, whose link has the bandwidth of all of them, see links_used().
+        Rings on a torus run in both directions and, from nine chips on, in both dimensions, each with an equal part of
+        the payload. They are modelled as a single ring; links_used() says how many real links one of its links is.
         """
         make = {
             "k44": collectives.bipartite,
@@ -128,11 +128,11 @@ class Network:
 
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
-    """Number of links of a chip that one link of the modelled topology stands for.
+    """Number of a chip's links that act as one link of the modelled topology, with their bandwidths added.
 
-    On a switch and a pcie_tree: all. On k44 (two sides of four chips, each linked to all of the other side): one. On a
-    mesh: those between two chips. On a torus: two in each dimension that the group spans (one up to eight chips, else
-    two), but half of that for all_to_all and send, whose routes use both directions of the ring.
+    Switch, pcie_tree: all links. k44 (each of four chips linked to each of four others): 1. Mesh: the links between two
+    chips. Torus: 2, or 4 from nine chips on, but no more than the chip has; half of that for all_to_all and send, whose
+    routes use both directions of the ring.
     """
     if chip.links.topology == "mesh":
         return chip.links.count // (chip.links.max_chips - 1)
@@ -144,16 +144,16 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Fraction of its links' rate that a chip reaches when all of a group send: below 1 only on a pcie_tree."""
+    """Fraction of its links' rate that a chip reaches while all `chips` chips send: below 1 only on a pcie_tree."""
     return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
 
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
-    """A list of the names of the algorithms among which the fastest is chosen.
+    """A list of the names of the algorithms that are timed for collective `op`; the fastest of them is used.
 
     If the library has only rings, the topology is a torus, or the group has more than MAX_SIMULATED_RANKS chips, it is
     ["direct"] for all_to_all and send, and ["ring"] for other collectives. Otherwise it has all algorithms that fit the
-    number of chips, two_step only on k44.
+    number of chips; "two_step" is left out unless the topology is k44, for which it is made.
     """
     found = collectives.algorithms(op, chips)
     topology = target.chip.links.topology
@@ -173,21 +173,21 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule on unit links. size: chunks have 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes."""
+    """Simulated seconds of a schedule whose chunks have 2 ** (size / SIZES_PER_OCTAVE) bytes; size None: 0 bytes."""
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
 
 
 @lru_cache(maxsize=512)
 def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-    """The ScheduleClock of a schedule of `ranks` ranks on unit links."""
+    """The ScheduleClock (time model) of a schedule of `ranks` ranks over links of 1 byte/s and 1 s; cached."""
     return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """Seconds as unit_seconds() gives for chunks of `chunk` bytes, interpolated between simulated sizes 9 % apart.
+    """Seconds of a schedule with chunks of `chunk` bytes, interpolated between two calls of unit_seconds().
 
-    The error is 0.2 %, or up to 15 % where transfers change their order at a link between the two sizes.
+    Their sizes are 9 % apart. The error is 0.2 %, or 15 % where transfers at a link change their order between them.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -206,10 +206,10 @@ def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
 def schedule_seconds(network: Network, op: str, algorithm: str, link: float, latency: float, moved: float) -> float:
     """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
-    Scaled from unit links: in units of the latency, the time depends only on a chunk's bytes relative to those that a
-    link carries in one latency. Times between those of two chunk sizes are interpolated (see _interpolated()). Above
-    MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations, which is exact for a ring, and for
-    an all_to_all on a switch with chunks of one size (tested). On a torus all ranks of an all_to_all are simulated.
+    One simulation serves all links: over links of 1 byte/s and 1 s, chunks divided by link * latency take 1 / latency
+    of the time. Times are interpolated between chunk sizes. Above MAX_SIMULATED_RANKS ranks they are extrapolated
+    linearly from two simulations: exact for a ring, and for an all_to_all of equal chunks on a switch. An all_to_all on
+    a torus is simulated with all ranks.
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -222,7 +222,7 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
 
 @lru_cache(maxsize=4096)
 def link_traffic(network: Network, op: str, algorithm: str) -> float:
-    """Bytes that leave a chip, forwarded ones included, per byte of the tensor; mean over the chips that send."""
+    """Bytes that a chip sends over its links per byte of the tensor, forwarded bytes included: mean over senders."""
     ranks = simulated_ranks(network, op)
     s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
     hops = sum(link.src < ranks for i in s.steps if i.kind == "send" for link in topology.route(i.rank, i.peer))
@@ -281,9 +281,9 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
 
 @lru_cache(maxsize=4096)
 def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
-    """Bytes of inputs and outputs that a chip's steps read and write in HBM, per byte of the tensor.
+    """Bytes that a chip moves to and from HBM per byte of the tensor, as a mean over the chips, for `through_hbm`.
 
-    A library that copies through HBM does so before and after each transfer. Intermediate chunks stay in its buffers.
+    With that library option each step reads and writes input and output chunks in HBM; temporary chunks do not count.
     """
     s = collectives.schedule(op, algorithm, min(ranks, MAX_SIMULATED_RANKS))
     slots = [slot for step in s.steps for slot in (*step.reads(), step.dst) if slot and slot.buffer != "tmp"]
@@ -314,7 +314,7 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Part of one chunk processed at a time: `rows`, `cols` of chunk number `chunk`, tag of its first message."""
+    """What a core processes at a time: part `rows`, `cols` of chunk `chunk`. Message tags start at `first_tag`."""
 
     chunk: int
     rows: slice
@@ -336,7 +336,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """Allocate and return a tile buffer. The n-th buffers of all chunk tiles share a ring."""
+        """An SRAM tile [rows, cols]. Since emit_steps() began, call n uses ring n; a ring's two tiles take turns."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:
@@ -352,7 +352,7 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The tile buffer that holds a slot's value. An input chunk is loaded from HBM at its first use."""
+        """The SRAM tile with part `part` of the chunk in a slot of the schedule; an input is loaded when first used."""
         if slot not in self.values:
             src = self.regions.inputs[slot.number].part(part.rows, part.cols)
             tile = self.buffer(src.rows, src.cols, src.format)
@@ -361,7 +361,7 @@ class CollectiveBuilder:
         return self.values[slot]
 
     def set_value(self, slot: Slot, tile: Region, part: ChunkTile) -> None:
-        """Record `tile` as the value of a slot, and store it to HBM if the slot is an output chunk."""
+        """Record `tile` as the content of a slot of the schedule; for an output slot, also emit its store to HBM."""
         self.values[slot] = self.in_wire_format(tile) if slot.buffer == "out" else tile
         if slot.buffer == "out":
             dst = self.regions.outputs[slot.number].part(part.rows, part.cols)
@@ -459,7 +459,7 @@ class CollectiveRun:
 
     @cached_property
     def tile(self) -> tuple[int, int]:
-        """(rows, columns) of the tile buffers, chosen so that all rings of a core fit SRAM."""
+        """(rows, columns) of the SRAM tiles: at most ROWS and COLS; the rows are halved until SRAM fits all tiles."""
         widest, rows = max(r.cols for regions in self.regions for r in regions.inputs.values()), ROWS
         cols = min(COLS, max(1, widest))
         buffers = 2 * (3 * self.n + 2)  # rings of two: parts, sums, and each in the wire format

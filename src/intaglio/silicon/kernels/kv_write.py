@@ -30,14 +30,14 @@ QUOTIENT = postfix("a / b")
 
 @dataclass(frozen=True)
 class Heads:
-    """What the time of an attention layer depends on: numbers and widths of heads, window, bits of a cached value.
+    """Sizes of an attention layer on which its time depends.
 
     Attributes:
         heads: query heads.
         kv_heads: heads of keys and values.
         head_dim: width of a query and of a key.
         v_dim: width of a value.
-        window: keys that a query sees at most; 0: all.
+        window: largest number of keys that a query sees; 0: it sees all.
         bits: bits of a cached key or value.
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
@@ -82,9 +82,10 @@ class KvWriteKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams. A core takes a run of rows, one row a token and head.
+        """A list of Streams, one for each core with work. A row is one head of one token; a core takes a run of rows.
 
-        It loads their indices first, then rows of keys and of values in turn.
+        A core first loads the cache slots of its rows. Then it loads, rounds and stores rows of keys and of values in
+        turn.
         """
         pairs = [
             (mem.region(x), mem.codes(name), mem.scales(name), own)
@@ -123,10 +124,11 @@ class KvWriteKernel(ChipKernel):
 
 
 def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> Region:
-    """Load rows of single heads, width d, of a source [tokens, heads * d] into a tile [rows, d]; returns the tile.
+    """Emit the loads of heads `rows` of a source [tokens, heads * d] into a tile [rows, d], and return the tile.
 
-    Row r is head r % heads of token r // heads. From a source with gaps between its rows, such as a view of columns,
-    whole tokens are loaded together, the heads before and after apart.
+    Row r is head r % heads of token r // heads. A source without gaps between its rows takes one load. A source with
+    gaps, such as a view of columns, takes up to three: the rest of the first token, all whole tokens, and the heads of
+    the last token.
     """
     if source.stride == source.row_bytes:
         return load(
@@ -148,9 +150,10 @@ def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> R
 def emit_head_scales(
     mem: ChipMemory, k: StreamBuilder, ring: Ring, dst: Region, name: str | None, heads: np.ndarray
 ) -> None:
-    """Emit instructions that fill `dst`, f32 [n, 1], with the scale of each row's head in an e4m3 cache.
+    """Emit instructions that fill `dst`, f32 [n, 1], with one scale for each row, for an e4m3 cache. Returns nothing.
 
-    ring: tiles for the indices. name: the op's operand of scales; None: all scales are 1. heads: the head of each row.
+    A row's scale is that of the row's head. ring: SRAM tiles for the indices. name: tensor with the scales of the
+    heads; None: all scales are 1. heads: number of the head of each row, int [n].
     """
     if name is None:
         k.emit(isa.Fill(dst=dst, value=1.0))
@@ -160,10 +163,11 @@ def emit_head_scales(
 
 
 def job_rows(target: Target, rows: int, width: int) -> int:
-    """Rows of a head of keys or values that a core writes at once, of the `rows` of its run.
+    """Number of rows of one job of a core: rows that it loads, rounds and stores together. A row is one head's.
 
-    So many rows fit SRAM. There are at most ROWS, or more if it takes more to hide HBM's latency with MOST_TILES / 2
-    tiles in flight. All jobs but the last of a run are equal. width: values of a row.
+    The `rows` rows of a core are cut into as few jobs as possible, all but the last of equal length. A job has at most
+    ROWS rows, or as many as hide HBM's latency with MOST_TILES / 2 jobs in flight if that is more, and in any case no
+    more than fit SRAM. Returns 1 if `rows` is 0. width: values of a row.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -173,23 +177,27 @@ def job_rows(target: Target, rows: int, width: int) -> int:
 
 
 def tiles_in_flight(target: Target, rows: int, width: int) -> int:
-    """Tiles of each ring of a core whose jobs have this many rows of `width` values: enough to hide HBM's latency."""
+    """Number of tiles in each of a core's circular buffers: enough that loads hide HBM's latency, from 2 to MOST_TILES.
+
+    rows, width: size of a tile. The result is 2 even if SRAM does not fit two tiles.
+    """
     return max(2, ring_depth(target, (rows * width,) * 5, rows * width * target.library.activation_bytes))
 
 
 def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
-    """Cycles in which a core stores a row of one head of `width` values, cached in `bits` bits.
+    """Number of cycles in which a core stores one head's row of `width` values to a cache of `bits` bits a value.
 
-    They are the library's, and for a cache of 8 bits those to round the values too.
+    It is library.kv_row_cycles. Below 16 bits, library.kv_quant_cycles for each value are added to quantise the row.
     """
     return library.kv_row_cycles + (library.kv_quant_cycles * width if bits < 16 else 0)
 
 
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
-    """The Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time.
+    """The Timing of writing the keys and values of `tokens` tokens to their cache slots, head by head; 0 s for none.
 
-    It is the time of the streams' loop on a core with the most tokens (tile_loop.py). If keys and values have different
-    widths, each row counts with their mean.
+    It is the time of the core with the largest number of rows (a row is one head's key or value). The core loads,
+    rounds and stores them in a loop (tile_loop.py). If keys and values have different widths, each row counts with the
+    mean of both.
     """
     chip, lib = target.chip, target.library
     if not tokens:

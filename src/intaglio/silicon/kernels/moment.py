@@ -14,4 +14,8 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 @chip_kernel(Moment)
 @dataclass(frozen=True)
 class MomentKernel(WorkKernel):
-    """Chip kernel of a moment of rows: timed by its operations on the vector lanes and its bytes."""
+    """Chip kernel of the op `moment`, which computes each row's mean, root mean square or standard deviation.
+
+    Like any WorkKernel it is timed by the longer of two times: its operations on the vector lanes, and its HBM bytes.
+    It has no streams().
+    """

@@ -1,11 +1,11 @@
-"""Matrix products on a chip, shared by linear, head_linear and experts: tiling, timing, and loading of operands.
+"""Timing of matrix products on a chip, shared by linear, head_linear and experts, with the choice of tiles.
 
 The closed form times every tile and K split that the library offers; the fastest is used, as by vendors' libraries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.chips import ChipError, Target
+from intaglio.chips import Target
 from intaglio.ops import Tensor
-from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
-from intaglio.silicon.kernels.chip_memory import QuantisedRegion, codes_of, load, slices
-from intaglio.silicon.memory import Region
-from intaglio.silicon.stream import StreamBuilder
+from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
+IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
 PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
@@ -57,20 +55,22 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float, heads: int = 1) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Bytes that `heads` products x [m, k] @ w.T [k, n] move from and to HBM: (rows of x, weights, result).
+                out_bytes: float, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
-    With an L2, the cores work on one block of tiles at a time and read the rows of x and of w once for each block. If
-    one operand fits the L2, both are read from HBM once; if a block's rows of x fit, x is read once. If all of x fits,
-    it is read once less, since the op before has just written it there. The result is written, except for the latest
-    bytes, which stay in the L2.
+    Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
 
-    Without an L2, each tile reads its rows of both, and the whole result is written.
+    - The cores work on one block of tiles at a time (block_shape()). Each block reads its rows of x and of w once.
+    - If x or w fits the L2, both are read once in all. If a block's rows of x fit, x is read once in all.
+    - If all of x fits, one read of x is subtracted, since the op before has just written x to the L2.
+    - The last bytes of the result stay in the L2 and are not counted.
 
-    tm, tn, split: rows and columns of a tile, and parts of K. x_bytes, w_bytes, out_bytes: bytes per value.
+    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
+    cover the m rows of a product; a mean if products have different numbers of rows. The three results are numbers or
+    arrays, as the arguments are.
     """
     chip, part = target.chip, target.library.l2_usable
-    gm, gn = np.ceil(m / tm), np.ceil(n / tn)
+    gn = np.ceil(n / tn)
     rows, columns = block_shape(target, gm, gn, tm, tn, split)
     x, w, out = m * k * x_bytes, n * k * w_bytes, m * n * out_bytes
     kept = chip.l2_bytes * part
@@ -86,58 +86,102 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
 
 
-def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
-                 glu: bool = False, resident: bool = False, heads: int = 1) -> dict[str, Any]:  # fmt: skip
-    """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
+def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
+    """How a core's SRAM is divided: (rows of a tile drained at a time, bytes for all stages, bytes beside each stage).
 
-    The times are those of the streams' loop (tiled.py): a core loads, multiplies, drains and stores its tiles one after
-    the other. Tiles at the edge count whole, as their streams pad them. A choice that is not allowed takes infinite
-    seconds.
+    A stage holds the operands of one step over K. Beside it are the scales of its rows and columns, if x has 8 bits.
+    Outside the stages are two tiles for a drained piece, two for a bias, and 1,024 bytes. tm, tn: rows and columns of a
+    tile; tn counts both sides of a GLU pair.
+    """
+    sram, columns = target.chip.sram_bytes, tn / (1 + glu)
+    rows = np.clip(np.floor(sram / DRAIN_PART / (8 * columns)), 1, tm)
+    beside = 64 * (2 + glu) + (4 * tm + 8 * tn + 128 * (2 + glu) if x_bits == 8 else 0) + 0 * tm
+    space = sram - 8 * columns * (rows + 1) - 1024
+    return rows, np.maximum(space, sram / 4), np.minimum(beside, np.maximum(space, sram / 4) / 8)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Grouped products x @ w.T, one for each expert, with different numbers of rows; and properties of their kernel.
+
+    Attributes:
+        counts: rows of each product, at least 1; len(counts) is the number of products.
+        scattered: True if rows of the result are stored by index, past the L2.
+        overfetch: bytes moved from the L2 for each byte of a weight.
+        convert_ops: operations of the vector lanes to convert a weight.
+        run: format in which the array multiplies; "": the wider one of the operands.
+    """
+
+    counts: tuple[int, ...]
+    scattered: bool = False
+    overfetch: float = 1.0
+    convert_ops: int = 0
+    run: str = ""
+
+
+def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
+                 glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
+                 ) -> dict[str, Any]:  # fmt: skip
+    """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
+
+    A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
+    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, since they are
+    padded. A choice that is not allowed takes infinite seconds.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
-    prefetched, so HBM reads none. heads: number of such products, each with its own x and w; their K is not split.
+    prefetched, so HBM reads none. heads: number of products [m, k] @ [k, n], each with its own x and w; above 1, K is
+    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored.
 
-    Keys of the dict:
+    Keys of the dict. Arrays have the choices as their last axis. A job is one tile for one part of K; it runs in steps
+    over K.
 
-    - seconds: launch included.
-    - hbm, weights, moved: bytes from and to HBM, those of weights among them, and bytes between L2 and cores.
-    - jobs: tiles, times the parts of K. tile: (rows, columns, parts of K).
-    - steps, depth, stage: of one job: steps over K, K values of a step, bytes of its operands.
-    - work, drain: seconds of one step's products, and to drain one tile.
-    - ring: steps in flight. at_once: tiles that run on a core at a time. banks: tiles of the result that the
-      accumulators of a persistent kernel hold.
-    - run: the format in which the array multiplies.
+    - seconds: time of the product, launch included.
+    - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`. moved: bytes between L2 and cores.
+    - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
+    - steps: steps of a job. depth: K values of a step. stage: bytes of x and w that a step loads.
+    - work: seconds of one step's matmuls. drain: seconds to drain one tile.
+    - ring: steps whose operands SRAM holds at the same time. at_once: tiles that run on a core at a time.
+    - banks: 2 if the accumulators fit two tiles of the result, else 1.
+    - run: name of the format in which the array multiplies; one str for all choices.
+    - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
     tm, tn, split = choices(lib.tiles, lib.split_k)
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
+    gm, most, fetched = np.ceil(m / tm), m, w_bits  # gm: tiles of one product's rows; fetched: bits moved for a weight
+    if grouped:
+        counts, heads = np.array(grouped.counts), len(grouped.counts)
+        m, most, gm = counts.mean(), counts.max(), np.ceil(counts[:, None] / tm).sum(axis=0) / heads
+        run, fetched = grouped.run or run, w_bits * grouped.overfetch
     x_bits = formats.bits(x_format)
-    space = chip.sram_bytes * (1 - 1 / DRAIN_PART)  # bytes of SRAM for stages of both operands
+    piece, space, beside = stage_space(target, tm, tn, glu, x_bits)
     tk = np.minimum(step_depth(target, formats.bits(run)), k)
     whole = (tm * x_bits + tn * w_bits) * tk / 8
-    tk = tk / 2 ** np.clip(np.ceil(np.log2(2 * whole / space)), 0, None)  # two stages fit
-    k_steps, gm, gn = np.ceil(k / tk), np.ceil(m / tm), np.ceil(n / tn)
+    tk = tk / 2 ** np.clip(np.ceil(np.log2(whole / (space / 2 - beside))), 0, None)  # two stages fit
+    k_steps, gn = np.ceil(k / tk), np.ceil(n / tn)
     steps = np.ceil(k_steps / split)
     allowed = (split == 1) | ((steps >= 4) & (heads == 1))
     split = np.ceil(k_steps / steps)
     jobs = heads * gm * gn * split
     full, rest = waves(jobs, cores)
     rounds = full + (rest > 0)
-    rows = np.minimum(tm, m)  # of a tile that are loaded and stored
-    stage = (tm * x_bits + tn * w_bits) * tk / 8
-    at_once = np.minimum(np.minimum(np.floor(space / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), rounds)
+    rows = np.minimum(tm, most)  # of a tile that are loaded and stored
+    stage = (tm * x_bits + tn * fetched) * tk / 8
+    at_once = np.minimum(np.minimum(np.floor(space / (4 * (stage + beside))), chip.acc_bytes / (8 * tm * tn)), rounds)
     at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
-    ring = np.clip(np.floor(space / stage), 2, lib.matmul_stages * at_once)
+    ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
     each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
-    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads)
+    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm)
     w_hbm = w_hbm * (not resident)
+    if grouped and grouped.scattered:
+        out_hbm = heads * m * n * each[2] + 0 * gn
     hbm = x_hbm + w_hbm + out_hbm
     wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
-    stage_mean = (rows * x_bits + n / gn * w_bits) * tk / 8
+    stage_mean = (rows * x_bits + n / gn * fetched) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
     # Columns of a tile in that round, which on a single core is the one at the corner
     last_n = n - (gn - 1) * tn if cores == 1 else n / gn
@@ -147,14 +191,24 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     last_part = np.where(split == 1, k - (k_steps - 1) * tk, tk)
     work = matmul_cycles(target, tm, tn, tk, run) / chip.clock_hz
     last_work = matmul_cycles(target, tm, tn, last_part, run) / chip.clock_hz
+    if grouped and grouped.convert_ops:
+        work = work + vector_cycles(chip, grouped.convert_ops * tn * tk) / chip.clock_hz
+        last_work = last_work + vector_cycles(chip, grouped.convert_ops * tn * last_part) / chip.clock_hz
     job_work = (steps - 1) * work + last_work
     job_steps = steps - 1 + last_part / tk
 
+    past_l2 = not chip.l2_bytes and not resident  # then all bytes come from HBM
+    shared = min(chip.l2_rate, chip.hbm_rate) if past_l2 else chip.l2_rate
+    port = min(chip.port_rate, shared)
+
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
-        """Seconds to load one stage of `columns` columns of w on average: while `active` cores do, and alone."""
-        own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * w_bits) * tk / 8
-        mean = (rows * x_bits + columns * w_bits) * tk / 8
-        return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
+        """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
+
+        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w.
+        """
+        own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
+        mean = (rows * x_bits + columns * fetched) * tk / 8
+        return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
     wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
@@ -165,7 +219,6 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     # The end of a tile: pieces are drained to SRAM, then stored
     value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
-    piece = np.clip(np.floor(chip.sram_bytes / DRAIN_PART / (8 * tn / (1 + glu))), 1, tm)
     pieces = np.maximum(1, rows / piece)
     drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
     active = np.minimum(jobs, cores)
@@ -175,13 +228,16 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
     def end(tiles: Any, part: Any = 1.0) -> Any:
-        """Seconds to drain and store `tiles` tiles, each with a `part` of a tile's columns."""
+        """Seconds to drain and store `tiles` tiles; `part`: the fraction of a full tile's columns that each has."""
         one, other = drain * part / pieces, store * part / pieces
         busier = np.maximum(np.maximum(one, other), (one + other + depth_s) / 2)
         return one + other + depth_s + (tiles * pieces - 1) * busier
 
     def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
-        """Seconds from the first load of `tiles` interleaved tiles to their last matmul; load_s, alone_s: of load()."""
+        """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
+
+        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone.
+        """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
@@ -229,7 +285,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
-    seconds = np.maximum(seconds, from_hbm + latency_s + later + last_work + last_end)
+    # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
+    idle = 0.0
+    if not lib.persistent:
+        idle = (1.0 if lib.activation_bytes >= WIDE else IN_STEP) * groups * (wait_s + last_work + all_end)
+    seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     partial = partial_seconds(target, m, n, split, out_bytes, glu)
     seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
@@ -237,13 +297,15 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
             "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
-            "at_once": at_once, "banks": banks, "moved": moved}  # fmt: skip
+            "at_once": at_once, "banks": banks, "moved": moved,
+            "block": block_shape(target, gm, gn, tm, tn, split)}  # fmt: skip
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
-    """Columns of a row that are added at a time where K is split in `split` parts.
+    """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
 
-    At most PART_COLUMNS and n, and as many as half of SRAM fits. n: columns of a side. sides: 2 for a GLU pair, else 1.
+    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
+    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
     """
     buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
@@ -252,8 +314,9 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
-    A job is a part of a row, of both sides of a GLU pair. All count as equally wide. out_bytes: bytes of a result's
-    value.
+    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. The last part
+    of a row counts as whole. n: columns; for a GLU pair, columns of both sides together. out_bytes: bytes of a value of
+    the sum.
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)
@@ -269,16 +332,17 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
 @lru_cache(maxsize=65536)
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
-    out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1,
+    out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
+    w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
+    grouped: None, or the row counts of several products (experts); m and heads are then ignored.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
-    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads)
+    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped)
     i = int(np.argmin(w["seconds"]))
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
@@ -291,124 +355,11 @@ def linear_timing(
         "L2": moved / chip.l2_rate,
     }
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
+    if grouped:
+        choice = f"{len(grouped.counts)} experts, {choice}"
     seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
-    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice, jobs=jobs)
-
-
-def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int, int]:
-    """(rows, columns, K values of a step) of the fastest tile without K split that fits accumulators and SRAM.
-
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. A step has
-    step_depth() values of K, or all of K if that is less; where no tile fits so, a half, a quarter and so on, down to
-    16. Raises ChipError if no tile fits even then.
-    """
-    chip = target.chip
-    w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
-    tm, tn, split = w["tile"]
-    acc = tm * tn * 4 * (1 + glu)
-    tk = min(k, step_depth(target, 32))
-    while True:
-        sram = tm * tn * 12 + (16 * tm + 16 * tn) * tk
-        fits = (split == 1) & (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
-        if np.any(fits):
-            break
-        if tk < 32:
-            i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
-            raise ChipError(
-                f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no "
-                f"tile fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators "
-                f"and {sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip "
-                "more, or the kernel library smaller tiles"
-            )
-        tk //= 2
-    i = int(np.argmin(np.where(fits, w["seconds"], np.inf)))
-    return int(tm[i]), int(tn[i]), tk
-
-
-class Operands:
-    """Operands of a product on one core: rings of tiles of x and w, and methods that emit their loads."""
-
-    def __init__(
-        self, k: StreamBuilder, x: Region, w: Region | QuantisedRegion, x_format: str, tile: tuple[int, int, int]
-    ) -> None:
-        tm, tn, tk = tile
-        self.k, self.x, self.tk = k, x, tk
-        self.whole_rows = x_format == "fp8row"  # one scale a row, so the whole row is loaded before it is rounded
-        depth = x.cols if self.whole_rows else tk
-        self.raw = k.ring(2, tm, depth, "f32")
-        self.rounded = k.ring(2, tm, depth, formats.element(x_format)) if x_format != "f32" else None
-        self.columns = k.ring(4, tn, tk, codes_of(w).format)
-        self.scales = k.ring(2, tm, 1, "f32") if x_format in ("int8", "fp8row") else None
-        self.column_scales = k.ring(4, 1, tn, w.scales_t.format) if isinstance(w, QuantisedRegion) else None
-
-    def load_x(self, rows: slice, depth: slice) -> Region:
-        """Load x[rows, depth] unrounded and return its tile."""
-        return load(self.k, self.raw.next(), self.x.part(rows, depth))
-
-    def rounded_x(self, rows: slice, depth: slice) -> tuple[Region, Region | None]:
-        """Load x[rows, depth] and round it to the op's x_format.
-
-        Returns (tile, row scales); the scales are None if x is not quantised.
-        """
-        raw = self.load_x(rows, depth)
-        if self.rounded is None:
-            return raw, None
-        part = self.rounded.next().shaped(raw.rows, raw.cols)
-        if self.scales is None:
-            self.k.emit(isa.Convert(dst=part, src=raw))
-            return part, None
-        scale = self.scales.next().shaped(raw.rows, 1)
-        self.k.emit(isa.Quantise(codes=part, scale=scale, x=raw))
-        return part, scale
-
-    def load_w(self, w: Region | QuantisedRegion, columns: slice, depth: slice) -> tuple[Region, Region | None]:
-        """Load w[columns, depth]. Returns (tile, column scales); the scales are None if w is not quantised."""
-        if not isinstance(w, QuantisedRegion):
-            return load(self.k, self.columns.next(), w.part(columns, depth)), None
-        assert self.column_scales is not None
-        codes = load(self.k, self.columns.next(), w.codes.part(columns, depth))
-        group = depth.start // w.group
-        return codes, load(self.k, self.column_scales.next(), w.scales_t.part(slice(group, group + 1), columns))
-
-    def multiply(self, rows: slice, sides: Sequence[tuple[Region, Region | QuantisedRegion, slice]]) -> None:
-        """Emit the instructions for acc = x[rows] @ w[columns].T over all of K, for each item of `sides`.
-
-        sides: (acc, w, columns) for each product with the same rows of x.
-        """
-        for depth, groups in k_steps(sides[0][1], self.x.cols, self.tk, self.whole_rows):
-            a, row_scale = self.rounded_x(rows, depth)
-            for group in groups:
-                part = a.part(cols=slice(group.start - depth.start, group.stop - depth.start))
-                for acc, w, columns in sides:
-                    v, col_scale = self.load_w(w, columns, group)
-                    scales: dict[str, Any] = {"row_scale": row_scale, "col_scale": col_scale}
-                    self.k.emit(isa.Matmul(acc=acc, a=part, b=v, accumulate=group.start > 0, **scales))
-
-
-def k_steps(w: Region | QuantisedRegion, k: int, tk: int, whole_rows: bool) -> list[tuple[slice, list[slice]]]:
-    """The steps over K, a list of (slice of x to load at once, its sub-slices, each multiplied by one Matmul).
-
-    A quantised w is multiplied one group at a time, since each has its own scales. One scale of x covers
-    formats.SPAN values, so groups smaller than that are loaded SPAN values at a time. With `whole_rows` all of K is
-    loaded at once.
-    """
-    if not isinstance(w, QuantisedRegion):
-        inner = [slice(d.start, d.stop) for d in slices(k, tk)]
-        return [(slice(0, k), inner)] if whole_rows else [(d, [d]) for d in inner]
-    outer = [slice(0, k)] if whole_rows else slices(k, w.scale_columns)
-    return [(d, [slice(d.start + g.start, d.start + g.stop) for g in slices(d.stop - d.start, w.group)]) for d in outer]
-
-
-def tile_shape(
-    target: Target, m: int, n: int, k: int, x_format: str, w: Region | QuantisedRegion, glu: bool
-) -> tuple[int, int, int]:
-    """(rows, columns, K values of a step) of a tile of the result, chosen so that all rings fit SRAM."""
-    tm, tn, tk = best_tile(target, max(1, m), n, k, formats.element(x_format), codes_of(w).format, glu)
-    if isinstance(w, QuantisedRegion):
-        tk = w.scale_columns
-    while tm > 1 and tm * 10 * (k if x_format == "fp8row" else tk) + tn * 16 * tk > target.chip.sram_bytes // 2:
-        tm //= 2
-    return tm, tn, tk
+    flops = 2.0 * (sum(grouped.counts) if grouped else heads * m) * n * k
+    return Timing(seconds, busy, hbm, moved, 0.0, flops, w["run"], weights, choice, jobs=jobs)
 
 
 def bits_per_value(tensor: Tensor) -> float:

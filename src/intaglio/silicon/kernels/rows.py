@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts
+from intaglio.silicon.tile_loop import LoopPart, TileLoop, gather_parts, l2_parts
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -29,15 +29,21 @@ INDICES_SRAM = 4096  # bytes of SRAM that is left to the indices of a core's row
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
-def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False) -> Timing:
-    """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
+def loop_timing(
+    target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
+) -> Timing:
+    """The Timing of `loop`, launch included. Its operands are in the L2 as far as they fit: the op before wrote them.
 
-    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM.
+    reads, writes: bytes of all jobs. gathered: True if rows are read by index; all reads then come from HBM. past_l2:
+    True if the op before wrote by index, to HBM and not to the L2. It is ignored if `gathered`.
     """
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable
     if gathered:
         parts = gather_parts(writes, capacity)
+    elif past_l2:
+        held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
+        parts = [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]
     else:
         parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
     seconds = lib.launch_s + loop.in_parts(target, parts)
@@ -49,10 +55,12 @@ def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gat
 
 
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
-    """Number of tiles of each ring: enough that loads of `load` bytes hide HBM's latency, from 2 to MOST_TILES.
+    """Number of tiles in each of a core's circular buffers: enough that loads of `load` bytes hide HBM's latency.
 
-    If SRAM does not fit that many, it is the number that fits, at least 1. columns: for each ring, the FP32 columns of
-    a tile of one row. held: bytes of SRAM that are taken.
+    It is from 2 to MOST_TILES. If SRAM does not fit that many, it is the number that fits, at least 1.
+
+    columns: for each buffer, the columns of its tiles; a tile is one row of FP32 values. load: bytes that a core loads
+    for one tile. held: bytes of SRAM already in use.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -63,19 +71,26 @@ def ring_depth(target: Target, columns: Sequence[int], load: float, held: float 
 
 @dataclass(frozen=True)
 class RowsKernel(ChipKernel):
-    """Base class of chip kernels that work row by row; by default they read `operands` - 1 matrices and write one.
+    """Base class of chip kernels that work row by row. Subclasses may override cycles(), columns() and other methods.
 
-    A subclass may define cycles(), columns(), load_bytes() and store_bytes(), all of one job.
+    Attributes:
+        rows: rows of each matrix, a number or a symbol.
+        width: columns of each matrix.
+        operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
+            stands for one read and one write.
+        vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
+        gathered: True if rows are read by index. A core then has a run of rows, whose indices it loads first.
+        in_place: True if a row is stored from the tile into which it was loaded.
     """
 
     rows: int | str
-    width: int  # of a matrix [rows, width]
-    operands: int  # matrices [rows, width], of which the last is written
-    vector_bytes: float = 0.0  # of operands with one row, such as a norm's weight, which every core loads once
+    width: int
+    operands: int
+    vector_bytes: float = 0.0
 
     by_sequence: ClassVar[bool] = False
-    gathered: ClassVar[bool] = False  # rows are read by index; a core has a run of rows, whose indices it loads first
-    in_place: ClassVar[bool] = False  # a row is stored as it was loaded
+    gathered: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
 
     @classmethod
     def of(cls, op: Op, t: Tensors) -> Self:
@@ -87,7 +102,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """A tuple of the number of FP32 columns of each tile of a job."""
+        """FP32 columns of each SRAM tile of a job, as a tuple; by default max(2, operands) tiles of `width` columns."""
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
@@ -99,7 +114,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
-        """Number of tiles of each ring, as ring_depth() gives it for this op."""
+        """Number of tiles in each of a core's circular buffers, as ring_depth() gives it for this op."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
@@ -109,11 +124,11 @@ class RowsKernel(ChipKernel):
         return float(vector_cycles(chip, n))
 
     def load_bytes(self, library: KernelLibrary) -> float:
-        """Bytes that are loaded for one row."""
+        """Bytes that a core loads for one row; by default a row of each matrix that is read."""
         return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
 
     def store_bytes(self, library: KernelLibrary) -> float:
-        """Bytes that are stored of one row."""
+        """Bytes that a core stores for one row; by default `width` values."""
         return float(self.width * library.activation_bytes)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
@@ -131,16 +146,29 @@ class RowsKernel(ChipKernel):
 
 
 def vector_bytes(t: Tensor) -> float:
-    """Bytes of an operand with one row as a core holds it."""
+    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
+
+    It is kept in its own format if that is a plain one (formats.PLAIN), and in FP32 if it is quantised.
+    """
     bits = formats.bits(t.format) if t.format in formats.PLAIN else 32
     return float(-(-int(t.shape[-1]) * bits // 8))
 
 
 def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Sequence[int], body: Any) -> list[Stream]:
-    """A list of Streams that process `rows` rows, one at a time, dealt to the cores.
+    """A list of Streams, one for each core with work, that process `rows` rows one at a time.
 
-    body(builder, rings, rows, columns): emits the instructions of one job. `rings` has a ring of f32 tiles of one row
-    for each of `columns`; with several parts a row, each has its part of the columns.
+    A job is one row, or one of the kernel.parts() column ranges into which a row is divided.
+
+    Args:
+        mem: the chip's memory.
+        op: the op.
+        kernel: gives the number of column ranges and the number of tiles in a ring. kernel.gathered: the rows are read
+            by index.
+        rows: number of rows.
+        columns: for each ring (circular buffer of f32 tiles of one row), the columns of the whole row. columns[-1] is
+            the width that is divided into ranges; no tile is wider than a range.
+        body: called as body(builder, rings, rows, columns) to emit the instructions of one job. rows: slice of one row.
+            columns: slice of the job's columns; slice(None) if rows are gathered.
     """
     parts = kernel.parts()
     step = -(-columns[-1] // parts)
@@ -176,7 +204,10 @@ def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: 
 
 
 def runs(mem: ChipMemory, rows: int) -> list[range]:
-    """A list of the rows of each core that has any, as ranges. Lengths differ by at most one, the longer ones first."""
+    """Divide `rows` rows among the cores; a list of ranges, one for each core that has any.
+
+    Lengths differ by at most one; longer ranges come first.
+    """
     cores = min(rows, mem.chip.cores)
     ends = [(i + 1) * (rows // cores) + min(i + 1, rows % cores) for i in range(cores)]
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
@@ -185,9 +216,10 @@ def runs(mem: ChipMemory, rows: int) -> list[range]:
 def load_indices(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, tuple[Region, int]], ids: Region, row: int
 ) -> Region:
-    """The region, i32 [1, 1], of the index of row `row`, in a tile with the indices of all rows of the core.
+    """An SRAM region i32 [1, 1] with the index that `ids` [1, rows] has for row `row`, one of the core's rows.
 
-    A core's first call loads its tile from `ids` and keeps it in `held`, with the number of its first row.
+    k: the core's builder. The first call for a core emits the load of the indices of all its rows into one tile. held:
+    {builder: (this tile, number of the core's first row)}; the first call adds an item.
     """
     if k not in held:
         mine = next(run for run in runs(mem, ids.cols) if row in run)
@@ -199,9 +231,10 @@ def load_indices(
 def load_once(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, list[Region | None]], names: Sequence[str | None]
 ) -> list[Region | None]:
-    """A list of the tiles with the small operands `names`, None for a missing one.
+    """A list of SRAM tiles with the whole operands `names`; None where a name is None.
 
-    They are loaded at a core's first call and kept in `held`.
+    k: the core's builder. The first call for a core emits the loads. held: {builder: the list}; the first call adds an
+    item, and later calls return it.
     """
     if k not in held:
         regions = [mem.optional_region(name) for name in names]

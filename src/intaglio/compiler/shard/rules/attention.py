@@ -11,7 +11,10 @@ from intaglio.ops import Attend, ChooseKeys, KvWrite
 
 @sharding_rule(KvWrite)
 def kv_write(lane: Lane, op: KvWrite) -> None:
-    """Append kv_write to the lane's Program: for this lane's heads of each cache that is split, else for all heads."""
+    """Append kv_write to one rank's Program: for the rank's heads of each cache that is split, else for all heads.
+
+    Returns nothing.
+    """
     names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
     scales = {}
     for field, c in (("k_scale", op.k_cache), ("v_scale", op.v_cache)):
@@ -22,7 +25,10 @@ def kv_write(lane: Lane, op: KvWrite) -> None:
 
 @sharding_rule(Attend)
 def attend(lane: Lane, op: Attend) -> None:
-    """Append attend to the lane's Program: for this lane's heads if q is split by heads, else for all heads."""
+    """Append attend to one rank's Program: for the rank's heads if q is split by heads, else for all heads.
+
+    Returns nothing.
+    """
     shares, whole = lane.shares.get(op.q), lane.p.tensors
     if not shares:
         return lane.add_whole(op)
@@ -41,5 +47,8 @@ def attend(lane: Lane, op: Attend) -> None:
 
 @sharding_rule(ChooseKeys)
 def choose_keys(lane: Lane, op: ChooseKeys) -> None:
-    """Append choose_keys to the lane's Program, with all heads and the whole cache of keys on every lane."""
+    """Append choose_keys, which picks the keys for sparse attention, to one rank's Program. Returns nothing.
+
+    Every rank computes it whole, with all heads and the whole cache of keys.
+    """
     lane.add_whole(op)

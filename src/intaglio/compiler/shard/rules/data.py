@@ -1,25 +1,26 @@
-"""The sharding rules of embed, permute and select, and of the ops that every lane runs whole."""
+"""The sharding rules of embed, permute, concat and select, and of the ops that every lane runs whole."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
-from intaglio.ops import AllToAll, Embed, Op, Permute, Route, Sample, Select, Sinusoid
+from intaglio.ops import AllToAll, Concat, Embed, Op, Permute, Route, Sample, Select, Sinusoid
 
 
 @sharding_rule(Route, Sample, Select, Sinusoid)
 def whole(lane: Lane, op: Op) -> None:
-    """Append an op to the lane's Program on whole operands, so that every lane computes all of it."""
+    """Append an op to one rank's Program on whole operands, so that every rank computes all of it. Returns nothing."""
     lane.add_whole(op)
 
 
 @sharding_rule(Embed)
 def embed(lane: Lane, op: Embed) -> None:
-    """Append embed to the lane's Program: for this lane's columns of the table, with an all_gather after it.
+    """Append embed to one rank's Program, for the rank's columns of the table, then an all_gather. Returns nothing.
 
     The all_gather moves half the bytes of the all_reduce that a table split by vocabulary would need. With sequence
-    parallelism an all_to_all takes its place, and gives each lane all columns of its own rows: 1 / tp of the bytes.
+    parallelism there is an all_to_all instead, which gives each rank all columns of its own token rows; it moves 1 / tp
+    of the all_gather's bytes.
     """
     shares = lane.plan[op.out]
     own = replace(op, w=lane.own(op, op.w, shares, axis=1))
@@ -33,11 +34,20 @@ def embed(lane: Lane, op: Embed) -> None:
 
 @sharding_rule(Permute)
 def permute(lane: Lane, op: Permute) -> None:
-    """Append permute to the lane's Program: on this lane's token rows if x is split by rows, else on the whole x.
+    """Append permute to one rank's Program: on the rank's token rows if x is split by rows, else on the whole x.
 
-    A share of the columns is not enough, since permute moves columns between shares.
+    A rank's columns alone are not enough, since permute moves columns between ranks. Returns nothing.
     """
     if not lane.has_token_rows(op):
         return lane.add_whole(op)
     lane.keep(op.order)
     return lane.add(op)
+
+
+@sharding_rule(Concat)
+def concat(lane: Lane, op: Concat) -> None:
+    """Append concat to one rank's Program: on the rank's token rows if both operands are split by rows, else whole.
+
+    Returns nothing.
+    """
+    return lane.add(op) if lane.has_token_rows(op) else lane.add_whole(op)

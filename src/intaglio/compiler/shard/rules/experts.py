@@ -14,17 +14,18 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append experts to the lane's Program: this lane's share of the experts, and an all_reduce of the partial sums.
+    """Append experts to one rank's Program: the rank's part of them, then an all_reduce of the sums. Returns nothing.
 
-    Experts are divided among the ep groups of lanes, and the intermediate columns of each expert among tp lanes. If the
-    layout has redundant experts, its placement says which group holds which experts. The all_reduce then adds the
-    results of each token's experts in the experts' order (slots), so that results do not depend on the placement.
+    The ranks that hold a layer form ep groups of tp ranks. Experts are divided among the groups, and the intermediate
+    columns of each expert among a group's ranks. If the layout has redundant experts, its placement says which group
+    holds which experts. The all_reduce then adds the results of each token's experts in the order in which the token
+    chose them (slots), so that results do not depend on the placement.
 
-    Raises LayoutError if there are too few experts for the layout, if tp would split the column order of a down matrix,
-    or if a placement does not fit.
+    Raises LayoutError: for fewer experts than ep, or fewer columns than tp; if tp is above 1 and the down matrices have
+    a column order (act-order), which it would split; for a placement that does not fit.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
-    count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
+    count, inner, _ = map(int, lane.p.tensors[op.up].shape)
     if count < layout.ep or inner < layout.tp:
         raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
     if op.down_order and layout.tp > 1:
@@ -62,10 +63,11 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The numbers of each ep rank's experts at `site`, a tuple for each rank, by the layout's placement.
+    """The expert numbers that each expert-parallel group holds for the op at `site`: a tuple with a tuple of ints each.
 
-    () if the layout has neither redundant experts nor a placement. Raises LayoutError for a placement that does not fit
-    `count` experts and the layout.
+    If layout.placement lists the site, it says which. If not, ExpertPlacement.even() says it. Returns () if the layout
+    has neither redundant experts nor a placement: each group then holds consecutive experts. Raises LayoutError for a
+    placement that does not fit `count` experts and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()

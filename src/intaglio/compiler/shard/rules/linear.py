@@ -12,13 +12,14 @@ from intaglio.ops import HeadLinear, Linear
 
 @sharding_rule(Linear)
 def linear(lane: Lane, op: Linear) -> None:
-    """Append linear to the lane's Program: row parallel if x is split, column parallel if the plan says so, else whole.
+    """Append linear to one rank's Program: row parallel if x is split, column parallel if the plan says so, else whole.
 
-    - Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums. Not for a
-      linear with an activation.
-    - Column parallel: each lane computes its columns of the result. Not for a linear with a residual.
+    - Row parallel: each rank computes a partial sum over its columns of x, and an all_reduce adds the sums. A linear
+      with an activation cannot be row parallel.
+    - Column parallel: each rank computes its columns of the result. A linear with a residual cannot be column parallel.
+    - Whole: every rank gathers x, if x is split, and computes all of the result.
 
-    Raises LayoutError for a linear fused with glu.
+    Returns nothing. Raises LayoutError for a linear fused with glu.
     """
     if op.glu:
         raise LayoutError(f"{op.site} is fused with its activation; shard a Program before it is fused")
@@ -40,7 +41,10 @@ def linear(lane: Lane, op: Linear) -> None:
 
 @sharding_rule(HeadLinear)
 def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """Append head_linear to the lane's Program: for this lane's heads if x is split by heads, else for all heads."""
+    """Append head_linear (one matrix per head, as in MLA) to one rank's Program. Returns nothing.
+
+    It runs for the rank's own heads if x is split by heads, else for all heads.
+    """
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     if not shares:
         return lane.add_whole(op)

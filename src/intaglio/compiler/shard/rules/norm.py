@@ -11,11 +11,14 @@ from intaglio.ops import Moment, Norm
 
 @sharding_rule(Norm)
 def norm(lane: Lane, op: Norm) -> None:
-    """Append norm to the lane's Program: on this lane's token rows, on its groups of columns, or on whole rows.
+    """Append norm to one rank's Program: on the rank's token rows, on its groups of columns, or on whole rows.
 
-    It runs on token rows if all operands are split by rows, and on groups if x is split between them and each is normed
-    by itself. Before any other norm a split x is gathered, and this lane keeps a view of its own columns of the result.
-    A norm with a residual, or with views of its result, runs on whole rows.
+    - On token rows if all operands are split by token rows.
+    - On its own groups of columns if each group is normed by itself and x is split between groups.
+    - Otherwise on whole rows, for which a split x is gathered; the rank keeps a view of its own columns of the result.
+      A norm with a residual, or with views of its result, keeps the whole result.
+
+    Returns nothing.
     """
     if lane.has_token_rows(op):
         for name in (op.weight, op.bias):
@@ -42,7 +45,11 @@ def norm(lane: Lane, op: Norm) -> None:
 
 @sharding_rule(Moment)
 def moment(lane: Lane, op: Moment) -> None:
-    """Append a moment to the lane's Program: of this lane's token rows, else of whole rows, for which x is gathered."""
+    """Append moment (the mean, rms or standard deviation of each row) to one rank's Program. Returns nothing.
+
+    It runs on the rank's token rows if x is split by token rows. Otherwise it runs on all rows, and an x that is split
+    by columns is gathered first.
+    """
     if lane.has_token_rows(op):
         lane.add(op)
     else:

@@ -15,7 +15,10 @@ from intaglio.ops import Decay, LinearAttention, RgLru, SelectiveScan, ShortConv
 
 @sharding_rule(ShortConv)
 def short_conv(lane: Lane, op: ShortConv) -> None:
-    """Append short_conv to the lane's Program, for this lane's channels if x and state are split, else for all."""
+    """Append short_conv to one rank's Program. Returns nothing.
+
+    It runs for the rank's own channels if x and the state are split by channels alike, else for all channels.
+    """
     shares = lane.shares.get(op.x)
     if not shares or shares != lane.plan.get(op.state):
         lane.keep(op.state)
@@ -27,7 +30,10 @@ def short_conv(lane: Lane, op: ShortConv) -> None:
 
 @sharding_rule(Decay)
 def decay(lane: Lane, op: Decay) -> None:
-    """Append decay to the lane's Program, for this lane's columns if x is split between heads, else for all."""
+    """Append decay to one rank's Program. Returns nothing.
+
+    It runs for the rank's own columns if x is split between heads, else for all columns.
+    """
     shares, columns = lane.shares.get(op.x), int(lane.p.tensors[op.x].shape[1])
     each = columns // int(lane.p.tensors[op.rate].shape[0])
     if not shares or not keeps_whole(shares, each):
@@ -39,7 +45,10 @@ def decay(lane: Lane, op: Decay) -> None:
 
 @sharding_rule(LinearAttention)
 def linear_attention(lane: Lane, op: LinearAttention) -> None:
-    """Append linear_attention to the lane's Program, for this lane's heads if its state is split, else for all."""
+    """Append linear_attention to one rank's Program. Returns nothing.
+
+    It runs for the rank's own heads if the plan splits its state by heads, else for all heads.
+    """
     heads = lane.plan.get(op.state)
     lane.keep(op.state, heads, axis=1)
     if not heads:
@@ -52,20 +61,27 @@ def linear_attention(lane: Lane, op: LinearAttention) -> None:
 
 @sharding_rule(SelectiveScan)
 def selective_scan(lane: Lane, op: SelectiveScan) -> None:
-    """Append selective_scan to the lane's Program, for this lane's channels if its state is split, else for all."""
+    """Append selective_scan to one rank's Program. Returns nothing.
+
+    It runs for the rank's own channels if the plan splits its state by channels, else for all channels.
+    """
     add_channels(lane, op, whole=(op.b, op.c))
 
 
 @sharding_rule(RgLru)
 def rg_lru(lane: Lane, op: RgLru) -> None:
-    """Append rg_lru to the lane's Program, for this lane's channels if its state is split, else for all."""
+    """Append rg_lru to one rank's Program. Returns nothing.
+
+    It runs for the rank's own channels if the plan splits its state by channels, else for all channels.
+    """
     add_channels(lane, op)
 
 
 def add_channels(lane: Lane, op: SelectiveScan | RgLru, whole: Sequence[str] = ()) -> None:
-    """Append an op with a state for each channel to the lane's Program: for this lane's channels, or else for all.
+    """Append an op that has a state for each channel to one rank's Program. Returns nothing.
 
-    whole: inputs that are the same for all channels.
+    It runs for the rank's own channels if the plan splits its state by channels, else for all channels. whole: names of
+    inputs that every channel reads whole.
     """
     shares = lane.plan.get(op.state)
     lane.keep(op.state, shares, axis=1)

@@ -177,12 +177,15 @@ def _q3_k(b: np.ndarray) -> Quantised:
 
 
 def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], Quantised]:
-    """A function that decodes blocks [rows, blocks, bytes] of the codebook type `kind` to a matrix (Quantised).
+    """A function that decodes blocks of a codebook type, uint8 [rows, blocks, bytes], to a Quantised [rows, values].
 
-    A value is a whole-number code times one scale for each run of 32 values. scales: function from blocks to the scales
-    of their runs, [rows, blocks, runs]. The gguf library decodes the values, which are divided by the scales to get the
-    codes; both are exact in float32, since a scale has up to 16 significant bits and a code up to 6. The function
-    raises PortError if that library is not installed.
+    A value is a whole-number code times one scale for each run of 32 values. The gguf library computes the values;
+    dividing them by the scales gives the codes. Both steps are exact in float32, since a scale has up to 16 significant
+    bits and a code up to 6. The function raises PortError if that library is not installed.
+
+    Args:
+        kind: the GGUF type, such as IQ3_S.
+        scales: function from blocks to the scales of their runs, [rows, blocks, runs].
     """
 
     def decode(b: np.ndarray) -> Quantised:
@@ -308,7 +311,15 @@ def known_types() -> str:
 
 
 def decode_rows(kind: str, raw: np.ndarray) -> Value:
-    """The matrix of GGUF type `kind` from bytes `raw` [rows, bytes per row]: a Quantised, or an array in bf16."""
+    """Decode rows of a block-quantised GGUF matrix to a Quantised, or to a bf16 array [rows, values].
+
+    The result is an array for types that no quantised format here can hold, such as Q2_K (in BLOCKS, those of format
+    bf16). Raises KeyError for a type that is not in BLOCKS.
+
+    Args:
+        kind: the GGUF type.
+        raw: uint8 [rows, bytes of a row].
+    """
     own = BLOCKS[kind]
     return own.decode(raw.reshape(len(raw), -1, own.bytes))
 

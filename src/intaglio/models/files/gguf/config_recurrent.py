@@ -26,10 +26,10 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 
 
 def mamba(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba, or for FalconMamba if step, B and C are normed.
+    """The keys of config.json, as a dict, for Mamba, or for FalconMamba if the file says that dt, B and C are normed.
 
-    These norms have the epsilon of the others, as in llama.cpp. Raises CheckpointError for a missing key, PortError for
-    a value that is not supported.
+    The epsilon of those norms is that of the layers' norms, as in llama.cpp. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
     c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
@@ -40,9 +40,10 @@ def mamba(m: Metadata) -> dict[str, Any]:
 
 
 def mamba2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp.
+    """The keys of config.json, as a dict, for Mamba-2.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    There is no key time_step_limit: the step size dt is not clamped, as in llama.cpp. Raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
     heads = m.whole("ssm.time_step_rank")
     return alone(m, "Mamba2ForCausalLM") | {
@@ -51,10 +52,15 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 
 
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
-    """(period, offset) of the layers `found`: those whose number modulo the period is the offset.
+    """(period, offset) of layers that repeat: layer i is among them if i % period == offset. Two ints.
 
-    If `found` is empty, the offset is the number of layers. what: what these layers have, for the error. Raises
-    PortError if no period gives them.
+    For no layers the result is (layers + 1, layers), which holds for none; for one layer (layers + 1, its number).
+    Raises PortError if no period gives exactly these layers.
+
+    Args:
+        m: the metadata, which has the number of layers.
+        found: numbers of the layers, ascending.
+        what: what these layers have, for the error.
     """
     offset = found[0] if found else m.layers
     period = found[1] - offset if len(found) > 1 else m.layers + 1
@@ -67,7 +73,8 @@ def jamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Jamba.
 
     Layers with K/V heads have attention; layers with a router's tensor have experts. Raises CheckpointError for a
-    missing key, PortError unless each of these are every n-th layer.
+    missing key. Raises PortError if the layers with attention, or those with experts, do not repeat with a fixed
+    period.
     """
     attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
     mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
@@ -136,24 +143,43 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 def nemotron_h(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Nemotron-H.
 
-    Layers with an inner width have an MLP, other layers with K/V heads attention, the rest a Mamba-2 block. The step
-    has no limits, as in llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
+    A layer with a router's tensor has experts, any other with an MLP width is an MLP, any other with K/V heads is
+    attention, the rest are Mamba-2 blocks. There is no key time_step_limit: the step size dt is not clamped, as in
+    llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
     """
-    widths, heads = m.get("feed_forward_length"), m.whole("ssm.time_step_rank")
-    widths = list(map(int, widths if isinstance(widths, list) else [widths] * m.layers))[: m.layers]
-    if len({n for n in widths if n}) > 1:
+    widths, heads = [int(x) for x in m.by_layer("feed_forward_length")], m.whole("ssm.time_step_rank")
+    mixed = [m.has("mixer.gate.weight", i) for i in range(m.layers)]
+    if len({n for n, mix in zip(widths, mixed, strict=True) if n and not mix}) > 1:
         m.one("feed_forward_length")
     kinds = [
-        "mlp" if width else "attention" if n else "mamba" for width, n in zip(widths, m.kv_heads_by_layer, strict=True)
+        "moe" if mix else "mlp" if width else "attention" if n else "mamba"
+        for mix, width, n in zip(mixed, widths, m.kv_heads_by_layer, strict=True)
     ]
     own = kinds.index("attention") if "attention" in kinds else 0
-    return base(m, width=max(widths)) | {
+    return base(m, width=max(widths)) | (ungated_experts(m) if any(mixed) else {}) | {
         "architectures": ["NemotronHForCausalLM"], "llama_names": True, "layers_block_type": kinds,
         "layer_norm_epsilon": m.real("attention.layer_norm_rms_epsilon"), "mamba_num_heads": heads,
         "mamba_head_dim": m.whole("ssm.inner_size") // heads, "n_groups": m.whole("ssm.group_count", 1),
         "ssm_state_size": m.whole("ssm.state_size"), "conv_kernel": m.whole("ssm.conv_kernel"),
         "use_conv_bias": _has(m, "mixer.conv1d.bias"), "mamba_proj_bias": _has(m, "mixer.in_proj.bias"),
-        "attention_bias": m.has("self_attn.q_proj.bias", own), "mlp_bias": _has(m, "mixer.up_proj.bias"),
+        "attention_bias": m.has("self_attn.q_proj.bias", own),
+        "mlp_bias": _has(m, "mixer.up_proj.bias") or _has(m, "mixer.shared_experts.up_proj.bias"),
+    }  # fmt: skip
+
+
+def ungated_experts(m: Metadata) -> dict[str, Any]:
+    """A dict of the config keys of Nemotron-H's experts, which have no gate.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
+    m.fixed("expert_gating_func", SIGMOID)
+    count = m.whole("expert_group_count", 1)
+    return experts(m) | {
+        "n_group": count, "topk_group": m.whole("expert_group_used_count", 1 if count < 2 else None),
+        "norm_topk_prob": m.flag("expert_weights_norm"),
+        "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
+        "moe_shared_expert_intermediate_size": rows(m, "mixer.shared_experts.up_proj.weight"),
+        "moe_latent_size": m.whole("moe_latent_size", 0) or None,
     }  # fmt: skip
 
 

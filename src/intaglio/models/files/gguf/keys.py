@@ -82,9 +82,13 @@ class KeyFate:
 
 
 def judge_keys(file: GgufFile, seen: Collection[str]) -> Iterator[KeyFate]:
-    """Yield a KeyFate for each metadata key of the file. seen: keys that were read for the model's config.
+    """Yield a KeyFate for each metadata key of a GGUF file: whether it was used or ignored, and why.
 
-    Raises PortError for a key that was not read, although llama.cpp computes otherwise by its value.
+    Raises PortError for a key that was not read, if llama.cpp computes something else because of its value.
+
+    Args:
+        file: the file.
+        seen: keys that were read for the model's config, with the architecture's prefix.
     """
     own = f"{file.architecture}."
     for key, value in file.fields.items():

@@ -19,7 +19,7 @@ class Metadata:
         file: the file.
         tables: the file's tensors.
         factors: rope frequency factors "freqs", "long" and "short", if the file has them.
-        seen: the whole keys that were read.
+        seen: keys that were read so far, as in the file, such as llama.block_count.
     """
 
     file: GgufFile
@@ -33,11 +33,18 @@ class Metadata:
         return self.whole("block_count") - self.whole("nextn_predict_layers", 0)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key without the architecture's prefix; `default` if the file does not have it."""
+        """The value of the key "<architecture>.<key>" in the file; `default` if the file does not have it.
+
+        key: the part after the architecture, such as block_count for llama.block_count. The key counts as read (see
+        `seen`).
+        """
         return self.whole_key(f"{self.file.architecture}.{key}", default)
 
     def whole_key(self, key: str, default: Any = None) -> Any:
-        """The value of a key that does not begin with the architecture; `default` if the file does not have it."""
+        """The value of a key as it stands in the file; `default` if the file does not have it.
+
+        For keys that do not begin with the architecture, such as xielu.beta. The key counts as read (see `seen`).
+        """
         self.seen.add(key)
         return self.file.get(key, default)
 
@@ -86,7 +93,12 @@ class Metadata:
             )
 
     def refuse(self, key: str, why: str) -> None:
-        """Raise PortError if the key is present and not 0, False or []."""
+        """Raise PortError if the file has the key with a value other than 0, False or []; return nothing otherwise.
+
+        Args:
+            key: the part of the key after the architecture.
+            why: the reason, for the error.
+        """
         if self.get(key) not in (None, 0, False, []):
             raise PortError(f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported: {why}")
 
@@ -115,8 +127,24 @@ class Metadata:
     @property
     def kv_heads_by_layer(self) -> list[int]:
         """A list of the number of K/V heads of each layer, 0 in those without attention."""
-        value = self.get("attention.head_count_kv", self.heads)
-        return list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
+        return [int(x) for x in self.by_layer("attention.head_count_kv", self.heads)]
+
+    def by_layer(self, key: str, default: Any = None) -> list[float]:
+        """A list of the values of a key for each layer; a key may have one number for all.
+
+        default: used if the file does not have the key: a number or a list. Raises CheckpointError if it has neither,
+        for fewer values than layers, and for a value that is no number.
+        """
+        value = self.get(key, default)
+        values = value[: self.layers] if isinstance(value, list) else [value] * self.layers
+        if value is None:
+            self._needed(key, None)
+        if len(values) < self.layers or any(isinstance(x, str | bytes | list) or math.isnan(x) for x in values):
+            raise CheckpointError(
+                f"{self.file.path}: {self.file.architecture}.{key}={value!r}; wanted a number, or one for each of the "
+                f"{self.layers} layers"
+            )
+        return values
 
     @property
     def head_dim(self) -> int:

@@ -16,7 +16,16 @@ from intaglio.models.files.gguf.tensors import Place, Tables
 
 
 def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add A_log = log(-A): files have A = -exp(A_log), [channels, states] of Mamba, [heads, 1] of Mamba-2."""
+    """Add the tensor A_log of a Mamba block to `tables`: the logarithm of -A, where the file has A.
+
+    A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads].
+
+    Args:
+        tables: the tensors by transformers' names.
+        m: the metadata; not read.
+        name: the tensor's name in transformers.
+        p: where the file has A.
+    """
     shape = p.shape[:1] if p.shape[1:] == (1,) else p.shape
 
     def logarithm(parts: list[np.ndarray]) -> np.ndarray:
@@ -27,14 +36,22 @@ def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a vector that files have as a matrix: D [heads, 1], and the norm's weight [groups, columns of a group]."""
+    """Add a tensor to `tables` as a vector; the file has a matrix: D [heads, 1], or a norm [groups, columns].
+
+    Args:
+        tables: the tensors by transformers' names.
+        m: the metadata; not read.
+        name: the tensor's name in transformers.
+        p: where the file has the matrix.
+    """
     tables.add(name, p.cut(0, (prod(p.shape),)))
 
 
 def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
-    """(key heads, value heads, columns of a key head, columns of a value head) of a gated delta net.
+    """(key heads, value heads, columns of a key head, columns of a value head) of a gated delta net, four ints.
 
-    Raises CheckpointError if value heads do not divide.
+    Raises CheckpointError unless the number of value heads is a multiple of the number of key heads, and the inner size
+    a multiple of the number of value heads.
     """
     key_heads, heads = m.whole("ssm.group_count"), m.whole("ssm.time_step_rank")
     inner = m.whole("ssm.inner_size")
@@ -59,9 +76,15 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_b and in_proj_a of Qwen3-Next, whose rows a file has in one matrix, grouped by key head.
+    """Add in_proj_b and in_proj_a of Qwen3-Next to `tables`. Files have both in one matrix, grouped by key head.
 
-    Raises CheckpointError if value heads do not divide.
+    Args:
+        tables: the tensors by transformers' names.
+        m: the metadata, which has the numbers of heads.
+        name: the matrix's name in transformers, which ends with in_proj_ba.weight.
+        p: where the file has the matrix.
+
+    Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
     """
     keys, heads, _, _ = delta_sizes(m)
     at, each = name.removesuffix("in_proj_ba.weight"), heads // keys
@@ -69,9 +92,17 @@ def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix with the rows of both.
+    """Add in_proj_qkv and in_proj_z of Qwen3-Next to `tables`. An older file has the rows of both in one matrix.
 
-    transformers and older files have this matrix. Raises CheckpointError if value heads do not divide.
+    The matrix is that of transformers: for each key head its rows of q, k, v and z.
+
+    Args:
+        tables: the tensors by transformers' names.
+        m: the metadata, which has the numbers and sizes of heads.
+        name: the matrix's name in transformers, which ends with in_proj_qkvz.weight.
+        p: where the file has the matrix.
+
+    Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
     """
     keys, heads, key, value = delta_sizes(m)
     at, each = name.removesuffix("in_proj_qkvz.weight"), heads // keys * value
@@ -84,10 +115,15 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """The file's row number (int array) of each row of a matrix of Qwen3.5 with `width` rows per value head.
+    """For each row of a matrix of Qwen3.5 in transformers' order, the number of that row in the file, as an int array.
 
     transformers has the value heads of the first key head first. Files have the first value head of each key head
-    first, then the second of each. Raises CheckpointError if value heads do not divide.
+    first, then the second of each. Raises CheckpointError if the sizes in the metadata do not fit together (see
+    delta_sizes()).
+
+    Args:
+        m: the metadata, which has the numbers of heads.
+        width: rows of the matrix for each value head.
     """
     keys, heads, _, _ = delta_sizes(m)
     h = np.arange(heads)
@@ -96,10 +132,19 @@ def tiled(m: Metadata, width: int) -> np.ndarray:
 
 
 def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a matrix of Qwen3.5 with rows for each value head, or a vector with a value for each, in transformers' order.
+    """Add a tensor of Qwen3.5 to `tables` with its value heads in transformers' order (see tiled()).
 
-    Rows before those of the value heads, of queries and keys, stay in their places. Raises CheckpointError if value
-    heads do not divide.
+    The tensor is a matrix whose last rows are those of the value heads, or a vector with one value for each. Rows
+    before them, of queries and keys, keep their order. A tensor A_log becomes the logarithm of the file's negated
+    values.
+
+    Args:
+        tables: the tensors by transformers' names.
+        m: the metadata, which has the numbers and sizes of heads.
+        name: the tensor's name in transformers.
+        p: where the file has the tensor.
+
+    Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
     """
     _, heads, _, value = delta_sizes(m)
     count = p.shape[0]
@@ -114,8 +159,14 @@ def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def columns_by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add out_proj of Qwen3.5 with its columns in transformers' order; files have them in the order of tiled().
+    """Add out_proj of Qwen3.5 to `tables` with columns in transformers' order. Files have the order of tiled().
 
-    Raises CheckpointError if value heads do not divide.
+    Args:
+        tables: the tensors by transformers' names.
+        m: the metadata, which has the numbers and sizes of heads.
+        name: the matrix's name in transformers.
+        p: where the file has the matrix.
+
+    Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
     """
     tables.add_columns(name, p, np.argsort(tiled(m, delta_sizes(m)[3])))

@@ -21,6 +21,10 @@ from intaglio.models.files.gguf.header import Tensor
 from intaglio.ops import Value
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+TERNARY = {  # types of ternary weights that are not read, and why
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), " (ternary weights have no kernel here; use a Q4_K_M or Q8_0 file)"),
+    "type 36": " (I2_S of bitnet.cpp, whose layout depends on the machine that wrote the file; use an F16 file)",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def place_of(path: Path, file: Path, t: Tensor) -> Place:
     """
     kind = t.kind
     if kind not in PLAIN and kind not in BLOCKS:
-        why = " (ternary weights have no kernel here; use a Q4_K_M or Q8_0 file)" if kind.startswith("TQ") else ""
+        why = TERNARY.get(kind, "")
         raise PortError(f"{path}: tensor {t.name} is {kind}, which is not read{why}; known are {known_types()}")
     return Place(file, kind, t.shape, t.start)
 
@@ -92,10 +96,13 @@ class Tables:
         return self.coded[name].shape if name in self.coded else self.raw[name].shape
 
     def add(self, name: str, p: Place, heads: int = 0, shift: float = 0.0) -> None:
-        """Add a tensor under its name in transformers.
+        """Add one tensor of the file under its name in transformers. It is read from the file later.
 
-        heads: number of heads if its rows are in interleaved rope order, else 0. shift: number subtracted from its
-        values (norms of Gemma, to which converters add 1).
+        Args:
+            name: the name in transformers.
+            p: where the file has the tensor.
+            heads: number of heads if its rows are in interleaved rope order, which is changed to half order; else 0.
+            shift: number subtracted from its values (norms of Gemma, to which converters add 1).
         """
         if p.kind in PLAIN and not heads and not shift:
             self.raw[name] = Raw(p.file, p.kind, p.shape, p.start, p.stop)
@@ -113,9 +120,13 @@ class Tables:
         self.coded[name] = Coded(format, p.shape, {at: Part()}, decode, whole=head)
 
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
-        """Add a matrix `name` of plain values, of this shape, that is joined from the tensors at `places`.
+        """Add a matrix that is made from several tensors of plain values. It is joined when it is read.
 
-        join: function that takes their values as a list of float32 arrays and returns the matrix as float32.
+        Args:
+            name: the matrix's name in transformers.
+            places: where the file has the tensors.
+            shape: shape of the matrix.
+            join: function from a list of the tensors' values, float32, to the matrix, float32.
         """
         at = [self._blocks(f"{name} {i}", p) for i, p in enumerate(places)]
         formats = {format_of(p) for p in places}
@@ -129,7 +140,13 @@ class Tables:
         self.coded[name] = Coded(format, shape, {n: Part(None) for n in at}, decode, whole=shape[0])
 
     def add_rows(self, name: str, p: Place, rows: np.ndarray) -> None:
-        """Add a matrix whose row i is row rows[i] of the tensor at `p`. Quantised rows keep their codes."""
+        """Add a matrix whose row i is row rows[i] of a tensor in the file. Quantised rows keep their codes.
+
+        Args:
+            name: the matrix's name in transformers.
+            p: where the file has the tensor.
+            rows: row numbers, an int array.
+        """
         at = self._blocks(name, p)
         shape = (len(rows), *p.shape[1:])
 
@@ -139,10 +156,16 @@ class Tables:
         self.coded[name] = Coded(format_of(p), shape, {at: Part(None)}, decode, whole=shape[0])
 
     def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
-        """Add a matrix whose column order[i] is column i of the tensor at `p`.
+        """Add a matrix whose columns the file has in another order: column i there is column order[i] of the matrix.
 
-        Columns of plain values are put in their places. Quantised columns keep their places, and an int32 tensor
-        (.order) is added with `order`: a port permutes by it the input that they multiply, as for act-order.
+        Columns of plain values are moved to their places when they are read. Quantised columns stay where they are.
+        Instead an int32 tensor NAME.order with `order` is added, and a port permutes the matrix's input by it, as for
+        act-order.
+
+        Args:
+            name: the matrix's name in transformers.
+            p: where the file has it.
+            order: the matrix's column of each column in the file, an int array.
         """
         at = self._blocks(name, p)
         plain, back, own = p.kind in PLAIN, np.argsort(order), name.removesuffix(".weight") + ".order"

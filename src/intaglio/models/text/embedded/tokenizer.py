@@ -183,7 +183,7 @@ def _merges(v: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _gemma4(v: _Vocabulary) -> Tokenizer:
-    """A BPE tokenizer of characters, as SentencePiece's, with the file's own merges.
+    """A BPE tokenizer that splits text into characters, as SentencePiece does, and joins them by the file's own merges.
 
     Raises CheckpointError if the file has no merges.
     """
@@ -273,10 +273,17 @@ def _with_ends(
     inner: Tokenizer, v: _Vocabulary, bos: bool, eos: bool = False, default_bos: int | None = None,
     default_eos: int | None = None,
 ) -> Tokenizer:  # fmt: skip
-    """Make the tokenizer add bos in front and eos behind a text, and return it.
+    """Make a tokenizer add its bos token before each text and its eos token after it, if the file wants that.
 
-    bos, eos: True to add that token if the file does not say. default_bos, default_eos: the id of the token if the file
-    names none; None: no token is added then.
+    Returns `inner`, which is changed in place.
+
+    Args:
+        inner: the tokenizer.
+        v: the file's tokens and settings; add_bos_token and add_eos_token say what is added.
+        bos: True to add bos if the file has no add_bos_token.
+        eos: True to add eos if the file has no add_eos_token.
+        default_bos: id of bos if the file names none; None: no bos is added then.
+        default_eos: id of eos if the file names none; None: no eos is added then.
     """
     first = v.id("bos", default_bos) if v.get("add_bos_token", bos) else None
     last = v.id("eos", default_eos) if v.get("add_eos_token", eos) else None
