@@ -122,7 +122,7 @@ class BlockMemory:
             if held > self.budget:
                 pinned = self.leases.pinned()
                 for other in sorted(self._blocks.keys() - pinned, key=lambda other: (self._used[other], other)):
-                    if held <= self.budget - self.budget // ROOM:
+                    if held <= self.budget - (0 if other == name else self.budget // ROOM):
                         break
                     held -= len(self._blocks.pop(other))
                     del self._used[other]
