@@ -243,7 +243,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Increase, then decrease, constant `name` by factors of 1 + step while the cost falls. self.on gets the best."""
+        """Increase, then decrease, constant `name` by factors 1 + step while the cost falls. self.on gets the best."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:

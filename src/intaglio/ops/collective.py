@@ -225,7 +225,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """A list of the names of a dimension, one for each of `ranks` ranks: the rank's run of the T token rows ("T:0/4")."""
+    """A list with the dimension of each of `ranks` ranks: its run of the T token rows, such as "T:0/4" for rank 0."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
