@@ -340,7 +340,8 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     ]  # not of layers that were skipped
     for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
-            if getattr(model.config, "rope_interleave", False) and name == op.v:
+            pairs = getattr(model.config, "rope_interleave", model.config.model_type == "bailing_hybrid")
+            if pairs and name == op.v:
                 held = held.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # theirs puts pairs by halves
             keep(producers.get(name, name), held)
     width = {t.name: t.shape[-1] for t in p.tensors.values()}
@@ -368,6 +369,8 @@ def module_of(model: Any, p: Program, op: Op) -> Any:
         return None
     modules = dict(model.named_modules())
     name = p.tensors[weight].source[0].partition("|")[0].removesuffix(".weight")
+    if layer := re.match(r"layers\.\d+\.", op.site):  # a layer that shares an earlier one's weights has its own module
+        name = re.sub(r"layers\.\d+\.", layer[0], name, count=1)
     if isinstance(op, Experts):  # a module of all experts, whose result is theirs together
         name = re.split(r"\.(?:experts|input_linear)\.", name)[0] + ".experts"
     for old, new in (("", ""), ("language_model.model.", "model.language_model."), *RENAMED):
