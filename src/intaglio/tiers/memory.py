@@ -28,7 +28,9 @@ class MemoryLeases:
         self._lock = threading.Lock()
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
+        """Pin the blocks of these names for `seconds`. Returns the id of the lease, 32 hexadecimal digits.
+
+        A name that is not stored is accepted: its block is pinned if it is written during that time.
 
         Raises ValueError unless 0 < seconds <= LONGEST.
         """
@@ -105,14 +107,14 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it.
+        """Keep a block's bytes, instead of those kept under this name before. Returns how many others were deleted.
 
-        Those are the least recently used blocks that no lease pins, as many as exceed the budget. parent: name of the
-        block before it. If the parent is here, the new block counts as used just before the parent was; else as used
-        now.
+        If the budget would be exceeded, the least recently used blocks that no lease pins are deleted, until this one
+        fits and a part of the budget is free.
 
-        Raises NoRoom if the others, which are pinned or were used later, leave no room for it within the budget; it is
-        not kept then.
+        parent: name of the block before it. If the parent is here, the new block counts as used just before the parent
+        was; else as used now. Raises NoRoom if the others, which are pinned or were used later, leave no room within
+        the budget; the block is not kept then.
         """
         block = b"".join(parts)
         with self._lock:
