@@ -78,7 +78,7 @@ ApiKeys = Annotated[
 TracesEndpoint = Annotated[
     str | None, typer.Option(help="URL of a collector for OpenTelemetry traces (OTLP over HTTP).")
 ]
-Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: main.")]
 Device = Annotated[
     str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
 ]

@@ -100,7 +100,7 @@ def rankings(
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
     """The row's texts in the columns `names`, as a tuple; "" where the row has no text.
 
-    The name "card" stands for the shipped config of the row's model, and "" if there is none.
+    The name "card" gives the name of the shipped config of the row's model; "" if there is none.
     """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 

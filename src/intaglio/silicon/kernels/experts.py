@@ -83,7 +83,7 @@ class ExpertsKernel(ChipKernel):
         return experts_timing(target, *self.layer(sizes))
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
-        """The Timings of the op's launches by their labels, as experts_parts() returns them."""
+        """Time the op's launches in a step of these sizes: a dict {label: Timing}, see experts_parts()."""
         return experts_parts(target, *self.layer(sizes))
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
