@@ -56,7 +56,7 @@ checked_size = checked_by(parse_size)
 
 
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
-    """Callback of an option for API keys: returns the keys unchanged.
+    """Callback of an option for API keys: returns the keys unchanged; None if the option is not given.
 
     Raises ValueError for an empty key, because a request without a key would match it.
     """

@@ -106,7 +106,7 @@ def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """What the model recommends for one case and what measured best, as a Ranked.
+    """The Ranked of one case: the point that the model recommends, and the point that measured best.
 
     Rows with equal layout, number of open requests and columns `others` are one point; its rate is their mean.
 

@@ -20,9 +20,10 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """Fuse each linear with the gating after it, activation(gate) * up, where gate and up are halves of its result.
+    """Fuse each linear with the op `map` after it that computes activation(gate) * up. Returns the Program.
 
-    Returns the Program; in it, such a linear has the attributes `glu` and `activation`, and the op `map` is gone.
+    gate and up are the two halves of the linear's result. A fused linear has the attributes `glu` and `activation`, and
+    the op `map` is gone.
     """
     return _fuse_maps(p, _glu)
 

@@ -330,8 +330,8 @@ def experts_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of a layer of routed experts on one rank, router included.
 
-    Some libraries' kernels of activation and combination process all tokens * top_k rows; then all are counted.
-    Otherwise only the rank's own rows are.
+    In some libraries the kernels of activation and combination process all tokens * top_k rows; all these rows are then
+    counted. In other libraries only the rank's own rows are counted.
 
     Args:
         target: chip and kernel library.
