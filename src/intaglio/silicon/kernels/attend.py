@@ -174,11 +174,13 @@ class Job:
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan) -> list[Job]:
     """A list of the Jobs of sequence number `s` with several new tokens: one for each tile of queries and heads."""
-    before, out = int(batch.context_len[s] - batch.q_len[s]), []
+    # Neighbours read different K/V heads, so that the cores' first jobs bring all of them to the L2.
+    heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
+    before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()
     for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
         low = int(op.first_seen(np.array(before + rows.start)))
         low -= 0 if op.chunk else low % plan.keys  # the instructions mask a window, but not the chunk before
-        out += [Job(s, head, rows, low, before + rows.stop) for head in range(0, h.heads, plan.pack)]
+        out += [Job(s, head, rows, low, before + rows.stop) for head in heads]
     return out
 
 
