@@ -91,8 +91,14 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
         (
             "minimax",
             "rope_parameters",
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5 with rope_type='linear', but this family rotates whole heads",
+        ),
+        (
+            "glm4_moe_lite",
+            "rope_parameters",
             {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            "partial_rotary_factor=0.5, but this family rotates whole heads",
+            "partial_rotary_factor=0.5; wanted 1, since qk_rope_head_dim is the turned part",
         ),
         ("mpt", "attn_config", {"clip_qkv": "abc"}, "attn_config.clip_qkv='abc'; wanted a number of 0 or more"),
     ],

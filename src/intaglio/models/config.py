@@ -42,6 +42,7 @@ class Settings(dict[str, Any]):
         at: path of the table in the file, such as rope_parameters.
         given: the keys and values in the file, without those set later, such as defaults.
         seen: the keys that were read.
+        ignored: {a key without effect: the reason}.
     """
 
     def __init__(self, table: Mapping[str, Any], at: str = "") -> None:
@@ -49,6 +50,7 @@ class Settings(dict[str, Any]):
         self.at = at
         self.given = dict(table)
         self.seen: set[str] = set()
+        self.ignored: dict[str, str] = {}
 
     def __getitem__(self, key: str) -> Any:
         self.seen.add(key)
@@ -175,7 +177,7 @@ class Config:
         if known is None:
             self.parts.append(out)
         else:
-            out.seen = known.seen
+            out.seen, out.ignored = known.seen, known.ignored
         return out
 
     def whole(self, key: str, default: int | None = None) -> int:
