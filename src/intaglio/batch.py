@@ -203,7 +203,7 @@ class Batch:
     def window_table(self) -> np.ndarray:
         """Numbers of each sequence's K/V blocks in the caches of layers with a window, int32 [S, columns].
 
-        -1 stands for a block that was given back, and pads short rows. Of shape [0, 0] if these layers use
+        -1 means a block that was given back, and fills up short rows. The shape is [0, 0] if these layers use
         `block_table`.
         """
         _, s, _, columns, windows = self.counts

@@ -45,7 +45,8 @@ class Call:
     async def whole(self) -> tuple[dict[str, Any], bytes]:
         """Wait for the whole answer. Returns (header of its first frame, bodies of all frames joined).
 
-        Raises LinkLost if the connection ends or the first frame has no HTTP status, Moved after move().
+        Raises LinkLost if the connection ends or the first frame has no HTTP status. Raises Moved if move() was called
+        meanwhile.
         """
         start, body = await self.frame()
         header, whole = start, bytearray(body)
@@ -120,7 +121,10 @@ class Link:
             self.calls.pop(call.number, None)
 
     def write(self, header: dict[str, Any], body: bytes = b"") -> None:
-        """Send a frame. Nothing is sent if the connection has ended; the calls then raise LinkLost soon after."""
+        """Send a frame. Returns nothing, and never fails.
+
+        If the connection has ended, nothing is sent. Calls that wait for an answer over it raise LinkLost.
+        """
         if not self.writer.is_closing():  # uvloop raises RuntimeError where asyncio drops the bytes
             self.writer.write(pack(header, body))
 

@@ -243,7 +243,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Raise, then lower, the constant `name` of self.on by factors of 1 + step, as long as the cost falls."""
+        """Increase, then decrease, constant `name` by factors 1 + step while the cost falls. self.on gets the best."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -434,7 +434,7 @@ def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Genera
     """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
 
     Up to 20 random calls for each sample combine one measured row with the size (m, tokens, batch or bytes) of another.
-    The list gets the three of them on whose times the `fits` (targets fitted to different rows) differ most.
+    Of these, the list gets up to three on whose times the `fits` (targets fitted to different rows) differ most.
     """
     out = []
     for s in data:

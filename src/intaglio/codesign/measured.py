@@ -210,7 +210,7 @@ class Compared:
 def rows(path: Path) -> list[Row]:
     """Read a CSV file of measured servers. Returns a list of Rows, one for each line, in the order of the file.
 
-    Numbers of servers that a line leaves out are filled in where completed() finds them. Raises ValueError if the file
+    If a line leaves out its numbers of servers, completed() fills them in where it can. Raises ValueError if the file
     has no lines or lacks a column.
     """
     with path.open(newline="", encoding="utf-8") as file:

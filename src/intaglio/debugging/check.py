@@ -263,7 +263,10 @@ def wide_cache(p: Program) -> Program:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Relative difference ||ours - theirs|| / ||theirs||; infinity if any value is NaN or infinite."""
+    """Relative difference ||ours - theirs|| / ||theirs||, a float; infinity if any value is NaN or infinite.
+
+    If all of `theirs` is 0, the result is ||ours||.
+    """
     wide = theirs.astype(np.float64)
     gap = np.linalg.norm(ours.astype(np.float64).reshape(wide.shape) - wide) / (np.linalg.norm(wide) or 1.0)
     return float(gap) if np.isfinite(gap) else float("inf")

@@ -334,7 +334,7 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """Name of the number format in which an op multiplies; roofs.peak() takes it. "f32" for any op but a linear.
+    """Name of the number format in which an op multiplies, for Roofs.peak(). "f32" for any op but a linear.
 
     For a linear with x in int8, the weight's format; for other linears, the format to which x is rounded.
     """

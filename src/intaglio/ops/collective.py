@@ -154,8 +154,9 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
     """Op that sums x over the ranks of `group` and gives each rank one run of token rows of the sum.
 
     x f32 [T, width] on every rank. out f32 [T:share/n, width] on rank number `share` of the n ranks: T:share/n is the
-    number of rows in its run, which are near-equal (batch.shared_rows()). The sum is that of all_reduce, in the order
-    of `group`. `wire` is the format to which each x, and the sum, are rounded before they are sent: f32, bf16 or f16.
+    number of rows in its run; runs are near-equal (batch.shared_rows()). The values are summed in the order of `group`,
+    as in all_reduce. `wire` is the format to which each x is rounded before it is sent, and then the sum: f32, bf16 or
+    f16.
     """
 
     x: str = operand()
@@ -224,7 +225,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """The names of the dimension "one rank's run of the T token rows" on each of `ranks` ranks: ["T:0/4", ...]."""
+    """A list with the dimension of each of `ranks` ranks: its run of the T token rows, such as "T:0/4" for rank 0."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 

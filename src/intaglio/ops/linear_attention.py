@@ -24,8 +24,8 @@ class Decay(Op, kind="decay"):
     Attributes:
         low: steps below it become `low`.
         high: steps above it become `high`; 0: no limit.
-        floor: if below 0, decay is floor * sigmoid(exp(rate[head]) * (x + bias)) instead, which never falls below it
-            (the bounded gate of Ling 3).
+        floor: if below 0, decay is floor * sigmoid(exp(rate[head]) * (x + bias)) instead, so decay is never below
+            `floor` (the bounded gate of Ling 3).
     """
 
     x: str = operand()

@@ -189,8 +189,8 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """Apply the steps of a source to the codes and scales of x, and return the Quantised; None if that is impossible.
 
     It is impossible if a step splits a group (values that share a scale), if a step divides the rows into a stack of
-    matrices ("h16"), or if the steps have a "T" (transpose) and x is not stored transposed, or the other way round.
-    Raises ProgramError for a step that does not fit.
+    matrices ("h16"), or if only one of two things is true: x is stored transposed (x.turned), and the steps have a "T"
+    (transpose). Raises ProgramError for a step that does not fit.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None

@@ -163,7 +163,10 @@ class Offload:
             self.unsaved += cached
 
     def stored(self, block: int) -> None:
-        """Queue a block that is now in the prefix cache for the next save(). block: its number."""
+        """Note that a K/V block has been added to the prefix cache, so that the next save() copies it to the tier.
+
+        Does nothing without a tier. block: number of the block.
+        """
         if self.connector:
             self.unsaved.append(block)
 

@@ -30,9 +30,9 @@ POLL_INTERVAL = 0.05  # seconds between checks for the end of the server
 class Connection(HttpToolsProtocol):
     """One HTTP connection, with limits against slow clients.
 
-    Closed if a request's headers take longer than `read_timeout` seconds, or if data still arrives when they already
-    exceed MAX_HEADER_BYTES. Aborted, and its requests cancelled, if the client reads nothing for `write_timeout`
-    seconds.
+    The connection is closed if a request's headers take longer than `read_timeout` seconds or more than
+    MAX_HEADER_BYTES. If the client reads nothing of an answer for `write_timeout` seconds, the connection is aborted
+    and its requests are cancelled.
     """
 
     read_timeout = 30.0

@@ -40,10 +40,11 @@ class Tracing:
 
     @contextmanager
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
-        """Context manager that records a request's span; span() and the other functions below add children to it.
+        """Context manager that records the span of a request. It yields nothing.
 
-        headers: headers of the HTTP request, with names in lower case. The span's parent is the one that the header
-        `traceparent` names, if there is one.
+        Spans that are recorded inside it, such as those of span(), become its children. headers: headers of the HTTP
+        request, with names in lower case. The span's parent is the one that the header `traceparent` names, if there is
+        one.
         """
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

@@ -27,7 +27,9 @@ class MemoryLeases:
         self._lock = threading.Lock()
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
+        """Pin the blocks of these names for `seconds`. Returns the id of the lease, 32 hexadecimal digits.
+
+        A name that is not stored is accepted: its block is pinned if it is written during that time.
 
         Raises ValueError unless 0 < seconds <= LONGEST.
         """
@@ -102,11 +104,12 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it.
+        """Keep a block's bytes, instead of those kept under this name before. Returns how many others were deleted.
 
-        Those are the least recently used blocks that no lease pins, as many as exceed the budget.
+        If the budget would be exceeded, the least recently used blocks that no lease pins are deleted, until this one
+        fits and a part of the budget is free.
 
-        Raises NoRoom if pinned blocks leave no room for it within the budget; it is not kept then.
+        Raises NoRoom if pinned blocks leave no room within the budget; the block is not kept then.
         """
         block = b"".join(parts)
         with self._lock:

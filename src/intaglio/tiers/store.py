@@ -47,9 +47,10 @@ class BlockLeases(Protocol):
     """Interface of leases, which pin blocks until a time (see Leases)."""
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id.
+        """Pin the blocks of these names for `seconds`. Returns the id of the lease, a text.
 
-        Raises ValueError unless 0 < seconds <= leases.LONGEST, OSError if nothing can be pinned.
+        Names that are not stored are accepted. Raises ValueError unless 0 < seconds <= leases.LONGEST, and OSError if
+        the tier cannot write the lease.
         """
 
     def renew(self, lease: str, seconds: float) -> bool:

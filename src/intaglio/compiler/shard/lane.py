@@ -297,8 +297,8 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources from which one lane (rank) reads its part of the weight `t`, as a tuple of texts.
 
-    Each source names a tensor and the cuts of it; there is at least one for each run of indices in `share`. The tuple
-    is () for a tensor without source, such as state.
+    Each source names a tensor and how to cut it. There is at least one source for each run of indices in `share`. The
+    tuple is () for a tensor without source, such as state.
 
     Args:
         t: the weight.

@@ -179,8 +179,8 @@ class Mixture:
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        route: further attributes of the op Route.
-        glu: further attributes of the op Experts.
+        route: further attributes of the op Route, by name.
+        glu: further attributes of the op Experts, by name, such as those of its activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
@@ -401,9 +401,9 @@ def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
 
 
 def window(c: Config, kind: str) -> int:
-    """Attention window in tokens of a layer of the attention type `kind`; 0 for full attention.
+    """Attention window in tokens of a layer of the type `kind`: sliding_window, or 0 unless kind is sliding_attention.
 
-    Raises PortError if the config has no sliding_window.
+    Raises PortError if a layer of that type needs sliding_window and the config lacks it.
     """
     return c.whole("sliding_window") if kind == "sliding_attention" else 0
 

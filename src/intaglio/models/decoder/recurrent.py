@@ -364,7 +364,8 @@ def convolved(
         width: number of channels, each convolved by itself.
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: True if the convolution has a bias.
-        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        part: (first channel, number of channels that the module has in all), if only a part of the module's channels
+            is used; None: all.
         sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
@@ -385,7 +386,8 @@ def short_conv(
         width: number of channels, each convolved by itself.
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: True if the convolution has a bias.
-        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        part: (first channel, number of channels that the module has in all), if only a part of the module's channels
+            is used; None: all.
         sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""

@@ -180,7 +180,7 @@ class Receive(Instruction, engine="NET", opcode=0x51):
         return {}
 
     def run(self, mem: CoreMemory) -> None:
-        """Do nothing. Machine.run() writes the values that the peer's Send has sent to `dst` when they arrive."""
+        """Do nothing: when the message arrives, the Machine itself copies its values to `dst`."""
 
     def cost(self, target: Target) -> Cost:
         return Cost(latency_s=target.library.link_latency_s)

@@ -389,7 +389,7 @@ class CollectiveBuilder:
 
 
 class CollectiveRun:
-    """One execution of a collective: the memory of every chip, with its input "x" and its output "out"."""
+    """One execution of a collective on the simulator: the memory of each chip, with its input "x" and output "out"."""
 
     def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
         if isinstance(op, AllReduce) and op.slots > 1:

@@ -197,6 +197,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_work = (steps - 1) * work + last_work
     job_steps = steps - 1 + last_part / tk
 
+    past_l2 = not chip.l2_bytes and not resident  # then all bytes come from HBM
+    shared = min(chip.l2_rate, chip.hbm_rate) if past_l2 else chip.l2_rate
+    port = min(chip.port_rate, shared)
+
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
@@ -204,7 +208,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
-        return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
+        return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
     wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))

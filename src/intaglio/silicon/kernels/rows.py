@@ -114,7 +114,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
-        """Number of tiles in each of a core's circular buffers, as ring_depth() gives it for this op."""
+        """Number of tiles in each of a core's circular buffers for this op; see ring_depth()."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
