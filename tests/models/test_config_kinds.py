@@ -108,6 +108,14 @@ def test_wrong_types_named(row, key, value, says):
         port_config({**config_of(row), key: value}, 64, format="f32")
 
 
+def test_a_number_of_experts_that_is_null():
+    """Neither name of the number has a value in the file: the family's default holds."""
+    config = {**config_of("flint"), "num_experts": None}
+    config.pop("num_local_experts", None)
+    with pytest.raises(PortError):
+        port_config({**config, "num_experts_per_tok": 10**6}, 64, format="f32")
+
+
 def test_time_step_limits_without_an_upper_one():
     for high in (float("inf"), {"__float__": "Infinity"}, "Infinity"):
         config = {**config_of("mamba2"), "time_step_limit": [0.25, high]}

@@ -139,8 +139,9 @@ class Config:
         several of them unlike values.
         """
         valued = [key for key in keys if self.get(key) is not None]
-        first, *others = [key for key in valued if key in self.given] or keys
-        if wrong := [key for key in others if key in self.given and self.given[key] != self.given[first]]:
+        told = [key for key in valued if key in self.given]
+        if wrong := [key for key in told[1:] if self.given[key] != self.given[told[0]]]:
+            first = told[0]
             raise PortError(
                 f"config.json: {self.name(first)}={self.given[first]!r} and {self.name(wrong[0])}="
                 f"{self.given[wrong[0]]!r}, two names of one value; wanted equal values, or one of the names"
