@@ -74,6 +74,15 @@ class Layout:
             )
         return replace(self, placement=ExpertPlacement.read(path))
 
+    def check_moves_experts(self) -> None:
+        """Raise LayoutError if no experts can be moved between the ranks of this layout. Returns nothing."""
+        if self.redundant is None:
+            other = f"{self}r0, or {self}r2 with two redundant experts" if self.ep > 1 else "one such as ep2r0 or ep4r8"
+            raise LayoutError(
+                f"layout {self} has no redundant experts, so experts are never moved and rebalance_every has no "
+                f"effect; use {other}, or leave rebalance_every out"
+            )
+
     def __post_init__(self) -> None:
         if self.redundant is not None and self.ep == 1:
             raise LayoutError(f"layout '{self}': r{self.redundant} are redundant experts, which need ep2 or more")

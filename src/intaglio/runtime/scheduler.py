@@ -72,6 +72,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of its queue and free its blocks and state slots."""
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
+        self.offload.touch(sequence.blocks)
         self.pool.release(sequence.blocks)
         self.windows.remove(sequence)
         self.slots.release(sequence.state_slot)

@@ -53,7 +53,7 @@ class Prefill:
                 renewing = asyncio.ensure_future(self._renew(self.tier))
                 try:
                     with self.model.driver.submitted(self.prompts) as submission:
-                        await while_connected(receive, self._run(submission))
+                        await while_connected(scope, self._run(submission))
                         self.model.trace(submission)
                     names = self._names(self.first)
                     whole = len(names) * self.model.driver.engine.block_names.block_size

@@ -40,6 +40,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._disconnected: asyncio.Future[None] = self.loop.create_future()
+        self.app_state = {"disconnected": self._disconnected}  # the `state` of each request, see while_connected()
         self._head = 0
         self._blocked: asyncio.TimerHandle | None = None
         self._expected = self.loop.call_later(self.read_timeout, self._close)
@@ -48,6 +50,7 @@ class Connection(HttpToolsProtocol):
         for timer in (self._expected, self._blocked):
             if timer:
                 timer.cancel()
+        self._disconnected.set_result(None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

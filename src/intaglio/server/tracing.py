@@ -69,17 +69,13 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
     return tracing.request(f"{method} {path}", headers)
 
 
-@contextmanager
-def span(name: str, **attributes: str | int) -> Iterator[None]:
+def span(name: str, **attributes: str | int) -> AbstractContextManager[Any]:
     """Context manager that records a child of the current span; outside a traced request it does nothing.
 
     An exception that leaves the block is noted in the span.
     """
-    if (tracer := _active.get()) is None:
-        yield
-        return
-    with tracer.start_as_current_span(name, attributes=attributes):
-        yield
+    tracer = _active.get()
+    return nullcontext() if tracer is None else tracer.start_as_current_span(name, attributes=attributes)
 
 
 def trace_headers() -> list[tuple[str, str]]:

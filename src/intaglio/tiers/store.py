@@ -93,8 +93,11 @@ class BlockStore(Protocol):
         cannot be read.
         """
 
-    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+    def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
         """Keep a block's bytes. Returns the number of blocks deleted for it.
+
+        parent: name of the block before it. If the parent is here, the new block counts as used just before the parent
+        was, so that it is deleted first: without its parent it could not be used. Otherwise it counts as used now.
 
         Raises OSError if it cannot be written, NoRoom if pinned blocks leave no room for it; it is not kept then.
         """
@@ -295,7 +298,7 @@ class StoreTier:
     def _write(self, key: BlockKey, content: np.ndarray) -> None:
         try:
             if time.monotonic() >= self.writes_from and not self.store.has(key.name):
-                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, content))
+                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, content), key.parent)
                 self.counts.saved += 1
                 self.counts.saved_bytes += content.nbytes
         except NoRoom as e:

@@ -252,7 +252,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     first_s = np.maximum(all_load, fill)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained = end(1) - store / pieces  # until the accumulators are free
-        per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
+        per_job = np.maximum(np.maximum(drain, store), (drain + store + np.ceil(pieces) * depth_s) / 2)
         two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
         bubble = np.where(banks == 2, 0, drained)

@@ -168,6 +168,11 @@ def tiling(
     drain_rows = max(1, min(rows, chip.sram_bytes // DRAIN_PART // buffers))
     bits = rows * formats.bits(x_format) + sides * columns * formats.bits(w_format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
+    span, most = scale_columns(w, k), int(how["ring"][i])
+    if depth < span < k:  # no step crosses a border of a span, so a span has equal steps, and as many bytes in flight
+        array = chip.array_shape[2]
+        equal = min(depth, -(-span // -(-span // depth) // array) * array)
+        depth, most = equal, most * depth // equal
     if grouped and grouped.scattered:
         left -= INDEX_TILES * (4 * rows + 64)
     at_once, block = int(how["at_once"][i]), (int(how["block"][0][i]), int(how["block"][1][i]))
@@ -178,7 +183,7 @@ def tiling(
         stage = bits * depth // 8 + 64 * (1 + sides)
         if groups:
             stage += 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (1 + groups)
-        for stages in range(max(2, int(how["ring"][i])), 1, -1):
+        for stages in range(max(2, most), 1, -1):
             # Loads of later tiles wait for a tile of scales if fewer are held than there are tiles in flight
             scaled = max(2 * at_once, 1 + -(-stages // max(1, int(k // depth / parts)))) if whole else stages
             if stages * stage + whole * scaled * scales <= left:
