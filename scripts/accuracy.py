@@ -37,9 +37,11 @@ LIMITS = {
     "matmul": (5, 8), "matmul fp8": (8, 13),
 }  # fmt: skip
 POINTS = 24  # rows to which the kernel of an engine is calibrated
+PRODUCT_BARS, ATTENTION_BARS = (10, 12, 8), (15, 20, 12)
 BARS = {  # table of engines -> bars of the median error: test half, with another chip's constants, calibrated
-    "gemm": (10, 12, 8), "context_attention": (15, 20, 12), "generation_attention": (15, 20, 12), "moe": (15, 25, 15),
-    "custom_allreduce": (10, 15, 10),
+    **dict.fromkeys(("gemm", "mla_bmm", "scale_matrix", "computescale"), PRODUCT_BARS),
+    **dict.fromkeys(("context_attention", "generation_attention", "context_mla", "generation_mla"), ATTENTION_BARS),
+    "moe": (15, 25, 15), "custom_allreduce": (10, 15, 10), "gdn": (20, 25, 15), "mamba2": (20, 25, 15),
 }  # fmt: skip
 EVERY = 40  # rows of each table, of which sample() takes one
 Figures = dict[str, Any]

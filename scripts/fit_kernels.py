@@ -1,7 +1,7 @@
 """Fit the kernels of serving engines to the rows marked fit of their tables, and write src/intaglio/data/kernels.
 
     python scripts/fit_kernels.py DIR            DIR holds <chip>/<engine>_<table>.csv
-    python scripts/fit_kernels.py DIR --engine vllm --table gemm --print    only print the results of some tables
+    python scripts/fit_kernels.py DIR --engine vllm --table gemm            only some tables, the others' fits stay
 
 A kernel that was measured on both chips gets one set of facts, unless facts of each chip are clearly better. Where its
 rows clearly differ by head width, it gets facts and constants for each range of widths. The rows marked test judge the
@@ -11,6 +11,7 @@ result (`intaglio validate DIR --min-us 20`); they are not used here.
 from __future__ import annotations
 
 import argparse
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from intaglio.codesign.written import toml
 
 MIN_US = 20.0  # shorter rows are not used
 MOST_ROWS = 40  # of a kernel on a chip that are fitted to, the first of the table
+MARK = "[[kernels]]\n"
+WHY = "fitted on rows marked fit of table "
 Kind = tuple[str, str, str, str]  # engine, table, kernel, number format
 
 
@@ -53,10 +56,10 @@ def entry(kind: Kind, mine: list[Case], widths: tuple[int, int], fitted: dict[st
     facts = {f: v for f, v in all_values[0].items() if f not in CONSTANTS[op] and v is not None}
     facts = {f: v for f, v in facts.items() if all(values[f] == v for values in all_values)}
     counts = ", ".join(f"{len(within(c, widths).rows)} of {c.on.chip.name}" for c in mine if c.on.chip.name in fitted)
-    lines = ["[[kernels]]", f"op = {text(op)}", f"kernel = {text(kernel)}"]
+    lines = [MARK.strip(), f"op = {text(op)}", f"kernel = {text(kernel)}"]
     lines += [f"formats = [{text(FORMAT[dtype])}]"] if dtype in FORMAT else []
     lines += [f"head_dims = {text(widths)}"] if widths != ANY_WIDTH else []
-    lines += [f"why = {text(f'fitted on rows marked fit of table {table}: {counts}')}"]
+    lines += [f"why = {text(f'{WHY}{table}: {counts}')}"]
     differ = {f for f in facts if any(getattr(c.on.library, f) != facts[f] for c in mine)}
     lines += [f"{name} = {text(facts[name])}" for name in facts if name in differ]
     for case in reversed(mine):
@@ -81,6 +84,18 @@ def error(case: Case | None, values: dict[str, Any] | None = None) -> str:
     return f"{np.median(size):.1f} / {size.mean():.1f} %"
 
 
+def blocks(engine: str) -> list[str]:
+    """The tables [[kernels]] of an engine's present file, as text."""
+    path = KERNELS / f"{engine}.toml"
+    return [MARK + block.strip() for block in path.read_text().split(MARK)[1:]] if path.exists() else []
+
+
+def of_block(block: str) -> tuple[str, str]:
+    """(table, kernel) of the text of a table [[kernels]]."""
+    entry = tomllib.loads(block)["kernels"][0]
+    return entry["why"].removeprefix(WHY).partition(":")[0], entry["kernel"]
+
+
 def main() -> None:
     """Fit, print the errors of both halves, and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -92,10 +107,12 @@ def main() -> None:
     asked = parser.parse_args()
     fit, test = cases(asked.folder, "fit", MOST_ROWS), cases(asked.folder, "test")
     files: dict[str, list[str]] = {}
+    done = set[tuple[str, str, str]]()
     for kind, mine in fit.items():
         engine, table, kernel, _ = kind
         if asked.engine not in (None, engine) or asked.table not in (None, table) or asked.kernel not in kernel:
             continue
+        done.add((engine, table, kernel))
         for widths, fitted in fit_by_width(mine):
             files.setdefault(engine, []).append(entry(kind, mine, widths, fitted))
             for chip, values in fitted.items():
@@ -110,7 +127,8 @@ def main() -> None:
     for engine, entries in files.items():
         if not asked.print:
             head = f"# Kernels of {engine} by name. Written by scripts/fit_kernels.py; do not edit it.\n\n"
-            (KERNELS / f"{engine}.toml").write_text(head + "\n\n".join(entries) + "\n")
+            others = [block for block in blocks(engine) if (engine, *of_block(block)) not in done]
+            (KERNELS / f"{engine}.toml").write_text(head + "\n\n".join(sorted(others + entries)) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_kernels_that_process_keys_before_a_window_take_longer_and_at_most_as_lo
 
 
 def test_kernels_that_quantise_row_by_row_take_longer_only_with_many_rows() -> None:
-    by_row = H100.with_library(quantise_row_cycles=1500.0)
+    by_row = H100.with_library(row_cycles=1500.0)
     for m, longer in ((8, False), (8192, True)):
         row = {"m": str(m), "n": "512", "k": "512", "dtype": "fp8"}
         plain, slow = (predict(on, "matmul", [row])[0] for on in (H100, by_row))

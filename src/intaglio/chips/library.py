@@ -72,7 +72,7 @@ class KernelLibrary:
     matmul_stages: int = 8  # operand tiles in flight, at most
     quantise_launches: int = 3  # kernels that quantise bf16 activations before an 8-bit product: maximum, scale, round
     quantise_bytes: float = 8.0  # bytes that they move for each value of the activations
-    quantise_row_cycles: float = 0.0  # cycles that a core takes at least for a row, if they work row by row
+    row_cycles: float = 0.0  # cycles that a core takes at least for a row, if they (or convolutions) work row by row
 
     # Attention
     key_tile: int = 64  # keys in a tile; the last tile of a context is loaded whole

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from intaglio.chips import CHIPS, ChipError, Target, engine_library, target
@@ -34,6 +35,15 @@ COLUMNS = {  # table of an engine -> (table of validate.py, its columns -> those
     }),
     "custom_allreduce": ("collectives", {"n_chips": "num_gpus", "elements": "message_size"}),
 }  # fmt: skip
+COLUMNS["scale_matrix"] = COLUMNS["computescale"] = "quantise", {"dtype": "quant_dtype", "m": "m", "k": "k"}
+COLUMNS["gdn"] = "recurrent", {
+    "phase": "phase", "batch": "batch_size", "tokens": "num_tokens", "conv_width": "d_conv", "n_k_heads": "num_k_heads",
+    "head_k_dim": "head_k_dim", "n_v_heads": "num_v_heads", "head_v_dim": "head_v_dim",
+}  # fmt: skip
+COLUMNS["mamba2"] = "recurrent", {
+    "phase": "phase", "batch": "batch_size", "tokens": "num_tokens", "conv_width": "d_conv", "n_v_heads": "nheads",
+    "head_v_dim": "head_dim", "groups": "n_groups", "state": "d_state",
+}  # fmt: skip
 COLUMNS["mla_bmm"] = "bmm", {"dtype": "bmm_dtype", "tokens": "num_tokens", "n_heads": "num_heads"}
 MLA = {
     "kv_dtype": "kv_cache_dtype",
@@ -45,6 +55,7 @@ MLA = {
 COLUMNS["context_mla"], COLUMNS["generation_mla"] = ("mla_prefill", MLA), ("mla_decode", MLA)
 COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention"][1]
 WORDY = ("fp8_block", "nvfp4", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8")
+NAMED = {"context_mla": "MLA", "generation_mla": "MLA", "computescale": "scale", "mamba2": "Mamba 2"}
 NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts that these benchmarks ran without a gate
 
 
@@ -59,6 +70,10 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
     kernel = row["kernel_source"]
     if table == "custom_allreduce":
         out |= {"op": "all_reduce", "bytes": str(2 * int(out["elements"]))}
+    elif COLUMNS[table][0] == "recurrent":
+        keys = "n_k_heads", "head_k_dim"
+        inputs = 2 * number(out, *(keys if "n_k_heads" in out else ("groups", "state")))  # queries and keys
+        out["channels"] = str(inputs + number(out, "n_v_heads", "head_v_dim"))
     elif (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
         return None
     if out.get("n_kv_heads") == "0":  # as many as query heads
@@ -67,12 +82,17 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
         kernel += " (8-bit queries)"
     if out.get("dtype") in WORDY:  # kernels of one name for several formats of as many bits
         kernel += f" ({out['dtype']})"
-    if table in ("context_mla", "generation_mla"):
-        kernel += " (MLA)"
+    if table in NAMED:  # kernels of the same name stand in another table too
+        kernel += f" ({NAMED[table]})"
     if table == "moe":
         gated = "nongated" not in kernel and (int(out["hidden"]), int(out["intermediate"])) not in NO_GATE
         out["gated"] = str(int(gated))
     return {**out, "us": row["us"], "kernel": kernel}
+
+
+def number(row: Row, *names: str) -> int:
+    """The product of the values of some columns of a row."""
+    return prod(int(row[name]) for name in names)
 
 
 def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:

@@ -27,6 +27,7 @@ CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants 
     "prefill": ("mxu_efficiency", *SHARED),
     "decode": ("mxu_efficiency", *SHARED),
     "experts": ("grouped_mxu_efficiency", *SHARED),
+    "recurrent": ("mxu_efficiency", *SHARED),
     "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
 }
 FLAG = (False, True)
@@ -34,7 +35,7 @@ CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m 
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     "products": {
         "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (3.0, 5.0, 8.0, 12.0),
-        "quantise_row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
+        "row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
         "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
     },
     "prefill": {
@@ -58,12 +59,14 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
         "expert_columns": ((64, 128, 256), (128,), (64,)),
     },
     "collectives": {"switch_reduce_min_chips": (2, 4, 8, 16)},
+    "recurrent": {"row_cycles": (0.0, 30.0, 60.0, 100.0, 150.0)},
 }  # fmt: skip
 STARTS = ("", "hopper", "blackwell")  # libraries whose facts a search starts from; "": the chip's own
 MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known kernels, from which a search starts too
     "products": (  # CUTLASS's scaled products: one kernel quantises rows of the activations before them
         {"tiles": CUTLASS, "split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0},
-        {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "quantise_row_cycles": 1500.0},
+        {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "row_cycles": 1500.0},
+        {"quantise_launches": 1, "quantise_bytes": 3.0},
     ),
     "prefill": (  # Triton's kernels: no packing, and each product waits for the softmax before it
         {"query_tiles": (64,), "key_tile": 64, "pack_gqa": False, "softmax_overlap": 0.0, "kv_native": False},
@@ -75,16 +78,19 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"expert_tiles": "best", "expert_fused_activation": True, "expert_all_rows": False, "routing_launches": 3},
     ),
     "collectives": (),
+    "recurrent": (),
 }  # fmt: skip
 FACT_ROUNDS = 2  # of the search that also try facts
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain
 CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
+DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 ANY_WIDTH = (0, WIDEST)
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 WIDTH_ROWS = 10  # least number of rows of such a range
 PRIOR_WIDTH = 0.5  # standard deviation of the logarithm of a constant about its start
 STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
 LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
+LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
 MOST_ERROR = 0.7  # larger logarithmic errors count as this, so that a few rows do not decide
 Values = dict[str, Any]
 
@@ -143,7 +149,8 @@ class Case:
 
     def errors(self, values: Mapping[str, Any]) -> np.ndarray:
         """log(predicted / measured) of each row, with these values of the kernel's fields, as an array [rows]."""
-        return np.log(predict(self.target(values), self.table, self.rows) / measured(self.rows))
+        found = np.maximum(predict(self.target(values), self.table, self.rows), LEAST_US)
+        return np.log(found / measured(self.rows))
 
     def cost(self, values: Mapping[str, Any]) -> float:
         """Negative log-likelihood of the rows, whose errors follow a distribution of unknown spread."""
@@ -197,6 +204,13 @@ class KernelSearch:
                 if value == now or not self.attempt({name: value}, [number], 0.02):
                     break
 
+    def drop_facts(self, own: Values) -> float:
+        """Set each fact back to its value in `own` if that costs less than DROP_COST. Returns the cost."""
+        for field, value in own.items():
+            if any(values[field] != value for values in self.values):
+                self.attempt({field: value}, range(len(self.cases)), -DROP_COST)
+        return sum(self.costs)
+
     def run(self, facts: bool = True) -> float:
         """Search in one round for each step size in STEPS. Returns the cost. facts: False to fit constants only."""
         for number, step in enumerate(STEPS):
@@ -241,7 +255,8 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
             search = KernelSearch(cases, [values | facts for values in begun])
         except ChipError:
             continue
-        found = search.run()
+        search.run()
+        found = search.drop_facts({f: v for f, v in cases[0].start().items() if f in facts})
         if best is None or found < best[0]:
             best = found, search.values
     assert best is not None  # the chip's own library always fits it

@@ -20,6 +20,7 @@ from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.conditions import conditions
+from intaglio.codesign.recurrent_tables import recurrent
 from intaglio.codesign.regime import REGIMES, Call
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
@@ -77,8 +78,13 @@ def quantise(on: Target, m: int, k: int) -> Timing:
         return Timing(0.0)
     launches = on.library.quantise_launches * on.library.launch_s
     moved_s = elementwise_seconds(on, m * k * on.library.quantise_bytes, m * k * QUANTISE_HELD) - on.library.launch_s
-    rows_s = -(-m // on.chip.cores) * on.library.quantise_row_cycles / on.chip.clock_hz
+    rows_s = -(-m // on.chip.cores) * on.library.row_cycles / on.chip.clock_hz
     return Timing(launches + max(moved_s, rows_s), {"L2": moved_s})
+
+
+def quantised(on: Target, row: Row) -> Timing:
+    """The Timing of the kernels that quantise activations [m, k], which a row describes."""
+    return quantise(on, *integers(row, "m", "k"))
 
 
 def bmm(on: Target, row: Row) -> Timing:
@@ -219,13 +225,16 @@ TABLES: dict[str, Callable[[Target, Row], Timing]] = {
     "attention_decode": attention,
     "collectives": collective,
     "experts": experts,
+    "quantise": quantised,
+    "recurrent": recurrent,
     "bmm": bmm,
     "mla_prefill": latent_attention,
     "mla_decode": latent_attention,
 }
 FAMILY = {  # table -> the op of the kernel records that describe its kernels
     "matmul": "products", "attention_prefill": "prefill", "attention_decode": "decode", "collectives": "collectives",
-    "experts": "experts", "bmm": "products", "mla_prefill": "prefill", "mla_decode": "decode",
+    "experts": "experts", "quantise": "products", "bmm": "products",
+    "recurrent": "recurrent", "mla_prefill": "prefill", "mla_decode": "decode",
 }  # fmt: skip
 
 
