@@ -3,11 +3,13 @@
     python scripts/fit_engines.py serving.csv --rows 60
 
 For each engine, for its older releases and for prefill and decode apart, rows of all models are served in virtual time
-once, without these additions. As they are linear in a request's tokens and in the time of a step, the constants with
-the least error follow from the residuals: step_s and sequence_s from the times per token; request_s, prompt_token_s and
-admission_steps from those to the first. Servers with speculative decoding are left out of these; tokens_per_step of
-each recipe follows from their times per token. All belong in src/intaglio/data/engines/NAME.toml. It prints them; the
-test half judges them (`intaglio validate-serving serving.csv --split test`).
+twice: without these additions, and with step_s and sequence_s, since requests wait longer where steps are longer. The
+additions are linear in a request's tokens and in the time of a step, so the constants with the least error follow from
+the residuals: step_s and sequence_s from the times per token of the first run; request_s, prompt_token_s and
+admission_steps from the times to the first token of the second. Servers with speculative decoding are left out of
+these; tokens_per_step of each recipe follows from their times per token. All belong in
+src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them (`intaglio validate-serving serving.csv
+--split test`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from intaglio.codesign.engines import EngineProfile, engine, engines
 from intaglio.codesign.measured import Compared, Row, compare_all, rows
 
+ADDED = ("step_s", "sequence_s", "request_s", "prompt_token_s", "admission_steps")
 SEQUENCE_S = (0.0, 5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 4e-5, 6e-5)
 STEP_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.25e-3, 1.5e-3, 2e-3, 2.5e-3, 3e-3)
 REQUEST_S = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
@@ -30,9 +33,10 @@ ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
 def added(c: Compared, step: float, sequence: float) -> float:
     """Seconds of the host for each step of a row's server, if all open requests decode."""
-    phase = "decode_" if c.row.group == "disaggregated" else ""
-    placement = c.row.placement(phase)
-    return step + sequence * c.row.concurrency / placement.replicas / placement.copies
+    apart = c.row.group == "disaggregated"
+    placement, profile = c.row.placement("decode_" if apart else ""), c.row.profile(engine(c.row.columns["backend"]))
+    most = profile.settings(0, 1, c.row.concurrency, apart).max_sequences
+    return step + sequence * min(most, c.row.concurrency / placement.replicas / placement.copies)
 
 
 def step_error(found: list[Compared], step: float, sequence: float) -> float:
@@ -41,12 +45,9 @@ def step_error(found: list[Compared], step: float, sequence: float) -> float:
     return statistics.median(errors) + 0.2 * statistics.fmean(min(e, 1.0) for e in errors)
 
 
-def error(found: list[Compared], ahead: tuple[float, float], request: float, token: float, steps: float) -> float:
-    """The same of TTFT with these additions. ahead: step_s and sequence_s."""
-    errors = [
-        abs((c.ttft + request + token * c.row.number("isl") + steps * (c.tpot + added(c, *ahead))) / c.row.ttft - 1)
-        for c in found
-    ]
+def error(found: list[Compared], request: float, token: float, steps: float) -> float:
+    """The same of TTFT with these additions."""
+    errors = [abs((c.ttft + request + token * c.row.number("isl") + steps * c.tpot) / c.row.ttft - 1) for c in found]
     return statistics.median(errors) + 0.2 * statistics.fmean(min(e, 1.0) for e in errors)
 
 
@@ -80,7 +81,7 @@ def main() -> None:
         ]  # fmt: skip
         plain = replace(
             profile,
-            apart={},
+            apart={k: v for k, v in profile.apart.items() if k not in ADDED},
             older={},
             step_s=0.0,
             sequence_s=0.0,
@@ -92,12 +93,13 @@ def main() -> None:
         mine = spread_rows([r for r in mine if r not in drafted], asked.rows)
         if not mine:
             continue
-        found = [c for c in compare_all(mine, lambda _, p=plain: p) if not c.refused]  # type: ignore[misc]
+        found = served(mine, plain)
         ahead = min(itertools.product(STEP_S, SEQUENCE_S), key=lambda x: step_error(found, *x))
-        grid = itertools.product([ahead], REQUEST_S, PROMPT_TOKEN_S, ADMISSION_STEPS)
-        best = min(grid, key=lambda x: error(found, *x))[1:]
-        tpot = f"{step_error(found, 0.0, 0.0):.3f} -> {step_error(found, *ahead):.3f}"
-        before, after = error(found, ahead, 0.0, 0.0, 0.0), error(found, ahead, *best)
+        slower = served(mine, replace(plain, step_s=ahead[0], sequence_s=ahead[1]))
+        grid = itertools.product(REQUEST_S, PROMPT_TOKEN_S, ADMISSION_STEPS)
+        best = min(grid, key=lambda x: error(slower, *x))
+        tpot = f"{step_error(found, 0.0, 0.0):.3f} -> {step_error(slower, 0.0, 0.0):.3f}"
+        before, after = error(slower, 0.0, 0.0, 0.0), error(slower, *best)
         print(f"{name}{', ' if kind else ''}{kind}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
         print(
             f"step_s = {ahead[0]:g}\nsequence_s = {ahead[1]:g}\nrequest_s = {best[0]:g}\nprompt_token_s = {best[1]:g}\n"
@@ -105,12 +107,17 @@ def main() -> None:
             flush=True,
         )
         for tokens, alike in by_drafts(drafted, profile).items():
-            found = [c for c in compare_all(spread_rows(alike, asked.rows), lambda _, p=plain: p) if not c.refused]  # type: ignore[misc]
+            found = served(spread_rows(alike, asked.rows), plain)
             wanted = statistics.median((tokens * c.tpot + added(c, *ahead)) / c.row.tpot for c in found)
             servers = sorted({f"{c.row.card} {c.row.columns['backend_version']} {c.row.placement()}" for c in found})
             print(
                 f"tokens_per_step = {wanted:.3g}, now {tokens:g}: {len(found)} rows of {', '.join(servers)}", flush=True
             )
+
+
+def served(mine: list[Row], profile: EngineProfile) -> list[Compared]:
+    """The rows served by the profile, without those that it refuses."""
+    return [c for c in compare_all(mine, lambda _: profile) if not c.refused]
 
 
 def by_drafts(drafted: list[Row], profile: EngineProfile) -> dict[float, list[Row]]:

@@ -28,8 +28,7 @@ HELPER = "a draft model that reads the keys and values of the model that it help
 REASONS: dict[str, tuple[str, ...]] = {
     RECURRENT: (
         "BailingHybridForCausalLM", "InklingForCausalLM", "Inkling2ForCausalLM", "Inkling2LoopForCausalLM",
-        "KimiLinearForCausalLM", "LaraMiniForCausalLM", "Lfm3ForCausalLM",
-        "OlmoHybridForCausalLM", "Qwen4ExpForCausalLM", "RwkvForCausalLM",
+        "LaraMiniForCausalLM", "Lfm3ForCausalLM", "Qwen4ExpForCausalLM", "RwkvForCausalLM",
         "Zamba2ForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM", "xLSTMForCausalLM",
     ),
     SPARSE: (

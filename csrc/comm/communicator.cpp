@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "comm/fold.h"
 #include "comm/part.h"
 #include "comm/shm_channel.h"
 #include "comm/wire.h"
@@ -32,46 +33,6 @@ void Communicator::Flat::encode(int64_t at, int64_t n, uint8_t* to) const {
     intaglio::encode(wire, p, run, to + done * wire_bytes(wire));
   });
 }
-
-// A sum in the order of the group: what member i brings is added when that of all before it has been. This rank's own
-// values are added together with those of the member before, or the one after if it is the first.
-struct Communicator::Fold : Sink {
-  struct Sum {
-    Wire wire;
-    Block x, out;
-    int64_t first, count;
-    int own;
-    std::vector<int64_t> done;  // values by member
-  };
-  Sum& s;
-  int member;
-  Fold(Sum& sum, int member) : s(sum), member(member) {}
-
-  void begin(int64_t bytes) override {
-    if (bytes != s.count * wire_bytes(s.wire))
-      throw std::invalid_argument("brings " + std::to_string(bytes) + " bytes; this rank needs " + std::to_string(s.count * wire_bytes(s.wire)));
-  }
-  int64_t ready(int64_t at) override {
-    const int before = member - 1 == s.own ? member - 2 : member - 1;
-    return (before < 0 ? s.count : s.done[size_t(before)]) - at;
-  }
-  void take(const uint8_t* values, int64_t at, int64_t n) override {
-    auto add = [&](float* out, int64_t done, int64_t run) {
-      const uint8_t* v = values + done * wire_bytes(s.wire);
-      const float* x = value_at(s.x, s.first + at + done);
-      const bool starts = member == 0, after = s.own == 0 && member == 1, before = s.own == member + 1;
-      if (s.wire == Wire::F32 && after) each(s.wire, v, run, [=](int64_t i, float y) { out[i] = x[i] + y; });
-      else if (s.wire == Wire::F32 && starts && before) each(s.wire, v, run, [=](int64_t i, float y) { out[i] = y + x[i]; });
-      else
-        each(s.wire, v, run, [&](int64_t i, float y) {
-          float sum = starts ? y : (after ? carried(s.wire, x[i]) : out[i]) + y;
-          out[i] = before ? sum + carried(s.wire, x[i]) : sum;
-        });
-    };
-    runs(s.out, s.first + at, n, add, s.x.ld != s.x.cols);
-    s.done[size_t(member)] += n;
-  }
-};
 
 // Values that go to a block as they are. `columns`: blocks side by side in one tensor, the widths of which are known only
 // when every member's message has begun.
@@ -296,13 +257,16 @@ template <class Step, class Waiting>
 void Communicator::until(const std::string& site, Step step, Waiting waiting) {
   const double deadline = steady_seconds() + timeout;
   Bell& bell = segment_->bell(rank_);
+  int64_t idled = 0;
   for (int turn = 0;;) {
     Progress p = step();
     if (p.done) return;
     if (segment_->aborted()) stop(site, segment_->abort_reason().text());
     if (p.moved) turn = 0;
-    else if (++turn < kSpinTurns) spin_pause();
-    else {
+    else if (++turn < kSpinTurns) {
+      if (idle) idle(idled++);
+      spin_pause();
+    } else {
       const double left = deadline - steady_seconds();
       if (left <= 0) {
         char seconds[32];
@@ -339,8 +303,8 @@ void Communicator::exchange(const std::string& site, std::vector<Expected>& expe
   });
 }
 
-void Communicator::fold(const Collective& c, int me, Block x, Block out, int64_t first, int64_t count) {
-  Fold::Sum sum{c.wire, x, out, first, count, me, std::vector<int64_t>(c.group.size())};
+void Communicator::fold(const Collective& c, int me, Block x, Block out, int64_t first, int64_t count, const Addition& more) {
+  Fold::Sum sum{*this, c.wire, x, out, more, first, count, me, std::vector<int64_t>(c.group.size())};
   std::vector<Fold> sinks;
   std::vector<Expected> expected;
   sinks.reserve(c.group.size());
@@ -354,14 +318,27 @@ void Communicator::fold(const Collective& c, int me, Block x, Block out, int64_t
   round_block(c.wire, out, first, count);
 }
 
-void Communicator::all_reduce(const Collective& c, Block x, Block out) {
+bool Communicator::two_shot(const Collective& c, int64_t values) const {
+  const size_t n = c.group.size();
+  return algorithm == AllReduceAlgorithm::Automatic ? n > 2 && values * wire_bytes(c.wire) >= kTwoShot
+                                                    : algorithm == AllReduceAlgorithm::TwoShot && n > 1;
+}
+
+int64_t Communicator::sent(const Block& x) const {
+  int64_t least = x.values();
+  for (const Peer& peer : peers_)
+    for (const Message& m : peer.outbox)
+      if (m.own.empty() && m.from.block.data == x.data) least = std::min(least, m.from.first + std::max<int64_t>(m.sent, 0) / wire_bytes(m.from.wire));
+  return least;
+}
+
+void Communicator::all_reduce(const Collective& c, Block x, Block out, const Addition& more) {
   const int me = index_in(c), n = int(c.group.size());
   const int64_t values = x.values();
-  const bool two_shot = algorithm == AllReduceAlgorithm::Automatic ? n > 2 && values * wire_bytes(c.wire) >= kTwoShot
-                                                                   : algorithm == AllReduceAlgorithm::TwoShot && n > 1;
-  if (!two_shot) {
+  if (more.total.data && !adds_on_arrival(c, values)) fail(c.site, "it cannot add to its sum");
+  if (!two_shot(c, values)) {
     for (int k = 1; k < n; k++) queue(c.site, c.group[size_t((me + k) % n)], {x, 0, values, c.wire});
-    return fold(c, me, x, out, 0, values);
+    return fold(c, me, x, out, 0, values, more);
   }
   if (const int each = algorithm == AllReduceAlgorithm::Automatic ? ranks_of_hosts(c) : 0) return all_reduce_in_chain(c, each, x, out);
   auto part = [&](int i) { return i == n ? values : values * i / n / 16 * 16; };

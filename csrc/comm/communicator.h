@@ -11,6 +11,7 @@
 // Belongs to one thread at a time.
 #pragma once
 #include <deque>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -41,6 +42,11 @@ struct Block {
   Block columns_of(int64_t first, int64_t count) const { return {data + first, rows, count, ld}; }
 };
 
+// What all_reduce adds to the sum over ranks: `total` = `values` + the sum. Nothing if total.data is null.
+struct Addition {
+  Block values, total;
+};
+
 // What all ranks of a collective agree on. group: ranks in ascending order, this one among them.
 struct Collective {
   std::string site;
@@ -66,9 +72,15 @@ class Communicator {
   AllReduceAlgorithm algorithm = AllReduceAlgorithm::Automatic;
   // Ranks of each host, if host h has the ranks h * ranks_per_host and following; the same on all ranks. 0: not known.
   int ranks_per_host = 0;
+  // Called again and again while a collective or message waits, with turn = 0, 1, 2, ... until it sleeps; may be empty.
+  std::function<void(int64_t turn)> idle;
 
   // x and out must not overlap. Shapes as the ops of the same name have them (src/intaglio/ops/collective.py).
-  void all_reduce(const Collective& c, Block x, Block out);
+  void all_reduce(const Collective& c, Block x, Block out) { all_reduce(c, x, out, {}); }
+  // With an addition, which needs adds_on_arrival(), `out` is left with what is no result. `total` may be where x is.
+  void all_reduce(const Collective& c, Block x, Block out, const Addition& more);
+  // True if an all_reduce of so many values can add something to the sum in the pass in which it takes the last summand.
+  bool adds_on_arrival(const Collective& c, int64_t values) const { return c.wire == Wire::F32 && c.group.size() > 1 && !two_shot(c, values); }
   void all_gather(const Collective& c, Block x, Block out, bool tokens);
   void reduce_scatter(const Collective& c, Block x, Block out);
   void all_to_all(const Collective& c, Block x, Block out);
@@ -151,8 +163,11 @@ class Communicator {
   // Ranks of each host in a group of hosts between which all_reduce_in_chain() moves the fewest bytes; 0 for other groups.
   int ranks_of_hosts(const Collective& c) const;
   void all_reduce_in_chain(const Collective& c, int each, Block x, Block out);
+  bool two_shot(const Collective& c, int64_t values) const;
+  // How many of the values of x that were queued have left this block, for every peer.
+  int64_t sent(const Block& x) const;
   // Sums the values first..first + count - 1 of everybody's x, as they come, into the same values of out.
-  void fold(const Collective& c, int me, Block x, Block out, int64_t first, int64_t count);
+  void fold(const Collective& c, int me, Block x, Block out, int64_t first, int64_t count, const Addition& more = {});
 
   std::shared_ptr<Segment> segment_;
   int rank_;

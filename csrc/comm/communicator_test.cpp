@@ -84,6 +84,14 @@ void check_all(Communicator& comm, const std::vector<int>& group, int seed, Shap
     comm.algorithm = algorithm;
     comm.all_reduce(c, brought[size_t(me)].block, out.block);
     check_rows(out, sum);
+    if (!comm.adds_on_arrival(c, s.rows * s.cols)) continue;
+    Rows more = random_rows(seed + 900, me, s.rows, s.cols, s.gap), beside(s.rows, s.cols, s.out_gap), over = brought[size_t(me)];
+    over.block.data = over.values.data();
+    auto with_more = [&](int64_t r, int64_t col) { return more.at(r, col) + sum(r, col); };
+    comm.all_reduce(c, brought[size_t(me)].block, out.block, {more.block, beside.block});
+    check_rows(beside, with_more);
+    comm.all_reduce(c, over.block, out.block, {more.block, over.block});  // the total takes the place of x
+    check_rows(over, with_more);
   }
   Rows gathered(s.rows, width, s.out_gap);
   comm.all_gather(c, unlike[size_t(me)].block, gathered.block, false);

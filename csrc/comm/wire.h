@@ -52,7 +52,7 @@ void runs(const Block& b, int64_t first, int64_t n, F f, bool by_rows = false) {
   }
 }
 
-inline const float* value_at(const Block& b, int64_t i) { return b.data + i / b.cols * b.ld + i % b.cols; }
+inline float* value_at(const Block& b, int64_t i) { return b.data + i / b.cols * b.ld + i % b.cols; }
 
 inline void round_block(Wire wire, const Block& b, int64_t first, int64_t n) {
   if (wire == Wire::F32) return;

@@ -58,7 +58,7 @@ void mix_sparsely(const RouteArgs& a, const float* logits, float* weights, int32
 // The score of each expert, from which the weights of the chosen ones are taken.
 void score(const RouteArgs& a, const float* logits, float* scores) {
   const int64_t n = a.experts;
-  if (a.score == RouteScore::Softmax) return softmax_of(logits, n, largest_logit(logits, n), scores);
+  if (a.score == RouteScore::Softmax) return softmax_of(logits, n, largest_logit(logits, n, nullptr), scores);
   for (int64_t i = 0; i < n; i++)
     scores[i] = a.score == RouteScore::Sigmoid ? float(1 / (1 + std::exp(-double(logits[i]))))
                                               : float(std::sqrt(logits[i] > 30 ? double(logits[i]) : std::log1p(std::exp(double(logits[i])))));

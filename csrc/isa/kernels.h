@@ -303,9 +303,9 @@ struct Kernels {
   void (*score_keys)(const IndexArgs& a, const int32_t* blocks, const float* q, const float* weights, int64_t seen, float* scores);
   void (*route_row)(const RouteArgs& a, int64_t row, float* scratch);
   void (*combine_row)(const float* const* rows, const float* weights, int64_t count, const float* residual, float* out, int64_t n);
-  // The largest of n logits; NaN if any is NaN.
-  float (*largest_logit)(const float* x, int64_t n);
-  // p[i] = exp((x[i] - top) / temperature); returns their sum.
+  // The largest of n logits, and in *first, unless `first` is null, the index of the first that is as large; NaN if any is NaN.
+  float (*largest_logit)(const float* x, int64_t n, int64_t* first);
+  // p[i] = exp((x[i] - top) / temperature), unless p is null; returns their sum.
   double (*weigh)(const float* x, int64_t n, float top, float temperature, float* p);
   float (*read_stream)(const float* p, int64_t n);
   // Quantisation at load: the best of kTried candidate scales for a group; scales and minima of a K4 block.

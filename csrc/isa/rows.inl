@@ -43,33 +43,50 @@ float moment(const float* x, int64_t n, MomentOf of) {
   return std::sqrt(sum_over(x, n, [&](F v) { return (v - set(mean)) * (v - set(mean)); }) / float(n));
 }
 
-// Evaluates the postfix expression of `map` for one vector of values.
-F map_vector(const MapArgs& a, const float* const* x) {
-  F stack[kMapStack];
+// Evaluates the postfix expression of `map` for V vectors of values, one step of the expression at a time: with more vectors,
+// fewer steps have to be decoded.
+template <int V>
+void map_vectors(const MapArgs& a, const float* const* x, float* out) {
+  F stack[kMapStack][V];
   int top = 0;
+  auto combine = [&](auto f) {
+    top--;
+    for (int v = 0; v < V; v++) stack[top - 1][v] = f(stack[top - 1][v], stack[top][v]);
+  };
   for (int64_t s = 0; s < a.count; s++) {
     const auto [what, arg] = a.steps[s];
     switch (what) {
-      case MapStep::Operand: stack[top++] = a.column[arg] ? set(x[arg][0]) : load(x[arg]); break;
-      case MapStep::Number: stack[top++] = set(a.numbers[arg]); break;
-      case MapStep::Call: stack[top - 1] = activate(Act(arg), stack[top - 1]); break;
-      case MapStep::Add: top--; stack[top - 1] = stack[top - 1] + stack[top]; break;
-      case MapStep::Subtract: top--; stack[top - 1] = stack[top - 1] - stack[top]; break;
-      case MapStep::Multiply: top--; stack[top - 1] = stack[top - 1] * stack[top]; break;
-      case MapStep::Divide: top--; stack[top - 1] = stack[top - 1] / stack[top]; break;
+      case MapStep::Operand:
+        for (int v = 0; v < V; v++) stack[top][v] = a.column[arg] ? set(x[arg][0]) : load(x[arg] + v * F::N);
+        top++;
+        break;
+      case MapStep::Number:
+        for (int v = 0; v < V; v++) stack[top][v] = set(a.numbers[arg]);
+        top++;
+        break;
+      case MapStep::Call:
+        for (int v = 0; v < V; v++) stack[top - 1][v] = activate(Act(arg), stack[top - 1][v]);
+        break;
+      case MapStep::Add: combine([](F p, F q) { return p + q; }); break;
+      case MapStep::Subtract: combine([](F p, F q) { return p - q; }); break;
+      case MapStep::Multiply: combine([](F p, F q) { return p * q; }); break;
+      case MapStep::Divide: combine([](F p, F q) { return p / q; }); break;
     }
   }
-  return stack[0];
+  for (int v = 0; v < V; v++) store(out + v * F::N, stack[0][v]);
 }
 
 void map_row(const MapArgs& a, int64_t row, float* scratch) {
   const float* x[3] = {};
   int64_t i = 0;
-  for (; i + F::N <= a.cols; i += F::N) {
-    for (int o = 0; o < 3; o++)
-      if (a.operand[o]) x[o] = a.operand[o] + row * a.ld[o] + (a.column[o] ? 0 : i);
-    store(a.out + row * a.ld_out + i, map_vector(a, x));
-  }
+  auto many = [&]<int V>() {
+    for (; i + V * F::N <= a.cols; i += V * F::N) {
+      for (int o = 0; o < 3; o++)
+        if (a.operand[o]) x[o] = a.operand[o] + row * a.ld[o] + (a.column[o] ? 0 : i);
+      map_vectors<V>(a, x, a.out + row * a.ld_out + i);
+    }
+  };
+  many.template operator()<8>(), many.template operator()<1>();
   if (i < a.cols) {
     size_t bytes = size_t(a.cols - i) * 4;
     for (int o = 0; o < 3; o++)
@@ -81,49 +98,59 @@ void map_row(const MapArgs& a, int64_t row, float* scratch) {
         x[o] = scratch + o * F::N;
       }
     float last[F::N];
-    store(last, map_vector(a, x));
+    map_vectors<1>(a, x, last);
     std::memcpy(a.out + row * a.ld_out + i, last, bytes);
   }
 }
 
-float largest_logit(const float* x, int64_t n) {
-  F peaks = set(-INFINITY), poison = set(0);
-  int64_t i = 0;
-  for (; i + F::N <= n; i += F::N) {
-    F v = load(x + i);
-    peaks = max(v, peaks);
-    poison = poison + v * set(0);  // NaN if v is NaN or infinite; a row with +inf has no finite maximum anyway
+float largest_logit(const float* x, int64_t n, int64_t* first) {
+  constexpr int64_t kRun = 1024;  // logits whose maximum is taken before it is compared: only one run is searched for it
+  F poison = set(0);  // NaN if a value is NaN or infinite; a row with +inf has no finite maximum anyway
+  float top = -INFINITY, bad = 0;
+  int64_t run = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t end = std::min(n, begin + kRun);
+    F peaks = set(-INFINITY);
+    int64_t i = begin;
+    for (; i + F::N <= end; i += F::N) {
+      F v = load(x + i);
+      peaks = max(v, peaks);
+      poison = poison + v * set(0);
+    }
+    float high = largest(peaks);
+    for (; i < end; i++) {
+      high = x[i] > high ? x[i] : high;
+      bad += x[i] * 0.0f;
+    }
+    if (high > top) top = high, run = begin;
   }
-  float top = largest(peaks), bad = sum(poison);
-  for (; i < n; i++) {
-    top = x[i] > top ? x[i] : top;
-    bad += x[i] * 0.0f;
-  }
-  if (bad == 0) return top;
-  for (i = 0; i < n; i++)  // -inf is a masked token, not an error
-    if (std::isnan(x[i])) return x[i];
+  if (bad + sum(poison) != 0)  // -inf is a masked token, not an error
+    for (int64_t i = 0; i < n; i++)
+      if (std::isnan(x[i])) return x[i];
+  if (first) *first = std::find(x + run, x + std::min(n, run + kRun), top) - x;
   return top;
 }
 
-// p[i] = exp((x[i] - top) / temperature); returns their sum, accumulated in double over runs of 256.
+// p[i] = exp((x[i] - top) / temperature), unless p is null; returns their sum, accumulated in double over runs of 256.
 double weigh(const float* x, int64_t n, float top, float temperature, float* p) {
   double total = 0;
+  const bool scaled = temperature != 1;
+  auto term = [&](F v) { return exp(scaled ? (v - set(top)) / set(temperature) : v - set(top)); };
   for (int64_t i = 0; i < n; i += 256) {
     F run = set(0);
     int64_t end = std::min(n, i + 256), j = i;
     for (; j + F::N <= end; j += F::N) {
-      F e = exp((load(x + j) - set(top)) / set(temperature));
-      store(p + j, e);
+      F e = term(load(x + j));
+      if (p) store(p + j, e);
       run = run + e;
     }
     total += sum(run);
     for (; j < end; j++) {
       float e[F::N];
-      store(e, exp((set(x[j]) - set(top)) / set(temperature)));
-      p[j] = e[0];
+      store(e, term(set(x[j])));
+      if (p) p[j] = e[0];
       total += e[0];
     }
   }
   return total;
 }
-

@@ -18,11 +18,21 @@ class CollectiveKernel : public OpKernel {
     communicator_ = a.context.communicator;
   }
   void plan(Planner& p) override { p.single(0); }
+  void set_next(const Work& next) override { next_ = &next; }
 
  protected:
+  // Calls exchange(). While it waits, this thread prefetches weights of the next product, if no other thread would use them.
+  template <class Exchange>
+  void ahead(const Context& context, Exchange exchange) {
+    if (next_ && context.threads == 1) communicator_->idle = [next = next_](int64_t turn) { next->fetch_ahead(0, turn); };
+    exchange();
+    communicator_->idle = nullptr;
+  }
+
   std::string site_;
   Wire wire_;
   Communicator* communicator_;
+  const Work* next_ = nullptr;
 };
 
 class GroupKernel : public CollectiveKernel {
@@ -36,24 +46,40 @@ class GroupKernel : public CollectiveKernel {
   Collective collective_;
 };
 
+// With `total`, also the op after it: total = residual + out. Then out is not stored, unless it is tapped.
 class AllReduce : public GroupKernel {
  public:
-  enum Part { Exchange, AddSlots };
-  explicit AllReduce(OpArgs& a) : GroupKernel(a), context_(a.context), slots_(a.integer("slots")) {}
+  enum Part { Exchange, ExchangeAndAdd, AddSlots, Add };
+  explicit AllReduce(OpArgs& a)
+      : GroupKernel(a), context_(a.context), slots_(a.integer("slots")), residual_(a.optional_rows("residual")), total_(a.optional_rows("total")) {
+    if (!residual_ != !total_) throw std::invalid_argument("a residual and the total with it are given together");
+  }
   void plan(Planner& p) override {
-    p.single(Exchange);
-    if (slots_ == 1) return;
-    p.workspace(x_.rows() * x_.cols * 4);
-    p.phase(AddSlots, x_.rows(), p.chunk(x_.rows()));
+    const bool at_once = total_ && slots_ == 1 && !p.tapped() && communicator_->adds_on_arrival(collective_, x_.rows() * x_.cols);
+    p.single(at_once ? ExchangeAndAdd : Exchange);
+    if (slots_ > 1) {
+      p.workspace(x_.rows() * x_.cols * 4);
+      p.phase(AddSlots, x_.rows(), p.chunk(x_.rows()));
+    }
+    if (total_ && !at_once) p.phase(Add, x_.rows(), p.chunk(x_.rows()));
   }
   void run(int part, int64_t begin, int64_t end, Scratch&) override {
     float* sums = reinterpret_cast<float*>(context_.workspace);  // over ranks, of all slots
-    if (part == Exchange)
-      return communicator_->all_reduce(collective_, block_of(x_), slots_ == 1 ? block_of(out_) : Block{sums, x_.rows(), x_.cols, x_.cols});
+    if (part == Exchange || part == ExchangeAndAdd) {
+      const Block to = slots_ == 1 ? block_of(out_) : Block{sums, x_.rows(), x_.cols, x_.cols};
+      const Addition more = part == Exchange ? Addition{} : Addition{block_of(*residual_), block_of(*total_)};
+      return ahead(context_, [&] { communicator_->all_reduce(collective_, block_of(x_), to, more); });
+    }
     for (int64_t t = begin; t < end; t++) {
-      const float* from = sums + t * x_.cols;
       float* out = out_.row(t);
       const int64_t n = out_.cols;
+      if (part == Add) {
+        const float* residual = residual_->row(t);
+        float* total = total_->row(t);
+        for (int64_t i = 0; i < n; i++) total[i] = residual[i] + out[i];
+        continue;
+      }
+      const float* from = sums + t * x_.cols;
       std::copy_n(from, n, out);
       for (int64_t j = 1; j < slots_; j++)
         for (int64_t i = 0; i < n; i++) out[i] += from[j * n + i];
@@ -64,14 +90,26 @@ class AllReduce : public GroupKernel {
  private:
   const Context& context_;
   int64_t slots_;
+  const Tensor *residual_, *total_;
+};
+
+// An op that another one does with its own; it keeps its number.
+class Done : public OpKernel {
+ public:
+  explicit Done(OpArgs&) {}
+  void plan(Planner&) override {}
+  void run(int, int64_t, int64_t, Scratch&) override {}
 };
 
 class AllGather : public GroupKernel {
  public:
-  explicit AllGather(OpArgs& a) : GroupKernel(a), tokens_(a.flag("tokens")) { a.ignore({"width"}); }
-  void run(int, int64_t, int64_t, Scratch&) override { communicator_->all_gather(collective_, block_of(x_), block_of(out_), tokens_); }
+  explicit AllGather(OpArgs& a) : GroupKernel(a), context_(a.context), tokens_(a.flag("tokens")) { a.ignore({"width"}); }
+  void run(int, int64_t, int64_t, Scratch&) override {
+    ahead(context_, [&] { communicator_->all_gather(collective_, block_of(x_), block_of(out_), tokens_); });
+  }
 
  private:
+  const Context& context_;
   bool tokens_;
 };
 
@@ -108,6 +146,7 @@ class Recv : public CollectiveKernel {
 };
 
 const Registered<AllReduce> all_reduce("all_reduce");
+const Registered<Done> done("done");
 const Registered<AllGather> all_gather("all_gather");
 const Registered<ReduceScatter> reduce_scatter("reduce_scatter");
 const Registered<AllToAll> all_to_all("all_to_all");

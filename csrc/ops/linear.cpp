@@ -48,12 +48,13 @@ class Linear : public OpKernel {
     }
   }
 
+  bool fetches() const override { return true; }
   // Prefetches the weights that the thread is likely to use first.
   void fetch_ahead(int64_t first, int64_t turn) const override {
-    const int64_t from = turn * kFetch, to = std::min(from + kFetch, w_.unit_bytes());
-    if (from >= kFetchMost) return;
-    const uint8_t* at = w_.data + first % w_.units() * w_.unit_bytes();
-    for (int64_t b = from; b < to; b += 64) __builtin_prefetch(at + b, 0, 2);
+    const int64_t from = first % w_.units() * w_.unit_bytes() + turn * kFetch;
+    const int64_t to = std::min(from + kFetch, w_.units() * w_.unit_bytes());
+    if ((turn + 1) * kFetch > kFetchMost) return;
+    for (int64_t b = from; b < to; b += 64) __builtin_prefetch(w_.data + b, 0, 2);
   }
 
  private:

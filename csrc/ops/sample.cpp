@@ -63,17 +63,17 @@ const float* edited(const float* x, int64_t n, const RowSampling& d) {
 // Samples a token and computes its log-probability; -1 and NaN if a logit is NaN, or if the largest one, before or after
 // edits, is not finite.
 void sample_row(const Kernels& kernels, const float* x, int64_t n, const RowSampling& d, int32_t* token, float* logprob) {
-  float top = kernels.largest_logit(x, n);
+  int64_t chosen = 0;
+  float top = kernels.largest_logit(x, n, &chosen);
   *token = -1, *logprob = NAN;
   if (!std::isfinite(top)) return;
   const float* y = edited(x, n, d);
-  float best = y == x ? top : kernels.largest_logit(y, n);
+  float best = y == x ? top : kernels.largest_logit(y, n, &chosen);
   if (!std::isfinite(best)) return;
-  int64_t chosen = std::find(y, y + n, best) - y;
-  thread_local std::vector<float> p;
-  p.resize(size_t(n));
-  double total = kernels.weigh(x, n, top, 1.0f, p.data());
+  double total = kernels.weigh(x, n, top, 1.0f, nullptr);
   if (d.temperature > 0) {
+    thread_local std::vector<float> p;
+    p.resize(size_t(n));
     double mass = kernels.weigh(y, n, best, d.temperature, p.data());
     if (d.top_k > 0 || d.top_p < 1) filter(y, n, d, mass, p);
     mass = 0;

@@ -116,6 +116,7 @@ int Executable::add_op(const std::string& kind, const std::map<std::string, int>
   OpArgs args(context_, int(ops_.size()), shared_, std::move(tensors), std::move(attributes));
   std::unique_ptr<OpKernel> op = factory->second(args);
   args.check_all_used();
+  for (size_t i = ops_.size(); op->fetches() && i-- > 0 && ops_[i] && !ops_[i]->fetches();) ops_[i]->set_next(*op);
   ops_.push_back(std::move(op));
   return int(ops_.size()) - 1;
 }
@@ -190,7 +191,7 @@ std::unique_ptr<Plan> Executable::make_plan(std::vector<int64_t> key, bool timed
       p.stop();
       continue;
     }
-    p.begin(ops_[i].get(), int(i));
+    p.begin(ops_[i].get(), int(i), std::any_of(taps_.begin(), taps_.end(), [&](const Tap& tap) { return tap.op == int(i); }));
     ops_[i]->plan(p);
     p.begin(&tap_copy_, -1);
     for (size_t tap = 0; tap < taps_.size(); tap++)

@@ -18,6 +18,8 @@ class OpKernel : public Work {
  public:
   // Adds the op's phases for the planner's batch and requests memory. May depend only on the sizes of the batch.
   virtual void plan(Planner& p) = 0;
+  // Tells an op which work that prefetches weights comes next after it, so that it may call fetch_ahead() while it waits.
+  virtual void set_next(const Work& /*next*/) {}
   // Of an op with experts: tokens routed to each expert of the model so far; null for others.
   virtual const std::vector<int64_t>* expert_tokens() const { return nullptr; }
   // Of an op with experts: the attributes of the same names, anew. Not during a step; the weights change with them.

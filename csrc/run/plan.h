@@ -70,8 +70,9 @@ class Planner {
   // Tasks that a thread takes at a time: a quarter of its equal part of `tasks`, at least 1.
   int64_t chunk(int64_t tasks) const { return std::max<int64_t>(1, tasks / (4 * threads())); }
 
-  // Sets the work that phases added from now on do, and the op as whose time they count.
-  void begin(Work* work, int op) { work_ = work, op_ = op; }
+  // Sets the work that phases added from now on do, and the op as whose time they count. tapped: the step copies its results.
+  void begin(Work* work, int op, bool tapped = false) { work_ = work, op_ = op, tapped_ = tapped; }
+  bool tapped() const { return tapped_; }
   void phase(int part, int64_t tasks, int64_t chunk) { plan_.segments.back().add(*work_, op_, part, tasks, chunk); }
   // Adds a single task: to the tail of the previous phase if there is one.
   void single(int part);
@@ -92,6 +93,7 @@ class Planner {
   Plan& plan_;
   Work* work_ = nullptr;
   int op_ = -1;
+  bool tapped_ = false;
 };
 
 // LRU cache of plans.

@@ -26,6 +26,7 @@ class Work {
   // Prefetches while a thread waits for the end of the previous phase. `first`: first task of the thread's range in this
   // phase. Called repeatedly, with turn = 0, 1, 2, ... May read weights, but nothing that a step writes.
   virtual void fetch_ahead(int64_t /*first*/, int64_t /*turn*/) const {}
+  virtual bool fetches() const { return false; }  // true if fetch_ahead() does something
 };
 
 // Tasks 0 .. tasks - 1. Each thread has a contiguous range of them, so that it reads one stream of memory. It takes `chunk`

@@ -333,7 +333,10 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check_window(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if chunk number `i` lacks a window block for a token, or has more of them than `blocks`."""
+    """Raise BatchError if the window blocks (K/V of layers with a sliding window) of chunk number `i` are invalid.
+
+    c.window_blocks must have a block for each token that the chunk computes, and be no longer than c.blocks.
+    """
     held = c.window_blocks
     first, last = c.start // block_size, (c.start + len(c.tokens) - 1) // block_size
     if not last < len(held) <= len(c.blocks) or min(held[first : last + 1]) < 0:

@@ -141,10 +141,10 @@ class Format:
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
-        """Number of values that share a scale in a row of `cols` values; 0 for plain formats.
+        """Number of values that are stored as one group with one scale, in a row of `cols` values; 0 for plain formats.
 
-        For a format with one scale per row (ROW), a row is cut into runs of one length, which have equal scales. The
-        result is this length: a multiple of 32, at most CHUNK (1024).
+        A format with one scale per row (ROW) stores a long row as several groups of equal length, each with a copy of
+        the row's scale. The result is then a multiple of 32, at most CHUNK (1024).
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
@@ -236,11 +236,11 @@ class Quantised:
         group: values along a row that share a scale.
         zeros: whole numbers, shaped as the scales; None if all are 0.
         minima: float32, shaped as the scales; None if all are 0. A bias is a minimum with its sign turned.
-        units: None, or float32 of which the scales are multiples: [N, K / 256] in q4_k, q5_k, q6_k, or [N, 1] in nvfp4.
-        low_units: None, or float32 [N, K / 256] of which the minima are multiples.
+        units: None, or float32: each scale is a whole or E4M3 multiple of its unit. [N, K / 256] in q4_k, q5_k, q6_k;
+            [N, 1] in nvfp4.
+        low_units: None, or float32 [N, K / 256]: each minimum is a whole multiple of its unit.
         format: name of the format; "" if no one name describes all arrays.
-        turned: True if the arrays above are those of the transposed matrix; then N and K above are the matrix's columns
-            and rows, and `shape` has them swapped.
+        turned: True if the matrix is [K, N] and the arrays store its transpose [N, K]. `shape` is then (K, N).
         levels: the values that codes are indices of (Format.levels); () if codes are numbers themselves.
     """
 
@@ -358,9 +358,9 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
     """The best of five candidate scales for each group, float32 [n, G]: the one of least squared error.
 
-    groups: values [n, G, group]. farthest: the value farthest from 0 in each group [n, G]. A candidate maps that value
-    to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step, which
-    is returned if it is 0 or NaN. fmt: the format. csrc/pack/ does the same, to the bit.
+    Each candidate maps the group's value farthest from 0 to another code: the format's last code, or one or two steps
+    below or above it. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales: candidates
+    for the last code, [n, G]; a scale of 0, inf or NaN is returned as it is. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -403,8 +403,9 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Quantise activations [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
 
-    G = ceil(K / group). Consecutive groups that together make SPAN (128) values have the same scale, float32 max|x| /
-    127 over all of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
+    G = ceil(K / group); if `group` does not divide K, the last group is filled up with zeros. Consecutive groups that
+    together make SPAN (128) values have the same scale, float32 max|x| / 127 over all of them. Codes are
+    rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)

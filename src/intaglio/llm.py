@@ -123,8 +123,8 @@ class LLM:
         window_tokens: only for a model with sliding-window layers: tokens of K/V cache that these layers keep for all
             sequences together. A sequence needs its window and one step there. If there are too few tokens for all
             running sequences, the last ones are preempted. 0: these layers keep all tokens, as other layers do; the
-            only number allowed with `kv_cache_dir` or `kv_peer`. None: 0 with these and on device silicon; otherwise
-            enough for `max_sequences` sequences if that saves a quarter of the pages, else 0.
+            only number allowed with `kv_cache_dir` or `kv_peer`. None: enough for `max_sequences` sequences, if that
+            saves a quarter of the pages; else 0. With `kv_cache_dir`, `kv_peer` or device="silicon", None means 0.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: True to run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.

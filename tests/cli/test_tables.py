@@ -42,11 +42,12 @@ LINES = {
         "{folder} --chip sohu,h100_sxm --layout tp1,dp2tp2 --input 9 --output 5 --concurrency 4,1024 --ttft 1",
         "{folder} --chip h100_sxm --prefill tp1,2xtp1 --decode tp2,tp1 --input 9 --output 5 --concurrency 4",
         "{folder} --chip h100_sxm --layout tp1,dp2tp1 --input 9 --output 5 --find --max-batch-tokens 64 --ttft 3",
+        "{folder} --chip h100_sxm --chips 2 --input 9 --output 5 --find --max-batch-tokens 64 --ttft 3",
         "{folder} --chip h100_sxm --chips 3 --prefill tp1 --decode tp1,tp2 --input 9 --output 5 --find --tpot 9",
     ),
     "simulate-serving": (
         "{folder} --chip sohu,h100_sxm --input 9 --output 5 --requests 4",
-        "{folder} --input 9 --output 5 --rate 100 --requests 4",
+        "{folder} --input 9 --output 5 --rate 100 --requests 4 --price 2.5",
         "{folder} --layout dp2tp1 --input 9 --output 5 --rate 100 --requests 4 --route round-robin",
     ),
     "chips": ("", *CHIPS),

@@ -11,6 +11,7 @@ from support.tiny import FAMILIES, tiny
 from intaglio.debugging.check import CheckError, check, reference_model
 from intaglio.devices import DEVICES
 from intaglio.models import Checkpoint, port
+from intaglio.ops import Norm
 
 pytest.importorskip("transformers")
 
@@ -28,6 +29,18 @@ def test_good_checkpoints_pass(folder, family):
     sites = {row.site for row in report.rows}
     assert {"embed", "layers.2.attn.attend", "layers.3.attn.o_proj", "layers.3.mlp.glu", "norm", "logits"} <= sites
     assert any(f"layers.3.attn.{n}" in sites for n in ("k_rope", "k_norm", "k_proj"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear", "mamba2", "bamba", "jamba", "lfm2"])
+def test_recurrent_checkpoints_pass(folder, family):
+    path = tiny(family, folder / family)
+    report = check(path)
+    assert report.ok and report.first_bad is None, str(report)
+    p = port(Checkpoint.open(path))
+    for op in p.ops:  # the module of such a norm has the gate, too, so the gated result shows a wrong epsilon
+        if isinstance(op, Norm) and op.site in ("layers.0.linear_attn.norm", "layers.0.linear_attn.o_norm"):
+            wrong = check(path, program=change(p, op.site, eps=0.5))
+            assert wrong.first_bad == "layers.0.linear_attn.gated"
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gemma2", "bfloat16"), ("gemma3", "float16")])

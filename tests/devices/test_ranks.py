@@ -101,17 +101,20 @@ def test_processes_have_the_bits_of_the_mesh(tmp_path: Path, family: str, layout
 
 
 def test_taps_and_timings_of_every_rank(tmp_path: Path) -> None:
+    """Also of an all_reduce and the addition after it, which native code runs together unless the sum is tapped."""
     c = open_tiny("llama", tmp_path)
     mesh = build_mesh(port(c), "tp2")
-    site = next(op.site for op in mesh.last.ops if isinstance(op, AllReduce))
-    request = StepRequest(one_token(), taps=[site], timed=True)
-    there = start(c)
-    got, wanted = there.step(request), MeshDevice(HostDevice(1)).load(mesh, c, STATE).step(request)
+    ops = mesh.last.ops
+    site, after = next((op.site, ops[i + 1].site) for i, op in enumerate(ops) if isinstance(op, AllReduce))
+    there, here = start(c), MeshDevice(HostDevice(1)).load(mesh, c, STATE)
+    for sites in ([site], [after], [site, after]):
+        request = StepRequest(one_token(), taps=sites, timed=True)
+        got, wanted = there.step(request), here.step(request)
+        assert list(got.taps) == list(wanted.taps) == [f"{s}@{r}" for r in (0, 1) for s in sites]
+        for name, x in wanted.taps.items():
+            np.testing.assert_array_equal(got.taps[name], x)
+        assert set(got.timings) == set(wanted.timings) and got.timings[site] > 0
     there.close()
-    assert list(got.taps) == list(wanted.taps) == [f"{site}@0", f"{site}@1"]
-    for name, x in wanted.taps.items():
-        np.testing.assert_array_equal(got.taps[name], x)
-    assert set(got.timings) == set(wanted.timings) and got.timings[site] > 0
 
 
 def test_a_batch_that_does_not_fit_is_refused_and_the_group_lives(tmp_path: Path) -> None:

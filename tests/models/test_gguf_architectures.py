@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from support import gguf_hybrids
+from support import gguf_files, gguf_hybrids
 from support.gguf_files import ARCHITECTURES as WRITTEN
 from support.gguf_files import write
 from support.published import logits, typical
@@ -101,6 +101,16 @@ def test_quantised_experts(tmp_path, family, kind):
     assert names and {c.format(n) for n in names} == {wanted}
     for device in ("reference", "host"):
         assert typical(logits(file, device), truth(plain, TOKENS)) < 0.05
+
+
+@pytest.mark.parametrize("lost", ["k_b", "v_b"])
+def test_half_of_a_latent_projection_is_refused(tmp_path, monkeypatch, lost):
+    converted = gguf_files.converted
+    monkeypatch.setattr(gguf_files, "converted", lambda *a: (x for x in converted(*a) if f".{lost}_proj" not in x[0]))
+    path = tiny("deepseekv3", tmp_path / "source", **BUILT_IN["deepseekv3"])
+    file, _, _ = write(path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn has only one of attn_k_b and attn_v_b; .* again"):
+        Checkpoint.open(file)
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}

@@ -18,6 +18,7 @@ from intaglio.debugging.check import reference_model, wide_cache
 from intaglio.devices import StateSpec, StepRequest, open_device
 from intaglio.formats import Quantised, quantise
 from intaglio.models import Checkpoint, PortError, port, port_config
+from intaglio.models.account import account
 from intaglio.ops import Attend, Experts, HeadLinear, Linear, Map, Norm, Rope, Route
 from intaglio.program import parse_program
 from intaglio.program.source import expand, shape_after, take
@@ -235,6 +236,7 @@ def test_multi_token_prediction_layers_are_ignored(tmp_path):
     [
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
         ("qwen3moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("qwen3moe", {"num_local_experts": 6, "num_experts": 5}, "num_local_experts=6 and num_experts=5, two names of"),
         ("deepseekv2", {"norm_topk_prob": True}, "does not divide the weights"),
         ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok=4; SparseMixer chooses 2"),
         ("mixtral", {"num_local_experts": 7}, r"lacks 12 tensors .*experts\.6"),
@@ -248,6 +250,14 @@ def test_what_does_not_fit_is_refused(tmp_path, family, change, says):
     (path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(PortError, match=says):
         port(Checkpoint.open(path))
+
+
+def test_two_names_of_one_value_may_agree(tmp_path):
+    path = tiny("qwen3moe", tmp_path)
+    config = json.loads((path / "config.json").read_text()) | {"num_experts": 8, "num_local_experts": 8}
+    (path / "config.json").write_text(json.dumps(config))
+    fates = {f.key: f.fate for f in account(path).keys}
+    assert (fates["num_experts"], fates["num_local_experts"]) == ("used", "used")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,20 @@ Relative logit error is max |ours - theirs| / max |theirs|, in float32.
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.tiny import RECURRENT, compare, compare_sharded, tiny
 
-from intaglio.models import Checkpoint, port, port_config
+from intaglio.batch import Chunk, bind
+from intaglio.devices import StateSpec, StepRequest, open_device
+from intaglio.models import Checkpoint, PortError, port, port_config
 from intaglio.program import parse_program
 
 transformers = pytest.importorskip("transformers")
@@ -36,6 +45,85 @@ def test_defaults_are_those_of_transformers(family):
     config = getattr(transformers, row.get("config", f"{row['class']}Config"))
     full = config(**json.loads(json.dumps(bare)), pad_token_id=0).to_dict()
     assert port_config(bare, 64) == port_config({**full, "dtype": "bfloat16"}, 64)
+
+
+def rewritten(path: Path, rename: Callable[[str], str], config: dict[str, Any], rows: Sequence[int] = ()) -> Path:
+    """The checkpoint with other names of tensors, other config keys, and q, k and v convolutions of `rows` channels."""
+    tensors = load_file(path / "model.safetensors")
+    if rows:
+        for name in [n for n in tensors if n.endswith("q_conv1d.weight")]:
+            names = [name.replace("q_conv1d", f"{n}_conv1d") for n in "qkv"]
+            joined = np.concatenate([tensors[n] for n in names])
+            parts = np.split(joined, np.cumsum(rows)[:-1])
+            tensors |= {n: np.ascontiguousarray(x) for n, x in zip(names, parts, strict=True)}
+    save_file({rename(name): x for name, x in tensors.items()}, path / "model.safetensors")
+    held = {**json.loads((path / "config.json").read_text()), **config}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in held.items() if v is not None}))
+    return path
+
+
+def logits(path: Path) -> np.ndarray:
+    checkpoint = Checkpoint.open(path)
+    program = port(checkpoint)
+    state = StateSpec(4, 16, 2 * program.recurrent)
+    ex = open_device("reference").load(program, checkpoint, state)
+    got = ex.step(StepRequest(bind([Chunk([*range(9)], 0, [2, 1], range(9), state=state.pair(0, 0))], 16), logits=True))
+    assert got.logits is not None
+    return got.logits
+
+
+def test_names_and_cuts_of_released_files(tmp_path):
+    """transformers 5.24 saves files with other names and cuts than the released ones have; both give the same bits."""
+    full = re.compile(r"(layers\.[13]\.)feedforward_layer_norm")
+    cases: list[tuple[str, Callable[[str], str], dict[str, Any], tuple[int, ...]]] = [
+        ("olmo_hybrid", lambda n: full.sub(r"\1post_attention_layernorm", n), {}, (24, 24, 120)),
+        (
+            "olmo_hybrid",  # the names inside transformers
+            lambda n: n.replace("attention_layer_norm", "input_layernorm").replace(
+                "feedforward_layer_norm", "post_attention_layernorm"
+            ),
+            {}, (24, 24, 120),
+        ),
+        (
+            "kimi_linear", lambda n: re.sub(r"block_sparse_moe\.(\w+_proj)", r"mlp.\1", n),
+            {
+                "layer_types": None, "mlp_layer_types": None, "linear_num_heads": None, "linear_head_dim": None,
+                "linear_conv_kernel_dim": None, "first_k_dense_replace": 1, "mla_use_nope": True, "rope_theta": 1e4,
+                "linear_attn_config": {
+                    "full_attn_layers": [2, 4], "kda_layers": [1, 3], "num_heads": 6, "head_dim": 12,
+                    "short_conv_kernel_size": 4,
+                },
+            }, (),
+        ),
+    ]  # fmt: skip
+    for i, (family, rename, config, rows) in enumerate(cases):
+        saved = tiny(family, tmp_path / f"{i}")
+        wanted = logits(saved)
+        released = rewritten(shutil.copytree(saved, tmp_path / f"{i}-released"), rename, config, rows)
+        assert load_file(released / "model.safetensors").keys() != load_file(saved / "model.safetensors").keys()
+        np.testing.assert_array_equal(logits(released), wanted, family)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act='gelu'; gated delta nets are ported with silu"),
+        ("olmo_hybrid", {"linear_num_value_heads": 5}, "linear_num_value_heads=5 is not a multiple of 2 key heads"),
+        ("olmo_hybrid", {"layer_types": ["linear_attention"] * 4}, "layer_types has linear_attention only"),
+        ("olmo_hybrid", {"layer_types": ["mamba"] * 4}, "layer_types[0]='mamba' is not ported"),
+        ("kimi_linear", {"moe_router_activation_func": "softmax"}, "moe_router_activation_func='softmax'; the port"),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope=False; the port of Kimi-Linear-48B-A3B computes True"),
+        (
+            "kimi_linear",
+            {"layer_types": None, "linear_attn_config": {"full_attn_layers": [1], "kda_layers": [1, 2, 3]}},
+            "wanted each of the layers 1 to 4 in one of them",
+        ),
+    ],
+)
+def test_settings_that_are_refused(tmp_path, family, config, message):
+    path = rewritten(tiny(family, tmp_path / family), str, config)
+    with pytest.raises(PortError, match=re.escape(message)):
+        port(Checkpoint.open(path))
 
 
 SIZES = {

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import pytest
 
 from intaglio.chips import target
-from intaglio.codesign.fleet import ROUTES, serve_fleet, simulate_fleet
+from intaglio.codesign.fleet import ROUTES, Member, choice, serve_fleet, simulate_fleet
 from intaglio.codesign.placement import Placement
-from intaglio.codesign.queue import QueueSettings, serve
+from intaglio.codesign.queue import Queue, QueueSettings, serve
 from intaglio.codesign.serving import EngineSettings, Limits
 from intaglio.codesign.simulate import ported
 from intaglio.codesign.steps import Formats, Server
 from intaglio.measure.workload import LoadRequest
+from intaglio.router import Job, Router
 
 
 class Linear:
@@ -61,6 +62,21 @@ def test_all_requests_end_and_the_router_balances() -> None:
         serve_fleet(Linear(), settings, load, 4, "x")
     same = [LoadRequest(0.0, 100, 50)] * 12  # at one time: each of four replicas gets three
     assert [len(mine) for mine in serve_fleet(Linear(), settings, same, 4).outcomes] == [3, 3, 3, 3]
+
+
+def test_round_robin_is_that_of_the_shipped_router() -> None:
+    rng = random.Random()
+    count, replicas = rng.randrange(1, 60), rng.randrange(1, 9)
+    router = Router("round-robin")
+    for i in range(replicas):
+        router.add_replica(str(i))
+        router.ready(str(i), str(i))
+    chosen = []
+    for i in range(count):
+        router.submit(Job(str(i)), 0.0)
+        chosen += [int(placed.replica) for placed in router.dispatch(0.0)]
+    members = [Member(i, Queue(Linear(), QueueSettings(1))) for i in range(replicas)]
+    assert chosen == [choice("round-robin")(members, i).number for i in range(count)]
 
 
 def test_a_placement_with_replicas_is_simulated() -> None:

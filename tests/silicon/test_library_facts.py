@@ -8,9 +8,10 @@ from intaglio.chips import ChipError, target
 from intaglio.codesign.validate import predict
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
-from intaglio.silicon.kernels.experts import experts_timing
+from intaglio.silicon.kernels.experts import experts_timing, grouped_target
 from intaglio.silicon.kernels.kv_write import Heads
-from intaglio.silicon.kernels.product import best_tile
+from intaglio.silicon.kernels.tiled import tiling
+from intaglio.silicon.memory import dense
 
 B200, H100, L40S = target("b200_sxm"), target("h100_sxm"), target("l40s")
 
@@ -90,17 +91,18 @@ def test_all_reduce_in_the_switch_is_a_fact_of_the_library() -> None:
     )
 
 
-def test_a_chip_too_small_for_every_tile_is_refused() -> None:
-    small = H100.changed({"chip.name": "tiny", "chip.sram_bytes": 20480, "library.tiles": ((16, 64),)})
-    with pytest.raises(ChipError, match=r"linear of \[7, 512\] by \[300, 512\] .*no tile fits chip tiny: the smallest"):
-        best_tile(small, 7, 300, 512, "bf16", "bf16", False)
-    rows, columns, _ = best_tile(H100, 7, 300, 512, "bf16", "bf16", False)
-    assert (rows, columns) in H100.library.tiles
+def test_a_chip_too_small_for_every_tile_of_experts_is_refused() -> None:
+    small = H100.changed({"chip.name": "tiny", "chip.acc_bytes": 8192, "library.tiles": ((16, 64),)})
+    with pytest.raises(ChipError, match=r"no tile of experts in library 'hopper', rows \(64,\) .*, fits chip 'tiny'"):
+        grouped_target(small, 512, 8)
+    on = grouped_target(H100, 512, 8)
+    assert on.library.tiles == ((64, 128),) and on.library.mxu_efficiency == H100.library.grouped_mxu_efficiency
 
 
 def test_steps_over_k_are_shorter_where_no_tile_fits_a_whole_one() -> None:
-    sohu = target("sohu")
-    *tile, whole = best_tile(sohu, 7, 300, 4096, "bf16", "bf16", False)
+    sohu, w = target("sohu"), dense("hbm", 0, 1024, 4096, "bf16")
+    whole = tiling(sohu, (700, 1024, 4096), "f32", 16.0, w)
     small = sohu.with_chip(sram_bytes=sohu.chip.sram_bytes // 4)
-    *other, step = best_tile(small, 7, 300, 4096, "bf16", "bf16", False)
-    assert whole >= 2 * step >= 32 and {tuple(tile), tuple(other)} <= set(sohu.library.tiles)
+    short = tiling(small, (700, 1024, 4096), "f32", 16.0, w)
+    assert whole.depth >= 2 * short.depth >= 2
+    assert {(c.rows, c.columns) for c in (whole, short)} <= set(sohu.library.tiles)

@@ -8,8 +8,9 @@ from random import Random
 import pytest
 
 from intaglio.chips import CHIPS, ChipError, target
-from intaglio.codesign.disaggregated import Apart, serve_apart
+from intaglio.codesign.disaggregated import Apart, run_apart, serve_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
+from intaglio.codesign.fleet import serve_fleet
 from intaglio.codesign.measured import Compared, Row, agreements, compare_all, completed, rows
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings
@@ -144,6 +145,39 @@ def test_a_row_with_prefill_and_decode_apart() -> None:
     assert not slow.refused and fast.tpot < slow.tpot and slow.ttft > 0.5
 
 
+def test_requests_wait_for_a_free_sequence_of_a_decode_server() -> None:
+    """A recipe's decode_sequences limit decode servers by the requests open. The others wait, by Little's law."""
+    sizes = {f"{p}_{name}": "1" for p in ("prefill", "decode") for name in ("num_workers", "tp_size", "pp_size")}
+    asked = row(mode="disagg", **{**sizes, "decode_num_workers": "2"}, isl="64", osl="400", concurrency="8")
+    recipe = {"system": "h100_sxm", "prompt": 64, "decode_sequences": ((2, 9), (8, 2), (9, 1))}
+    narrow = EngineProfile(name="x", description="", recipes=(recipe, {**recipe, "prompt": 65, "step_s": 1.0}))
+    free, full = (
+        next(compare_all([asked], lambda _, p=p: p)) for p in (EngineProfile(name="x", description=""), narrow)
+    )
+    assert free.ttft < 20 * free.tpot and full.tpot <= free.tpot
+    waiting = (8 - 2 * 2) / (2 * 2) * 399 * full.tpot  # for each that decodes one waits, so for a whole response
+    assert full.ttft == pytest.approx(waiting, rel=0.15)
+    with pytest.raises(ValueError, match="engine x: route is 'x'; allowed: least-open, round-robin"):
+        EngineProfile(name="x", description="", route="x")
+
+
+def test_servers_apart_have_the_router_and_the_queue_of_a_fleet(times: StepTimes) -> None:
+    """Prefill servers that get requests in turn do what replicas of a fleet do with the prompts."""
+    rng = Random()
+    many = StepTimes(Server.of(times.server.program, Placement.parse("dp3tp1"), Formats()), times.target)
+    many.tables = times.tables
+    at = sorted(rng.uniform(0, 2) for _ in range(12))
+    load = [LoadRequest(t, rng.randrange(16, 600), rng.randrange(2, 40)) for t in at]
+    settings = QueueSettings(100_000, 512, rng.randrange(2, 9))
+    run = run_apart(Apart(many, times, settings, settings, "round-robin"), load, at)
+    prompts = [LoadRequest(r.at, r.prompt, 1) for r in load]
+    assert tuple(tuple(q.done) for q in run.prefill) == serve_fleet(many, settings, prompts, 3, "round-robin").outcomes
+    assert len(run.ended) == 12 and len(run.decode[0].done) == 12
+    assert all(o.end >= o.first > 0 for q in run.decode for o in q.done)
+    with pytest.raises(ValueError, match="route 'x'; use one of least-open, round-robin"):
+        run_apart(Apart(many, times, settings, settings, "x"), load, at)
+
+
 def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert {"vllm", "sglang", "trtllm"} <= set(engines())
     for name in engines():
@@ -156,6 +190,11 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches) * (1 + 1e-9)
     chunk = [(64, 64, 1)]
     assert EngineTimes(times, graphs).cost(4, 100.0, chunk) == times.cost(4, 100.0, chunk)
+    slow = EngineProfile(name="x", description="", decode_factor=3.0, prefill_factor=2.0)
+    for chunks, factor in (((), 3.0), (chunk, 2.0)):  # the chips idle in the time that a factor adds
+        spent, joules = times.cost(4, 100.0, chunks)
+        more = (factor - 1) * spent * times.target.chip.energy.idle_w
+        assert EngineTimes(times, slow).cost(4, 100.0, chunks) == pytest.approx((factor * spent, joules + more))
     here = {"hopper": {"small_reduce_s": 2e-6}, "blackwell": {"small_reduce_s": 3e-6}}
     own = EngineProfile(name="x", description="", generations=here, library={"barrier_s": 1e-6})
     assert own.on(times.target).library.small_reduce_s == 2e-6

@@ -10,7 +10,7 @@ from math import ceil
 import pytest
 
 from intaglio.chips import ChipError, target
-from intaglio.codesign.placement import Placement
+from intaglio.codesign.placement import Placement, placements
 from intaglio.codesign.queue import Queue, QueueSettings, serve
 from intaglio.codesign.serving import EngineSettings, Limits, ramped, simulate_serving
 from intaglio.codesign.simulate import cards, ported
@@ -50,6 +50,20 @@ def test_placements() -> None:
     for text in ("dp2", "dp0tp2", "0xtp2", "(tp2", "tp2)", "tp2/", "dp8/ep4", "x", "", "dp2tp2/ep8", "tp2/ep2pp2"):
         with pytest.raises(LayoutError):
             Placement.parse(text)
+
+
+def test_all_placements_of_some_chips() -> None:
+    """Each has all chips, none comes twice, and all that a reader would try are among them."""
+    chips = random.Random().randrange(1, 49)
+    for routed in (False, True):
+        found = placements(chips, routed)
+        assert {p.chips for p in found} == {chips} and len(set(map(str, found))) == len(found)
+        assert routed or all(p.plain for p in found)
+    dense, mixed = ({str(p) for p in placements(8, routed)} for routed in (False, True))
+    assert dense >= {"tp8", "tp4pp2", "dp2tp4", "dp2tp2pp2", "pp8", "dp8tp1"} and len(dense) == 10
+    assert mixed > dense and mixed >= {"tp8/ep8", "dp8/ep8", "dp4tp2/ep8", "2x(dp4/ep4)", "2x(tp4/ep4)"}
+    with pytest.raises(ValueError, match="0 chips; give 1 or more"):
+        placements(0, True)
 
 
 def test_steps_are_those_of_plans(times: StepTimes, py_rng: random.Random) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from intaglio.codesign.measured import Compared, Row
-from intaglio.codesign.ranking import CLOSE, MODEL_AND_CHIP, rankings, rate, share_good
+from intaglio.codesign.ranking import CLOSE, MODEL_AND_CHIP, MODEL_CHIP_LENGTHS, rankings, rate, share_good
 
 POINT = {
     "backend": "vllm", "backend_version": "1", "model_path": "x/Llama-3.1-8B-Instruct", "system": "h100_sxm",
@@ -67,3 +67,16 @@ def test_a_case_may_be_a_model_and_a_chip() -> None:
     assert (found.question, found.layouts, found.points) == (("llama-3.1-8b", "h100_sxm"), 3, 9)
     assert found.best.startswith("tp1 with 4 open") and found.recommended.startswith("tp1 with 4 open")
     assert rankings(loads, least=1, same=MODEL_AND_CHIP, least_layouts=3) == []
+    by_lengths = rankings([*loads, *path], least=1, same=MODEL_CHIP_LENGTHS, least_layouts=2)
+    assert [(r.question[2:], r.points) for r in by_lengths] == [(("1", "101"), 4), (("9", "101"), 4)]
+
+
+def test_servers_apart_are_compared_if_asked() -> None:
+    """Their layout is that of both kinds of servers, and their rate is per chip of all servers."""
+    sizes = {f"{p}_{name}": "1" for p in ("prefill", "decode") for name in ("num_workers", "tp_size", "pp_size")}
+    apart = point(1, 8, 0.01, 0.01, mode="disagg", **{**sizes, "decode_num_workers": "2"})
+    assert rate(apart.row, 0.0, 0.01) == pytest.approx(8 * 101 / (100 * 0.01) / 3)
+    cases = [point(2, 8, 0.01, 0.01), apart]
+    assert rankings(cases, least=1) == []
+    (found,) = rankings(cases, least=2, apart=True)
+    assert (found.best, found.layouts) == ("tp2 with 8 open", 2)

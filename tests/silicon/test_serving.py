@@ -6,7 +6,9 @@ import itertools
 import json
 import random
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from intaglio.codesign.serving import (
     EngineSettings,
     Limits,
     ServingResult,
+    moments,
     ramped,
     request_seconds,
     simulate_serving,
@@ -30,6 +33,7 @@ from intaglio.devices import Executable, PendingStep, StateSpec, StepRequest, op
 from intaglio.devices.clock import VirtualClock
 from intaglio.devices.device import CompletedStep
 from intaglio.devices.silicon import SiliconExecutable, TimeOnlyExecutable
+from intaglio.measure.load import Outcome
 from intaglio.measure.modelled import run_load
 from intaglio.measure.workload import LoadRequest
 from intaglio.program import Program
@@ -205,6 +209,44 @@ def test_virtual_time_has_the_schedule_of_a_real_run() -> None:
     assert schedule(virtual, again, load) == seen
     assert len(seen) > 30 and {s.prefill_tokens > 0 for s in seen} == {True, False}
     assert again() == clock()
+
+
+def test_moments_count_requests_and_tokens() -> None:
+    """Against a loop over all requests; before the first arrival and after the last response nothing is open."""
+    rng = random.Random()
+    load = []
+    for _ in range(rng.randrange(1, 40)):
+        first = None if rng.random() < 0.1 else rng.uniform(0, 5)
+        end = (first or 0.0) + rng.uniform(0.01, 5)
+        planned = LoadRequest(rng.uniform(0, 9), rng.randrange(1, 500), rng.randrange(1, 90))
+        load.append(Outcome(planned, planned.at, end, first, (), planned.prompt, planned.output))
+    found = moments(load, 1000, count=7)
+    last = max(o.start + o.end for o in load)
+    assert [m.at for m in found] == pytest.approx([i * last / 6 for i in range(7)])
+    for m in found:
+        held, waiting, decoding = 0.0, 0, 0
+        for o in load:
+            first, end = o.start + (o.end if o.first is None else o.first), o.start + o.end
+            waiting += o.start <= m.at < first
+            if first <= m.at < end:
+                decoding += 1
+                held += o.prompt + o.output * (m.at - first) / (end - first)
+        assert (m.waiting, m.decoding) == (waiting, decoding)
+        assert m.kv_share == pytest.approx(held / 1000)
+    assert (found[-1].waiting, found[-1].decoding) == (0, 0) and moments([], 1000) == ()
+
+
+def test_the_command_writes_a_chart_and_prices(tmp_path: Path) -> None:
+    words = ["simulate-serving", CARD, "--chip", CHIP, "--input", "100", "--output", "4", "--requests", "4"]
+    file = tmp_path / "q.svg"
+    done = CliRunner().invoke(app, [*words, "--price", "2", "--plot", str(file)])
+    assert done.exit_code == 0 and " at 2 for a chip and an hour" in done.stdout, done.output
+    assert len(list(ET.parse(file).getroot().iter("{http://www.w3.org/2000/svg}polyline"))) == 3
+    for more, why in (
+        (["--layout", "tp1,tp2", "--plot", str(file)], "a chart shows one run"), (["--price", "-1"], "--price is -1"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, [*words, *more])
+        assert done.exit_code != 0 and why in done.output
 
 
 def test_the_command() -> None:

@@ -237,6 +237,23 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "class": "Qwen3_5Moe", "config": "Qwen3_5MoeTextConfig", **DELTA, "num_experts": 8, "num_experts_per_tok": 3,
         "moe_intermediate_size": 40, "shared_expert_intermediate_size": 72,
     },
+    "olmo_hybrid": {
+        "class": "OlmoHybrid", "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6, "linear_key_head_dim": 12, "linear_value_head_dim": 20, "attention_bias": True,
+    },
+    "olmo_hybrid_nope": {
+        "class": "OlmoHybrid", "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        "linear_allow_neg_eigval": False, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True,
+    },
+    "kimi_linear": {
+        "class": "KimiLinear", **LATENT, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 6, "linear_head_dim": 12, "n_group": 2, "topk_group": 1, "num_local_experts": 8,
+    },
+    "kimi_linear_compressed": {
+        "class": "KimiLinear", **LATENT, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 4, "linear_head_dim": 20, "linear_conv_kernel_dim": 3, "q_lora_rank": 36,
+        "attention_bias": True, "num_local_experts": 8, "norm_topk_prob": False, "n_shared_experts": 2,
+    },
     "mamba2": {
         "class": "Mamba2", "num_heads": 8, "head_dim": 16, "state_size": 24, "n_groups": 2, "use_bias": True,
         "time_step_limit": [0.1, 1.5],

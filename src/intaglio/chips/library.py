@@ -40,10 +40,10 @@ ALGORITHMS = ("ring", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class KernelLibrary:
-    """The kernels of one vendor on one generation of chips: what decides their times, apart from the chip.
+    """Numbers that describe a vendor's kernels on one generation of chips, such as overheads, tiles and efficiencies.
 
-    Efficiencies are fractions, above 0 and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value
-    outside its range.
+    Together with a ChipSpec they determine the modelled times. It holds no code. Efficiencies are fractions, above 0
+    and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value outside its range.
     """
 
     name: str

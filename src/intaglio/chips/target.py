@@ -53,8 +53,8 @@ class Target:
     def with_chip(self, **changes: Any) -> Target:
         """A copy of the target with fields of the chip changed. changes: the new values, by field.
 
-        Fields of the chip's links, energy and constants are given by their own names. Raises ChipError for an unknown
-        field, an invalid chip, and a chip that the library does not fit.
+        Fields inside chip.links, chip.energy and chip.constants are given by their own names, such as bytes_per_s.
+        Raises ChipError for an unknown field, an invalid chip, and a chip that the library does not fit.
         """
         return Target(replace(self.chip, **changes), self.library)
 
@@ -67,9 +67,11 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A target whose library is reduced to one kernel: its fields are those of the kernel that computes the op.
+        """A target whose library holds only the constants of the kernel that computes an op.
 
-        It is the target itself if its library has no kernel records. See also reduced().
+        A library may have records of kernels with values of their own for some fields. The result's library has the
+        values of the one record that fits the call. Without records the result is this target itself.
+        See also reduced().
 
         op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
         its heads. name: name of the kernel; "": the one used by default. Raises ChipError if the library has records,
@@ -89,8 +91,8 @@ class Target:
     def get(self, name: str) -> Any:
         """The value of the field called `chip.FIELD` or `library.FIELD`.
 
-        Fields of the chip's links, energy and constants are given without the part's name. Raises ChipError for an
-        unknown name.
+        Fields inside chip.links, chip.energy and chip.constants are named without that part: chip.bytes_per_s stands
+        for chip.links.bytes_per_s. Raises ChipError for an unknown name.
         """
         part, field = split(name)
         if part == "library":

@@ -75,7 +75,7 @@ def profile(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Show where a step's time goes, site by site beside its roof, and which sites lose most.
+    """Show where a step's time goes: each op beside its roofline bound, and which ops lose most.
 
     With a layout, also how long each rank was in collectives and for which rank it waited.
     """
@@ -172,9 +172,10 @@ def profile_table(p: Profile) -> Table:
 
 
 def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
-    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, reason why they have no bounds or "").
+    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, reason).
 
-    sizes: keyword arguments of measure.bench.bench().
+    The reason is "" if the rows have roofline bounds; if not, it says why. sizes: keyword arguments of
+    measure.bench.bench().
     """
     from intaglio.measure.bench import bench
 
@@ -199,9 +200,9 @@ def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, 
 
 
 def facts(llm: LLM, why: str) -> dict[str, Any]:
-    """A dict for JSON that describes the measured Program and device.
+    """A dict for JSON that describes the measurement: "program", "device" and "no_bounds".
 
-    why: the reason why there are no bounds, or "".
+    why: the reason why the measured times have no roofline bounds; "" if they have, which makes "no_bounds" None.
     """
     return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
 

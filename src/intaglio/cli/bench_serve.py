@@ -34,13 +34,15 @@ def bench_serve(
     base_url: Annotated[
         str | None, typer.Option(help="Address of a server that runs already, up to and with /v1.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Its key.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="INTAGLIO_API_KEY", help="API key for --base-url.")] = None,
     workload: Annotated[
         str, typer.Option(help="Lengths as in a trace: code, conversation, document.")
     ] = "conversation",
-    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 100,
     rate: Annotated[float, typer.Option(help="Requests a second, on average; inf: all at once.")] = 1.0,
-    cv: Annotated[float, typer.Option(help="Of the gaps between requests: 1 is Poisson, more comes in bursts.")] = 1.0,
+    cv: Annotated[
+        float, typer.Option(help="Coefficient of variation of arrival gaps: 1 Poisson, above: bursts.")
+    ] = 1.0,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests open at once. Default: any number.")] = None,
     scale: Annotated[float | None, typer.Option(help="Multiplies the lengths. Default: as the context needs.")] = None,
     deadline: Annotated[float, typer.Option(help="Seconds for a whole answer to count as good.")] = 30.0,

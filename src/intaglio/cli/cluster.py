@@ -214,9 +214,11 @@ def read_roles(replicas: str | None, prefill: int | None, decode: int | None) ->
 
 
 def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
-    """({"mixed": replicas}, largest number of replicas with autoscaling) of a text such as 1..4.
+    """Parse --replicas: returns ({"mixed": number of replicas at the start}, maximum with autoscaling or None).
 
-    A text with one number, such as 2, means no autoscaling: the second item is None. Raises ValueError for other texts.
+    1..4 means 1 at the start and at most 4: ({"mixed": 1}, 4). A single number, such as 2, means no autoscaling:
+    ({"mixed": 2}, None). "mixed" is the role of replicas that prefill and decode. Raises ValueError for other texts,
+    and for numbers outside 1 to 64.
     """
     found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)

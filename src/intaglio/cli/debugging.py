@@ -72,11 +72,13 @@ def check(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder, GGUF file or hub id.")],
     revision: o.Revision = None,
     device: o.Device = "host",
-    seed: Annotated[int, typer.Option(help="Of the token ids that are run.")] = 0,
-    bisect: Annotated[str, typer.Option(help="Two of our own runs instead, such as reference,host:int8.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the random token ids that are run.")] = 0,
+    bisect: Annotated[
+        str, typer.Option(help="Compare these two of our devices or formats instead: reference,host:int8.")
+    ] = "",
     as_json: o.Json = False,
 ) -> None:
-    """Compare the model on a device with transformers, site by site; exit code 1 if they disagree. Needs torch."""
+    """Compare the model on a device with transformers, op by op; exit code 1 if they disagree. Needs torch."""
     from intaglio.debugging.bisect import bisect as run_bisect
     from intaglio.debugging.check import CheckError
     from intaglio.debugging.check import check as run_check

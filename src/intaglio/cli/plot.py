@@ -117,6 +117,6 @@ def lines(title: str, x_unit: str, y_unit: str, series: Mapping[str, Sequence[Po
 
 
 def check_path(path: Path | None) -> None:
-    """Raise ValueError if the name of a chart's file does not end in .svg."""
+    """Raise ValueError if `path`, the file for a chart, does not end in .svg. None (no chart) is accepted."""
     if path is not None and path.suffix != ".svg":
         raise ValueError(f"--plot {path}: the chart is an SVG file; give a name that ends in .svg")

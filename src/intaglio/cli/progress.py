@@ -47,10 +47,11 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
-    """Context manager that shows a progress bar on stderr during the block. Yields the callback that updates it.
+    """Context manager that shows a progress bar on stderr during the block.
 
-    The bar begins with the description `what` and an unknown total, and is erased at the end. Without a terminal, or
-    with --json, nothing is shown.
+    Yields a callback progress(done, total, what) that updates the bar: `done` of `total` parts are complete, and `what`
+    describes the part under way; total 0: unknown. The bar begins with the description `what` and an unknown total, and
+    is erased at the end. Without a terminal, or with --json, nothing is shown.
     """
     if not console.is_terminal or console.quiet:
         yield silent

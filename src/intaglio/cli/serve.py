@@ -131,13 +131,13 @@ def serve(
         ),
     ] = "auto",
     window_tokens: Annotated[
-        int | None, typer.Option(min=0, help="Tokens of KV in layers with a window; 0: all. Default: auto.")
+        int | None, typer.Option(min=0, help="Tokens of KV for sliding-window layers; 0: keep all. Default: auto.")
     ] = None,
     max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; beyond: 429.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 8 << 20,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
     queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
-    cors_origin: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask. Default: none.")] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Web origin allowed by CORS. Default: none.")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file with the chat template, for a checkpoint without one.")
     ] = None,
@@ -177,7 +177,7 @@ def serve(
             metavar="PATH|tcp://HOST:PORT",
             callback=checked_control,
             help="Unix socket, or address with the token in INTAGLIO_CONTROL_TOKEN, for a router. "
-            "The server ends with its stdin.",
+            "The server ends when its stdin closes.",
         ),
     ] = None,
 ) -> None:

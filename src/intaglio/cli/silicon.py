@@ -153,7 +153,10 @@ def simulate(
     chips: Annotated[int, typer.Option(min=1, help="Chips; with --layout they must be as many as its ranks.")] = 1,
     layout: Annotated[
         str | None,
-        typer.Option(help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips."),
+        typer.Option(
+            help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips, or with "
+            "--find every layout."
+        ),
     ] = None,
     concurrency: Annotated[
         str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
@@ -212,11 +215,12 @@ def simulate(
     if concurrency or find:
         if trace or helps or batch != 1:
             raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
-        from intaglio.codesign.placement import Placement
+        from intaglio.codesign.placement import Placement, placements
         from intaglio.codesign.queue import QueueSettings
         from intaglio.codesign.serving import EngineSettings, Limits
         from intaglio.codesign.steady import Question
         from intaglio.codesign.steps import Formats
+        from intaglio.ops import Experts
 
         none, engine = float("inf"), EngineSettings(memory_share=memory_share, step_overhead_s=step_overhead / 1e6)
         limits = Limits(none if ttft is None else ttft / 1e3, none if tpot is None else tpot / 1e3)
@@ -225,6 +229,9 @@ def simulate(
         asked = Question(ported(model, None), how, input, output, limits, memory_share, settings=added)
         targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
         layouts = layout.split(",") if layout else [f"tp{chips}"]
+        if find and not layout:
+            routed = any(isinstance(op, Experts) for op in asked.program.ops)
+            layouts = [str(one) for one in placements(chips, routed)]
         apart = prefill or decode
         if apart and not (prefill and decode and not layout and len(targets) == 1):
             raise ValueError("--prefill goes with --decode, --concurrency or --find, and one chip, without --layout")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from intaglio.chips import target
 from intaglio.cli import options as o
 from intaglio.cli.bench_serve import latencies
+from intaglio.cli.plot import check_path, lines
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table
 from intaglio.cli.silicon import (
@@ -50,18 +52,22 @@ def simulate_serving(
     ] = None,
     input: InputTokens = 2048,
     output: OutputTokens = 128,
-    requests: Annotated[int | None, typer.Option(min=1, help="How many. Default: four for each that is open.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Number of requests. Default: 4 x concurrency, else 100.")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests open at once. Default: any number with --rate, else 16.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Requests that arrive a second. Default: each when another ends.")
+        float | None, typer.Option(help="Requests that arrive a second. Default: one starts when another ends.")
     ] = None,
     ramp: Annotated[
         float | None,
-        typer.Option(help="Seconds in which the first ones start. Default: what one takes; 0: all at once."),
+        typer.Option(help="Seconds over which first requests start. Default: one request's time; 0: at once."),
     ] = None,
-    cv: Annotated[float, typer.Option(help="Of the gaps between requests: 1 is Poisson, more comes in bursts.")] = 1.0,
+    cv: Annotated[
+        float, typer.Option(help="Coefficient of variation of arrival gaps: 1 Poisson, above: bursts.")
+    ] = 1.0,
     ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; longer prompts are cut.")] = 2048,
@@ -77,6 +83,13 @@ def simulate_serving(
     activations: Activations = "auto",
     set_field: Changes = None,
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests.")] = 0,
+    price: Annotated[float | None, typer.Option(help="Of a chip for an hour: prints the cost of tokens.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            callback=o.in_existing_folder, help="Write a chart of queue and cache as SVG; one chip, one layout."
+        ),
+    ] = None,
     as_json: o.Json = False,
 ) -> None:
     """Serve a load with the engine in the modelled time of chips: latencies, throughput, goodput, power.
@@ -92,6 +105,9 @@ def simulate_serving(
     from intaglio.codesign.simulate import ported, stages
     from intaglio.codesign.steps import Formats, Server
 
+    check_path(plot)
+    if price is not None and not 0 <= price < float("inf"):
+        raise ValueError(f"--price is {price:g}; allowed: 0 or more, for a chip and an hour")
     settings = EngineSettings(
         max_batch_tokens, max_sequences, memory_share, step_overhead / 1e6, request_overhead / 1e3
     )  # fmt: skip
@@ -101,6 +117,8 @@ def simulate_serving(
     placements = {each: Placement.parse(each) for each in layout.split(",")}
     if rate is None and not all(one.single for one in placements.values()):
         raise ValueError(f"--layout {layout} has replicas or experts on all chips; give --rate, requests a second")
+    if plot and ("," in chip_name or len(placements) > 1):
+        raise ValueError(f"--plot {plot}: a chart shows one run; give one --chip and one --layout")
     if concurrency and not all(one.single for one in placements.values()):
         raise ValueError("--concurrency goes with layouts of one replica; with replicas leave it out and give --rate")
     if route != "least-open" and all(one.single for one in placements.values()):
@@ -127,6 +145,8 @@ def simulate_serving(
         rows.append(cells(on.chip.name, each, done))
         found.append((on, each, done))
     took = time.perf_counter() - began
+    if plot:
+        plot.write_text(chart(f"{program.name} on {chip_name}, {layout}", found[0][2]), encoding="utf-8")
     if as_json:
         facts = {"model": program.name, "clock": "modelled"}
         print(json.dumps([
@@ -151,6 +171,9 @@ def simulate_serving(
         assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
         how = "" if placements[each].single else f"event by event, {placements[each].replicas:,} replicas, {route}; "
         say(f"{on.chip.name} {each}: {how}{done.steps:,} steps; {kept}; {assumed}")
+        energy = f"{1 / 3.6 / done.output_tokens_per_joule:,.3g} kWh"
+        cost = "" if price is None else f" and {cost_per_million(done, price):,.3g} at {price:g} for a chip and an hour"
+        say(f"{on.chip.name} {each}: a million output tokens take {energy}{cost}")
     modelled = sum(done.summary.seconds for _, _, done in found)
     say(f"{modelled:,.1f} s modelled, {took:,.1f} s here. All times are modelled; TTFT and TPOT are means.")
 
@@ -181,6 +204,21 @@ def planned_load(
         return draw(t, count, rate, cv, fitting(t, context), context, seed)
     at = arrivals(count, rate, cv, np.random.default_rng(seed))
     return [LoadRequest(float(seconds), input, output) for seconds in at]
+
+
+def cost_per_million(done: ServingResult, price: float) -> float:
+    """Cost of a million output tokens. price: of one chip for an hour; the result has the same unit of money."""
+    return 1e6 * price / 3600 / done.output_tokens_per_s_per_chip
+
+
+def chart(title: str, done: ServingResult) -> str:
+    """A chart as SVG text: requests that wait and that decode, and the used share of the K/V cache, over the run."""
+    series = {
+        "waiting": [(m.at, float(m.waiting), "") for m in done.moments],
+        "decoding": [(m.at, float(m.decoding), "") for m in done.moments],
+        "K/V cache, %": [(m.at, 100 * m.kv_share, "") for m in done.moments],
+    }
+    return lines(title, "seconds, modelled", "requests; % of the K/V cache that decoding requests fill", series)
 
 
 def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:

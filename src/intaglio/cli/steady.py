@@ -98,10 +98,11 @@ def steady_table(
 
 
 def chart(question: Question, designs: Sequence[Design], find: bool, by: str) -> str:
-    """A chart as the text of an SVG file.
+    """A chart of the designs as the text of an SVG file.
 
-    find: True for a bar for each design, of tokens/s per watt, or per chip with by="chip". False for a line for each
-    chip and layout, of output per chip over output per user.
+    find=True: a bar chart of each design's output tokens/s per watt, or per chip if `by` is "chip". find=False: a line
+    chart with a line for each pair of chip and layout. Its x axis is output tokens/s per user, its y axis output
+    tokens/s per chip.
     """
     title = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
     if find:
@@ -130,9 +131,9 @@ def limits_text(question: Question) -> str:
 
 
 def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
-    """Print the first of `designs` that keeps the limits as the recommended one, or that none does.
+    """Print a recommendation: the first of `designs` that keeps the latency limits. If none does, print that.
 
-    designs: the best first. by: "watt" or "chip", the measure that is printed.
+    Returns nothing. designs: ordered, the best first. by: "watt" or "chip", the measure that is printed.
     """
     kept = [d for d in designs if d.within]
     if not kept:

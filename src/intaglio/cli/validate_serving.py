@@ -46,7 +46,7 @@ def validate_serving(
     The errors are listed by serving engine and class of model.
     """
     from intaglio.codesign import measured
-    from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, rankings
+    from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, MODEL_CHIP_LENGTHS, rankings
 
     if split not in (None, "fit", "test"):
         raise ValueError(f"--split {split}; use fit or test")
@@ -67,16 +67,16 @@ def validate_serving(
     ranked = {
         f"at least {LEAST} layouts and loads": rankings(compared) if ranking else [],
         "at one load": rankings(compared, at_one_load=True, least=2) if ranking else [],
-        f"model and chip, at least {LEAST} layouts": (
-            rankings(compared, same=MODEL_AND_CHIP, least_layouts=LEAST) if ranking else []
-        ),
     }
+    for name, same in (("model and chip", MODEL_AND_CHIP), ("model, chip and lengths", MODEL_CHIP_LENGTHS)):
+        cases = rankings(compared, same=same, least_layouts=LEAST, apart=True) if ranking else []
+        ranked[f"{name}, at least {LEAST} layouts"] = cases
     if as_json:
         figures = [{k: v for k, v in asdict(a).items() if k != "worst"} for a in found]
-        cases = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
+        by_kind = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
         report = {"rows": len(rows), "derived": derived, "drafting": drafting, "agreements": figures}
         report["refused"] = dict(refused)
-        print(json.dumps({**report, **({"ranking": cases} if ranking else {})}, indent=2))
+        print(json.dumps({**report, **({"ranking": by_kind} if ranking else {})}, indent=2))
         return
     shown = [
         (

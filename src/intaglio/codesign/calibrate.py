@@ -238,7 +238,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Move the constant `name` up or down in relative steps of `step`, for as long as the cost falls."""
+        """Raise, then lower, the constant `name` of self.on by factors of 1 + step, as long as the cost falls."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -258,9 +258,9 @@ class Search:
     def choose_facts(self) -> None:
         """Try other properties of kernels, such as tiles, and keep those that the samples make clearly more likely.
 
-        For each kernel family (FAMILY) of the samples, try all properties in FACTS together, with the values of each
-        shipped library, then each value in FACTS alone; attention and experts for each number format. Changes are kept
-        that gain FACT_GAIN of log-likelihood, twice that for two or more: `on` gets them, `facts` lists them.
+        For each kernel family of the samples (attention, experts: each format too), first give all properties in FACTS
+        the values of each shipped library, then try each value in FACTS alone. A trial is kept, in `on` and `facts`, if
+        the log-likelihood rises by FACT_GAIN, or by twice FACT_GAIN where several properties change.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -344,9 +344,9 @@ class Calibration:
 
 
 def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
-    """Errors of a sample before and after a fit, as a Fitted. rng: draws 1000 bootstrap samples for its interval.
+    """Errors of a sample before and after a fit, as a Fitted. before, errors: log(predicted / measured) of each row.
 
-    before, errors: log(predicted / measured) of each row, by the start and by the fitted target.
+    rng: draws 1000 bootstrap resamples of the rows, for the confidence interval of the median error after the fit.
     """
     size = np.abs(np.expm1(errors)) * 100
     draws = np.median(size[rng.integers(0, len(size), (1000, len(size)))], axis=1)
@@ -370,7 +370,7 @@ def calibrate(
     Args:
         start: chip and kernel library to start from.
         data: the measurements.
-        points: most rows of each sample that are used; 0: all.
+        points: maximum number of rows that are used of each sample; 0: all rows.
         folds: parts for the cross-validation.
         seed: seed of the random division into parts.
         progress: called before each round of the search.
@@ -408,7 +408,7 @@ def calibrate(
 def left_out(
     start: Target, used: Sequence[Sample], turns: Sequence[np.ndarray], folds: int, facts: bool, progress: Progress
 ) -> tuple[list[np.ndarray], list[Target]]:
-    """Cross-validate a fit. Returns (log errors, an array for each sample; for each fold the target of its fit).
+    """Cross-validate a fit: returns a list with an array of log errors for each sample, and a list of targets by fold.
 
     A fold's target is fitted to the rows of the other folds, and gives the errors of the fold's own rows. start: the
     target where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold.
@@ -428,8 +428,8 @@ def left_out(
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
     """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
 
-    They are the calls on whose predicted times the fits differ most, up to three for each sample, among random ones: a
-    measured row with the size (m, tokens, batch or bytes) of another. fits: targets, each fitted to other rows.
+    Up to 20 random calls for each sample combine one measured row with the size (m, tokens, batch or bytes) of another.
+    The list gets the three of them on whose times the `fits` (targets fitted to different rows) differ most.
     """
     out = []
     for s in data:

@@ -1,7 +1,8 @@
 """Prefill and decode on servers of their own, in virtual time: some servers compute prompts, others decode.
 
-A prompt goes to the prefill server with the fewest open requests. Its K/V then travels over the chips' links to
-the decode server with the fewest requests, where it waits for room; the first token counts from there.
+A router gives each prompt to a prefill server. Its K/V then travels over the chips' links to a decode server, chosen by
+the router when the prompt is computed. There it waits for a free sequence and room in the cache; the first token counts
+from its admission.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from intaglio.codesign.engines import EngineTimes
+from intaglio.codesign.fleet import Member, choice
 from intaglio.codesign.queue import NEVER, Queue, QueueSettings
 from intaglio.codesign.steps import StepTimes
 from intaglio.measure.workload import LoadRequest
@@ -23,13 +25,15 @@ from intaglio.measure.workload import LoadRequest
 class Apart:
     """Servers that compute prompts and servers that decode: the step times and settings of one server of each kind.
 
-    The number of servers of a kind is `replicas` of that kind's placement.
+    The number of servers of a kind is `replicas` of that kind's placement. route: how the router chooses a server of
+    each kind, one of codesign.fleet.ROUTES.
     """
 
     prefill: StepTimes | EngineTimes
     decode: StepTimes | EngineTimes
     prefill_settings: QueueSettings
     decode_settings: QueueSettings
+    route: str = "least-open"
 
     @property
     def chips(self) -> int:
@@ -120,54 +124,70 @@ class ApartRun:
 def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
     """Serve requests in virtual time, and return the ApartRun.
 
-    arrivals: seconds at which the first requests are sent, ascending. Each later request is sent when an earlier one
-    has ended. Raises ValueError for a request that a cache cannot hold, and for one with fewer than two output tokens.
+    arrivals: seconds at which the first requests are sent. Each later request is sent when an earlier one has ended.
+    Raises ValueError for a request that a cache cannot hold, for one with fewer than two output tokens, and for an
+    unknown route.
     """
     if min(r.output for r in requests) < 2:
         raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")
-    first = [Queue(apart.prefill, apart.prefill_settings) for _ in range(apart.prefill.server.placement.replicas)]
-    second = [
-        Queue(apart.decode, apart.decode_settings, prefills=False)
-        for _ in range(apart.decode.server.placement.replicas)
+    choose = choice(apart.route)
+    first = [
+        Member(i, Queue(apart.prefill, apart.prefill_settings)) for i in range(apart.prefill.server.placement.replicas)
     ]
-    free, unsent = deque(arrivals), deque(requests)
+    second = [
+        Member(i, Queue(apart.decode, apart.decode_settings, prefills=False))
+        for i in range(apart.decode.server.placement.replicas)
+    ]
+    given = [0, 0]  # requests that the router has given to prefill servers, and to decode servers
+    first_sent, unsent = deque(sorted(arrivals)), deque(requests)
+    free: list[float] = []  # heap of the times at which requests ended; another is sent for each, after the arrivals
     whole: dict[int, LoadRequest] = {}  # id of the prompt's part of a request -> the request
     moving, number = list[tuple[float, int, float, LoadRequest]](), 0  # (arrival of its K/V, tie, start, request)
     ended: list[tuple[float, float, float]] = []
-    seen = {id(q): 0 for q in (*first, *second)}
+    queues = [m.queue for m in (*first, *second)]
+    prefilling = [m.queue for m in first]
+    seen = {id(q): 0 for q in queues}
+
+    def route(kind: int, request: LoadRequest, at: float, start: float) -> None:
+        members = (first, second)[kind]
+        one = choose(members, given[kind])
+        given[kind] += 1
+        one.given += 1
+        if not one.queue.open:
+            one.queue.now = max(one.queue.now, at)
+        one.queue.add(request, start)
+
     while len(ended) < len(requests):
-        busy = [q for q in (*first, *second) if q.open]
+        busy = [q for q in queues if q.open]
         now = min((q.now for q in busy), default=NEVER)
-        next_in, next_move = free[0] if free and unsent else NEVER, moving[0][0] if moving else NEVER
+        sent = first_sent or free
+        next_in, next_move = sent[0] if sent and unsent else NEVER, moving[0][0] if moving else NEVER
         if min(next_in, next_move) <= now:
             if next_in <= next_move:
-                free.popleft()
+                first_sent.popleft() if first_sent else heapq.heappop(free)
                 request = unsent.popleft()
-                queue = min(first, key=lambda q: (q.open, q.now))
-                queue.now = max(queue.now, next_in) if not queue.open else queue.now
                 prompt = replace(request, at=next_in, output=1)
                 whole[id(prompt)] = request
-                queue.add(prompt, next_in)
+                route(0, prompt, next_in, next_in)
             else:
                 at, _, start, request = heapq.heappop(moving)
-                queue = min(second, key=lambda q: (q.open, q.now))
-                queue.now = max(queue.now, at) if not queue.open else queue.now
-                queue.add(request, start)
+                route(1, request, at, start)
             continue
         queue = min(busy, key=lambda q: q.now)
-        others = min((q.now for q in first if q.open and q is not queue), default=NEVER)
+        prefills = queue in prefilling
+        others = min((q.now for q in prefilling if q.open and q is not queue), default=NEVER)
         queue.admit()
-        queue.take_steps(min(next_in, next_move, others) if queue in second else NEVER)
+        queue.take_steps(NEVER if prefills else min(next_in, next_move, others))
         for o in queue.done[seen[id(queue)] :]:
-            if queue in first:
+            if prefills:
                 number += 1
                 at = queue.now + apart.transfer_s(o.request.prompt)
                 heapq.heappush(moving, (at, number, o.start, whole[id(o.request)]))
             else:
                 ended.append((queue.now, o.first or 0.0, o.each or 0.0))
-                free.append(queue.now)
+                heapq.heappush(free, queue.now)
         seen[id(queue)] = len(queue.done)
-    return ApartRun(first, second, ended)
+    return ApartRun(prefilling, [m.queue for m in second], ended)
 
 
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.chips import ChipError, Target
+from intaglio.codesign.fleet import ROUTES
 from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steps import StepTimes
 
-SERVERS = ("system", "card", "release", "layout")  # what a recipe's server is known by
+SERVERS = ("system", "card", "release", "layout", "prompt")  # what a recipe's server is known by
+PAIRS = ("poll_steps", "decode_sequences")  # fields of pairs (open requests, value)
 ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
@@ -37,17 +39,23 @@ class EngineProfile:
         admission_steps: steps that a request waits for before it is admitted.
         poll_steps: pairs (n, steps), with ascending n. A server with n or more open requests looks for new ones after
             every `steps` decode steps; the largest n that fits counts. If none fits, or for (): before every step.
+        decode_sequences: pairs (n, sequences), with ascending n, for disaggregated servers. With n or more requests
+            open on all servers together, each copy of attention of a decode server runs at most `sequences` at once;
+            the largest n that fits counts. If none fits, or for (): max_sequences.
+        route: how a router chooses one of several disaggregated servers: one of codesign.fleet.ROUTES.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
-        fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
+        fusions: names in intaglio.codesign.fusions.FUSIONS. Each is a way in which the engine fuses, splits or replaces
+            ops of the Program.
         library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
         generations: {generation of chips, such as hopper: {field: value}}, further values like those of `library`.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
         recipes: dicts of profile fields with other values for some servers, such as options with which published
-            benchmarks start them. The keys `system` (the chip's name), `card`, `release` and `layout` say for which
-            servers; a key left out matches all. If several set a field, the last one counts. `why` is the source.
+            benchmarks start them. The keys `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens
+            of a request's prompt) say for which servers; a key left out matches all. The `layout` of disaggregated
+            servers is that of one prefill server. If several set a field, the last one counts. `why` is the source.
         apart: profile fields with other values on disaggregated servers (prefill and decode on separate servers).
         older: profile fields with other values in older releases. `before` is the first newer release, such as 0.14.
         reasons: source of each field's value.
@@ -68,6 +76,8 @@ class EngineProfile:
     prompt_token_s: float = 0.0
     admission_steps: float = 0.0
     poll_steps: tuple[tuple[int, int], ...] = ()
+    decode_sequences: tuple[tuple[int, int], ...] = ()
+    route: str = "least-open"
     graph_launch_s: float | None = None
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
@@ -102,6 +112,8 @@ class EngineProfile:
                 )
         if unknown := sorted(set(self.fusions) - set(FUSIONS)):
             raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
+        if self.route not in ROUTES:
+            raise ValueError(f"engine {self.name}: route is {self.route!r}; allowed: {', '.join(ROUTES)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
@@ -121,7 +133,7 @@ class EngineProfile:
         return not release or () < numbers(release) < numbers(self.older["before"])
 
     def of(
-        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = ""
+        self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = "", prompt: int = 0
     ) -> EngineProfile:
         """A copy of this profile with the values that hold for one server; `recipes`, `apart` and `older` are empty.
 
@@ -131,13 +143,14 @@ class EngineProfile:
         Args:
             release: the engine's release, such as 0.17.0; "": not known, which counts as older.
             card: name of the model's card (its shipped config).
-            layout: text of the server's Placement, such as tp8.
+            layout: text of the server's Placement, such as tp8; of disaggregated servers that of one prefill server.
             apart: True for a disaggregated server, which only prefills or only decodes.
             system: name of the chip, such as b200_sxm.
+            prompt: tokens of a request's prompt.
         """
         older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         changes = dict(self.apart if apart else older)
-        asked = dict(zip(SERVERS, (system, card, release, layout), strict=True))
+        asked = dict(zip(SERVERS, (system, card, release, layout, prompt), strict=True))
         for recipe in self.recipes:
             if all(recipe.get(name, value) == value for name, value in asked.items()):
                 changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}
@@ -152,18 +165,23 @@ class EngineProfile:
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
-    def settings(self, kv_tokens: int, copies: int = 1, concurrency: int = 1) -> QueueSettings:
+    def settings(
+        self, kv_tokens: int, copies: int = 1, concurrency: int = 1, decodes: bool = False
+    ) -> QueueSettings:  # fmt: skip
         """The QueueSettings of one server of this engine.
 
         Args:
             kv_tokens: tokens that the server's K/V cache holds.
             copies: data-parallel copies of the attention layers (DP ranks) in the server; each runs max_sequences.
-            concurrency: requests open at once on the server; it selects the entry of poll_steps.
+            concurrency: requests open at once on the server, or on all disaggregated servers together. The fields
+                poll_steps and decode_sequences depend on it.
+            decodes: True for a disaggregated server that decodes.
         """
-        poll = [steps for least, steps in self.poll_steps if concurrency >= least]
+        sequences = of_load(self.decode_sequences, concurrency, self.max_sequences) if decodes else self.max_sequences
         return QueueSettings(
-            kv_tokens, self.max_batch_tokens, self.max_sequences * copies, self.mixed, self.step_s, self.sequence_s,
-            self.request_s, self.prompt_token_s, self.admission_steps, poll[-1] if poll else 0, self.tokens_per_step,
+            kv_tokens, self.max_batch_tokens, sequences * copies, self.mixed, self.step_s, self.sequence_s,
+            self.request_s, self.prompt_token_s, self.admission_steps, of_load(self.poll_steps, concurrency, 0),
+            self.tokens_per_step,
         )  # fmt: skip
 
 
@@ -184,14 +202,23 @@ class EngineTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
+        In the time that a factor of the profile adds, the chips draw idle power.
+
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
-        if chunks:
-            seconds, joules = self.times.cost(decoding, context, chunks)
-            return seconds * self.profile.prefill_factor, joules
-        seconds, joules = self.graphs.cost(decoding, context)
-        return seconds * self.profile.decode_factor, joules
+        factor = self.profile.prefill_factor if chunks else self.profile.decode_factor
+        seconds, joules = (self.times if chunks else self.graphs).cost(decoding, context, chunks)
+        idle_w = self.target.chip.energy.idle_w * self.server.placement.chips_per_server
+        return seconds * factor, joules + (factor - 1) * seconds * idle_w
+
+
+def of_load(pairs: Sequence[tuple[int, int]], concurrency: int, default: int) -> int:
+    """The value of the last of the pairs (open requests, value) with at most `concurrency` requests; `default` if none.
+
+    pairs: ascending by the number of open requests.
+    """
+    return next((value for least, value in reversed(pairs) if concurrency >= least), default)
 
 
 def numbers(release: str) -> tuple[int, ...]:
@@ -219,5 +246,5 @@ def engine(name: str) -> EngineProfile:
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
     for part in (table, table.get("apart", {}), table.get("older", {}), *table.get("recipes", [])):
         part |= {"fusions": tuple(part["fusions"])} if "fusions" in part else {}
-        part |= {"poll_steps": tuple((n, m) for n, m in part["poll_steps"])} if "poll_steps" in part else {}
+        part |= {name: tuple((n, m) for n, m in part[name]) for name in PAIRS if name in part}
     return EngineProfile(name=path.stem, **{**table, "recipes": tuple(table.get("recipes", ()))})

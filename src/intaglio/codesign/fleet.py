@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from intaglio.chips import Target
 from intaglio.codesign.queue import NEVER, Queue, QueueSettings
-from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context
+from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context, moments
 from intaglio.codesign.steps import Costs, Server, StepTimes
 from intaglio.measure.load import Outcome, summarise
 from intaglio.measure.workload import LoadRequest
@@ -68,8 +68,9 @@ class Member:
     def take(self, until: float = NEVER) -> None:
         """Simulate one run of the replica's steps, and set `next` to the end of the run after it.
 
-        The run ends when a response ends or the engine looks for new requests, and takes no step that begins at or
-        after `until` seconds; see Queue.take_steps(). It has at least one step if a request is admitted.
+        A run is one step with a prompt, or decode steps up to the first of these: a response ends, the engine looks for
+        new requests, the next step would begin at or after `until` seconds; see Queue.take_steps(). It has at least one
+        step, or none if no request is admitted. `next` is where the following run would end.
         """
         self.queue.take_steps(until)
         self.look_ahead()
@@ -102,6 +103,19 @@ def in_turn(members: Sequence[Member], number: int) -> Member:
     return members[number % len(members)]
 
 
+Choice = Callable[[Sequence[Member], int], Member]
+
+
+def choice(route: str) -> Choice:
+    """The function by which a router chooses a replica, from the replicas and the number of the arrival.
+
+    route: one of ROUTES. Raises ValueError for another route.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
+    return least_open if route == "least-open" else in_turn
+
+
 def serve_fleet(
     times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], replicas: int, route: str = "least-open",
     progress: Progress = silent,
@@ -114,9 +128,7 @@ def serve_fleet(
     times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
     of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.
     """
-    if route not in ROUTES:
-        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
-    choose: Callable[[Sequence[Member], int], Member] = least_open if route == "least-open" else in_turn
+    choose = choice(route)
     members = [Member(i, Queue(times, settings)) for i in range(replicas)]
     events: list[tuple[float, int]] = []  # (end of a replica's steps, its number); a later entry replaces it
     for i, request in enumerate(requests):
@@ -179,5 +191,6 @@ def simulate_fleet(
     idle_s = max(0.0, done.seconds * placement.replicas - done.busy_s)
     joules = done.joules + idle_s * target.chip.energy.idle_w * placement.chips_per_server
     return ServingResult(
-        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv
-    )
+        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv,
+        moments(outcomes, kv * placement.replicas),
+    )  # fmt: skip

@@ -35,7 +35,7 @@ MAPS = ("silu(a) * b", "a + b", "tanh(a / 30.0) * 30.0", "a + b * sigmoid(c)")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of one op, to be timed in two ways.
+    """A call of one op, to compare its closed-form time with the time of its simulated instruction streams.
 
     Attributes:
         op: the op.
@@ -109,7 +109,7 @@ def linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def head_linear(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of a matrix product for each of 4 to 128 heads."""
+    """A random Case of the op head_linear: 4 to 128 heads of x are each multiplied by the head's own matrix."""
     heads, n, k, batch = power(rng, 4, 128), power(rng, 64, 512, 16), power(rng, 64, 512, 64), tokens(rng, 512)
     op = HeadLinear(site="head_linear", x="x", w="w", out="y")
     words = f"m={len(batch.tokens)} heads={heads} n={n} k={k}"
@@ -170,7 +170,7 @@ def kv_write(rng: np.random.Generator, on: Target) -> Case:
 
 
 def widest(on: Target, most: int, tiles: int) -> int:
-    """A number of columns: as many as let a core's SRAM hold `tiles` + 1 rows of FP32 values, and at most `most`."""
+    """The largest number of columns, up to `most`, with which a core's SRAM holds `tiles` + 1 tiles of one FP32 row."""
     return min(most, on.chip.sram_bytes // (4 * tiles + 4))
 
 

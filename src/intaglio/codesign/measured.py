@@ -39,7 +39,6 @@ MODELS = {  # the end of a row's model_path -> card
 MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
 TURNS = 10  # requests for each that is open
-MOST_REQUESTS = 3000
 APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
 SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of them, and so are their responses
 
@@ -139,9 +138,9 @@ class Row:
         Raises LayoutError if the row's sizes do not fit each other.
         """
         apart = self.group == "disaggregated"
-        layout = "" if apart else str(self.placement())
+        layout = str(replace(self.placement("prefill_"), replicas=1) if apart else self.placement())
         release, system = self.columns.get("backend_version") or "", self.columns["system"]
-        return general.of(release, self.card or "", layout, apart, system)
+        return general.of(release, self.card or "", layout, apart, system, self.number("isl"))
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
@@ -167,12 +166,12 @@ class Row:
     def load(self) -> list[LoadRequest]:
         """The requests with which the benchmark measured the row, as a list of LoadRequests that all arrive at 0 s.
 
-        There are TURNS (10) for each request kept open, but at most MOST_REQUESTS (3,000) or two for each, whichever is
-        more. They have the row's lengths. If both lengths are in SPREAD, each request's lengths are drawn at random
-        from 80 to 100 % of them, as the benchmark's load generator does; the seed is the number of open requests.
+        There are TURNS (10) for each request kept open. They have the row's lengths. If both lengths are in SPREAD,
+        each request's lengths are drawn at random from 80 to 100 % of them, as the benchmark's load generator does; the
+        seed is the number of open requests.
         """
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
-        count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
+        count = TURNS * n
         if isl not in SPREAD or osl not in SPREAD:
             return [LoadRequest(0.0, isl, osl)] * count
         rng = Random(n)
@@ -190,7 +189,7 @@ class Compared:
         ttft: modelled mean time to the first token, in seconds.
         tpot: modelled mean time per token after it, in seconds.
         refused: why the row was not modelled; "" if it was.
-        draft_tokens: draft tokens that each step verifies, by the profile's recipe for the row; 0: none.
+        draft_tokens: draft tokens that each step verifies, as the engine's profile says for the row; 0: none.
     """
 
     row: Row
@@ -201,7 +200,10 @@ class Compared:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative errors of TTFT and TPOT, with signs: (modelled / measured - 1) of each."""
+        """A pair (error of TTFT, error of TPOT). Each error is modelled / measured - 1, so it has a sign.
+
+        Both are -1 for a row that was not modelled (see `refused`).
+        """
         return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
 
 
@@ -225,10 +227,10 @@ def rows(path: Path) -> list[Row]:
 def completed(found: Sequence[Row]) -> list[Row]:
     """A list of the same rows, with numbers of prefill and decode servers filled in where a row leaves them out.
 
-    They come from the row's twin: a row with both numbers, and otherwise the same settings and measured latencies to
-    the last digit, so it is another entry of one experiment (see experiment()). All columns that start with prefill_ or
-    decode_ are copied, because a row without the numbers also leaves out data-parallel attention. A row stays as it is
-    if it has no twin, or twins that disagree.
+    Published tables list some experiments twice. A row without these numbers takes them from its twin: a row that has
+    both numbers, and whose other settings and measured latencies are equal to the last digit (see experiment()). All
+    columns that start with prefill_ or decode_ are copied, because a row without the numbers also leaves out
+    data-parallel attention. A row stays unchanged if it has no twin, or if its twins disagree.
     """
     twins: dict[tuple[str, ...], list[Row]] = {}
     for row in found:
@@ -315,7 +317,7 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     )  # fmt: skip
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
     kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
-    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency)
+    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency, phase == "decode_")
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
@@ -324,7 +326,7 @@ def apart_of(row: Row, profile: EngineProfile) -> Apart:
     Raises ChipError or LayoutError if the model does not fit.
     """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
-    return Apart(first, second, one, two)
+    return Apart(first, second, one, two, profile.route)
 
 
 def compare_all(
@@ -360,7 +362,8 @@ class Agreement:
         engine: name of the engine, or "all".
         group: kind of the rows: "dense", "mixture" (of experts) or "disaggregated", see Row.group.
         rows: number of rows compared.
-        derived: how many of them leave out their numbers of servers and take them from an equal row, see completed().
+        derived: number of compared rows whose numbers of servers come from another row of the same experiment, see
+            completed().
         tpot: median size of the errors of the time per token.
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.

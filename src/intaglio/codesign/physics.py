@@ -100,7 +100,7 @@ def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, floa
 
 
 def random_model(rng: np.random.Generator) -> tuple[str, Program]:
-    """(description, Program) of a small random Llama or mixture of experts with two layers."""
+    """A small random Llama or mixture of experts with two layers, as a pair: its sizes in words, and its Program."""
     heads = int(rng.choice([8, 16, 32, 64]))
     kv = int(rng.choice([k for k in (8, 16, 32) if k <= heads]))
     hidden, inner = int(rng.integers(2, 17)) * 512, int(rng.integers(2, 29)) * 512
@@ -176,13 +176,17 @@ def tiles_by_heuristic(d: Draw) -> bool:
 def violations(d: Draw) -> list[str]:
     """Check that modelled times obey physics in one case. Returns a list with a text for each broken property.
 
-    The properties: no rate of a step is above the data sheet's; n chips are at most n times as fast as one; twice of a
-    chip's resource does not make a step more than 1 % slower; and more sequences, keys or prompt tokens do not make it
-    faster. For the last two, what may truly break them is switched off:
+    The properties:
 
-    - Two overlapping halves of a batch are a list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on
-      Multiprocessing Timing Anomalies, 1969). The halves run one after the other.
-    - A library may choose tiles by a heuristic, see tiles_by_heuristic(). Loads are compared with the fastest tiles.
+    1. No rate of a step is above the data sheet's.
+    2. n chips are at most n times as fast as one.
+    3. Twice a resource of a chip, such as its HBM rate (see RESOURCES), does not make a step more than 1 % slower.
+    4. More sequences, keys or prompt tokens do not make a step faster.
+
+    Real systems may break 3 and 4 in two ways, so both ways are switched off here. Overlapping halves of a batch are a
+    list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969):
+    for 3 and 4 the halves run one after the other. A library may choose tiles by a heuristic (tiles_by_heuristic()):
+    for 4 the fastest tiles are used.
     """
     load = sizes(d.decoding, d.keys, d.prompt)
     lines = timelines(d.programs, d.on, load)

@@ -100,3 +100,24 @@ class Placement:
             return (f"dp{self.replicas}" if self.replicas > 1 else "") + inner
         whole = f"{inner}/{self.experts}"
         return f"{self.replicas}x({whole})" if self.replicas > 1 else whole
+
+
+def placements(chips: int, routed: bool) -> list[Placement]:
+    """Every Placement of `chips` chips, as a list: replicas, pipeline stages and tensor parallel in all divisions.
+
+    routed: True for a model with routed experts. It adds servers whose chips share the experts whole (ep), with one or
+    several copies of attention, and no pipeline stages. A model may not fit some of them. Raises ValueError for less
+    than one chip.
+    """
+    if chips < 1:
+        raise ValueError(f"{chips} chips; give 1 or more")
+    ways = [(a, b, chips // a // b) for a in divisors(chips) for b in divisors(chips // a)]
+    out = [Placement(Layout(tp=tp, pp=pp), replicas=n) for tp, pp, n in ways]
+    if routed:
+        out += [Placement(Layout(tp=tp), c, Layout(ep=c * tp), n) for tp, c, n in ways if c * tp > 1]
+    return out
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, a whole number of 1 or more, as an ascending list."""
+    return [i for i in range(1, n + 1) if n % i == 0]

@@ -130,10 +130,10 @@ class Queue:
         self.waiting.append(Queued(request, start))
 
     def admit(self) -> None:
-        """Admit waiting requests, in order, while the engine has a free sequence and room for the next one's K/V.
+        """Admit waiting requests in order, up to settings.max_sequences admitted ones and as far as the K/V cache fits.
 
-        Admitted requests go to prefill; if `prefills` is False, to decoding. Requests that came since the engine last
-        looked for new ones are left out.
+        The engine looks for new requests at intervals; a request that came after its last look is not admitted yet.
+        Admitted requests start prefill, or decoding if `prefills` is False.
         """
         s = self.settings
         if self.unlooked >= s.poll_steps or not self.running:
@@ -152,9 +152,9 @@ class Queue:
     def take_steps(self, until: float) -> None:
         """Advance the clock by one step if a prompt is being computed, otherwise by 1 to LEAP decode steps.
 
-        The decode steps end with the first of these: a response ends; the engine looks for waiting requests; a step
-        begins at or after `until` seconds. Each counts with the time of the middle one, since a step grows evenly with
-        the keys. Nothing happens if no request is admitted.
+        The decode steps stop at the first of these: a response ends, the engine looks for waiting requests, the next
+        step would begin at or after `until` seconds. There is at least one. All are timed as long as the middle one,
+        since a step's time grows linearly with the keys. If no request is admitted, nothing happens.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -225,7 +225,10 @@ class Queue:
             self.start_decoding(one)
 
     def start_decoding(self, one: Queued) -> None:
-        """Note that a request's prompt is computed and its first token is there. A request of one token ends."""
+        """Move a request whose prompt is computed to decoding, and record the current time as that of its first token.
+
+        A request that asks for one token ends here: it gets its Outcome and does not decode.
+        """
         one.first = self.now
         if one.planned.output == 1:
             self._end(one)

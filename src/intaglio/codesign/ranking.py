@@ -21,15 +21,23 @@ SAME = (
     "precision",
 )  # fmt: skip
 MODEL_AND_CHIP = ("card", "system")  # `card` is the name of the model's card, whatever its path
+MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
+
+
+def servers(row: Row) -> tuple[str, int]:
+    """(layout as text, number of chips) of a row's server; of both kinds of servers if they are disaggregated."""
+    phases = ("prefill_", "decode_") if row.group == "disaggregated" else ("",)
+    kinds = [row.placement(phase) for phase in phases]
+    return " and ".join(map(str, kinds)), sum(one.chips for one in kinds)
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
-    """Output tokens per second per chip of a measured row's server, by Little's law from the latencies.
+    """Output tokens per second per chip of a measured row's servers, by Little's law from the latencies.
 
     ttft, tpot: mean latencies in seconds, measured or modelled.
     """
     output = row.number("osl")
-    return row.concurrency * output / (ttft + tpot * (output - 1)) / row.placement().chips
+    return row.concurrency * output / (ttft + tpot * (output - 1)) / servers(row)[1]
 
 
 @dataclass(frozen=True)
@@ -55,31 +63,32 @@ class Ranked:
 
     @property
     def good(self) -> bool:
-        """True if the recommended point is within 5 % of the best."""
+        """True if the recommended point's measured output tokens/s per chip are within 5 % of the best point's."""
         return self.reached >= CLOSE
 
 
 def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
-    least_layouts: int = 2,
+    least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
     """Compare the layouts that the model recommends with those that measured best: a list of Ranked, one a case.
 
     A case is a set of measured rows that answer one question, such as the same model, chip and engine. Its points are
-    the layouts and numbers of open requests in these rows. Refused rows, and rows of disaggregated servers, are left
-    out. The list is ordered by the cases' column values; it is empty if no case has enough points.
+    the layouts and numbers of open requests in these rows. Refused rows are left out. The list is ordered by the cases'
+    column values; it is empty if no case has enough points.
 
     Args:
         compared: measured and modelled latencies of the rows.
         at_one_load: True to make a case of its own for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: columns in which all rows of a case are equal. Rows of a case that differ in a column of SAME which is not
-            in `same` are different points.
+        same: columns in which all rows of a case are equal. If a column of SAME is left out here, rows with different
+            values of it are compared in one case, as different points.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
+        apart: True to compare rows of disaggregated servers too. Their layout is that of both kinds of servers.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
     for c in compared:
-        if not c.refused and c.row.group != "disaggregated":
+        if not c.refused and (apart or c.row.group != "disaggregated"):
             more = (f"{c.row.concurrency} open",) if at_one_load else ()
             cases.setdefault(values(c.row, same) + more, []).append(c)
     found = (
@@ -109,12 +118,12 @@ def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequen
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:
         pair = rate(c.row, c.row.ttft, c.row.tpot), rate(c.row, c.ttft, c.tpot)
-        name = f"{c.row.placement()} with {c.row.concurrency} open"
+        name = f"{servers(c.row)[0]} with {c.row.concurrency} open"
         points.setdefault((name, *values(c.row, others)), []).append(pair)
     seen = {point: [statistics.fmean(p[i] for p in pairs) for i in (0, 1)] for point, pairs in points.items()}
     best, chosen = (max(seen, key=lambda point, i=i: seen[point][i]) for i in (0, 1))  # type: ignore[misc]
     first, second = (" ".join(filter(None, point)) for point in (chosen, best))
-    layouts = {str(c.row.placement()) for c in mine}
+    layouts = {servers(c.row)[0] for c in mine}
     return Ranked(asked, len(layouts), len(points), first, second, seen[chosen][0] / seen[best][0])
 
 

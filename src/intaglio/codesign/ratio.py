@@ -44,9 +44,10 @@ class Kind:
         return self.times.server.placement.chips_per_server
 
     def of(self, replicas: int) -> StepTimes:
-        """The StepTimes of a placement with `replicas` servers of this kind.
+        """New StepTimes for a placement with `replicas` servers of this kind.
 
-        A step of each takes what a step of `self.times` takes, so both objects share one table of computed step times.
+        A server's steps take as long as those in `self.times`, whatever the number of servers. The new object therefore
+        uses the same cache of step times (`tables`) as `self.times`.
         """
         server = self.times.server
         many = replace(server, placement=replace(server.placement, replicas=replicas))
@@ -146,8 +147,8 @@ def kinds(
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
     """Compile one server for each layout. Returns ({layout: Kind}, [(layout, reason)]).
 
-    The list has the layouts that are refused and why: the model and one prompt do not fit the chips, or the chips
-    cannot be joined.
+    The list has the refused layouts, each with the reason: the model and one prompt do not fit the chips, the model
+    cannot be divided this way, or the chip's links do not connect so many chips.
 
     Args:
         question: the model, its number formats and its load.
@@ -207,11 +208,13 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """Simulate prefill and decode servers in the numbers `found`. Returns the ApartResult; None if a limit is broken.
+    """Simulate prefill and decode servers until latencies keep the limits: returns that run's ApartResult, or None.
 
-    If the mean TTFT or TPOT is above the question's limits, the run is repeated with 15 % fewer open requests, up to
-    TRIES runs or until one request is open. first, second: the prefill and the decode server. Raises ValueError for a
-    request that a cache cannot hold, or with fewer than two output tokens.
+    The first run has found.concurrency open requests. While the mean TTFT or TPOT is above the question's limits, the
+    run is repeated with 15 % fewer. None if no run keeps them: after TRIES runs, or with one open request.
+
+    first, second: the prefill and the decode server. found: number of servers of each kind, and of open requests.
+    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

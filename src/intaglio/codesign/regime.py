@@ -120,8 +120,8 @@ class Call:
     def _reached(self, measured_s: float) -> str:
         """Text that says how much of a peak rate the measured call reached, such as "; measured at 63% of HBM's peak".
 
-        The rate is that of HBM if HBM or the L2 is the busiest part of the chip, otherwise FLOP/s; "" if the call has
-        no FLOPs then. measured_s: measured seconds.
+        If HBM or the L2 is the busiest part of the chip, the rate is HBM's bandwidth. In other cases it is the chip's
+        FLOP/s in the call's format; the text is "" if the call has no FLOPs. measured_s: measured seconds.
         """
         chip, t = self.on.chip, self.timing
         if self.busiest[0] in MEMORIES:

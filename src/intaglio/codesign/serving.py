@@ -27,6 +27,8 @@ from intaglio.runtime import Engine, Request, SamplingParams
 from intaglio.silicon.plan import Plan
 from intaglio.silicon.sizes import BLOCK, BatchSizes
 
+MOMENTS = 60  # times of a run at which queue and cache are shown
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -80,6 +82,48 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """The load at one time of a run.
+
+    Attributes:
+        at: seconds since the beginning of the load.
+        waiting: requests that were sent and have no token yet: in the queue, or with a prompt that is being computed.
+        decoding: requests that have their first token, and not their last.
+        kv_share: fraction of all servers' K/V caches that holds the prompts and the tokens so far of those that decode.
+    """
+
+    at: float
+    waiting: int
+    decoding: int
+    kv_share: float
+
+
+def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -> tuple[Moment, ...]:
+    """`count` Moments, a tuple, evenly from the beginning of a load to its last response; () without outcomes.
+
+    A response's tokens are taken to come evenly between its first and its last. Requests that failed count as waiting
+    until their end. kv_tokens: tokens that the K/V caches of all servers hold.
+    """
+    if not outcomes:
+        return ()
+    start, first, end, prompt, output = (
+        np.array(column)
+        for column in zip(
+            *((o.start, o.start + (o.end if o.first is None else o.first), o.start + o.end, o.prompt, o.output)
+              for o in outcomes), strict=True,
+        )
+    )  # fmt: skip
+    found = []
+    for at in np.linspace(0.0, end.max(), count):
+        decodes = (first <= at) & (at < end)
+        part = (at - first[decodes]) / np.maximum(1e-9, end[decodes] - first[decodes])
+        held = float((prompt[decodes] + part * output[decodes]).sum())
+        waiting = int((start <= at).sum() - (first <= at).sum())
+        found.append(Moment(float(at), waiting, int(decodes.sum()), held / kv_tokens))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class ServingResult:
     """The outcome of a load in virtual time.
 
@@ -92,6 +136,7 @@ class ServingResult:
         steps: number of engine steps.
         preemptions: times that a sequence was preempted because the K/V cache was full.
         kv_tokens: tokens that the K/V cache holds.
+        moments: queue and cache over the time of the load, see moments().
     """
 
     summary: Summary
@@ -102,6 +147,7 @@ class ServingResult:
     steps: int
     preemptions: int
     kv_tokens: int
+    moments: tuple[Moment, ...] = ()
 
     @property
     def output_tokens_per_s_per_chip(self) -> float:
@@ -264,7 +310,8 @@ def result(
     ranks_per_stage = layout.ranks // stages
     idle_s = summary.seconds * stages - executable.busy_s
     joules = ranks_per_stage * (executable.joules + max(0.0, idle_s) * target.chip.energy.idle_w)
+    kv_tokens = engine.pool.total * executable.state.page_tokens
     return ServingResult(
         summary, layout.ranks, good / len(later), good / summary.seconds, joules, engine.counts.steps,
-        engine.counts.preemptions, engine.pool.total * executable.state.page_tokens,
+        engine.counts.preemptions, kv_tokens, moments(later, kv_tokens),
     )  # fmt: skip

@@ -73,7 +73,10 @@ def stages(program: Program, layout: str, weights: str, kv_format: str, activati
 
 @dataclass(frozen=True)
 class Serving:
-    """A steady serving load: in every step `batch` requests start. Each has `input` prompt and `output` new tokens."""
+    """A steady serving load: at every engine step `batch` new requests start.
+
+    Each request has `input` prompt tokens and generates `output` tokens. `batch` is not the number of running requests.
+    """
 
     input: int
     output: int
@@ -93,7 +96,10 @@ class Serving:
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step of the steady load: `batch` prompts, and one token of batch * (output - 1) sequences."""
+        """BatchSizes of a step that computes `batch` prompts and decodes one token for each running sequence.
+
+        There are batch * (output - 1) running sequences, see decode().
+        """
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 

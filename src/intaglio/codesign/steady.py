@@ -226,7 +226,9 @@ class Candidate:
         return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
-        """A Design of all replicas, made from the figures of one server.
+        """The Design (a deployment with its figures) of all replicas, made from the figures of one server.
+
+        Open requests, tokens/s and watts are one server's, times the number of replicas; latencies are one server's.
 
         Args:
             concurrency: requests open on one server.
@@ -259,7 +261,7 @@ class Candidate:
         Args:
             concurrency: requests open on each server.
             budget: most tokens of a step on each DP rank.
-            turns: how many requests are served for each one open at a time.
+            turns: requests to serve, as a multiple of `concurrency`.
 
         Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
@@ -345,13 +347,13 @@ def find(
     """Find the best Design of each candidate: the step size and the load with the most output per watt or per chip.
 
     Figures come from the formula estimate(); the best `keep` designs are then simulated, see confirm(). Returns a list:
-    simulated designs that keep the question's latency limits, then estimates, then simulated designs that break a
-    limit. The first two parts are ordered, the best first.
+    simulated designs that keep the latency limits of their candidate's question, then estimates, then simulated designs
+    that break a limit. The first two parts are ordered, the best first.
 
     Args:
         asked: the candidates. One without room for a request, or that breaks a limit even with one open request, has no
             Design in the list.
-        budgets: numbers to try for the most tokens of a step.
+        budgets: values to try for the maximum number of tokens of a step on a DP rank.
         by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
         keep: how many of the best estimates are simulated.
         progress: called before each candidate.

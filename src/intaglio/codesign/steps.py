@@ -79,9 +79,9 @@ class Server:
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
         """Compile a whole model for one server of a placement. Returns the Server.
 
-        program: the model, such as simulate.ported() returns it. how: number formats. Raises LayoutError if the
-        placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a layout
-        of experts but the model has no experts.
+        program: the uncompiled model, for example from simulate.ported(). how: number formats. Raises LayoutError if
+        the placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a
+        layout of experts but the model has no experts.
         """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
@@ -120,7 +120,8 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: most tokens of a step on one DP rank.
             max_sequences: most sequences of a step on one DP rank.
-            open_sequences: a DP rank counts at most so many sequences of the model's full context; None: max_sequences.
+            open_sequences: upper limit of the K/V cache of a DP rank, in sequences of the model's full context; None:
+                max_sequences.
             states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
                 writes, or 1 in engines that update it in place.
 
@@ -195,12 +196,12 @@ class StepTimes:
     Attributes:
         server: the compiled model.
         target: chip and kernel library.
-        fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
+        fusions: names in FUSIONS. Each is a way in which the engine fuses, splits or replaces ops of the Program.
         queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
         overlaps: True if the library prefetches weights or hides collectives, so that a step takes less than the sum
-            of its kernels. Steps are then timed by the property `plans`. Kernels are summed all the same if there are
-            fusions, or experts with a layout, format or activation format of their own.
+            of its kernels. Steps are then timed by the property `plans`. With fusions, or experts with a layout, format
+            or activation format of their own, kernels are always summed.
         tables: cache of exact() results by (decoding, context, chunks).
         others: cache of the StepTimes that on() has made, by target.
 
@@ -267,11 +268,12 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel with the number formats in which this server's chips run it.
+        """The kernel with the number formats in which this server's chips run it: a copy for matrix products, experts.
 
-        Matrix products and experts get a copy with other formats of weights and activations, as the server's `rows`
-        says ("auto" or "weights"); other kernels are returned as they are. Raises ChipError if the chip's arrays do not
-        take the weights' format.
+        nvfp4 weights become e2m1. If the server's `rows` is "auto", activations keep their format. If it is "weights",
+        they get the weights' format where the chip's arrays multiply it (e4m3, e2m1, int8), else bf16 in place of wider
+        formats. Kernels of other ops are returned unchanged. Raises ChipError if the arrays do not take the weights'
+        format.
         """
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
             return kernel

@@ -141,7 +141,7 @@ def collective(on: Target, row: Row) -> Timing:
 
 
 def experts(on: Target, row: Row) -> Timing:
-    """The Timing of the layer of routed experts that a row describes, on the rank with the most rows.
+    """The Timing of the layer of routed experts that a table's row describes, on the rank that gets the most tokens.
 
     Raises ChipError if the chip's arrays do not take the row's format.
     """
@@ -169,11 +169,11 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         top_k: number of experts of each token.
         n: number of experts on all ranks.
         ep: number of ranks that share the experts.
-        load: "balanced"; or "power_law_A", such as power_law_1.2: an expert's rows are proportional to a quantile of
-            the density x**-A on 1 <= x <= 0.8 * tokens, with at most `tokens` rows for each, as in the benchmark that
-            measured the table.
-        in_order: True if rows left over by rounding go to the experts with the most rows, the first of equal ones (the
-            older benchmark); False: to those with the largest exact share.
+        load: "balanced"; or "power_law_A", such as power_law_1.2: the experts' rows are proportional to n evenly spaced
+            quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in random order. An expert has at most `tokens`
+            rows. The benchmark that measured the table does the same.
+        in_order: where rows that are left over by rounding go. True: to experts in the order of their rounded counts,
+            the largest first (the older benchmark). False: in the order of their counts before rounding.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -328,7 +328,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 def dtype_of(row: Row) -> str:
     """The number format of a row as text: its column dtype, or else kv_dtype.
 
-    "two bytes" for a row with neither column: of a collective, of which only the bytes are measured.
+    A row of a collective has neither column, only a number of bytes. The text is then "two bytes".
     """
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 

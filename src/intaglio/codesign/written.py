@@ -103,8 +103,9 @@ def new_files(folder: Path, name: str) -> tuple[Path, Path]:
 def write(files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str) -> None:
     """Write the chip's and the library's file, with the values in which the target `new` differs from `old`.
 
-    files: their paths, see new_files(). base, library_base: names or files of the chip and library that `old` is of.
-    why: the reason that the files give for each value.
+    files: paths of the chip's and the library's file, see new_files(). base, library_base: name or file of the chip and
+    of the kernel library from which `old` was made; the new files refer to them as their base. why: the reason that the
+    files give for each value.
     """
     chip_file, library_file = files
     chip_file.write_text(chip_text(new.chip, old.chip, base, library_file.name, why), encoding="utf-8")

@@ -186,9 +186,10 @@ def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a reduce-scatter for two sides of h ranks, each rank linked only to the ranks of the other side.
 
-    Each rank owns h chunks. For an owner's k-th chunk, the k-th rank of the other side is the relay. Step 1: ranks on
-    the owner's side send the relay their contributions, which it adds to its own. Step 2: all ranks of the other side
-    send to the owner, the relay that sum and the others their contributions; the owner adds these to its own.
+    Each rank owns h chunks. For an owner's k-th chunk, the k-th rank of the other side is the relay. Step 1: the other
+    ranks on the owner's side send the relay their contributions, and the relay adds them and its own. Step 2: the relay
+    sends this sum to the owner. The other ranks on the relay's side send the owner their contributions. The owner adds
+    all these to its own. Returns nothing.
 
     group: the ranks, one side after the other. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the
     Slot with the rank's own contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.

@@ -116,7 +116,8 @@ class Schedule:
 class ScheduleBuilder:
     """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
 
-    collective, algorithm: its names. ranks, chunks: numbers of ranks, and of chunks of the payload.
+    collective, algorithm: names for the Schedule, such as "all_reduce" and "ring". ranks, chunks: number of ranks, and
+    number of chunks of the payload.
 
     The dependencies of each step follow from the slots that the steps read and write.
     """

@@ -62,7 +62,10 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     renamed: dict[str, str] = {}
 
     def fused(m: Map) -> tuple[str, Op] | None:
-        """(name of the operand that is no longer stored, the op that also computes `m`); None if no op can do so."""
+        """Fuse `m` into the op that computes one of its operands, if `absorb` allows it.
+
+        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`), or None.
+        """
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
             if base in made and tensors[base].role == "temp" and reads[base] == bases.count(base):
@@ -158,7 +161,7 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
     None if `m` is no such sum, or if `norm` is no Norm or has a residual already. t: tensors by name, not used.
     """
-    other = _other_of_sum(m, x)
+    other = m.other_of_sum(x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
         return None
     return replace(norm, residual=other)
@@ -170,15 +173,7 @@ def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> O
     None if `m` is no sum of x and one operand of the same shape, or if `experts` is no Experts or has a residual
     already. t: tensors by name.
     """
-    other = _other_of_sum(m, x)
+    other = m.other_of_sum(x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:
         return None
     return replace(experts, residual=other) if t[other].shape == t[x].shape else None
-
-
-def _other_of_sum(m: Map, x: str) -> str | None:
-    """The name of the operand that `m`, an elementwise op, adds to `x`; None if `m` is anything but that sum."""
-    others = [name for name in m.inputs if name != x]
-    steps = postfix(m.expr)
-    sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == PLUS
-    return others[0] if sums and len(others) == 1 else None

@@ -46,8 +46,9 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4, with redundant experts ep4r8, with sp tp4sp.
+        """The Layout that a text such as tp4, pp2, tp4pp2 or tp2ep4 describes.
 
+        After ep4, "r8" adds 8 redundant experts in all: ep4r8. At the end, "sp" means sequence parallelism: tp4sp.
         Raises LayoutError for any other text, for sp without tp or with ep, and for redundant experts without ep.
         """
         extra = REDUNDANT.search(text)

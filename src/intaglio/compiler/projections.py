@@ -91,9 +91,10 @@ def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: st
 
 
 def _joint(block: str, leaves: Sequence[str], taken: set[str]) -> str:
-    """A site for merged linears, such as BLOCK.qkv_proj for q_proj, k_proj and v_proj.
+    """The site (name of the op's place) for merged linears, such as BLOCK.qkv_proj for q_proj, k_proj and v_proj.
 
-    leaves: last parts of the linears' sites. taken: names that the site, its weight and its bias must differ from.
+    "_merged" is appended until the names of site, weight and bias are free. leaves: last parts of the linears' sites.
+    taken: names in use.
     """
     stems = [leaf.removesuffix("_proj") for leaf in leaves]
     tail = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""

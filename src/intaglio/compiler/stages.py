@@ -119,6 +119,9 @@ def _moved(op: Op, layout: Layout, stage: int) -> Op:
 
 
 def _tensors(p: Program, ops: list[Op]) -> dict[str, Tensor]:
-    """The tensors that the ops name, their bases, and all inputs of the Program, as a dict by name."""
+    """The tensors that `ops` need, as a dict by name: all that the ops read or write, and all inputs of the Program.
+
+    For a view (columns of another tensor), the dict also has the tensor that it is a view of.
+    """
     named = {x for op in ops for name in (*op.inputs, *op.outputs) for x in (name, p.base(name))}
     return {name: t for name, t in p.tensors.items() if t.role == "input" or name in named}

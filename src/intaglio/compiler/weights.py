@@ -20,8 +20,8 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     """The Program with weight matrices in the format `weights`, x_format to match, and K/V caches in `kv_format`.
 
     - weights="auto" leaves weights as stored.
-    - kv_format="auto" depends on `weights`. "f32": K/V caches become f32. "auto", "f16": they keep the port's format.
-      Any other: they become bf16, except caches in e4m3, a format that they have only if the checkpoint asks for it.
+    - kv_format="auto" follows `weights`. With weights "f32", K/V caches become f32. With "auto" or "f16", they keep the
+      port's format. With other weights they become bf16, except e4m3 caches, which only a checkpoint asks for.
     - Scales of caches (k_scale, v_scale) stay in ops whose cache is e4m3, and are removed from others.
     - Short names (int8, int4, fp8) choose groups that fit each weight. A q4_k weight whose rows are not whole blocks of
       256 becomes int4g32, which has as many bits.
@@ -64,9 +64,9 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """The op without k_scale, or v_scale, where its cache of keys, or of values, is not in e4m3.
+    """The op with scales (k_scale, v_scale) only for caches in e4m3; the scale of any other cache is set to None.
 
-    A copy for kv_write and attend; other ops are returned as they are. tensors: by name, with their formats.
+    A copy for kv_write and attend; other ops are returned unchanged. tensors: the tensors by name, for their formats.
     """
     if not isinstance(op, (KvWrite, Attend)):
         return op

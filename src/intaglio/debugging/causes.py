@@ -293,7 +293,7 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that the op experts may have; see variants().
+    """Yield a pair (text, op) for each porting mistake that the op Experts may have; see variants().
 
     Tried are swapped or transposed matrices, other activations and clamps, the weight on the other side, and no biases.
     """

@@ -19,7 +19,7 @@ from intaglio.debugging.causes import Scene, explain
 from intaglio.devices import StateSpec, StepRequest, open_device
 from intaglio.devices.reference import ReferenceExecutable
 from intaglio.models import Checkpoint, port
-from intaglio.ops import Embed, Experts, KvWrite, Linear, Norm, Op, Value
+from intaglio.ops import Embed, Experts, KvWrite, Linear, Map, Norm, Op, Value
 from intaglio.program import Program
 from intaglio.program.source import names
 from intaglio.progress import Progress, silent
@@ -29,7 +29,8 @@ MARGIN = 8.0  # tiny models of every family stay below 0.05 of it; a wrong windo
 PAGE = 32
 RENAMED = (  # what transformers calls modules that checkpoints call otherwise
     (".block_sparse_moe.router.layer", ".block_sparse_moe.router"), (".block_sparse_moe.gate", ".mlp.gate"),
-    (".block_sparse_moe.gate", ".mlp.router"), (".block_sparse_moe.", ".mlp."),
+    (".block_sparse_moe.gate", ".mlp.router"), (".block_sparse_moe.", ".mlp."), (".f_", ".forget_gate.f_"),
+    (".attention_layer_norm", ".input_layernorm"), (".feedforward_layer_norm", ".post_attention_layernorm"),
 )  # fmt: skip
 STAGES = 4  # of a check: float32, bf16, the device, and the cause of a difference
 TOKENS = 61  # prime, so that no number of heads equals it
@@ -293,10 +294,11 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     cache, are in the dict.
     """
     import torch
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     seen: dict[str, np.ndarray] = {}
     producers = {name: op.site for op in p.ops for name in op.outputs}
+    gated = {op.a: op.site for op in p.ops if isinstance(op, Map) and op.site.endswith(".gated")}
 
     def keep(site: str, x: Any) -> None:
         if x.dim() == 4 and x.shape[1] != len(tokens):  # heads before tokens
@@ -314,7 +316,8 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
                 return
             # a scale is often applied outside the module; the next site's input then shows it
             if getattr(op, "scale", 1.0) == 1.0 or hasattr(module, "embed_scale"):
-                keep(op.site, out)
+                site = gated.get(op.out, op.site) if isinstance(op, Norm) and len(args) > 1 else op.site
+                keep(site, out)  # the module of a gated norm yields what the gate leaves
 
         return after
 
@@ -322,6 +325,9 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
         module.register_forward_hook(hook(op)) for op in p.ops if (module := module_of(model, p, op)) is not None
     ]
     cache: Any = DynamicCache()  # without a config it keeps all keys of sliding layers too
+    if p.recurrent:  # but then it has no layers for recurrent state
+        cache = DynamicCache(config=model.config)
+        cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     try:
         with torch.no_grad():
             out = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
@@ -329,7 +335,9 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
         for handle in handles:
             handle.remove()
     writes = [op for op in p.ops if isinstance(op, KvWrite)]
-    filled = [layer for layer in cache.layers if layer.keys is not None]  # not of layers that were skipped
+    filled = [
+        layer for layer in cache.layers if getattr(layer, "keys", None) is not None
+    ]  # not of layers that were skipped
     for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
             if getattr(model.config, "rope_interleave", False) and name == op.v:
@@ -350,7 +358,7 @@ def _tensor_of(module: Any, out: Any) -> Any:
 def module_of(model: Any, p: Program, op: Op) -> Any:
     """The transformers module that holds the weight of `op`; None if there is none.
 
-    For the op experts it is the module of all experts.
+    For the op Experts it is the module of all experts.
     """
     if op.site == "lm_head":
         return model.get_output_embeddings()

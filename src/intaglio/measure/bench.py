@@ -92,7 +92,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """Bound over measured time, 1 at the roof; None without a bound."""
+        """Roofline bound divided by measured seconds; 1: as fast as the machine allows. None without a bound."""
         return None if self.bound_seconds is None else self.bound_seconds / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -324,8 +324,8 @@ def moved(work: Work) -> int:
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
     """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
 
-    All ops get the bandwidth at which as many bytes are read as the whole step reads: a small model stays in the CPU's
-    caches. roofs: measured bandwidth and FLOP/s of the machine.
+    All ops get the bandwidth measured for a working set of the whole step's bytes: those of a small model stay in the
+    CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
@@ -336,7 +336,10 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """Name of the format of an op's multiplications: an integer weight's own, else the format that x is rounded to."""
+    """Name of the number format in which an op multiplies; roofs.peak() takes it. "f32" for any op but a linear.
+
+    For a linear with x in int8, the weight's format; for other linears, the format to which x is rounded.
+    """
     if not isinstance(op, Linear):
         return "f32"
     return program.tensors[op.w].format if op.x_format == "int8" else op.x_format

@@ -28,8 +28,9 @@ class Running:
 
     Attributes:
         planned: the request as planned.
-        start: its start, in seconds from the beginning of the load.
-        stamps: seconds from its start to each token.
+        start: seconds from the beginning of the load until the request counts as sent. That is its planned arrival, or
+            with a limit of open requests the time when it is given to the engine.
+        stamps: for each token, seconds from `start` to the token.
     """
 
     planned: LoadRequest

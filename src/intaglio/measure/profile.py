@@ -59,7 +59,10 @@ class Site:
 
     @property
     def share(self) -> float | None:
-        """Bound over measured time, 1 at the roof; None without a bound, or without time."""
+        """Roofline bound divided by measured seconds: 1 if the op is as fast as the machine allows.
+
+        None without a bound, and for an op that took 0 seconds.
+        """
         return None if self.bound_seconds is None or not self.seconds else self.bound_seconds / self.seconds
 
     @property
@@ -99,7 +102,10 @@ class Profile:
 
     @property
     def worst(self) -> list[Site]:
-        """The WORST ops that lose most time against their roofline bounds, as a list of Sites, the worst first."""
+        """The ops with the largest Site.lost (seconds above the roofline bound), as a list of at most WORST (5) Sites.
+
+        The largest comes first. An op without a bound counts with all its seconds.
+        """
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
@@ -119,7 +125,11 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the fields, shares and worst ops, as plain values for JSON."""
+        """A dict for JSON of the fields of this Profile, plus "outside_share" and "worst".
+
+        In "sites" each op also has its "lost" seconds and its "share" (bound over measured seconds). "worst" is a list
+        of the ops that lose most time: {"site", "lost", "text"}, where "text" is the sentence of gap().
+        """
         sites = [{**asdict(s), "lost": s.lost, "share": s.share} for s in self.sites]
         worst = [{"site": s.site, "lost": s.lost, "text": self.gap(s)} for s in self.worst]
         return {**asdict(self), "sites": sites, "outside_share": self.outside_share, "worst": worst}

@@ -72,8 +72,9 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
     """How long each rank of a mesh waited for others in one step: a list with a dict {other rank: seconds} for each.
 
-    A recv waits for its sender as long as it takes. In another collective all ranks wait for the last to arrive, which
-    is the one with the least time; the others waited for the rest of their times.
+    All seconds of a recv count as waiting for its sender. In other collectives all ranks wait for the last rank to
+    arrive, which is the rank with the shortest time in the op. Every other rank waited for the last rank: its own time
+    minus the last rank's.
 
     timings: for each rank, the seconds of each op by site (name of the op).
     """

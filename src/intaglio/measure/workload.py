@@ -106,7 +106,7 @@ def draw(
 def _lengths(knots: Sequence[int], n: int, scale: float, rng: np.random.Generator) -> np.ndarray:
     """Draw `n` random lengths in tokens. Returns an int array [n] of 1 or more.
 
-    knots: the lengths that the fractions SHARES of a trace's requests do not exceed; lengths in between are
-    interpolated. scale: factor for each length, which is then rounded.
+    knots: quantiles of the lengths of a trace, in tokens, at the fractions in SHARES; between them, quantiles are
+    interpolated linearly. scale: factor for each length, which is then rounded to a whole number.
     """
     return np.maximum(1, np.rint(scale * np.interp(rng.random(n), SHARES, knots))).astype(int)

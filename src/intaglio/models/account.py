@@ -56,7 +56,7 @@ class TensorFate:
         file: name of its file.
         dtype: its stored type, such as BF16.
         shape: its stored shape.
-        bytes: its bytes in the file.
+        bytes: number of its bytes in the file.
         fate: "used" or "ignored".
         becomes: names of the Program's weights made from it; () if ignored.
         format: number format of the first of these weights; "" if ignored.

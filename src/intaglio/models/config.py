@@ -133,9 +133,17 @@ class Config:
     def either(self, *keys: str) -> str:
         """The name of the first of these keys that has a value in the config (not null); the last name if none has one.
 
-        For values that config files name differently. Keys after the one returned do not count as read.
+        For a value that config files name differently. All the keys count as read. Raises PortError if the file gives
+        several of them unlike values.
         """
-        return next(key for key in keys if self.get(key) is not None or key == keys[-1])
+        valued = [key for key in keys if self.get(key) is not None]
+        first, *others = [key for key in valued if key in self.given] or keys
+        if wrong := [key for key in others if key in self.given and self.given[key] != self.given[first]]:
+            raise PortError(
+                f"config.json: {self.name(first)}={self.given[first]!r} and {self.name(wrong[0])}="
+                f"{self.given[wrong[0]]!r}, two names of one value; wanted equal values, or one of the names"
+            )
+        return valued[0] if valued else keys[-1]
 
     def count(self, key: str) -> int:
         """The value of a key that is an integer of 0 or more. Raises PortError for another or a missing value."""

@@ -119,7 +119,7 @@ def port_checkpoint(
     )
     c = _config(family, checkpoint.config)
     notes = list(checkpoint.notes)
-    layout = _layout(checkpoint, prefix, scales, notes)
+    layout = _layout(checkpoint, family, prefix, scales, notes)
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
@@ -263,11 +263,13 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
     return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
 
 
-def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
+def _layout(
+    checkpoint: Checkpoint, family: Family, prefix: str, scales: CacheScales, notes: list[str]
+) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
     It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
-    embedding, and how experts are stored. It may add to `notes`.
+    embedding, how experts are stored, and what `family.adapt` does. It may add to `notes`.
     """
     names = checkpoint.names
 
@@ -276,6 +278,8 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if _llama_names(checkpoint):
             d = replace(d, sources={}, head="", table="")
+        elif family.adapt:
+            d = family.adapt(d, {n: checkpoint.shape(n) for n in names})
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")
@@ -358,10 +362,15 @@ def _long_note(length: int, usual: int, limit: int) -> str:
 
 
 def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
-    """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
+    """Check that a Program fits its checkpoint, and add the reason for each unread tensor to ported.unused.
 
-    Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results, too, and for one that cannot be cut as the Program wants it.
+    Args:
+        ported: the Program with its report.
+        checkpoint: the checkpoint.
+        prefix: prefix of the decoder's tensor names.
+
+    Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has another shape
+    than the Program needs; or a tensor that nothing reads might change results.
     """
     program, family = ported.program, ported.family
     wanted = {

@@ -131,3 +131,10 @@ class Map(Op, kind="map"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         steps = sum(step in ("call", "binary") for step, _ in postfix(self.expr))
         return self.moved(t, batch, steps * (t[self.out].nbytes(batch.sizes) // 4))
+
+    def other_of_sum(self, x: str) -> str | None:
+        """The name of the operand that the op adds to its operand `x`; None if the op computes anything else."""
+        others = [name for name in self.inputs if name != x]
+        steps = postfix(self.expr)
+        sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == ("binary", "+")
+        return others[0] if sums and len(others) == 1 else None

@@ -116,9 +116,10 @@ class Route(Op, kind="route"):
         return softmax(logits)
 
     def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """Values by which experts are chosen, f32 [T, E].
+        """Values whose largest choose a token's experts, f32 [T, E].
 
-        Scores plus bias; without a bias the logits, or the scores if groups are rated by the sum of several.
+        With a bias they are scores + bias. Without one they are the logits, which have the same order as the scores.
+        If a group of experts is rated by the sum of several values, they are the scores, since sums of logits differ.
         """
         if self.bias is not None:
             return scores + array(v, self.bias)
@@ -162,13 +163,14 @@ class Experts(Op, kind="experts"):
         of: number of experts in the model if the stacks hold only some of them (expert parallelism): experts first ..
             first + E - 1. The others add nothing on this rank. 0: the stacks hold all experts.
         first: number of the first expert in the stacks.
-        held: the expert number of each matrix in the stacks, ascending, if an expert placement says what this rank
-            holds; then `first` is 0. The other experts add nothing. (): no placement; then copies, copy, rank and ranks
+        held: with an expert placement, the expert number of each matrix in the stacks, ascending. Experts that are not
+            in `held` add nothing on this rank, and `first` is 0. (): no placement; then copies, copy, rank and ranks
             are not used.
         copies: for each matrix, the number of ranks that hold the same expert. They take turns at its tokens.
         copy: for each matrix, this rank's number among those ranks: it computes the expert for token t of the step if
             t % copies == copy.
-        rank, ranks: this rank's number among the expert-parallel ranks, and their number.
+        rank, ranks: this rank's number among the expert-parallel ranks, and the number of these ranks. Results do not
+            depend on them; they say which rank's matrices to exchange when experts move.
         slots: above 0, results are not summed: out f32 [T, slots * N] has weights[t, j] * expert_e(x[t]) in the columns
             j * N .. j * N + N - 1, zeros if this rank does not compute e. slots is `top`, or top + 1 if any rank has a
             residual, which is in the last N columns. An all_reduce with the same `slots` adds them.
@@ -260,9 +262,10 @@ class Experts(Op, kind="experts"):
         self.check(turns, f"copy={self.copy}, copies={self.copies}; wanted 0 <= copy < copies for each matrix")
 
     def matrix_of(self, t: int, expert: int, experts: int) -> int:
-        """Index in the stacks of the matrix with which this rank computes an expert for token t; -1 if it does not.
+        """Index of an expert's matrices in this rank's weights gate, up and down; -1 if this rank does not compute it.
 
-        t: row of the token in the step. expert: its number in the model. experts: number of matrices in the stacks.
+        It depends on the token, since ranks with copies of one expert take turns at tokens. t: row of the token in the
+        step. expert: number of the expert in the model. experts: number of experts in this rank's weights.
         """
         if not self.held:
             return expert - self.first if 0 <= expert - self.first < experts else -1

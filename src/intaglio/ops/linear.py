@@ -31,7 +31,7 @@ def x_format(weight: str, exact: bool = False) -> str:
 def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
     """Raise OpError unless activations in `x_format` can be multiplied with the weight `w`.
 
-    int8 is for integer codes, f32 and bf16 for all others, fp8row for fp8.
+    Weights of integer codes take int8 only. All other weights take f32 and bf16; fp8 weights (e4m3) also take fp8row.
     """
     fmt = formats.get(t[w].format)
     allowed = ("int8",) if fmt.integer else ("f32", "bf16", "fp8row") if fmt.element == "e4m3" else ("f32", "bf16")

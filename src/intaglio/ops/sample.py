@@ -74,9 +74,10 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
-    """Op that samples tokens[r] from logits[r] with the batch's Sampling of row r, at the position of the token.
+    """Op that samples tokens[r] from logits[r] with the batch's Sampling of row r.
 
-    logits f32 [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural
+    The random numbers depend on the Sampling's seed and on the new token's position in its sequence only. logits f32
+    [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural
     log-probability under the softmax of the unedited logits. A row with a NaN, or whose largest logit is not finite
     before or after edits and mask, gives token -1 and logprob NaN.
     """

@@ -42,10 +42,11 @@ class ExpertPlacement:
 
     @classmethod
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-        """The placement before any tokens are counted: runs of experts, with copies of the first ones.
+        """The placement used before any tokens are counted: balance() with equal loads, the same at all `sites`.
 
-        Each rank holds ceil((experts + redundant) / ranks) experts. Raises PlacementError if that is more than
-        `experts`.
+        Experts are dealt to the ranks in turn, so that with 8 experts and 4 ranks rank 1 holds (1, 5). Each rank holds
+        ceil((experts + redundant) / ranks) experts; the places left over get further copies of the experts from 0 on.
+        Raises PlacementError if a rank would hold more than `experts`.
         """
         return cls(dict.fromkeys(sites, balance(np.ones(experts), ranks, slots_of(experts, ranks, redundant))))
 
@@ -171,10 +172,11 @@ def _ranks(site: str, found: Any) -> Ranks:
 
 
 def turns(held: Ranks, rank: int) -> dict[str, Any]:
-    """The attributes by which the op `experts` on one rank knows its experts and when it computes them, as a dict.
+    """The placement attributes of the op `experts` on one rank, as a dict of keyword arguments for Experts.
 
-    Several ranks may hold copies of an expert; they take turns at its tokens. Keys: held (numbers of this rank's
-    experts), copies (for each of them, how many ranks hold it), copy (this rank's number among those), rank and ranks.
+    Ranks that hold copies of one expert take turns at its tokens. Keys: "held" (numbers of this rank's experts),
+    "copies" (for each of these experts, the number of ranks that hold it), "copy" (for each, the number of this rank
+    among its holders, from 0), "rank" and "ranks" (this rank's number, and the number of ranks).
 
     held: the experts of each rank. rank: number of the rank.
     """
@@ -221,8 +223,8 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
     several ranks, which share its load equally, but only once on a rank.
 
     Copies are dealt out in order of load, each to the least loaded rank with room, as in EPLB. Then experts of the most
-    and of the least loaded rank are exchanged as long as that makes the two more equal. In the end their loads differ
-    by no more than the load of the heaviest copy.
+    and of the least loaded rank are exchanged as long as that makes the two more equal. In the result, the loads of any
+    two ranks differ by no more than the load of the heaviest copy.
 
     load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts.
     """

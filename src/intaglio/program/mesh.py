@@ -142,7 +142,8 @@ class CollectiveMatcher:
 def _terms(p: Program, op: Collective) -> Hashable:
     """The properties of a collective that must be equal on all its peers, as one hashable value.
 
-    They are shape and wire format and, except for send and recv, also kind, site and `slots`.
+    They are the shape and the wire format. Except for send and recv, they also include the kind, the site (name of the
+    op's place in the model) and `slots`, the number of column blocks that an all_reduce adds to each other.
     """
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire

@@ -54,9 +54,10 @@ def is_run(source: str) -> bool:
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """The source of the tensors `numbers` of a run of tensors, counted from 0 at the run's first tensor.
+    """The source (pattern of checkpoint tensor names) for some tensors of a run, as text.
 
-    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}. source: names a run. numbers: which tensors of the
+    run to keep, counted from 0 at its first tensor.
     """
     run = RUN.search(source)
     assert run, f"{source} is no run"
@@ -67,13 +68,13 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """Rewrite the sources of some matrices of a stack so that they name others, such as other experts.
+    """The sources of other matrices of a stack, such as other experts: used when experts move to another rank.
 
-    Returns a tuple with a source for each run of consecutive numbers in `wanted`. What the sources do besides (cuts of
-    rows or columns, transposition) stays.
+    A source is text that names checkpoint tensors and how to cut or transpose them. Returns a tuple with a source for
+    each run of consecutive numbers in `wanted`. Cuts of rows or columns and transpositions stay as in sources[0].
 
     Args:
-        sources: the sources to rewrite, of which the first is the pattern.
+        sources: the sources of the matrices `held`; the results are made from the first.
         held: numbers of the matrices that `sources` name, ascending.
         wanted: numbers of the matrices that the result names, ascending.
         total: number of matrices in the stack.
@@ -103,13 +104,16 @@ def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
 
 
 def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
-    """Number of rows of each of `sources`, as a list, if they are parts of one tensor as parts_of() makes them.
+    """Number of rows of each of `sources`, as a list, if they are cuts of rows.
 
-    None if they are not, or if `length`, the number of rows of all of them together, does not fit their cuts. The
-    tensor may have further parts.
+    They are parts of one tensor, as parts_of() makes them, or runs of rows of several tensors. None if they are
+    neither, or if `length`, the number of rows of all of them together, does not fit their cuts. The tensors may have
+    further parts.
     """
     cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
     sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
+    if len(sizes) == len(sources) and sum(sizes) == length:
+        return sizes
     if len(sizes) < len(sources) or len({(cut[1], cut[4]) for cut in cuts if cut}) > 1 or length % sum(sizes):
         return None
     return [length // sum(sizes) * size for size in sizes]

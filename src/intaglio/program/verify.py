@@ -76,7 +76,10 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Yield a message for each op that refuses its operands, and for each result of another shape or format."""
+    """Yield a message for each op whose shape rule refuses its operands, and for each result that is declared wrongly.
+
+    A result is declared wrongly if its Tensor has another shape or format than the op computes.
+    """
     for op in p.ops:
         try:
             for name, (shape, format) in op.shapes(p.tensors).items():

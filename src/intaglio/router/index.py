@@ -130,7 +130,10 @@ class CacheIndex:
         self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: when it was sent, seconds
 
     def restarted(self, incarnation: str) -> None:
-        """Note the incarnation of the replica's cache. If it is new, nothing is cached and the index is stale."""
+        """Record the incarnation of the replica's cache. If it is new, nothing counts as cached and the index is stale.
+
+        incarnation: text that is different for each start of the replica's engine.
+        """
         if incarnation != self.incarnation:
             self.incarnation, self.sequence, self.stale = incarnation, 0, True
             self.names.clear()

@@ -184,10 +184,14 @@ class Router:
             self.memory.learn(self.replicas[name].started(id).keys, tokens, names, block_size)
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices.
+        """Record that a job has ended or was cancelled: take it off its replica, or out of the queue.
 
-        Its tenant is charged for its output if it was ever placed. Call this also for a job that expired() has
+        Its tenant is charged for its real output, if it was ever placed. Call this also for a job that expired() has
         returned.
+
+        Args:
+            job: the job.
+            output_tokens: tokens generated, over all choices.
         """
         if not self._unplace(job.id):
             self.queue.discard(job)
@@ -267,7 +271,12 @@ class Router:
             raise Refusal("late", why, _retry(over))
 
     def _wait_seconds(self, alive: list[Replica], stage: str) -> float:
-        """Estimated seconds until the waiting jobs of a stage have been placed, by the replicas' prefill pace."""
+        """Estimated seconds until the waiting jobs of a stage have been placed, from the replicas' pace of prefill.
+
+        Args:
+            alive: the replicas that may be given jobs of the stage; at least one.
+            stage: "all" or "prefill", see Job.
+        """
         return self.queue.tokens_of[stage] / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
     def _estimates(

@@ -85,10 +85,16 @@ class Accounting:
 
     @staticmethod
     def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:
-        """Read the `n` rows of prompt positions from index `row` on. Returns the index of the row after them.
+        """Store what a request wants of its prompt's logits in a step. Returns the index of the row after those read.
 
-        For a `scored` request the logits are kept. For prompt_logprobs, the score of the prompt token that follows each
+        For a `scored` request the logits are kept. For prompt_logprobs, the score of the prompt token after each
         position is kept.
+
+        Args:
+            s: the sequence.
+            result: the step's result.
+            row: index, in the result, of the first row to read.
+            n: number of rows, one for each prompt position; 0: nothing is read.
         """
         if n:
             assert result.logits is not None, "the device was asked for logits and gave none"

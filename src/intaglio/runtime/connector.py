@@ -125,4 +125,9 @@ class Connector(Protocol):
         """
 
     def say(self, kind: str, what: str) -> None:
-        """Tell the operator the message `what`, once for each `kind`."""
+        """Tell the operator a message about the tier. Only the first of each kind is told; later ones are dropped.
+
+        Args:
+            kind: a word for the kind of message.
+            what: the message.
+        """

@@ -312,10 +312,15 @@ class Engine:
     def _admit(
         self, request: Request, seed: int, choices: abc.Sequence[int], resumption: Resumption | None = None
     ) -> list[Sequence]:
-        """Check and queue choices of a request. Returns a list of a Sequence for each.
+        """Check the choices of a new or suspended request and queue them. Returns a list with a Sequence for each.
 
-        seed: seed of choice 0. choices: their indices. resumption: if given, the choices continue after the output in
-        it. Raises RequestError or Refused, and counts the choices as refused.
+        Raises RequestError or Refused, and counts the choices as refused.
+
+        Args:
+            request: the request.
+            seed: seed of choice 0.
+            choices: numbers of the choices to queue.
+            resumption: None for a new request; for a suspended one, its output so far, after which the choices go on.
         """
         n = len(choices)
         self.counts.received += n
@@ -336,10 +341,15 @@ class Engine:
         return sequences
 
     def _sequences(self, request: Request, seed: int, choices: abc.Sequence[int], estimate: float) -> list[Sequence]:
-        """Create the Sequences of choices of a request. Choice i samples with seed + i. Returns a list.
+        """Make the Sequences of a request's choices. Returns them as a list, in the order of `choices`.
 
-        choices: their indices. estimate: seconds until the request ends. Raises RequestError if the function that makes
-        the caller's stop checkers or matchers fails.
+        Raises RequestError if the caller's function that makes stop checkers or matchers fails.
+
+        Args:
+            request: the request.
+            seed: seed of choice 0; choice i samples with seed + i.
+            choices: numbers of the choices.
+            estimate: estimated seconds until the request ends.
         """
         now, first = self.clock.read(), self.counts.admitted
         try:

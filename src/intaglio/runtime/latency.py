@@ -106,8 +106,11 @@ class LatencyEstimator:
 
 
 def _moved(quantile: float, stride: float, above: bool) -> float:
-    """The 90th percentile `quantile` after one more observation: a little larger if that was above it, else smaller.
+    """A tracked 90th percentile after one more observation: slightly larger if that was above it, else smaller.
 
-    stride: step size, in the logarithm of the value.
+    Args:
+        quantile: the percentile before.
+        stride: step size, in the logarithm of the value.
+        above: True if the observation was above `quantile`.
     """
     return quantile * math.exp(stride * (QUANTILE if above else QUANTILE - 1))

@@ -13,10 +13,12 @@ from intaglio.runtime.stats import Counts
 
 
 class LiveRequests:
-    """Live requests, those with a sequence that has not ended. `by_id`: request id to the sequences of all its choices.
+    """The requests that have at least one sequence that has not ended.
 
     Every sequence ends through `end()`, which frees its blocks and returns its last Event. `emit()` collects the events
     of a step and `take_events()` returns them at its end.
+
+    by_id: request id to the sequences of all its choices.
     """
 
     def __init__(self, scheduler: Scheduler, clock: MonotonicClock, latency: LatencyEstimator, counts: Counts) -> None:

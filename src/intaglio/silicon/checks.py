@@ -130,8 +130,8 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
     """Text that names the engines that wait for each other in a cycle, for the error of a deadlock.
 
     The cycle is found by following the waits from the first engine of `blocked`, which is not empty. If they end at an
-    engine whose wait nothing can satisfy, the text names that engine instead. It also has the number of the other
-    engines in `blocked`.
+    engine whose wait nothing can satisfy, the text names only that engine. At the end the text gives the number of
+    blocked engines that it has not named, if there are any.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []
@@ -183,7 +183,10 @@ class Accesses:
         self.entries: dict[tuple[int, int, int, int], Entry] = {}
 
     def entry(self, region: Region) -> Entry:
-        """The Entry of a region with these bytes; at the first call a new one, linked to all that overlap it."""
+        """The Entry of `region`. Regions of the same bytes in the same rows have one Entry.
+
+        At the first call for these bytes it is new, and linked to all earlier Entries whose regions overlap `region`.
+        """
         key = (region.address, region.rows, region.row_bytes, region.stride)
         if key not in self.entries:
             new = Entry(region)

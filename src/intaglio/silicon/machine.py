@@ -30,8 +30,8 @@ from intaglio.silicon.stream import Stream
 class Span:
     """One executed instruction (`name`), with its start and end in seconds since the start of the run.
 
-    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: site of the op it belongs
-    to.
+    `core`: number of the core. `engine`: name of the core's engine that ran the instruction. `site`: name of the op's
+    place in the model, such as layers.3.mlp.down_proj.
     """
 
     core: int
@@ -48,10 +48,11 @@ class RunResult:
 
     Attributes:
         seconds: until the last instruction ended.
-        busy: seconds in use by engine.
+        busy: {name of an engine: seconds in which it was in use}, summed over the cores.
         stalls: idle seconds by (engine, engine whose result it waited for, or "start").
         bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
         spans: the executed instructions, if the machine records them.
+        label: purpose of this launch, such as "rounding", if a kernel has several launches; "" for its main launch.
     """
 
     seconds: float = 0.0
@@ -59,6 +60,7 @@ class RunResult:
     stalls: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     spans: list[Span] = field(default_factory=list)
+    label: str = ""
 
 
 @dataclass
@@ -227,9 +229,13 @@ class Machine:
     def _rates(self) -> list[float]:
         """The current bytes/s of each of self.transfers, as a list.
 
-        A transfer over a link gets an equal share of the chip's links. Any other transfer has the lowest of four rates:
-        the port of its core; an equal share of the L2; an equal share of HBM among the transfers that move HBM bytes,
-        scaled up if only some of its bytes are HBM's; and its bytes over the time that its instruction takes at least.
+        A transfer over a link gets an equal part of the bandwidth of the chip's links. Any other transfer has the
+        lowest of these rates:
+
+        - the rate of its core's port;
+        - an equal part of the L2's rate;
+        - if HBM moves bytes for it: an equal part of HBM's rate, divided by HBM bytes for each byte of the transfer;
+        - if its instruction has a minimum time: its bytes divided by that time.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -340,9 +346,10 @@ class Machine:
         """Record a transfer in the L2's model. Returns (HBM bytes, missed fraction, time when the L2 has all bytes).
 
         - HBM bytes: bytes that the L2 reads from HBM or writes back for it.
-        - Missed fraction: for a Load, the part of its bytes that the L2 fetches; its latency is HBM's times this. 1 for
-          all other transfers. (The L2's own latency is not counted: it is in the launch overhead, fitted to it.)
-        - Time: seconds of the run, before which lines that an earlier transfer fetches are not visible; 0 if no Load.
+        - Missed fraction: for a Load, the fraction of its bytes that the L2 fetches from HBM. The Load's latency is
+          this fraction of HBM's latency. (The L2's own latency is in the fitted launch overhead.) Other transfers: 1.
+        - Time: seconds since the start of the run at which the L2 has received lines that an earlier transfer fetches
+          and this Load reads; 0 if there are none, and for other transfers.
 
         Rows of Gather and Scatter are taken to miss the L2, since they depend on values.
         """

@@ -27,10 +27,12 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
     """Exposed seconds of each collective with dual-batch overlap, as a dict by the collective's index.
 
     Exposed seconds are those in which no compute hides the collective. Two halves of the batch alternate: one computes
-    while the other communicates. `seconds` (of the first and of the second half) and `is_collective` have an item for
-    each op. Each half runs its ops in order, and the second half is never ahead of the first. If both could compute,
-    the one closer to its next collective does, which keeps the links busy. Time in which neither half computes counts
-    for the collective that is waited for.
+    while the other communicates. Each half runs its ops in order, and the second half is never ahead of the first. If
+    both could compute, the one closer to its next collective does, which keeps the links busy. While neither half
+    computes, the seconds count for the collective whose end lets a half continue.
+
+    seconds: for each op, its seconds for the first and for the second half. is_collective: for each op, True if it is a
+    collective.
     """
     found = _native.exposed_seconds(
         range(len(seconds)), [a for a, _ in seconds], [b for _, b in seconds], list(is_collective)

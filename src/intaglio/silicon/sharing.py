@@ -12,9 +12,9 @@ MANY = -1
 
 
 class SharedHbm:
-    """Record of accesses to a chip's HBM in one run: for each byte, the core that wrote it and the one that read it.
+    """Finds accesses to the same HBM byte by two cores in one run, of which one writes. No order is defined for them.
 
-    The number MANY in place of a core's stands for several cores.
+    Keeps, for each byte, the core that wrote it and the core that read it; MANY if several cores read it.
     """
 
     def __init__(self) -> None:

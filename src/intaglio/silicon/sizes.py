@@ -43,19 +43,19 @@ class BatchSizes:
 
     @cached_property
     def counts(self) -> BatchSizes:
-        """A copy in which each sequence has one query and one key; numbers of tokens, rows and sequences stay.
+        """A copy without the lengths of the sequences: all are listed with one query and one key.
 
-        It is the key by which the time of an op other than attention is cached: steps that differ only in their queries
-        and keys share one Timing.
+        The numbers of tokens, rows and sequences stay. The copy is the cache key for times of ops other than attention:
+        steps that differ only in their sequences' queries and keys share one Timing.
         """
         return BatchSizes(self.tokens, self.rows, ((1, 1, self.sizes["S"]),), self.filtered)
 
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
         """Divide the batch into two halves whose tokens, and whose rows, differ by at most one; returns their sizes.
 
-        Of each group of sequences with equal numbers of queries and keys, each half gets as many. If a group's number
-        of sequences is odd, one of them is cut in the middle of its queries, and the first half gets the earlier ones;
-        a sequence with a single query goes to one half.
+        Each group of sequences with equal numbers of queries and keys is divided equally. From a group with an odd
+        number of sequences, one is cut in the middle of its queries, and the first half gets the earlier queries. If it
+        has a single query, it goes whole to the half with fewer tokens so far, or to the first half.
         """
         parts: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
         surplus = 0  # tokens of the first half beyond those of the second: -1, 0 or 1

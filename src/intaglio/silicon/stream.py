@@ -109,9 +109,10 @@ class StreamBuilder:
         self.fenced = list(self.count)
 
     def _last_access(self, region: Region) -> LastAccess:
-        """The LastAccess record that covers `region`, created empty if there is none.
+        """The LastAccess record of `region`; an empty one is created and kept if there is none.
 
-        In SRAM and accumulators each tile has a record; in HBM each address at which an accessed region begins.
+        In SRAM and accumulators there is one record for each tile. In HBM there is one for each start address: regions
+        that overlap but start elsewhere have different records.
         """
         low, high = region.span
         if region.space == "hbm":

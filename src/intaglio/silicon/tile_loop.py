@@ -27,12 +27,13 @@ class TileLoop:
         load: bytes that a job loads.
         work_s: seconds that a job computes on the vector lanes.
         store: bytes that a job stores.
-        depth: tiles that a core has for loads, and as many for results; so many jobs overlap.
-        once: bytes that each core loads besides, before its first job.
+        depth: number of a core's tiles for loads, and of its tiles for results. It is also the largest number of jobs
+            that overlap on a core.
+        once: bytes that each core loads before its first job, in addition to its jobs' bytes.
         in_place: True if a tile is stored from where it was loaded, so that it is free only after its store.
         load_missed: bytes that HBM moves for each loaded byte.
         store_missed: bytes that HBM moves for each stored byte.
-        store_s: seconds that the store of a job takes at least.
+        store_s: minimum seconds of a job's store; 0: no minimum.
     """
 
     jobs: int
@@ -93,9 +94,10 @@ def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
 
 
 class _Core:
-    """Simulation of one core of a TileLoop, from which the time of the whole loop follows: it has the most jobs.
+    """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
 
-    full: rounds in which every core has a job. rest: cores that have one more job after those.
+    Jobs are counted from 0 on each core. full: number of jobs that every core has. rest: number of cores that have one
+    more job.
     """
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int) -> None:
@@ -104,7 +106,7 @@ class _Core:
         self.stored_at: list[float] = []  # seconds when each job's store has ended
 
     def active(self, job: int) -> int:
-        """Number of cores that have a job of this number."""
+        """Number of cores that have a job number `job`. Each core counts its own jobs from 0."""
         return self.target.chip.cores if job < self.full else self.rest
 
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
@@ -194,8 +196,9 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
     """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
 
     The op before has just written the operands to the L2, which evicts the least recently used lines. First, loads hit
-    the L2. When results have filled the L2, each evicts operands that are not read yet, so loads miss. When no such
-    operands are left in it, results are also written back to HBM. Without an L2, HBM moves all bytes.
+    the L2, unless the operands alone exceed it. When results have filled it, each evicts operands that are not read
+    yet, so loads miss. When no such operands are left in it, results are also written back to HBM. Without an L2, HBM
+    moves all bytes.
 
     Args:
         reads: bytes of all operands.

@@ -66,13 +66,13 @@ class Timing:
 def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> Any:
     """Seconds of a software pipeline of n iterations: load a tile, then compute on it, with a ring of `depth` tiles.
 
-    It counts from the start of the first load to the end of the last computation. A load takes load_s; its tile can be
-    used latency_s later, is computed on for work_s, and can then be loaded again. Arguments are numbers or arrays that
-    broadcast.
+    The time runs from the start of the first load to the end of the last computation. A load takes load_s. Its tile can
+    be used latency_s later, is computed on for work_s, and is then free for another load. Arguments are numbers or
+    arrays that broadcast, and so is the result.
 
-    The result is exact: the longest chain of dependencies. A chain that waits r times for a tile to be free takes
-    (r + 1) * (load_s + latency_s + work_s) + (n - 1 - r * depth) * max(load_s, work_s). This is linear in r, so the
-    longest has r = 0 or the largest r, floor((n - 1) / depth).
+    The result is exact: it is the length of the longest chain of dependencies. With r waits for a free tile, a chain
+    takes (r + 1) * (load_s + latency_s + work_s) + (n - 1 - r * depth) * max(load_s, work_s) seconds. The formula is
+    linear in r, so the maximum is at r = 0 or at the largest r, floor((n - 1) / depth).
     """
     once = load_s + latency_s + work_s
     busier = np.maximum(load_s, work_s)

@@ -136,8 +136,10 @@ def _request(s: socket.socket, where: str) -> list[str]:
 class BlockClient:
     """An authenticated connection to a BlockServer. Raises OSError if it cannot be made or is refused.
 
-    connecting: longest time, in seconds, for the connection and for each answer of the handshake. silence: longest time
-    without a byte of an answer.
+    Args:
+        address: address of the server, and the token that it knows.
+        connecting: longest time, in seconds, for the connection and for each answer of the handshake.
+        silence: longest time, in seconds, without a byte of an answer; then OSError is raised.
     """
 
     def __init__(self, address: TcpAddress, connecting: float, silence: float) -> None:
@@ -197,6 +199,6 @@ class BlockClient:
 
 
 def _end(s: socket.socket) -> None:
-    """End a connection that another thread may be using, which then closes it."""
+    """Shut down a connection that another thread may be using. That thread then gets an error and closes the socket."""
     with suppress(OSError):
         s.shutdown(socket.SHUT_RDWR)

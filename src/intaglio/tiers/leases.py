@@ -26,7 +26,11 @@ SECOND = 10**9  # ns
 
 
 class Leases:
-    """The leases on blocks of a folder, shared by all processes that use it."""
+    """The leases on the K/V blocks of a folder, shared by all processes that use it. Each lease is a file.
+
+    A lease pins blocks until a time, so that they are not evicted. It is taken for blocks that another replica will
+    load.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "leases"

@@ -32,10 +32,13 @@ IDLE_MAX = 64  # connections to peers that are kept open
 
 
 def default_budget(memory: int, engines: int) -> int:
-    """Budget of a PeerTier's blocks in bytes, if none is given.
+    """Default for the most bytes of K/V blocks that an engine's PeerTier keeps in memory for its peers, an int.
 
-    1/8 of the machine's memory in equal parts, at most 8 GiB each. memory: bytes of the machine's memory. engines:
-    number of engines there that keep blocks for peers.
+    1/8 of the machine's memory is divided equally among its engines; each gets at most 8 GiB.
+
+    Args:
+        memory: bytes of the machine's memory.
+        engines: number of engines there that keep blocks for peers.
     """
     return max(1, min(BLOCKS_BYTES, memory // BLOCKS_SHARE // engines))
 

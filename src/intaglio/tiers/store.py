@@ -222,7 +222,12 @@ class StoreTier:
         return next((at for at, name in enumerate(names[:there]) if name not in pinned), there)
 
     def say(self, kind: str, what: str) -> None:
-        """Report the message `what`, if it is the first of its `kind`."""
+        """Report a message to the operator. Only the first message of each kind is reported; later ones are dropped.
+
+        Args:
+            kind: a word for the kind of message.
+            what: the message.
+        """
         with self.lock:
             if kind in self.said:
                 return

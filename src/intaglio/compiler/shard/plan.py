@@ -90,11 +90,12 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
     """Split the linears from which `x` is computed by columns: add their results to `plan` with `shares`.
 
-    They then compute the columns of `x` that each lane (rank) needs. Only elementwise ops, convolutions, permute and
-    moment may lie between the linears and `x`. Nothing is added if `x` depends on other results too, if a linear's
-    result is in the plan already or has another width than `x`, or if `x` has fewer columns than there are lanes.
+    Each lane (rank) then computes only its own columns of `x`. The linears and `x` may be separated by ops that work on
+    each column alone: elementwise ops, short convolutions, Permute and Moment. Nothing is added if `x` depends on
+    results of any other op, if a linear's result is in the plan already or has another width than `x`, or if `x` has
+    fewer columns than there are lanes. Returns nothing.
 
-    plan: {result: columns of each lane}; changed. shares: the columns of each lane, a list with an item a lane.
+    plan: {result: columns of each lane}; changed. shares: a list with the columns of each lane.
     """
     found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
@@ -104,10 +105,11 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 def roots(
     p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
 ) -> set[str] | None:
-    """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
+    """Names of the linears' results from which tensor `name` is computed, as a set.
 
-    Only elementwise ops, and ops of the types `through`, may lie between. A view of a linear's result counts as such a
-    result. found: the roots of tensors already visited, to which others are added, so that each is visited once.
+    It follows operands back through elementwise ops and ops of the types `through`. None if it meets the result of any
+    other op, or if `name` is no op's result. Weights, constants and inputs of the Program do not count. A view of a
+    linear's result counts as a linear's result. found: roots of tensors already visited; new ones are added.
     """
     found = {} if found is None else found
     if name not in found:

@@ -52,11 +52,12 @@ def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> N
 
 
 def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[Share], list[Share]]:
-    """Divide the heads of linear attention among `lanes` ranks: two lists with an item a lane, (heads, groups).
+    """Divide the heads of linear attention among `lanes` ranks. Returns two lists, each with one item for each lane.
 
-    An item is a Share, a tuple of one range: of the head numbers that the lane computes, and of the groups of q and k
-    that these heads read. Lanes get near-equal numbers of groups with all their heads. If there are more lanes than
-    groups, several lanes have the same group and divide its heads.
+    Items of the first list: the numbers of the heads that the lane computes. Items of the second list: the numbers of
+    the groups of q and k that these heads read. Each item is a Share, here a tuple of one range. Lanes get near-equal
+    numbers of groups with all their heads. If there are more lanes than groups, several lanes have the same group and
+    divide its heads.
 
     site: the op's site (name), for errors. heads: a multiple of `groups`. Raises LayoutError if the lanes can divide
     neither groups nor heads evenly.
@@ -76,11 +77,11 @@ def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[S
 
 
 def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
-    """Divide `width` channels among `lanes` ranks, near-equally; a list with each one's Share, a tuple of one range.
+    """Divide `width` channels among `lanes` ranks, near-equally. Returns a list with a Share (one range) for each rank.
 
-    site: the op's site (name), for errors. blocks: number of equal blocks of channels that must stay whole; 0: ranges
-    end at multiples of 128, 64 or 32 channels if that gives every lane one. Raises LayoutError for more lanes than
-    blocks, or than channels.
+    site: the op's site (name), for errors. blocks: number of equal blocks of channels that must stay whole. With 0,
+    ranges end at multiples of 128, else 64, else 32 channels, if these divide `width` and every rank gets some; if not,
+    at any channel. Raises LayoutError for more lanes than blocks, or than channels.
     """
     if lanes > (blocks or width):
         what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
@@ -89,14 +90,13 @@ def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Shar
 
 
 def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
-    """Find how the results and states of the block around a recurrence are split: {name: columns of each lane (rank)}.
+    """Find how the block around a recurrent op is split among ranks: returns {tensor: columns of each lane (rank)}.
 
-    It begins with the op's own tensors and goes on through ops that compute each column from the same column, up to the
-    linears that compute the block's inputs and those that read its results. A tensor that is read through views is
-    split as all its views are. Returns None if the block cannot be split: two ops want one tensor split differently, or
-    an op needs a whole operand that cannot be gathered.
+    The search starts at the tensors of `op`. It goes on through ops that compute each column from the same column, and
+    ends at the linears before and after the block. A tensor that is read through views is split as all its views are.
 
-    starts: the columns, or heads, of each lane for each tensor of `op` that is split.
+    Returns None if the block cannot be split: two ops want one tensor split differently, or an op needs a whole operand
+    that cannot be gathered. starts: {tensor of `op` that is split: columns, or heads, of each lane}.
     """
     found: Plan = {}
     todo = list(starts.items())

@@ -26,10 +26,10 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among `lanes` ranks; a list with each one's Share, a tuple of one run of columns.
+    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a Share (tuple of one range) for each.
 
-    As cut() does. If the weight's format has blocks of more than 128 values (K-quants: 256), runs end at blocks where
-    possible: if blocks divide the columns and there is one for every lane. Lanes may then differ by a block.
+    Ranges end at multiples of the first of these numbers that divides the columns and gives every rank some: the
+    format's block if that is above 128 values (K-quants: 256), then 128, 64, 32. If none does, they end at any column.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
@@ -44,9 +44,9 @@ def scaled(shares: Sequence[Share], by: int) -> list[Share]:
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """The heads whose columns are in `share`, as runs of head numbers; a head has `head_dim` columns.
+    """The numbers of the heads whose columns are in `share`, as a tuple with a range for each range of columns.
 
-    The share has whole heads.
+    A head has `head_dim` columns. `share` must consist of whole heads.
     """
     return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
@@ -72,10 +72,10 @@ def is_partition(shares: Sequence[Share], width: int) -> bool:
 
 
 def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
-    """The columns of tensor `base` that each lane (rank) holds if it holds those of the views of `base` in `plan`.
+    """The columns of tensor `base` on each lane (rank), when `plan` says which columns of its views each lane holds.
 
-    A list with an item a lane. None if `base` has no views, if they do not cover it, or if one of them is not in
-    `plan`, a dict {view: its columns on each lane}.
+    Returns a list with a Share (tuple of ranges) for each lane. None if `base` has no views, if the views do not cover
+    `base` without gaps, or if a view is not in `plan`. plan: {view: its columns on each lane}.
     """
     views = p.views(base)
     ends = [start + int(p.tensors[name].shape[1]) for start, name in views]

@@ -49,9 +49,14 @@ def _relative(name: str, under: str) -> str:
 
 
 def _scores(t: Trace, rec: Attention) -> Facts:
-    """A dict {scale, softcap, sinks, window, chunk} with which softmax attention gives the traced result.
+    """How the traced result follows from queries, keys and values: a dict {scale, softcap, sinks, window, chunk}.
 
-    Raises Unmatched if no such values give it.
+    scale and softcap are floats (0: no softcap), sinks is True if the module has attention sinks, window and chunk are
+    tokens (0: none). Raises Unmatched if softmax attention with no such values gives the result.
+
+    Args:
+        t: the trace.
+        rec: the call of the attention function.
     """
     heads, n = rec.q.shape[:2]
     seen = np.tri(n, dtype=bool) if rec.mask is None else rec.mask > -1e30
@@ -214,9 +219,12 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which queries are scaled, besides the rotation `turn`; None if another rotation turns queries.
+    """Factor by which queries are scaled beside rope, a float; None if queries are rotated otherwise than keys.
 
-    before, after: the queries before and after rope, [heads, tokens, head_dim]. turn: the rotation of keys.
+    Args:
+        before: the queries before rope, [heads, tokens, head_dim].
+        after: the queries after rope, in the same shape.
+        turn: the rotation of the keys.
     """
     length = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (before, after)]
     last = [float(np.linalg.norm(x[..., -1].astype(np.float64))) for x in (before, after)]  # not turned, if a part is

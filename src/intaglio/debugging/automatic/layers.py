@@ -168,10 +168,16 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 
 
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
-    """Add the norm before attention to `n`, under the name `site`, if there is one.
+    """Add the norm before attention to `n`, under the name `site`, if there is one. Returns nothing.
 
-    own: norms called in the layer. x: the input of attention. call: the call of the layer. Raises Unmatched if x is
-    neither the residual nor a norm of it.
+    Args:
+        n: norms of the layer by name.
+        site: the name, such as attn.norm.
+        own: norms called in the layer.
+        x: the input of attention.
+        call: the call of the layer.
+
+    Raises Unmatched if x is neither the residual nor a norm of it.
     """
     if same(x, call.x):
         return
@@ -264,9 +270,15 @@ def _residuals(
 
 
 def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel: bool) -> Facts:
-    """A dict {parallel, residual_scale} for a layer whose result is x + residual_scale * (sum of branches).
+    """Check that a layer's result is x + s * (sum of branches). Returns {"parallel": parallel, "residual_scale": s}.
 
-    parallel: returned as given. Raises Unmatched if the result is anything else.
+    Args:
+        call: the call of the layer.
+        x: the residual.
+        branches: the results that are added to it.
+        parallel: value for the key parallel.
+
+    Raises Unmatched if the result is anything else.
     """
     found = factors(call.y, x, *branches)
     if found is None or found[0] != 1 or max(found[1:]) - min(found[1:]) > 1e-5:

@@ -99,9 +99,17 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """The properties of the mixture of experts in module `under`, as a dict: experts, routing, shared expert.
+    """What a mixture of experts computes, as a dict with the keys of _expert(), _routing(), _shared(), and `experts`.
 
-    x, result: the module's input and result. Raises Unmatched if the fields of Mixture cannot express the module.
+    `experts` is the name of the experts' module within the mixture's module.
+
+    Args:
+        t: the trace.
+        under: name of the mixture's module.
+        x: the module's input.
+        result: the module's result.
+
+    Raises Unmatched if the fields of Mixture cannot express the module.
     """
     call = experts_call(t, under)
     assert call is not None
@@ -115,9 +123,19 @@ def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Fa
 
 
 def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts:
-    """The properties of the routed experts, as a dict: count, width, top (experts per token), layout and activation.
+    """What the routed experts compute, as a dict.
 
-    call: the call of the module of experts. ids, weights: experts of each token and their weights, [tokens, top].
+    - count, width, top: number of experts, their inner width, and experts per token.
+    - turned: True if their matrices are stored transposed.
+    - activation: name of the function on the gate.
+    - inside: True if the routing weight multiplies an expert's input, not its result.
+
+    Args:
+        t: the trace.
+        call: the call of the module of experts.
+        ids: experts of each token [tokens, top].
+        weights: their weights [tokens, top].
+
     Raises Unmatched if no activation and layout give the call's result.
     """
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
@@ -242,7 +260,11 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """A dict {"shared": properties of the shared expert or None, "shared_gate": name of its gate or ""}.
+    """What the shared expert of a mixture computes, as a dict with two keys.
+
+    - shared: facts of its MLP (see dense_facts()), with its module's name under `place`; None if there is no shared
+      expert.
+    - shared_gate: name of the linear whose sigmoid multiplies its result; "" for none.
 
     Args:
         t: the trace.

@@ -35,7 +35,7 @@ class Norm:
 
     Attributes:
         name: the module's name.
-        kind: rms, layer or l2, as in the op norm.
+        kind: rms, layer or l2, as in the op Norm.
         eps: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
         offset: added to the weight.
         weight: True if it has a weight.

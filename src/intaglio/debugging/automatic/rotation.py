@@ -15,7 +15,7 @@ class Rotation:
 
     Attributes:
         dim: number of columns of a head that are rotated, from the first; 0: none.
-        style: half or interleaved, as in the op rope.
+        style: half or interleaved, as in the op Rope.
         factor: scale of the rotated columns.
         angles: radians per position, one for each pair of columns.
     """

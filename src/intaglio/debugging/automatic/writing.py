@@ -285,7 +285,7 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 
 
 def turned(settings: Any, share: float) -> Any:
-    """The rope settings, changed in place so that the fraction `share` of each head's columns is rotated."""
+    """Rope settings, changed in place so that rope rotates the fraction `share` of each head's columns."""
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from intaglio.devices.host.kernels import NativeKernel, kernel_of
 from intaglio.devices.host.layout import Home, HostLayout, buffer_key, columns_of
 from intaglio.devices.weights import assemble, check_slots, zeroed_state
 from intaglio.formats import Quantised
-from intaglio.ops import Op, Tensor, Value
+from intaglio.ops import AllReduce, Map, Op, Tensor, Value
 from intaglio.program import Program
 from intaglio.program.source import strips
 
@@ -78,11 +81,14 @@ def load(
     with kept or nullcontext():
         loader = _Loader(native, program, layout, weights, state, threads, matrices, kept is not None and kept.ready)
         ids = {t.name: loader.declare(t) for t in program.tensors.values() if loader.is_native(t)}
+    sums = {i: more for i, more in added_sums(program).items() if i not in layout.stopped}
     for i, op in enumerate(program.ops):
         if i in layout.stopped:
             native.stop()
+        elif i - 1 in sums:
+            native.op("done", {}, {})
         else:
-            add_op(native, op, ids)
+            add_op(native, op, ids, sums.get(i, {}))
     return Loaded(
         ids, matrices, _arrays(program, layout, weights, state), kept if isinstance(kept, image.Image) else None
     )
@@ -116,15 +122,33 @@ def pack_again(
     return matrices, {name: loader.vector(program.tensors[name]) for name in vectors}
 
 
-def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
+def added_sums(program: Program) -> dict[int, dict[str, str]]:
+    """The all_reduces that the host runs together with the addition of a residual that follows them.
+
+    Returns {number of the all_reduce: {"residual": name of the residual, "total": name of the addition's result}}. The
+    addition is the next op, a map, and no other op reads the sum. The sum is then not stored.
+    """
+    reads = Counter(program.base(name) for op in program.ops for name in op.inputs)
+    found = {}
+    for i, (op, after) in enumerate(pairwise(program.ops)):
+        if isinstance(op, AllReduce) and isinstance(after, Map) and reads[op.out] == 1:
+            residual = after.other_of_sum(op.out) if program.tensors[op.out].role == "temp" else None
+            if residual and program.tensors[residual].shape == program.tensors[op.out].shape:
+                found[i] = {"residual": residual, "total": after.out}
+    return found
+
+
+def add_op(
+    native: _native.Executable, op: Op, ids: Mapping[str, int], more: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Append one op to the native executable. Raises DeviceError with the kernel's message if it cannot run the op.
 
-    ids: numbers of the Program's tensors in the native executable, by name. Operands and attributes are passed by the
-    field names of the op's class; arrays of the batch are left out.
+    ids: numbers of the Program's tensors in the native executable, by name. more: names of further operands. Operands
+    and attributes are passed by the field names of the op's class; arrays of the batch are left out.
     """
     kernel = kernel_of(op)
     assert isinstance(kernel, NativeKernel)
-    named = {name: getattr(op, name) for name in op.named("operand", "optional", "result")}
+    named = {**{name: getattr(op, name) for name in op.named("operand", "optional", "result")}, **more}
     try:
         native.op(op.kind, {name: ids[t] for name, t in named.items() if t in ids}, kernel.attributes(op))
     except ValueError as e:

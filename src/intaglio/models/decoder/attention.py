@@ -74,7 +74,7 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def clip(limit: float) -> str:
-    """An expression for the op `map` that clips its operand `a` to the range -limit to limit, as text."""
+    """An expression for the op Map that clips its operand `a` to the range -limit to limit, as text."""
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 

@@ -151,13 +151,13 @@ class Mixture:
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        route: further attributes of the op route.
-        glu: further attributes of the op experts.
+        route: further attributes of the op Route.
+        glu: further attributes of the op Experts.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
-        join: expression for the op map that joins the routed experts' result (a) and the shared expert's (b).
+        join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b).
     """
 
     count: int
@@ -218,7 +218,7 @@ class Decoder:
     context: int
     layers: tuple[Layer, ...]
     ropes: Mapping[str, Table]
-    activation: str  # a function of the op map, or xielu
+    activation: str  # a function of the op Map, or xielu
     eps: float
     tied: bool
     scale: float

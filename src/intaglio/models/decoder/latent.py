@@ -25,17 +25,14 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
         x: name of the input tensor.
     """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
-    turn = d.ropes[layer.rope]
-    how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
-    table = f"{layer.rope}.frequencies"
     narrow = _compressed_queries(w, m, at, source, x) if m.q_rank else ""
     q = _queries(w, m, at, source, x, narrow)
-    q = b.op(Rope, at + "q_rope", q, "positions", table, head_dim=m.nope + m.rope, trailing=True, **how)
+    q = _turned(w, layer, at + "q_rope", q, m.nope + m.rope, trailing=True)
     both = w.linear(at + "kv_a_proj", x, m.rank + m.rope, d.hidden, source + "kv_a_proj_with_mqa", d.o_bias)
     c = b.view(at + "latent", both, 0, m.rank)
     c = _norm(w, m, at + "kv_norm", c, m.rank, source + "kv_a_layernorm")
     k = b.view(at + "k_pe", both, m.rank, m.rank + m.rope)
-    k = b.op(Rope, at + "k_rope", k, "positions", table, head_dim=m.rope, **how)
+    k = _turned(w, layer, at + "k_rope", k, m.rope)
     latents, ropes = b.cache(at + "latent_cache", 1, m.rank, w.cache), b.cache(at + "rope_cache", 1, m.rope, w.cache)
     scales = dict.fromkeys(names := w.cache_scales(i, at, 1), names.get("k_scale", ""))  # one cache, of keys and values
     b.op(KvWrite, at + "kv_write", c, k, latents, ropes, **scales)
@@ -49,6 +46,26 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale, **scales)
     a = b.op(HeadLinear, at + "v_proj", a, values)
     return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
+
+
+def _turned(w: Writer, layer: Layer, site: str, x: str, head_dim: int, trailing: bool = False) -> str:
+    """Add rope as the layer has it. Returns the result's tensor name; x itself in a layer without rope (Kimi Linear).
+
+    Args:
+        w: writes the op.
+        layer: the layer's description.
+        site: name of the op in the Program.
+        x: name of the input tensor.
+        head_dim: columns of a head.
+        trailing: True if the last columns of each head are turned, not the first.
+    """
+    if not layer.rope:
+        return x
+    turn = w.d.ropes[layer.rope]
+    how: dict[str, Any] = {"head_dim": head_dim, "style": turn.style, "factor": turn.factor}
+    if trailing:
+        how["trailing"] = True
+    return w.b.op(Rope, site, x, "positions", f"{layer.rope}.frequencies", **how)
 
 
 def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:

@@ -94,7 +94,7 @@ class ScanMixer:
 class DeltaMixer:
     """A gated delta net: q, k and v pass a short convolution and silu; q and k are normed to length 1.
 
-    Two more projections, b and a, give beta and the decay of each head.
+    Two more projections, b and a, give beta and the decay of each head, or of each key column (Kimi delta attention).
 
     Attributes:
         key_heads: heads of q and k.
@@ -103,8 +103,16 @@ class DeltaMixer:
         values: columns of a value head.
         taps: tokens that the convolution reads.
         eps: epsilon of the norm before the gate.
-        fused: True if the checkpoint has q, k, v and gate (z) in one weight in_proj_qkvz, and b and a in in_proj_ba,
-            each grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+        stored: how the checkpoint stores the projections. "parts": in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+            "fused": q, k, v and gate (z) in in_proj_qkvz, and b and a in in_proj_ba, each grouped by key head
+            (Qwen3-Next). "separate": q_proj, k_proj and v_proj, each with a convolution of its own (q_conv1d), and
+            g_proj (the gate), b_proj, a_proj and o_proj.
+        conv_rows: rows of the tensors q_conv1d, k_conv1d and v_conv1d, if a file divides the channels among them in
+            another way than q, k and v do; (): as q, k and v do. Only for stored="separate".
+        beta: factor of beta after the sigmoid; 2 lets a token overshoot what the state holds for its key.
+        gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
+        rank: columns between the two linears of the gate and of the decay, where the decay is one per key column
+            (g_a_proj and g_b_proj, f_a_proj and f_b_proj; Kimi). 0: one linear each, and a decay per head.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -114,7 +122,11 @@ class DeltaMixer:
     values: int
     taps: int
     eps: float
-    fused: bool = False
+    stored: str = "parts"
+    conv_rows: tuple[int, ...] = ()
+    beta: float = 1.0
+    gate: str = "silu"
+    rank: int = 0
     block: str = "linear_attn"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from intaglio.models.decoder.mixers import (
     ConvMixer,
     DeltaMixer,
@@ -159,21 +161,28 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
     """
-    b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
-    y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
-    y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
-    q, k, v = w.views(y, {at + "q": key, at + "k": key, at + "v": value})
-    q, k = (b.op(Norm, f"{n}_norm", n, norm="l2", eps=1e-6, group=m.keys) for n in (q, k))
-    beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)")
-    _, log_decay = decay(w, at, source, step, m.heads)
+    b, value, separate = w.b, m.heads * m.values, m.stored == "separate"
+    if separate:
+        q, k, v, gate, beta, step = separate_inputs(w, m, at, source, x)
+    else:
+        key = m.key_heads * m.keys
+        y, gate, beta, step = (fused_inputs if m.stored == "fused" else inputs)(w, m, at, source, x)
+        y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
+        q, k, v = w.views(y, {at + "q": key, at + "k": key, at + "v": value})
+    q, k = (
+        b.op(Norm, f"{at}{n}_norm", y, norm="l2", eps=1e-6, group=m.keys) for n, y in zip("qk", (q, k), strict=True)
+    )
+    beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)" + (f" * {m.beta!r}" if m.beta != 1 else ""))
+    _, log_decay = decay(w, at, source, step, m.heads, width=m.heads * m.keys if m.rank else 0)
     y = b.op(
         LinearAttention, at + "scan", q, k, v, b.state(at + "state", m.heads, m.keys, m.values), decay=log_decay,
         beta=beta, heads=m.heads, delta=True, scale=m.keys**-0.5,
     )  # fmt: skip
-    weight = w.weight(at + "norm", "weight", (m.values,), source + "norm")
-    y = b.op(Norm, at + "norm", y, weight=weight, eps=m.eps, group=m.values)
-    y = b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
-    return w.linear(at + "out_proj", y, w.d.hidden, value, source + "out_proj")
+    norm, out = ("o_norm", "o_proj") if separate else ("norm", "out_proj")
+    weight = w.weight(at + norm, "weight", (m.values,), source + norm)
+    y = b.op(Norm, at + norm, y, weight=weight, eps=m.eps, group=m.values)
+    y = b.op(Map, at + "gated", y, b=gate, expr=f"a * {m.gate}(b)")
+    return w.linear(at + out, y, w.d.hidden, value, source + out)
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
@@ -270,13 +279,58 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
     ]
 
 
+def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
+    """Add the input projections of a gated delta net whose checkpoint stores a matrix for each (OLMo Hybrid, Kimi).
+
+    Returns the names of six result tensors, in a list: q and k [T, key_heads * keys] and v [T, heads * values], after
+    their convolutions; the gate [T, heads * values]; b, which gives beta [T, heads]; and what gives the decay, [T,
+    heads], or [T, heads * keys] with m.rank.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
+    """
+    hidden, key, value = w.d.hidden, m.key_heads * m.keys, m.heads * m.values
+    out, first = [], 0
+    for n, width in zip("qkv", (key, key, value), strict=True):
+        y = w.linear(f"{at}{n}_proj", x, width, hidden, f"{source}{n}_proj")
+        parts = held_in(m.conv_rows, range(first, first + width), [f"{source}{n}_conv1d.weight|m" for n in "qkv"])
+        out.append(convolved(w, f"{at}{n}_", f"{source}{n}_conv1d", y, width, m.taps, bias=False, sources=parts))
+        first += width
+    widths = {"g": value, "b": m.heads, "f" if m.rank else "a": m.heads * (m.keys if m.rank else 1)}
+    for n, width in widths.items():
+        if m.rank and n != "b":
+            y = w.linear(f"{at}{n}_a_proj", x, m.rank, hidden, f"{source}{n}_a_proj")
+            out.append(w.linear(f"{at}{n}_b_proj", y, width, m.rank, f"{source}{n}_b_proj"))
+        else:
+            out.append(w.linear(f"{at}{n}_proj", x, width, hidden, f"{source}{n}_proj"))
+    return out
+
+
+def held_in(lengths: Sequence[int], rows: range, sources: Sequence[str]) -> list[str]:
+    """The sources of `rows` of a matrix that files hold as several tensors, one below the other; a list.
+
+    lengths: rows of each tensor; (): the rows are a tensor of their own, and the result is []. sources: the tensors.
+    """
+    found, first = list[str](), 0
+    for source, n in zip(sources, lengths, strict=False):
+        start, stop = max(rows.start - first, 0), min(rows.stop - first, n)
+        if start < stop:
+            found.append(f"{source}|r{start}:{stop}/{n}")
+        first += n
+    return found
+
+
 def decay(
-    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
+    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0, width: int = 0
 ) -> tuple[str, str]:
     """Add the op Decay, which computes a recurrent block's step sizes dt and log decays -exp(A_log) * dt.
 
-    Returns the names of both results' tensors, (dt, log decays), each [T, heads]. A_log and dt_bias are read from the
-    checkpoint.
+    Returns the names of both results' tensors, (dt, log decays), each [T, heads] or [T, width]. A_log and dt_bias are
+    read from the checkpoint.
 
     Args:
         w: writes the op.
@@ -286,16 +340,18 @@ def decay(
         heads: number of heads.
         low: smallest dt; smaller ones become `low`.
         high: largest dt; larger ones become `high`; 0: no limit.
+        width: columns of the input, if the heads have several each; 0: one each. Then A_log may have any shape.
     """
-    rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
-    bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
+    rate = w.tensor(at + "rate", (heads,), source + "A_log" + ("|f" if width else ""), plain=True)
+    bias = w.tensor(at + "dt_bias", (width or heads,), source + "dt_bias", plain=True)
     name = w.b.op(Decay, at + "step", step, rate, bias=bias, low=low, high=high)
     return name, f"{name}.decay"
 
 
 def convolved(
-    w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
-) -> str:
+    w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None,
+    sources: Sequence[str] = (),
+) -> str:  # fmt: skip
     """Add a short causal convolution over tokens and the activation silu. Returns the result's tensor name [T, width].
 
     Args:
@@ -307,14 +363,16 @@ def convolved(
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: True if the convolution has a bias.
         part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
-    y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
+    y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
 
 
 def short_conv(
-    w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
-) -> str:
+    w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None,
+    sources: Sequence[str] = (),
+) -> str:  # fmt: skip
     """Add a short causal convolution over tokens, with the state that it needs. Returns the result's tensor name.
 
     Args:
@@ -326,9 +384,11 @@ def short_conv(
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: True if the convolution has a bias.
         part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
-    weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)
+    found = sources or [f"{source}.weight|m" + (f"|r{cut}" if cut else "")]
+    weight = w.tensor(f"{site}.weight", (width, taps), found, plain=True)
     more = {}
     if bias:
         more["bias"] = w.tensor(f"{site}.bias", (width,), f"{source}.bias" + (f"|c{cut}" if cut else ""), plain=True)

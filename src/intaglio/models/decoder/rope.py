@@ -37,11 +37,17 @@ class Table:
 
 
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
-    """The rope settings of layers of type `kind`, as a Settings table in the form of the key `rope_parameters`.
+    """The rope settings of layers of one attention type, as a Settings table in the form of the key `rope_parameters`.
 
-    Older files have a key for the base (named by `theta`) and `rope_scaling` instead. If rope_scaling is set, it
-    replaces rope_parameters, as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling
-    overrides single keys of the table. scaled: False if rope_scaling does not apply to these layers.
+    Older files have a key for the base and `rope_scaling` instead. If rope_scaling is set, it replaces rope_parameters,
+    as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling overrides single keys of the
+    table.
+
+    Args:
+        c: the config.
+        kind: the attention type, such as sliding_attention; "" if the config has the same settings for all layers.
+        theta: the config's key of the base in older files.
+        scaled: False if rope_scaling does not apply to these layers.
 
     Raises PortError for settings that are missing or wrong.
     """
@@ -122,12 +128,19 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 
 
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
-    """The rope Table for settings `p` (see parameters()) and a Program of `context` positions.
+    """The rope Table for a Program of `context` positions.
 
-    partial: True if the family may rotate only part of each head. LongRoPE's long factors are chosen if `context`
-    exceeds the pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by
-    the longest sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier
-    would have other frequencies than later ones.
+    LongRoPE's long factors are chosen if `context` exceeds the pretrained length; dynamic NTK's base is that of a
+    sequence of `context` tokens. transformers chooses by the longest sequence in the batch. Then a sequence's logits
+    would depend on the batch, and keys written earlier would have other frequencies than later ones.
+
+    Args:
+        c: the config.
+        p: rope settings, as parameters() returns them.
+        head_dim: columns of a head.
+        context: positions of the Program.
+        style: how rope pairs columns, "half" or "interleaved".
+        partial: True if the family may rotate only part of each head.
 
     Raises PortError for settings that are missing, wrong or not supported.
     """

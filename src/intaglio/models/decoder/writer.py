@@ -51,24 +51,25 @@ class Writer:
         found = self.d.source(f"{source}.{what}")
         return self.b.weight(f"{site}.{what}", shape, found, self.format(names(found)[0]))
 
-    def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
+    def tensor(self, name: str, shape: tuple[int, ...], source: str | Sequence[str], plain: bool = False) -> str:
         """Add a tensor of the checkpoint as a weight of the Program, under `name`. Returns `name`.
 
         Args:
             name: the weight's name in the Program.
             shape: its shape.
-            source: the checkpoint tensor and how to cut it, in the notation of program/source.py.
+            source: the checkpoint tensor and how to cut it, in the notation of program/source.py; or several, whose
+                rows follow each other.
             plain: True if a quantised tensor becomes bf16, for an op that takes no quantised weight.
 
         Raises PortError for a tensor with act-order, whose columns are in an order of their own.
         """
-        source = self.d.source(source)
-        if ordered := [n for n in names(source) if self.order(n)]:
+        found = [self.d.source(s) for s in ([source] if isinstance(source, str) else source)]
+        if ordered := [n for s in found for n in names(s) if self.order(n)]:
             raise PortError(
                 f"{ordered[0]}: act-order (columns in an order of their own) is supported for linears and experts only"
             )
-        format = self.format(names(source)[0])
-        return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
+        format = self.format(names(found[0])[0])
+        return self.b.weight(name, shape, found, "bf16" if plain and formats.get(format).grouped else format)
 
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
         """Add the matrices of all experts as one weight of the Program [experts, rows, columns]. Returns `name`.
@@ -109,7 +110,9 @@ class Writer:
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
-        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}; or {}.
+        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}.
+
+        The result is {} if the cache has no scales.
 
         Args:
             i: number of the layer.

@@ -52,7 +52,7 @@ class Coded:
         format: number format of the decoded matrix.
         shape: shape of the decoded matrix.
         parts: the stored tensors by name, and how each maps to the rows.
-        decode: function that returns all rows or a slice of them, from a Reader of the same slice of each part.
+        decode: function from a Reader to decoded rows. The Reader gives, for each part, the values of the same rows.
         turned: True if the arrays stand for the transposed matrix, as in formats.Quantised.
         whole: number of rows that can only be decoded together.
         order: name of the act-order permutation of the columns (g_idx), or "".

@@ -244,9 +244,19 @@ def _add(
 ) -> None:  # fmt: skip
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
-    group: columns that share a scale and a zero; -1: the whole row. codes, zeros: functions that decode them. parts:
-    the stored tensors that they read. known: argument of find_order(), the column orders found so far. Raises PortError
-    for a column order with groups of other sizes.
+    Args:
+        stored: contents of the checkpoint's files.
+        base: the module's name.
+        shape: shape of the matrix.
+        group: columns that share a scale and a zero; -1: the whole row.
+        bits: bits of a code.
+        codes: function from a Reader to the codes.
+        zeros: function from a Reader to the zeros.
+        parts: the stored tensors that these functions read, by the ends of their names.
+        known: column orders found so far, for find_order(), which adds this matrix's order.
+        out: the checkpoint's decoded tensors by name.
+
+    Raises PortError for a column order with groups of other sizes.
     """
     order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
     format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])

@@ -31,7 +31,14 @@ del V3["topk_method"]
 
 
 def latent(c: Config, context: int, style: str) -> dict[str, Any]:
-    """A dict of arguments for Decoder for latent attention: widths, rope table, and the scale, which yarn changes.
+    """Arguments of Decoder for a model with latent attention, as a dict: sizes, rope table and attention scale.
+
+    With yarn the scale is multiplied by the square of mscale. num_key_value_heads and head_dim are set to None in `c`.
+
+    Args:
+        c: the config.
+        context: context length in tokens.
+        style: how rope pairs columns, "half" or "interleaved".
 
     Raises PortError for missing or wrong settings.
     """
@@ -53,7 +60,7 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
 def experts(c: Config, **route: Any) -> Mixture:
     """The Mixture (of experts) of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
 
-    route: attributes of the op `route`. Raises PortError for missing or wrong settings.
+    route: attributes of the op Route. Raises PortError for missing or wrong settings.
     """
     width, groups = c.whole("moe_intermediate_size"), int(c.get("n_group", 0))
     if groups > 1:

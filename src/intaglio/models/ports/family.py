@@ -30,6 +30,8 @@ class Family:
         prepare: function that changes values of the Config before the context length is read from it, or None.
         tops: names of modules, such as embed_tokens, that show which of `prefixes` a checkpoint has: the first prefix
             for which a tensor PREFIX + MODULE + ".weight" exists.
+        adapt: function (Decoder, {tensor's name: shape}) -> Decoder, for names and cuts of tensors that differ between
+            checkpoints of the same config, or None. It is called with the prefix of the names already in the Decoder.
     """
 
     architecture: str
@@ -44,3 +46,4 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[Config], None] | None = None
     tops: tuple[str, ...] = ("embed_tokens", "norm", "layers.0.input_layernorm")
+    adapt: Callable[[Decoder, Mapping[str, tuple[int, ...]]], Decoder] | None = None

@@ -27,7 +27,7 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
         raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
     return DeltaMixer(
         key_heads=keys, heads=values, keys=c.whole("linear_key_head_dim"), values=c.whole("linear_value_head_dim"),
-        taps=c.whole("linear_conv_kernel_dim"), eps=c.real("rms_norm_eps"), fused=fused,
+        taps=c.whole("linear_conv_kernel_dim"), eps=c.real("rms_norm_eps"), stored="fused" if fused else "parts",
     )  # fmt: skip
 
 

@@ -57,7 +57,10 @@ class Recorder:
         return RecordedExecutable(inner, self.launches)
 
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
-        """A restart function that calls `inner` and records its outcome and the launches of the new executable."""
+        """A function like `inner`, which loads an executable after the loss of a device, that also records what it did.
+
+        Recorded are the outcome of each call, in `restarts`, and the launches of the executable it returns.
+        """
 
         def load() -> Executable:
             self.restarts.append(False)

@@ -19,7 +19,7 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 
 def rounds_cycles(chip: ChipSpec, n: Any, rounds: int, rows: int) -> Any:
-    """Number of cycles of `rounds` maximum searches over n values in `rows` rows.
+    """Number of cycles of `rounds` maximum searches over n values in all, which are arranged in `rows` rows.
 
     Each search takes one compare for each value and a tree reduction for each row.
     """

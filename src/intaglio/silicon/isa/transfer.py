@@ -180,7 +180,7 @@ class Receive(Instruction, engine="NET", opcode=0x51):
         return {}
 
     def run(self, mem: CoreMemory) -> None:
-        """Do nothing: the machine itself writes dst from the message."""
+        """Do nothing. Machine.run() writes the values that the peer's Send has sent to `dst` when they arrive."""
 
     def cost(self, target: Target) -> Cost:
         return Cost(latency_s=target.library.link_latency_s)

@@ -205,11 +205,11 @@ def attend_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job],
     parts: dict[tuple[int, int, int], tuple[Region, ...]] | None = None,
 ) -> list[Stream]:  # fmt: skip
-    """A list of Streams, one for each core with work, that compute these jobs.
+    """Compute these jobs: returns a list of Streams (instruction sequences), one for each core with work.
 
-    on: the target, reduced to the attention kernel that runs. parts: where each job stores its sums, maxima and
-    denominators, as three HBM regions by (sequence, head, part of the context); None: jobs store results to the op's
-    output.
+    on: Target whose library holds only the constants of the attention kernel that runs; see Target.kernel(). parts:
+    None if jobs store results to the op's output. Otherwise three HBM regions, where a job stores its sums, maxima and
+    denominators, by (sequence, head, part of the context).
     """
     q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
     single = all(batch.q_len[j.s] == 1 for j in jobs)
@@ -332,7 +332,10 @@ class AttendTiles:
         self.pairs, self.d = k.ring(plan.depth, keys, d + dv, format), d  # keys and, beside them, their values
 
     def queries(self, k: StreamBuilder) -> Region:
-        """The SRAM tile for the next job's queries; a Fill with 0 is emitted at its first use, as jobs may use part."""
+        """The SRAM tile for the next job's queries, from a ring of plan.held tiles.
+
+        Also emits a Fill with 0 at the first use of each tile, since a job may have fewer queries than the tile's rows.
+        """
         tile = self.q.next()
         if tile not in self.written:
             k.emit(isa.Fill(dst=tile, value=0.0))
@@ -343,10 +346,10 @@ class AttendTiles:
 def row_number(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, batch: Batch, jobs: list[Job], number: int
 ) -> Region:
-    """An SRAM region i32 [1, 1] with the row of the batch that is the query of jobs[number]. For jobs with one query.
+    """An SRAM region i32 [1, 1] with the row of q that job `number` reads. Every job must have a single query.
 
-    jobs: all jobs of the core; row_number() is called for each of them in order. At every tiles.listed.cols-th call it
-    emits the load of the row numbers of that many jobs.
+    Call it for each job in order. One load brings the row numbers of the next tiles.listed.cols jobs; the calls in
+    between emit nothing. jobs: all jobs of the core.
     """
     assert tiles.listed is not None
     place = number % tiles.listed.cols
@@ -384,8 +387,8 @@ def init_softmax(
     """Initialise sums, maxima m and denominators l for job `number` of a core's jobs. Returns the three regions.
 
     Sums are 0. Without an attention sink, m is -inf and l is 0. With a sink, m is its logit for the head and l is 1,
-    since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack. Jobs
-    that share tiles are initialised together.
+    since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack. Where
+    several jobs share a tile, the first one's call initialises all its rows; the others' calls emit nothing.
     """
     plan, place = tiles.plan, number % tiles.together
     if not place:
@@ -474,9 +477,9 @@ def attend_tile(
     - On a chip with the extra instruction SoftmaxStep: Matmul, SoftmaxStep, Matmul.
     - On other chips: Matmul, Softmax, Rescale, Matmul.
 
-    q: the tile of queries. state: regions of sums, m and l (see init_softmax), which the instructions update. keys,
-    values: the tile of keys and that of their values. how: fields of the instructions for positions and the ALiBi
-    slope; the fields that `op` gives are added to this dict.
+    q, keys, values: tiles of queries, of keys and of their values. state: regions that the instructions update: sums of
+    weighted values, maxima m of the scores, softmax denominators l. how: fields of the instructions for positions and
+    the ALiBi slope, as a dict. The call changes this dict: it adds the fields that follow from `op`.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

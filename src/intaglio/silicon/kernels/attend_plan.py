@@ -16,11 +16,11 @@ import numpy as np
 from intaglio.chips import KernelLibrary, Target
 from intaglio.silicon.isa.cycles import attend_cycles, exposed, matmul_cycles, softmax_cycles, vector_cycles
 from intaglio.silicon.isa.softmax_step import NAME, step_cycles
+from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.kv_write import Heads
 from intaglio.silicon.sizes import ChunkCounts
 from intaglio.silicon.timing import pipeline
 
-WIDE = 4  # bytes of an activation from which queries and weights are FP32, as in the streams
 DEALT = 4  # jobs of a core up to which they are dealt one by one; of more, only their total counts
 JOBS_AHEAD = 15  # decoding jobs whose operands a persistent kernel loads ahead
 LISTED = 16  # jobs whose queries' row numbers a core reads at once
@@ -103,7 +103,10 @@ def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
 
 @dataclass(frozen=True)
 class TileSeconds:
-    """Seconds of one core for a tile of queries and one of keys, and for the start and end of a job."""
+    """Seconds that one core takes for each part of an attention job, by field.
+
+    `scores`, `softmax` and `sums` are for one tile of queries with one tile of keys; the others are once a job.
+    """
 
     scores: float  # of the product of queries and keys; 0 with a fused engine
     softmax: float
@@ -261,11 +264,11 @@ def prefill_seconds(
 
 
 def leading_jobs(tiles: np.ndarray, count: np.ndarray, cores: int) -> np.ndarray:
-    """How many of the `cores` longest jobs are of each kind, as an array like `count`.
+    """Take the `cores` longest jobs, and count them by kind. Returns an array of floats in the order of `count`.
 
-    deal() gives each core one of these jobs as its first. With fewer jobs than cores, all jobs are counted.
+    These are the jobs that deal() gives to cores first, one to each. With fewer jobs than cores, all jobs are counted.
 
-    tiles: key tiles of a job of each kind. count: number of jobs of each kind.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind.
     """
     longest = np.argsort(-tiles, kind="stable")
     out = np.zeros(len(count))
@@ -402,12 +405,12 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 def decode_seconds(
     target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, keys: float
 ) -> float:
-    """Seconds of the chunks with one query, until the last job's result is stored.
+    """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
-    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
-    from HBM, not from the L2. keys: keys that are loaded for a mean tile.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes

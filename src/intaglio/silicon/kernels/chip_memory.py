@@ -41,7 +41,7 @@ class QuantisedRegion:
 
 
 def codes_of(w: Region | QuantisedRegion) -> Region:
-    """The region of a quantised tensor's codes, or of another tensor's values."""
+    """The region with a tensor's numbers: `w.codes` if `w` is a QuantisedRegion, else `w` itself."""
     return w.codes if isinstance(w, QuantisedRegion) else w
 
 
@@ -91,7 +91,7 @@ class ChipMemory:
         return region
 
     def codes(self, name: str) -> Region:
-        """The region of a quantised tensor's codes, or of another tensor's values."""
+        """The region of tensor `name`: its codes if it is quantised, else its values."""
         return codes_of(self.regions[name])
 
     def scales(self, name: str) -> Region | None:
@@ -120,14 +120,15 @@ class ChipMemory:
         """Store numbers and return their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
-    def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
+    def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
         on: the target by which the run is timed, reduced to the library's kernel that runs (see Target.kernel()); None:
-        the target of this memory.
+        the target of this memory. label: RunResult.label of the result.
         """
         machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
         self.launches.append(machine.run(streams))
+        self.launches[-1].label = label
         return self.launches[-1]
 
 

@@ -47,7 +47,7 @@ SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 @chip_kernel(AllReduce, AllGather, ReduceScatter, AllToAll)
 @dataclass(frozen=True)
 class CollectiveKernel(ChipKernel):
-    """Chip kernel of a collective over `ranks` chips: its timing. run_collective() writes its streams."""
+    """Time model of a collective over `ranks` chips. It writes no instructions; run_collective() does."""
 
     by_sequence: ClassVar[bool] = False
     kind: str
@@ -105,7 +105,7 @@ class RecvKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class Network:
-    """Links of a group of chips, all with bandwidth 1 byte/s and latency 1 s; times on them scale to any real links."""
+    """Links of a group of chips, for simulation in normalised units: all have bandwidth 1 byte/s and latency 1 s."""
 
     kind: str  # topology of the chip's links
     ranks: int
@@ -173,7 +173,7 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule over links of 1 byte/s and 1 s; chunks have 2 ** (size / SIZES_PER_OCTAVE) bytes, or 0."""
+    """Simulated seconds of a schedule whose chunks have 2 ** (size / SIZES_PER_OCTAVE) bytes; size None: 0 bytes."""
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
 
@@ -185,9 +185,9 @@ def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> Schedul
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """Seconds as unit_seconds() gives for chunks of `chunk` bytes, interpolated between simulated sizes 9 % apart.
+    """Seconds of a schedule with chunks of `chunk` bytes, interpolated between two calls of unit_seconds().
 
-    The error is 0.2 %, or up to 15 % where transfers change their order at a link between the two sizes.
+    Their sizes are 9 % apart. The error is 0.2 %, or 15 % where transfers at a link change their order between them.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -206,10 +206,10 @@ def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
 def schedule_seconds(network: Network, op: str, algorithm: str, link: float, latency: float, moved: float) -> float:
     """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
-    It is `latency` times the simulated seconds over links of 1 byte/s and 1 s, with chunks divided by link * latency.
-    Between simulated chunk sizes the time is interpolated. Above MAX_SIMULATED_RANKS ranks it is extrapolated linearly
-    from two simulations, which is exact for a ring, and for an all_to_all of equal chunks on a switch. On a torus all
-    ranks of an all_to_all are simulated.
+    One simulation serves all links: over links of 1 byte/s and 1 s, chunks divided by link * latency take 1 / latency
+    of the time. Times are interpolated between chunk sizes. Above MAX_SIMULATED_RANKS ranks they are extrapolated
+    linearly from two simulations: exact for a ring, and for an all_to_all of equal chunks on a switch. An all_to_all on
+    a torus is simulated with all ranks.
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -281,9 +281,9 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
 
 @lru_cache(maxsize=4096)
 def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
-    """Bytes of inputs and outputs that a chip reads and writes in HBM if every step uses HBM, per byte of the tensor.
+    """Bytes that a chip moves to and from HBM per byte of the tensor, as a mean over the chips, for `through_hbm`.
 
-    This is so for a library with `through_hbm`. Other chunks stay in its buffers and are not counted. Mean over chips.
+    With that library option each step reads and writes input and output chunks in HBM; temporary chunks do not count.
     """
     s = collectives.schedule(op, algorithm, min(ranks, MAX_SIMULATED_RANKS))
     slots = [slot for step in s.steps for slot in (*step.reads(), step.dst) if slot and slot.buffer != "tmp"]
@@ -336,7 +336,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """An SRAM tile [rows, cols]. The n-th call for each ChunkTile takes the two tiles of the n-th ring in turn."""
+        """An SRAM tile [rows, cols]. Since emit_steps() began, call n uses ring n; a ring's two tiles take turns."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:

@@ -1,39 +1,49 @@
 """Chip kernel of the op `experts`: the feed-forward experts of a mixture-of-experts layer, as grouped products.
 
 Timed after the grouped kernels of serving engines: rows are gathered in blocks of one expert each, and each block is a
-product; routing, activation and combination are separate kernels over all routed rows.
+product, in the loop of `linear` (product.py); routing, rounding and combination are separate kernels over all rows, and
+so is the activation if the library does not fuse it.
 
 The work of a core depends on the router's ids. The chip sorts the routed rows by expert; its sequencer then reads how
-many rows each expert has, and from these counts the streams of the products are written.
+many rows each expert has, and from these counts the streams of the products are written (grouped.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
-from intaglio.chips import KernelLibrary, Target
+from intaglio.chips import ChipError, KernelLibrary, Target
 from intaglio.ops import Experts
-from intaglio.silicon import isa
-from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
-from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, slices
-from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import Operands, bits_per_value, step_depth, tile_shape
-from intaglio.silicon.kernels.rows import ROWS
-from intaglio.silicon.memory import Region
+from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.kernels.chip_memory import ChipMemory
+from intaglio.silicon.kernels.grouped import (
+    by_expert,
+    combine,
+    down,
+    gate_up,
+    grouped_product,
+    sort_by_expert,
+    zero_rows,
+)
+from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.product import Grouped, bits_per_value, linear_timing
+from intaglio.silicon.kernels.rows import loop_timing, ring_depth
+from intaglio.silicon.kernels.tiled import ROUNDING, Codes, rounded, scale_columns
 from intaglio.silicon.sizes import BatchSizes
-from intaglio.silicon.stream import Stream, StreamBuilder
+from intaglio.silicon.stream import Stream
+from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 SCALE_BLOCK = 128  # rows and columns of an FP8 weight that share one scale
-COMBINE_COLUMNS = 512  # columns of a tile when a token's results are summed, at most
-SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
+COMBINE_COLUMNS = 512  # columns of a token whose results are summed at a time, at most
+ROUTING = "routing"  # label of the launches that choose experts and sort rows
+OPERANDS = 64  # values deep, in two bytes and two stages: what Target asks of a tile's operands in SRAM
 
 
 @chip_kernel(Experts)
@@ -68,9 +78,17 @@ class ExpertsKernel(ChipKernel):
         return cls(top, held, op.of or held, hidden, inner, x_format, *w)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        return experts_timing(target, *self.layer(sizes))
+
+    def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
+        """The Timings of the op's launches by their labels, as experts_parts() returns them."""
+        return experts_parts(target, *self.layer(sizes))
+
+    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float]:
+        """The arguments of experts_timing() from `tokens` to `w_bits`, in a step of these sizes."""
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
         how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
-        return experts_timing(target, sizes.tokens, self.top, counts, *how)
+        return sizes.tokens, self.top, counts, *how
 
     @classmethod
     def unsupported(cls, op: Experts, t: Tensors) -> str | None:
@@ -85,31 +103,45 @@ class ExpertsKernel(ChipKernel):
         """A list of the Streams of the last kernel, which computes the weighted sum of each token's rows.
 
         The kernels before it are executed in `mem` during the call, since each needs results of the one before:
-        1. Sort the routed rows, one for each token and expert it chose, by expert. 2. Gate and up over gathered tokens.
-        3. Zeros for rows of experts that other chips hold, if there are any. 4. Down, scattered back to routing order.
+        1. Sort the routed rows, one for each token and expert it chose, by expert. 2. Round rows of x, in that order.
+        3. Gate, up and activation. 4. Round the results, if their format has scales. 5. Zeros for rows of experts that
+        other chips hold, if there are any. 6. Down, scattered back to routing order.
         """
-        ids = mem.region(op.ids)
+        kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format
         n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
         order, tokens = (mem.heap.allocate(1, n, "i32") for _ in range(2))
         counts = mem.heap.allocate(1, count, "i32")
-        mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)))
+        mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)), label=ROUTING)
         if mem.values:
             sizes = mem.hbm.read(counts)[0]
         else:  # without values there are no ids: the rows that the closed form expects
             sizes = np.array(expected_rows(ids.rows, ids.cols, op.of or count, count))
-        hidden = mem.heap.allocate(n, inner, "f32")
-        mem.run(gate_up(mem, op, sizes, order, tokens, hidden))
-        parts = mem.heap.allocate(n, mem.region(op.out).cols, "f32")
-        mem.run(zero_rows(mem, op, order.part(cols=slice(int(sizes.sum()), n)), parts))
-        mem.run(down(mem, op, sizes, order, hidden, parts))
-        return combine(mem, op, parts)
+        rows, parts = int(sizes.sum()), mem.heap.allocate(n, mem.region(op.out).cols, "f32")
+        if rows:
+            on = grouped_target(expert_kernel(mem.target, kernel.x_format, kernel.w_format), ids.rows, count)
+            gate, up, last = (mem.regions[w] for w in (op.gate, op.up, op.down))
+            spans = [scale_columns(w, k) for w, k in ((gate, mem.region(op.x).cols), (last, inner))]
+            codes = rounded(mem, op.site, mem.region(op.x), x_format, spans[0], rows, by_expert(mem, op, order, tokens))
+            scaled = codes.scales is not None
+            hidden = mem.heap.allocate(rows, inner, "f32" if scaled else codes.x.format)
+            product = grouped_product(on, codes, (gate, up), kernel.w_bits, inner, sizes, scattered=False)
+            mem.run(gate_up(mem, op, product, hidden), on)
+            codes = rounded(mem, op.site, hidden, x_format, spans[1]) if scaled else Codes(hidden, None, inner)
+            product = grouped_product(on, codes, (last,), bits_per_value(t[op.down]), parts.cols, sizes, scattered=True)
+        if rows < n:
+            mem.run(zero_rows(mem, op, order.part(cols=slice(rows, n)), parts))
+        if rows:
+            mem.run(down(mem, op, product, order, parts), on)
+        loop, width = combine_loop(mem.target, ids.rows, n, parts.cols, bool(op.residual), 4.0)
+        return combine(mem, op, parts, width, loop.depth)
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Expected number of rows of each of the `held` experts of a chip, as a tuple; tokens choose experts at random.
+    """Expected rows of each of a chip's `held` experts, as a tuple of `held` integers, busy experts first.
 
-    Every token chooses `top` of all `experts`. The rows, at least 1, are spread evenly over the expected number of
-    experts that have any, which is held (1 - (1 - top / experts) ** tokens); the other experts have 0.
+    Every token chooses `top` of all `experts` at random. `held * (1 - (1 - top / experts) ** tokens)` of the chip's
+    experts, rounded, are then expected to have rows. They share tokens * top * held / experts rows (at least 1) evenly.
+    The other experts have 0.
     """
     rows = max(1, round(tokens * top * held / experts))
     active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
@@ -119,10 +151,11 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; otherwise at HBM's, or
-    the L2's if that is lower. The L2's rate is divided by library.l2_multicast, since no two cores read the same bytes.
+    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; if not, at the lower one
+    of the rates of L2 and HBM. chip.l2_rate is reached when library.l2_multicast cores get the same line from one read.
+    No two cores read the same line here, so that rate is divided by library.l2_multicast.
 
-    held: bytes of the operands, which decide whether they fit the L2; 0: as many as `moved`.
+    moved: also decides whether the operands fit the L2, unless `held`, their bytes, is given (not 0).
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -160,67 +193,131 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
     return TileMenu((rows,), (64,), 256) if tokens <= 64 else TileMenu((rows,), (128,), 128)
 
 
+def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
+    """A target whose library holds only the constants of the kernel that computes experts in these formats.
+
+    It is `target` itself if its library has no kernel records. name: name of the kernel; "": the default for the wider
+    of the two formats. Raises ChipError if the library has records, and none of this name.
+    """
+    return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
+
+
+@lru_cache(maxsize=4096)
+def grouped_target(target: Target, tokens: int, experts: int) -> Target:
+    """The target whose library has the tiles, stages and efficiency of grouped products as those of products.
+
+    tokens, experts: those of the step, by which the library may choose tiles. Raises ChipError if no tile fits.
+    """
+    chip, lib = target.chip, target.library
+    menu = tile_menu(lib, tokens, experts)
+    tiles = tuple(
+        (m, n) for m in menu.rows for n in menu.columns
+        if m * n * 8 <= chip.acc_bytes and 4 * (m + n) * OPERANDS <= chip.sram_bytes
+    )  # fmt: skip
+    if not tiles:
+        raise ChipError(
+            f"no tile of experts in library {lib.name!r}, rows {menu.rows} by columns {menu.columns}, fits chip "
+            f"{chip.name!r}: its accumulators hold two in {chip.acc_bytes:,} bytes, its SRAM two stages in "
+            f"{chip.sram_bytes:,}; give the library smaller expert_rows or expert_columns"
+        )
+    return target.with_library(
+        tiles=tiles, split_k=(1,), matmul_stages=lib.expert_stages, mxu_efficiency=lib.grouped_mxu_efficiency,
+        burst_bytes=max(menu.step_bytes, lib.burst_bytes if lib.activation_bytes >= WIDE else 0),
+    )  # fmt: skip
+
+
 def grouped_timing(
-    target: Target, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
-) -> Timing:
+    target: Target, tokens: int, counts: tuple[int, ...], n: int, k: int, x_format: str, w_format: str, w_bits: float,
+    out_bytes: float, glu: bool = False, scattered: bool = False,
+) -> Timing:  # fmt: skip
     """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
 
     The tile of the library's menu that gives the least time is used. Tiles at the edge count whole.
 
     tokens: number of tokens of the step, by which the library may choose tiles. w_bits: bits of a weight with its share
-    of the scales. Raises ChipError for a format that the chip's array does not multiply.
+    of the scales. out_bytes: bytes of a result's value. glu: True if n counts both sides of a GLU pair, to which the
+    product applies the activation. scattered: True if rows of the result are stored by index. Raises ChipError for a
+    format that the chip's array does not multiply.
     """
-    chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
+    chip, lib = target.chip, target.library
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     run = run if lib.experts_native else "bf16"
-    widened = w_format == "e4m3" and run == "bf16"  # FP8 weights are converted to BF16 by the vector lanes
-    tiles = tile_menu(lib, tokens, len(counts))
-    counts = counts[counts > 0]
-    if not len(counts):
+    step_bytes, active = tile_menu(lib, tokens, len(counts)).step_bytes, tuple(c for c in counts if c)
+    if not active:
         return Timing(lib.launch_s)
-    x_bits, tk = formats.bits(x_format), step_depth(target, formats.bits(run)) * tiles.step_bytes // lib.burst_bytes
-    steps = -(-k // tk)
-    overfetch: float = lib.half_burst_cost if tiles.step_bytes == lib.burst_bytes // 2 else 1.0
-    overfetch = lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
-    weights = len(counts) * n * k * w_bits / 8 * overfetch
-    if widened:  # blocks of 128 by 128 weights share a scale and are read whole
-        overfetch = lib.fp8_overfetch
-        weights *= -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
-    loaded = 0.0
-    if widened and lib.fp8_load_bytes_per_cycle:
-        loaded = weights / (lib.fp8_load_bytes_per_cycle * chip.cores * chip.clock_hz)
-    best: tuple[float, Timing] | None = None
-    for rows in tiles.rows:
-        for columns in tiles.columns:
-            if rows * columns * 4 > chip.acc_bytes // 2:
-                continue
-            blocks = float(np.ceil(counts / rows).sum())
-            jobs = blocks * -(-n // columns)
-            stage = (rows * x_bits + columns * w_bits * overfetch) * tk / 8
-            work = float(matmul_cycles(target, rows, columns, tk, run)) / lib.grouped_mxu_efficiency / chip.clock_hz
-            if widened:
-                work += float(vector_cycles(chip, lib.fp8_dequant_ops * columns * tk)) / chip.clock_hz
-            active = min(jobs, chip.cores)
-            load = max(stage / chip.port_rate, stage * active / chip.l2_rate)
-            ring = max(2, min(lib.expert_stages, chip.sram_bytes // int(stage)))
-            fit = min(4, chip.sram_bytes // int(4 * stage), chip.acc_bytes // (8 * rows * columns))
-            per_core = max(1, min(fit, int(np.ceil(jobs / chip.cores))))  # tiles that run on a core at a time
-            period = max(load, work, (load + work + latency_s) / (ring * per_core))
-            rounds = max(1.0, jobs / chip.cores) if jobs > 4 * chip.cores else float(np.ceil(jobs / chip.cores))
-            edge = latency_s + float(vector_cycles(chip, rows * columns)) / chip.clock_hz
-            total = float(counts.sum())
-            hbm = weights + total * (k * x_bits / 8 + n * 2)
-            computed = rounds * steps * period + edge * np.ceil(rounds / per_core)
-            seconds = max(computed, hbm / chip.hbm_rate, loaded)
-            seconds += lib.launch_s + latency_s
-            busy = {"MXU": jobs * steps * work / chip.cores, "HBM": hbm / chip.hbm_rate}
-            choice = f"blocks of {rows}x{columns} for {len(counts)} experts"
-            if best is None or seconds < best[0]:
-                flops = 2.0 * total * n * k
-                numbers = float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice
-                best = seconds, Timing(*numbers, jobs=jobs)
-    assert best is not None
-    return best[1]
+    overfetch = 1.0
+    if lib.activation_bytes < WIDE:  # a vendor's kernel, which may load short or unaligned rows
+        overfetch = lib.half_burst_cost if step_bytes == lib.burst_bytes // 2 else 1.0
+        overfetch = lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
+    groups, least = Grouped(active, scattered), 0.0
+    if w_format == "e4m3" and run == "bf16":  # FP8 weights are converted to BF16 by the vector lanes
+        # Blocks of 128 by 128 weights share a scale and are read whole
+        blocks = -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
+        groups = Grouped(active, scattered, lib.fp8_overfetch / overfetch / blocks, lib.fp8_dequant_ops, run)
+        overfetch *= blocks
+        if lib.fp8_load_bytes_per_cycle:
+            least = len(active) * n * k * w_bits / 8 * overfetch / (
+                lib.fp8_load_bytes_per_cycle * chip.cores * chip.clock_hz)  # fmt: skip
+    on, bits = grouped_target(target, tokens, len(counts)), w_bits * overfetch
+    found = linear_timing(on, 0, n, k, x_format, w_format, bits, out_bytes, glu, grouped=groups)
+    return replace(found, seconds=max(found.seconds, least + lib.launch_s + chip.constants.hbm_latency_s))
+
+
+def combine_loop(
+    target: Target, tokens: int, rows: float, columns: int, residual: bool, value_bytes: float
+) -> tuple[TileLoop, int]:
+    """The loop that sums each token's results: (TileLoop, columns of a job).
+
+    A job is a part of a token's columns. rows: rows of results that are summed. residual: True if a residual is added.
+    value_bytes: bytes of a value.
+    """
+    parts, top = -(-columns // COMBINE_COLUMNS), rows / tokens
+    width = -(-columns // parts)
+    load = (top + residual) * columns / parts * value_bytes + 4 * top
+    most = -(-int(rows) // tokens)
+    depth = ring_depth(target, (most * width, most, width, width), load)
+    seconds = float(vector_cycles(target.chip, (2 * top + residual) * width)) / target.chip.clock_hz
+    store = columns / parts * value_bytes
+    return TileLoop(jobs=tokens * parts, load=load, work_s=seconds, store=store, depth=depth), width
+
+
+def experts_parts(
+    target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
+    x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
+) -> dict[str, Timing]:  # fmt: skip
+    """Time the launches of a layer of routed experts on one rank: a dict {label: Timing}, in the order of execution.
+
+    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), "gate_up", "activation",
+    "down", "zero" (clear rows of other ranks' experts), "combine". Launches that the kernel does not need are left out.
+    Takes the same arguments as experts_timing(), and raises the same errors.
+    """
+    target = expert_kernel(target, x_format, w_format, kernel)
+    chip, lib, sides = target.chip, target.library, 2 if gated else 1
+    w_bits, value = w_bits or formats.bits(w_format), lib.activation_bytes
+    own = float(sum(counts))
+    rows = tokens * top_k if lib.expert_all_rows else own
+    score = float(vector_cycles(chip, lib.routing_ops * tokens * n_experts)) / chip.cores / chip.clock_hz
+    out = {ROUTING: Timing(lib.routing_launches * lib.launch_s + score, {"VEC": score})}
+    eight_bit, fused = formats.bits(x_format) < 16, lib.expert_fused_activation and gated
+    if eight_bit:  # quantise the inputs: read 2 bytes, write 1
+        out[ROUNDING] = Timing(elementwise_seconds(target, tokens * hidden * 3.0))
+    how = x_format, w_format, w_bits
+    inner_bytes = value if eight_bit or not fused else formats.bits(x_format) / 8
+    out["gate_up"] = grouped_timing(target, tokens, counts, sides * inner, hidden, *how, inner_bytes, fused)
+    if not lib.expert_fused_activation:
+        out["activation"] = Timing(elementwise_seconds(target, rows * inner * 2.0 * (sides + 1)))
+        if eight_bit:
+            out[ROUNDING] += Timing(elementwise_seconds(target, rows * inner * 3.0))
+    out["down"] = grouped_timing(target, tokens, counts, hidden, inner, *how, value, scattered=True)
+    elsewhere = tokens * top_k - own
+    if elsewhere > 0 and lib.expert_all_rows:  # rows of experts that other ranks hold are set to zero
+        out["zero"] = Timing(elsewhere * (sides * inner + hidden) * 2 / chip.hbm_rate)
+    if value < WIDE:
+        out["combine"] = Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0))
+    else:
+        loop, _ = combine_loop(target, tokens, rows, hidden, False, value)
+        out["combine"] = loop_timing(target, loop, loop.jobs * loop.load, loop.jobs * loop.store, past_l2=True)
+    return out
 
 
 @lru_cache(maxsize=4096)
@@ -249,218 +346,6 @@ def experts_timing(
 
     Raises ChipError for an unknown kernel.
     """
-    run = max(x_format, w_format, key=formats.bits)
-    target = target.kernel("experts", run, name=kernel)
-    chip, lib, sides = target.chip, target.library, 2 if gated else 1
-    w_bits = w_bits or formats.bits(w_format)
-    held = np.array(counts)
-    rows = tokens * top_k if lib.expert_all_rows else float(held.sum())
-    score = float(vector_cycles(chip, lib.routing_ops * tokens * n_experts)) / chip.cores / chip.clock_hz
-    routing = Timing(lib.routing_launches * lib.launch_s + score, {"VEC": score})
-    eight_bit = formats.bits(x_format) < 16
-    parts = [routing]
-    if eight_bit:  # quantise the inputs: read 2 bytes, write 1
-        parts.append(Timing(elementwise_seconds(target, tokens * hidden * 3.0)))
-    parts.append(grouped_timing(target, tokens, held, sides * inner, hidden, x_format, w_format, w_bits))
-    if not lib.expert_fused_activation:
-        parts.append(Timing(elementwise_seconds(target, rows * inner * 2.0 * (sides + 1))))
-    if eight_bit and not lib.expert_fused_activation:
-        parts.append(Timing(elementwise_seconds(target, rows * inner * 3.0)))
-    parts.append(grouped_timing(target, tokens, held, hidden, inner, x_format, w_format, w_bits))
-    elsewhere = tokens * top_k - float(held.sum())
-    if elsewhere > 0 and lib.expert_all_rows:  # rows of experts that other ranks hold are set to zero
-        parts.append(Timing(elsewhere * (sides * inner + hidden) * 2 / chip.hbm_rate))
-    parts.append(Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0)))
-    return sum(parts[1:], parts[0])
-
-
-class GatheredOperands(Operands):
-    """Operands of a product whose rows of x are gathered by index, and may be multiplied by routing weights first."""
-
-    def __init__(
-        self, k: StreamBuilder, x: Region, w: Region | QuantisedRegion, x_format: str, tile: tuple[int, int, int]
-    ) -> None:
-        super().__init__(k, x, w, x_format, tile)
-        self.index, self.weight_index = k.ring(2, 1, tile[0], "i32"), k.ring(2, 1, tile[0], "i32")
-        self.weight, self.weighted = k.ring(2, tile[0], 1), k.ring(2, tile[0], self.raw.tiles[0].cols)
-        self.rows: Region | None = None
-        self.factors: Region | None = None
-
-    def select_rows(self, rows: Region, weights: Region | None, weight_rows: Region) -> None:
-        """Set the rows of x that are gathered from now on: those whose numbers are in `rows` [1, n].
-
-        weights: None, or [N, 1]; row i is then multiplied by weights[weight_rows[i]].
-        """
-        self.rows, self.factors = load(self.k, self.index.next(), rows), None
-        if weights is not None:
-            self.factors = self.weight.next().shaped(rows.cols, 1)
-            index = load(self.k, self.weight_index.next(), weight_rows)
-            self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
-
-    def load_x(self, rows: slice, depth: slice) -> Region:
-        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if they have any.
-
-        Returns the tile with them, not rounded. `rows` is ignored; the base class needs it.
-        """
-        assert self.rows is not None
-        raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)
-        self.k.emit(isa.Gather(dst=raw, table=self.x.part(cols=depth), index=self.rows))
-        if self.factors is None:
-            return raw
-        out = self.weighted.next().shaped(raw.rows, raw.cols)
-        self.k.emit(isa.Map(dst=out, a=raw, b=self.factors, steps=SCALED))
-        return out
-
-
-Block = tuple[int, slice]  # an expert, and a slice of the rows sorted by expert
-
-
-def blocks(counts: np.ndarray, rows: int) -> list[Block]:
-    """Cut the rows sorted by expert into blocks of one expert each; a list of (expert, slice of at most `rows` rows).
-
-    counts: rows of each expert. Experts without rows have no block.
-    """
-    ends = np.cumsum(counts).tolist()
-    return [
-        (e, slice(end - n + piece.start, end - n + piece.stop))
-        for e, (n, end) in enumerate(zip(counts.tolist(), ends, strict=True))
-        for piece in slices(n, rows)
-    ]
-
-
-def expert_rows(e: int, n: int, columns: slice) -> slice:
-    """Slice of the rows of the stacked weights [experts * n, K] that compute `columns` of expert e's result."""
-    return slice(e * n + columns.start, e * n + columns.stop)
-
-
-def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
-    """A list with one Stream, which sorts the routed rows by expert on one core.
-
-    A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
-    for three results: order [1, n], the numbers of the routed rows sorted by expert, those of other ranks' experts
-    last; tokens [1, n], the token of each, in that order; counts [1, held], the rows of each expert of this rank.
-    """
-    k = StreamBuilder(op.site)
-    tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
-    ids_tile = load(k, k.tile(1, ids.cols, "i32"), ids)
-    order, tokens, counts = tiles
-    experts = op.of or counts.cols
-    top, first = mem.region(op.ids).cols, op.first
-    k.emit(isa.Group(order=order, tokens=tokens, counts=counts, ids=ids_tile, top=top, first=first, experts=experts))
-    for dst, src in zip(out, tiles, strict=True):
-        k.emit(isa.Store(dst=dst, src=src))
-    return [k.stream()]
-
-
-def gate_up(
-    mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, tokens: Region, out: Region
-) -> list[Stream]:
-    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
-
-    sizes: rows of each expert. order, tokens: as sort_by_expert() writes them. Tokens' rows of x are gathered by
-    `tokens`, and their routing weights (if op.scale_input) by `order`. out [rows, inner]: sorted by expert.
-    """
-    x, gate, up = mem.region(op.x), mem.regions[op.gate], mem.regions[op.up]
-    tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, gate, True)
-    weights = mem.region(op.weights).shaped(order.cols, 1) if op.scale_input else None
-    how: dict[str, Any] = {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
-    streams = []
-    jobs = [(*block, c) for block in blocks(sizes, tm) for c in slices(out.cols, tn)]
-    for k, mine in deal_jobs(mem.chip, jobs, op.site):
-        operands, result = GatheredOperands(k, x, gate, op.x_format, (tm, tn, tk)), k.ring(2, tm, tn)
-        accs, extra = [k.tile(tm, tn, "f32", "acc") for _ in range(2)], biases(mem, k, (op.gate_bias, op.up_bias), tn)
-        for e, rows, columns in mine:
-            shape, w_rows = (rows.stop - rows.start, columns.stop - columns.start), expert_rows(e, out.cols, columns)
-            operands.select_rows(tokens.part(cols=rows), weights, order.part(cols=rows))
-            g, u = (acc.shaped(*shape) for acc in accs)
-            operands.multiply(rows, [(g, gate, w_rows), (u, up, w_rows)])
-            y = result.next().shaped(*shape)
-            first, second = (bias_of(mem, k, *pair, e, columns) for pair in extra)
-            k.emit(isa.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
-            k.emit(isa.Store(dst=out.part(rows, columns), src=y))
-        streams.append(k.stream())
-    return streams
-
-
-def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """A list of Streams that set to zero those rows of `out` whose numbers are in `rows` [1, n]; no Streams if n is 0.
-
-    They are the rows of experts that other chips hold.
-    """
-    step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
-    streams = []
-    for k, mine in deal_jobs(mem.chip, slices(rows.cols, step), op.site):
-        zeros, index_ring = k.tile(step, out.cols), k.ring(2, 1, step, "i32")
-        k.emit(isa.Fill(dst=zeros))
-        for piece in mine:
-            index = load(k, index_ring.next(), rows.part(cols=piece))
-            k.emit(isa.Scatter(table=out, src=zeros.part(slice(0, index.cols)), index=index))
-        streams.append(k.stream())
-    return streams
-
-
-def down(mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, x: Region, out: Region) -> list[Stream]:
-    """A list of Streams that compute the down product, each row with its own expert.
-
-    sizes: rows of each expert. x: rows sorted by expert. order: for each row of x, its row of `out`. out: the results
-    in routing order.
-    """
-    w = mem.regions[op.down]
-    tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, w, False)
-    streams = []
-    jobs = [(*block, c) for block in blocks(sizes, tm) for c in slices(out.cols, tn)]
-    for k, mine in deal_jobs(mem.chip, jobs, op.site):
-        operands, acc = Operands(k, x, w, op.x_format, (tm, tn, tk)), k.tile(tm, tn, "f32", "acc")
-        result, index_ring = k.ring(2, tm, tn), k.ring(2, 1, tm, "i32")
-        (extra,) = biases(mem, k, (op.down_bias,), tn)
-        for e, rows, columns in mine:
-            part = acc.shaped(rows.stop - rows.start, columns.stop - columns.start)
-            operands.multiply(rows, [(part, w, expert_rows(e, out.cols, columns))])
-            y = result.next().shaped(part.rows, part.cols)
-            k.emit(isa.Drain(dst=y, acc=part, bias=bias_of(mem, k, *extra, e, columns)))
-            index = load(k, index_ring.next(), order.part(cols=rows))
-            k.emit(isa.Scatter(table=out.part(cols=columns), src=y, index=index))
-        streams.append(k.stream())
-    return streams
-
-
-Bias = tuple[Region | None, Region | None]  # [experts, n] in HBM, and a tile for part of one row; or no bias
-
-
-def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], tn: int) -> list[Bias]:
-    """A list of (region in HBM, tile of `tn` columns) for each bias in `names`; (None, None) for a missing bias."""
-    return [(r, k.tile(1, tn, r.format) if r else None) for r in map(mem.optional_region, names)]
-
-
-def bias_of(
-    mem: ChipMemory, k: StreamBuilder, bias: Region | None, tile: Region | None, e: int, columns: slice
-) -> Region | None:
-    """Load `columns` of expert e's bias into its tile; returns the tile, or None without a bias."""
-    return load(k, tile, bias.part(slice(e, e + 1), columns)) if bias and tile else None
-
-
-def combine(mem: ChipMemory, op: Experts, parts: Region) -> list[Stream]:
-    """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual.
-
-    parts: [tokens * top, hidden], the experts' results in routing order. If op.scale_input, the weights are not applied
-    here, since the experts' inputs were multiplied by them.
-    """
-    out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
-    width = min(COMBINE_COLUMNS, out.cols)
-    step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width * (top + 2))))
-    streams = []
-    for k, mine in deal_jobs(
-        mem.chip, [(r, c) for r in slices(out.rows, step) for c in slices(out.cols, width)], op.site
-    ):
-        rows_in, weight, added, result = (k.ring(2, *shape) for shape in (
-            (step * top, width), (step, top), (step, width), (step, width)))  # fmt: skip
-        for rows, columns in mine:
-            n = rows.stop - rows.start
-            x = load(k, rows_in.next(), parts.part(slice(rows.start * top, rows.stop * top), columns))
-            w = None if op.scale_input else load(k, weight.next(), mem.region(op.weights).part(rows))
-            r = load(k, added.next(), residual.part(rows, columns)) if residual else None
-            y = result.next().shaped(n, x.cols)
-            k.emit(isa.Combine(dst=y, parts=x, weights=w, residual=r))
-            k.emit(isa.Store(dst=out.part(rows, columns), src=y))
-        streams.append(k.stream())
-    return streams
+    layer = target, tokens, top_k, counts, n_experts, hidden, inner, x_format, w_format, w_bits, gated, kernel
+    first, *rest = experts_parts(*layer).values()
+    return sum(rest, first)

@@ -11,11 +11,25 @@ from intaglio.chips import Target
 from intaglio.ops import HeadLinear
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
-from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import best_tile, bits_per_value, linear_timing
+from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.product import bits_per_value, linear_timing
+from intaglio.silicon.kernels.rows import ROWS
+from intaglio.silicon.kernels.tiled import (
+    Codes,
+    Finish,
+    TileJob,
+    in_blocks,
+    product_streams,
+    split_steps,
+    store_product,
+    tiling,
+)
+from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
-from intaglio.silicon.stream import Stream
+from intaglio.silicon.stream import Stream, StreamBuilder
 from intaglio.silicon.timing import Timing
+
+COPY = "copy"  # label of the launch that copies columns
 
 
 @chip_kernel(HeadLinear)
@@ -23,7 +37,8 @@ from intaglio.silicon.timing import Timing
 class HeadLinearKernel(ChipKernel):
     """Chip kernel of `head_linear` (each head of x times a matrix of its own): timing and instruction streams.
 
-    It is timed as one product with heads * n columns.
+    time() assumes that x is multiplied in bf16, or in FP32 if the library's activations have four bytes. streams()
+    multiplies x in the format that it has in the chip's memory.
 
     Attributes:
         rows: rows of x, a number or a symbol.
@@ -48,39 +63,58 @@ class HeadLinearKernel(ChipKernel):
         return cls(t[op.x].shape[0], heads, n, k, formats.element(w.format), bits_per_value(w))
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        how = "bf16", self.w_format, self.w_bits, target.library.activation_bytes, False, resident
-        return linear_timing(target, sizes.rows_of(self.rows), self.heads * self.n, self.k, *how)
+        rows, out_bytes = sizes.rows_of(self.rows), target.library.activation_bytes
+        if not rows:
+            return Timing(0.0)
+        x_format = "f32" if out_bytes >= WIDE else "bf16"
+        how = x_format, self.w_format, self.w_bits, out_bytes, False, resident, self.heads
+        return linear_timing(target, rows, self.n, self.k, *how)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
         """A list of Streams, one for each core with work, that compute each head's product in tiles.
 
         A head's matrix multiplies the first k columns of the head in x. If the head has more columns in x, they are
-        copied to the result unchanged, after the product's n columns.
+        copied to the result unchanged, after the product's n columns, by a launch that is executed during the call.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.region(op.w)
         heads, n, depth = (int(d) for d in t[op.w].shape)
         wide, narrow = x.cols // heads, out.cols // heads
-        tm, tn, tk = best_tile(mem.target, max(1, x.rows), n, depth, "f32", w.format, False)
-        jobs = [(h, r, c) for h in range(heads) for r in slices(x.rows, tm) for c in [*slices(n, tn), None]]
-        streams = []
-        for k, mine in deal_jobs(mem.chip, jobs if wide > depth else [j for j in jobs if j[2]], op.site):
-            a, v = k.ring(2, tm, tk), k.ring(4, tn, tk, w.format)
-            acc, result, rest = k.tile(tm, tn, "f32", "acc"), k.ring(2, tm, tn), k.ring(2, tm, max(1, wide - depth))
-            for h, rows, columns in mine:
-                if columns is None:
-                    passed = load(k, rest.next(), x.part(rows, slice(h * wide + depth, (h + 1) * wide)))
-                    k.emit(isa.Store(dst=out.part(rows, slice(h * narrow + n, (h + 1) * narrow)), src=passed))
-                    continue
-                shape = (rows.stop - rows.start, columns.stop - columns.start)
-                for d in slices(depth, tk):
-                    left = load(k, a.next(), x.part(rows, slice(h * wide + d.start, h * wide + d.stop)))
-                    right = load(k, v.next(), w.part(slice(h * n + columns.start, h * n + columns.stop), d))
-                    k.emit(isa.Matmul(acc=acc.shaped(*shape), a=left, b=right, accumulate=d.start > 0))
-                y = result.next().shaped(*shape)
-                k.emit(isa.Drain(dst=y, acc=acc.shaped(*shape)))
-                k.emit(
-                    isa.Store(dst=out.part(rows, slice(h * narrow + columns.start, h * narrow + columns.stop)), src=y)
-                )
-            streams.append(k.stream())
-        return streams
+        if wide > depth:
+            mem.run(copies(mem, op.site, x, out, heads, wide - depth), label=COPY)
+        cut = tiling(mem.target, (x.rows, n, depth), x.format, bits_per_value(t[op.w]), w, heads=heads)
+        (steps,) = split_steps(depth, depth, cut)
+        tiles = in_blocks(slices(x.rows, cut.rows), slices(n, cut.columns), cut.block)
+        jobs = [
+            TileJob(rows, [w], [moved(columns, h * n)], steps, moved(columns, h * narrow), first=h * wide)
+            for h in range(heads) for rows, columns in tiles
+        ]  # fmt: skip
+
+        def finisher(k: StreamBuilder) -> Finish:
+            ring = k.ring(2, cut.drain_rows, cut.columns)
+            return lambda job: store_product(k, job, out, [job.out], ring)
+
+        return product_streams(mem, op.site, Codes(x, None, depth), cut, jobs, finisher)
+
+
+def moved(columns: slice, by: int) -> slice:
+    """The columns that are `by` further to the right."""
+    return slice(columns.start + by, columns.stop + by)
+
+
+def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:
+    """A list of Streams that copy the last `width` columns of each head of x to those of `out`."""
+    step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width)))
+
+    def last(matrix: Region, head: int) -> slice:
+        end = (head + 1) * (matrix.cols // heads)
+        return slice(end - width, end)
+
+    streams = []
+    for k, mine in deal_jobs(mem.chip, [(r, h) for r in slices(x.rows, step) for h in range(heads)], site):
+        ring = k.ring(2, step, width)
+        for rows, h in mine:
+            tile = load(k, ring.next(), x.part(rows, last(x, h)))
+            k.emit(isa.Store(dst=out.part(rows, last(out, h)), src=tile))
+        streams.append(k.stream())
+    return streams

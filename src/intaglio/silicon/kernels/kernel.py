@@ -24,6 +24,7 @@ from intaglio.silicon.stream import Stream
 from intaglio.silicon.timing import Timing
 
 Tensors = Mapping[str, Tensor]
+WIDE = 4  # bytes of an activation from which operands of products are FP32, as in the streams
 CHIP_KERNELS: dict[type[Op], type[ChipKernel]] = {}
 K = TypeVar("K", bound="type[ChipKernel]")
 
@@ -61,18 +62,22 @@ class ChipKernel:
 
     @classmethod
     def runs_on(cls, target: Target, op: Any, t: Tensors, batch: Batch) -> Target:
-        """The target by which the Streams of streams() are timed: `target` reduced to the library's kernel that runs.
+        """A target whose library holds only the constants of the kernel that runs this op; see Target.kernel().
 
-        See Target.kernel(). By default it is `target` itself, for ops whose kernels differ in no field of the library.
+        The Streams of streams() are timed with it. The base class returns `target` itself; an op overrides this if its
+        library kernels have constants of their own.
         """
         return target
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
-        """Write the op's instructions; a list with one Stream for each core that has work.
+        """Write the op's instructions for one batch: returns a list with one Stream for each core that has work.
 
-        mem: the chip's memory, with the operands and regions for the results. A kernel of several launches executes all
-        but the last in `mem` during the call, and returns the Streams of the last.
+        A kernel of several launches executes all but the last in `mem` during the call, and returns the Streams of the
+        last.
+
+        mem: the chip's memory, with the operands and regions for the results. t: the Program's tensors by name. batch:
+        the step's batch; attention and other ops on sequences read from it which rows belong together.
         """
         raise NotImplementedError(f"{cls.__name__} must define streams()")
 

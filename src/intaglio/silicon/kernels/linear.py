@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +14,18 @@ from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.product import bits_per_value, linear_timing, part_columns
-from intaglio.silicon.kernels.tiled import TiledProduct, TileJob, in_blocks, rounded, scale_columns, split_steps, tiling
+from intaglio.silicon.kernels.tiled import (
+    Finish,
+    TileJob,
+    in_blocks,
+    pieces,
+    product_streams,
+    rounded,
+    scale_columns,
+    split_steps,
+    store_product,
+    tiling,
+)
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
@@ -68,55 +79,40 @@ class LinearKernel(ChipKernel):
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1
         span = scale_columns(w, x.cols)
-        codes, scales = rounded(mem, op.site, x, op.x_format, span)
-        cut = tiling(mem.target, x.rows, sides * out.cols, codes, bits_per_value(t[op.w]), w, sides, bool(op.residual))
+        codes = rounded(mem, op.site, x, op.x_format, span)
+        size, bits = (x.rows, sides * out.cols, x.cols), bits_per_value(t[op.w])
+        cut = tiling(mem.target, size, codes.x.format, bits, w, sides, bool(op.residual))
         steps = split_steps(x.cols, span, cut)
         sums = mem.heap.allocate(x.rows * len(steps), sides * out.cols, "f32") if len(steps) > 1 else None
-        tiles = in_blocks(slices(x.rows, cut.rows), slices(out.cols, cut.columns), cut.block)
-        jobs = [(*tile, part) for tile in tiles for part in range(len(steps))]
-        streams = []
-        for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, op.site)):
-            product = TiledProduct(k, codes, scales, w, span, cut, sides, w_first=core % 2 > 0)
-            accs = [
-                [k.tile(cut.rows, cut.columns, "f32", "acc") for _ in range(sides)]
-                for _ in range(cut.at_once * cut.banks)
-            ]
+        jobs = []
+        for rows, columns in in_blocks(slices(x.rows, cut.rows), slices(out.cols, cut.columns), cut.block):
+            parts = [slice(columns.start + j * out.cols, columns.stop + j * out.cols) for j in range(sides)]
+            jobs += [TileJob(rows, [w] * sides, parts, each, columns, index=part) for part, each in enumerate(steps)]
+
+        def finisher(k: StreamBuilder) -> Finish:
             extra = [k.tile(1, cut.columns, mem.region(op.bias).format) if op.bias else None for _ in range(2)]
             shape = cut.drain_rows, cut.columns
             rings = k.ring(2, *shape), k.ring(2, *shape) if op.residual and sums is None else None
-            for number, group in enumerate(slices(len(mine), cut.at_once)):
-                both = []
-                for i, (rows, columns, part) in enumerate(mine[group]):
-                    parts = [slice(columns.start + j * out.cols, columns.stop + j * out.cols) for j in range(sides)]
-                    acc = accs[(number * cut.at_once + i) % len(accs)]
-                    both.append((TileJob(rows, parts, acc, steps[part]), columns, part))
-                product.multiply([job for job, *_ in both])
-                for job, columns, part in both:
-                    if sums is None:
-                        drain(k, mem, op, job, columns, extra, rings)
-                    else:
-                        store_sums(k, job, sums.shaped(x.rows, len(steps) * sums.cols), part * sums.cols, rings[0])
-                if not mem.target.library.persistent:
-                    k.fence()
-            streams.append(k.stream())
+
+            def finish(job: TileJob) -> None:
+                if sums is None:
+                    drain(k, mem, op, job, extra, rings)
+                    return
+                first = job.index * sums.cols
+                columns = [slice(first + c.start, first + c.stop) for c in job.columns]
+                store_product(k, job, sums.shaped(x.rows, len(steps) * sums.cols), columns, rings[0])
+
+            return finish
+
+        streams = product_streams(mem, op.site, codes, cut, jobs, finisher)
         if sums is None:
             return streams
         mem.run(streams)
         return add_parts(mem, op, sums, len(steps))
 
 
-def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """Yield the row ranges in which a tile moves from accumulators to SRAM: (rows within the tile, rows of the result).
-
-    Both are slices of equal length. ring: the SRAM buffers; a range has as many rows as one of them, or fewer at the
-    end of the tile.
-    """
-    for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
-        yield piece, slice(job.rows.start + piece.start, job.rows.start + piece.stop)
-
-
 def drain(
-    k: StreamBuilder, mem: ChipMemory, op: Linear, job: TileJob, columns: slice, extra: Sequence[Region | None],
+    k: StreamBuilder, mem: ChipMemory, op: Linear, job: TileJob, extra: Sequence[Region | None],
     rings: tuple[Ring, Ring | None],
 ) -> None:  # fmt: skip
     """Emit what follows the product of one tile: loads of bias and residual, Drain (accumulators to SRAM), and Store.
@@ -126,7 +122,6 @@ def drain(
         mem: the chip's memory, with the op's operands and its result.
         op: the op.
         job: the tile, with its accumulators.
-        columns: the tile's columns of the result.
         extra: an SRAM tile for the bias of each accumulator; None without a bias.
         rings: SRAM buffers for a few rows of the result, and of the residual (None without one).
     """
@@ -135,15 +130,15 @@ def drain(
         if tile is not None and op.bias is not None:
             biases[j] = load(k, tile, mem.region(op.bias).part(slice(0, 1), part))
     results, residuals = rings
-    width = slice(0, columns.stop - columns.start)
+    width = slice(0, job.out.stop - job.out.start)
     for piece, at in pieces(job, results):
         added = None
         if residuals is not None and op.residual is not None:
-            added = load(k, residuals.next(), mem.region(op.residual).part(at, columns))
+            added = load(k, residuals.next(), mem.region(op.residual).part(at, job.out))
         result = results.next().shaped(piece.stop - piece.start, width.stop)
         accs = [acc.part(piece, width) for acc in job.accs]
         k.emit(drained(op, result, accs, biases, added))
-        k.emit(isa.Store(dst=mem.region(op.out).part(at, columns), src=result))
+        k.emit(isa.Store(dst=mem.region(op.out).part(at, job.out), src=result))
 
 
 def drained(
@@ -158,19 +153,6 @@ def drained(
         dst=dst, acc=accs[0], up=accs[1] if len(accs) > 1 else None, bias=biases[0],
         up_bias=biases[1], residual=residual, scale=op.scale, activation=op.activation,  # type: ignore[arg-type]
     )  # fmt: skip
-
-
-def store_sums(k: StreamBuilder, job: TileJob, sums: Region, first: int, ring: Ring) -> None:
-    """Emit the instructions that move a tile's sums over one part of K from accumulators to HBM. Used if K is split.
-
-    sums: the region in HBM, f32 [rows, parts of K * columns]. first: its first column for this part of K. ring: SRAM
-    buffers of a few rows, through which the sums pass.
-    """
-    for acc, part in zip(job.accs, job.columns, strict=True):
-        for piece, at in pieces(job, ring):
-            result = ring.next().shaped(piece.stop - piece.start, part.stop - part.start)
-            k.emit(isa.Drain(dst=result, acc=acc.part(piece, slice(0, result.cols))))
-            k.emit(isa.Store(dst=sums.part(at, slice(first + part.start, first + part.stop)), src=result))
 
 
 def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Stream]:

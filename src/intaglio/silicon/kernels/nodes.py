@@ -41,10 +41,14 @@ def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
 def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside) -> Timing:
     """The Timing of a collective of a tensor of `moved` bytes over chips of several nodes.
 
-    inside: function of (target, collective, chips, bytes) that returns the Timing of a collective in one node. Between
-    k nodes a chip sends (k - 1) / k of its part, twice for an all_reduce, in log2(k) steps, rounded up (recursive
-    doubling, or Bruck's algorithm). Raises ChipError as nodes_of() does, and for a collective that does not run over
-    several nodes (send).
+    Collectives inside each node come before or after an exchange between k nodes. There a chip sends (k - 1) / k of its
+    part, twice for an all_reduce. Its part is moved / (chips of a node), or `moved` for an all_to_all. The exchange
+    takes ceil(log2(k)) steps (recursive doubling, or Bruck's algorithm), twice as many for an all_reduce, and 1 for an
+    all_to_all.
+
+    inside: function of (target, collective, chips, bytes) that returns the Timing of a collective in one node. Raises
+    ChipError if no network joins nodes, if the last node is not full, and for a collective that cannot span nodes
+    (send).
     """
     chip = target.chip
     if op not in STAGES:

@@ -1,11 +1,11 @@
-"""Matrix products on a chip, shared by linear, head_linear and experts: tiling, timing, and loading of operands.
+"""Timing of matrix products on a chip, shared by linear, head_linear and experts, with the choice of tiles.
 
 The closed form times every tile and K split that the library offers; the fastest is used, as by vendors' libraries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -13,13 +13,9 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.chips import ChipError, Target
+from intaglio.chips import Target
 from intaglio.ops import Tensor
-from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
-from intaglio.silicon.kernels.chip_memory import QuantisedRegion, codes_of, load, slices
-from intaglio.silicon.memory import Region
-from intaglio.silicon.stream import StreamBuilder
 from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
@@ -57,7 +53,7 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float, heads: int = 1) -> tuple[Any, Any, Any]:  # fmt: skip
+                out_bytes: float, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
     """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
@@ -67,11 +63,12 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     - If all of x fits, one read of x is subtracted, since the op before has just written x to the L2.
     - The last bytes of the result stay in the L2 and are not counted.
 
-    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. The results are
-    numbers or arrays, as the arguments are.
+    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
+    cover the m rows of a product; a mean if products have different numbers of rows. The three results are numbers or
+    arrays, as the arguments are.
     """
     chip, part = target.chip, target.library.l2_usable
-    gm, gn = np.ceil(m / tm), np.ceil(n / tn)
+    gn = np.ceil(n / tn)
     rows, columns = block_shape(target, gm, gn, tm, tn, split)
     x, w, out = m * k * x_bytes, n * k * w_bytes, m * n * out_bytes
     kept = chip.l2_bytes * part
@@ -87,19 +84,41 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """Grouped products x @ w.T, one for each expert, with different numbers of rows; and properties of their kernel.
+
+    Attributes:
+        counts: rows of each product, at least 1; len(counts) is the number of products.
+        scattered: True if rows of the result are stored by index, past the L2.
+        overfetch: bytes moved from the L2 for each byte of a weight.
+        convert_ops: operations of the vector lanes to convert a weight.
+        run: format in which the array multiplies; "": the wider one of the operands.
+    """
+
+    counts: tuple[int, ...]
+    scattered: bool = False
+    overfetch: float = 1.0
+    convert_ops: int = 0
+    run: str = ""
+
+
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
-                 glu: bool = False, resident: bool = False, heads: int = 1) -> dict[str, Any]:  # fmt: skip
+                 glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
+                 ) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
-    A core loads, multiplies, drains and stores its tiles one after the other, as in the instruction streams (tiled.py).
-    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, as they are
+    A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
+    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, since they are
     padded. A choice that is not allowed takes infinite seconds.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
-    prefetched, so HBM reads none. heads: number of such products, each with its own x and w; their K is not split.
+    prefetched, so HBM reads none. heads: number of products [m, k] @ [k, n], each with its own x and w; above 1, K is
+    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored.
 
-    Keys of the dict, with an item for each choice. A job is one tile for one part of K; it runs in steps over K.
+    Keys of the dict. Arrays have the choices as their last axis. A job is one tile for one part of K; it runs in steps
+    over K.
 
     - seconds: time of the product, launch included.
     - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`. moved: bytes between L2 and cores.
@@ -109,36 +128,44 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - ring: steps whose operands SRAM holds at the same time. at_once: tiles that run on a core at a time.
     - banks: 2 if the accumulators fit two tiles of the result, else 1.
     - run: name of the format in which the array multiplies; one str for all choices.
+    - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
     tm, tn, split = choices(lib.tiles, lib.split_k)
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
+    gm, most, fetched = np.ceil(m / tm), m, w_bits  # gm: tiles of one product's rows; fetched: bits moved for a weight
+    if grouped:
+        counts, heads = np.array(grouped.counts), len(grouped.counts)
+        m, most, gm = counts.mean(), counts.max(), np.ceil(counts[:, None] / tm).sum(axis=0) / heads
+        run, fetched = grouped.run or run, w_bits * grouped.overfetch
     x_bits = formats.bits(x_format)
     space = chip.sram_bytes * (1 - 1 / DRAIN_PART)  # bytes of SRAM for stages of both operands
     tk = np.minimum(step_depth(target, formats.bits(run)), k)
     whole = (tm * x_bits + tn * w_bits) * tk / 8
     tk = tk / 2 ** np.clip(np.ceil(np.log2(2 * whole / space)), 0, None)  # two stages fit
-    k_steps, gm, gn = np.ceil(k / tk), np.ceil(m / tm), np.ceil(n / tn)
+    k_steps, gn = np.ceil(k / tk), np.ceil(n / tn)
     steps = np.ceil(k_steps / split)
     allowed = (split == 1) | ((steps >= 4) & (heads == 1))
     split = np.ceil(k_steps / steps)
     jobs = heads * gm * gn * split
     full, rest = waves(jobs, cores)
     rounds = full + (rest > 0)
-    rows = np.minimum(tm, m)  # of a tile that are loaded and stored
-    stage = (tm * x_bits + tn * w_bits) * tk / 8
+    rows = np.minimum(tm, most)  # of a tile that are loaded and stored
+    stage = (tm * x_bits + tn * fetched) * tk / 8
     at_once = np.minimum(np.minimum(np.floor(space / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), rounds)
     at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
     ring = np.clip(np.floor(space / stage), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
     each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
-    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads)
+    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm)
     w_hbm = w_hbm * (not resident)
+    if grouped and grouped.scattered:
+        out_hbm = heads * m * n * each[2] + 0 * gn
     hbm = x_hbm + w_hbm + out_hbm
     wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
-    stage_mean = (rows * x_bits + n / gn * w_bits) * tk / 8
+    stage_mean = (rows * x_bits + n / gn * fetched) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
     # Columns of a tile in that round, which on a single core is the one at the corner
     last_n = n - (gn - 1) * tn if cores == 1 else n / gn
@@ -148,16 +175,19 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     last_part = np.where(split == 1, k - (k_steps - 1) * tk, tk)
     work = matmul_cycles(target, tm, tn, tk, run) / chip.clock_hz
     last_work = matmul_cycles(target, tm, tn, last_part, run) / chip.clock_hz
+    if grouped and grouped.convert_ops:
+        work = work + vector_cycles(chip, grouped.convert_ops * tn * tk) / chip.clock_hz
+        last_work = last_work + vector_cycles(chip, grouped.convert_ops * tn * last_part) / chip.clock_hz
     job_work = (steps - 1) * work + last_work
     job_steps = steps - 1 + last_part / tk
 
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
-        """Seconds to load one step's operands: (while `active` cores load at once, by the core's own port alone).
+        """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        columns: mean columns of w of a tile.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w.
         """
-        own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * w_bits) * tk / 8
-        mean = (rows * x_bits + columns * w_bits) * tk / 8
+        own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
+        mean = (rows * x_bits + columns * fetched) * tk / 8
         return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
 
     # The first stage of all cores comes from HBM
@@ -185,9 +215,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         return one + other + depth_s + (tiles * pieces - 1) * busier
 
     def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
-        """Seconds from the first load to the last matmul of `tiles` tiles whose steps one core interleaves.
+        """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
 
-        load_s, alone_s: the two results of load().
+        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone.
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
@@ -244,7 +274,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
             "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
-            "at_once": at_once, "banks": banks, "moved": moved}  # fmt: skip
+            "at_once": at_once, "banks": banks, "moved": moved,
+            "block": block_shape(target, gm, gn, tm, tn, split)}  # fmt: skip
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
@@ -277,16 +308,17 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
 @lru_cache(maxsize=65536)
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
-    out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1,
+    out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
     w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
+    grouped: None, or as many products as it has counts; then m and heads are ignored.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
-    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads)
+    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped)
     i = int(np.argmin(w["seconds"]))
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
@@ -299,135 +331,11 @@ def linear_timing(
         "L2": moved / chip.l2_rate,
     }
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
+    if grouped:
+        choice = f"{len(grouped.counts)} experts, {choice}"
     seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
-    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice, jobs=jobs)
-
-
-def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int, int]:
-    """The fastest tile that fits accumulators and SRAM if K is not split: (rows, columns, K values of a step).
-
-    The accumulators must fit one FP32 tile, or two for a GLU pair; SRAM must fit buffers of FP32 operands. A step has
-    min(k, step_depth()) values of K. If no tile fits, this number is halved, and again until one does; a number below
-    32 is not halved. Raises ChipError if no tile fits even then.
-    """
-    chip = target.chip
-    w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
-    tm, tn, split = w["tile"]
-    acc = tm * tn * 4 * (1 + glu)
-    tk = min(k, step_depth(target, 32))
-    while True:
-        sram = tm * tn * 12 + (16 * tm + 16 * tn) * tk
-        fits = (split == 1) & (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
-        if np.any(fits):
-            break
-        if tk < 32:
-            i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
-            raise ChipError(
-                f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no "
-                f"tile fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators "
-                f"and {sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip "
-                "more, or the kernel library smaller tiles"
-            )
-        tk //= 2
-    i = int(np.argmin(np.where(fits, w["seconds"], np.inf)))
-    return int(tm[i]), int(tn[i]), tk
-
-
-class Operands:
-    """Emits the loads and matmuls of a product on one core, with x rounded on the way; holds the SRAM tiles of x and w.
-
-    k: stream builder of the core. tile: (rows, columns, K values of a step) of a tile of the result.
-    """
-
-    def __init__(
-        self, k: StreamBuilder, x: Region, w: Region | QuantisedRegion, x_format: str, tile: tuple[int, int, int]
-    ) -> None:
-        tm, tn, tk = tile
-        self.k, self.x, self.tk = k, x, tk
-        self.whole_rows = x_format == "fp8row"  # one scale a row, so the whole row is loaded before it is rounded
-        depth = x.cols if self.whole_rows else tk
-        self.raw = k.ring(2, tm, depth, "f32")
-        self.rounded = k.ring(2, tm, depth, formats.element(x_format)) if x_format != "f32" else None
-        self.columns = k.ring(4, tn, tk, codes_of(w).format)
-        self.scales = k.ring(2, tm, 1, "f32") if x_format in ("int8", "fp8row") else None
-        self.column_scales = k.ring(4, 1, tn, w.scales_t.format) if isinstance(w, QuantisedRegion) else None
-
-    def load_x(self, rows: slice, depth: slice) -> Region:
-        """Emit the load of x[rows, depth], not rounded; returns the SRAM tile, f32. depth: slice of K."""
-        return load(self.k, self.raw.next(), self.x.part(rows, depth))
-
-    def rounded_x(self, rows: slice, depth: slice) -> tuple[Region, Region | None]:
-        """Emit the load of x[rows, depth] and its rounding to x_format; returns (SRAM tile, row scales).
-
-        depth: slice of K. The scales are None if x_format has none; for f32 nothing is rounded.
-        """
-        raw = self.load_x(rows, depth)
-        if self.rounded is None:
-            return raw, None
-        part = self.rounded.next().shaped(raw.rows, raw.cols)
-        if self.scales is None:
-            self.k.emit(isa.Convert(dst=part, src=raw))
-            return part, None
-        scale = self.scales.next().shaped(raw.rows, 1)
-        self.k.emit(isa.Quantise(codes=part, scale=scale, x=raw))
-        return part, scale
-
-    def load_w(self, w: Region | QuantisedRegion, columns: slice, depth: slice) -> tuple[Region, Region | None]:
-        """Emit the load of w[columns, depth]; returns (SRAM tile, column scales [1, columns]).
-
-        columns: slice of the rows of w. depth: slice of K, within one group of scales. The scales are None if w is not
-        quantised.
-        """
-        if not isinstance(w, QuantisedRegion):
-            return load(self.k, self.columns.next(), w.part(columns, depth)), None
-        assert self.column_scales is not None
-        codes = load(self.k, self.columns.next(), w.codes.part(columns, depth))
-        group = depth.start // w.group
-        return codes, load(self.k, self.column_scales.next(), w.scales_t.part(slice(group, group + 1), columns))
-
-    def multiply(self, rows: slice, sides: Sequence[tuple[Region, Region | QuantisedRegion, slice]]) -> None:
-        """Emit the instructions for acc = x[rows] @ w[columns].T over all of K, for each item of `sides`.
-
-        sides: (acc, w, columns) for each product with the same rows of x.
-        """
-        for depth, groups in k_steps(sides[0][1], self.x.cols, self.tk, self.whole_rows):
-            a, row_scale = self.rounded_x(rows, depth)
-            for group in groups:
-                part = a.part(cols=slice(group.start - depth.start, group.stop - depth.start))
-                for acc, w, columns in sides:
-                    v, col_scale = self.load_w(w, columns, group)
-                    scales: dict[str, Any] = {"row_scale": row_scale, "col_scale": col_scale}
-                    self.k.emit(isa.Matmul(acc=acc, a=part, b=v, accumulate=group.start > 0, **scales))
-
-
-def k_steps(w: Region | QuantisedRegion, k: int, tk: int, whole_rows: bool) -> list[tuple[slice, list[slice]]]:
-    """The steps over K: a list of (slice of K to load of x at once, list of its sub-slices with one Matmul each).
-
-    A quantised w is multiplied one group at a time, since each has its own scales. One scale of x covers
-    formats.SPAN values, so groups smaller than that are loaded SPAN values at a time. With `whole_rows` all of K is
-    loaded at once.
-    """
-    if not isinstance(w, QuantisedRegion):
-        inner = [slice(d.start, d.stop) for d in slices(k, tk)]
-        return [(slice(0, k), inner)] if whole_rows else [(d, [d]) for d in inner]
-    outer = [slice(0, k)] if whole_rows else slices(k, w.scale_columns)
-    return [(d, [slice(d.start + g.start, d.start + g.stop) for g in slices(d.stop - d.start, w.group)]) for d in outer]
-
-
-def tile_shape(
-    target: Target, m: int, n: int, k: int, x_format: str, w: Region | QuantisedRegion, glu: bool
-) -> tuple[int, int, int]:
-    """Size of the result's tiles for Operands: (rows, columns, K values of a step), chosen so that its tiles fit SRAM.
-
-    It is that of best_tile(), except that a step has w.scale_columns values of K if w is quantised. The rows are then
-    halved while the tiles of x and w take more than half of SRAM and there are at least two rows.
-    """
-    tm, tn, tk = best_tile(target, max(1, m), n, k, formats.element(x_format), codes_of(w).format, glu)
-    if isinstance(w, QuantisedRegion):
-        tk = w.scale_columns
-    while tm > 1 and tm * 10 * (k if x_format == "fp8row" else tk) + tn * 16 * tk > target.chip.sram_bytes // 2:
-        tm //= 2
-    return tm, tn, tk
+    flops = 2.0 * (sum(grouped.counts) if grouped else heads * m) * n * k
+    return Timing(seconds, busy, hbm, moved, 0.0, flops, w["run"], weights, choice, jobs=jobs)
 
 
 def bits_per_value(tensor: Tensor) -> float:

@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts
+from intaglio.silicon.tile_loop import LoopPart, TileLoop, gather_parts, l2_parts
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -29,15 +29,21 @@ INDICES_SRAM = 4096  # bytes of SRAM that is left to the indices of a core's row
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
-def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False) -> Timing:
-    """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
+def loop_timing(
+    target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
+) -> Timing:
+    """The Timing of `loop`, launch included. Its operands are in the L2 as far as they fit: the op before wrote them.
 
-    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM.
+    reads, writes: bytes of all jobs. gathered: True if rows are read by index; all reads then come from HBM. past_l2:
+    True if the op before wrote by index, to HBM and not to the L2. It is ignored if `gathered`.
     """
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable
     if gathered:
         parts = gather_parts(writes, capacity)
+    elif past_l2:
+        held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
+        parts = [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]
     else:
         parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
     seconds = lib.launch_s + loop.in_parts(target, parts)
@@ -53,7 +59,8 @@ def ring_depth(target: Target, columns: Sequence[int], load: float, held: float 
 
     It is from 2 to MOST_TILES. If SRAM does not fit that many, it is the number that fits, at least 1.
 
-    columns: for each buffer, the FP32 columns of a tile of one row. held: bytes of SRAM that are taken.
+    columns: for each buffer, the columns of its tiles; a tile is one row of FP32 values. load: bytes that a core loads
+    for one tile. held: bytes of SRAM already in use.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -69,7 +76,8 @@ class RowsKernel(ChipKernel):
     Attributes:
         rows: rows of each matrix, a number or a symbol.
         width: columns of each matrix.
-        operands: number of matrices [rows, width]: `operands` - 1 are read, but at least one, and one is written.
+        operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
+            stands for one read and one write.
         vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
         gathered: True if rows are read by index. A core then has a run of rows, whose indices it loads first.
         in_place: True if a row is stored from the tile into which it was loaded.
@@ -154,10 +162,11 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
     Args:
         mem: the chip's memory.
         op: the op.
-        kernel: gives the number of column ranges and of tiles in a ring, and says whether rows are gathered.
+        kernel: gives the number of column ranges and the number of tiles in a ring. kernel.gathered: the rows are read
+            by index.
         rows: number of rows.
-        columns: for each ring (circular buffer of f32 tiles of one row), the columns of a tile; the last is the width
-            that is divided.
+        columns: for each ring (circular buffer of f32 tiles of one row), the columns of the whole row. columns[-1] is
+            the width that is divided into ranges; no tile is wider than a range.
         body: called as body(builder, rings, rows, columns) to emit the instructions of one job. rows: slice of one row.
             columns: slice of the job's columns; slice(None) if rows are gathered.
     """

@@ -5,7 +5,7 @@ x is rounded to the op's x_format by a launch of its own, as the closed form ass
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,16 @@ from intaglio import formats
 from intaglio.chips import Target
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, codes_of, deal_jobs, load, slices
-from intaglio.silicon.kernels.product import DRAIN_PART, block_shape, time_choices
+from intaglio.silicon.kernels.product import DRAIN_PART, Grouped, time_choices
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.memory import MachineError, Region
-from intaglio.silicon.stream import StreamBuilder
+from intaglio.silicon.stream import Ring, Stream, StreamBuilder
+
+RowReader = Callable[
+    [Region, slice, slice], Region
+]  # loads rows and columns of x into a tile; returns the part it fills
+ROUNDING = "rounding"  # label of the launch that rounds x
+INDEX_TILES = 4  # tiles of row numbers by which results are stored
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
@@ -31,40 +37,66 @@ def groups_in(w: Region | QuantisedRegion, depth: int) -> int:
     return -(-depth // w.group) + 1 if isinstance(w, QuantisedRegion) else 0
 
 
-def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> tuple[Region, Region | None]:
-    """Round x f32 [m, k] to `x_format`, executing that on the chip now. Returns (codes [m, k], scales f32 [m, G]).
+@dataclass(frozen=True)
+class Codes:
+    """Left operand of a product, or of several that share a loop.
 
-    int8 has one scale for every `span` columns of a row, fp8row one for each row. For bf16 the scales are None. For f32
-    the result is (x, None), and nothing is executed.
+    Attributes:
+        x: its codes [m, k].
+        scales: scales f32 [m, G] of its rows; None: it has none.
+        span: columns of x that share a scale.
     """
-    if x_format == "f32":
-        return x, None
-    span = span if x_format == "int8" else x.cols
-    codes = mem.heap.allocate(x.rows, x.cols, formats.element(x_format))
-    scales = mem.heap.allocate(x.rows, -(-x.cols // span), "f32") if x_format in ("int8", "fp8row") else None
+
+    x: Region
+    scales: Region | None
+    span: int
+
+
+def rounded(
+    mem: ChipMemory, site: str, x: Region, x_format: str, span: int, rows: int = -1,
+    reader: Callable[[StreamBuilder, int], RowReader] | None = None,
+) -> Codes:  # fmt: skip
+    """Round x f32 [m, k] to `x_format`, executing that on the chip now, and return the Codes.
+
+    int8 has one scale for every `span` columns of a row, fp8row one for each row; bf16 has none. For f32 without a
+    reader the result is x itself, and nothing is executed.
+
+    reader: None to take the rows of x in order. Otherwise a function called for each core with (stream builder, rows of
+    a tile), which returns a RowReader: a function that loads rows of x in another order. The codes, f32 too, are then
+    written in that order. rows: number of rows that the reader gives; not used without a reader.
+    """
+    if x_format == "f32" and reader is None:
+        return Codes(x, None, span)
+    count = x.rows if reader is None else rows
+    scaled = x_format in ("int8", "fp8row")
+    width = x.cols if x_format == "fp8row" else span
+    codes = mem.heap.allocate(count, x.cols, formats.element(x_format))
+    scales = mem.heap.allocate(count, -(-x.cols // width), "f32") if scaled else None
     sram = mem.chip.sram_bytes
     if scales is None:
-        span = min(span, sram // (3 * 8))
-    step = max(1, min(ROWS, sram // (3 * 8 * span)))
-    tiles = 2 if step * span * (4 + formats.bits(codes.format) / 8) * 2 < sram - 1024 else 1
-    jobs = [(rows, g, part) for rows in slices(x.rows, step) for g, part in enumerate(slices(x.cols, span))]
+        width = min(x.cols, sram // (3 * 8))
+    step = max(1, min(ROWS, sram // (3 * 8 * width)))
+    tiles = 2 if step * width * (4 + formats.bits(codes.format) / 8) * 2 < sram - 2048 else 1
+    jobs = [(part, g, columns) for part in slices(count, step) for g, columns in enumerate(slices(x.cols, width))]
     streams = []
     for k, mine in deal_jobs(mem.chip, jobs, site):
-        raw, results = k.ring(tiles, step, span), k.ring(tiles, step, span, codes.format)
+        raw, results = k.ring(tiles, step, width), k.ring(tiles, step, width, codes.format)
         factors = k.ring(2, step, 1)
-        for rows, g, part in mine:
-            a = load(k, raw.next(), x.part(rows, part))
-            y = results.next().shaped(a.rows, a.cols)
-            if scales is None:
-                k.emit(isa.Convert(dst=y, src=a))
-            else:
+        read = reader(k, step) if reader else lambda tile, rows, columns, k=k: load(k, tile, x.part(rows, columns))
+        for part, g, columns in mine:
+            a = y = read(raw.next(), part, columns)
+            if x_format != "f32":
+                y = results.next().shaped(a.rows, a.cols)
+            if scales is not None:
                 factor = factors.next().shaped(a.rows, 1)
                 k.emit(isa.Quantise(codes=y, scale=factor, x=a))
-                k.emit(isa.Store(dst=scales.part(rows, slice(g, g + 1)), src=factor))
-            k.emit(isa.Store(dst=codes.part(rows, part), src=y))
+                k.emit(isa.Store(dst=scales.part(part, slice(g, g + 1)), src=factor))
+            elif y is not a:
+                k.emit(isa.Convert(dst=y, src=a))
+            k.emit(isa.Store(dst=codes.part(part, columns), src=y))
         streams.append(k.stream())
-    mem.run(streams)
-    return codes, scales
+    mem.run(streams, label=ROUNDING)
+    return Codes(codes, scales, span)
 
 
 def one_scale(w: Region | QuantisedRegion) -> bool:
@@ -85,6 +117,7 @@ class Tiling:
         at_once: tiles between which a core alternates: it computes one step of each, then the next step of each.
         banks: 2 if a core begins its next tiles in other accumulators while it stores these, else 1.
         block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
+        scaled: tiles in each ring (circular SRAM buffer) of scales, for x and for w.
     """
 
     rows: int
@@ -96,51 +129,59 @@ class Tiling:
     at_once: int
     banks: int
     block: tuple[int, int]
+    scaled: int
 
 
 def tiling(
-    target: Target, m: int, n: int, x: Region, w_bits: float, w: Region | QuantisedRegion, sides: int, residual: bool
-) -> Tiling:
-    """The Tiling of a product x [m, k] @ w.T [k, n]: the fastest that time_choices() finds, made to fit SRAM.
+    target: Target, size: tuple[int, int, int], x_format: str, w_bits: float, w: Region | QuantisedRegion,
+    sides: int = 1, residual: bool = False, heads: int = 1, grouped: Grouped | None = None,
+) -> Tiling:  # fmt: skip
+    """The Tiling of `heads` products x [m, k] @ w.T [k, n]: the fastest that time_choices() finds, made to fit SRAM.
 
     time_choices() does not count the SRAM of the residual and of the scales. Where these do not fit as well, the Tiling
     has fewer stages, or a smaller depth, than time_choices() gives.
 
     Args:
         target: chip and kernel library.
-        m: rows of x.
-        n: columns of the result before activation, both sides of a GLU pair.
-        x: codes of x, already rounded.
+        size: (m, n, k): rows of x, columns of the result before activation (both sides of a GLU pair), columns of x.
+        x_format: format of the codes of x, already rounded.
         w_bits: bits per weight, scales included.
         w: the weights.
         sides: 2 for a GLU pair, else 1.
         residual: True if a residual is added.
+        heads: number of products, each with its own x and w.
+        grouped: None, or the row counts of several products (experts); m and heads are then ignored.
 
     Raises MachineError if SRAM does not fit two stages with one K value each.
     """
-    chip, k = target.chip, x.cols
-    how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)
+    chip, (m, n, k), w_format = target.chip, size, codes_of(w).format
+    how = time_choices(
+        target, max(1, m), n, k, x_format, w_format, w_bits, 4.0, sides == 2, heads=heads, grouped=grouped
+    )
     i = int(np.argmin(how["seconds"]))
     tm, tn, parts = (float(v[i]) for v in how["tile"])
     rows, columns = int(tm), -(-int(tn) // sides)
     buffers = 8 * columns * (1 + residual)  # bytes of a drained row, in two buffers
-    drain_rows = max(1, min(rows, m, chip.sram_bytes // DRAIN_PART // buffers))
-    bits = rows * formats.bits(x.format) + sides * columns * formats.bits(codes_of(w).format)
+    most = max(grouped.counts) if grouped else m
+    drain_rows = max(1, min(rows, most, chip.sram_bytes // DRAIN_PART // buffers))
+    bits = rows * formats.bits(x_format) + sides * columns * formats.bits(w_format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
-    at_once, block = int(how["at_once"][i]), block_shape(target, np.ceil(m / tm), np.ceil(n / tn), tm, tn, parts)
+    if grouped and grouped.scattered:
+        left -= INDEX_TILES * (4 * rows + 64)
+    at_once, block = int(how["at_once"][i]), (int(how["block"][0][i]), int(how["block"][1][i]))
     whole = one_scale(w)
-    if whole:
-        left -= 2 * at_once * (4 * rows + 4 * sides * columns + 64 * (1 + sides))
+    scales = 4 * rows + 4 * sides * columns + 64 * (1 + sides)
     while True:
         groups = groups_in(w, depth) * (not whole)
         stage = bits * depth // 8 + 64 * (1 + sides)
         if groups:
             stage += 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (1 + groups)
-        if 2 * stage <= left:
-            stages = max(2, min(int(how["ring"][i]), left // stage))
-            shape = int(block[0]), int(block[1])
-            banks = int(how["banks"][i]) if target.library.persistent else 1
-            return Tiling(rows, columns, int(parts), depth, stages, drain_rows, at_once, banks, shape)
+        for stages in range(max(2, int(how["ring"][i])), 1, -1):
+            # Loads of later tiles wait for a tile of scales if fewer are held than there are tiles in flight
+            scaled = max(2 * at_once, 1 + -(-stages // max(1, int(k // depth / parts)))) if whole else stages
+            if stages * stage + whole * scaled * scales <= left:
+                banks = int(how["banks"][i]) if target.library.persistent else 1
+                return Tiling(rows, columns, int(parts), depth, stages, drain_rows, at_once, banks, block, scaled)
         if depth == 1:
             raise MachineError(
                 f"{chip.name}: {chip.sram_bytes:,} bytes of SRAM do not fit a product tile of {rows} rows"
@@ -168,17 +209,25 @@ class TileJob:
 
     Attributes:
         rows: rows of x and of the result.
-        columns: the rows of w, which are columns of x @ w.T: one slice, or two for a GLU pair (gate, up).
-        accs: the accumulators, one for each item of `columns`.
+        w: the weights: one item, or two for a GLU pair (gate, up).
+        columns: for each item of `w`, its rows, which are columns of x @ w.T.
         steps: the steps over K, as slices.
+        out: columns of the result.
+        first: column of x at which K begins.
+        index: number of the part of K if K is split, or of the expert.
+        accs: the accumulators, one for each item of `columns`; product_streams() sets them.
         factor: the tile with the row scales of x that were loaded last; None before the first load.
         held: the scales of w that were loaded last, by index into `columns`: (slice of group numbers, their tile).
     """
 
     rows: slice
+    w: Sequence[Region | QuantisedRegion]
     columns: Sequence[slice]
-    accs: Sequence[Region]
     steps: Sequence[slice]
+    out: slice
+    first: int = 0
+    index: int = 0
+    accs: Sequence[Region] = ()
     factor: Region | None = None
     held: dict[int, tuple[slice, Region]] = field(default_factory=dict)
 
@@ -201,24 +250,22 @@ class TiledProduct:
 
     Tiles at the edge of the result are padded with zeros.
 
-    scales: row scales of x, or None. span: columns of x that share a scale. cut: the Tiling. sides: 2 for a GLU pair,
-    else 1. w_first: True to load tiles of w before those of x. If half of the cores do so, not all load x from the L2
-    at the same time, and HBM is never idle.
+    codes: the rounded x. w: weights of any one job: one item, or two for a GLU pair (gate, up). Only their formats are
+    used, and all jobs have the same. cut: the Tiling. w_first: True to load tiles of w before tiles of x. Half of the
+    cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
     """
 
     def __init__(
-        self, k: StreamBuilder, x: Region, scales: Region | None, w: Region | QuantisedRegion, span: int, cut: Tiling,
-        sides: int, w_first: bool,
-    ) -> None:  # fmt: skip
-        self.k, self.x, self.scales, self.w, self.span, self.cut = k, x, scales, w, span, cut
-        self.w_first = w_first
-        depth, groups, scaled = cut.depth, groups_in(w, cut.depth), cut.stages
-        if one_scale(w):  # its scales and those of x stay while a tile is computed
-            groups, scaled = 1, 2 * cut.at_once
-        self.x_tiles = k.ring(cut.stages, cut.rows, depth, x.format)
-        self.w_tiles = [k.ring(cut.stages, cut.columns, depth, codes_of(w).format) for _ in range(sides)]
-        self.row_scales = k.ring(scaled, cut.rows, 1) if scales is not None else None
-        self.column_scales = [k.ring(scaled, groups, cut.columns) if groups else None for _ in range(sides)]
+        self, k: StreamBuilder, codes: Codes, w: Sequence[Region | QuantisedRegion], cut: Tiling, w_first: bool
+    ) -> None:
+        self.k, self.codes, self.cut, self.w_first = k, codes, cut, w_first
+        depth, groups = cut.depth, groups_in(w[0], cut.depth)
+        if one_scale(w[0]):  # its scales and those of x stay while a tile is computed
+            groups = 1
+        self.x_tiles = k.ring(cut.stages, cut.rows, depth, codes.x.format)
+        self.w_tiles = [k.ring(cut.stages, cut.columns, depth, codes_of(side).format) for side in w]
+        self.row_scales = k.ring(cut.scaled, cut.rows, 1) if codes.scales is not None else None
+        self.column_scales = [k.ring(cut.scaled, groups, cut.columns) if groups else None for _ in w]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
         """Emit instructions that compute acc = x[rows] @ w[columns].T over the steps of each job, with loads.
@@ -237,12 +284,12 @@ class TiledProduct:
         """
         a = None if self.w_first else self.load_x(job, step)
         sides = [
-            load(self.k, self.w_tiles[side].next(), codes_of(self.w).part(part, step), self.cut.columns)
-            for side, part in enumerate(job.columns)
+            load(self.k, tiles.next(), codes_of(w).part(part, step), self.cut.columns)
+            for tiles, w, part in zip(self.w_tiles, job.w, job.columns, strict=True)
         ]
         a = a or self.load_x(job, step)
-        for side, (acc, part, b) in enumerate(zip(job.accs, job.columns, sides, strict=True)):
-            for i, (cols, scale) in enumerate(self.groups(side, part, step, job.held)):
+        for side, (acc, b) in enumerate(zip(job.accs, sides, strict=True)):
+            for i, (cols, scale) in enumerate(self.groups(side, job, step)):
                 x, y = a.part(cols=cols), b.part(cols=cols)
                 more = accumulate or i > 0
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
@@ -250,37 +297,89 @@ class TiledProduct:
     def load_x(self, job: TileJob, step: slice) -> Region:
         """Emit the load of columns `step` of a job's rows of x; returns the tile.
 
-        If x has scales, also loads the row scales of these columns into job.factor, unless job.factor has them from the
-        job's step before.
+        If x has scales, also emits the load of these columns' row scales and stores their tile in job.factor. It does
+        so only where a new scale begins; until then job.factor keeps the tile that an earlier step loaded.
         """
-        a = load(self.k, self.x_tiles.next(), self.x.part(job.rows, step), self.cut.rows)
-        if self.scales is not None and self.row_scales is not None:
-            g = step.start // self.span if self.scales.cols > 1 else 0
-            if job.factor is None or (self.scales.cols > 1 and step.start % self.span == 0):
-                scales = self.scales.part(job.rows, slice(g, g + 1))
-                job.factor = load(self.k, self.row_scales.next(), scales, self.cut.rows)
+        columns = slice(job.first + step.start, job.first + step.stop)
+        a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
+        scales, span = self.codes.scales, self.codes.span
+        if scales is not None and self.row_scales is not None:
+            g = step.start // span if scales.cols > 1 else 0
+            if job.factor is None or (scales.cols > 1 and step.start % span == 0):
+                part = scales.part(job.rows, slice(g, g + 1))
+                job.factor = load(self.k, self.row_scales.next(), part, self.cut.rows)
         return a
 
-    def groups(
-        self, side: int, part: slice, step: slice, held: dict[int, tuple[slice, Region]]
-    ) -> list[tuple[slice, Region | None]]:
+    def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
         """Divide a step's columns into the groups that share scales of w; a list of (columns, region of the scales).
 
         The columns are a slice relative to the step's first. If w has no scales, the list has one item, with None as
         region.
 
-        side: index into job.columns. part: the rows of w. step: slice of K. held: TileJob.held; if it has no scales for
-        these groups, they are loaded and stored in it.
+        side: index into job.w. step: slice of K. If job.held has no scales for these groups, they are loaded and stored
+        in it.
         """
-        ring = self.column_scales[side]
-        if not isinstance(self.w, QuantisedRegion) or ring is None:
+        ring, w = self.column_scales[side], job.w[side]
+        if not isinstance(w, QuantisedRegion) or ring is None:
             return [(slice(0, step.stop - step.start), None)]
-        size = self.w.group
+        size = w.group
         numbers = slice(step.start // size, -(-step.stop // size))
-        if side not in held or held[side][0] != numbers:
-            scales = self.w.scales_t.part(numbers, part)
-            held[side] = numbers, load(self.k, ring.next(), scales, columns=self.cut.columns)
-        scales = held[side][1]
+        if side not in job.held or job.held[side][0] != numbers:
+            part = w.scales_t.part(numbers, job.columns[side])
+            job.held[side] = numbers, load(self.k, ring.next(), part, columns=self.cut.columns)
+        scales = job.held[side][1]
         cuts = [max(step.start, g * size) - step.start for g in range(numbers.start, numbers.stop)]
         ends = [*cuts[1:], step.stop - step.start]
         return [(slice(a, z), scales.part(slice(i, i + 1))) for i, (a, z) in enumerate(zip(cuts, ends, strict=True))]
+
+
+Finish = Callable[[TileJob], None]  # emits what follows the product of a job
+
+
+def product_streams(
+    mem: ChipMemory, site: str, codes: Codes, cut: Tiling, jobs: Sequence[TileJob],
+    finisher: Callable[[StreamBuilder], Finish],
+) -> list[Stream]:  # fmt: skip
+    """A list of Streams that compute the tiles of `jobs`, dealt to the cores, in the loop that time_choices() times.
+
+    finisher: called once for each core, after the operands' tiles are allocated. The jobs get their accumulators here.
+    """
+    streams = []
+    for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, site)):
+        product = TiledProduct(k, codes, mine[0].w, cut, w_first=core % 2 > 0)
+        accs = [
+            [k.tile(cut.rows, cut.columns, "f32", "acc") for _ in mine[0].w] for _ in range(cut.at_once * cut.banks)
+        ]
+        finish = finisher(k)
+        for number, group in enumerate(slices(len(mine), cut.at_once)):
+            for i, job in enumerate(mine[group]):
+                job.accs = accs[(number * cut.at_once + i) % len(accs)]
+            product.multiply(mine[group])
+            for job in mine[group]:
+                finish(job)
+            if not mem.target.library.persistent:
+                k.fence()
+        streams.append(k.stream())
+    return streams
+
+
+def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
+    """Yield the row ranges in which a tile moves from accumulators to SRAM: (rows within the tile, rows of the result).
+
+    Both are slices of equal length. ring: the SRAM buffers; a range has as many rows as one of them, or fewer at the
+    end of the tile.
+    """
+    for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
+        yield piece, slice(job.rows.start + piece.start, job.rows.start + piece.stop)
+
+
+def store_product(k: StreamBuilder, job: TileJob, out: Region, columns: Sequence[slice], ring: Ring) -> None:
+    """Emit the drain of a job's accumulators and the store to `out`, unchanged. Returns nothing.
+
+    columns: for each item of job.accs, the columns of `out` to which its sums go. ring: SRAM tiles for drained rows.
+    """
+    for acc, part in zip(job.accs, columns, strict=True):
+        for piece, at in pieces(job, ring):
+            result = ring.next().shaped(piece.stop - piece.start, part.stop - part.start)
+            k.emit(isa.Drain(dst=result, acc=acc.part(piece, slice(0, result.cols))))
+            k.emit(isa.Store(dst=out.part(at, part), src=result))

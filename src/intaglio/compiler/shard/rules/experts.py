@@ -63,11 +63,11 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The expert numbers that each expert-parallel group holds for the op at `site`, a tuple for each group.
+    """The expert numbers that each expert-parallel group holds for the op at `site`: a tuple with a tuple of ints each.
 
-    They are those of the layout's placement, or of ExpertPlacement.even() if it has none for the site. () if the layout
-    has neither redundant experts nor a placement. Raises LayoutError for a placement that does not fit `count` experts
-    and the layout.
+    If layout.placement lists the site, it says which. If not, ExpertPlacement.even() says it. Returns () if the layout
+    has neither redundant experts nor a placement: each group then holds consecutive experts. Raises LayoutError for a
+    placement that does not fit `count` experts and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()

@@ -14,9 +14,10 @@ from intaglio.ops import HeadLinear, Linear
 def linear(lane: Lane, op: Linear) -> None:
     """Append linear to one rank's Program: row parallel if x is split, column parallel if the plan says so, else whole.
 
-    - Row parallel: each rank computes a partial sum over its columns of x, and an all_reduce adds the sums. Not for a
-      linear with an activation.
-    - Column parallel: each rank computes its columns of the result. Not for a linear with a residual.
+    - Row parallel: each rank computes a partial sum over its columns of x, and an all_reduce adds the sums. A linear
+      with an activation cannot be row parallel.
+    - Column parallel: each rank computes its columns of the result. A linear with a residual cannot be column parallel.
+    - Whole: every rank gathers x, if x is split, and computes all of the result.
 
     Returns nothing. Raises LayoutError for a linear fused with glu.
     """

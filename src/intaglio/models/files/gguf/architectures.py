@@ -46,10 +46,17 @@ def mlp(block: str = "mlp") -> dict[str, str]:
 def mixture(
     block: str = "mlp", router: str = "gate", own: str = "{}_proj", shared: str = "", correction: str = ""
 ) -> dict[str, str]:
-    """{llama.cpp's name: transformers' name} of the tensors of a mixture of experts in the module `block`.
+    """Tensor names of a mixture of experts, as a dict {llama.cpp's name: transformers' name}.
 
-    Names of experts' projections contain "{e}" for the expert's number. own: template of such a projection's name; "w":
-    w1, w2 and w3. shared: module of the shared expert; "": none. correction: name of the router's bias; "": none.
+    The names are without the layer's number and without .weight. Names of experts' projections contain "{e}" for the
+    expert's number.
+
+    Args:
+        block: name of the mixture's module in transformers.
+        router: name of the router's module in the block.
+        own: template of the name of an expert's projection, in which {} is gate, up or down; "w" for w1, w3 and w2.
+        shared: name of the shared expert's module; "": none.
+        correction: name of the router's bias; "": none.
     """
     numbered = {"gate": "w1", "up": "w3", "down": "w2"}
     names = {"ffn_gate_inp": f"{block}.{router}", "exp_probs_b": correction and f"{block}.{correction}"}

@@ -88,15 +88,18 @@ def use_of(file: GgufFile, name: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """llama.cpp's name of a tensor without the number of its layer and without .weight or .bias, as attn_q."""
+    """llama.cpp's name of a tensor without the number of its layer and without .weight or .bias.
+
+    name: the name in the file; blk.3.attn_q.weight gives attn_q.
+    """
     words = name.split(".")
     return ".".join(words[2 if words[0] == "blk" else 0 : -1 if words[-1] in SUFFIXES else None])
 
 
 class _Reader:
-    """Adds tensors one by one under transformers' names.
+    """Adds the tensors of a GGUF file one by one to `tables`, under transformers' names.
 
-    llama.cpp stores kv_b_proj as two halves, keys and values. They are kept, and joined when all tensors are added.
+    llama.cpp stores kv_b_proj of latent attention as two tensors, keys and values. They are kept until join_latent().
     """
 
     def __init__(self, file: GgufFile, own: Architecture) -> None:
@@ -155,9 +158,14 @@ class _Reader:
         self.tables.add(full, p, heads, self.own.shift if norm else 0.0)
 
     def _add_experts(self, name: str, suffix: str, p: Place) -> None:
-        """Add a stack of experts' matrices as one tensor per expert.
+        """Add a stack of experts' matrices as one tensor for each expert. Returns nothing.
 
-        Biases of all experts stay one tensor, `..._bias`.
+        Biases of all experts stay one tensor, whose name ends with _bias.
+
+        Args:
+            name: name in transformers, with {e} for the expert's number and without suffix.
+            suffix: weight or bias.
+            p: where the file has the stack [experts, rows, columns], or the biases.
         """
         if suffix == "bias":
             head, _, own = name.partition("{e}.")
@@ -188,7 +196,10 @@ class _Reader:
                 self.tables.add(f"{at}{name.format(e=e)}.{suffix}", own)
 
     def _widths(self, at: str) -> tuple[int, int, int]:
-        """(rows of q, rows of k, rows of v) of the layer that `at` names; zeros if the width of a head is unknown."""
+        """Numbers of rows of q, k and v in a layer, three ints; the first is 0 if the width of a head is not known.
+
+        at: prefix of the layer's names, such as model.layers.3.
+        """
         meta, layer = self.meta, int(at.split(".")[2])
         key, kv = meta.whole("attention.key_length", 0), meta.kv_heads_by_layer[layer]
         return (meta.heads * key, kv * key, kv * (meta.whole("attention.value_length", 0) or key))
@@ -196,10 +207,17 @@ class _Reader:
     def _add_rows(
         self, at: str, parts: tuple[str, ...], suffix: str, p: Place, widths: tuple[int, ...], full: str
     ) -> None:
-        """Add matrices that the file stores one above the other, such as q, k and v, as one tensor each.
+        """Add matrices that the file stores in one tensor, one above the other, such as q, k and v. Returns nothing.
 
-        parts: llama.cpp's names of the matrices. widths: their numbers of rows; if the first is 0, computed from the
-        heads. full: name of the stored tensor, for the error. Raises CheckpointError if the rows do not add up.
+        Args:
+            at: prefix of their names in transformers.
+            parts: llama.cpp's names of the matrices, in order.
+            suffix: weight or bias.
+            p: where the file has the tensor.
+            widths: number of rows of each matrix; if the first is 0, all are computed from the number of heads.
+            full: name of the stored tensor, for the error.
+
+        Raises CheckpointError if the rows do not add up.
         """
         if not widths[0]:  # no key_length: heads share the embedding's width
             head = p.shape[0] // (self.meta.heads + 2 * self.meta.kv_heads)
@@ -218,10 +236,16 @@ class _Reader:
         """For each layer with latent attention: add the tensor kv_b_proj [heads * (nope + v), rank] to `tables`.
 
         It is joined from the two tensors that llama.cpp stores: keys [heads, rank, nope], transposed here, and values
-        [heads, v, rank]. Does nothing for other models. Call it once, after all tensors have been added.
+        [heads, v, rank]. Does nothing for other models. Call it once, after all tensors have been added. Raises
+        CheckpointError if one of the two is missing.
         """
-        for key in [k for k in self.halves if k.endswith("k")]:
-            at, keys, values = key[:-1], self.halves[key], self.halves[f"{key[:-1]}v"]
+        for at in dict.fromkeys(key[:-1] for key in self.halves):
+            keys, values = self.halves.get(f"{at}k"), self.halves.get(f"{at}v")
+            if keys is None or values is None:
+                raise CheckpointError(
+                    f"{self.file.path}: {at}self_attn has only one of attn_k_b and attn_v_b; the file is not complete, "
+                    "download it again"
+                )
             heads, rank, nope = keys.shape
             rows = nope + values.shape[1]
 

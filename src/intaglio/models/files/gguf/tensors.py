@@ -116,9 +116,13 @@ class Tables:
         self.coded[name] = Coded(format, p.shape, {at: Part()}, decode, whole=head)
 
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
-        """Add a matrix `name` of plain values, of this shape, that is joined from the tensors at `places`.
+        """Add a matrix that is made from several tensors of plain values. It is joined when it is read.
 
-        join: function that takes their values as a list of float32 arrays and returns the matrix as float32.
+        Args:
+            name: the matrix's name in transformers.
+            places: where the file has the tensors.
+            shape: shape of the matrix.
+            join: function from a list of the tensors' values, float32, to the matrix, float32.
         """
         at = [self._blocks(f"{name} {i}", p) for i, p in enumerate(places)]
         formats = {format_of(p) for p in places}

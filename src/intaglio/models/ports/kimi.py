@@ -1,0 +1,99 @@
+"""Kimi Linear: Kimi delta attention, and latent attention without rope in each fourth layer; routed experts.
+
+Kimi delta attention is a gated delta net with a decay of each key column. (Kimi-K2 is a DeepSeek-V3.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from intaglio.models.config import Config, PortError
+from intaglio.models.decoder import NUMBERED, PRE, Decoder, DeltaMixer, Latent, Layer, sizes
+from intaglio.models.ports.deepseek import experts
+from intaglio.models.ports.family import Family
+
+KINDS = ("linear_attention", "full_attention")
+
+
+def kimi_linear(c: Config, context: int) -> Decoder:
+    """The Decoder that describes Kimi Linear, from config.json; `context` does not change it, for it has no rope.
+
+    Raises PortError for missing or wrong settings.
+    """
+    c.need_silu("gated delta nets are ported with silu")
+    c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
+    c.replaced |= dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters"), "the model has no rope")
+    s, n, dense = sizes(c), c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1))
+    net = c.settings("linear_attn_config")
+    mlps = c.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in range(n)]
+    heads, dim = net.get("num_heads") or c.whole("linear_num_heads"), net.get("head_dim") or c.whole("linear_head_dim")
+    taps = net.get("short_conv_kernel_size") or c.whole("linear_conv_kernel_dim")
+    mixer = DeltaMixer(
+        key_heads=heads, heads=heads, keys=dim, values=dim, taps=taps, eps=s["eps"], stored="separate", gate="sigmoid",
+        rank=dim, block="self_attn",
+    )  # fmt: skip
+    layers = tuple(
+        Layer("", mixer=mixer if kind == "linear_attention" else None, sparse=mlp == "sparse")
+        for kind, mlp in zip(c.layer_types(usual=kinds(net, n), known=KINDS), mlps, strict=True)
+    )
+    m = Latent(
+        int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank"), c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"),
+        c.whole("v_head_dim"),
+    )  # fmt: skip
+    c.table["n_routed_experts"] = c.whole(c.either("num_experts", "num_local_experts"))
+    routed = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
+    return Decoder(
+        **s | {"scale": (m.nope + m.rope) ** -0.5}, layers=layers, ropes={}, norms=PRE, latent=m,
+        o_bias=c.flag("attention_bias"), mixture=replace(routed, sources=NUMBERED, block="block_sparse_moe"),
+    )  # fmt: skip
+
+
+def kinds(net: Mapping[str, object], n: int) -> list[str]:
+    """The attention type of each layer as `linear_attn_config` gives it, or each fourth one full; a list of str.
+
+    net: linear_attn_config, which may list the numbers of layers of each type, counted from 1. n: number of layers.
+    Raises PortError if the lists do not name each layer once.
+    """
+    full, linear = net.get("full_attn_layers"), net.get("kda_layers")
+    if not isinstance(full, list) or not isinstance(linear, list):
+        return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(n)]
+    if sorted([*full, *linear], key=str) != sorted(range(1, n + 1), key=str):
+        raise PortError(
+            f"config.json: linear_attn_config.full_attn_layers={full} and kda_layers={linear}; wanted each of the "
+            f"layers 1 to {n} in one of them"
+        )
+    return ["full_attention" if i + 1 in full else "linear_attention" for i in range(n)]
+
+
+def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+    """A copy of the Decoder with the module's name that a checkpoint has for dense MLPs.
+
+    Files that transformers 5.24 saves have dense MLPs too under the experts' name.
+    """
+    dense = next((i for i, layer in enumerate(d.layers) if not layer.sparse), None)
+    saved = f"{d.prefix}layers.{dense}.block_sparse_moe.gate_proj.weight" in shapes
+    return replace(d, block="block_sparse_moe") if saved else d
+
+
+DEFAULTS = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 1048576, "tie_word_embeddings": False,
+    "num_attention_heads": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "num_local_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446, "norm_topk_prob": True, "linear_head_dim": 128,
+    "linear_num_heads": 32, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+ALIASES = {
+    "max_position_embeddings": "model_max_length", "norm_topk_prob": "moe_renormalize", "n_group": "num_expert_group",
+    "num_experts_per_tok": "num_experts_per_token", "n_shared_experts": "num_shared_experts",
+}  # fmt: skip
+FAMILIES = (
+    Family(
+        "KimiLinearForCausalLM", "Kimi-Linear-48B-A3B", DEFAULTS, kimi_linear, model_types=("kimi_linear",),
+        fixed={
+            "moe_router_activation_func": ("sigmoid",), "mla_use_nope": (True,), "moe_layer_freq": (1,),
+            "use_grouped_topk": (True, False), "pretraining_tp": (1,),
+        },
+        aliases=ALIASES, adapt=adapt,
+    ),
+)  # fmt: skip

@@ -1,0 +1,221 @@
+"""Streams of a layer of experts: rows sorted by expert, grouped products with activation, and the sum by token.
+
+The products run in the loop of `linear` (tiled.py), with the tiles that the closed form finds fastest for these numbers
+of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.chips import Target
+from intaglio.ops import Experts
+from intaglio.silicon import isa
+from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, slices
+from intaglio.silicon.kernels.product import Grouped
+from intaglio.silicon.kernels.rows import ROWS
+from intaglio.silicon.kernels.tiled import (
+    INDEX_TILES,
+    Codes,
+    RowReader,
+    TileJob,
+    Tiling,
+    in_blocks,
+    pieces,
+    product_streams,
+    split_steps,
+    tiling,
+)
+from intaglio.silicon.memory import Region
+from intaglio.silicon.stream import Stream, StreamBuilder
+
+SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
+
+
+def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
+    """A list with one Stream, which sorts the routed rows by expert on one core.
+
+    A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
+    for three results: order [1, n], the numbers of the routed rows sorted by expert, those of other ranks' experts
+    last; tokens [1, n], the token of each, in that order; counts [1, held], the rows of each expert of this rank.
+    """
+    k = StreamBuilder(op.site)
+    tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
+    ids_tile = load(k, k.tile(1, ids.cols, "i32"), ids)
+    order, tokens, counts = tiles
+    experts = op.of or counts.cols
+    top, first = mem.region(op.ids).cols, op.first
+    k.emit(isa.Group(order=order, tokens=tokens, counts=counts, ids=ids_tile, top=top, first=first, experts=experts))
+    for dst, src in zip(out, tiles, strict=True):
+        k.emit(isa.Store(dst=dst, src=src))
+    return [k.stream()]
+
+
+def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
+    """A function reader(builder, rows of a tile) that returns one core's RowReader; rounded() takes it as `reader`.
+
+    A RowReader is called as read(tile, rows, columns). It emits the load of these rows of x, in the order of their
+    experts, into `tile`. If op.scale_input, it also multiplies each row by the row's routing weight. It returns `tile`
+    cut to the rows and columns. order, tokens: regions that sort_by_expert() writes.
+    """
+    x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
+
+    def reader(k: StreamBuilder, step: int) -> RowReader:
+        token_ring, place_ring, factors = k.ring(2, 1, step, "i32"), k.ring(2, 1, step, "i32"), k.ring(2, step, 1)
+
+        def read(tile: Region, rows: slice, columns: slice) -> Region:
+            raw = tile.shaped(rows.stop - rows.start, columns.stop - columns.start)
+            token = load(k, token_ring.next(), tokens.part(cols=rows))
+            k.emit(isa.Gather(dst=raw, table=x.part(cols=columns), index=token))
+            if op.scale_input:
+                place, factor = load(k, place_ring.next(), order.part(cols=rows)), factors.next().shaped(raw.rows, 1)
+                k.emit(isa.Gather(dst=factor, table=weights, index=place))
+                k.emit(isa.Map(dst=raw, a=raw, b=factor, steps=SCALED))
+            return raw
+
+        return read
+
+    return reader
+
+
+@dataclass(frozen=True)
+class GroupedProduct:
+    """The products of all experts that have rows.
+
+    Attributes:
+        codes: rows of x, sorted by expert and rounded.
+        cut: the Tiling.
+        jobs: one TileJob for each tile of the result, one expert after the other. job.index is the expert's number.
+    """
+
+    codes: Codes
+    cut: Tiling
+    jobs: list[TileJob]
+
+
+def grouped_product(
+    on: Target, codes: Codes, sides: Sequence[Region | QuantisedRegion], bits: float, n: int, counts: np.ndarray,
+    scattered: bool,
+) -> GroupedProduct:  # fmt: skip
+    """Cut the products of all experts that have rows into tiles, and return the GroupedProduct.
+
+    on: the target with the tiles of grouped products. codes: rows of x, sorted by expert and rounded. sides: weights of
+    all experts, [experts * n, K]: one item, or two (gate and up) for a GLU pair. bits: bits of a weight with its
+    scales. n: result columns of one item of `sides`. counts: rows of each expert, int [experts]. scattered: True if
+    rows of the result are stored by index.
+    """
+    k, groups = codes.x.cols, Grouped(tuple(counts[counts > 0].tolist()), scattered)
+    size = codes.x.rows, len(sides) * n, k
+    cut = tiling(on, size, codes.x.format, bits, sides[0], len(sides), grouped=groups)
+    (steps,) = split_steps(k, codes.span, cut)
+    jobs = []
+    for e, (count, end) in enumerate(zip(counts.tolist(), np.cumsum(counts).tolist(), strict=True)):
+        rows = [slice(end - count + r.start, end - count + r.stop) for r in slices(count, cut.rows)]
+        for r, c in in_blocks(rows, slices(n, cut.columns), cut.block):
+            own = slice(e * n + c.start, e * n + c.stop)
+            jobs.append(TileJob(r, sides, [own] * len(sides), steps, c, index=e))
+    return GroupedProduct(codes, cut, jobs)
+
+
+Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part of one row
+
+
+def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], columns: int) -> list[Bias]:
+    """A list of each bias's region in HBM and a tile of `columns` columns; None for a missing bias."""
+    return [(r, k.tile(1, columns, r.format)) if r else None for r in map(mem.optional_region, names)]
+
+
+def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | None:
+    """Load `columns` of expert e's bias into its tile; returns the tile, or None without a bias."""
+    return load(k, bias[1], bias[0].part(slice(e, e + 1), columns)) if bias else None
+
+
+def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
+    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
+
+    product: of the rows sorted by expert. out [rows, inner]: the results, sorted by expert.
+    """
+    cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
+
+    def finisher(k: StreamBuilder) -> Callable[[TileJob], None]:
+        extra = biases(mem, k, (op.gate_bias, op.up_bias), cut.columns)
+        ring = k.ring(2, cut.drain_rows, cut.columns, out.format)
+
+        def finish(job: TileJob) -> None:
+            first, second = (bias_of(k, bias, job.index, job.out) for bias in extra)
+            for piece, at in pieces(job, ring):
+                y = ring.next().shaped(piece.stop - piece.start, job.out.stop - job.out.start)
+                g, u = (acc.part(piece, slice(0, y.cols)) for acc in job.accs)
+                k.emit(isa.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
+                k.emit(isa.Store(dst=out.part(at, job.out), src=y))
+
+        return finish
+
+    return product_streams(mem, op.site, product.codes, cut, product.jobs, finisher)
+
+
+def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
+    """A list of Streams that compute the down product, each row with its own expert.
+
+    product: of the rows sorted by expert. order: for each of these rows, its row of `out`. out: the results in routing
+    order.
+    """
+    cut = product.cut
+
+    def finisher(k: StreamBuilder) -> Callable[[TileJob], None]:
+        (extra,) = biases(mem, k, (op.down_bias,), cut.columns)
+        ring, index = k.ring(2, cut.drain_rows, cut.columns), k.ring(INDEX_TILES, 1, cut.rows, "i32")
+
+        def finish(job: TileJob) -> None:
+            bias, places = bias_of(k, extra, job.index, job.out), load(k, index.next(), order.part(cols=job.rows))
+            for piece, _ in pieces(job, ring):
+                y = ring.next().shaped(piece.stop - piece.start, job.out.stop - job.out.start)
+                k.emit(isa.Drain(dst=y, acc=job.accs[0].part(piece, slice(0, y.cols)), bias=bias))
+                k.emit(isa.Scatter(table=out.part(cols=job.out), src=y, index=places.part(cols=piece)))
+
+        return finish
+
+    return product_streams(mem, op.site, product.codes, cut, product.jobs, finisher)
+
+
+def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
+    """A list of Streams that set to zero those rows of `out` whose numbers are in `rows` [1, n]; no Streams if n is 0.
+
+    They are the rows of experts that other chips hold.
+    """
+    step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
+    streams = []
+    for k, mine in deal_jobs(mem.chip, slices(rows.cols, step), op.site):
+        zeros, index_ring = k.tile(step, out.cols), k.ring(2, 1, step, "i32")
+        k.emit(isa.Fill(dst=zeros))
+        for piece in mine:
+            index = load(k, index_ring.next(), rows.part(cols=piece))
+            k.emit(isa.Scatter(table=out, src=zeros.part(slice(0, index.cols)), index=index))
+        streams.append(k.stream())
+    return streams
+
+
+def combine(mem: ChipMemory, op: Experts, parts: Region, width: int, depth: int) -> list[Stream]:
+    """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual.
+
+    parts: [tokens * top, hidden], the experts' results in routing order. If op.scale_input, the weights are not applied
+    here, since the experts' inputs were multiplied by them. width: columns of a token that are summed at a time. depth:
+    number of tiles of each SRAM buffer.
+    """
+    out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
+    streams = []
+    for k, mine in deal_jobs(mem.chip, [(r, c) for r in range(out.rows) for c in slices(out.cols, width)], op.site):
+        rings = [k.ring(depth, *shape) for shape in ((top, width), (1, top), (1, width), (1, width))]
+        for r, columns in mine:
+            row, (rows_in, weight, added, result) = slice(r, r + 1), (ring.next() for ring in rings)
+            x = load(k, rows_in, parts.part(slice(r * top, (r + 1) * top), columns))
+            w = None if op.scale_input else load(k, weight, mem.region(op.weights).part(row))
+            residuals = load(k, added, residual.part(row, columns)) if residual else None
+            y = result.shaped(1, x.cols)
+            k.emit(isa.Combine(dst=y, parts=x, weights=w, residual=residuals))
+            k.emit(isa.Store(dst=out.part(row, columns), src=y))
+        streams.append(k.stream())
+    return streams
