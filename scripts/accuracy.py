@@ -2,6 +2,7 @@
 
     python scripts/accuracy.py TABLES            compute the errors of kernels, and write the page
     python scripts/accuracy.py TABLES --servers  also serve the loads of TABLES/serving.csv (minutes)
+    python scripts/accuracy.py TABLES --engines  compute only those of engines' kernels
     python scripts/accuracy.py                   write the page from the figures of earlier runs
 
 TABLES is a folder of `<chip>_<table>.csv` and `engines/<chip>/<engine>_<table>.csv`, as `intaglio validate` reads them.
@@ -126,11 +127,12 @@ def other_generation(engine: str, kernel: str, own: str) -> str:
     return next((g for g in sorted(having - {own}) if own in having), "")
 
 
-def gather(folder: Path, old: Figures, with_servers: bool) -> Figures:
+def gather(folder: Path, old: Figures, with_servers: bool, only_engines: bool) -> Figures:
     """The contents of the data file. old: those of an earlier run; what is not computed anew stays."""
     engines, left = engine_kernels(folder / "engines")
-    out = {**old, "kernels": kernels(folder), "sample": sample(folder), "engines": engines}
-    out["left"] = left
+    out = {**old, "engines": engines, "left": left}
+    if not only_engines:
+        out |= {"kernels": kernels(folder), "sample": sample(folder)}
     if with_servers:
         out["servers"] = servers(folder / SERVING)
     return out
@@ -309,10 +311,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tables", nargs="?", type=Path, help="folder of measured tables")
     parser.add_argument("--servers", action="store_true", help="also serve the loads of TABLES/serving.csv")
+    parser.add_argument("--engines", action="store_true", help="compute only the errors of engines' kernels anew")
     asked = parser.parse_args()
     figures: Figures = json.loads(DATA.read_text()) if DATA.exists() else {}
     if asked.tables:
-        figures = gather(asked.tables, figures, asked.servers)
+        figures = gather(asked.tables, figures, asked.servers, asked.engines)
         DATA.write_text(json.dumps(figures, indent=1) + "\n")
     PAGE.write_text(page(figures))
 

@@ -76,6 +76,22 @@ def test_kernels_that_quantise_row_by_row_take_longer_only_with_many_rows() -> N
     assert predict(without, "matmul", [row])[0] < predict(H100, "matmul", [row])[0]
 
 
+def test_large_groups_of_heads_that_are_not_packed_take_longer() -> None:
+    limited = H100.with_library(pack_most=32)
+    for group, longer in ((32, False), (64, True)):
+        h = Heads(group, 1, 128, 128)
+        packed, apart = (attend_timing(on, h, ((1, 512, 256),)).seconds for on in (H100, limited))
+        assert apart > 2 * packed if longer else apart == packed
+
+
+def test_a_kernel_that_converts_the_cache_beforehand_takes_longer_with_8_bits_only() -> None:
+    casts = H100.with_library(kv_cast_bytes=8.0)
+    row = {"batch": "64", "query_len": "1", "context_len": "8191", "n_heads": "16"}
+    for dtype, longer in (("fp8", True), ("bfloat16", False)):
+        plain, slow = (predict(on, "mla_decode", [{**row, "kv_dtype": dtype}])[0] for on in (H100, casts))
+        assert slow > 2 * plain if longer else slow == plain
+
+
 def test_cards_of_a_pcie_tree_share_the_hosts_bridges() -> None:
     moved = 1 << 28
     two, four, eight = (collective_timing(L40S, "all_reduce", n, moved).seconds for n in (2, 4, 8))

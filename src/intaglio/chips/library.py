@@ -81,6 +81,7 @@ class KernelLibrary:
     min_query_rows: int = 16  # query rows that the matrix array processes at least
     softmax_overlap: float = 0.0  # fraction of the softmax that overlaps with products of other rows
     pack_gqa: bool = False  # query heads that share a K/V head share a tile of queries
+    pack_most: int = 1_000_000  # query heads of a K/V head that decode kernels pack at most; of more they pack none
     pack_windowed: bool = True  # decode kernels pack query heads also with a sliding window; False: one head a job
     # Numbers of parts into which a decode context may be split.
     kv_splits: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -92,6 +93,7 @@ class KernelLibrary:
     prefill_window_keys: int = 1  # keys that a prefill kernel processes at least for a query, with a sliding window
     kv_native: bool = False  # 8-bit keys and values are multiplied as such; otherwise they are converted to bf16 first
     kv_dequant_ops: int = 8  # operations to convert an 8-bit value to bf16: unpack, convert twice, scale, pack, move
+    kv_cast_bytes: float = 0.0  # bytes that a kernel moves beforehand to convert an 8-bit value; 0: none does
     kv_row_cycles: int = 40  # core cycles to store one row of one head in the cache: address, wait, store
     attention_launches: int = 3  # kernels of a call measured alone: cache write, preparation, attention
     kv_quant_cycles: float = 0.7  # core cycles to quantise a value to 8 bits; 0: the vector lanes do it

@@ -50,7 +50,8 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
         "key_tile": (16, 32, 64, 128), "half_burst_cost": (1.0, 1.3, 2.0), "attention_launches": (2, 3, 4),
         "decode_jobs": (1, 2, 4), "decode_stages": (2, 4), "min_query_rows": (1, 16, 64),
         "kv_splits": ((1,), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64, 128), (8,), (16,)),
-        "window_min_keys": (1, 256, 1024), "kv_dequant_ops": (2, 8, 24),
+        "window_min_keys": (1, 256, 1024), "kv_dequant_ops": (2, 8, 24), "kv_cast_bytes": (0.0, 5.0, 8.0, 11.0),
+        "pack_most": (8, 16, 32, 1_000_000),
     },
     "experts": {
         "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
@@ -318,8 +319,9 @@ def calibrate_kernel(
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
     """Fit the engine's kernel to a few of its rows. Returns (records of the fitted kernel, errors of the other rows).
 
-    Constants are fitted, and facts change where that is clearly better, from those of the engine's kernel. There is a
-    record for each range of head widths that the engine's kernel has. The errors are None if all rows are used.
+    Constants are fitted, from those of the engine's kernel, whose facts stay. If the library has no kernel of this name,
+    the fit starts from the chip's own, and facts change where that is clearly better. There is a record for each range
+    of head widths that the engine's kernel has. The errors are None if all rows are used.
 
     Args:
         case: the rows.
@@ -337,7 +339,7 @@ def calibrate_kernel(
     for widths, rows in parts.items():
         few = dataclasses.replace(case, rows=tuple(rows))
         search = KernelSearch([few], [engine_values(few, on)])
-        search.run()
+        search.run(facts=record_of_row(on, case.table, rows[0]) is None)
         records.append(few.record(search.values[0], widths))
     left = np.setdiff1d(np.arange(len(case.rows)), used)
     if not len(left):

@@ -111,7 +111,20 @@ def attention(on: Target, row: Row) -> Timing:
     moved_s = rotated / on.chip.hbm_rate
     launches = on.library.attention_launches - 2  # attention and cache write have their own
     rest = Timing(launches * on.library.launch_s + moved_s, {"HBM": moved_s}, rotated, rotated)
+    rest += cast(on, batch * before * h.kv_heads * h.kv_width, h.bits)
     return attend_timing(on, h, ((q, before + q, batch),), how.warm_cache) + kv_write_timing(on, tokens, h) + rest
+
+
+def cast(on: Target, values: float, bits: int) -> Timing:
+    """The Timing of a kernel that converts cached keys and values to bf16 before attention; 0 s if there is none.
+
+    values: cached keys and values that attention reads. bits: of each.
+    """
+    moved = values * on.library.kv_cast_bytes
+    if not moved or bits > 8:
+        return Timing(0.0)
+    seconds = moved / on.chip.hbm_rate
+    return Timing(on.library.launch_s + seconds, {"HBM": seconds}, moved, moved)
 
 
 def latent_attention(on: Target, row: Row) -> Timing:
@@ -128,6 +141,7 @@ def latent_attention(on: Target, row: Row) -> Timing:
     launches = on.library.attention_launches - 2
     attended = attend_timing(on, h, ((q, before + q, batch),), conditions(on.library).warm_cache)
     written = kv_write_timing(on, batch * q, Heads(1, 1, half, half, bits=bits))
+    written += cast(on, batch * before * MLA_LATENT[0], bits)
     return attended + written + Timing(launches * on.library.launch_s)
 
 

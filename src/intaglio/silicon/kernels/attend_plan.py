@@ -367,7 +367,8 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     holds.
     """
     chip, lib, best = target.chip, target.library, None
-    pack = h.group if (lib.pack_windowed or not h.window) and not h.slopes else 1
+    packs = (lib.pack_windowed or not h.window) and not h.slopes and h.group <= lib.pack_most
+    pack = h.group if packs else 1
     rows = int(2 ** np.ceil(np.log2(max(lib.min_query_rows, pack))))
     tile_bytes = lib.key_tile * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
     ring = max(2, min(lib.decode_stages, int(chip.sram_bytes // (2 * tile_bytes))))
