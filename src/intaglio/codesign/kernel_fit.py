@@ -319,7 +319,7 @@ def calibrate_kernel(
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
     """Fit the engine's kernel to a few of its rows. Returns (records of the fitted kernel, errors of the other rows).
 
-    Constants are fitted, from those of the engine's kernel, whose facts stay. If the library has no kernel of this name,
+    Constants are fitted, from those of the engine's kernel, whose facts stay. If the library has no kernel of the name,
     the fit starts from the chip's own, and facts change where that is clearly better. There is a record for each range
     of head widths that the engine's kernel has. The errors are None if all rows are used.
 
