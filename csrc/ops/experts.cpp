@@ -20,6 +20,7 @@ class Route : public OpKernel {
   explicit Route(OpArgs& a)
       : kernels_(a.context.kernels), logits_(a.rows("logits")), weights_(a.rows("weights")), ids_(a.rows("ids")) {
     args_.bias = a.optional_vector("bias");
+    factors_ = a.optional_vector("factors");
     args_.top = up_to("top", a.integer("top"), kMaxTop);
     args_.groups = up_to("groups", a.integer("groups"), kMaxGroups);
     args_.kept = a.integer("kept_groups"), args_.group_best = a.integer("group_best");
@@ -33,12 +34,16 @@ class Route : public OpKernel {
   void run(int, int64_t begin, int64_t end, Scratch& mine) override {
     RouteArgs a = args_;
     a.logits = logits_.row(0), a.weights = weights_.row(0), a.ids = ids_.integers(0);
-    for (int64_t t = begin; t < end; t++) kernels_.route_row(a, t, mine.floats);
+    for (int64_t t = begin; t < end; t++) {
+      kernels_.route_row(a, t, mine.floats);
+      for (int64_t j = 0; factors_ && j < a.top; j++) weights_.row(t)[j] *= factors_[ids_.integers(t)[j]];
+    }
   }
 
  private:
   const Kernels& kernels_;
   const Tensor &logits_, &weights_, &ids_;
+  const float* factors_;
   RouteArgs args_{};
 };
 
@@ -55,14 +60,15 @@ class Experts : public OpKernel {
   enum Part { Sort, RoundX, Inner, RoundInner, Outer, Combine };
   explicit Experts(OpArgs& a)
       : context_(a.context), x_(a.rows("x")), weights_(a.rows("weights")), ids_(a.rows("ids")), out_(a.rows("out")),
-        residual_(a.optional_rows("residual")), up_(a.weight("gate")), down_(a.weight("down")), gate_bias_(a.optional_vector("gate_bias")),
+        residual_(a.optional_rows("residual")), up_(a.weight("up")), down_(a.weight("down")), up_bias_(a.optional_vector("gate_bias")),
         down_bias_(a.optional_vector("down_bias")), order_(a.optional_vector("order")), down_order_(a.optional_vector("down_order")),
-        experts_(a.shape("gate")[0]), inner_(a.shape("gate")[1]), top_(ids_.cols), slots_(a.integer("slots")),
+        experts_(a.shape("up")[0]), inner_(a.shape("up")[1]), top_(ids_.cols), slots_(a.integer("slots")),
         n_(out_.cols / std::max<int64_t>(1, slots_)), first_(a.integer("first")),
         x_bf16_(x_is_bf16(a)), scale_input_(a.flag("scale_input")), activation_(a.choice("activation", activations())),
         alpha_(a.number("alpha")), limit_(a.number("limit")), shift_(a.number("shift")),
         grouped_(experts_, top_, int64_t(kSlices) * a.context.threads) {
-    a.ignore({"up", "up_bias", "rank", "ranks"});  // up is packed with gate
+    if (!up_bias_) up_bias_ = a.optional_vector("up_bias");
+    a.ignore({"gate", "up_bias", "rank", "ranks"});  // gate is packed with up, and biases of up follow those of gate
     tokens_.assign(size_t(std::max(a.integer("of"), experts_)), 0);
     const std::vector<int64_t> held = a.integers("held");
     turns_.assign(tokens_.size(), {});
@@ -160,7 +166,7 @@ class Experts : public OpKernel {
     grouped_.each_unit(slice, units, [&](const Active& a, int64_t unit) {
       const Weight w = matrix_of(up_, a.matrix, units, inner_);
       LinearArgs args{&w, {}, x_bf16_, floats_at(area.inner) + a.first * inner_, inner_,
-                      gate_bias_ ? gate_bias_ + a.matrix * 2 * inner_ : nullptr, nullptr, 0, 1.0f, activation_, alpha_, limit_, shift_};
+                      up_bias_ ? up_bias_ + a.matrix * (w.glu ? 2 : 1) * inner_ : nullptr, nullptr, 0, 1.0f, activation_, alpha_, limit_, shift_};
       lay_rows(w, x_bf16_, a.rows, at(area.x + a.at[0]), &args.x);
       products(args, a.rows, unit, mine);
     });
@@ -232,7 +238,7 @@ class Experts : public OpKernel {
   const Context& context_;
   const Tensor &x_, &weights_, &ids_, &out_, *residual_;
   const Weight &up_, &down_;
-  const float *gate_bias_, *down_bias_, *order_, *down_order_;
+  const float *up_bias_, *down_bias_, *order_, *down_order_;
   int64_t experts_, inner_, top_, slots_, n_, first_;
   std::vector<Turn> turns_;  // by expert of the model
   std::vector<int64_t> tokens_;  // routed to each expert of the model so far

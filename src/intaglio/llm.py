@@ -113,10 +113,10 @@ class LLM:
         kv_tokens: tokens of K/V cache for all sequences together. None: 32,768 or one whole context, whichever is more,
             but no more than fit the memory.
         kv_format: K/V cache format, as for Model.open().
-        max_batch_tokens: most token rows of a step.
-        max_sequences: most sequences that run at once; fewer if the memory for recurrent state has no room for them.
-        max_waiting: most sequences that wait.
-        max_drafts: most draft tokens per sequence and step; 0 switches speculative decoding off.
+        max_batch_tokens: maximum token rows of a step.
+        max_sequences: maximum sequences that run at once; fewer if the memory for recurrent state has no room for them.
+        max_waiting: maximum sequences that wait.
+        max_drafts: maximum draft tokens per sequence and step; 0 switches speculative decoding off.
         state_cache_bytes: only for a model with recurrent state: bytes of states kept for the prefix cache, beside
             those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
             states. 0: such a model has no prefix cache.
@@ -134,8 +134,8 @@ class LLM:
         expert_placement: for a layout with redundant experts (ep4r8): a JSON file with the experts of each rank of each
             layer. It is read at the start if it is there, and replaced whenever experts have moved. Each engine needs
             a file of its own, in a writable folder unless experts never move. Not for device silicon.
-        rebalance_every: seconds between two proposals of another placement of experts; 0: experts are never moved.
-            None: MOVE_EVERY. Not for device silicon.
+        rebalance_every: only for a layout with redundant experts: seconds between two proposals of another placement
+            of experts. 0: experts are never moved. None: MOVE_EVERY. Not for device silicon.
         in_process: True to run all ranks of a layout in this process, one after the other.
         chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
         chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
@@ -145,7 +145,7 @@ class LLM:
         kv_peer: in place of `kv_cache_dir`: an address. K/V blocks are kept in memory, and other engines of the model
             that know the address's token can fetch them there. An engine fetches only blocks that it was told of: by
             the router of `intaglio cluster up --prefill`, or by `llm.tier.announce()`.
-        kv_cache_bytes: most bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
+        kv_cache_bytes: maximum bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
             new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
@@ -190,6 +190,8 @@ class LLM:
             raise DeviceError(
                 "device 'silicon' moves no experts; leave out expert_placement and rebalance_every, or use device host"
             )
+        if rebalance_every:
+            Layout.parse(layout or "tp1").check_moves_experts()
         if threads is not None and (device != "host" or machine):
             why = "takes its threads from the machine" if machine else "takes no number of threads"
             raise DeviceError(f"device {device!r} {why}; leave threads out")
@@ -290,7 +292,7 @@ class LLM:
         Args:
             prompts: without a tokenizer they are token ids, and the texts of the outputs are empty.
             params: one SamplingParams for all prompts, or one per prompt; None is SamplingParams().
-            progress: called after each step with the tokens generated so far and the most that all may generate.
+            progress: called after each step with the tokens generated so far and the limit of all prompts together.
 
         Raises, before anything runs: the errors of prepare(), naming the prompt's index, and RequestError for another
         number of params than of prompts. Raises Refused if the engine has failed.
@@ -357,7 +359,7 @@ class LLM:
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
         """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
-        Arguments and errors are those of Model.chat_prompt().
+        For arguments and errors see Model.chat_prompt().
         """
         return self.model.chat_prompt(messages)
 
@@ -426,7 +428,7 @@ def _tier(
     Args:
         folder: value of the option kv_cache_dir.
         address: value of the option kv_peer: where to listen, and the token.
-        budget: most bytes of all blocks.
+        budget: maximum bytes of all blocks.
         scope: BlockScope of the engine's blocks.
         journal: value of the option journal; a journal does not record which blocks were loaded.
 

@@ -51,7 +51,7 @@ class Machine:
 
     @property
     def kv_bytes(self) -> int:
-        """Most bytes of K/V cache that one model may hold."""
+        """Maximum bytes of K/V cache that one model may hold."""
         return int(self.memory * KV_SHARE) // self.models
 
     def shared(self, executable: Executable) -> Executable:
@@ -62,7 +62,7 @@ class Machine:
 class SharedExecutable(BlockingExecutable):
     """An executable that runs `inner` only while it holds `turn`, a lock that the models of a machine share.
 
-    So no two models run a step, or copy K/V blocks, at the same time.
+    Only one model at a time can run a step or copy K/V blocks.
     """
 
     def __init__(self, inner: Executable, turn: threading.Lock) -> None:

@@ -39,6 +39,8 @@ def test_route(score: str, trial: int, rng: Rng) -> None:
     bench = Bench(rng, 33, experts)
     if score not in ("chosen", "sparsemixer") and rng.integers(2):
         fields["bias"] = bench.weight("bias", rng.normal(size=experts) * 0.1)
+    if rng.integers(2):
+        fields["factors"] = bench.weight("factors", rng.uniform(-1, 1, size=experts))
     y = bench.b.op(Route, "y", bench.x, ids="ids", score=score, **fields)
     hold(bench.run(y), 64 * EPS * 1.7)
 
@@ -48,17 +50,20 @@ def test_route_breaks_ties_by_the_lowest_id(rng: Rng) -> None:
     bench = Bench(rng, 5, 8)
     level = bench.b.op(Map, "level", bench.x, expr="a * 0.0")
     y = bench.b.op(Route, "route", level, ids="ids", top=3)
-    stacks = [bench.weight(n, rng.normal(size=s)) for n, s in (("g", (8, 6, 8)), ("u", (8, 6, 8)), ("d", (8, 8, 6)))]
-    y = bench.b.op(Experts, "y", bench.x, y, "ids", *stacks)
+    gate, *rest = [
+        bench.weight(n, rng.normal(size=s)) for n, s in (("g", (8, 6, 8)), ("u", (8, 6, 8)), ("d", (8, 8, 6)))
+    ]
+    y = bench.b.op(Experts, "y", bench.x, y, "ids", *rest, gate=gate)
     hold(bench.run(y), 1e-5)
 
 
 WEIGHTS = ["f32", "f16", "bf16", "bf16 x bf16", "int8g32", "int8g128", "int4g32"]
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("trial", range(3))
-def test_experts(kind: str, trial: int, rng: Rng) -> None:
+def test_experts(kind: str, trial: int, gated: bool, rng: Rng) -> None:
     format, _, rounded = kind.partition(" x ")
     grouped = formats.get(format).grouped
     rows, k, inner = int(rng.choice([1, 2, 9, 70])), int(rng.integers(5, 200)), int(rng.integers(3, 90))
@@ -67,11 +72,13 @@ def test_experts(kind: str, trial: int, rng: Rng) -> None:
     logits = bench.matrix("scores", rows, count)
     weights = bench.b.op(Route, "route", logits, ids="ids", top=top, normalise=True)
     shapes = {"gate": (inner, k), "up": (inner, k), "down": (k, inner)}
-    stacks = [bench.weight(n, rng.normal(size=(count, *s)) / s[1] ** 0.5, format) for n, s in shapes.items()]
-    fields: dict[str, Any] = {"x_format": "int8" if grouped else rounded or "f32"}
+    if not gated:
+        del shapes["gate"]
+    stacks = {n: bench.weight(n, rng.normal(size=(count, *s)) / s[1] ** 0.5, format) for n, s in shapes.items()}
+    fields: dict[str, Any] = {"x_format": "int8" if grouped else rounded or "f32", "gate": stacks.get("gate")}
     if rng.integers(2):
         fields |= {f"{n}_bias": bench.weight(n + ".bias", rng.normal(size=(count, s[0]))) for n, s in shapes.items()}
-    if rng.integers(2):
+    if gated and rng.integers(2):
         fields |= {"alpha": 1.7, "limit": 1.2, "shift": 1.0}
     if rng.integers(2):
         fields["residual"] = bench.matrix("r", rows, k)
@@ -80,7 +87,7 @@ def test_experts(kind: str, trial: int, rng: Rng) -> None:
         if rng.integers(2):
             own = rng.permuted(np.tile(np.arange(columns, dtype=np.int32), (count, 1)), axis=1)
             fields[name] = bench.weight(name, own, "i32")
-    y = bench.b.op(Experts, "y", bench.x, weights, "ids", *stacks, **fields)
+    y = bench.b.op(Experts, "y", bench.x, weights, "ids", stacks["up"], stacks["down"], **fields)
     results = bench.run(y)
     size = np.abs(results["reference"]).max()
     # A value of the inner row near a rounding boundary may round differently: one step of its format in one term.

@@ -64,8 +64,9 @@ def test_experts(format: str, rng: Rng) -> None:
     bench = Bench(rng, rows, k)
     weights = bench.b.op(Route, "route", bench.matrix("scores", rows, count), ids="ids", top=top, normalise=True)
     shapes = {"gate": (inner, k), "up": (inner, k), "down": (k, inner)}
-    stacks = [bench.weight(n, random_codes(rng, format, count, *s)) for n, s in shapes.items()]
-    y = bench.b.op(Experts, "y", bench.x, weights, "ids", *stacks, x_format=x_format(format), activation="silu")
+    gate, *rest = [bench.weight(n, random_codes(rng, format, count, *s)) for n, s in shapes.items()]
+    how = {"x_format": x_format(format), "activation": "silu"}
+    y = bench.b.op(Experts, "y", bench.x, weights, "ids", *rest, gate=gate, **how)
     results = bench.run(y)
     # Where the inner row is rounded, a value at the edge may round the other way: one step of int8 in one term.
     hold(results, np.abs(results["reference"]).max() * (60 * EPS * (k + inner) ** 0.5 + 4 * 2.0**-7 / inner**0.5))

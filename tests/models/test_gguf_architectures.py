@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support import gguf_files, gguf_hybrids
 from support.gguf_files import ARCHITECTURES as WRITTEN
-from support.gguf_files import write
+from support.gguf_files import architecture, write
 from support.published import logits, typical
 from support.tiny import FAMILIES, MIXTURES, MSCALE, error, tiny, truth
 
@@ -52,6 +53,13 @@ BUILT_IN = {
     "qwen3_next": {"mlp_only_layers": []},
     "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
     "mimo_v2_flash": {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
+    "gemma3n": {"vocab_size_per_layer_input": 263},
+    "nemotron_h_moe": {"time_step_min": 0.001},
+    "nemotron_h_latent": {"time_step_min": 0.001},
+    "ministral3": {"sliding_window": None},
+    "solar_open": {"first_k_dense_replace": 0},
+    "youtu": {"attention_bias": False},
+    "glm4_moe_lite": {"attention_bias": False},
 }
 OTHERS = [
     "gemma", "cohere", "seed_oss", "arcee", "hunyuan_dense", "ernie4_5", "exaone4", "nemotron", "starcoder2",
@@ -60,8 +68,13 @@ OTHERS = [
     "afmoe", "minicpm3", "lfm2", "lfm2_moe", "mamba", "falcon_mamba", "mamba2", "jamba", "falcon_h1",
     "granitemoehybrid", "granitemoehybrid_dense", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4",
     "gemma4_keys", "glm_moe_dsa", "deepseek_v32", "jais2", "exaone_moe", "apertus", "dbrx", "bitnet", "mimo_v2_flash",
+    "gemma3n", "gemma4_shared", "gemma4_experts", "nemotron_h_moe", "nemotron_h_latent", "ministral3",
+    "granitemoeshared", "solar_open", "glm4_moe_lite", "youtu", "cohere2_moe", "mellum", "hy_v3",
 ]  # fmt: skip
-SAME_AS = {"mistral3": "llama", "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
+SAME_AS = {
+    "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe", "bitnet-b1.58": "bitnet",
+    "nemotron_h_moe": "nemotron_h",
+}  # fmt: skip
 TOKENS = list(range(40))
 
 
@@ -153,7 +166,17 @@ def test_queries_to_gate_in_one_matrix(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("family", "key", "value", "says"),
     [
-        ("gemma4", "attention.shared_kv_layers", 2, "keys and values of others are not ported"),
+        ("gemma4", "attention.shared_kv_layers", 3, "leaves no layer of type full_attention with a K/V cache"),
+        (
+            "gemma4",
+            "feed_forward_length",
+            [96, 96, 96, 48],
+            "feed_forward_length=.* wanted one number for all 4 layers",
+        ),
+        ("ministral3", "rope.scaling.type", "linear", "temperature_scale=.* with rope.scaling.type yarn only"),
+        ("nemotron_h_moe", "expert_gating_func", 1, "expert_gating_func=1 is not ported"),
+        ("cohere2_moe", "expert_weights_scale", 2.5, "expert_weights_scale=2.5 is not ported"),
+        ("hy_v3", "expert_weights_norm", 0, "expert_weights_norm=0 is not ported"),
         ("gemma4", "rope.dimension_count_swa", 8, "heads of 16 are turned whole"),
         ("mimo_v2_flash", "attention.head_count_kv", [1, 4, 4, 4], "twice that in those with a window"),
         ("jamba", "attention.head_count_kv", [0, 2, 2, 0], "layers .1, 2. have attention; wanted every n-th layer"),
@@ -172,7 +195,7 @@ def test_queries_to_gate_in_one_matrix(tmp_path, monkeypatch):
 )
 def test_what_no_port_computes_is_refused(tmp_path, family, key, value, says):
     path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
-    arch = WRITTEN[json.loads((path / "config.json").read_text())["model_type"]]
+    arch = architecture(json.loads((path / "config.json").read_text()))
     add = {int: "add_uint32", float: "add_float32", list: "add_array", str: "add_string"}[type(value)]
     more = {"extra": lambda w: getattr(w, add)(f"{arch}.{key}", value), "leave_out": (key,)}
     file, _, _ = write(path, tmp_path / "out", **more)
@@ -209,11 +232,73 @@ def test_a_key_that_nothing_reads_is_reported(tmp_path):
         Checkpoint.open(file)
 
 
-def test_experts_beside_an_mlp_are_refused(tmp_path):
+def test_experts_beside_the_mlp_of_some_layers_are_refused(tmp_path):
     path = tiny("gemma4", tmp_path / "source")
     router = np.ones((8, 64), np.float32)
     file, _, _ = write(path, tmp_path / "out", extra=lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", router))
-    with pytest.raises(PortError, match="blk.0.ffn_gate_inp.weight: experts beside the dense MLP"):
+    with pytest.raises(PortError, match=r"layers \[0\] have experts; wanted all 4 layers, or none"):
+        Checkpoint.open(file)
+
+
+def test_experts_without_factors_of_their_weights(tmp_path):
+    """Converters may multiply the down matrices of Gemma 4's experts by the factors, and leave these out."""
+    path = tiny("gemma4_experts", tmp_path / "source")
+    arrays = load_file(path / "model.safetensors")
+    ones = {n: np.ones_like(x) for n, x in arrays.items() if n.endswith("per_expert_scale")}
+    assert len(ones) == 4
+    save_file(arrays | ones, path / "model.safetensors", {"format": "pt"})
+    add = gguf.GGUFWriter.add_tensor
+    drop = lambda w, name, *a, **k: None if name.endswith("down_exps.scale") else add(w, name, *a, **k)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_tensor", drop)
+        file, plain, _ = write(path, tmp_path / "out")
+    assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4_shared"])
+def test_keys_and_values_of_layers_that_read_other_caches_are_ignored(tmp_path, family):
+    """Released checkpoints have them, and so have the files made of them."""
+    path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
+    last = json.loads((path / "config.json").read_text())["num_hidden_layers"] - 1
+    spare = {f"blk.{last}.attn_{x}.weight": np.ones((24, 64), np.float32) for x in "kv"}
+
+    def more(w):
+        for name, x in spare.items():
+            w.add_tensor(name, x)
+
+    file, plain, _ = write(path, tmp_path / "out", extra=more)
+    assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+    why = {t.name: t.why for t in account(file).tensors if not t.becomes}
+    assert set(why) == set(spare) and all("reads the keys and values of layer" in text for text in why.values())
+
+
+@pytest.mark.parametrize("act", ["relu2", "silu"])
+def test_bitnet_of_bitnet_cpp(tmp_path, act):
+    """bitnet.cpp's architecture has squared ReLU, unless the file says otherwise."""
+    path = tiny("bitnet", tmp_path / "source", **{**BUILT_IN["bitnet"], "hidden_act": act})
+    said = {"extra": lambda w: w.add_string("bitnet-b1.58.hidden_activation", act)} if act == "silu" else {}
+    file, plain, _ = write(path, tmp_path / "out", named="bitnet-b1.58", **said)
+    assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+
+
+def test_types_of_bitnet_cpp_are_refused(tmp_path):
+    path = tiny("bitnet", tmp_path / "source", **BUILT_IN["bitnet"])
+    file, _, _ = write(path, tmp_path / "out", "F16", named="bitnet-b1.58")
+    held, name = bytearray(file.read_bytes()), b"blk.0.attn_q.weight"
+    at = held.index(name) + len(name) + 4 + 2 * 8  # its number of dimensions and these lie before the type
+    held[at : at + 4] = (36).to_bytes(4, "little")
+    file.write_bytes(held)
+    with pytest.raises(PortError, match="blk.0.attn_q.weight is type 36, which is not read .I2_S of bitnet.cpp"):
+        Checkpoint.open(file)
+
+
+@pytest.mark.parametrize("value", [[0.5], ["many"] * 6])
+def test_a_list_that_does_not_fit_the_layers_is_refused(tmp_path, value):
+    path = tiny("gemma3n", tmp_path / "source", **BUILT_IN["gemma3n"])
+    key = "gemma3n.activation_sparsity_scale"
+    more = {"extra": lambda w: w.add_array(key, value), "leave_out": ("activation_sparsity_scale",)}
+    file, _, _ = write(path, tmp_path / "out", **more)
+    with pytest.raises(CheckpointError, match=f"{key}=.*; wanted a number, or one for each of the 6 layers"):
         Checkpoint.open(file)
 
 

@@ -1,4 +1,4 @@
-"""The ops of mixtures and of latent attention, compared with transformers' modules and with computations written out.
+"""The ops of mixtures of experts, compared with transformers' modules and with computations written out.
 
 Also their shape rules, and their work compared with numbers worked out by hand.
 """
@@ -23,7 +23,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from intaglio import formats
 from intaglio.batch import Chunk, bind
-from intaglio.ops import Attend, Experts, HeadLinear, KvWrite, Linear, Map, Rope, Route
+from intaglio.ops import Experts, Linear, Route
 from intaglio.ops.op import Work
 from intaglio.program.expert_placement import ExpertPlacement, turns
 
@@ -91,6 +91,18 @@ def test_route(family: str, seed: int) -> None:
     close(np.take_along_axis(got, own, 1), np.take_along_axis(weights.numpy(), order, 1), 2e-6)
 
 
+@quick
+@given(seed=seeds, normalise=st.booleans())
+def test_route_with_factors_of_experts(seed: int, normalise: bool) -> None:
+    """As Gemma 4's router weighs, whose sum may be something else than 1."""
+    logits, factors = random(seed, 7, COUNT), random(seed + 1, COUNT)
+    op = Route(site="s", logits="logits", weights="p", ids="i", top=TOP, normalise=normalise, scale=1.5)
+    plain, ids = routed(op, logits)
+    got, chosen = routed(replace(op, factors="f"), logits, f=factors)
+    np.testing.assert_array_equal(chosen, ids)
+    np.testing.assert_array_equal(got, plain * factors[ids])
+
+
 def test_route_breaks_ties_by_the_lowest_index() -> None:
     logits = np.array([[1, 2, 2, 0, 2], [3, 3, 3, 3, 3]], np.float32)
     for score in ("softmax", "sigmoid", "chosen"):
@@ -114,6 +126,7 @@ def test_route_refuses() -> None:
     refuses(op(score="max"), "score='max'; use one of softmax, sigmoid", x="f32[T, 8]")
     refuses(op(top=9), r"top=9 is outside 1\.\.8", x="f32[T, 8]")
     refuses(op(bias="bias"), r"bias is f32\[7\]; wanted \[8\]", x="f32[T, 8]", bias="f32[7]")
+    refuses(op(factors="f"), r"f is f32\[7\]; wanted \[8\]", x="f32[T, 8]", f="f32[7]")
     refuses(op(groups=3, kept_groups=1), "groups=3 does not divide the 8 experts", x="f32[T, 8]")
     refuses(op(groups=4, kept_groups=1, top=3), "kept_groups=1 of 4 groups of 2 for top=3", x="f32[T, 8]")
     refuses(op(groups=4, kept_groups=2, group_best=3), r"group_best=3 is outside 1\.\.2", x="f32[T, 8]")
@@ -156,7 +169,7 @@ def run(op: Experts, v: dict[str, np.ndarray]) -> np.ndarray:
 def experts(v: dict[str, np.ndarray], **fields: object) -> Experts:
     biases = {n: n for n in v if n.endswith("_bias")}
     names = {"x": "x", "weights": "p", "ids": "i", "gate": "gate", "up": "up", "down": "down"}
-    return Experts(site="s", out="out", **names, **biases, **fields)  # type: ignore[arg-type]
+    return Experts(site="s", out="out", **{**names, **biases, **fields})  # type: ignore[arg-type]
 
 
 @quick
@@ -188,6 +201,20 @@ def test_experts_with_biases_and_a_clamped_gate(seed: int, rows: int) -> None:
     with torch.no_grad():
         want = module(torched(v["x"]), torch.from_numpy(v["i"]).long(), torched(v["p"])).numpy()
     close(run(experts(v, alpha=1.702, limit=2.0, shift=1.0), v), want, 4e-6)
+
+
+@quick
+@given(seeds, st.integers(1, 9), st.booleans())
+def test_experts_without_a_gate(seed: int, rows: int, biased: bool) -> None:
+    """Nemotron-H's, whose activation is squared ReLU."""
+    v = {n: x for n, x in mixture(seed, rows, 24, biased=biased).items() if not n.startswith("gate")}
+    want = np.zeros((rows, HIDDEN))
+    for t in range(rows):
+        for j, e in enumerate(v["i"][t]):
+            up, down = (torched(v[f"{n}_bias"][e]) if biased else 0.0 for n in ("up", "down"))
+            inner = torch.nn.functional.relu(torched(v["up"][e]) @ torched(v["x"][t]) + up).square()
+            want[t] += v["p"][t, j] * (torched(v["down"][e]) @ inner + down).numpy()
+    close(run(experts(v, gate=None, activation="relu2"), v), want, 8e-6)
 
 
 def test_experts_with_scaled_input() -> None:
@@ -295,6 +322,11 @@ def test_experts_refuses() -> None:
     refuses(replace(op, **{**placed, "rank": 2}), "rank=2, ranks=2; wanted 0 <= rank < ranks", **own)
     refuses(replace(op, slots=4), "slots=4, but i has 2 columns; allowed: 0, 3 or, without a residual, 2", **own)
     refuses(replace(op, up_bias="b"), "gate and up have biases both, or none", **own, b="f32[4, 6]")
+    plain = replace(op, gate=None)
+    assert plain.shapes(tensors(**own)) == {"out": (("T", 8), "f32")}
+    refuses(replace(plain, gate_bias="b"), "gate_bias b without a gate", **own, b="f32[4, 6]")
+    refuses(replace(plain, limit=7.0), "limit=7.0, alpha=1.0, shift=0.0; without a gate, wanted 0, 1 and 0", **own)
+    refuses(plain, r"up is f32\[4, 6, 9\] but x has 8 columns", **{**own, "up": "f32[4, 6, 9]"})
     three = {"gate_bias": "g", "up_bias": "u", "down_bias": "d"}
     biases = {"g": "f32[4, 6]", "u": "f32[4, 7]", "d": "f32[4, 8]"}
     refuses(replace(op, **three), r"u is f32\[4, 7\]; wanted \[4, 6\]", **own, **biases)
@@ -315,169 +347,3 @@ def test_experts_work_counts_the_experts_even_routing_touches() -> None:
     placed = replace(op, held=(0, 1, 2, 3), copy=(0, 1, 0, 0), copies=(2, 2, 1, 1), of=8, ranks=2)
     assert placed.work(table, two).flops == 2 * 2 * 2 * each * 3 // 8
     assert op.work(table, two) == Work(2 * 2 * 2 * each, 3 * each * 2, 0, 2 * 4 * (8 + 2 + 2 + 8))  # 4 * (1 - 1/4)
-
-
-# head_linear, and what latent attention is made of
-
-
-@quick
-@given(seeds, st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4))
-def test_head_linear(seed: int, heads: int, n: int, k: int, rest: int) -> None:
-    x, w = random(seed, 4, heads * (k + rest)), random(seed + 1, heads, n, k)
-    op = HeadLinear(site="s", x="x", w="w", out="out")
-    table = tensors(x=f"f32[T, {x.shape[1]}]", w=f"f32[{heads}, {n}, {k}]")
-    got = op.reference({"x": x, "w": w}, None)["out"]  # type: ignore[arg-type]
-    assert op.shapes(table) == {"out": (("T", got.shape[1]), "f32")}
-    own = torched(x).reshape(4, heads, k + rest)
-    want = torch.cat([torch.einsum("thk,hnk->thn", own[..., :k], torched(w)), own[..., k:]], dim=-1)
-    close(got, want.reshape(4, -1), 2e-6)
-
-
-def test_head_linear_refuses() -> None:
-    op = HeadLinear(site="s", x="x", w="w", out="out")
-    refuses(op, r"w is f32\[3, 4\]; wanted a matrix a head", x="f32[T, 12]", w="f32[3, 4]")
-    refuses(op, r"w is int8g32\[3, 4, 4\]; wanted .* in a plain format", x="f32[T, 12]", w="int8g32[3, 4, 4]")
-    refuses(op, r"x is f32\[T, 12\]; w wants 3 heads of 5 columns or more", x="f32[T, 12]", w="f32[3, 4, 5]")
-
-
-def test_head_linear_work() -> None:
-    op = HeadLinear(site="s", x="x", w="w", out="out")
-    table = tensors(x="f32[T, 18]", w="bf16[3, 4, 5]", out="f32[T, 15]")
-    assert op.work(table, bind([Chunk(range(5), 0, [0, 1])], 4)) == Work(2 * 5 * 60, 60 * 2, 0, 5 * 4 * (18 + 15))
-
-
-def attended(op: Attend, q: np.ndarray, caches: dict[str, np.ndarray]) -> np.ndarray:
-    """Over one sequence whose keys and values lie in order in two pages."""
-    n = len(q)
-    return apply(op, bind([Chunk(range(n), 0, [0, 1])], 8), q=q, **caches)
-
-
-def paged(x: np.ndarray, heads: int) -> np.ndarray:
-    out = np.zeros((2, 8, heads, x.shape[1] // heads), np.float32)
-    out.reshape(16, heads, -1)[: len(x)] = x.reshape(len(x), heads, -1)
-    return out
-
-
-def test_latent_attention_absorbed_is_latent_attention_expanded() -> None:
-    """Keys and values formed from the latents, head by head, against queries taken into the latent space."""
-    heads, nope, rope, value, rank, n = 3, 5, 4, 6, 7, 13
-    latent, k_rope, q = random(0, n, rank), random(1, n, rope), random(2, n, heads * (nope + rope))
-    up_k, up_v = random(3, heads, nope, rank), random(4, heads, value, rank)
-    keys = [np.einsum("tr,hkr->thk", latent, up_k), np.repeat(k_rope[:, None], heads, 1)]
-    expanded = {
-        "k_cache": paged(np.concatenate(keys, -1).reshape(n, -1), heads),
-        "v_cache": paged(np.einsum("tr,hvr->thv", latent, up_v).reshape(n, -1), heads),
-    }
-    plain = Attend(site="s", q="q", k_cache="k_cache", v_cache="v_cache", out="out", heads=heads, scale=0.3)
-    want = attended(plain, q, expanded)
-    absorb = HeadLinear(site="s", x="x", w="w", out="out")
-    inner = absorb.reference({"x": q, "w": up_k.swapaxes(1, 2)}, None)["out"]  # type: ignore[arg-type]
-    caches = {"latent_cache": paged(latent, 1), "rope_cache": paged(k_rope, 1)}
-    op = replace(plain, k_cache="latent_cache", v_cache="latent_cache", rope_cache="rope_cache")
-    got = absorb.reference({"x": attended(op, inner, caches), "w": up_v}, None)["out"]  # type: ignore[arg-type]
-    close(got, want, 1e-5)
-
-
-def test_chunked_attention_sees_only_its_chunk() -> None:
-    q, k, v = (random(i, 14, 8) for i in range(3))
-    op = Attend(site="s", q="q", k_cache="k_cache", v_cache="v_cache", out="out", heads=2, scale=0.3, chunk=5)
-    got = attended(op, q, {"k_cache": paged(k, 2), "v_cache": paged(v, 2)})
-    for first in (0, 5, 10):
-        part = slice(first, min(first + 5, 14))
-        own = attended(replace(op, chunk=0), q[part], {"k_cache": paged(k[part], 2), "v_cache": paged(v[part], 2)})
-        close(got[part], own)
-
-
-def test_sink_is_a_key_with_zero_value() -> None:
-    """Putting a key before all others whose score is the sink and whose value is zero."""
-    q, k, v, sinks = random(0, 9, 8), random(1, 9, 8), random(2, 9, 8), random(3, 2) * 3
-    op = Attend(site="s", q="q", k_cache="k_cache", v_cache="v_cache", sinks="sinks", out="out", heads=2, scale=0.3)
-    table = tensors(q="f32[T, 8]", k_cache="f32[P, B, 2, 4]", v_cache="f32[P, B, 2, 4]", sinks="f32[2]")
-    assert op.shapes(table) == {"out": (("T", 8), "f32")}
-    batch = bind([Chunk(range(9), 0, [0, 1])], 8)
-    got = op.reference({"q": q, "k_cache": paged(k, 2), "v_cache": paged(v, 2), "sinks": sinks}, batch)["out"]
-    for h in range(2):
-        own = slice(4 * h, 4 * h + 4)
-        score = torched(q[:, own]) @ torched(k[:, own]).T * 0.3
-        score = score.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
-        p = torch.softmax(torch.cat([score, torched(sinks)[h].expand(9, 1)], dim=1), dim=1)[:, :9]
-        close(got[:, own], p @ torched(v[:, own]))
-
-
-def test_temperature_grows_with_the_position() -> None:
-    q, k, v = (random(i, 14, 8) for i in range(3))
-    plain = Attend(site="s", q="q", k_cache="k_cache", v_cache="v_cache", out="out", heads=2, scale=0.3)
-    caches = {"k_cache": paged(k, 2), "v_cache": paged(v, 2)}
-    heat = 1 + 0.4 * np.log1p(np.floor((np.arange(14) + 1) / 6))
-    want = attended(plain, (q * heat[:, None]).astype(np.float32), caches)
-    close(attended(replace(plain, temper=0.4, temper_every=6), q, caches), want, 2e-6)
-    heat = 1 + 0.4 * np.log1p(np.floor(np.arange(14) / 6))
-    want = attended(plain, (q * heat[:, None]).astype(np.float32), caches)
-    close(attended(replace(plain, temper=0.4, temper_every=6, temper_from=0), q, caches), want, 2e-6)
-
-
-def test_slopes_bias_the_scores_by_distance() -> None:
-    """As BLOOM adds them: slope * key position, which differs by a constant in each row."""
-    q, k, v, slopes = random(0, 9, 8), random(1, 9, 8), random(2, 9, 8), np.array([0.5, 0.0625], np.float32)
-    op = Attend(site="s", q="q", k_cache="k_cache", v_cache="v_cache", slopes="slopes", out="out", heads=2, scale=0.3)
-    batch = bind([Chunk(range(9), 0, [0, 1])], 8)
-    got = op.reference({"q": q, "k_cache": paged(k, 2), "v_cache": paged(v, 2), "slopes": slopes}, batch)["out"]
-    for h in range(2):
-        own = slice(4 * h, 4 * h + 4)
-        score = torched(q[:, own]) @ torched(k[:, own]).T * 0.3 + float(slopes[h]) * torch.arange(9)
-        p = torch.softmax(score.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf), dim=1)
-        close(got[:, own], p @ torched(v[:, own]))
-
-
-def test_attention_refuses_contradictory_attributes() -> None:
-    op = Attend(site="s", q="q", k_cache="k_cache", v_cache="v_cache", out="out", heads=2, scale=1.0)
-    own = {"q": "f32[T, 8]", "k_cache": "f32[P, B, 2, 4]", "v_cache": "f32[P, B, 2, 4]"}
-    refuses(replace(op, window=3, chunk=4), "window=3, chunk=4; give one of them", **own)
-    refuses(replace(op, temper_every=0), "temper_every=0; wanted 1 or more", **own)
-    refuses(replace(op, temper_from=2), "temper_from=2; wanted 0 or 1", **own)
-    refuses(replace(op, slopes="slopes"), r"slopes is f32\[3\]; wanted \[2\]", **own, slopes="f32[3]")
-    refuses(replace(op, sinks="sinks"), r"sinks is f32\[3\]; wanted \[2\]", **own, sinks="f32[3]")
-    rope = {"rope_cache": "f32[P, B, 1, 2]"}
-    refuses(replace(op, rope_cache="rope_cache"), "rope_cache has 1 heads but k_cache has 2", **own, **rope)
-
-
-def test_attend_work_reads_latents_once() -> None:
-    op = Attend(
-        site="s", q="q", k_cache="c_cache", v_cache="c_cache", rope_cache="r_cache", out="out", heads=3, scale=1.0
-    )
-    table = tensors(q="f32[T, 18]", c_cache="bf16[P, B, 1, 4]", r_cache="bf16[P, B, 1, 2]", out="f32[T, 12]")
-    got = op.work(table, bind([Chunk([1], 6, [0])], 8))
-    assert got == Work(2 * 3 * (4 + 4 + 2) * 7, 0, 7 * (4 + 2) * 2, 4 * (18 + 12))
-
-
-def test_trailing_rope_rotates_the_last_columns() -> None:
-    x, table = random(0, 5, 3 * 10), np.array([1.0, 0.3], np.float32)
-    at = np.arange(5, dtype=np.int32)
-    for style in ("half", "interleaved"):
-        op = Rope(site="s", x="x", positions="p", frequencies="f", out="out", head_dim=10, style=style, trailing=True)
-        heads = x.reshape(5, 3, 10)
-        alone = apply(replace(op, trailing=False, head_dim=4), x=heads[..., 6:].reshape(5, -1), p=at, f=table)
-        got = apply(op, x=x, p=at, f=table).reshape(5, 3, 10)
-        np.testing.assert_array_equal(got[..., :6], heads[..., :6])
-        np.testing.assert_array_equal(got[..., 6:].reshape(5, -1), alone)
-
-
-def test_map_broadcasts_one_column() -> None:
-    a, b = random(0, 5, 7), random(1, 5, 1)
-    got = apply(Map(site="s", a="a", b="b", out="out", expr="a * sigmoid(b)"), a=a, b=b)
-    close(got, torched(a) * torch.sigmoid(torched(b)))
-    refuses(
-        Map(site="s", a="a", b="b", out="out", expr="a + b"),
-        r"a is f32\[T, 4\] but b is f32\[R, 1\]",
-        a="f32[T, 4]",
-        b="f32[R, 1]",
-    )
-
-
-def test_latents_and_ropes_are_written_side_by_side() -> None:
-    caches = {"k_cache": np.zeros((2, 4, 1, 5), np.float32), "v_cache": np.zeros((2, 4, 1, 2), np.float32)}
-    k, v = random(0, 3, 5), random(1, 3, 2)
-    op = KvWrite(site="s", k="k", v="v", k_cache="k_cache", v_cache="v_cache")
-    apply(op, bind([Chunk([1, 2, 3], 3, [1, 0])], 4), k=k, v=v, **caches)
-    np.testing.assert_array_equal(caches["k_cache"][[1, 0, 0], [3, 0, 1], 0], k)
-    np.testing.assert_array_equal(caches["v_cache"][[1, 0, 0], [3, 0, 1], 0], v)

@@ -14,6 +14,12 @@ SEES: dict[str, Any] = {
     "image_size": 32,
     "num_attention_heads": 2,
 }
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "ssm_state_size": 24,
+    "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "head_dim": 24, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 72, "routed_scaling_factor": 2.5,
+}  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     "bert": {"class": "BertLMHeadModel", "config": "BertConfig", **DECODES},
     "ernie": {"class": "Ernie", **DECODES, "hidden_act": "relu"},
@@ -143,6 +149,18 @@ MORE: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma4_shared": {
+        "class": "Gemma4", "config": "Gemma4TextConfig", "head_dim": 16, "global_head_dim": 32, "sliding_window": 12,
+        "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 263, "final_logit_softcapping": 20.0,
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True, "num_key_value_heads": 1,
+    },
+    "gemma4_experts": {
+        "class": "Gemma4", "config": "Gemma4TextConfig", "head_dim": 16, "global_head_dim": 32, "sliding_window": 20,
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "enable_moe_block": True, "num_experts": 6,
+        "top_k_experts": 2, "moe_intermediate_size": 40,
+    },
     "gemma4_unified": {
         "class": "Gemma4Unified", "config": "Gemma4UnifiedTextConfig", "head_dim": 16, "global_head_dim": 32,
         "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -155,4 +173,11 @@ MORE: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.7, 0.0, 0.5, 0.0, 0.2],
     },
     "roberta_prelayernorm": {"class": "RobertaPreLayerNorm", **COUNTED},
+}  # fmt: skip
+
+UNGATED: dict[str, dict[str, Any]] = {  # with experts that have no gate
+    "nemotron_h_moe": {"class": "NemotronH", **NEMOTRON},
+    "nemotron_h_latent": {
+        "class": "NemotronH", **NEMOTRON, "moe_latent_size": 40, "n_group": 1, "norm_topk_prob": False,
+    },
 }  # fmt: skip

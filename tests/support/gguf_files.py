@@ -25,7 +25,9 @@ ARCHITECTURES = {  # model_type -> llama.cpp's
     "starcoder2": "starcoder2", "dots1": "dots1", "ernie4_5_moe": "ernie4_5-moe", "olmo": "olmo", "gpt2": "gpt2",
     "gpt_bigcode": "starcoder", "gpt_neox": "gptneox", "falcon": "falcon", "phi": "phi2", "stablelm": "stablelm",
     "bloom": "bloom", "mpt": "mpt", "glm": "chatglm", "hunyuan_v1_moe": "hunyuan-moe", "afmoe": "afmoe",
-    "minicpm3": "minicpm3", "lfm2": "lfm2", "lfm2_moe": "lfm2moe", **hybrids.ARCHITECTURES,
+    "minicpm3": "minicpm3", "lfm2": "lfm2", "lfm2_moe": "lfm2moe", "ministral3": "mistral3",
+    "granitemoeshared": "granitemoe", "solar_open": "glm4moe", "glm4_moe_lite": "deepseek2", "youtu": "deepseek2",
+    **hybrids.ARCHITECTURES,
 }  # fmt: skip
 USUAL = {  # Llama's name of a config key, by those of others
     "n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers",
@@ -33,7 +35,7 @@ USUAL = {  # Llama's name of a config key, by those of others
     "n_positions": "max_position_embeddings", "max_seq_len": "max_position_embeddings",
     "seq_length": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps", "moe_topk": "num_experts_per_tok",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "olmo")
+PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "olmo")
 FOURFOLD = ("gpt2", "gpt_bigcode", "falcon", "bloom", "mpt")  # whose inner width is four times the outer by default
 WHOLE_QKV = ("gptneox", "bloom", "falcon")  # whose q, k and v converters put one after another
 BLOCK_BYTES = {  # of 256 values (IQ4_NL: 32), where the f16 scales are; types that the library reads but does not write
@@ -88,22 +90,23 @@ def _rows(w: np.ndarray, pair: tuple[np.ndarray, np.ndarray], blocks: np.ndarray
 
 def write(
     path: Path, folder: Path, kind: str | Callable[[str], str] = "F32", extra: Callable[[Any], None] | None = None,
-    leave_out: tuple[str, ...] = (), seed: int = 2,
+    leave_out: tuple[str, ...] = (), seed: int = 2, named: str = "",
 ) -> tuple[Path, Path, Values]:  # fmt: skip
     """(a GGUF file of the checkpoint in `path`, a checkpoint of the values it holds, those values). `kind` is the type
-    of matrices, or gives it by name; `extra` adds metadata; `leave_out` are keys not written."""
+    of matrices, or gives it by name; `extra` adds metadata; `leave_out` are keys not written; `named` is the
+    architecture, if not that of the model_type."""
     import gguf
     import safetensors.numpy
 
     config = usual(json.loads((path / "config.json").read_text()))
     arrays = safetensors.numpy.load_file(path / "model.safetensors")
-    arch = ARCHITECTURES[config["model_type"]]
+    arch = architecture(config)
     arrays = hybrids.prepared(arrays, arch)
     folder.mkdir(exist_ok=True)
-    w = gguf.GGUFWriter(folder / "model.gguf", arch)
+    w = gguf.GGUFWriter(folder / "model.gguf", named or arch)
     for key, value in metadata(config, arch).items():
         if value is not None and key not in leave_out:
-            _add(w, f"{arch}.{key}", value)
+            _add(w, f"{named or arch}.{key}", value)
     for key, value in hybrids.added(config, arrays, arch).items():
         _add(w, key, value)
     if extra:
@@ -134,6 +137,12 @@ def write(
     return folder / "model.gguf", folder / "plain", plain
 
 
+def architecture(c: Mapping[str, Any]) -> str:
+    """llama.cpp's architecture for a config.json."""
+    moe = c["model_type"] == "nemotron_h" and "moe" in c["layers_block_type"]
+    return "nemotron_h_moe" if moe else ARCHITECTURES[c["model_type"]]
+
+
 def usual(c: dict[str, Any]) -> dict[str, Any]:
     """The config with the keys that Llama has, and the inner width that older models leave out."""
     c = {**c, **{own: c[other] for other, own in USUAL.items() if c.get(other) is not None}}
@@ -145,6 +154,8 @@ def usual(c: dict[str, Any]) -> dict[str, Any]:
         c["num_key_value_heads"] = None
     if c["model_type"] == "nemotron_h":
         c["num_hidden_layers"] = len(c["layers_block_type"])
+    if c["model_type"] == "youtu":  # whose rows in tiny.py have keys of models with experts
+        c |= dict.fromkeys(("n_routed_experts", "first_k_dense_replace", "n_shared_experts", "moe_intermediate_size"))
     if c["model_type"] in FOURFOLD:
         c["intermediate_size"] = c.get("ffn_hidden_size") or c.get("n_inner") or 4 * c["hidden_size"]
     return {"max_position_embeddings": 256} | {k: x for k, x in c.items() if x is not None}
@@ -203,7 +214,12 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
             own = {"attention.sliding_window": c["sliding_window"], "attention.sliding_window_pattern": pattern}
         case "granite" | "granitemoe":
             own = {"attention.scale": c["attention_multiplier"], "embedding_scale": c["embedding_multiplier"],
-                   "residual_scale": c["residual_multiplier"], "logit_scale": c["logits_scaling"]}  # fmt: skip
+                   "residual_scale": c["residual_multiplier"], "logit_scale": c["logits_scaling"],
+                   "expert_shared_feed_forward_length": c.get("shared_intermediate_size") or None}  # fmt: skip
+        case "mistral3":
+            own = {"rope.scaling.yarn_beta_fast": rope.get("beta_fast"), "attention.temperature_scale":
+                   rope["llama_4_scaling_beta"], "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+                   "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"]}  # fmt: skip
         case "cohere2":
             own = {"logit_scale": c["logit_scale"], "attention.sliding_window": c["sliding_window"],
                    "rope.scaling.type": "none"}  # fmt: skip
@@ -269,14 +285,18 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
 
 def _latent(c: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
     heat, third = rope.get("mscale_all_dim"), c["model_type"] != "deepseek_v2"
+    experts = c.get("n_routed_experts")
     rank, turned = c["kv_lora_rank"], c["qk_rope_head_dim"]
     return {
         "attention.head_count_kv": 1, "attention.q_lora_rank": c.get("q_lora_rank"), "attention.kv_lora_rank": rank,
         "attention.key_length": rank + turned, "attention.value_length": rank, "rope.dimension_count": turned,
         "attention.key_length_mla": c["qk_nope_head_dim"] + turned, "attention.value_length_mla": c["v_head_dim"],
-        "leading_dense_block_count": c["first_k_dense_replace"], "expert_shared_count": c["n_shared_experts"],
-        "expert_weights_scale": float(c["routed_scaling_factor"]), "expert_gating_func": 2 if third else None,
-        "expert_weights_norm": bool(c.get("norm_topk_prob")) if third else None,
+        "leading_dense_block_count": c.get("first_k_dense_replace", c["num_hidden_layers"]),
+        "expert_shared_count": c.get("n_shared_experts", 0),
+        "expert_weights_scale": float(c["routed_scaling_factor"]) if experts else None,
+        "expert_gating_func": 2 if third and experts else None,
+        "expert_weights_norm": bool(c.get("norm_topk_prob")) if third and experts else None,
+        "expert_feed_forward_length": c.get("moe_intermediate_size") or c["intermediate_size"],
         "rope.scaling.yarn_log_multiplier": 0.1 * heat if heat else None,
     }  # fmt: skip
 
@@ -295,8 +315,11 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
             continue
         heads = {"q_proj": c["num_attention_heads"], "k_proj": c.get("num_key_value_heads")}.get(name.split(".")[-2])
         numbered = re.fullmatch(r"(.*experts)\.(\d+)\.(\w+)\.weight", name)
+        streams = re.fullmatch(r"(model\.altup_\w+)\.(\d+)\.weight", name)
         if numbered:
             stacks.setdefault(f"{numbered[1]}.{numbered[3]}.weight", []).append((int(numbered[2]), name))
+        elif streams:
+            stacks.setdefault(f"{streams[1]}.weight", []).append((int(streams[2]), name))
         elif heads and arch in PERMUTED:
             yield name, permuted(x, heads), lambda y, n=name, h=heads: {n: in_halves(y, h)}
         elif arch in hybrids.SHIFTED and name.endswith("norm.weight"):
@@ -320,7 +343,7 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
             yield name, np.ascontiguousarray(x.T), lambda y, n=name: {n: np.ascontiguousarray(y.T)}
         else:
             full = name + ".weight" if name.endswith("sinks") else name
-            if name.endswith("expert_bias"):
+            if name.endswith("expert_bias") and arch != "hy_v3":
                 full = name + ".bias"
             if arch == "bloom":
                 full = name.removeprefix("transformer.")
@@ -330,6 +353,7 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
     for name, parts in stacks.items():
         own = [n for _, n in sorted(parts)]
         name = name.removeprefix("model.") if arch == "lfm2moe" else name.replace("feed_forward.experts", "mlp.experts")
+        name = re.sub(r"\w+(\.layers\.\d+)\.mixer\.experts", r"model\1.mlp.experts", name)
         yield name, np.stack([arrays[n] for n in own]), lambda y, own=own: dict(zip(own, y, strict=True))
 
 

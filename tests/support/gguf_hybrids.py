@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,17 @@ ARCHITECTURES = {  # model_type -> llama.cpp's
     "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h", "qwen3_next": "qwen3next",
     "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "exaone_moe": "exaone-moe",
     "glm_moe_dsa": "glm-dsa", "deepseek_v32": "deepseek32", "jais2": "jais2", "apertus": "apertus", "dbrx": "dbrx",
-    "bitnet": "bitnet", "mimo_v2_flash": "mimo2",
+    "bitnet": "bitnet", "mimo_v2_flash": "mimo2", "gemma3n_text": "gemma3n", "cohere2_moe": "cohere2moe",
+    "mellum": "mellum", "hy_v3": "hy_v3",
 }  # fmt: skip
-NAMED_AS = {"deepseek32": "glm-dsa"}  # architectures that the library does not know, and one with the same names
+# architectures that the library does not know, and one with the same names
+NAMED_AS = {"deepseek32": "glm-dsa", "cohere2moe": "dots1", "mellum": "dots1", "hy_v3": "dots1"}
+BESIDE = {  # of Gemma 4: llama.cpp's names of the tensors of experts and router
+    "router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight", "experts.down_proj": "ffn_down_exps.weight",
+}  # fmt: skip
 SCANS, TILED = ("mamba", "jamba"), ("qwen35", "qwen35moe")
-HEADS = ("mamba2", "falcon-h1", "granitehybrid", "nemotron_h")  # with Mamba-2 blocks
+HEADS = ("mamba2", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe")  # with Mamba-2 blocks
 DELTA = ("qwen3next", *TILED)
 SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron", *DELTA)  # whose norms have 1 added
 
@@ -70,7 +77,7 @@ def special(name: str, x: np.ndarray, c: Mapping[str, Any], arch: str) -> list[C
         return found
     if arch == "falcon-h1":
         return [(name, x * (by := multiplier(name, x, c)), lambda y: {name: (y / by).astype(np.float32)})]
-    if arch == "granitehybrid" and "shared_mlp" in name:
+    if arch in ("granitehybrid", "granitemoe") and "shared_mlp" in name:
         parts = ("gate", "up") if "input_linear" in name else ("down",)
         of = "_shexp" if c.get("num_local_experts") else ""
         pieces = np.split(x, len(parts))
@@ -82,8 +89,10 @@ def special(name: str, x: np.ndarray, c: Mapping[str, Any], arch: str) -> list[C
         return [(f"blk.{layer}.{name.split('.')[-2]}.weight", x, same)]
     if arch == "apertus" and "act_fn" in name:
         return []
-    if end in ("layer_scalar", "attention_sink_bias"):
+    if end in ("layer_scalar", "attention_sink_bias", "correct_output_scale"):
         return [(f"{name}.weight", x, same)]
+    if arch == "gemma4" and (found := BESIDE.get(name.split(f"layers.{layer}.")[-1])):
+        return [(f"blk.{layer}.{found}", x, same)]
     if name.endswith("linear_attn.norm.weight"):
         return [(name, x, same)]
     return None
@@ -211,15 +220,24 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
             "residual_scale": float(c["residual_multiplier"]), "logit_scale": float(c["logits_scaling"]),
             "expert_shared_feed_forward_length": c["shared_intermediate_size"],
         }  # fmt: skip
-    if arch == "nemotron_h":
-        return {
+    if arch in ("nemotron_h", "nemotron_h_moe"):
+        width = c["moe_intermediate_size" if arch == "nemotron_h_moe" else "intermediate_size"]
+        experts = dict.fromkeys((
+            "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_group_count",
+            "expert_group_used_count",
+        ))  # fmt: skip
+        if arch == "nemotron_h_moe":
+            experts = {
+                "expert_weights_norm": c["norm_topk_prob"], "expert_weights_scale": float(c["routed_scaling_factor"]),
+                "expert_shared_count": c["n_shared_experts"], "moe_latent_size": c.get("moe_latent_size"),
+                "expert_shared_feed_forward_length": c["moe_shared_expert_intermediate_size"],
+            }  # fmt: skip
+        return experts | {
             "ssm.conv_kernel": c["conv_kernel"], "ssm.state_size": c["ssm_state_size"],
             "ssm.group_count": c["n_groups"], "ssm.inner_size": c["mamba_num_heads"] * c["mamba_head_dim"],
             "ssm.time_step_rank": c["mamba_num_heads"], "attention.head_count_kv": attends,
-            "feed_forward_length": [c["intermediate_size"] if k == "mlp" else 0 for k in kinds],
-            "attention.layer_norm_rms_epsilon": c["layer_norm_epsilon"], "expert_count": None,
-            "expert_used_count": None, "expert_feed_forward_length": None, "expert_group_count": None,
-            "expert_group_used_count": None,
+            "feed_forward_length": [width if k in ("mlp", "moe") else 0 for k in kinds],
+            "attention.layer_norm_rms_epsilon": c["layer_norm_epsilon"],
         }  # fmt: skip
     if arch in DELTA:
         return {
@@ -234,18 +252,52 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
 
 def _others(c: Mapping[str, Any], arch: str, slides: list[int]) -> dict[str, Any]:
     if arch == "gemma4":
-        own = c["per_layer_config"]["1"]
+        own, shared = c["per_layer_config"]["1"], c.get("num_kv_shared_layers", 0)
         width, local, kv = own["head_dim"], c["head_dim"], c["num_key_value_heads"]
+        inner = c["intermediate_size"]
+        if c.get("use_double_wide_mlp"):
+            inner = [inner] * (len(slides) - shared) + [2 * inner] * shared
         return {
             "attention.key_length": width, "attention.value_length": width, "attention.key_length_swa": local,
             "attention.value_length_swa": local, "attention.sliding_window": c["sliding_window"],
-            "attention.sliding_window_pattern": list(map(bool, slides)), "attention.shared_kv_layers": 0,
+            "attention.sliding_window_pattern": list(map(bool, slides)), "attention.shared_kv_layers": shared,
             "embedding_length_per_layer_input": c.get("hidden_size_per_layer_input") or 0,
             "attention.head_count_kv": [kv if s else own["num_key_value_heads"] for s in slides]
             if "num_key_value_heads" in own
             else kv,
             "rope.dimension_count": width, "rope.dimension_count_swa": local,
             "final_logit_softcapping": c.get("final_logit_softcapping"),
+            "expert_used_count": c.get("top_k_experts"), "feed_forward_length": inner,
+        }  # fmt: skip
+    if arch == "gemma3n":
+        normal = NormalDist()
+        return {
+            "attention.sliding_window": c["sliding_window"], "final_logit_softcapping": c["final_logit_softcapping"],
+            "attention.sliding_window_pattern": list(map(bool, slides)),
+            "attention.shared_kv_layers": c["num_kv_shared_layers"], "altup.num_inputs": c["altup_num_inputs"],
+            "altup.active_idx": c["altup_active_idx"],
+            "embedding_length_per_layer_input": c["hidden_size_per_layer_input"],
+            "activation_sparsity_scale": [
+                normal.inv_cdf(x) if x else -float("inf") for x in c["activation_sparsity_pattern"]
+            ],
+        }  # fmt: skip
+    if arch in ("mellum", "cohere2moe"):
+        own = {
+            "attention.sliding_window": c["sliding_window"],
+            "attention.sliding_window_pattern": list(map(bool, slides)),
+        }  # fmt: skip
+        return own if arch == "mellum" else own | {
+            "logit_scale": c["logit_scale"], "rope.scaling.type": "none", "expert_gating_func": 2,
+            "expert_feed_forward_length": c["intermediate_size"], "expert_weights_norm": c["norm_topk_prob"],
+            "feed_forward_length": c["prefix_dense_intermediate_size"], "leading_dense_block_count": 1,
+            "expert_shared_count": c["num_shared_experts"],
+            "expert_shared_feed_forward_length": c["num_shared_experts"] * c["intermediate_size"],
+        }  # fmt: skip
+    if arch == "hy_v3":
+        return {
+            "expert_weights_norm": True, "expert_weights_scale": float(c["router_scaling_factor"]),
+            "expert_gating_func": 2, "leading_dense_block_count": 1,
+            "expert_shared_feed_forward_length": c["moe_intermediate_size"] * c["num_shared_experts"],
         }  # fmt: skip
     if arch == "exaone-moe":
         return {

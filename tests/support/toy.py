@@ -189,9 +189,9 @@ def tangle(seed: int) -> Program:
                 logits = b.linear(f"{site}.router", x, 5)
                 b.op(Route, f"{site}.route", logits, ids=f"{site}.ids", top=2, normalise=True)
                 shapes = {"gate": (5, 20, width), "up": (5, 20, width), "down": (5, 24, 20)}
-                stacks = [b.weight(f"{site}.{n}", s, f"model.{site}.{n}") for n, s in shapes.items()]
+                gate, *rest = [b.weight(f"{site}.{n}", s, f"model.{site}.{n}") for n, s in shapes.items()]
                 other = any_of(("T", 24))
-                y = b.op(Experts, f"{site}.experts", x, f"{site}.route", f"{site}.ids", *stacks)
+                y = b.op(Experts, f"{site}.experts", x, f"{site}.route", f"{site}.ids", *rest, gate=gate)
                 made.append(b.op(Map, site, y, b=other, expr="a + b"))
             case "view":
                 own = [n for n in made if not b.tensors[n].view and b.tensors[n].shape[1] == 48]

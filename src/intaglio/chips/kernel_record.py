@@ -16,16 +16,17 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """A kernel of a library: the uses of an op for which it is chosen, and its own values of fields of KernelLibrary.
+    """One kernel of a KernelLibrary: the calls that it computes, and its own values for some of the library's fields.
 
     Attributes:
-        op: one of OPS.
-        kernel: its name, as profilers and measured tables give it.
+        op: kind of the calls, one of OPS.
+        kernel: name of the kernel in profilers and measured tables.
         why: source of the values, or the reason for them.
-        changes: the values, as (field of KernelLibrary, value).
-        formats: formats of weights, or of keys and values, that it takes; (): every format.
-        head_dims: (least, largest) head width that it takes.
-        default: True if it is chosen for every use of the op that fits it; False: only if asked for by name.
+        changes: pairs (field of KernelLibrary, this kernel's value).
+        formats: formats of weights, or of keys and values, that the kernel takes; (): every format.
+        head_dims: (smallest, largest) head width that the kernel takes.
+        default: True if calls of `op` with these formats and head widths may use the kernel without asking for it;
+            False: it is used only if it is asked for by name.
     """
 
     op: str
@@ -39,8 +40,8 @@ class KernelRecord:
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
         """True if this kernel computes `op` for operands in `format` and heads of `head_dim` columns.
 
-        kernel: name of the kernel to use, which must be this one's; "": no name is asked for, and the result is False
-        unless `default` is set.
+        kernel: name of the kernel that was asked for; the result is False if it is not this kernel's name. "": none was
+        asked for; the result is False unless `default` is True.
         """
         least, most = self.head_dims
         fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most

@@ -143,7 +143,7 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """A target whose library is reduced to one kernel: its fields are those of the kernel that computes the op; cached.
+    """A target whose library holds only the constants of the kernel that computes an op; see Target.kernel(). Cached.
 
     on: the target. op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and
     the width of its heads. name: name of the kernel; "": the one used by default. Raises ChipError for a name that no
@@ -211,7 +211,7 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 def register_chip(on: Target) -> Target:
     """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
 
-    For plugins. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
+    Plugins call it. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

@@ -37,7 +37,7 @@ def apart_table(
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
         concurrency: numbers of requests open at once, to simulate. If empty, search instead: for each prefill layout
             with each decode layout, find the numbers of servers and the load with the most output per chip.
-        budget: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
         chips: for a search, the number of chips that all servers have together.
@@ -102,7 +102,7 @@ def given_pairs(
         prefill: layouts of prefill servers.
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
         concurrency: numbers of requests open at once.
-        budget: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         progress: called before each pair and concurrency.
 
     Raises ValueError if there are not as many prefill as decode layouts, LayoutError for a wrong layout, ChipError if a
@@ -150,7 +150,7 @@ def searched_pairs(
         prefill: layouts of prefill servers.
         decode: layouts of decode servers.
         chips: number of chips that all servers have together.
-        budget: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         progress: called as pairs are searched.
 
     Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.

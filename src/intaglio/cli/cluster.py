@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from intaglio.router import Role
 
 cluster = typer.Typer(cls=Group, no_args_is_help=True, help="Several replicas of a model behind one address.")
-Name = Annotated[str, typer.Option("--name", help="Of the cluster, if several run here.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the cluster, if several run here.")]
 BLOCKS_BYTES = 8 << 30  # most bytes of the K/V blocks that prefill replicas hand over
 
 
@@ -167,9 +167,10 @@ def drain(
 
 @cluster.command()
 def scale(
-    replicas: Annotated[int, typer.Argument(min=1, max=64, help="How many replicas there should be.")],
+    replicas: Annotated[int, typer.Argument(min=1, max=64, help="Number of replicas to have afterwards.")],
     role: Annotated[
-        str | None, typer.Option(help="Of the replicas: prefill or decode, where these are apart. Default: decode.")
+        str | None,
+        typer.Option(help="Role of the replicas, prefill or decode, where these are apart. Default: decode."),
     ] = None,
     name: Name = "default",
 ) -> None:
@@ -200,7 +201,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
+    """Read the options of `up`: returns ({role: number of replicas}, maximum with autoscaling, or None without it).
 
     Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """
@@ -249,8 +250,8 @@ def connect_ray(address: str, name: str) -> RayLauncher:
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
     """Arguments of `intaglio serve`, as a list, that make replicas keep K/V blocks in `folder`.
 
-    They are --kv-cache-dir, and --kv-cache-size with half of the disk's free space, at most BLOCKS_BYTES (8 GiB). The
-    size is left out if the user's own arguments, `given`, have one.
+    The list has --kv-cache-dir. It also has --kv-cache-size, with half of the disk's free space but at most
+    BLOCKS_BYTES (8 GiB), unless the user's own arguments, `given`, have that option.
     """
     from intaglio.cluster.budget import size_words
 

@@ -24,8 +24,7 @@ def open_llm(
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
-    no_cache: True to neither use nor keep packed weights on disk. The other arguments, and the errors, are those of
-    LLM.
+    no_cache: True to neither use nor keep packed weights on disk. For the other arguments, and the errors, see LLM.
     """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
@@ -80,7 +79,7 @@ def compile_rank(
 ) -> Program:  # fmt: skip
     """The Program of rank number `rank` of a layout: as sharded if `raw`, else compiled.
 
-    layout: such as tp4pp2. The other arguments are those of compile_model(). Raises ValueError if the layout has no
+    layout: such as tp4pp2. For the other arguments see compile_model(). Raises ValueError if the layout has no
     such rank, LayoutError if the layout does not fit the model.
     """
     from intaglio.compiler import build_mesh, shard

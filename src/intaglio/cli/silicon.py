@@ -43,7 +43,8 @@ USED = ("FLOP/s\nused", "HBM\nused", "links\nused")
 LibraryName = Annotated[
     str | None,
     typer.Option(
-        "--library", help="Its kernels: a name (see intaglio libraries) or a file, NAME.toml. Default: the chip's own."
+        "--library",
+        help="Kernel library: a name (see intaglio libraries) or a file, NAME.toml. Default: the chip's own.",
     ),
 ]
 SimulatedModel = Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")]
@@ -124,7 +125,7 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 def used(p: Phase) -> tuple[str, ...]:
     """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
 
-    FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
+    The FLOP/s are of all chips together. HBM and link bandwidth are of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
@@ -183,7 +184,7 @@ def simulate(
         int | None,
         typer.Option(min=1, help="Tokens of a step. Default: 2048, with --prefill 8192; --find tries some."),
     ] = None,
-    memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
+    memory_share: Annotated[float, typer.Option(help="Fraction of a chip's HBM that may be filled.")] = 0.9,
     step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
     input: InputTokens = 2048,
     output: OutputTokens = 128,
@@ -340,7 +341,7 @@ def kernel_facts(record: KernelRecord) -> tuple[str, str]:
 
 
 def chips(
-    name: Annotated[str | None, typer.Argument(help="One of them, with the source of its numbers.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a chip to print with the source of its numbers.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """List the preset chips, or print one of them in full."""
@@ -364,7 +365,7 @@ def chips(
 
 
 def libraries(
-    name: Annotated[str | None, typer.Argument(help="One of them, with all its fields.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a library to print with all its fields.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """List the preset kernel libraries, or print one of them in full."""

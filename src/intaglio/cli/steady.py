@@ -33,7 +33,7 @@ def steady_table(
         targets: chips with their libraries.
         layouts: how chips share the model; each is a candidate on every target.
         concurrency: numbers of requests open at once; not used with `find`.
-        budget: most tokens of a step, on each data-parallel copy of the attention layers (DP rank). None: 2048, and
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). None: 2048, and
             with `find` several are tried.
         find: True to search for the best load of each candidate.
         by: "watt" or "chip": `find` maximises output tokens per second per watt or per chip.

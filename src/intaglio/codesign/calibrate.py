@@ -105,8 +105,8 @@ def chosen(sample: Sample, points: int) -> np.ndarray:
 def value_of(on: Target, name: str) -> Any:
     """The value of a parameter of `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    FAMILY.FIELD is the library's value for a kind of kernels, such as prefill (attention over prompts): that of its
-    kernel for bf16 calls with 128 columns a head.
+    FAMILY.FIELD is the library's value for a kind of kernels, such as prefill (attention over prompts). It is taken
+    from the kernel that the library uses for bf16 calls with 128 columns a head.
     """
     part, field = name.split(".")
     if part in ("chip", "library"):
@@ -118,8 +118,8 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
     """A copy of the target with another value of one parameter. Raises ChipError for a value out of range.
 
     name: chip.FIELD, library.FIELD or FAMILY.FIELD, see value_of(). FAMILY.FIELD is set in all kernels of the family.
-    If it is in CONSTANTS, each kernel's own value is multiplied by the factor value / value_of(on, name), up to 1 at
-    most. format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
+    If it is in CONSTANTS, each kernel's own value is multiplied by value / value_of(on, name), and is then at most 1.
+    format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -164,7 +164,7 @@ def spread(errors: np.ndarray) -> float:
 class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
-    The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
+    The likelihood is for logarithmic errors with a Laplace distribution of unknown spread. Constants have a
     log-normal prior around their values at the start. run() searches.
 
     Attributes:
@@ -216,8 +216,8 @@ class Search:
     def weight(self, number: int, common: bool) -> float:
         """Factor by which a sample's change of cost counts when a constant is chosen: PRODUCTS_WEIGHT or 1.
 
-        number: the sample's index in `data`. common: True if all kernels share the constant. PRODUCTS_WEIGHT is for
-        matrix products then: their times are modelled best, so they say most about such constants.
+        number: the sample's index in `data`. common: True if all kernels share the constant; matrix products then count
+        PRODUCTS_WEIGHT times, because their times are modelled best. All other changes count once.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
@@ -238,7 +238,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Raise, then lower, the constant `name` of self.on by factors of 1 + step, as long as the cost falls."""
+        """Increase, then decrease, constant `name` by factors 1 + step while the cost falls. self.on gets the best."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -310,7 +310,7 @@ class Fitted:
     """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
 
     Attributes:
-        table: its name.
+        table: name of the table.
         dtype: number format.
         rows: number of rows compared.
         before: median error of the target that the fit started from.
@@ -429,7 +429,7 @@ def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Genera
     """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
 
     Up to 20 random calls for each sample combine one measured row with the size (m, tokens, batch or bytes) of another.
-    The list gets the three of them on whose times the `fits` (targets fitted to different rows) differ most.
+    Of these, the list gets up to three on whose times the `fits` (targets fitted to different rows) differ most.
     """
     out = []
     for s in data:

@@ -22,8 +22,8 @@ class Conditions:
     Attributes:
         weight_copies: number of copies of a product's weights, which are used in turn.
         warm_cache: True if keys and values are in the L2, as far as they fit.
-        older_experts: True for the benchmark's older version: every expert has a gate, and where rounding left rows
-            of tokens without an expert, the experts with the most rows got them.
+        older_experts: True for the benchmark's older version. There every expert has a gate, and token rows that are
+            left over by rounding go to the experts with the largest numbers of rows.
         expert_kernels: {number format: name of the library's kernel that ran experts in it}, for formats in which
             this was not the library's default kernel.
     """
@@ -43,8 +43,8 @@ def table() -> dict[str, Any]:
 def conditions(library: KernelLibrary) -> Conditions:
     """How the benchmark's tables were measured for chips of this library's generation, as Conditions.
 
-    They come from data/benchmarks.toml: its section `default`, with what the generation's own section changes. A
-    generation without a section has the defaults.
+    They come from the section `default` of data/benchmarks.toml. The section of the generation, if there is one,
+    replaces some of its values.
     """
     found = table()
     return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

@@ -27,8 +27,8 @@ class EngineProfile:
     Attributes:
         name: the engine's name.
         description: one line, for listings.
-        max_batch_tokens: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
-        max_sequences: most sequences that run at once on each DP rank.
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        max_sequences: maximum sequences that run at once on each DP rank.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
@@ -49,13 +49,14 @@ class EngineProfile:
         fusions: names in intaglio.codesign.fusions.FUSIONS. Each is a way in which the engine fuses, splits or replaces
             ops of the Program.
         library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
-        generations: {generation of chips, such as hopper: {field: value}}, further values like those of `library`.
+        generations: {generation of chips, such as hopper: {field: value}}; like `library`, for one generation only.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
         recipes: dicts of profile fields with other values for some servers, such as options with which published
             benchmarks start them. The keys `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens
-            of a request's prompt) say for which servers; a key left out matches all. The `layout` of disaggregated
-            servers is that of one prefill server. If several set a field, the last one counts. `why` is the source.
+            of a request's prompt) say for which servers; a key left out matches all. For disaggregated servers,
+            `layout` is the layout of one prefill server. If several set a field, the last one counts. `why` is the
+            source.
         apart: profile fields with other values on disaggregated servers (prefill and decode on separate servers).
         older: profile fields with other values in older releases. `before` is the first newer release, such as 0.14.
         reasons: source of each field's value.
@@ -124,9 +125,9 @@ class EngineProfile:
             )
 
     def is_older(self, release: str) -> bool:
-        """True if `release` comes before the release older["before"]. "", an unnamed release, counts as older.
+        """True if `release` is older than the release self.older["before"], or is "" (not known).
 
-        False if the profile has no `older`, and for a name that does not start with a number.
+        False if the profile has no `older` values, and for a release whose name does not start with a number.
         """
         if not self.older:
             return False
@@ -143,7 +144,8 @@ class EngineProfile:
         Args:
             release: the engine's release, such as 0.17.0; "": not known, which counts as older.
             card: name of the model's card (its shipped config).
-            layout: text of the server's Placement, such as tp8; of disaggregated servers that of one prefill server.
+            layout: text of the server's Placement, such as tp8; for disaggregated servers, the text of one prefill
+                server's.
             apart: True for a disaggregated server, which only prefills or only decodes.
             system: name of the chip, such as b200_sxm.
             prompt: tokens of a request's prompt.
@@ -157,10 +159,10 @@ class EngineProfile:
         return replace(self, **changes, recipes=(), apart={}, older={})
 
     def on(self, target: Target) -> Target:
-        """A copy of `target` in which this engine's own kernels replace values of the kernel library.
+        """A copy of `target` whose kernel library has this engine's values for some fields.
 
-        The values are those of `library`, then those of `generations` for the library's generation. Without any,
-        `target` itself is returned. Raises ChipError for a field that a library does not have, or a value out of range.
+        The values come from self.library and then from self.generations for the library's generation. If both are
+        empty, returns `target` itself. Raises ChipError for an unknown field of a library, or a value out of range.
         """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
@@ -202,7 +204,7 @@ class EngineTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
-        In the time that a factor of the profile adds, the chips draw idle power.
+        The profile's factors make the step longer than its kernels; in the added time the chips draw idle power.
 
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).

@@ -26,9 +26,9 @@ class QueueSettings:
 
     Attributes:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
-        max_batch_tokens: most tokens of a step, on each data-parallel copy of the attention layers (DP rank); a longer
-            prompt is prefilled in chunks.
-        max_sequences: most sequences that run at once, on all DP ranks together.
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
+            longer prompt is prefilled in chunks.
+        max_sequences: maximum sequences that run at once, on all DP ranks together.
         mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
         sequence_s: the host's time for each sequence of a step, during which the chips wait. The DP ranks share the
@@ -99,8 +99,8 @@ class Queue:
     Args:
         times: seconds and joules of steps.
         settings: settings of the engine.
-        prefills: False for a server that gets prompts whose K/V is computed; its requests decode once they are
-            admitted, and their first token counts from then.
+        prefills: False for a decode server. It gets requests whose prompts another server has computed; they decode
+            once they are admitted, and this is the time of their first token.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
@@ -276,7 +276,7 @@ def serve(
 ) -> QueueResult:  # fmt: skip
     """Serve a load in virtual time and return the QueueResult.
 
-    requests: the load, ordered by time of arrival. concurrency: most requests open at once; None: any number. With a
+    requests: the load, ordered by time of arrival. concurrency: maximum requests open at once; None: any number. With a
     number, a request's times count from when it is sent, not from its arrival. Raises ValueError for a request that the
     K/V cache cannot hold.
     """

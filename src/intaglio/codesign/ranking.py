@@ -25,7 +25,7 @@ MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
 
 
 def servers(row: Row) -> tuple[str, int]:
-    """(layout as text, number of chips) of a row's server; of both kinds of servers if they are disaggregated."""
+    """(layout as text, number of chips) of a row's server; for disaggregated servers, of both kinds together."""
     phases = ("prefill_", "decode_") if row.group == "disaggregated" else ("",)
     kinds = [row.placement(phase) for phase in phases]
     return " and ".join(map(str, kinds)), sum(one.chips for one in kinds)
@@ -49,9 +49,9 @@ class Ranked:
             of one load are compared.
         layouts: number of different layouts.
         points: number of different pairs of layout and number of open requests.
-        recommended: layout and open requests with the most modelled output tokens/s per chip, in words.
-        best: layout and open requests with the most measured output tokens/s per chip, in words.
-        reached: measured rate per chip of the recommended point, over that of the best.
+        recommended: layout and open requests with the highest modelled output tokens/s per chip, in words.
+        best: layout and open requests with the highest measured output tokens/s per chip, in words.
+        reached: measured tokens/s per chip of `recommended`, divided by measured tokens/s per chip of `best`.
     """
 
     question: tuple[str, ...]
@@ -71,7 +71,7 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
-    """Compare the layouts that the model recommends with those that measured best: a list of Ranked, one a case.
+    """Compare the layouts that the model recommends with the layouts that measured best: a Ranked for each case.
 
     A case is a set of measured rows that answer one question, such as the same model, chip and engine. Its points are
     the layouts and numbers of open requests in these rows. Refused rows are left out. The list is ordered by the cases'
@@ -84,7 +84,7 @@ def rankings(
         same: columns in which all rows of a case are equal. If a column of SAME is left out here, rows with different
             values of it are compared in one case, as different points.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
-        apart: True to compare rows of disaggregated servers too. Their layout is that of both kinds of servers.
+        apart: True to compare rows of disaggregated servers too. Their layout names prefill and decode servers.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
     for c in compared:
@@ -100,13 +100,13 @@ def rankings(
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
     """The row's texts in the columns `names`, as a tuple; "" where the row has no text.
 
-    The name "card" stands for the shipped config of the row's model, and "" if there is none.
+    The name "card" gives the name of the shipped config of the row's model; "" if there is none.
     """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """What the model recommends for one case and what measured best, as a Ranked.
+    """The Ranked of one case: the point that the model recommends, and the point that measured best.
 
     Rows with equal layout, number of open requests and columns `others` are one point; its rate is their mean.
 

@@ -76,7 +76,8 @@ class Ratio:
 def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
     """Seconds in which one prefill server computes `count` prompts of `input` tokens together.
 
-    Prompts longer than a step are computed in chunks. With count=1 the result is the least time to the first token.
+    Prompts longer than a step are computed in chunks. With count=1 the result is the shortest possible time to the
+    first token.
     """
     budget = kind.settings.max_batch_tokens
     ends = [*range(budget, input, budget), input]
@@ -98,7 +99,7 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 
 
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
-    """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none.
+    """The largest number of requests with which one decode server's steps take at most `tpot` seconds; 0 if none does.
 
     A step is timed with half of every response in the cache. The engine's sequences and K/V cache limit the number too.
     input, output: tokens of each request's prompt and response.
@@ -115,11 +116,11 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 
 
 def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Ratio | None:
-    """The Ratio with the most requests per second of exactly `chips` chips, in closed form.
+    """Divide `chips` chips into prefill and decode servers: the Ratio with the highest estimated requests per second.
 
-    Prefill servers are planned with PREFILL_LOAD of their full rate. Decode servers have as many requests as
-    most_decoding() gives, and steps with half of every response in the cache. None if no ratio fills the chips, or if a
-    prompt alone or a step that decodes one sequence breaks a limit.
+    The estimate loads prefill servers with PREFILL_LOAD of their full rate. It gives each decode server as many
+    requests as most_decoding() allows, and times its steps with half of every response in the cache. None if no numbers
+    of servers use all chips, or if a prompt alone or a step that decodes one sequence breaks a limit.
 
     first, second: kinds of prefill and decode servers.
     """
@@ -154,8 +155,8 @@ def kinds(
         question: the model, its number formats and its load.
         on: chip and kernel library.
         layouts: such as tp8 or dp8/ep8.
-        budget: most tokens of a step on one data-parallel copy of the attention layers (DP rank).
-        sequences: most sequences of a step on one DP rank.
+        budget: maximum tokens of a step on one data-parallel copy of the attention layers (DP rank).
+        sequences: maximum sequences of a step on one DP rank.
 
     Raises LayoutError for a text that is no layout, and ValueError for a layout of more than one server.
     """
@@ -183,8 +184,8 @@ def search(
 ) -> list[tuple[str, str, ApartResult]]:
     """Find how many servers should prefill and how many decode, for each pair of a prefill and a decode layout.
 
-    Returns a list of (prefill placement, decode placement, ApartResult), the most output tokens/s per chip first. A
-    placement is text, such as 2x(dp8/ep8) for two servers.
+    Returns a list of (prefill placement, decode placement, ApartResult), ordered by output tokens/s per chip, the
+    highest first. A placement is text, such as 2x(dp8/ep8) for two servers.
 
     Args:
         question: the load and its limits.

@@ -189,7 +189,7 @@ class Simulation:
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """The MemoryUse of the chip that needs the most memory, in the steady state of the load.
+        """The MemoryUse, in the steady state of the load, of the chip that needs more memory than any other.
 
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
@@ -200,7 +200,7 @@ class Simulation:
     def largest_batch(self, s: Serving) -> int:
         """The largest batch smaller than `s.batch` with which the chips can hold the load; 0 if there is none.
 
-        Found by bisection, since memory grows with the batch.
+        The search is a bisection, since memory grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
@@ -288,13 +288,13 @@ def what_helps(
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """A simulated step of a load with one layout, and the change of the chip that speeds it up most.
+    """A simulated step of a load with one layout, and the one change of the chip that makes the step fastest.
 
     Attributes:
         layout: how the chips share the model.
         mixed: the mixed Phase (prompts and decoding); the prefill Phase for a load with one output token.
-        change: name of the change, a key of CHANGES, that speeds the Phase up most when made alone.
-        gain: speed-up by that change; 1.0 means no effect.
+        change: name of the change, a key of CHANGES, that makes the step fastest when it is made alone.
+        gain: seconds without the change divided by seconds with it; 1.0 means no effect.
     """
 
     layout: str

@@ -55,8 +55,8 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Every
     decoding sequence has half of its response in the cache. Steps with prompts take longer than steps that only decode;
     with `s.mixed` False they decode nothing. As many prompts start as responses end, which gives the fraction of steps
-    with prompts. If prompts need more than every step, fewer sequences decode. The other requests wait, by Little's
-    law.
+    with prompts. If even steps that all have prompts are too few for this, fewer sequences decode. The time that the
+    remaining requests wait follows from Little's law.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:
@@ -115,7 +115,7 @@ class Design:
         library: name of its kernel library.
         placement: how the chips share the model.
         concurrency: requests open at once, of all replicas.
-        max_batch_tokens: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         ttft: mean time to the first token.
         tpot: mean time per token after the first.
         tokens_per_s: output tokens per second of all replicas.
@@ -178,7 +178,7 @@ class Question:
         output: new tokens of a request.
         limits: largest acceptable mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
-        max_sequences: most sequences of a server that run at once.
+        max_sequences: maximum sequences of a server that run at once.
         settings: the engine's overheads. kv_tokens, max_batch_tokens and max_sequences of it are not used: each design
             sets its own.
 
@@ -219,7 +219,7 @@ class Candidate:
     def settings(self, budget: int) -> QueueSettings:
         """The QueueSettings of one server. Raises ChipError if no K/V block fits.
 
-        budget: most tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         """
         q = self.question
         kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
@@ -248,7 +248,7 @@ class Candidate:
     def estimated(self, concurrency: int, budget: int) -> Design:
         """The Design with figures from the formula estimate(); queued() simulates the requests instead.
 
-        concurrency: requests open on each server. budget: most tokens of a step on each DP rank. Raises ValueError if
+        concurrency: requests open on each server. budget: maximum tokens a step on each DP rank. Raises ValueError if
         not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
@@ -260,7 +260,7 @@ class Candidate:
 
         Args:
             concurrency: requests open on each server.
-            budget: most tokens of a step on each DP rank.
+            budget: maximum tokens of a step on each DP rank.
             turns: requests to serve, as a multiple of `concurrency`.
 
         Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
@@ -289,7 +289,7 @@ class Candidate:
     def largest(self, budget: int, most: int) -> Design | None:
         """The estimated Design with the largest load that keeps the limits; None if one open request alone breaks them.
 
-        budget: most tokens of a step. most: most requests open at once. Found by doubling and bisection, since
+        budget: maximum tokens of a step. most: largest number of open requests to try. Found by bisection, since
         latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
         only wait. Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """

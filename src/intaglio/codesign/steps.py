@@ -63,8 +63,8 @@ class Server:
         stages: a Program for each pipeline stage; all its ops are timed, except routed experts.
         experts: a Program for each pipeline stage whose routed experts are timed. The same as `stages`, unless experts
             have their own layout or format.
-        rows: format of activations in products. "auto": as the Programs say. "weights": that of the weights, if the
-            chip's arrays multiply it.
+        rows: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the weights,
+            if the chip's arrays multiply it; see StepTimes._kernel().
         rooms: cache of results of kv_tokens(), by its arguments.
     """
 
@@ -118,8 +118,8 @@ class Server:
         Args:
             target: the chip.
             share: fraction of each chip's HBM that may be filled.
-            max_tokens: most tokens of a step on one DP rank.
-            max_sequences: most sequences of a step on one DP rank.
+            max_tokens: maximum tokens of a step on one DP rank.
+            max_sequences: maximum sequences of a step on one DP rank.
             open_sequences: upper limit of the K/V cache of a DP rank, in sequences of the model's full context; None:
                 max_sequences.
             states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
@@ -180,8 +180,8 @@ class Costs(Protocol):
 class Part:
     """A kernel of one pipeline stage that runs `count` times in a step.
 
-    shared: True if it processes the tokens of all data-parallel copies of attention (DP ranks), as experts do; False:
-    those of one copy.
+    shared: True if the kernel processes the tokens of all data-parallel copies of attention (DP ranks), like experts.
+    False if it processes the tokens of one copy only.
     """
 
     kernel: ChipKernel
@@ -236,9 +236,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Equal targets give the same object, with its table.
+        """The StepTimes of the same server on another target. Calls with equal targets return the same object.
 
-        Raises ChipError as StepTimes does.
+        That object keeps the step times that it has computed. Raises ChipError if a chip of the target cannot hold the
+        weights, or the chip's arrays do not take a format.
         """
         if target == self.target:
             return self
@@ -248,9 +249,9 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, as a tuple: it times a step in which ops overlap.
+        """The Plan of each pipeline stage, as a tuple. A Plan times steps in which ops overlap.
 
-        Used only if `overlaps`. For other libraries the times of kernels are summed, which is faster.
+        Used only if `overlaps` is True. For other libraries the times of kernels are summed, which is faster.
         """
         return Plan.of(self.server.stages, self.target)
 
@@ -337,10 +338,11 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """How often a decode step reads a sequence's keys and values, relative to a step of one query; rounded down.
+        """Factor for the K/V traffic of a decode step with `queries` tokens a sequence, over a step with one token.
 
-        The rows of all queries, and of all heads that share a K/V head, are multiplied together, in tiles. A tile has
-        the least number of rows that the library's attention kernel takes. Each tile reads the keys and values once.
+        The rows of all queries, and of all heads that share a K/V head, are multiplied together in tiles of
+        library.min_query_rows rows. Each tile reads the keys and values once, so the factor is the number of tiles over
+        that for one query, rounded down: 1 or more.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -412,10 +414,10 @@ class StepTimes:
 
 
 def around(x: float, step: int) -> tuple[int, int, float]:
-    """(entry at or below x, next entry above, fraction of the way to it) of the grid of table entries.
+    """The table entries around x: (entry at or below x, next entry, fraction of the way from the first to the next).
 
-    The grid has all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
-    the distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
+    Entries are all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
+    their distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
     """
     if x <= step:
         low = max(1, math.floor(x))
@@ -428,10 +430,9 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """Round x to the nearest entry of a grid, as an int; to the lower entry if two are equally near.
+    """Round x to the nearest number for which step times are computed, as an int. A tie goes to the lower number.
 
-    The grid has all whole numbers from 1 to `step`. From there on it has at most PER_OCTAVE entries between a number
-    and its double, see around().
+    These numbers are 1, 2, ... `step`, and then up to PER_OCTAVE between each number and its double; see around().
     """
     low, high, way = around(x, step)
     return high if way > 0.5 else low

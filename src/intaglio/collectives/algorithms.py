@@ -115,7 +115,8 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
-    In the first round a rank sends its own chunks to the next rank, later the chunks received in the round before.
+    In the first round a rank sends its own chunks to the next rank. In each later round it sends on the chunks that it
+    received in the round before.
 
     group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
     that rank, before and after the all-gather.

@@ -75,13 +75,14 @@ class Schedule:
 
     `steps` are the steps of all ranks, `collective` and `algorithm` are names.
 
-    A rank's own chunks are a run of chunks / ranks of them, in order of rank. What ranks have at the start and at the
-    end:
+    A rank's own chunks are chunks / ranks consecutive ones: rank 0 has the first, rank 1 the next, and so on. What
+    ranks have at the start and at the end:
 
     - all_reduce: every rank has every chunk, and gets the sum of each.
     - reduce_scatter: every rank has every chunk, and gets the sums of its own chunks.
     - all_gather: a rank has its own chunks, and gets all chunks.
-    - all_to_all: chunks are ordered (sender, receiver, part); a rank has those it sends, and gets those it receives.
+    - all_to_all: chunks are ordered (sender, receiver, part). A rank has the chunks that it sends, and gets the chunks
+      that it receives.
     - send: rank 0 has all chunks, and the last rank gets them.
 
     If sends do not block, every rank can run its own steps one by one in the order of `steps`.

@@ -47,14 +47,14 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
+    """Roofline bound of ops: the minimum seconds by memory bandwidth (`memory`) and by arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The least time that the ops can take, in seconds: the larger of `memory` and `matrix`."""
+        """The minimum seconds that the ops can take: the larger of `memory` and `matrix`."""
         return max(self.memory, self.matrix)
 
     @property
@@ -123,10 +123,7 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure and return the bytes/s at which a CPU device reads a working set of `megabytes`.
-
-    The best of several tries.
-    """
+    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`; returns the best of some tries."""
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 
@@ -142,14 +139,15 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size. Returns a list with two Rows for each size, in this order.
+    """Measure prefill and decode at each size. Returns a list with two Rows for each size: prefill, then decode.
 
     Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
 
     Args:
         executable: the loaded Program.
         roofs: bounds are computed from these; None: rows have no bounds.
-        lengths: prompt lengths; by default those of LENGTHS that fit.
+        lengths: prompt lengths. None: those in LENGTHS that fit the context with the decode steps; if none does, the
+            longest that fits.
         sequences: numbers of sequences run together.
         runs: runs of which medians are taken.
         max_batch_tokens: token rows of a prefill step.
@@ -199,7 +197,7 @@ class Stopwatch:
         return [self.step(StepRequest(batch))[0] for batch in steps]
 
     def step(self, request: StepRequest) -> tuple[float, StepResult]:
-        """Run one step. Returns (seconds, result)."""
+        """Run one step. Returns (seconds that it took, its StepResult). Also reports progress."""
         self.report(self.what)
         start = self.clock()
         result = self.executable.step(request)
@@ -324,8 +322,8 @@ def moved(work: Work) -> int:
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
     """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
 
-    All ops get the bandwidth measured for a working set of the whole step's bytes: those of a small model stay in the
-    CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
+    All ops get the bandwidth measured for a working set as large as all bytes of the step: the bytes of a small model
+    stay in the CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
@@ -336,7 +334,7 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """Name of the number format in which an op multiplies; roofs.peak() takes it. "f32" for any op but a linear.
+    """Name of the number format in which an op multiplies, for Roofs.peak(). "f32" for any op but a linear.
 
     For a linear with x in int8, the weight's format; for other linears, the format to which x is rounded.
     """

@@ -56,10 +56,10 @@ def run_load(
 ) -> list[Outcome]:
     """Run a load on an engine whose steps advance `clock`. Returns a list of Outcomes, first ended first.
 
-    A request is given to the engine at its time. With `concurrency` the request also waits until fewer requests than
-    that are open, and its times count from the moment when it is given. A request that the engine refuses has the
-    reason as its error. The clock jumps ahead while the engine is idle. request_of: function from a LoadRequest to the
-    engine's Request, whose id must be new.
+    A request is given to the engine when the clock reaches its planned arrival. With `concurrency` it also waits until
+    fewer than `concurrency` requests are open, and its times count from the moment when the engine gets it. The Outcome
+    of a request that the engine refuses has the reason as its error. The clock jumps ahead while the engine is idle.
+    request_of: function from a LoadRequest to the engine's Request; every Request must have another id.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}

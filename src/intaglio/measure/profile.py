@@ -167,8 +167,9 @@ def profile(
 ) -> list[Profile]:
     """Profile prefill, then decode. Returns a list of the two Profiles in this order.
 
-    The arguments are those of bench(), with one number of sequences and one prompt length. prompt_tokens None:
-    PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
+    Arguments have the same meaning as in bench(). sequences: number of sequences run together. prompt_tokens: prompt
+    length; None: PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size
+    does not fit.
     """
     if prompt_tokens is None:
         prompt_tokens = max(1, min(PROMPT_TOKENS, executable.program.context - DECODE_STEPS))

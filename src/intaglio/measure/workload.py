@@ -26,7 +26,7 @@ class Trace:
 
     @property
     def most(self) -> int:
-        """The context length in tokens (prompt and output together) that all but about 1 in 100 requests stay below."""
+        """Number of tokens (prompt and output together) that about 99 of 100 requests do not exceed."""
         return self.prompt[10] + self.output[10]
 
 
@@ -66,9 +66,9 @@ def trace(name: str) -> Trace:
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """The factor, at most 1, by which the trace's lengths are scaled so that 99 of 100 requests fit the context.
+    """A factor for the trace's lengths, at most 1, with which about 99 of 100 requests fit the context.
 
-    1 if `context` is None.
+    Returns 1 if `context` is None, or if they fit without scaling.
     """
     return min(1.0, context / t.most) if context else 1.0
 
@@ -91,8 +91,9 @@ def draw(
 ) -> list[LoadRequest]:
     """A list of `n` LoadRequests in order of arrival, with lengths drawn from the trace `t` and multiplied by `scale`.
 
-    context: outputs are cut to half of it, then prompts to the rest; None: no length is cut. rate, cv: of the arrivals,
-    as in arrivals(). Raises ValueError unless both are above 0.
+    rate: mean arrivals per second; inf: all at once. cv: coefficient of variation of the gaps between arrivals.
+    context: context length in tokens. Outputs are cut to half of it, then prompts to the rest; None: no length is cut.
+    Raises ValueError unless rate and cv are above 0.
     """
     rng = np.random.default_rng(seed)
     at = arrivals(n, rate, cv, rng)

@@ -97,15 +97,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Account:
-    """The account of a checkpoint: its model, and the use made of each tensor, key and file.
+    """Report of how a checkpoint is read: its model, and whether each tensor, key and file is used, or why not.
 
     Attributes:
-        path: the checkpoint.
-        architecture: name in config.json.
-        models: the released models of this architecture.
+        path: path of the checkpoint.
+        architecture: name of the architecture in config.json.
+        models: names of released models of this architecture.
         said_by: the file and key that name the architecture.
         quantised_by: the file and key that say how matrices are quantised; "": they are not.
-        context: context length in tokens of the ported Program.
+        context: context length in tokens for which the model was ported.
         vocabulary: number of token ids.
         bytes: bytes of the weights in memory.
         tensors: each tensor of the files.
@@ -211,7 +211,9 @@ def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate
             tables = (n for n, x in ported.program.tensors.items() if x.role == "const" and "frequencies" in n)
             yield TensorFate(*how, "used", tuple(tables), "f32")
         else:
-            yield TensorFate(*how, "ignored", why=UNUSED[use])
+            held = (name.removeprefix("blocks of ") for _, name in places[first:last])
+            why = next((ported.unused[name] for name in held if name in ported.unused), UNUSED[use])
+            yield TensorFate(*how, "ignored", why=why)
 
 
 def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:

@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "num_global_key_value_heads", "attn_layer_offset", "expert_layer_offset", "full_attention_interval",
         "embedding_size", "word_embed_proj_dim", "rotary_dim", "mamba_d_ssm", "index_topk_freq",
         "index_skip_topk_offset", "ffn_hidden_size", "n_inner", "num_kv_heads", "v_head_dim",
-        "num_kv_shared_layers", "altup_active_idx",
+        "num_kv_shared_layers", "altup_active_idx", "moe_latent_size",
     )),
     "an integer of 1 or more": (lambda x: _integer(x) and x > 0, ("head_dim", "num_key_value_heads")),
     "an integer": (_integer, ("pad_token_id", "moe_layer_end_index")),

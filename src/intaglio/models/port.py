@@ -14,7 +14,16 @@ from typing import Any
 
 from intaglio import formats
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import NAMED, NAMED_BIASES, NUMBERED, STACKED, Decoder, write
+from intaglio.models.decoder import (
+    NAMED,
+    NAMED_BIASES,
+    NUMBERED,
+    STACKED,
+    UNGATED,
+    UNGATED_STACKED,
+    Decoder,
+    write,
+)
 from intaglio.models.decoder.rope import lengths
 from intaglio.models.files.cache_scales import CacheScales, read_cache_scales
 from intaglio.models.files.checkpoint import PLAIN, Checkpoint
@@ -64,9 +73,9 @@ class Ported:
         architecture_from: the file and key that named the architecture.
         keys: the use made of each key of config.json and of the quantisation settings.
         layers: number of layers.
-        unused: tensors without a use by name, with the reason.
+        unused: {name of a tensor that the Program does not use: the reason}.
         notes: messages for the user.
-        ignored: {prefix of the names of tensors that have no use: the reason}.
+        ignored: {prefix of names of tensors that this port never uses: the reason}.
         scales: {name of a tensor that is a scale of the K/V cache: names of the Program's constants that hold it}.
     """
 
@@ -296,8 +305,11 @@ def _layout(
         first = next((i for i, layer in enumerate(d.layers) if layer.sparse), 0)
         if m and m.correction_optional and f"{prefix}layers.{first}.{m.block}.{m.correction}" not in names:
             d = replace(d, mixture=(m := replace(m, correction="")))
-        if m is None or m.sources not in (NAMED, NUMBERED, STACKS):
+        if m is None or m.sources not in (NAMED, NUMBERED, STACKS, UNGATED):
             return d
+        if m.sources == UNGATED:
+            stacked = f"{prefix}layers.{first}.{m.block}.{UNGATED_STACKED[1]}" in names
+            return replace(d, mixture=replace(m, sources=UNGATED_STACKED)) if stacked else d
         for block in ("mlp", "block_sparse_moe"):
             at = f"{prefix}layers.{first}.{block}."
             if at + "experts.gate_up_proj" in names:  # as transformers 5 holds them, saved so
@@ -331,7 +343,7 @@ def _program(
     if notes is not None and differs:
         notes.append(_long_note(length, usual, limit))
     d = layout(family.describe(c, length))
-    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[0])):
+    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[1])):
         d = replace(d, mixture=replace(d.mixture, sources=NAMED, biases=d.mixture.biases and NAMED_BIASES))
     try:
         return write(family.writer(d, name, length, format, order))
@@ -342,8 +354,8 @@ def _program(
 def _long_note(length: int, usual: int, limit: int) -> str:
     """Text of a warning that a model's results depend on the context of its Program, because its rope table does.
 
-    It says which of both tables the Program has, and how to get the other. Call it only for such models (see
-    lengths()).
+    Such a model has one rope table for short contexts and another for long ones. The text says which of them the
+    Program has, and how to get the other. Call this only for such models (see lengths()).
 
     Args:
         length: the context of the Program, in tokens.

@@ -57,9 +57,9 @@ def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
 class KvWrite(Op, kind="kv_write"):
     """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
 
-    k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x / scale,
-    clipped to -448..448, where the scale is that of its head; a value that is not finite becomes NaN. A cache of keys
-    alone (of choose_keys) is given as both caches, with v = k.
+    k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x divided
+    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. A cache of keys alone (of
+    choose_keys) is given as both caches, with v = k.
 
     Attributes:
         k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
@@ -101,7 +101,10 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """A tuple of (operand, its cache, its scales or None) for keys and for values; one entry if both are equal."""
+        """What the op writes: a tuple with (operand, cache, scales or None) for keys, and the same for values.
+
+        It has one item if keys and values are the same operand in the same cache.
+        """
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
         return (keys,) if keys[:2] == values[:2] else (keys, values)
 

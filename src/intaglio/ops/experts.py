@@ -54,7 +54,7 @@ def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarr
 class Route(Op, kind="route"):
     """Op that chooses the `top` experts of each token, best first, and computes their weights.
 
-    logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top].
+    logits f32 [T, E], bias and factors [E]; weights f32 [T, top], ids i32 [T, top].
 
     1. Score, by `score`: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen`: a softmax over
        the logits of the chosen experts only; `sparsemixer`: the function of that name, with `jitter`.
@@ -62,11 +62,13 @@ class Route(Op, kind="route"):
        bias, experts are ordered by their logits, or by their scores if `group_best` is above 1. Ties go to the lowest
        index. With `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups
        can be chosen; a group is rated by the sum of its `group_best` highest values.
-    3. Weights: the scores, divided by their sum (plus FLOOR, 1e-20) if `normalise`, times `scale`.
+    3. Weights: the scores, divided by their sum (plus FLOOR, 1e-20) if `normalise`, times `scale`, and times the
+       factors of their experts, if there are any (Gemma 4).
     """
 
     logits: str = operand(exact=True)
     bias: str | None = operand("vector", optional=True)
+    factors: str | None = operand("vector", optional=True)
     weights: str = result()
     ids: str = result()
     top: int
@@ -83,6 +85,7 @@ class Route(Op, kind="route"):
         self.check(self.score in SCORES, f"score={self.score!r}; use one of {', '.join(SCORES)}")
         self.check(1 <= self.top <= experts, f"top={self.top} is outside 1..{experts}, the experts there are")
         self.vector(t, self.bias, experts)
+        self.vector(t, self.factors, experts)
         if self.groups:
             each = experts // self.groups
             self.check(experts % self.groups == 0, f"groups={self.groups} does not divide the {experts} experts")
@@ -105,7 +108,10 @@ class Route(Op, kind="route"):
                 weights = softmax(weights)
         if self.normalise:
             weights = weights / (weights.sum(axis=-1, keepdims=True, dtype=np.float32) + FLOOR)
-        return {self.weights: (weights * np.float32(self.scale)).astype(np.float32), self.ids: ids.astype(np.int32)}
+        weights = (weights * np.float32(self.scale)).astype(np.float32)
+        if self.factors is not None:
+            weights = weights * array(v, self.factors)[ids]
+        return {self.weights: weights.astype(np.float32), self.ids: ids.astype(np.int32)}
 
     def _scores(self, logits: np.ndarray) -> np.ndarray:
         """Scores of all experts by the routing function, f32 [T, E]."""
@@ -146,9 +152,10 @@ class Route(Op, kind="route"):
 class Experts(Op, kind="experts"):
     """Op that applies each token's experts: out[t] = sum over j of weights[t, j] * expert_e(x[t]) + residual[t].
 
-    e is ids[t, j]. An expert is down @ (activation(gate @ x) * (up @ x)). x f32 [T, K], weights f32 [T, top], ids i32
-    [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I]; gate_bias and up_bias [E, I], both or neither;
-    down_bias [E, N]; residual and out f32 [T, N]. Sums of products are in float32 or wider.
+    e is ids[t, j]. An expert is down @ (activation(gate @ x) * (up @ x)), or without a gate down @ activation(up @ x).
+    x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
+    gate_bias and up_bias [E, I], with a gate both or neither; down_bias [E, N]; residual and out f32 [T, N]. Sums of
+    products are in float32 or wider.
 
     Attributes:
         order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): expert e is multiplied
@@ -179,7 +186,7 @@ class Experts(Op, kind="experts"):
     x: str = operand()
     weights: str = operand()
     ids: str = operand("index")
-    gate: str = operand("stack", up="up")
+    gate: str | None = operand("stack", optional=True, up="up")
     up: str = operand("stack")
     down: str = operand("stack")
     gate_bias: str | None = operand("vector", optional=True, up="up_bias")
@@ -208,23 +215,27 @@ class Experts(Op, kind="experts"):
         k, top = self.token_columns(t, self.x), self.token_columns(t, self.weights)
         self.same_shape(t, self.weights, self.ids)
         self.check(t[self.ids].format == "i32", f"{self.ids} is {t[self.ids].type}; wanted i32 expert ids")
-        experts, inner, wide = self._sizes(t, self.gate)
-        self.check(wide == k, f"{self.gate} is {t[self.gate].type} but {self.x} has {k} columns")
-        self.same_shape(t, self.gate, self.up)
+        first = self.gate or self.up
+        experts, inner, wide = self._sizes(t, first)
+        self.check(wide == k, f"{first} is {t[first].type} but {self.x} has {k} columns")
+        self.same_shape(t, first, self.up)
         count, n, narrow = self._sizes(t, self.down)
         fits = (count, narrow) == (experts, inner)
-        self.check(fits, f"{self.down} is {t[self.down].type}; wanted [{experts}, N, {inner}] as {self.gate}")
+        self.check(fits, f"{self.down} is {t[self.down].type}; wanted [{experts}, N, {inner}] as {first}")
         total = self.of or experts
         self.check(top <= total, f"{self.ids} chooses {top} of {total} experts")
         inside = 0 <= self.first <= total - experts
-        self.check(inside, f"first={self.first}, of={self.of}, but {self.gate} has {experts} experts")
+        self.check(inside, f"first={self.first}, of={self.of}, but {first} has {experts} experts")
         self._placement(experts, total)
         slotted = self.slots in (0, top + 1) or (self.slots == top and self.residual is None)
         allowed = f"0, {top + 1} or, without a residual, {top}"
         self.check(slotted, f"slots={self.slots}, but {self.ids} has {top} columns; allowed: {allowed}")
-        one = t[self.gate].format == t[self.up].format
-        self.check(one, f"gate is {t[self.gate].format} but up is {t[self.up].format}; wanted one format")
-        for w in (self.gate, self.down):
+        one = t[first].format == t[self.up].format
+        self.check(one, f"gate is {t[first].format} but up is {t[self.up].format}; wanted one format")
+        plain = self.limit == self.shift == 0 and self.alpha == 1
+        clamp = f"limit={self.limit}, alpha={self.alpha}, shift={self.shift}"
+        self.check(self.gate is not None or plain, f"{clamp}; without a gate, wanted 0, 1 and 0")
+        for w in (self.up, self.down):
             check_x_format(self, t, w, self.x_format)
         self.check(
             self.activation in ACTIVATIONS, f"activation={self.activation!r}; use one of {', '.join(ACTIVATIONS)}"
@@ -283,7 +294,11 @@ class Experts(Op, kind="experts"):
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
         """Raise OpError unless the biases fit the stacks."""
         named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
-        self.check((self.gate_bias is None) == (self.up_bias is None), "gate and up have biases both, or none")
+        both = (self.gate_bias is None) == (self.up_bias is None)
+        if self.gate is None:
+            self.check(self.gate_bias is None, f"gate_bias {self.gate_bias} without a gate")
+        else:
+            self.check(both, "gate and up have biases both, or none")
         for name in (name for name in named if name is not None):
             b, wanted = t[name], (experts, named[name])
             self.check(b.shape == wanted, f"{name} is {b.type}; wanted {list(wanted)}")
@@ -292,16 +307,18 @@ class Experts(Op, kind="experts"):
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
         x, weights, ids = array(v, self.x), array(v, self.weights), np.asarray(v[self.ids])
         parts = np.zeros((*ids.shape, _values(v[self.down]).shape[1]), np.float32)
-        here = len(_values(v[self.gate]))
+        here = len(_values(v[self.up]))
         matrices = np.array([[self.matrix_of(t, e, here) for e in row] for t, row in enumerate(ids.tolist())])
         matrices = matrices.reshape(ids.shape)
         for e in (e for e in np.unique(matrices) if e >= 0):
             t, j = np.nonzero(matrices == e)
             row = x[t] * weights[t, j, None] if self.scale_input else x[t]
             row = _in_order(row, v, self.order, e)
-            inner = self._glu(
-                self._part(v, row, self.gate, self.gate_bias, e), self._part(v, row, self.up, self.up_bias, e)
-            )
+            inner = self._part(v, row, self.up, self.up_bias, e)
+            if self.gate is None:
+                inner = FUNCTIONS[self.activation](inner).astype(np.float32)
+            else:
+                inner = self._glu(self._part(v, row, self.gate, self.gate_bias, e), inner)
             parts[t, j] = self._part(v, _in_order(inner, v, self.down_order, e), self.down, self.down_bias, e)
         if not self.scale_input:
             parts *= weights[:, :, None]
@@ -334,13 +351,13 @@ class Experts(Op, kind="experts"):
         Weights count for the experts that random routing is expected to touch: E * (1 - (1 - top / E)^T).
         """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
-        experts = int(t[self.gate].shape[0])
+        experts = int(t[self.up].shape[0])
         total = self.of or experts
         touched = experts * (1 - (1 - top / total) ** tokens)
         named = (self.gate_bias, self.up_bias, self.down_bias, self.order, self.down_order)
         stacks = [n for n in (self.gate, self.up, self.down, *named) if n]
         weight = sum(t[n].nbytes({}) for n in stacks) * touched / experts
-        each = 2 * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down))
+        each = 2 * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down) if n)
         computed = sum(1 / n for n in self.copies) if self.held else experts  # copies take turns
         flops = int(tokens * top * each * computed // total)
         rows = [n for n in (self.x, self.weights, self.ids, self.residual, self.out) if n]

@@ -273,19 +273,20 @@ class Op:
 
     @property
     def gates(self) -> dict[str, str]:
-        """The tensors of the op's gated products, activation(gate @ x) * (up @ x), as {name of gate: name of up}.
+        """The gate and up tensors of an op that computes activation(gate @ x) * (up @ x), as {gate: up}, by name.
 
-        There is an item for the two weights and, if they are given, one for the two biases. {} for other ops.
+        One item is for the two weights; another is for the two biases, if the op has them. {} for an op without such a
+        product.
         """
         pairs = [(n, f.metadata["up"]) for f in fields(self) if (n := f.name) and f.metadata.get("up")]
         return {gate: up for a, b in pairs if (gate := getattr(self, a)) and (up := getattr(self, b))}
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """Names of the weights whose gate and up rows a device stores alternately, to compute both in one pass.
+        """Names of the weight matrices whose gate and up rows a device stores alternately, to compute both in one pass.
 
-        A tuple of the matrices in `gates`, without the biases there; () for an op without a gated product. The class
-        Linear overrides it, since it has gate and up in one weight.
+        A tuple of the matrices in `gates`; biases are left out. () for an op without a gated product. The class Linear
+        overrides it, because there one weight holds both gate and up.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)

@@ -61,10 +61,11 @@ class Program:
 
     @cached_property
     def windows(self) -> dict[str, int]:
-        """A dict of the K/V caches with a sliding window: name to the most tokens that a query reads, itself included.
+        """The K/V caches with a sliding window, as {cache: largest number of tokens that a query reads}.
 
-        These are the caches that only `attend` ops with a window or chunk read. All caches of an op have their blocks
-        in one table, so such a cache is left out if an op also uses a cache without a window.
+        The number includes the query's own token. A cache has a window if only `attend` ops with a window or chunk read
+        it. It is left out if an op uses it together with a cache without a window, since all caches of an op have their
+        blocks in one table.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
         reach = {op.site: (op.window or op.chunk) if isinstance(op, Attend) else 0 for op in ops}
@@ -104,7 +105,7 @@ class Program:
         return view[0] if view else name
 
     def uses(self, name: str) -> list[Op]:
-        """A list of the ops that read `name` itself; ops that read a view of it are not included."""
+        """A list of the ops that read tensor `name` itself. Ops that read it through a view are not included."""
         return self._readers.get(name, [])
 
     def producer(self, name: str) -> Op | None:

@@ -114,7 +114,11 @@ def written_before_read(p: Program) -> Iterator[str]:
 
 
 def views_inside(p: Program) -> Iterator[str]:
-    """Yield a message for each view that is not a range of columns of a temp in its format, or is a view of a view."""
+    """Yield a message for each invalid view. A view is a range of columns of another tensor, without a copy.
+
+    A view is valid if it is of a temp that is not a view itself, has the temp's format and number of rows, and lies
+    inside the temp's columns.
+    """
     for t in p.tensors.values():
         if t.view:
             base, start = p.tensors[t.view[0]], t.view[1]
@@ -170,7 +174,8 @@ def buffers_apart(p: Program) -> Iterator[str]:
 def collectives_placed(p: Program) -> Iterator[str]:
     """Yield a message for each collective that does not fit the mesh, and for a rank outside the mesh.
 
-    The group of a collective must lie inside the mesh and contain this rank. A send or recv must name another rank.
+    The group of a collective must lie inside the mesh and contain this rank. A send or recv must name another rank of
+    the mesh.
     """
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"

@@ -78,7 +78,7 @@ def overflow(target: Target, i: Instruction) -> str:
 
 
 def stored_and_loaded(stream: Stream) -> Iterator[Region]:
-    """Yield the regions of HBM that a stream writes and of which it also reads at least a part."""
+    """Yield each region of HBM that a stream writes, if the stream also reads at least a part of the region."""
     loaded = {r for i in stream.instructions for r in i.regions(False) if r.space == "hbm"}
     stored = {r for i in stream.instructions for r in i.regions(True) if r.space == "hbm"}
     if stored and loaded:
@@ -120,7 +120,11 @@ def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
 
 @dataclass(frozen=True)
 class Blocked:
-    """An engine that cannot continue: text of what it waits for, and the engine that would have to act, or None."""
+    """An engine that cannot continue, for the error of a deadlock.
+
+    what: text that says which engine it is and what it waits for. waits_for: key of the engine whose progress would end
+    the wait; None if nothing can end it.
+    """
 
     what: str
     waits_for: Hashable | None  # None: nothing could ever finish it

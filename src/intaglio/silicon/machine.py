@@ -70,7 +70,7 @@ class Core:
     Attributes:
         stream: the core's Stream.
         memory: the memory spaces that the core addresses.
-        queues: the engine's instructions, in order.
+        queues: a list of each engine's instructions, in order.
         started: number of instructions started.
         finished: number of instructions whose result is visible.
         busy: True while the engine runs an instruction.
@@ -115,7 +115,7 @@ class Transfer:
 
 
 def l2_of(target: Target) -> Cache:
-    """A new, empty Cache for a chip's L2, as large as the part of it that the library's kernels can use."""
+    """A new, empty Cache for a chip's L2. Its size is the part of the L2 that the library's kernels can use."""
     return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
@@ -188,10 +188,10 @@ class Machine:
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
 
     def _other_user(self, core: int, region: Region, writes: bool) -> str:
-        """Text for an error: another core of the chip that has accessed `region`, and its instruction that did.
+        """Text for an error that names another core which has accessed `region`, and the instruction that did it.
 
-        core: number of the core that is not searched, since it ran into the conflict. writes: True to look for a write,
-        False for a read. The text is "another core" if no such instruction is found.
+        core: number of the core that found the conflict; only other cores of its chip are searched. writes: True to
+        look for a write, False for a read. The text is "another core" if no such instruction is found.
         """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
@@ -351,7 +351,7 @@ class Machine:
         - Time: seconds since the start of the run at which the L2 has received lines that an earlier transfer fetches
           and this Load reads; 0 if there are none, and for other transfers.
 
-        Rows of Gather and Scatter are taken to miss the L2, since they depend on values.
+        Rows of Gather and Scatter count as misses of the L2, since their addresses depend on values.
         """
         cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0
         if isinstance(i, Load):
@@ -375,7 +375,7 @@ class Machine:
             raise MachineError(f"deadlock: {cycle(blocked)}")
 
     def _blocked(self, c: int, i: Instruction) -> Blocked:
-        """The Blocked record of instruction `i` of core `c`: what it waits for."""
+        """The Blocked record of instruction `i` of core `c`, which cannot start: what it waits for, and for whom."""
         core = self.cores[c]
         what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "
         for e, n in enumerate(i.wait):

@@ -58,9 +58,9 @@ class TileLoop:
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds of the whole loop minus those of a loop without its last jobs, of which there are jobs * fraction.
+        """Seconds that the last jobs * fraction jobs add: the loop's seconds minus those of a loop without these jobs.
 
-        fraction: 0 to 1. If that is no whole number of jobs, the result is interpolated between the two nearest.
+        fraction: 0 to 1. If jobs * fraction is not whole, the result is interpolated between the two nearest numbers.
         """
         jobs = self.jobs * (1 - fraction)
         low = int(jobs)
@@ -110,9 +110,10 @@ class _Core:
         return self.target.chip.cores if job < self.full else self.rest
 
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
-        """(bytes/s of a load, bytes/s of a store) that the core runs at the same time, as all cores with such jobs do.
+        """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
 
-        load, store: number of the job whose tile is loaded, or stored, now; None: there is none, and its rate is 0.
+        The model lets all cores with a job of the same number load or store at the same time. load, store: number of
+        the job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]
@@ -181,7 +182,7 @@ class LoopPart:
     """Consecutive jobs of a TileLoop for which HBM moves the same bytes.
 
     Attributes:
-        part: their number, as a fraction of the loop's jobs.
+        part: number of these jobs, as a fraction of the loop's jobs.
         load: bytes that HBM moves for each loaded byte: 0 if loads hit the L2, 1 if they miss, above 1 if lines are
             also written back for them.
         store: bytes that HBM moves for each stored byte.
@@ -195,10 +196,13 @@ class LoopPart:
 def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
     """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
 
-    The op before has just written the operands to the L2, which evicts the least recently used lines. First, loads hit
-    the L2, unless the operands alone exceed it. When results have filled it, each evicts operands that are not read
-    yet, so loads miss. When no such operands are left in it, results are also written back to HBM. Without an L2, HBM
-    moves all bytes.
+    The op before has just written the operands to the L2. The L2 evicts the least recently used lines.
+
+    1. Loads hit the L2, unless the operands alone exceed the L2.
+    2. Once the L2 is full, each result evicts operands that no job has read yet, so loads miss.
+    3. Once no such operands are left in the L2, results are also written back to HBM.
+
+    Without an L2, HBM moves all bytes.
 
     Args:
         reads: bytes of all operands.
@@ -224,7 +228,7 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
 def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
     """Divide a loop that reads rows by index into LoopParts by what HBM moves: a list of one or two.
 
-    All loads are taken to miss the L2. Results stay in the L2 until they fill it; later ones are written to HBM.
+    All loads count as misses of the L2. Results stay in the L2 until they fill it; later results are written to HBM.
 
     writes: bytes of all results. capacity: bytes of the L2; 0: none.
     """

@@ -70,7 +70,7 @@ class Timeline:
     def spent_on(self) -> dict[str, float]:
         """A dict of the seconds of the step by bottleneck; they sum to the step's time.
 
-        An op's busy time counts for the engine or memory that bounds it, or for what it stalled on; the rest of
+        An op's busy time counts for the engine or memory that bounds it, or that it stalled on; the rest of
         its time counts as "launch, ramps and tails".
         """
         out: dict[str, float] = defaultdict(float)
@@ -82,7 +82,7 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """(name, seconds) of what takes the most time of the step, by spent_on(). Raises ValueError without ops."""
+        """(name, seconds) of the largest item of spent_on(); the name is in words. Raises ValueError without ops."""
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
 

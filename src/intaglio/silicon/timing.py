@@ -18,13 +18,13 @@ class Timing:
 
     Attributes:
         seconds: time of the kernel, launch included.
-        busy: seconds in use by engine or memory, mean over cores.
+        busy: {engine or memory: seconds in which it is in use}, as a mean over the cores.
         hbm_bytes, l2_bytes, link_bytes: bytes moved.
         flops: FLOPs of the matrix array.
         format: number format in which the matrix array multiplies.
         weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
         choice: tile, split or algorithm chosen, in words.
-        steps: steps of a collective.
+        steps: number of steps of a collective's schedule; 0 for other kernels.
         jobs: tiles or other equal units of work that were dealt to the cores; 0: not counted.
     """
 

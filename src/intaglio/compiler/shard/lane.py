@@ -102,7 +102,7 @@ class Lane:
 
         Args:
             name: name of the tensor in the whole Program.
-            shares: the indices along `axis` that each lane holds, of which this lane's are kept; None: all.
+            shares: the indices along `axis` that each lane holds; only this lane's are kept. None: all are kept.
             axis: the axis that is cut.
             as_: name of the tensor in this lane's Program; "": the same name.
 
@@ -297,16 +297,16 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources from which one lane (rank) reads its part of the weight `t`, as a tuple of texts.
 
-    Each source names a tensor and the cuts of it; there is at least one for each run of indices in `share`. The tuple
-    is () for a tensor without source, such as state.
+    Each source names a tensor and how to cut it. There is at least one source for each run of indices in `share`. The
+    tuple is () for a tensor without source, such as state.
 
     Args:
         t: the weight.
         share: the runs of indices along `axis` that the lane holds.
         axis: the axis that is cut.
         length: size of that axis.
-        each: if `t` is joined from several sources: True if the axis is not the one along which they are joined, so
-            that each of them is cut.
+        each: only for a weight that is joined from several sources. True: `axis` is not the axis along which they are
+            joined, so every source is cut. False: `axis` is that axis.
 
     Raises LayoutError for a cut inside a block of the weight's format; and for several sources if `each` is False,
     except for a cut of rows if the sources are parts of one tensor.

@@ -40,7 +40,10 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 
 
 def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
-    """Add a convolution's state to `plan`, split as the channels of its input are; nothing if they are not split."""
+    """Add the state of a short convolution to `plan`, with the channels of the op's input on each lane (rank).
+
+    Changes nothing if the input is not split, or is computed from linears that are split differently.
+    """
     shares = [plan.get(name) for name in roots(p, op.x, ()) or ()]
     if shares and shares[0] and all(share == shares[0] for share in shares):
         plan[op.state] = shares[0]
@@ -49,9 +52,9 @@ def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     """Split an attention op by heads: add to `plan` how the tensors before it are divided among tp lanes (ranks).
 
-    Query heads are divided evenly; a lane has the kv heads that its query heads read. Added are the columns of each
-    lane, for the results of the projections that compute queries, keys and values, and its heads of the K/V caches. If
-    there is one kv head, keys, values and caches stay whole.
+    Query heads are divided evenly; a lane has the kv heads that its query heads read. Two kinds of items are added: the
+    columns of each lane, for the results of the projections that compute queries, keys and values; and the heads of
+    each lane, for the K/V caches. If there is one kv head, keys, values and caches stay whole.
 
     plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads, or
     if queries, keys or values are computed from anything but projections.
@@ -118,10 +121,10 @@ def roots(
 
 
 def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
-    """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
+    """Names of the linears' results from which tensor `name` is computed, as a set; None if roots() returns None.
 
-    Called by roots() for a tensor that is not in `found` yet. Only elementwise ops, and ops of the types `through`, may
-    lie between. found: results of roots() for tensors already visited; those visited now are added.
+    roots() calls it for a tensor that is not in `found` yet; see there. found: results of roots() for tensors already
+    visited; new ones are added.
     """
     op = p.producer(name)
     if isinstance(op, Linear):

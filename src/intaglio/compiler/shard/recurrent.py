@@ -22,9 +22,9 @@ Recurrence = LinearAttention | SelectiveScan | RgLru
 def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> None:
     """Decide how the block around a recurrence is split among tp lanes (ranks), and add that to `plan`.
 
-    Linear attention is split by heads, other recurrences by channels. Added are the columns of each lane, for every
+    Linear attention is split by heads, other recurrences by channels. `plan` gets the columns of each lane for every
     result between the projections into the block and the projection out of it, and for the states. If some op of the
-    block needs whole operands, nothing is added, so that every lane runs the whole block.
+    block needs whole operands, nothing is added, so that every lane runs the whole block. Returns nothing.
 
     plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads or
     channels.
@@ -125,8 +125,9 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
     """How the operands and results of `op` must be split if one of them, `name`, is: {name: columns of each lane}.
 
-    spread() calls it to go on from one op of a recurrent block to its neighbours. {} if the block ends at this op,
-    since it is a linear or `name` can be gathered for it. None if neither is possible, so that the block stays whole.
+    spread() calls it to go on from one op of a recurrent block to its neighbours. {} if the block ends at this op: a
+    linear, or an op for which `name` can be gathered. None if the op can neither be split nor end the block; the block
+    then stays whole.
 
     shares: the columns of `name` that each lane (rank) holds, a list with an item a lane.
     """

@@ -13,12 +13,15 @@ from intaglio.models.decoder.description import (
     STACKED,
     SUM,
     TRANSPOSED,
+    UNGATED,
+    UNGATED_STACKED,
     AltUp,
     Decoder,
     Indexer,
     Latent,
     Layer,
     Mixture,
+    Shared,
     layer_norm_sizes,
     sizes,
     sparse,
@@ -31,8 +34,7 @@ from intaglio.models.decoder.writer import Writer
 
 __all__ = [
     "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
-    "TRANSPOSED", "AltUp", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent", "Layer", "LightningMixer",
-    "LruMixer",
-    "Mixture", "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window",
-    "write",
+    "TRANSPOSED", "UNGATED", "UNGATED_STACKED", "AltUp", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent",
+    "Layer", "LightningMixer", "LruMixer", "Mixture", "ScanMixer", "Shared", "SsmMixer", "Writer", "layer_norm_sizes",
+    "sizes", "sparse", "uniform_layers", "window", "write",
 ]  # fmt: skip

@@ -25,8 +25,10 @@ BEFORE = {"attn.norm": "attention_norm", "mlp.norm": "mlp_norm"}  # before each 
 # Sources of the experts' gate, up and down, in the notation of program/source.py.
 NAMED = ("experts.{run}.gate_proj.weight", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
 NAMED_BIASES = ("experts.gate_proj_bias", "experts.up_proj_bias", "experts.down_proj_bias")
+UNGATED = ("", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
 NUMBERED = ("experts.{run}.w1.weight", "experts.{run}.w3.weight", "experts.{run}.w2.weight")
 STACKED = ("experts.gate_up_proj|r0:{i}/{2i}", "experts.gate_up_proj|r{i}:{2i}/{2i}", "experts.down_proj")
+UNGATED_STACKED = ("", "experts.up_proj", "experts.down_proj")
 TRANSPOSED = ("experts.gate_up_proj|T|r0:{i}/{2i}", "experts.gate_up_proj|T|r{i}:{2i}/{2i}", "experts.down_proj|T")
 
 
@@ -57,6 +59,8 @@ class Layer:
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
         sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
             n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
+        shared: (number of the layer under whose name the checkpoint has the weights, number of the use) if the layer
+            has the Decoder's shared block before its mixer; None: it has not. Uses of all blocks are counted from 0.
     """
 
     rope: str = "rope"
@@ -79,6 +83,29 @@ class Layer:
     shares_index: bool = False
     cache_of: int | None = None
     sparsity: float = 0.0
+    shared: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A transformer block whose weights several layers share (Zamba): attention and an MLP, without residuals.
+
+    It reads the layer's input beside the embedding, so attention has twice the usual columns. A linear of each layer
+    follows, and the sum of its result and the layer's input goes into the layer's mixer.
+
+    Attributes:
+        block: name of the block's module in a layer of the checkpoint.
+        fused: True if the checkpoint stores the MLP's gate and up as one, gate_up_proj.
+        rank: columns between the two linears of the MLP's adapters, which each use has of its own; 0: none.
+        qkv_rank: the same of adapters of queries, keys and values; 0: none.
+        bias: True if the MLP's linears have biases.
+    """
+
+    block: str
+    fused: bool = False
+    rank: int = 0
+    qkv_rank: int = 0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,20 +171,29 @@ class Mixture:
         count: number of experts.
         top: experts per token.
         width: inner width of an expert.
-        sources: templates of the sources of gate, up and down, for source().
+        sources: templates of the sources of gate, up and down, for source(); "" for the gate if experts have none, and
+            compute down(activation(up(x))).
         biases: templates of the sources of their biases, or None.
         block: name of the module that holds the experts.
         router: name of the router's linear.
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        route: further attributes of the op Route.
-        glu: further attributes of the op Experts.
+        route: further attributes of the op Route, by name.
+        glu: further attributes of the op Experts, by name, such as those of its activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
         join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b).
+        latent: columns of x between the linears fc1_latent_proj and fc2_latent_proj, in which the routed experts
+            compute; 0: they compute on the columns of the residual.
+        latent_bias: True if these linears have biases.
+        factors: name of a vector with a factor for the weight of each expert; "": none.
+        beside: True if layers with experts have the dense MLP too. The two results, each normed, are added; the experts
+            read the residual with a norm of their own, and the router reads it normed with the weight `router_scale`
+            and divided by sqrt(hidden).
+        router_scale: name of that weight; used only if `beside` is set.
     """
 
     count: int
@@ -177,6 +213,11 @@ class Mixture:
     shared_gate: str = ""
     shared_bias: bool = False
     join: str = "a + b"  # how the results of the routed experts (a) and of the shared one (b) are joined
+    latent: int = 0
+    latent_bias: bool = False
+    factors: str = ""
+    beside: bool = False
+    router_scale: str = ""
 
     def source(self, template: str) -> str:
         """The source of the experts' weights, a str: checkpoint tensors, and how to cut them (program/source.py).
@@ -266,10 +307,12 @@ class Decoder:
     embed_norm_first: bool = False  # it comes before positions are added, not after
     per_layer: int = 0  # columns of a second embedding, embed_tokens_per_layer, that each layer has of its own; 0: none
     per_layer_rows: int = 0  # rows of that table
+    shared: Shared | None = None  # the block that layers with Layer.shared have before their mixer
     altup: AltUp | None = None  # several residual streams; needs per_layer
     laurel: int = 0  # rank of a linear shortcut beside attention, which is added to its result (LAuReL); 0: none
     layer_scalar: bool = False  # each layer's result is multiplied by the one value of layer_scalar
     attn_gate: str = ""  # the linear whose sigmoid multiplies the attention's result, before o_proj
+    attn_gate_by_head: bool = False  # it has one value for each head
     attn_scale: float = 1.0  # on attention's result beside a mixer
     mixer_scale: float = 1.0  # on the mixer's result beside attention
     gate_scale: float = 1.0  # on the gate of the MLP, before the activation
@@ -358,9 +401,9 @@ def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
 
 
 def window(c: Config, kind: str) -> int:
-    """Attention window in tokens of a layer of the attention type `kind`; 0 for full attention.
+    """Attention window in tokens of a layer of the type `kind`: sliding_window, or 0 unless kind is sliding_attention.
 
-    Raises PortError if the config has no sliding_window.
+    Raises PortError if a layer of that type needs sliding_window and the config lacks it.
     """
     return c.whole("sliding_window") if kind == "sliding_attention" else 0
 

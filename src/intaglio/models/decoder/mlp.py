@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 from intaglio.models.decoder.description import Mixture
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Experts, Map, Moment, Route
+from intaglio.ops import Experts, Map, Moment, Norm, Route
 
 
 def write_dense(
@@ -90,7 +90,7 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
     return b.op(Map, at + "act", above, b=n, c=up, expr=below)
 
 
-def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
+def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> str:
     """Add the ops of a mixture of experts: router, experts and shared expert. Returns the result's tensor name.
 
     Args:
@@ -98,29 +98,55 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
         m: sizes and names of the mixture.
         i: number of the layer.
         x: name of the input tensor.
+        routed: name of the tensor that the router reads; "": x.
     """
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
-    logits = w.linear(at + "router", x, m.count, w.d.hidden, source + m.router, m.router_bias)
+    logits = w.linear(at + "router", routed or x, m.count, w.d.hidden, source + m.router, m.router_bias)
     bias = w.tensor(at + "router.correction", (m.count,), source + m.correction) if m.correction else None
-    weights = b.op(Route, at + "route", logits, bias=bias, ids=at + "route.ids", top=m.top, **m.route)
-    inner, outer = (m.count, m.width, w.d.hidden), (m.count, w.d.hidden, m.width)
-    names = ("gate", "up", "down")
-    stacks = [
-        w.stack(f"{at}experts.{n}", shape, source + m.source(s))
-        for n, shape, s in zip(names, (inner, inner, outer), m.sources, strict=True)
+    factors = w.tensor(at + "router.factors", (m.count,), source + m.factors) if m.factors else None
+    ids = at + "route.ids"
+    weights = b.op(Route, at + "route", logits, bias=bias, factors=factors, ids=ids, top=m.top, **m.route)
+    width = m.latent or w.d.hidden
+    inner, outer = (m.count, m.width, width), (m.count, width, m.width)
+    named = [
+        (n, shape, m.source(s))
+        for n, shape, s in zip(("gate", "up", "down"), (inner, inner, outer), m.sources, strict=True)
+        if s
     ]
-    gate, up, down = (source + m.source(s) for s in m.sources)
+    stacks = {n: w.stack(f"{at}experts.{n}", shape, source + s) for n, shape, s in named}
+    *sides, down = (source + s for _, _, s in named)
     orders = {
-        "order": w.orders(f"{at}experts.order", inner[::2], gate, up),
+        "order": w.orders(f"{at}experts.order", inner[::2], *sides),
         "down_order": w.orders(f"{at}experts.down_order", outer[::2], down),
     }
     biases = {
         f"{n}_bias": w.tensor(f"{at}experts.{n}_bias", shape, source + m.source(s))
-        for n, shape, s in zip(names, (inner[:2], inner[:2], outer[:2]), m.biases or (), strict=False)
+        for n, shape, s in zip(("gate", "up", "down"), (inner[:2], inner[:2], outer[:2]), m.biases or (), strict=False)
     }
-    how = {"activation": w.d.activation, "x_format": w.x_format(stacks[0]), **m.glu, **biases, **orders}
-    y = b.op(Experts, at + "experts", x, weights, at + "route.ids", *stacks, **how)
+    how = {"activation": w.d.activation, "x_format": w.x_format(stacks["up"]), **m.glu, **biases, **orders}
+    read = x
+    if m.latent:
+        read = w.linear(at + "latent_in", x, m.latent, w.d.hidden, source + "fc1_latent_proj", m.latent_bias)
+    up, down = stacks.pop("up"), stacks.pop("down")
+    y = b.op(Experts, at + "experts", read, weights, ids, up, down, **stacks, **how)
+    if m.latent:
+        y = w.linear(at + "latent_out", y, w.d.hidden, m.latent, source + "fc2_latent_proj", m.latent_bias)
     return _shared(w, m, i, x, y) if m.shared else y
+
+
+def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> str:
+    """Write the mixture of experts of layer `i` beside its dense MLP (Gemma 4). Returns the name of the sum's tensor.
+
+    residual: the tensor that the layer's MLP is added to, which experts and router read. dense: the dense MLP's result.
+    Results are normed before their sum.
+    """
+    b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
+    weight = w.tensor(at + "router.scale", (w.d.hidden,), source + m.router_scale)
+    routed = b.op(Norm, at + "router.norm", residual, weight=weight, eps=w.d.eps)
+    routed = w.scaled(at + "router.input", routed, w.d.hidden**-0.5)
+    y = write_mixture(w, m, i, w.layer_norm(i, "mlp.experts_norm", residual), routed)
+    y = w.layer_norm(i, "mlp.experts_post_norm", y)
+    return b.op(Map, at + "join", w.layer_norm(i, "mlp.dense_post_norm", dense), b=y, expr="a + b")
 
 
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:

@@ -5,6 +5,7 @@ The gate of the first layers' MLPs is cut to its largest values (gaussian top-k)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from intaglio.models.config import Config, PortError
@@ -51,12 +52,8 @@ def gemma3n(c: Config, context: int) -> Decoder:
     }
     layers = tuple(
         Layer(kind, window(c, kind), width=width, cache_of=owner, sparsity=float(share))
-        for kind, width, owner, share in zip(kinds, widths, _owners(c, kinds), sparse, strict=True)
+        for kind, width, owner, share in zip(kinds, widths, cache_owners(c, kinds), sparse, strict=True)
     )
-    for i, layer in enumerate(layers):
-        if layer.cache_of is not None:  # released checkpoints have these tensors, and transformers drops them
-            why = f"this layer reads the keys and values of layer {layer.cache_of}"
-            c.ignored |= {f"*layers.{i}.self_attn.{x}.": why for x in ("k_proj", "v_proj", "k_norm", "v_norm")}
     return Decoder(
         **s | {"scale": 1.0}, ropes={k: v for k, v in ropes.items() if k in kinds}, layers=layers, norms=SANDWICH,
         qk_norm="head", value_norm=True, qkv_bias=bias, o_bias=bias, root_scaled=True,
@@ -86,11 +83,12 @@ def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
     return values
 
 
-def _owners(c: Config, kinds: list[str]) -> list[int | None]:
+def cache_owners(c: Config, kinds: Sequence[str]) -> list[int | None]:
     """For each layer, the number of the earlier layer whose K/V cache it reads; None if it has its own. A list.
 
     The last num_kv_shared_layers layers have no cache of their own. Such a layer reads the cache of a layer before
-    them: the last one with the same attention type. Raises PortError if there is no such layer.
+    them: the last one with the same attention type. If it has tensors for keys and values, these are ignored: released
+    checkpoints have them, and transformers drops them. Raises PortError if there is no such layer.
 
     Args:
         c: the config.
@@ -106,7 +104,12 @@ def _owners(c: Config, kinds: list[str]) -> list[int | None]:
             "own; wanted at least one layer of each type in layer_types before those that share"
         )
     last = {kind: max(i for i, k in enumerate(own) if k == kind) for kind in own}
-    return [None if i < len(own) else last[kind] for i, kind in enumerate(kinds)]
+    owners = [None if i < len(own) else last[kind] for i, kind in enumerate(kinds)]
+    for i, owner in enumerate(owners):
+        if owner is not None:
+            why = f"this layer reads the keys and values of layer {owner}"
+            c.ignored |= {f"*layers.{i}.self_attn.{x}.": why for x in ("k_proj", "v_proj", "k_norm", "v_norm")}
+    return owners
 
 
 FAMILIES = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import NAMED, PRE, Decoder, Layer, Mixture, ScanMixer, SsmMixer, sizes, sparse
+from intaglio.models.decoder import NAMED, PRE, UNGATED, Decoder, Layer, Mixture, ScanMixer, SsmMixer, sizes, sparse
 from intaglio.models.decoder.rope import parameters, table
 from intaglio.models.ports.family import Family
 from intaglio.models.ports.granite import STACKS
@@ -172,13 +172,15 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     c.table["rms_norm_eps"], c.table["hidden_act"] = c.real("layer_norm_epsilon"), c.get("mlp_hidden_act")
     c.named["hidden_act"] = "mlp_hidden_act"
     types = kinds(c, found)
-    if "moe" in types:
-        raise PortError("config.json: layers of type moe are not ported: their experts have no gate")
     s = sizes(c)
     c.need_silu(SILU, "mamba_hidden_act")
     heads, dim = c.whole("mamba_num_heads"), c.whole("mamba_head_dim")
     check_groups(c, "mamba_num_heads", "n_groups")
-    c.replaced["time_step_limit"] = "transformers limits steps by time_step_min alone"
+    c.replaced |= {
+        "time_step_limit": "transformers limits steps by time_step_min alone",
+        "expand": "mamba_num_heads and mamba_head_dim say how wide blocks are",
+        "n_shared_experts": "there is one, as wide as moe_shared_expert_intermediate_size",
+    }
     mixer = SsmMixer(
         heads=heads, head_dim=dim, groups=c.whole("n_groups"), state=c.whole("ssm_state_size"),
         taps=c.whole("conv_kernel"), eps=s["eps"], bias=c.flag("use_bias"), out_bias=c.flag("use_bias"),
@@ -186,14 +188,35 @@ def nemotron_h(c: Config, context: int) -> Decoder:
         low=float(c.get("time_step_min", 0.0)),
     )  # fmt: skip
     layers = tuple(
-        Layer("", mixer=mixer if kind == "linear_attention" else None, attention=kind != "mlp", mlp=kind == "mlp")
+        Layer(
+            "", mixer=mixer if kind == "linear_attention" else None, attention=kind not in ("mlp", "moe"),
+            mlp=kind in ("mlp", "moe"), sparse=kind == "moe",
+        )
         for kind in types
-    )
+    )  # fmt: skip
     bias = c.flag("attention_bias")
     s |= {"qkv_bias": bias, "o_bias": bias, "mlp_bias": c.flag("mlp_bias"), "block": "mixer", "gated": False}
     return Decoder(
         **s, layers=layers, ropes={}, norms={"attn.norm": "norm", "mlp.norm": "norm"}, final_norm="norm_f",
         head="lm_head", sources={"self_attn": "mixer", "embed_tokens": "embeddings"},
+        mixture=nemotron_experts(c) if "moe" in types else None,
+    )  # fmt: skip
+
+
+def nemotron_experts(c: Config) -> Mixture:
+    """The Mixture of Nemotron-H's layers with experts, from config.json: experts without a gate, and a shared one.
+
+    Raises PortError for missing or wrong settings.
+    """
+    route = {"score": "sigmoid", "normalise": c.flag("norm_topk_prob"), "scale": c.real("routed_scaling_factor")}
+    if (groups := c.whole("n_group")) > 1:
+        route |= {"groups": groups, "kept_groups": c.whole("topk_group"), "group_best": 2}
+    bias = c.flag("mlp_bias")
+    return Mixture(
+        count=c.whole("n_routed_experts"), top=c.whole("num_experts_per_tok"),
+        width=c.whole("moe_intermediate_size"), sources=UNGATED, block="mixer",
+        correction="gate.e_score_correction_bias", route=route, shared=c.whole("moe_shared_expert_intermediate_size"),
+        shared_bias=bias, latent=int(c.get("moe_latent_size") or 0), latent_bias=bias,
     )  # fmt: skip
 
 
@@ -228,7 +251,9 @@ NEMOTRON = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "time_step_min": 0.001,
     "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
     "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
-    "intermediate_size": 21504, "hidden_size": 4096,
+    "intermediate_size": 21504, "hidden_size": 4096, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.0,
 }  # fmt: skip
 TOPS = ("embed_tokens", "final_layernorm", "layers.0.input_layernorm")
 FAMILIES = (
@@ -240,11 +265,12 @@ FAMILIES = (
     Family("FalconH1ForCausalLM", "Falcon-H1 0.5B to 34B", FALCON, falcon_h1, model_types=("falcon_h1",), tops=TOPS),
     Family("JambaForCausalLM", "Jamba 1.5, 1.6, 1.7", JAMBA, jamba, model_types=("jamba",), tops=TOPS),
     Family(
-        "NemotronHForCausalLM", "Nemotron-H 8B, 47B, 56B, Nemotron Nano 9B v2 (dense)", NEMOTRON, nemotron_h,
+        "NemotronHForCausalLM", "Nemotron-H 8B, 47B, 56B, Nemotron Nano 9B v2, Nemotron 3 Nano, Super", NEMOTRON,
+        nemotron_h,
         model_types=("nemotron_h",), prefixes=("model.", "backbone."), tops=("embeddings", "norm_f", "layers.0.norm"),
         aliases={
             "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "use_conv_bias": "mamba_conv_bias",
-            "time_step_min": "mamba_dt_min",
+            "time_step_min": "mamba_dt_min", "n_routed_experts": "num_local_experts",
         },
     ),
 )  # fmt: skip

@@ -128,26 +128,33 @@ class SparseMix(Instruction, engine="VEC", opcode=0x3E):
 class Weigh(Instruction, engine="VEC", opcode=0x3F):
     """Scale routing weights: dst = x * scale, x f32 [m, k]; with `normalise`, x is first divided by its row's sum.
 
-    1e-20 is added to the sum, which is computed in float64 and rounded once to FP32.
+    1e-20 is added to the sum, which is computed in float64 and rounded once to FP32. With `factors` f32 [1, n] and
+    `ids` i32 [m, k], the result is multiplied by factors[ids].
     """
 
     dst: Region
     x: Region
+    factors: Region | None = None
+    ids: Region | None = None
     normalise: bool = False
     scale: float = 1.0
     writes = ("dst",)
 
     def shapes(self) -> Shapes:
-        return {"dst": ("m", "k"), "x": ("m", "k")}
+        return {**dict.fromkeys(("dst", "x", "ids"), ("m", "k")), "factors": (1, "n")}
 
     def run(self, mem: CoreMemory) -> None:
         x = mem.read32(self.x)
         if self.normalise:
             x = x / (x.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32) + FLOOR)
-        mem.write(self.dst, x * np.float32(self.scale))
+        y = x * np.float32(self.scale)
+        if self.factors is not None and self.ids is not None:
+            y = y * mem.read32(self.factors)[0][mem.read(self.ids)]
+        mem.write(self.dst, y)
 
     def cost(self, target: Target) -> Cost:
-        return Cost(cycles=float(vector_cycles(target.chip, (1 + 2 * self.normalise) * self.x.rows * self.x.cols)))
+        steps = 1 + 2 * self.normalise + (self.factors is not None)
+        return Cost(cycles=float(vector_cycles(target.chip, steps * self.x.rows * self.x.cols)))
 
 
 @dataclass(frozen=True, kw_only=True)

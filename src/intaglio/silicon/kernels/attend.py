@@ -109,7 +109,7 @@ class AttendKernel(ChipKernel):
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
-    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one.
+    """The Timing of one `attend` over a batch: first the chunks with several queries, then the chunks with one.
 
     batch: (queries, keys, number of sequences) of each distinct chunk. warm: True if the L2 holds as much of the keys
     and values as fits. kernel: name of one of the library's attention kernels; "": the library's choice. Raises
@@ -144,7 +144,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys."""
+    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys; window 0: none."""
     if not window:
         return q * keys - q * (q - 1) / 2
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())
@@ -268,7 +268,8 @@ def split_streams(
     """Two lists of Streams for contexts that are split into parts: first the jobs of all parts, then their merge.
 
     The jobs store sums, maxima and denominators to HBM; the merge computes the results from them. The parts of one
-    tile of queries are stored one below the other: sums f32 [parts * rows, dv], the others [parts * rows, 1].
+    tile of queries are stored one below the other: sums f32 [parts * rows, dv], maxima and denominators f32
+    [parts * rows, 1].
     """
     out, dv, rows = mem.region(op.out), AttendKernel.of(op, t).heads.v_dim, plan.pack
     whole: dict[tuple[int, int], tuple[Region, ...]] = {}
@@ -299,11 +300,12 @@ def split_streams(
 class AttendTiles:
     """Tile buffers of one core: queries, keys, values, results, and the softmax's sums, maxima and denominators.
 
-    There are plan.held buffers of queries and of results. With plan.ahead above 0 each of these jobs also has its own
-    sums, set to 0 while an earlier job is computed; otherwise plan.lanes jobs share a tile of sums, set to 0 together.
+    There are plan.held buffers of queries and of results. If plan.ahead is above 0, there are as many buffers of sums,
+    so that a job's sums are set to 0 while an earlier job is computed. If it is 0, plan.lanes jobs share one buffer of
+    sums, which is set to 0 for all of them together.
 
-    d, dv: widths of a key and of a value. listed: decoding jobs whose query's row number is loaded in one transfer; 0
-    for chunks with several queries.
+    d, dv: widths of a key and of a value. listed: number of decoding jobs whose queries' row numbers one transfer
+    loads; 0 for chunks with several queries.
     """
 
     def __init__(

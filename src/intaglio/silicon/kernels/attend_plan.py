@@ -30,17 +30,17 @@ SPARE = 2048  # bytes of SRAM for sinks, indices and alignment
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPlan:
-    """How a kernel cuts the attention of prompts, or that of decoding sequences.
+    """How a kernel cuts attention into tiles and jobs. Prompts and decoding sequences have a plan each.
 
     Attributes:
         rows: query rows of a tile. All of them are computed, even if fewer have a query.
         pack: query heads that share a tile, since they share a K/V head; 1: none do.
         keys: keys of a tile.
         depth: tiles of keys and values that SRAM holds at a time, so that one loads while another is used.
-        ahead: most jobs (tiles of queries) whose operands a core loads while it computes an earlier job; 0: the
-            operands of a job are loaded when the job starts.
+        ahead: largest number of jobs (tiles of queries) whose operands a core loads while it computes an earlier job;
+            0: the operands of a job are loaded when the job starts.
         lanes: with `ahead` 0, jobs that a core starts together, so that it waits only for the first job's operands.
-        parts: most parts into which the context of a decoding sequence is split.
+        parts: largest number of parts into which the context of a decoding sequence is split.
     """
 
     rows: int
@@ -177,10 +177,10 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 
 
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Seconds until the last core ends if `count` jobs of `seconds` each are dealt as by deal().
+    """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds, count: arrays with an item for each kind of job. If each core has at most one job, or more than DEALT on
-    average, the result is that of even_makespan().
+    seconds: time of a job of each kind. count: number of jobs of each kind. If each core has at most one job, or more
+    than DEALT on average, returns even_makespan(), a lower bound.
     """
     total = float(count.sum())
     if total <= cores or total > DEALT * cores:
@@ -213,12 +213,13 @@ def prefill_seconds(
     rows: float,
     keys: float,
 ) -> float:
-    """Seconds of the chunks with several queries, until the last job's result is stored.
+    """Modelled seconds of prefill attention (chunks with several queries), until the last job's result is stored.
 
-    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
-    from HBM, not from the L2. rows: query rows of a mean job. keys: keys that are loaded for a mean tile.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    loaded from HBM; the L2 holds the rest. rows: mean number of query rows of a job. keys: mean number of keys that a
+    tile loads.
     """
     chip, lib = target.chip, target.library
     t = tile_seconds(target, h, plan.rows, plan.keys)
@@ -347,9 +348,10 @@ def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context.
+    """Number of keys that a kernel reads for the query of a decoding sequence with `keys` keys in its context.
 
-    window: keys that a query sees at most; 0: all. Kernels of some libraries read more than a short window.
+    window: largest number of keys that a query sees; 0: it sees all. The kernel reads at least
+    library.window_min_keys keys, even if the window is shorter.
     """
     return min(keys, max(window, library.window_min_keys)) if window else keys
 

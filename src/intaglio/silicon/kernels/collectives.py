@@ -144,7 +144,7 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Fraction of its links' rate that a chip reaches when all of a group send: below 1 only on a pcie_tree."""
+    """Fraction of its links' rate that a chip reaches while all `chips` chips send: below 1 only on a pcie_tree."""
     return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
 
@@ -222,7 +222,7 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
 
 @lru_cache(maxsize=4096)
 def link_traffic(network: Network, op: str, algorithm: str) -> float:
-    """Bytes that leave a chip, forwarded ones included, per byte of the tensor; mean over the chips that send."""
+    """Bytes that a chip sends over its links per byte of the tensor, forwarded bytes included: mean over senders."""
     ranks = simulated_ranks(network, op)
     s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
     hops = sum(link.src < ranks for i in s.steps if i.kind == "send" for link in topology.route(i.rank, i.peer))
@@ -389,7 +389,7 @@ class CollectiveBuilder:
 
 
 class CollectiveRun:
-    """One execution of a collective: the memory of every chip, with its input "x" and its output "out"."""
+    """One execution of a collective on the simulator: the memory of each chip, with its input "x" and output "out"."""
 
     def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
         if isinstance(op, AllReduce) and op.slots > 1:

@@ -58,6 +58,7 @@ class ExpertsKernel(ChipKernel):
         hidden, inner: widths of x and of an expert's inner row.
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.
+        gated: True if experts have a gate.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -69,25 +70,26 @@ class ExpertsKernel(ChipKernel):
     x_format: str
     w_format: str
     w_bits: float
+    gated: bool = True
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
         up, x_format, top = t[op.up], formats.element(op.x_format), int(t[op.ids].shape[1])
         held, inner, hidden = (int(d) for d in up.shape)
         w = formats.element(up.format), bits_per_value(up)
-        return cls(top, held, op.of or held, hidden, inner, x_format, *w)
+        return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         return experts_timing(target, *self.layer(sizes))
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
-        """The Timings of the op's launches by their labels, as experts_parts() returns them."""
+        """Time the op's launches in a step of these sizes: a dict {label: Timing}, see experts_parts()."""
         return experts_parts(target, *self.layer(sizes))
 
-    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float]:
-        """The arguments of experts_timing() from `tokens` to `w_bits`, in a step of these sizes."""
+    def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
+        """The arguments of experts_timing() from `tokens` to `gated`, for a step of these sizes, as a tuple."""
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
-        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
 
     @classmethod
@@ -108,7 +110,7 @@ class ExpertsKernel(ChipKernel):
         other chips hold, if there are any. 6. Down, scattered back to routing order.
         """
         kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format
-        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
+        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.up].shape)
         order, tokens = (mem.heap.allocate(1, n, "i32") for _ in range(2))
         counts = mem.heap.allocate(1, count, "i32")
         mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)), label=ROUTING)
@@ -119,12 +121,12 @@ class ExpertsKernel(ChipKernel):
         rows, parts = int(sizes.sum()), mem.heap.allocate(n, mem.region(op.out).cols, "f32")
         if rows:
             on = grouped_target(expert_kernel(mem.target, kernel.x_format, kernel.w_format), ids.rows, count)
-            gate, up, last = (mem.regions[w] for w in (op.gate, op.up, op.down))
-            spans = [scale_columns(w, k) for w, k in ((gate, mem.region(op.x).cols), (last, inner))]
+            *sides, last = (mem.regions[w] for w in (op.gate, op.up, op.down) if w)
+            spans = [scale_columns(w, k) for w, k in ((sides[0], mem.region(op.x).cols), (last, inner))]
             codes = rounded(mem, op.site, mem.region(op.x), x_format, spans[0], rows, by_expert(mem, op, order, tokens))
             scaled = codes.scales is not None
             hidden = mem.heap.allocate(rows, inner, "f32" if scaled else codes.x.format)
-            product = grouped_product(on, codes, (gate, up), kernel.w_bits, inner, sizes, scattered=False)
+            product = grouped_product(on, codes, sides, kernel.w_bits, inner, sizes, scattered=False)
             mem.run(gate_up(mem, op, product, hidden), on)
             codes = rounded(mem, op.site, hidden, x_format, spans[1]) if scaled else Codes(hidden, None, inner)
             product = grouped_product(on, codes, (last,), bits_per_value(t[op.down]), parts.cols, sizes, scattered=True)
@@ -132,7 +134,7 @@ class ExpertsKernel(ChipKernel):
             mem.run(zero_rows(mem, op, order.part(cols=slice(rows, n)), parts))
         if rows:
             mem.run(down(mem, op, product, order, parts), on)
-        loop, width = combine_loop(mem.target, ids.rows, n, parts.cols, bool(op.residual), 4.0)
+        loop, width = combine_loop(mem.target, ids.rows, ids.cols, parts.cols, bool(op.residual), 4.0)
         return combine(mem, op, parts, width, loop.depth)
 
 
@@ -204,9 +206,11 @@ def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") 
 
 @lru_cache(maxsize=4096)
 def grouped_target(target: Target, tokens: int, experts: int) -> Target:
-    """The target whose library has the tiles, stages and efficiency of grouped products as those of products.
+    """A copy of `target` for timing grouped products (one for each expert) like plain products.
 
-    tokens, experts: those of the step, by which the library may choose tiles. Raises ChipError if no tile fits.
+    Its library's tiles, matmul_stages, mxu_efficiency and burst_bytes are the library's values for grouped products;
+    K is not split. tokens, experts: numbers of tokens and experts of the step; the library may choose tiles by them.
+    Raises ChipError if no tile fits the chip.
     """
     chip, lib = target.chip, target.library
     menu = tile_menu(lib, tokens, experts)
@@ -264,18 +268,17 @@ def grouped_timing(
 
 
 def combine_loop(
-    target: Target, tokens: int, rows: float, columns: int, residual: bool, value_bytes: float
+    target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
     """The loop that sums each token's results: (TileLoop, columns of a job).
 
-    A job is a part of a token's columns. rows: rows of results that are summed. residual: True if a residual is added.
-    value_bytes: bytes of a value.
+    A job is a part of a token's columns. top: rows of results that are summed for a token. residual: True if a residual
+    is added. value_bytes: bytes of a value.
     """
-    parts, top = -(-columns // COMBINE_COLUMNS), rows / tokens
+    parts = -(-columns // COMBINE_COLUMNS)
     width = -(-columns // parts)
     load = (top + residual) * columns / parts * value_bytes + 4 * top
-    most = -(-int(rows) // tokens)
-    depth = ring_depth(target, (most * width, most, width, width), load)
+    depth = ring_depth(target, (top * width, top, width, width), load)
     seconds = float(vector_cycles(target.chip, (2 * top + residual) * width)) / target.chip.clock_hz
     store = columns / parts * value_bytes
     return TileLoop(jobs=tokens * parts, load=load, work_s=seconds, store=store, depth=depth), width
@@ -315,7 +318,7 @@ def experts_parts(
     if value < WIDE:
         out["combine"] = Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0))
     else:
-        loop, _ = combine_loop(target, tokens, rows, hidden, False, value)
+        loop, _ = combine_loop(target, tokens, top_k, hidden, False, value)
         out["combine"] = loop_timing(target, loop, loop.jobs * loop.load, loop.jobs * loop.store, past_l2=True)
     return out
 
@@ -327,8 +330,8 @@ def experts_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of a layer of routed experts on one rank, router included.
 
-    Some libraries' kernels of activation and combination process all tokens * top_k rows; then all are counted.
-    Otherwise only the rank's own rows are.
+    In some libraries the kernels of activation and combination process all tokens * top_k rows; all these rows are then
+    counted. In other libraries only the rank's own rows are counted.
 
     Args:
         target: chip and kernel library.
@@ -340,7 +343,7 @@ def experts_timing(
         inner: width of an expert's inner row.
         x_format: format of a value of x.
         w_format: format of a weight.
-        w_bits: bits per weight including scales; 0: those of `w_format`.
+        w_bits: bits per weight including scales; 0: the bits of `w_format` without scales.
         gated: True if experts have a gate.
         kernel: name of the library's kernel; "": its default.
 

@@ -39,8 +39,8 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
     """A list with one Stream, which sorts the routed rows by expert on one core.
 
     A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
-    for three results: order [1, n], the numbers of the routed rows sorted by expert, those of other ranks' experts
-    last; tokens [1, n], the token of each, in that order; counts [1, held], the rows of each expert of this rank.
+    for three results. order [1, n]: the numbers of the routed rows sorted by expert; rows of other ranks' experts come
+    last. tokens [1, n]: the token of each of these rows. counts [1, held]: number of rows of each expert of this rank.
     """
     k = StreamBuilder(op.site)
     tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
@@ -124,7 +124,10 @@ Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part 
 
 
 def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], columns: int) -> list[Bias]:
-    """A list of each bias's region in HBM and a tile of `columns` columns; None for a missing bias."""
+    """A list with an item for each of `names`: (the bias's region in HBM, a new SRAM tile [1, columns]), or None.
+
+    The item is None where there is no bias (the name is None).
+    """
     return [(r, k.tile(1, columns, r.format)) if r else None for r in map(mem.optional_region, names)]
 
 
@@ -134,22 +137,23 @@ def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | No
 
 
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
-    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
+    """A list of Streams that compute out = act(gate(x)) * up(x), or act(up(x)) without a gate, by the experts of rows.
 
-    product: of the rows sorted by expert. out [rows, inner]: the results, sorted by expert.
+    product: the tiles of the products of rows sorted by expert. out [rows, inner]: the results, sorted by expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 
     def finisher(k: StreamBuilder) -> Callable[[TileJob], None]:
-        extra = biases(mem, k, (op.gate_bias, op.up_bias), cut.columns)
+        extra = biases(mem, k, (op.gate_bias, op.up_bias) if op.gate else (op.up_bias,), cut.columns)
         ring = k.ring(2, cut.drain_rows, cut.columns, out.format)
 
         def finish(job: TileJob) -> None:
-            first, second = (bias_of(k, bias, job.index, job.out) for bias in extra)
+            bias, *up_bias = (bias_of(k, bias, job.index, job.out) for bias in extra)
             for piece, at in pieces(job, ring):
                 y = ring.next().shaped(piece.stop - piece.start, job.out.stop - job.out.start)
-                g, u = (acc.part(piece, slice(0, y.cols)) for acc in job.accs)
-                k.emit(isa.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
+                acc, *up = (acc.part(piece, slice(0, y.cols)) for acc in job.accs)
+                second, its_bias = (up[0], up_bias[0]) if up else (None, None)
+                k.emit(isa.Drain(dst=y, acc=acc, up=second, bias=bias, up_bias=its_bias, **how))
                 k.emit(isa.Store(dst=out.part(at, job.out), src=y))
 
         return finish
@@ -160,8 +164,8 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
     """A list of Streams that compute the down product, each row with its own expert.
 
-    product: of the rows sorted by expert. order: for each of these rows, its row of `out`. out: the results in routing
-    order.
+    product: the tiles of the products of rows sorted by expert. order: for each sorted row, the row of `out` to which
+    its result is stored. out: the results in routing order.
     """
     cut = product.cut
 

@@ -30,14 +30,14 @@ QUOTIENT = postfix("a / b")
 
 @dataclass(frozen=True)
 class Heads:
-    """What the time of an attention layer depends on: numbers and widths of heads, window, bits of a cached value.
+    """Sizes of an attention layer on which its time depends.
 
     Attributes:
         heads: query heads.
         kv_heads: heads of keys and values.
         head_dim: width of a query and of a key.
         v_dim: width of a value.
-        window: keys that a query sees at most; 0: all.
+        window: largest number of keys that a query sees; 0: it sees all.
         bits: bits of a cached key or value.
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
@@ -157,9 +157,10 @@ def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> R
 def emit_head_scales(
     mem: ChipMemory, k: StreamBuilder, ring: Ring, dst: Region, name: str | None, heads: np.ndarray
 ) -> None:
-    """Emit instructions that fill `dst`, f32 [n, 1], with the scale of each row's head in an e4m3 cache.
+    """Emit instructions that fill `dst`, f32 [n, 1], with one scale for each row, for an e4m3 cache. Returns nothing.
 
-    ring: tiles for the indices. name: the op's operand of scales; None: all scales are 1. heads: the head of each row.
+    A row's scale is that of the row's head. ring: SRAM tiles for the indices. name: tensor with the scales of the
+    heads; None: all scales are 1. heads: number of the head of each row, int [n].
     """
     if name is None:
         k.emit(isa.Fill(dst=dst, value=1.0))
@@ -185,7 +186,7 @@ def job_rows(target: Target, rows: int, width: int) -> int:
 def tiles_in_flight(target: Target, rows: int, width: int) -> int:
     """Number of tiles in each of a core's circular buffers: enough that loads hide HBM's latency, from 2 to MOST_TILES.
 
-    rows, width: size of a tile. It is 2 also if SRAM does not fit so many.
+    rows, width: size of a tile. The result is 2 even if SRAM does not fit two tiles.
     """
     return max(2, ring_depth(target, (rows * width,) * 5, rows * width * target.library.activation_bytes))
 
@@ -193,7 +194,7 @@ def tiles_in_flight(target: Target, rows: int, width: int) -> int:
 def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
     """Number of cycles in which a core stores one head's row of `width` values to a cache of `bits` bits a value.
 
-    It is kv_row_cycles of the library; below 16 bits, kv_quant_cycles a value are added to quantise the row.
+    It is library.kv_row_cycles. Below 16 bits, library.kv_quant_cycles for each value are added to quantise the row.
     """
     return library.kv_row_cycles + (library.kv_quant_cycles * width if bits < 16 else 0)
 
@@ -201,8 +202,9 @@ def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
     """The Timing of writing the keys and values of `tokens` tokens to their cache slots, head by head; 0 s for none.
 
-    It is the time of a core with the most rows, which loads, rounds and stores them in a loop (tile_loop.py). If keys
-    and values have different widths, each row counts with their mean.
+    It is the time of the core with the largest number of rows (a row is one head's key or value). The core loads,
+    rounds and stores them in a loop (tile_loop.py). If keys and values have different widths, each row counts with the
+    mean of both.
     """
     chip, lib = target.chip, target.library
     if not tokens:

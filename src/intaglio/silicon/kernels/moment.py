@@ -16,6 +16,6 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 class MomentKernel(WorkKernel):
     """Chip kernel of the op `moment`, which computes each row's mean, root mean square or standard deviation.
 
-    Its time is that of a WorkKernel: the longer of its operations on the vector lanes and its HBM bytes. It has no
-    streams().
+    Like any WorkKernel it is timed by the longer of two times: its operations on the vector lanes, and its HBM bytes.
+    It has no streams().
     """

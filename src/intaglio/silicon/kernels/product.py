@@ -16,10 +16,12 @@ from intaglio import formats
 from intaglio.chips import Target
 from intaglio.ops import Tensor
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
+from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
+IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
 PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
@@ -84,6 +86,20 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
 
 
+def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
+    """How a core's SRAM is divided: (rows of a tile drained at a time, bytes for all stages, bytes beside each stage).
+
+    A stage holds the operands of one step over K. Beside it are the scales of its rows and columns, if x has 8 bits.
+    Outside the stages are two tiles for a drained piece, two for a bias, and 1,024 bytes. tm, tn: rows and columns of a
+    tile; tn counts both sides of a GLU pair.
+    """
+    sram, columns = target.chip.sram_bytes, tn / (1 + glu)
+    rows = np.clip(np.floor(sram / DRAIN_PART / (8 * columns)), 1, tm)
+    beside = 64 * (2 + glu) + (4 * tm + 8 * tn + 128 * (2 + glu) if x_bits == 8 else 0) + 0 * tm
+    space = sram - 8 * columns * (rows + 1) - 1024
+    return rows, np.maximum(space, sram / 4), np.minimum(beside, np.maximum(space, sram / 4) / 8)
+
+
 @dataclass(frozen=True)
 class Grouped:
     """Grouped products x @ w.T, one for each expert, with different numbers of rows; and properties of their kernel.
@@ -140,10 +156,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         m, most, gm = counts.mean(), counts.max(), np.ceil(counts[:, None] / tm).sum(axis=0) / heads
         run, fetched = grouped.run or run, w_bits * grouped.overfetch
     x_bits = formats.bits(x_format)
-    space = chip.sram_bytes * (1 - 1 / DRAIN_PART)  # bytes of SRAM for stages of both operands
+    piece, space, beside = stage_space(target, tm, tn, glu, x_bits)
     tk = np.minimum(step_depth(target, formats.bits(run)), k)
     whole = (tm * x_bits + tn * w_bits) * tk / 8
-    tk = tk / 2 ** np.clip(np.ceil(np.log2(2 * whole / space)), 0, None)  # two stages fit
+    tk = tk / 2 ** np.clip(np.ceil(np.log2(whole / (space / 2 - beside))), 0, None)  # two stages fit
     k_steps, gn = np.ceil(k / tk), np.ceil(n / tn)
     steps = np.ceil(k_steps / split)
     allowed = (split == 1) | ((steps >= 4) & (heads == 1))
@@ -153,9 +169,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     rounds = full + (rest > 0)
     rows = np.minimum(tm, most)  # of a tile that are loaded and stored
     stage = (tm * x_bits + tn * fetched) * tk / 8
-    at_once = np.minimum(np.minimum(np.floor(space / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), rounds)
+    at_once = np.minimum(np.minimum(np.floor(space / (4 * (stage + beside))), chip.acc_bytes / (8 * tm * tn)), rounds)
     at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
-    ring = np.clip(np.floor(space / stage), 2, lib.matmul_stages * at_once)
+    ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
     each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
@@ -181,6 +197,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_work = (steps - 1) * work + last_work
     job_steps = steps - 1 + last_part / tk
 
+    past_l2 = not chip.l2_bytes and not resident  # then all bytes come from HBM
+    shared = min(chip.l2_rate, chip.hbm_rate) if past_l2 else chip.l2_rate
+    port = min(chip.port_rate, shared)
+
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
@@ -188,7 +208,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
-        return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
+        return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
     wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
@@ -199,7 +219,6 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     # The end of a tile: pieces are drained to SRAM, then stored
     value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
-    piece = np.clip(np.floor(chip.sram_bytes / DRAIN_PART / (8 * tn / (1 + glu))), 1, tm)
     pieces = np.maximum(1, rows / piece)
     drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
     active = np.minimum(jobs, cores)
@@ -233,7 +252,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     first_s = np.maximum(all_load, fill)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained = end(1) - store / pieces  # until the accumulators are free
-        per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
+        per_job = np.maximum(np.maximum(drain, store), (drain + store + np.ceil(pieces) * depth_s) / 2)
         two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
         bubble = np.where(banks == 2, 0, drained)
@@ -266,7 +285,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
-    seconds = np.maximum(seconds, from_hbm + latency_s + later + last_work + last_end)
+    # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
+    idle = 0.0
+    if not lib.persistent:
+        idle = (1.0 if lib.activation_bytes >= WIDE else IN_STEP) * groups * (wait_s + last_work + all_end)
+    seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     partial = partial_seconds(target, m, n, split, out_bytes, glu)
     seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
@@ -281,8 +304,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
     """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
 
-    It is the least of PART_COLUMNS, n, and the number for which half of SRAM has space. n: columns of the result, which
-    are those of one side of a GLU pair. sides: 2 for a GLU pair, else 1.
+    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
+    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
     """
     buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
@@ -291,8 +314,9 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
-    A core adds part_columns() columns of a row at a time, for a GLU pair those of both sides; the last part of a row
-    counts as whole. n: columns, both sides of a GLU pair. out_bytes: bytes of a value of the sum.
+    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. The last part
+    of a row counts as whole. n: columns; for a GLU pair, columns of both sides together. out_bytes: bytes of a value of
+    the sum.
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)
@@ -312,9 +336,9 @@ def linear_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
+    w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
-    grouped: None, or as many products as it has counts; then m and heads are ignored.
+    grouped: None, or the row counts of several products (experts); m and heads are then ignored.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)

@@ -27,6 +27,7 @@ class RouteKernel(RowsKernel):
         searches: how many times a row is searched for its largest value: once for each expert that a token chooses and,
             if experts are in groups, op.group_best times more to rate the groups.
         top, score, groups, kept_groups, normalise: the op's fields of these names.
+        biased, factored: True if the op has a bias, or factors of experts' weights.
     """
 
     top: int = 1
@@ -35,26 +36,29 @@ class RouteKernel(RowsKernel):
     groups: int = 0
     kept_groups: int = 0
     normalise: bool = False
+    biased: bool = False
+    factored: bool = False
 
     @classmethod
     def of(cls, op: Route, t: Tensors) -> Self:  # type: ignore[override]
         rows, width = t[op.logits].shape
-        bias = vector_bytes(t[op.bias]) if op.bias else 0.0
+        vectors = sum(vector_bytes(t[name]) for name in (op.bias, op.factors) if name)
         searches = op.top + op.group_best * (op.groups > 0)
-        return cls(rows, int(width), 2, bias, op.top, op.score, searches, op.groups, op.kept_groups, op.normalise)
+        how = op.top, op.score, searches, op.groups, op.kept_groups, op.normalise, bool(op.bias), bool(op.factors)
+        return cls(rows, int(width), 2, float(vectors), *how)
 
     def columns(self) -> tuple[int, ...]:
         return self.width, self.width, self.top, self.top, self.top
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        weigh = float(vector_cycles(chip, (1 + 2 * self.normalise) * self.top))
+        weigh = float(vector_cycles(chip, (1 + 2 * self.normalise + self.factored) * self.top))
         if self.score == "sparsemixer":
             return weigh + float(rounds_cycles(chip, n, self.top, 1) + self.top * vector_cycles(chip, 5 * n, n))
         scored = self.top if self.score == "chosen" else n
         found = rounds_cycles(chip, n, self.searches, 1)
         if self.groups:
             found += rounds_cycles(chip, self.groups, self.kept_groups, 1)
-        biased = n * (self.vector_bytes > 0)
+        biased = n * self.biased
         return weigh + float(found + vector_cycles(chip, 4 * scored + biased, scored))
 
     def load_bytes(self, library: KernelLibrary) -> float:
@@ -70,7 +74,7 @@ class RouteKernel(RowsKernel):
         held: dict[StreamBuilder, list[Region | None]] = {}
 
         def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
-            (bias,) = load_once(k, mem, held, (op.bias,))
+            bias, factors = load_once(k, mem, held, (op.bias, op.factors))
             x = load(k, rings[0].next(), logits.part(rows))
             scores = rings[1].next().shaped(x.rows, x.cols)
             taken, out = (ring.next().shaped(x.rows, op.top) for ring in rings[2:4])
@@ -86,7 +90,8 @@ class RouteKernel(RowsKernel):
                 key = scores if op.bias or op.group_best > 1 else x
                 how: dict[str, Any] = {"groups": op.groups, "kept_groups": op.kept_groups, "group_best": op.group_best}
                 k.emit(isa.TopK(ids=chosen, selected=taken, key=key, values=scores, bias=bias, **how))
-            k.emit(isa.Weigh(dst=out, x=taken, normalise=op.normalise, scale=op.scale))
+            by = chosen if factors else None
+            k.emit(isa.Weigh(dst=out, x=taken, normalise=op.normalise, scale=op.scale, factors=factors, ids=by))
             k.emit(isa.Store(dst=weights.part(rows), src=out))
             k.emit(isa.Store(dst=ids.part(rows), src=chosen))
 

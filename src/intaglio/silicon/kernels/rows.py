@@ -102,7 +102,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """FP32 columns of each SRAM tile of a job, as a tuple; by default `width` for each operand, at least twice."""
+        """FP32 columns of each SRAM tile of a job, as a tuple; by default max(2, operands) tiles of `width` columns."""
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
@@ -114,7 +114,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
-        """Number of tiles in each of a core's circular buffers, as ring_depth() gives it for this op."""
+        """Number of tiles in each of a core's circular buffers for this op; see ring_depth()."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
@@ -146,9 +146,9 @@ class RowsKernel(ChipKernel):
 
 
 def vector_bytes(t: Tensor) -> float:
-    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM: in its own format, else in FP32.
+    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
 
-    A quantised operand is held in FP32.
+    It is kept in its own format if that is a plain one (formats.PLAIN), and in FP32 if it is quantised.
     """
     bits = formats.bits(t.format) if t.format in formats.PLAIN else 32
     return float(-(-int(t.shape[-1]) * bits // 8))
@@ -218,8 +218,8 @@ def load_indices(
 ) -> Region:
     """An SRAM region i32 [1, 1] with the index that `ids` [1, rows] has for row `row`, one of the core's rows.
 
-    k: the core's builder. At a core's first call, the indices of all its rows are loaded into one tile, which `held`
-    keeps with the number of the core's first row.
+    k: the core's builder. The first call for a core emits the load of the indices of all its rows into one tile. held:
+    {builder: (this tile, number of the core's first row)}; the first call adds an item.
     """
     if k not in held:
         mine = next(run for run in runs(mem, ids.cols) if row in run)
@@ -233,7 +233,8 @@ def load_once(
 ) -> list[Region | None]:
     """A list of SRAM tiles with the whole operands `names`; None where a name is None.
 
-    k: the core's builder. At a core's first call the operands are loaded, and `held` keeps their tiles.
+    k: the core's builder. The first call for a core emits the loads. held: {builder: the list}; the first call adds an
+    item, and later calls return it.
     """
     if k not in held:
         regions = [mem.optional_region(name) for name in names]

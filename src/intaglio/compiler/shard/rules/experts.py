@@ -25,7 +25,7 @@ def experts(lane: Lane, op: Experts) -> None:
     a column order (act-order), which it would split; for a placement that does not fit.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
-    count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
+    count, inner, _ = map(int, lane.p.tensors[op.up].shape)
     if count < layout.ep or inner < layout.tp:
         raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
     if op.down_order and layout.tp > 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from intaglio.models.files.gguf import config, config_gpt, config_mixtures, config_recurrent, recurrent
+from intaglio.models.files.gguf import config, config_gemma, config_gpt, config_mixtures, config_recurrent, recurrent
 from intaglio.models.files.gguf.metadata import Metadata
 from intaglio.models.files.gguf.tensors import Place, Tables
 
@@ -80,7 +80,7 @@ class Architecture:
         shift: offset that the converter added to norm weights.
         variants: {llama.cpp's name: further `names`}; these replace others if the file has a tensor of that name.
         changes: {llama.cpp's name: function that adds a tensor whose values the converter has changed}.
-        refused: {llama.cpp's name: why a file with such a tensor is refused}.
+        scales: {llama.cpp's name: transformers' whole name of the tensor that files call so with `.scale` after it}.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
@@ -89,13 +89,14 @@ class Architecture:
     shift: float = 0.0
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture for one file: the names of each of `variants` whose key is in `parts` are used.
+        """A copy of the Architecture with the tensor names of one file.
 
-        parts: llama.cpp's names of the file's tensors, without layer numbers and without .weight or .bias, such as
-        attn_q.
+        A key of `variants` is the name of a tensor that only some files have. If the file has it, the names under that
+        key replace the usual ones. parts: llama.cpp's names of the file's tensors, without layer numbers and without
+        .weight or .bias, such as attn_q.
         """
         names = dict(self.names)
         for part, others in self.variants.items():
@@ -141,11 +142,19 @@ TILED_CHANGES = {part: recurrent.by_value_head for part in TILED} | {"ssm_out": 
 SHARED = mixture(shared="shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 GRANITE_SHARED = {f"ffn_{n}_shexp": f"block_sparse_moe.shared_mlp.{n}_proj" for n in PROJECTIONS}
 OLDER_NORMS = {"ffn_norm": "pre_ff_layernorm", "output_norm": "model.final_layernorm"}
-EXPERTS_BESIDE = (
-    "experts beside the dense MLP (Gemma 4 26B-A4B) are not ported; run the model from safetensors elsewhere"
-)
-
-
+PER_LAYER = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer", "inp_gate": "per_layer_input_gate",
+    "per_layer_model_proj": "model.per_layer_model_projection", "proj": "per_layer_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm", "post_norm": "post_per_layer_input_norm",
+}  # fmt: skip
+ALTUP = {
+    "altup_proj": "model.altup_projections.{e}", "altup_unembd_proj": "model.altup_unembed_projections.{e}",
+    "altup_correct_coef": "altup.correction_coefs", "altup_correct_scale": "altup.correct_output_scale",
+    "altup_predict_coef": "altup.prediction_coefs", "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm", "laurel_l": "laurel.linear_left", "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
+}  # fmt: skip
+BITNET = mlp() | {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}
 SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
 
 
@@ -159,11 +168,8 @@ def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
     return {ours: f"{name}.{theirs}" for ours, theirs in names.items()}
 
 
+NEMOTRON_H = mlp("mixer") | block("mixer", SSM) | {"attn_norm": "norm", "output_norm": "model.norm_f"}
 REFUSED = {  # architectures that are near to one with a port: why it cannot run them, and what to do
-    "nemotron_h_moe": "its experts have no gate, which is not ported; nemotron_h (dense) is",
-    "gemma3n": "its tensor names in GGUF files are not read; give the safetensors checkpoint, which is ported",
-    "bitnet-b1.58": "it is read by bitnet.cpp only, with weights of its own ternary type; "
-    "give the bf16 checkpoint (BitNetForCausalLM) instead",
     "gemma4-assistant": "it drafts tokens for a Gemma 4 model and cannot run alone; give the model's file",
 }
 ARCHITECTURES: dict[str, Architecture] = {
@@ -183,15 +189,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(config_mixtures.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
     "qwen3vlmoe": Architecture(config_mixtures.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
     "gemma": Architecture(config.plain("GemmaForCausalLM"), shift=1.0),
-    "gemma2": Architecture(config.gemma2, mlp() | SANDWICH, shift=1.0),
-    "gemma3": Architecture(config.gemma3, mlp() | SANDWICH, shift=1.0),
+    "gemma2": Architecture(config_gemma.gemma2, mlp() | SANDWICH, shift=1.0),
+    "gemma3": Architecture(config_gemma.gemma3, mlp() | SANDWICH, shift=1.0),
+    "gemma3n": Architecture(config_gemma.gemma3n, mlp() | SANDWICH | PER_LAYER | ALTUP),
     "phi3": Architecture(
         config.phi3, {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
     ),
     "phimoe": Architecture(config_mixtures.phimoe, MIXTRAL),
     "granite": Architecture(config.granite("GraniteForCausalLM"), permuted=True),
     "granitemoe": Architecture(
-        config.granite("GraniteMoeForCausalLM"), mixture("block_sparse_moe", "router.layer"), permuted=True
+        config.granite("GraniteMoeForCausalLM"),
+        mixture("block_sparse_moe", "router.layer", shared="shared_mlp"), permuted=True,
     ),
     "olmo2": Architecture(config.olmo2, mlp() | SANDWICH),
     "olmoe": Architecture(config_mixtures.olmoe, mixture()),
@@ -304,9 +312,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp("shared_mlp") | mixture("block_sparse_moe", "router.layer") | GRANITE_SHARED | block("mamba", SSM),
         permuted=True, changes=SSM_CHANGES,
     ),
-    "nemotron_h": Architecture(
+    "nemotron_h": Architecture(config_recurrent.nemotron_h, NEMOTRON_H, changes=SSM_CHANGES),
+    "nemotron_h_moe": Architecture(
         config_recurrent.nemotron_h,
-        mlp("mixer") | block("mixer", SSM) | {"attn_norm": "norm", "output_norm": "model.norm_f"}, changes=SSM_CHANGES,
+        NEMOTRON_H | mixture("mixer", shared="shared_experts", correction="gate.e_score_correction_bias")
+        | {"ffn_latent_down": "mixer.fc1_latent_proj", "ffn_latent_up": "mixer.fc2_latent_proj"},
+        changes=SSM_CHANGES,
     ),
     "qwen3next": Architecture(
         config_recurrent.delta_nets("Qwen3NextForCausalLM"), SHARED | DELTA, shift=1.0,
@@ -319,14 +330,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         config_recurrent.delta_nets("Qwen3_5MoeForCausalLM"), SHARED | DELTA, shift=1.0, changes=TILED_CHANGES
     ),
     "gemma4": Architecture(
-        config.gemma4,
-        mlp() | SANDWICH | {
-            "per_layer_token_embd": "model.embed_tokens_per_layer", "inp_gate": "per_layer_input_gate",
-            "per_layer_model_proj": "model.per_layer_model_projection", "proj": "per_layer_projection",
-            "per_layer_proj_norm": "model.per_layer_projection_norm", "post_norm": "post_per_layer_input_norm",
-            "layer_output_scale": "layer_scalar",
+        config_gemma.gemma4,
+        mlp() | SANDWICH | PER_LAYER | mixture("moe", "router.proj") | {
+            "layer_output_scale": "layer_scalar", "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm_1": "post_feedforward_layernorm_1", "post_ffw_norm_2": "post_feedforward_layernorm_2",
         },
-        refused={"ffn_gate_inp": EXPERTS_BESIDE},
+        scales={"ffn_gate_inp": "moe.router.scale", "ffn_down_exps": "moe.router.per_expert_scale"},
     ),
     "exaone-moe": Architecture(
         config_mixtures.exaone_moe,
@@ -340,8 +349,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         mixture("ffn", "router.layer")
         | {"attn_norm": "norm_attn_norm.norm_1", "attn_output_norm": "norm_attn_norm.norm_2"},
     ),
-    "bitnet": Architecture(
-        config.bitnet, mlp() | {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}
+    "bitnet": Architecture(config.bitnet("silu"), BITNET),
+    "bitnet-b1.58": Architecture(config.bitnet("relu2"), BITNET),
+    "cohere2moe": Architecture(config_mixtures.cohere2_moe, mlp() | mixture(shared="shared_experts")),
+    "mellum": Architecture(config_mixtures.mellum, mlp() | mixture()),
+    "hy_v3": Architecture(
+        config_mixtures.hy_v3, mlp() | mixture(router="router.gate", shared="shared_mlp", correction="expert_bias")
     ),
     "mimo2": Architecture(
         config_mixtures.mimo2,

@@ -109,7 +109,7 @@ def experts(m: Metadata) -> dict[str, Any]:
     return {
         "num_local_experts": count, "num_experts": count, "n_routed_experts": count,
         "num_experts_per_tok": m.whole("expert_used_count"), "separate_experts": True,
-        "moe_intermediate_size": m.whole("expert_feed_forward_length", m.whole("feed_forward_length", 0)) or None,
+        "moe_intermediate_size": m.whole("expert_feed_forward_length", 0) or m.whole("feed_forward_length", 0) or None,
     }  # fmt: skip
 
 
@@ -130,12 +130,24 @@ def llama(m: Metadata) -> dict[str, Any]:
 
 
 def mistral3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama.
+    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama, or for Ministral 3.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    Ministral 3 scales queries by a temperature that grows with the position. Its yarn does not scale queries and keys,
+    since mscale equals mscale_all_dim. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
     """
-    m.refuse("attention.temperature_scale", "queries are not scaled by their position here")
-    return llama(m)
+    c, heat = llama(m), m.real("attention.temperature_scale", 0.0)
+    if not heat:
+        return c
+    if c["architectures"] != ["LlamaForCausalLM"] or (c["rope_scaling"] or {}).get("rope_type") != "yarn":
+        raise PortError(
+            f"{m.file.path}: {m.file.architecture}.attention.temperature_scale={heat} is ported for a dense model with "
+            "rope.scaling.type yarn only"
+        )
+    both = m.real("rope.scaling.yarn_log_multiplier", 0.0)
+    rope = {**c["rope_scaling"], "rope_theta": c["rope_theta"], "llama_4_scaling_beta": heat}
+    rope |= {"mscale": both, "mscale_all_dim": both} if both else {}
+    return c | {"architectures": ["Ministral3ForCausalLM"], "rope_parameters": rope, "rope_scaling": None}
 
 
 def qwen(model: str) -> Any:
@@ -151,48 +163,6 @@ def qwen(model: str) -> Any:
     return describe
 
 
-def _scale(m: Metadata, largest: int) -> float:
-    """The value of query_pre_attn_scalar for Gemma, whose metadata may lack it.
-
-    Without the key attention.scale the value is the head's width or, in the model with `largest` layers, hidden size
-    over heads.
-    """
-    if m.get("attention.scale"):
-        return m.real("attention.scale") ** -2
-    return m.hidden / m.heads if m.layers == largest else float(m.head_dim)
-
-
-def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2.
-
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
-    """
-    whole_heads(m)
-    caps = {
-        "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": m.real("final_logit_softcapping", 30.0),
-    }
-    return base(m) | caps | {
-        "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": _scale(m, 46),
-        "sliding_window": m.whole("attention.sliding_window", 4096), "layer_types": m.sliding(2),
-    }  # fmt: skip
-
-
-def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model.
-
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
-    """
-    whole_heads(m)
-    window = m.whole("attention.sliding_window", 0)
-    return base(m) | {
-        "architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": _scale(m, 62),
-        "sliding_window": window or None, "layer_types": m.sliding(6 if window else 0),
-        "rope_local_base_freq": m.real("rope.freq_base_swa", 10000.0),
-        "final_logit_softcapping": m.real("final_logit_softcapping", 0.0) or None,
-    }  # fmt: skip
-
-
 def phi3(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Phi-3 and Phi-4.
 
@@ -205,16 +175,19 @@ def phi3(m: Metadata) -> dict[str, Any]:
 
 
 def granite(model: str) -> Any:
-    """A function from metadata to the config (a dict) of Granite, dense or with experts.
+    """A function from metadata to the config (a dict) of Granite, dense or with experts, of which one may be shared.
 
-    model: the architecture's name. The function raises CheckpointError for a missing key, PortError for a value that is
-    not supported.
+    model: the architecture's name, if no expert is shared. The function raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
         whole_heads(m)
-        return base(m) | (experts(m) if m.get("expert_count") else {}) | {
-            "architectures": [model], "embedding_multiplier": m.real("embedding_scale", 1.0),
+        shared = rows(m, "block_sparse_moe.shared_mlp.gate_proj.weight")
+        named = {"shared_intermediate_size": shared, "llama_names": True} if shared else {}
+        return base(m) | (experts(m) if m.get("expert_count") else {}) | named | {
+            "architectures": ["GraniteMoeSharedForCausalLM" if shared else model],
+            "embedding_multiplier": m.real("embedding_scale", 1.0),
             "residual_multiplier": m.real("residual_scale", 1.0), "logits_scaling": m.real("logit_scale", 1.0),
             "attention_multiplier": m.real("attention.scale", m.head_dim**-0.5),
             "mlp_bias": m.has("mlp.gate_proj.bias"),
@@ -390,17 +363,23 @@ def minicpm3(m: Metadata) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bitnet(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for BitNet b1.58. Its head is the embedding.
+def bitnet(usual: str) -> Any:
+    """A function from metadata to the config (a dict) of BitNet b1.58, whose head is the embedding.
 
-    The activation is that of the key hidden_act, or silu as in llama.cpp; files of the models with squared ReLU have
-    another architecture. Raises CheckpointError for a missing key, PortError for other activations.
+    usual: the activation of files without a key for it: silu in llama.cpp, relu2 (squared ReLU) in bitnet.cpp, which
+    gives its files an architecture of their own. The function raises CheckpointError for a missing key, PortError for
+    other activations.
     """
-    whole_heads(m)
-    act = {"relu_sqr": "relu2", "relu2": "relu2", "silu": "silu"}.get(name := str(m.get("hidden_act", "silu")))
-    if act is None:
-        raise PortError(f"{m.file.path}: bitnet.hidden_act={name!r} is not ported; known are silu, relu2")
-    return base(m) | {"architectures": ["BitNetForCausalLM"], "hidden_act": act, "rope_scaling": None}
+
+    def describe(m: Metadata) -> dict[str, Any]:
+        whole_heads(m)
+        key = next((k for k in ("hidden_activation", "hidden_act") if m.get(k) is not None), "hidden_act")
+        act = {"relu_sqr": "relu2", "relu2": "relu2", "silu": "silu"}.get(name := str(m.get(key, usual)))
+        if act is None:
+            raise PortError(f"{m.file.path}: {m.file.architecture}.{key}={name!r} is not ported; known are silu, relu2")
+        return base(m) | {"architectures": ["BitNetForCausalLM"], "hidden_act": act, "rope_scaling": None}
+
+    return describe
 
 
 XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has built in, and the largest difference
@@ -426,52 +405,3 @@ def apertus(m: Metadata) -> dict[str, Any]:
             name = f"model.layers.{i}.mlp.act_fn.{key}"
             m.tables.add_constant(name, np.array(values[i : i + 1], np.float32))
     return base(m) | {"architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"}
-
-
-UNTURNED = 1e20  # frequency factors of this size or more are those of columns without rope
-
-
-def gemma4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 4's text model.
-
-    Layers with full attention have heads of a width of their own, and rope turns a part of their columns. If the file
-    has no tensor for these layers' values, their keys serve as values. Raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
-    """
-    kinds, heads = m.sliding(6), m.kv_heads_by_layer
-    widths = {
-        "full_attention": m.whole("attention.key_length"),
-        "sliding_attention": m.whole("attention.key_length_swa"),
-    }
-    local = widths["sliding_attention"]
-    turned = m.whole("rope.dimension_count_swa", local)
-    if turned != local:
-        raise PortError(f"{m.file.path}: rope.dimension_count_swa={turned}, but heads of {local} are turned whole")
-    factors = m.factors.get("freqs", [])
-    part = sum(f == 1 for f in factors) / len(factors) if factors else 1.0
-    if any(f != 1 and f < UNTURNED for f in factors):
-        raise PortError(f"{m.file.path}: rope_freqs is not ported for gemma4 unless its values are 1, or without rope")
-    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    same = [i for i in full if not m.has("self_attn.v_proj.weight", i)]
-    if same not in ([], full):
-        raise PortError(f"{m.file.path}: layers {same} have no tensor attn_v; wanted all or none of {full}")
-    m.factors.clear()  # not those of other architectures
-    width = m.whole("embedding_length_per_layer_input", 0)
-    c = base(m, kv_heads=max(heads))
-    c["rope_parameters"] = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": m.real("rope.freq_base_swa", 10000.0)},
-        "full_attention": {
-            "rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": c.pop("rope_theta"),
-        },
-    }  # fmt: skip
-    rows_of = "model.embed_tokens_per_layer.weight"
-    return c | {
-        "architectures": ["Gemma4ForCausalLM"], "layer_types": kinds, "attention_k_eq_v": bool(same),
-        "sliding_window": m.whole("attention.sliding_window"), "rope_scaling": None,
-        "per_layer_config": {
-            str(i): {"head_dim": widths[kind], "num_key_value_heads": heads[i]} for i, kind in enumerate(kinds)
-        },
-        "num_kv_shared_layers": m.whole("attention.shared_kv_layers", 0), "hidden_size_per_layer_input": width,
-        "vocab_size_per_layer_input": m.tables.shape(rows_of)[0] if width else None,
-        "final_logit_softcapping": m.real("final_logit_softcapping", 0.0) or None,
-    }  # fmt: skip

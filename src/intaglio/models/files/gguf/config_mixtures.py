@@ -164,7 +164,9 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 
 
 def afmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always.
+    """The keys of config.json, as a dict, for AFMoE.
+
+    mup_enabled, by which embeddings are multiplied by sqrt(hidden size), is always True, as in llama.cpp.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -181,6 +183,7 @@ def afmoe(m: Metadata) -> dict[str, Any]:
 def deepseek2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else for DeepSeek-V2.
 
+    Without experts it is Youtu-LLM.
     Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
     There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a
     tenth. Raises CheckpointError for a missing key, PortError for a value that is not supported.
@@ -189,13 +192,15 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
     key = m.whole("attention.key_length_mla", m.whole("attention.key_length", 0))
     value = m.whole("attention.value_length_mla", m.whole("attention.value_length", 0))
     third = m.whole("expert_gating_func", 1) == SIGMOID or any("e_score_correction" in n for n in m.tables.names)
-    c = base(m) | experts(m) | groups(m) | {
-        "architectures": ["DeepseekV3ForCausalLM" if third else "DeepseekV2ForCausalLM"],
+    mixed = m.get("expert_count")
+    model = "YoutuForCausalLM" if not mixed else "DeepseekV3ForCausalLM" if third else "DeepseekV2ForCausalLM"
+    c = base(m) | (experts(m) | groups(m) if mixed else {}) | {
+        "architectures": [model],
         "q_lora_rank": m.get("attention.q_lora_rank"), "kv_lora_rank": rank, "qk_rope_head_dim": rope,
         "qk_nope_head_dim": key - rope, "v_head_dim": value, "attention_bias": False, "rope_interleave": True,
         "head_dim": None,
     }  # fmt: skip
-    if not third:
+    if mixed and not third:
         c["topk_method"] = "group_limited_greedy" if c["n_group"] > 1 else "greedy"
     heat = m.real("rope.scaling.yarn_log_multiplier", 0.0) * 10
     if c["rope_scaling"] and heat:
@@ -258,8 +263,8 @@ def dbrx(m: Metadata) -> dict[str, Any]:
 def mimo2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for MiMo-V2-Flash.
 
-    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless windowed
-    layers have twice the K/V heads.
+    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless layers with
+    a window have twice as many K/V heads as those with full attention.
     """
     m.fixed("expert_gating_func", SIGMOID)
     kinds, heads = m.sliding(6), m.kv_heads_by_layer
@@ -284,4 +289,64 @@ def mimo2(m: Metadata) -> dict[str, Any]:
             kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": turned}
             for kind, theta in ropes.items()
         },
+    }  # fmt: skip
+
+
+def cohere2_moe(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Cohere 2 with experts.
+
+    Layers without a router's tensor are dense; they have rope even with full attention, as in llama.cpp. The results of
+    shared and routed experts are averaged. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
+    """
+    whole_heads(m)
+    m.fixed("expert_gating_func", SIGMOID)
+    rms = bool(m.real("attention.layer_norm_rms_epsilon", 0.0))
+    mixed = [m.has("mlp.gate.weight", i) for i in range(m.layers)]
+    c = base(m, norm="rms" if rms else "layer") | experts(m)
+    return c | {
+        "architectures": ["Cohere2MoeForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
+        "sliding_window": m.whole("attention.sliding_window"), "layer_types": m.sliding(4),
+        "mlp_layer_types": ["sparse" if mix else "dense" for mix in mixed], "first_k_dense_replace": 0,
+        "prefix_dense_intermediate_size": m.whole("feed_forward_length"), "prefix_dense_sliding_window_pattern": 1,
+        "intermediate_size": c["moe_intermediate_size"], "num_shared_experts": m.whole("expert_shared_count", 0),
+        "shared_expert_combination_strategy": "average", "expert_selection_fn": "sigmoid",
+        "norm_topk_prob": m.flag("expert_weights_norm"),
+    }  # fmt: skip
+
+
+def mellum(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Mellum 2, whose layers with a window have a rope that is not scaled.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
+    whole_heads(m)
+    c = base(m) | experts(m) | {"architectures": ["MellumForCausalLM"], "norm_topk_prob": True}
+    window = m.whole("attention.sliding_window", 0)
+    scaled = c.pop("rope_scaling") or {"rope_type": "default"}
+    local = m.real("rope.freq_base_swa", c["rope_theta"])
+    return c | {
+        "sliding_window": window or None, "layer_types": m.sliding(4 if window else 0),
+        "rope_parameters": {
+            "full_attention": {**scaled, "rope_theta": c["rope_theta"]},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        "mlp_layer_types": ["sparse" if m.has("mlp.gate.weight", i) else "dense" for i in range(m.layers)],
+    }  # fmt: skip
+
+
+def hy_v3(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Hy3. The layers with experts are those with a router's tensor.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
+    whole_heads(m)
+    m.fixed("expert_gating_func", SIGMOID)
+    m.fixed("expert_weights_norm", True)
+    c = base(m) | experts(m)
+    shared = rows(m, "mlp.shared_mlp.gate_proj.weight") or 0
+    return c | {
+        "architectures": ["HYV3ForCausalLM"], "num_shared_experts": shared // c["moe_intermediate_size"],
+        "router_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
+        "mlp_layer_types": ["sparse" if m.has("mlp.router.gate.weight", i) else "dense" for i in range(m.layers)],
     }  # fmt: skip

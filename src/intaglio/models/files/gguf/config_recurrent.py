@@ -143,25 +143,43 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 def nemotron_h(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Nemotron-H.
 
-    A layer with an MLP width is an MLP, any other with K/V heads is attention, the rest are Mamba-2 blocks. There is no
-    key time_step_limit: the step size dt is not clamped, as in llama.cpp. Raises CheckpointError for a missing key,
-    PortError if MLPs differ in width.
+    A layer with a router's tensor has experts, any other with an MLP width is an MLP, any other with K/V heads is
+    attention, the rest are Mamba-2 blocks. There is no key time_step_limit: the step size dt is not clamped, as in
+    llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
     """
-    widths, heads = m.get("feed_forward_length"), m.whole("ssm.time_step_rank")
-    widths = list(map(int, widths if isinstance(widths, list) else [widths] * m.layers))[: m.layers]
-    if len({n for n in widths if n}) > 1:
+    widths, heads = [int(x) for x in m.by_layer("feed_forward_length")], m.whole("ssm.time_step_rank")
+    mixed = [m.has("mixer.gate.weight", i) for i in range(m.layers)]
+    if len({n for n, mix in zip(widths, mixed, strict=True) if n and not mix}) > 1:
         m.one("feed_forward_length")
     kinds = [
-        "mlp" if width else "attention" if n else "mamba" for width, n in zip(widths, m.kv_heads_by_layer, strict=True)
+        "moe" if mix else "mlp" if width else "attention" if n else "mamba"
+        for mix, width, n in zip(mixed, widths, m.kv_heads_by_layer, strict=True)
     ]
     own = kinds.index("attention") if "attention" in kinds else 0
-    return base(m, width=max(widths)) | {
+    return base(m, width=max(widths)) | (ungated_experts(m) if any(mixed) else {}) | {
         "architectures": ["NemotronHForCausalLM"], "llama_names": True, "layers_block_type": kinds,
         "layer_norm_epsilon": m.real("attention.layer_norm_rms_epsilon"), "mamba_num_heads": heads,
         "mamba_head_dim": m.whole("ssm.inner_size") // heads, "n_groups": m.whole("ssm.group_count", 1),
         "ssm_state_size": m.whole("ssm.state_size"), "conv_kernel": m.whole("ssm.conv_kernel"),
         "use_conv_bias": _has(m, "mixer.conv1d.bias"), "mamba_proj_bias": _has(m, "mixer.in_proj.bias"),
-        "attention_bias": m.has("self_attn.q_proj.bias", own), "mlp_bias": _has(m, "mixer.up_proj.bias"),
+        "attention_bias": m.has("self_attn.q_proj.bias", own),
+        "mlp_bias": _has(m, "mixer.up_proj.bias") or _has(m, "mixer.shared_experts.up_proj.bias"),
+    }  # fmt: skip
+
+
+def ungated_experts(m: Metadata) -> dict[str, Any]:
+    """A dict of the config keys of Nemotron-H's experts, which have no gate.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
+    m.fixed("expert_gating_func", SIGMOID)
+    count = m.whole("expert_group_count", 1)
+    return experts(m) | {
+        "n_group": count, "topk_group": m.whole("expert_group_used_count", 1 if count < 2 else None),
+        "norm_topk_prob": m.flag("expert_weights_norm"),
+        "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
+        "moe_shared_expert_intermediate_size": rows(m, "mixer.shared_experts.up_proj.weight"),
+        "moe_latent_size": m.whole("moe_latent_size", 0) or None,
     }  # fmt: skip
 
 

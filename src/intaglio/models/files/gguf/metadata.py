@@ -127,8 +127,24 @@ class Metadata:
     @property
     def kv_heads_by_layer(self) -> list[int]:
         """A list of the number of K/V heads of each layer, 0 in those without attention."""
-        value = self.get("attention.head_count_kv", self.heads)
-        return list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
+        return [int(x) for x in self.by_layer("attention.head_count_kv", self.heads)]
+
+    def by_layer(self, key: str, default: Any = None) -> list[float]:
+        """A list of the values of a key for each layer; a key may have one number for all.
+
+        default: used if the file does not have the key: a number or a list. Raises CheckpointError if it has neither,
+        for fewer values than layers, and for a value that is no number.
+        """
+        value = self.get(key, default)
+        values = value[: self.layers] if isinstance(value, list) else [value] * self.layers
+        if value is None:
+            self._needed(key, None)
+        if len(values) < self.layers or any(isinstance(x, str | bytes | list) or math.isnan(x) for x in values):
+            raise CheckpointError(
+                f"{self.file.path}: {self.file.architecture}.{key}={value!r}; wanted a number, or one for each of the "
+                f"{self.layers} layers"
+            )
+        return values
 
     @property
     def head_dim(self) -> int:

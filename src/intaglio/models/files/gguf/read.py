@@ -23,6 +23,7 @@ FACTORS = {"rope_freqs": "freqs", "rope_factors_long": "long", "rope_factors_sho
 SUFFIXES = ("weight", "bias", "scale")
 UNNAMED = (  # whose names have no `.weight` or `.bias` after them
     "e_score_correction_bias", "expert_bias", "sinks", "sink_bias", "layer_scalar", "A_log", ".D", "dt_bias",
+    "correct_output_scale",
 )  # fmt: skip
 EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)")  # old files keep a mixture's matrices one by one
 DERIVED = ("attn_rot_embd",)  # frequencies that follow from the metadata
@@ -124,8 +125,9 @@ class _Reader:
     def _add(self, at: str, own: str, suffix: str, p: Place, full: str) -> None:
         match = EXPERT.fullmatch(own)
         name = self.own.name(f"ffn_{match[1]}_exps" if match else own)
-        if why := self.own.refused.get(own):
-            raise PortError(f"{self.file.path}: tensor {full}: {why}")
+        if suffix == "scale" and (whole := self.own.scales.get(own)):
+            self.tables.add(at + whole, p)
+            return
         if name is None and own == "attn_qkv":
             self._add_rows(at, ("attn_q", "attn_k", "attn_v"), suffix, p, self._widths(at), full)
         elif name is None and own == "ffn_gate_up_exps":

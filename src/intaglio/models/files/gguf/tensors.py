@@ -21,6 +21,10 @@ from intaglio.models.files.gguf.header import Tensor
 from intaglio.ops import Value
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+TERNARY = {  # types of ternary weights that are not read, and why
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), " (ternary weights have no kernel here; use a Q4_K_M or Q8_0 file)"),
+    "type 36": " (I2_S of bitnet.cpp, whose layout depends on the machine that wrote the file; use an F16 file)",
+}
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ class Place:
 
 
 def place_of(path: Path, file: Path, t: Tensor) -> Place:
-    """The Place of a tensor. Raises PortError if its type is not supported.
+    """The Place of a tensor: the file that holds it, its type, shape and first byte.
 
-    path: the file's name in the error. file: the part that holds the tensor.
+    path: the checkpoint, for the error. file: the part of the checkpoint that holds the tensor. Raises PortError if the
+    tensor's type is not supported.
     """
     kind = t.kind
     if kind not in PLAIN and kind not in BLOCKS:
-        why = " (ternary weights have no kernel here; use a Q4_K_M or Q8_0 file)" if kind.startswith("TQ") else ""
+        why = TERNARY.get(kind, "")
         raise PortError(f"{path}: tensor {t.name} is {kind}, which is not read{why}; known are {known_types()}")
     return Place(file, kind, t.shape, t.start)
 
