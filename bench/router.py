@@ -132,18 +132,20 @@ async def converse(url: str, a: argparse.Namespace) -> tuple[list[Turn], float, 
     """(all turns of all conversations, output tokens a second, lower bound of the mean TTFT of these turns)."""
     rng = random.Random(a.seed)
     systems = [text(rng, a.system_words) for _ in range(a.systems)]
+    system_of = [n % max(1, a.systems) for n in range(a.users)]
+    rng.shuffle(system_of)  # else users in turn would give replicas in turn one system prompt each
     turns: list[Turn] = []
 
     async def user(n: int, session: aiohttp.ClientSession, shared: list[int], began: float) -> None:
-        own, known = random.Random(f"{a.seed} {n}"), shared[n % len(shared)] if shared else 0
-        prompt = systems[n % len(systems)] if a.systems else ""
+        own, known = random.Random(f"{a.seed} {n}"), shared[system_of[n]] if shared else 0
+        prompt = systems[system_of[n]] if a.systems else ""
         prompt += f"\nuser {n}: {text(own, a.own_words)}"
         await asyncio.sleep(own.random() * a.stagger)
         for number in range(a.turns):
             at = time.perf_counter() - began
             first, usage, reply = await ask(session, url, prompt, a.output)
             tokens, cached = usage["prompt_tokens"], usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-            turns.append(Turn(at, first, tokens, cached, max(1, tokens - known), n % max(1, a.systems), number))
+            turns.append(Turn(at, first, tokens, cached, max(1, tokens - known), system_of[n], number))
             known = tokens + a.output
             prompt += f"{reply}\n{text(own, a.turn_words)}\n"
             await asyncio.sleep(own.expovariate(1 / a.think) if a.think else 0)

@@ -6,10 +6,10 @@ For each engine, for its older releases and for prefill and decode apart, rows o
 twice: without these additions, and with step_s and sequence_s, since requests wait longer where steps are longer. The
 additions are linear in a request's tokens and in the time of a step, so the constants with the least error follow from
 the residuals: step_s and sequence_s from the times per token of the first run; request_s, prompt_token_s and
-admission_steps from the times to the first token of the second. Servers with speculative decoding are left out of
-these; tokens_per_step of each recipe follows from their times per token. All belong in
-src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them (`intaglio validate-serving serving.csv
---split test`).
+admission_steps from the times to the first token of the second. Servers with speculative decoding, or with a recipe
+that gives step_s, are left out of these; tokens_per_step or step_s of such recipes follow from their times per token.
+All belong in src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them (`intaglio
+validate-serving serving.csv --split test`).
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def main() -> None:
             prompt_token_s=0.0,
             admission_steps=0.0,
         )
-        drafted = [r for r in mine if r.profile(profile).draft_tokens]
-        mine = spread_rows([r for r in mine if r not in drafted], asked.rows)
+        drafted = [r for r in mine if r.profile(plain).draft_tokens]
+        slow = [r for r in mine if r.profile(plain).step_s]
+        mine = spread_rows([r for r in mine if r not in drafted and r not in slow], asked.rows)
         if not mine:
             continue
         found = served(mine, plain)
@@ -106,7 +107,13 @@ def main() -> None:
             f"admission_steps = {best[2]:g}",
             flush=True,
         )
-        for tokens, alike in by_drafts(drafted, profile).items():
+        for step, alike in by_field(slow, plain, "step_s").items():
+            bare = tuple({k: v for k, v in recipe.items() if k != "step_s"} for recipe in plain.recipes)
+            found = served(alike, replace(plain, sequence_s=ahead[1], recipes=bare))
+            residuals = [c.row.tpot - c.tpot for c in found]
+            wanted = min(residuals, key=lambda s, found=found: step_error(found, s, 0.0))  # type: ignore[misc]
+            print(f"step_s = {wanted:.2g}, now {step:g}: {len(found)} rows of a recipe", flush=True)
+        for tokens, alike in by_field(drafted, plain, "tokens_per_step").items():
             found = served(spread_rows(alike, asked.rows), plain)
             wanted = statistics.median((tokens * c.tpot + added(c, *ahead)) / c.row.tpot for c in found)
             servers = sorted({f"{c.row.card} {c.row.columns['backend_version']} {c.row.placement()}" for c in found})
@@ -120,11 +127,11 @@ def served(mine: list[Row], profile: EngineProfile) -> list[Compared]:
     return [c for c in compare_all(mine, lambda _: profile) if not c.refused]
 
 
-def by_drafts(drafted: list[Row], profile: EngineProfile) -> dict[float, list[Row]]:
-    """A dict of rows of servers with speculative decoding: tokens_per_step of their recipe to the rows."""
+def by_field(mine: list[Row], profile: EngineProfile, field: str) -> dict[float, list[Row]]:
+    """A dict of the rows by the value of a field of the profile that holds for their servers."""
     out: dict[float, list[Row]] = {}
-    for row in drafted:
-        out.setdefault(row.profile(profile).tokens_per_step, []).append(row)
+    for row in mine:
+        out.setdefault(getattr(row.profile(profile), field), []).append(row)
     return out
 
 

@@ -27,9 +27,9 @@ LOOPED = "layers that run more than once, with keys and values of each pass"
 HELPER = "a draft model that reads the keys and values of the model that it helps"
 REASONS: dict[str, tuple[str, ...]] = {
     RECURRENT: (
-        "BailingHybridForCausalLM", "InklingForCausalLM", "Inkling2ForCausalLM", "Inkling2LoopForCausalLM",
-        "LaraMiniForCausalLM", "Lfm3ForCausalLM", "Qwen4ExpForCausalLM", "RwkvForCausalLM",
-        "Zamba2ForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM", "xLSTMForCausalLM",
+        "InklingForCausalLM", "Inkling2ForCausalLM", "Inkling2LoopForCausalLM",
+        "LaraMiniForCausalLM", "Qwen4ExpForCausalLM", "RwkvForCausalLM",
+        "ZambaForCausalLM", "ZayaForCausalLM", "xLSTMForCausalLM",
     ),
     SPARSE: (
         "AXK2ForCausalLM", "DeepseekV4ForCausalLM", "Dots3NoteForCausalLM", "HYV4ForCausalLM",

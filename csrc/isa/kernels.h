@@ -253,6 +253,7 @@ struct DecayArgs {
   const float *rates, *bias;  // rates: [width], the log decays of a step of 1
   int64_t width;
   float low, high;
+  float floor;  // below 0: the log decay is floor * sigmoid(-rates * x)
 };
 
 // The op linear_attention, as defined by LinearAttention in ops/linear_attention.py. by_key: `decay` has a column per key.

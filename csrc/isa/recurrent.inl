@@ -21,10 +21,12 @@ void decay_row(const DecayArgs& a, const float* x, float* step, float* decay) {
     const int64_t n = a.width - c;
     F y = load_first(x + c, n);
     if (a.bias) y = y + load_first(a.bias + c, n);
+    const F rates = load_first(a.rates + c, n);
+    if (a.floor < 0) store_first(decay + c, set(a.floor) * sigmoid(set(0) - rates * y), n);
     y = max(set(a.low), softplus(y));
     if (a.high > 0) y = min(set(a.high), y);
     store_first(step + c, y, n);
-    store_first(decay + c, load_first(a.rates + c, n) * y, n);
+    if (a.floor >= 0) store_first(decay + c, rates * y, n);
   }
 }
 

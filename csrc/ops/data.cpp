@@ -1,4 +1,5 @@
-// Ops that copy rows: embed (lookup by token id), select (rows to sample), permute (columns in another order).
+// Ops that copy rows: embed (lookup by token id), select (rows to sample), permute (columns in another order), concat
+// (the columns of two tensors side by side).
 #include <cstring>
 
 #include "run/op.h"
@@ -61,9 +62,25 @@ class Permute : public OpKernel {
   const std::vector<float>& order_;  // integers below 2^24, which float holds exactly
 };
 
+class Concat : public OpKernel {
+ public:
+  explicit Concat(OpArgs& a) : a_(a.rows("a")), b_(a.rows("b")), out_(a.rows("out")) {}
+  void plan(Planner& p) override { p.rows(out_.rows(), out_.cols); }
+  void run(int, int64_t begin, int64_t end, Scratch&) override {
+    for (int64_t r = begin; r < end; r++) {
+      std::memcpy(out_.row(r), a_.row(r), size_t(a_.cols) * 4);
+      std::memcpy(out_.row(r) + a_.cols, b_.row(r), size_t(b_.cols) * 4);
+    }
+  }
+
+ private:
+  const Tensor &a_, &b_, &out_;
+};
+
 const Registered<Embed> embed("embed");
 const Registered<Select> select("select");
 const Registered<Permute> permute("permute");
+const Registered<Concat> concat("concat");
 
 }  // namespace
 }  // namespace intaglio

@@ -1,4 +1,6 @@
 // Op map: an elementwise expression over up to three operands.
+#include <numeric>
+
 #include "ops/names.h"
 
 namespace intaglio {
@@ -13,16 +15,24 @@ const Choices<MapStep::What>& operators() {
 class Map : public OpKernel {
  public:
   explicit Map(OpArgs& a) : kernels_(a.context.kernels), out_(a.rows("out")) {
-    for (size_t i = 0; i < 3; i++) operands_[i] = a.optional_rows(std::string(1, char('a' + i)));
+    for (size_t i = 0; i < 3; i++) {
+      operands_[i] = a.optional_rows(std::string(1, char('a' + i)));
+      if (operands_[i] && operands_[i]->cols < out_.cols) runs_ = std::lcm(runs_, operands_[i]->cols);
+    }
     compile(a.tokens("expr"));
   }
   void plan(Planner& p) override { p.rows(out_.rows(), out_.cols); }
   void run(int, int64_t begin, int64_t end, Scratch& mine) override {
-    MapArgs a{{}, {}, {}, out_.row(0), out_.ld, out_.cols, steps_.data(), int64_t(steps_.size()), numbers_.data()};
-    for (size_t i = 0; i < 3; i++)
-      if (const Tensor* x = operands_[i])
-        a.operand[i] = x->row(0), a.ld[i] = x->ld, a.column[i] = x->cols == 1 && out_.cols > 1;
-    for (int64_t r = begin; r < end; r++) kernels_.map_row(a, r, mine.floats);
+    const int64_t width = out_.cols / runs_;
+    for (int64_t j = 0; j < runs_; j++) {
+      MapArgs a{{}, {}, {}, out_.row(0) + j * width, out_.ld, width, steps_.data(), int64_t(steps_.size()), numbers_.data()};
+      for (size_t i = 0; i < 3; i++)
+        if (const Tensor* x = operands_[i]) {
+          const int64_t run = out_.cols / x->cols;  // columns of the result that read one column of the operand
+          a.operand[i] = x->row(0) + j * width / run, a.ld[i] = x->ld, a.column[i] = run > 1;
+        }
+      for (int64_t r = begin; r < end; r++) kernels_.map_row(a, r, mine.floats);
+    }
   }
 
  private:
@@ -51,6 +61,7 @@ class Map : public OpKernel {
   const Kernels& kernels_;
   const Tensor& out_;
   const Tensor* operands_[3];
+  int64_t runs_ = 1;  // equal runs of columns, in each of which every operand has one value or one per column
   std::vector<MapStep> steps_;
   std::vector<float> numbers_;
 };

@@ -86,13 +86,13 @@ class Decay : public OpKernel {
  public:
   explicit Decay(OpArgs& a)
       : kernels_(a.context.kernels), x_(a.rows("x")), step_(a.rows("step")), decay_(a.rows("decay")), bias_(a.optional_vector("bias")),
-        low_(a.number("low")), high_(a.number("high")) {
+        low_(a.number("low")), high_(a.number("high")), floor_(a.number("floor")) {
     const std::vector<float> rates = log_decays(a.vector("rate"));
     for (float rate : rates) rates_.insert(rates_.end(), size_t(x_.cols) / rates.size(), rate);
   }
   void plan(Planner& p) override { p.rows(x_.rows(), x_.cols * 8); }
   void run(int, int64_t begin, int64_t end, Scratch&) override {
-    const DecayArgs a{rates_.data(), bias_, x_.cols, low_, high_};
+    const DecayArgs a{rates_.data(), bias_, x_.cols, low_, high_, floor_};
     for (int64_t t = begin; t < end; t++) kernels_.decay_row(a, x_.row(t), step_.row(t), decay_.row(t));
   }
 
@@ -100,7 +100,7 @@ class Decay : public OpKernel {
   const Kernels& kernels_;
   const Tensor &x_, &step_, &decay_;
   const float* bias_;
-  float low_, high_;
+  float low_, high_, floor_;
   std::vector<float> rates_;  // of each column
 };
 

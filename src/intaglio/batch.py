@@ -94,7 +94,7 @@ class Chunk:
     Attributes:
         tokens: token ids to compute.
         start: position of the first of `tokens`.
-        blocks: numbers of all K/V blocks of the sequence, in order, those of earlier steps included.
+        blocks: numbers of all K/V blocks of the sequence, in order, also of blocks that earlier steps filled.
         rows: offsets into `tokens` of the rows whose logits are wanted.
         sampling: parameters for all these rows, or one per row.
         state: (slot that is read, slot that is written) of recurrent state. The first holds the state before these
@@ -203,7 +203,7 @@ class Batch:
     def window_table(self) -> np.ndarray:
         """Numbers of each sequence's K/V blocks in the caches of layers with a window, int32 [S, columns].
 
-        -1 stands for a block that was given back, and pads short rows. Of shape [0, 0] if these layers use
+        -1 means a block that was given back, and fills up short rows. The shape is [0, 0] if these layers use
         `block_table`.
         """
         _, s, _, columns, windows = self.counts
@@ -350,8 +350,9 @@ def _check_window(i: int, c: Chunk, block_size: int) -> None:
 def _check(i: int, c: Chunk, block_size: int) -> None:
     """Raise BatchError if a chunk cannot be run. `i` is the chunk's number, for the message.
 
-    Refused are: a chunk without tokens; positions outside its blocks; a recurrent state to read at start 0, or none at
-    a later start; a row outside its tokens; another number of Samplings than rows.
+    A chunk cannot be run if it has no tokens, positions outside its blocks, or rows outside its tokens; if it has a
+    list of Samplings that is not as long as its rows; or if its recurrent state does not fit: a state is read at start
+    0, none is read at a later start, or one is read and none is written.
     """
     n = len(c.tokens)
     if n == 0:

@@ -312,14 +312,14 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 def quantise(x: np.ndarray, name: str) -> Quantised:
     """A Quantised of weights [N, K] in the format `name`: symmetric (no zeros or minima), except q4_k.
 
-    - int8: the value of largest magnitude maps to 127 or -127, codes are -127..127.
-    - int4: that value maps to -8, so that all sixteen codes are used (as in llama.cpp's Q4_0), codes are -8..7.
+    - int8: the value of largest magnitude maps to 127 or -127; codes are -127..127.
+    - int4: the value of largest magnitude maps to -8, as in llama.cpp's Q4_0; codes are -8..7, all sixteen in use.
     - int8 and int4 in groups try this scale and four scales near it, and take the one of least squared error.
     - fp8: max|w| maps to 448, the largest E4M3 value.
     - mxfp4: the scale is the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3). Scaled
       values are rounded to E2M1, at most 6. Codes are twice these values, so whole numbers in -12..12; stored scales
       are half.
-    - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
+    - q4_k: of several pairs of scale and minimum, the one of least squared error, see _q4_k(). K: a multiple of 256.
 
     A group that holds NaN or infinity gets a NaN scale, so all its values are NaN; so does a block of q4_k with a value
     above 2^20. Groups of only |w| < 2^-120 become 0, except in q4_k. Raises FormatError for an unknown format, one

@@ -134,8 +134,8 @@ class LLM:
         expert_placement: for a layout with redundant experts (ep4r8): a JSON file with the experts of each rank of each
             layer. It is read at the start if it is there, and replaced whenever experts have moved. Each engine needs
             a file of its own, in a writable folder unless experts never move. Not for device silicon.
-        rebalance_every: seconds between two proposals of another placement of experts; 0: experts are never moved.
-            None: MOVE_EVERY. Not for device silicon.
+        rebalance_every: only for a layout with redundant experts: seconds between two proposals of another placement
+            of experts. 0: experts are never moved. None: MOVE_EVERY. Not for device silicon.
         in_process: True to run all ranks of a layout in this process, one after the other.
         chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
         chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
@@ -190,6 +190,8 @@ class LLM:
             raise DeviceError(
                 "device 'silicon' moves no experts; leave out expert_placement and rebalance_every, or use device host"
             )
+        if rebalance_every:
+            Layout.parse(layout or "tp1").check_moves_experts()
         if threads is not None and (device != "host" or machine):
             why = "takes its threads from the machine" if machine else "takes no number of threads"
             raise DeviceError(f"device {device!r} {why}; leave threads out")
@@ -290,7 +292,7 @@ class LLM:
         Args:
             prompts: without a tokenizer they are token ids, and the texts of the outputs are empty.
             params: one SamplingParams for all prompts, or one per prompt; None is SamplingParams().
-            progress: called after each step with the tokens generated so far and the most that all may generate.
+            progress: called after each step with the tokens generated so far and the limit of all prompts together.
 
         Raises, before anything runs: the errors of prepare(), naming the prompt's index, and RequestError for another
         number of params than of prompts. Raises Refused if the engine has failed.
@@ -357,7 +359,7 @@ class LLM:
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
         """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
-        Arguments and errors are those of Model.chat_prompt().
+        For arguments and errors see Model.chat_prompt().
         """
         return self.model.chat_prompt(messages)
 

@@ -62,7 +62,7 @@ class Machine:
 class SharedExecutable(BlockingExecutable):
     """An executable that runs `inner` only while it holds `turn`, a lock that the models of a machine share.
 
-    So no two models run a step, or copy K/V blocks, at the same time.
+    Only one model at a time can run a step or copy K/V blocks.
     """
 
     def __init__(self, inner: Executable, turn: threading.Lock) -> None:

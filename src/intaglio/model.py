@@ -94,7 +94,7 @@ class Model:
     def stages(self, layout: Layout) -> tuple[Program, ...]:
         """The Program of one rank of each pipeline stage, as a tuple; () for a layout of one rank.
 
-        For simulated chips: what ranks send to each other is rounded to bf16.
+        Used for simulated chips. Values that ranks send to each other are rounded to bf16.
         """
         if layout.ranks == 1:
             return ()

@@ -24,7 +24,7 @@ def silent(done: float, total: float, what: str) -> None:
 def prefixed(progress: Progress, name: str) -> Progress:
     """A Progress callback that calls `progress` with `name` and a colon in front of the description.
 
-    For an operation on several things, each with its name.
+    Used where an operation works on several things in turn: `name` says which one is under way.
     """
     return lambda done, total, what: progress(done, total, f"{name}: {what}")
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +26,9 @@ STATE = {"replicas": [REPLICA, {**REPLICA, "name": "d0", "role": "decode", "kv_u
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """The commands that a cluster called default has been given."""
-    short = tempfile.TemporaryDirectory()  # tmp_path may be too long for a Unix socket
-    monkeypatch.setenv("XDG_RUNTIME_DIR", short.name)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     folder = cluster_folder("default")
     commands: list[dict[str, Any]] = []
     answers = {"status": STATE, "scale": STATE, "drain": 3, "down": None}
@@ -53,7 +51,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     yield commands
     done.set()
     thread.join()
-    short.cleanup()
 
 
 def said(*words: str) -> str:

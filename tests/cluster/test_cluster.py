@@ -6,10 +6,13 @@ import asyncio
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -141,6 +144,30 @@ def test_commands_refuse_what_cannot_be(cluster: Clustered) -> None:
     with pytest.raises(ValueError, match="no cluster 'other' runs"):
         ask("other", {"do": "status"})
     assert os.stat(cluster_folder("test")).st_mode & 0o777 == 0o700
+
+
+def test_a_queue_adds_a_replica_which_takes_requests_too(folder: Path, tmp_path: Path, alone: Served) -> None:
+    """With real replicas and real load: users who each send the same request again until there are two replicas."""
+    with clustered(folder, tmp_path, 0, "--replicas", "1..2", "--", "--max-sequences", "1") as cluster:
+        both = threading.Event()
+
+        def user(seed: int) -> list[list[Any]]:
+            answers = []
+            while not both.is_set():
+                answers.append(send(cluster.url, *long(seed)))
+            return answers
+
+        with ThreadPoolExecutor(4) as pool:
+            users = [pool.submit(user, seed) for seed in range(4)]
+            try:
+                wait_for(lambda: len(r := cluster.replicas()) == 2 and all(x["output_tokens"] for x in r.values()))
+            finally:
+                both.set()
+        for seed, answers in enumerate(users):
+            [wanted] = {str(answer) for answer in answers.result()}
+            assert wanted == str(send(alone.url, *long(seed))), seed
+        incidents = [incident["what"] for incident in cluster.ask("status")["incidents"]]
+        assert any(what.startswith("autoscaling from 1 to 2 replicas: ") for what in incidents)
 
 
 def test_a_killed_router_leaves_no_replica(folder: Path, tmp_path: Path) -> None:

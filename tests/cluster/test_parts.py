@@ -8,6 +8,7 @@ import math
 import os
 import random
 import threading
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,9 @@ from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.cluster.threads import threads_that_fit
 from intaglio.router import CacheIndex, PromptMemory, Router
 from intaglio.runtime import Fault, Refused, Scored, Usage
-from intaglio.server.control import control_channel, load_report, pack, read_frame
+from intaglio.server.control import READ, FrameBuffer, control_channel, load_report, pack
 from intaglio.server.driver import ChoiceDelta, Inspect
+from intaglio.server.private_socket import private_socket
 from intaglio.server.problem import Problem
 from intaglio.server.relay import Relay, encode, read_delta, write_delta
 
@@ -100,18 +102,57 @@ def test_replicas_have_as_many_threads_as_fit_on_the_nodes() -> None:
     assert threads_that_fit([], 1) == threads_that_fit([2], 5) == 1
 
 
+@given(st.lists(st.tuples(st.dictionaries(st.text(), st.integers()), st.binary(max_size=300)), max_size=6), st.data())
+def test_frames_are_read_whole_however_their_bytes_arrive(
+    frames: list[tuple[dict[str, Any], bytes]], data: st.DataObject
+) -> None:
+    sent, found, buffer = (
+        b"".join(pack(*frame) for frame in frames),
+        list[tuple[dict[str, Any], bytes]](),
+        FrameBuffer(),
+    )
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=8)))
+    for begin, end in pairwise([0, *cuts, len(sent)]):
+        found += buffer.feed(sent[begin:end])
+    assert found == frames
+    with pytest.raises(ValueError, match="allowed: up to"):
+        list(buffer.feed(b"GET / HTTP/1.1\r\n"))
+
+
+def test_a_link_ends_at_bytes_that_are_no_frame_and_with_the_replica(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 120) / "s"
+    path.parent.mkdir()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"GET / HTTP/1.1\r\n")
+        await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_unix_server(serve, sock=private_socket(path)):
+            link = await Link.connect(path)
+            with pytest.raises(LinkLost):
+                await link.ask({"do": "x"}, TEST_TIMEOUT_S)
+            assert link.lost
+            await link.close()
+
+    asyncio.run(main())
+
+
 def test_calls_share_a_link_until_it_ends(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen = [await read_frame(reader) for _ in range(3)]
+        frames, seen = FrameBuffer(), list[tuple[dict[str, Any], bytes]]()
+        while len(seen) < 3:
+            seen += frames.feed(await reader.read(READ))
         for header, body in reversed(seen):
             writer.write(pack({"call": header["call"], "part": 1}, body))
         writer.write(pack({"call": seen[0][0]["call"], "end": True}))
-        await read_frame(reader)  # the cancelled call
+        assert next(iter(frames.feed(await reader.read(READ))))[0]["do"] == "cancel"
         writer.close()
 
     async def main() -> None:
         path = tmp_path / "s"
-        async with await asyncio.start_unix_server(serve, path):
+        async with await asyncio.start_unix_server(serve, sock=private_socket(path)):
             link = await Link.connect(path)
             lost = []
             link.on_lost = lambda: lost.append(True)
@@ -206,8 +247,14 @@ def test_a_replica_that_ends_right_after_its_first_report_does_not_count_as_read
     asyncio.run(main())
 
 
-def test_commands_are_answered_and_the_socket_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+@pytest.mark.parametrize("length", [1, 120])
+def test_commands_are_answered_and_the_socket_is_ours_alone(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a folder whose path is longer than the address of a Unix socket may be."""
+    runtime = tmp_path / ("x" * length)
+    runtime.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     folder = cluster_folder("one")
     (folder / "admin.sock").touch()  # left by a cluster that was killed
     started, done = threading.Event(), threading.Event()

@@ -16,6 +16,9 @@ from intaglio.ops import Norm
 pytest.importorskip("transformers")
 
 
+NORM_AND_GATE = ("qwen3_next", "olmo_hybrid", "kimi_linear")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("check")
@@ -31,7 +34,9 @@ def test_good_checkpoints_pass(folder, family):
     assert any(f"layers.3.attn.{n}" in sites for n in ("k_rope", "k_norm", "k_proj"))
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear", "mamba2", "bamba", "jamba", "lfm2"])
+@pytest.mark.parametrize(
+    "family", [*NORM_AND_GATE, "mamba2", "bamba", "jamba", "lfm2", "lfm3", "bailing_hybrid", "zamba2"]
+)
 def test_recurrent_checkpoints_pass(folder, family):
     path = tiny(family, folder / family)
     report = check(path)

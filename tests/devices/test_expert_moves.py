@@ -6,20 +6,31 @@ import gc
 import time
 import weakref
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from devices.test_expert_placement import PAGE, STATE, mesh_of, open_tiny, shuffled, steps
+from devices.test_hosts import TOKEN, agents
 from prometheus_client.parser import text_string_to_metric_families
 from support.served import served
 from support.tiny import tiny
 
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import LayoutError
-from intaglio.devices import DeviceError, Executable, MeshDevice, RanksDevice, ReportedWeights, StepRequest
+from intaglio.devices import (
+    DeviceError,
+    Executable,
+    HostsDevice,
+    MeshDevice,
+    RanksDevice,
+    ReportedWeights,
+    StepRequest,
+)
 from intaglio.devices.host import HostDevice
+from intaglio.devices.processes.hosts import HostsExecutable, Rendezvous
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
 from intaglio.ops import Experts, Route
@@ -130,6 +141,44 @@ def test_placements_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         LLM(path, layout="ep2r0", in_process=True, expert_placement=tmp_path / "none" / "p.json")
     with pytest.raises(RequestError, match="rebalance_every is -1; allowed: 0 or more"):
         LLM(path, layout="ep2r0", in_process=True, rebalance_every=-1)
+
+
+def test_moving_experts_of_a_layout_that_moves_none_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    path = tiny("qwen3moe", tmp_path)
+    for layout, other in (
+        ("ep2", r"ep2r0, or ep2r2 with two redundant experts"), ("tp2ep2pp2", "tp2ep2pp2r0, or tp2ep2pp2r2 with"),
+        ("tp2", "one such as ep2r0 or ep4r8"), (None, "one such as ep2r0 or ep4r8"),
+    ):  # fmt: skip
+        why = f"layout {layout or 'tp1'} has no redundant experts, so .* rebalance_every has no effect; use {other}"
+        with pytest.raises(LayoutError, match=why):
+            LLM(path, layout=layout, in_process=True, rebalance_every=30)
+    assert LLM(path, layout="ep2", in_process=True, rebalance_every=0).engine.experts.every == float("inf")
+
+
+def test_experts_move_between_hosts_and_a_lost_host_changes_no_token(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Two agents with a rank each, and a spare. The group with the spare starts with the first placement."""
+    path = tiny("qwen3moe", tmp_path)
+    params = SamplingParams(max_tokens=16, temperature=0.8, seed=int(rng.integers(1 << 30)))
+    prompts = ["def f(", "one two", "Hello, "]
+    wanted = LLM(path, layout="ep2r2", in_process=True, kv_tokens=256).generate(prompts, params)
+    with closing(Rendezvous("127.0.0.1", 0, TOKEN, PATIENT)) as rendezvous, agents(rendezvous, 3):
+        llm = LLM(path, layout="ep2r2", hosts=HostsDevice(rendezvous, 2, cache=None), kv_tokens=256)
+        balancer = llm.engine.experts
+        balancer.every = balancer.worth = 0.0  # at every look, whatever the loads are
+
+        def moved(times: int) -> None:
+            end = time.monotonic() + PATIENT
+            while balancer.moves < times and time.monotonic() < end:
+                assert llm.generate(prompts, params) == wanted
+            assert balancer.moves >= times and not balancer.failed
+
+        moved(2)
+        executable = llm.engine.executable.unwrapped()
+        assert isinstance(executable, HostsExecutable)
+        executable.agents[1].link.close()
+        assert llm.generate(prompts, params) == wanted and llm.engine.counts.restarts == 1
+        moved(balancer.moves + 1)
+        llm.engine.executable.close()
 
 
 class Forwarded:

@@ -22,6 +22,7 @@ from intaglio.ops import (
     REGISTRY,
     Attend,
     Collective,
+    Concat,
     Embed,
     Experts,
     KvWrite,
@@ -116,6 +117,14 @@ def test_permute(rng: np.random.Generator) -> None:
     hold(results, 0.0)
 
 
+def test_concat(rng: np.random.Generator) -> None:
+    rows, m, n = (int(rng.integers(1, top)) for top in (30, 300, 300))
+    bench = Bench(rng, rows, m)
+    results = bench.run(bench.b.op(Concat, "y", bench.x, bench.matrix("b", rows, n)))
+    np.testing.assert_array_equal(results["reference"][:, m:], bench.arrays["b.table"])
+    hold(results, 0.0)
+
+
 @pytest.mark.parametrize("norm", ["rms", "layer", "l2", "none"])
 @pytest.mark.parametrize("group", [0, 20])
 def test_norm(norm: str, group: int, rng: np.random.Generator) -> None:
@@ -156,6 +165,14 @@ def test_map_function(function: str, rng: np.random.Generator) -> None:
     y = bench.b.op(Map, "y", bench.x, expr=f"{function}(a)")
     results = bench.run(y)
     hold(results, 16 * EPS * (1 + np.abs(results["reference"])))
+
+
+def test_map_broadcasts_runs(rng: np.random.Generator) -> None:
+    rows, heads, span = int(rng.integers(1, 9)), int(rng.integers(1, 9)), int(rng.integers(1, 40))
+    bench = Bench(rng, rows, 6 * heads * span)
+    b, c = bench.matrix("b", rows, 2 * heads), bench.matrix("c", rows, 3)
+    y = bench.b.op(Map, "y", bench.x, b=b, c=c, expr="a * sigmoid(b) + c")
+    hold(bench.run(y), 64 * EPS)
 
 
 def test_map_expression(rng: np.random.Generator) -> None:

@@ -83,6 +83,11 @@ def test_decay(seed: int) -> None:
     bench.b.op(Decay, "decay", bench.x, rate, bias=bias, low=low, high=high)
     # an exponential, a logarithm, an exponential of the rate and a product, a few roundings each
     hold(run(bench, steps(rng, 40), ["decay"]), 16 * EPS)
+    bench = Bench(rng, 40, heads * span, 3.0)
+    rate, bias = bench.weight("rate", rng.normal(size=heads)), bench.weight("bias", rng.normal(size=heads * span))
+    bench.b.op(Decay, "decay", bench.x, rate, bias=bias, floor=-5.0)
+    bench.b.op(Map, "log_decay", "decay.decay", expr="a * 2.0")
+    hold(run(bench, steps(rng, 40), ["log_decay"]), 64 * EPS)
 
 
 @pytest.mark.parametrize("seed", range(6))

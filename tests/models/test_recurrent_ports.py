@@ -104,9 +104,29 @@ def test_names_and_cuts_of_released_files(tmp_path):
         np.testing.assert_array_equal(logits(released), wanted, family)
 
 
+def test_shared_blocks_are_read_in_turn(tmp_path):
+    """Zamba2: uses 0 and 2 have the first block, use 1 the second; each has adapters and a K/V cache of its own."""
+    kinds = ["hybrid"] * 3 + ["mamba"]
+    path = tiny("zamba2", tmp_path / "zamba2", layers_block_type=kinds, num_mem_blocks=2)
+    p = port(Checkpoint.open(path))
+    linears = {op.site: op for op in p.ops if op.kind == "linear"}
+    assert [linears[f"layers.{i}.shared.q_proj"].w for i in range(3)] == [
+        f"layers.{i}.shared.q_proj.weight" for i in (0, 1, 0)
+    ]
+    assert p.tensors["layers.2.shared.q_adapter_a.weight"].source == (
+        "model.layers.0.shared_transformer.self_attn.linear_q_adapter_list.2.0.weight",
+    )
+    assert sum(t.name.endswith("_cache") for t in p.of_role("state")) == 6
+
+
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
+        ("zamba2", {"num_key_value_heads": 2}, "num_key_value_heads=2; with use_shared_attention_adapter as many"),
+        ("zamba2", {"num_attention_heads": 3}, "num_attention_heads=3 does not divide twice hidden_size=64"),
+        ("zamba2", {"layers_block_type": ["moe"] * 4}, "layers_block_type has 'moe'; known are mamba"),
+        ("bailing_hybrid", {"kda_lower_bound": 2.0}, "kda_lower_bound=2.0; wanted a number of 0 or less"),
+        ("lfm3", {"layer_types": ["conv", "moe", "conv", "conv"]}, "layer_types[1]='moe' is not ported"),
         ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act='gelu'; gated delta nets are ported with silu"),
         ("olmo_hybrid", {"linear_num_value_heads": 5}, "linear_num_value_heads=5 is not a multiple of 2 key heads"),
         ("olmo_hybrid", {"layer_types": ["linear_attention"] * 4}, "layer_types has linear_attention only"),
@@ -131,6 +151,8 @@ SIZES = {
 }  # fmt: skip
 NEEDED: dict[str, dict[str, object]] = {  # what a config of the family has to say besides
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
+    "zamba2_plain": {"layers_block_type": ["mamba", "hybrid", "hybrid"] * 2, "num_mem_blocks": 2},
     "mamba2": {"num_heads": 16, "head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 256},
     "nemotron_h": {"layers_block_type": ["linear_attention", "mlp"] * 3},

@@ -12,6 +12,7 @@ from support.op_cases import BATCH, apply, close, quick, random, refuses, seeds,
 
 from intaglio import formats
 from intaglio.ops import (
+    Concat,
     Embed,
     Permute,
     Select,
@@ -60,6 +61,24 @@ def test_select_work() -> None:
     op = Select(site="s", x="x", rows="rows", out="out")
     table = tensors(x="f32[T, 8]", rows="i32[R]", out="f32[R, 8]")
     assert op.work(table, BATCH) == Work(0, 0, 0, 2 * 3 * 8 * 4)
+
+
+def test_concat() -> None:
+    a, b = random(0, 5, 4), random(1, 5, 3)
+    got = apply(Concat(site="s", a="a", b="b", out="out"), a=a, b=b)
+    assert [list(row) for row in got] == [[*x, *y] for x, y in zip(a, b, strict=True)]
+
+
+def test_concat_refuses() -> None:
+    op = Concat(site="s", a="a", b="b", out="out")
+    refuses(op, r"a has T rows and b has R; wanted as many", a="f32[T, 4]", b="f32[R, 4]")
+    refuses(op, r"b is f32\[T\]; wanted a matrix", a="f32[T, 4]", b="f32[T]")
+
+
+def test_concat_work() -> None:
+    op = Concat(site="s", a="a", b="b", out="out")
+    table = tensors(a="f32[T, 8]", b="f32[T, 3]", out="f32[T, 11]")
+    assert op.work(table, BATCH) == Work(0, 0, 0, 2 * 5 * 11 * 4)
 
 
 def test_permute() -> None:

@@ -35,12 +35,23 @@ def test_decay(seed: int, heads: int, span: int, limits: tuple[float, float]) ->
     close(got["decay"], -torched(rate).exp().repeat_interleave(span) * step)
 
 
+@quick
+@given(seeds, st.integers(1, 4), st.integers(1, 3))
+def test_decay_with_a_floor(seed: int, heads: int, span: int) -> None:
+    x, rate, bias = random(seed, 5, heads * span) * 3, random(seed + 1, heads), random(seed + 2, heads * span)
+    op = Decay(site="s", x="x", rate="rate", bias="bias", step="step", decay="decay", floor=-5.0)
+    got = op.reference({"x": x, "rate": rate, "bias": bias}, BATCH)["decay"]
+    close(got, -5 * torch.sigmoid(torched(rate).exp().repeat_interleave(span) * (torched(x) + torched(bias))), 2e-5)
+
+
 def test_decay_refuses() -> None:
     op = Decay(site="s", x="x", rate="rate", bias="bias", step="step", decay="decay")
     refuses(op, "8 columns are no multiple of 3 rates", x="f32[T, 8]", rate="f32[3]", bias="f32[8]")
     refuses(op, r"bias is f32\[4\]; wanted \[8\]", x="f32[T, 8]", rate="f32[4]", bias="f32[4]")
     wrong = Decay(site="s", x="x", rate="rate", step="step", decay="decay", low=2.0, high=1.0)
     refuses(wrong, r"low=2.0, high=1.0; wanted 0 <= low <= high", x="f32[T, 8]", rate="f32[4]")
+    wrong = Decay(site="s", x="x", rate="rate", step="step", decay="decay", floor=1.0)
+    refuses(wrong, "floor=1.0; wanted 0, for none, or a log decay below 0", x="f32[T, 8]", rate="f32[4]")
 
 
 def test_decay_work() -> None:

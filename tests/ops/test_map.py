@@ -38,6 +38,15 @@ def test_map(seed: int, rows: int, cols: int) -> None:
         close(apply(Map(site="s", out="out", expr=expr, **{n: n for n in given}), **given), want, 2e-6)
 
 
+@quick
+@given(seeds, sides, sides, sides)
+def test_map_broadcasts_runs(seed: int, rows: int, heads: int, span: int) -> None:
+    """A column per head, and one column, broadcast to the columns of a."""
+    a, b, c = (random(seed + i, rows, n) for i, n in enumerate((heads * span, heads, 1)))
+    got = apply(Map(site="s", a="a", b="b", c="c", out="out", expr="a * sigmoid(b) + c"), a=a, b=b, c=c)
+    close(got, torched(a) * torch.sigmoid(torched(b)).repeat_interleave(span, 1) + torched(c), 2e-6)
+
+
 def test_map_expressions_as_steps() -> None:
     a, b, two = ("operand", "a"), ("operand", "b"), ("number", 2.0)
     assert postfix("silu(a) * b") == (a, ("call", "silu"), b, ("binary", "*"))
@@ -61,6 +70,7 @@ def test_map_refuses() -> None:
     refuses(two, r"uses \['a'\] but operands are \['a', 'b'\]", a="f32[T, 8]", b="f32[T, 8]")
     two = Map(site="s", a="a", b="b", out="out", expr="a + b")
     refuses(two, r"a is f32\[T, 8\] but b is f32\[R, 8\]; they must have one shape", a="f32[T, 8]", b="f32[R, 8]")
+    refuses(two, r"a is f32\[T, 8\] but b is f32\[T, 3\]; they must have one shape", a="f32[T, 8]", b="f32[T, 3]")
 
 
 def test_map_work() -> None:

@@ -6,6 +6,7 @@ Long because each part is held to a slow reference that is written here.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -309,7 +310,7 @@ def walked(router: Router, now: float) -> list[tuple[str, str]]:
                 ahead[best.replica.name] += best.uncached
                 continue
             placements += 1
-            best.replica.assign(job, best.uncached)
+            best.replica.assign(job, best.uncached, now)
             best.replica.last_placed = placements
             best.replica.index.assume(job.keys, now)
             placed.append((job.id, best.replica.name))
@@ -337,10 +338,57 @@ def test_dispatch_places_what_a_walk_over_all_waiting_jobs_would(policy: str, py
         running += [p.job for p in placements]
         for one in running:
             if rng.random() < 0.5:
-                router.started(one.id, one.prompt_tokens)
+                router.started(one.id, float(i), one.prompt_tokens)
         if running and rng.random() < 0.4:
             router.ended(running.pop(rng.randrange(len(running))), 3)
     assert router.placements > 20
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_job_placed_at_once_is_placed_as_by_submit_and_dispatch(policy: str, py_rng: random.Random) -> None:
+    rng, placed = py_rng, list[Job]()
+    router = router_of(rng.randint(1, 3), policy)
+    for r in router.replicas:
+        router.report(r, LoadReport(pace=PACE, max_batch_tokens=rng.choice((8, 64)), max_sequences=4))
+    for i in range(100):
+        one, other = job(str(i), *rng.choices(range(3), k=rng.randint(0, 4)), tail=rng.randint(1, 90)), deepcopy(router)
+        one = replace(one, tenant=rng.choice("ab"), deadline=rng.choice((None, i + 0.5, i + 9.0)))
+        try:
+            other.submit(one, float(i))
+        except Refusal as refusal:
+            with pytest.raises(Refusal, match=re.escape(str(refusal))):
+                router.place(one, float(i))
+        else:
+            expected = other.dispatch(float(i)) if len(other.queue) == 1 else []
+            found = router.place(one, float(i))
+            assert [(p.job, p.replica, p.estimate.cached, p.estimate.end) for p in ([found] if found else [])] == [
+                (p.job, p.replica, p.estimate.cached, p.estimate.end) for p in expected
+            ]
+        assert router.refused == other.refused and len(router.queue) == len(other.queue)
+        assert {n: t.counter for n, t in router.queue.tenants.items()} == {
+            n: t.counter for n, t in other.queue.tenants.items()
+        }
+        placed += [a.job for r in router.replicas.values() for a in r.jobs.values() if a.job not in placed]
+        for ended in [job for job in placed if rng.random() < 0.3]:
+            placed.remove(ended)
+            router.started(ended.id, float(i), ended.prompt_tokens)
+            router.ended(ended, rng.randrange(20))
+        if rng.random() < 0.5:
+            router.dispatch(float(i))
+    assert router.placements > 20
+
+
+def test_a_replica_near_the_end_of_a_prompt_is_sooner_free() -> None:
+    router = router_of(1)
+    replica = router.replicas["r0"]
+    for i in range(2):
+        router.submit(Job(f"j{i}", (), 400), 0.0)
+    router.dispatch(0.0)  # a prompt token takes 1 ms
+    assert [replica.prefill_left(now, PACE) for now in (0.0, 0.1, 0.4, 9.0)] == [800, 700, 400, 400]
+    router.started("j0", 0.5, 400)
+    assert [replica.prefill_left(now, PACE) for now in (0.5, 0.6, 9.0)] == [400, 300, 0]
+    router.started("j1", 1.0, 400)
+    assert replica.prefill_left(1.0, PACE) == replica.prefill_tokens == 0
 
 
 def test_a_job_goes_where_its_prefix_is() -> None:
@@ -369,7 +417,7 @@ def test_a_long_queue_outweighs_a_cached_prefix() -> None:
     router.submit(job("first", 1, 2), 0.0)
     [first] = router.dispatch(0.0)
     for i in range(4):
-        router.replicas[first.replica].assign(job(f"extra{i}", 5, 6, 7, 8), 136)
+        router.replicas[first.replica].assign(job(f"extra{i}", 5, 6, 7, 8), 136, 1.0)
     router.submit(job("second", 1, 2), 1.0)
     [second] = router.dispatch(1.0)
     assert second.replica != first.replica
@@ -405,7 +453,7 @@ def test_jobs_wait_in_the_router_once_a_replica_has_enough_prefill() -> None:
     for i in range(100):
         router.submit(Job(f"j{i}", (), 512), 0.0)
     assert len(router.dispatch(0.0)) == 4
-    router.started("j0", 512)
+    router.started("j0", 0.1, 512)
     assert [p.job.id for p in router.dispatch(0.1)] == ["j4"]
 
 
@@ -594,7 +642,7 @@ def test_a_decision_does_not_walk_over_all_keys_of_the_waiting_jobs() -> None:
         router.submit(Job(f"j{i}", keys, n * CHUNK), 0.0)
     router.dispatch(0.0)
     assert len(router.queue) == 40 - 3  # each fills a replica
-    router.started(next(iter(router.replicas["r0"].jobs)), n * CHUNK, tuple(map(str, range(n))), CHUNK)
+    router.started(next(iter(router.replicas["r0"].jobs)), 1.0, n * CHUNK, tuple(map(str, range(n))), CHUNK)
     memory.looked = 0
     router.dispatch(1.0)
     assert 0 < memory.looked <= 37 * 3 * 11  # by bisection

@@ -242,18 +242,14 @@ def test_nothing_is_asked_of_the_clock_when_idle(server: Served) -> None:
 @pytest.mark.parametrize("first", ["client", "work", "client alone"])
 def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_else(first: str) -> None:
     async def run() -> None:
-        gone, done = asyncio.Event(), asyncio.get_running_loop().create_future()
-
-        async def receive() -> dict[str, str]:
-            await gone.wait()
-            return {"type": "http.disconnect"}
+        gone, done = (asyncio.get_running_loop().create_future() for _ in range(2))
 
         async def work() -> None:
             await done
 
         async def answer() -> str:
             try:
-                await while_connected(receive, work())
+                await while_connected({"state": {"disconnected": gone}}, work())
             except ClientDisconnected:
                 return "disconnected"
             await asyncio.sleep(0)  # to which a cancellation that comes late would be raised
@@ -262,10 +258,9 @@ def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_else(first: str) 
         task = asyncio.ensure_future(answer())
         for _ in range(3):
             await asyncio.sleep(0)
-        ends = {"client": [gone.set, lambda: done.set_result(None)], "client alone": [gone.set]}
-        for end in ends.get(first, [lambda: done.set_result(None), gone.set]):
-            end()
-        assert await task == ("disconnected" if first == "client alone" else "ended")
+        for end in {"client": [gone, done], "client alone": [gone]}.get(first, [done, gone]):
+            end.set_result(None)
+        assert await task == ("ended" if first == "work" else "disconnected")
         assert not task.cancelling()
 
     asyncio.run(run())

@@ -17,6 +17,7 @@ from intaglio.ops import (
     REGISTRY,
     Attend,
     ChooseKeys,
+    Concat,
     Embed,
     Experts,
     HeadLinear,
@@ -145,6 +146,18 @@ def test_embed_and_select(chip: str, seed: int, fmt: str) -> None:
     pick = Select(site="s", x="x", rows="rows", out="y")
     tensors = [Tensor("x", ("T", width), "f32", "temp"), Tensor("rows", ("R",), "i32", "input")]
     compare(chip, pick, tensors, {"x": normal(rng, len(batch.tokens), width), "rows": batch.rows}, batch, 0)
+
+
+@FEW
+@given(chip=CHIP, seed=SEED)
+def test_concat(chip: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch, (m, n) = some_batch(rng), rng.integers(1, 90, 2).tolist()
+    op = Concat(site="c", a="a", b="b", out="y")
+    tensors = [Tensor("a", ("T", m), "f32", "temp"), Tensor("b", ("T", n), "f32", "temp")]
+    compare(
+        chip, op, tensors, {"a": normal(rng, len(batch.tokens), m), "b": normal(rng, len(batch.tokens), n)}, batch, 0
+    )
 
 
 @FEW

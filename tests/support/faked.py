@@ -15,7 +15,8 @@ from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.link import Link
 from intaglio.router import Autoscaler, Role, Router
-from intaglio.server.control import pack, read_frame
+from intaglio.server.control import READ, FrameBuffer, pack
+from intaglio.server.private_socket import private_socket
 
 LOAD = {
     "running": 0, "waiting": 0, "kv_usage": 0.0, "draining": False, "failed": None, "max_batch_tokens": 512,
@@ -49,7 +50,7 @@ class FakedProcess:
         self.before_start(self)
         self.over.clear()
         path = self.folder / f"{self.name}.{self.starts}"
-        self.server = await asyncio.start_unix_server(self._connected, path)
+        self.server = await asyncio.start_unix_server(self._connected, sock=private_socket(path))
         return await Link.connect(path)
 
     async def wait(self) -> int:
@@ -77,18 +78,20 @@ class FakedProcess:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
+        frames = FrameBuffer()
         try:
-            while True:
-                header, _ = await read_frame(reader)
-                call = header["call"]
-                if header["do"] == "load":
-                    writer.write(pack({"call": call, **self.load()}))
-                elif header["do"] == "request":
-                    self.answer(
-                        header, lambda fields, body=b"", call=call: writer.write(pack({"call": call, **fields}, body))
-                    )
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while data := await reader.read(READ):
+                for header, _ in frames.feed(data):
+                    self._handle(header, writer)
+        except ConnectionError:
             pass
+
+    def _handle(self, header: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        call = header["call"]
+        if header["do"] == "load":
+            writer.write(pack({"call": call, **self.load()}))
+        elif header["do"] == "request":
+            self.answer(header, lambda fields, body=b"": writer.write(pack({"call": call, **fields}, body)))
 
 
 @asynccontextmanager

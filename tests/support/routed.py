@@ -165,7 +165,7 @@ class Simulation:
         del self.stepping[name]
         for job in begun:
             self.result.first.setdefault(job.id, now - self.arrived[job.id])
-            self.router.started(job.id, job.prompt_tokens, job.keys, CHUNK)
+            self.router.started(job.id, now, job.prompt_tokens, job.keys, CHUNK)
             self._tell(r, *r.store(job.keys))
         for job in ended:
             self.result.end[job.id] = now - self.arrived[job.id]

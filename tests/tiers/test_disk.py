@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from support.serving import oracle_engine, request, run_checked, smallest_progra
 from intaglio.runtime import BlockKey, BlockNames, BlockScope, Engine
 from intaglio.tiers import BlockFileError, DiskTier
 from intaglio.tiers.block_file import file_bytes, read_block
-from intaglio.tiers.directory import PARTIAL, BlockDirectory
+from intaglio.tiers.directory import PARTIAL, BlockDirectory, NoRoom
+from intaglio.tiers.memory import BlockMemory
 
 SEED = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
 SIZE = 4
@@ -218,6 +220,45 @@ def test_least_recently_used_files_are_deleted_and_children_before_parents(tmp_p
     other = BlockDirectory(tmp_path, 250)  # an engine of a smaller budget
     assert other.write(names[11], [b"x"]) == 2
     assert [i for i, name in enumerate(names) if directory.has(name)] == [0, 1, 11]
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+def test_no_block_is_deleted_before_the_blocks_that_follow_it(kind: str, tmp_path: Path) -> None:
+    """Without the block before it a block is of no use; blocks are written in the order in which they are computed."""
+    print(f"TEST_SEED={SEED}")
+    rng, parents, deleted = random.Random(SEED), dict[str, str](), 0
+    store = BlockDirectory(tmp_path, 2000) if kind == "files" else BlockMemory(2000)
+    for step in range(200):
+        kept = [name for name in parents if store.has(name)]
+        if kept and rng.random() < 0.3:
+            chain = [rng.choice(kept)]
+            while parents[chain[0]]:
+                chain.insert(0, parents[chain[0]])
+            store.touch(chain)
+        else:
+            name = f"{step:064x}"
+            parents[name] = rng.choice([*kept[-3:], *kept, ""])
+            with suppress(NoRoom):  # the other blocks were used later
+                deleted += store.write(name, [bytes(100)], parents[name])
+        assert all(store.has(parents[name]) for name in parents if parents[name] and store.has(name))
+    assert deleted > 30
+
+
+def test_the_blocks_of_a_sequence_count_as_used_at_its_end(tmp_path: Path) -> None:
+    tier, _ = tier_of(tmp_path)
+    engine = engine_on(tier)
+    [s] = engine.add(request("r", list(range(30)), max_tokens=40))
+    while len(s.output) < 30:
+        engine.step()
+    tier.flush()
+    now = time.time_ns()
+    run_checked(engine)
+    tier.flush()
+    names = BlockNames(SCOPE.digest, SIZE).of([*range(30), *s.output[:-1]])
+    used = [tier.directory.file(name).stat().st_mtime_ns for name in names]
+    assert used == sorted(used, reverse=True) and len(set(used)) == len(names) > 12
+    assert used[0] >= now
+    tier.close()
 
 
 def test_directory_is_made_for_its_user_only_and_an_existing_one_keeps_its_mode(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_blocks_after_those_in_the_pool_are_loaded() -> None:
     hits = shelf.counts.hits
     assert ask(engine, list(range(30)), "second") == 28
     assert (hits, shelf.counts.hits) == (2, 7) and shelf.loads == 2
-    assert shelf.touched == engine.block_names.of(range(28))
+    assert shelf.touched[:7] == engine.block_names.of(range(28))
 
 
 def test_logits_of_the_prompt_and_last_token_are_computed() -> None:

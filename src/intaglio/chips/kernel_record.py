@@ -24,8 +24,8 @@ class KernelRecord:
         changes: pairs (field of KernelLibrary, this kernel's value).
         formats: formats of weights, or of keys and values, that the kernel takes; (): every format.
         head_dims: (smallest, largest) head width that the kernel takes.
-        default: True if it is used for every call of `op` with these formats and head widths; False: only if it is
-            asked for by name.
+        default: True if calls of `op` with these formats and head widths may use the kernel without asking for it;
+            False: it is used only if it is asked for by name.
     """
 
     op: str

@@ -188,7 +188,7 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 def register_chip(on: Target) -> Target:
     """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
 
-    For plugins. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
+    Plugins call it. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

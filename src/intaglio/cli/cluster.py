@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from intaglio.router import Role
 
 cluster = typer.Typer(cls=Group, no_args_is_help=True, help="Several replicas of a model behind one address.")
-Name = Annotated[str, typer.Option("--name", help="Of the cluster, if several run here.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the cluster, if several run here.")]
 BLOCKS_BYTES = 8 << 30  # most bytes of the K/V blocks that prefill replicas hand over
 
 
@@ -167,9 +167,10 @@ def drain(
 
 @cluster.command()
 def scale(
-    replicas: Annotated[int, typer.Argument(min=1, max=64, help="How many replicas there should be.")],
+    replicas: Annotated[int, typer.Argument(min=1, max=64, help="Number of replicas to have afterwards.")],
     role: Annotated[
-        str | None, typer.Option(help="Of the replicas: prefill or decode, where these are apart. Default: decode.")
+        str | None,
+        typer.Option(help="Role of the replicas, prefill or decode, where these are apart. Default: decode."),
     ] = None,
     name: Name = "default",
 ) -> None:
@@ -200,7 +201,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
+    """Read the options of `up`: returns ({role: number of replicas}, maximum with autoscaling, or None without it).
 
     Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """

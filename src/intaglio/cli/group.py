@@ -34,7 +34,7 @@ class Group(TyperGroup):
 
 
 def _text(error: Exception) -> str:
-    """The message of an error. Of a failed file operation it is the path and the reason, without the error number."""
+    """The message of an error. For a failed file operation: the path and the reason, without the error number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

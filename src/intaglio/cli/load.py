@@ -79,7 +79,7 @@ def compile_rank(
 ) -> Program:  # fmt: skip
     """The Program of rank number `rank` of a layout: as sharded if `raw`, else compiled.
 
-    layout: such as tp4pp2. The other arguments are those of compile_model(). Raises ValueError if the layout has no
+    layout: such as tp4pp2. For the other arguments see compile_model(). Raises ValueError if the layout has no
     such rank, LayoutError if the layout does not fit the model.
     """
     from intaglio.compiler import build_mesh, shard

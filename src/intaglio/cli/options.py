@@ -56,7 +56,7 @@ checked_size = checked_by(parse_size)
 
 
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
-    """Callback of an option for API keys: returns the keys unchanged.
+    """Callback of an option for API keys: returns the keys unchanged; None if the option is not given.
 
     Raises ValueError for an empty key, because a request without a key would match it.
     """
@@ -78,7 +78,7 @@ ApiKeys = Annotated[
 TracesEndpoint = Annotated[
     str | None, typer.Option(help="URL of a collector for OpenTelemetry traces (OTLP over HTTP).")
 ]
-Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: main.")]
 Device = Annotated[
     str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
 ]

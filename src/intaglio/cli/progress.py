@@ -38,7 +38,7 @@ class Times(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """A duration as text in s, min or h, in the largest unit of which there are at least two (119 s, 2 min)."""
+    """A duration as text in s, min or h: the largest unit with which the number is 2 or more (119 s, 2 min)."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"

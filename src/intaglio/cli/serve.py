@@ -118,22 +118,22 @@ def serve(
         typer.Option(min=0, help="Seconds between two proposals to move experts; 0: none move. Default: 60."),
     ] = None,
     in_process: o.InProcess = False,
-    worker: Annotated[bool, typer.Option("--worker", help="The device in a process of its own.")] = False,
+    worker: Annotated[bool, typer.Option("--worker", help="Run the device in a process of its own.")] = False,
     max_sequences: Annotated[int, typer.Option(min=1, help="Choices that run together.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 512,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Choices that may wait; beyond: 429.")] = 256,
-    max_drafts: Annotated[int, typer.Option(min=0, help="Tokens guessed a step; 0: no speculation.")] = 0,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Choices that may wait; more get status 429.")] = 256,
+    max_drafts: Annotated[int, typer.Option(min=0, help="Draft tokens a step; 0: no speculative decoding.")] = 0,
     state_cache_size: Annotated[
         str,
         typer.Option(
             callback=o.checked_by(state_cache_bytes, ", or auto, or 0"),
-            help="Most bytes of recurrent states kept for the prefix cache, such as 2GiB; 0: none are. Default: auto.",
+            help="Maximum bytes of recurrent states in the prefix cache, such as 2GiB; 0: none. Default: auto.",
         ),
     ] = "auto",
     window_tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens of KV for sliding-window layers; 0: keep all. Default: auto.")
     ] = None,
-    max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; beyond: 429.")] = 1024,
+    max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; more get status 429.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 8 << 20,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
     queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
@@ -163,7 +163,7 @@ def serve(
         str | None,
         typer.Option(
             callback=o.checked_size,
-            help="Most bytes of --kv-cache-dir or --kv-peer. Default: 8GiB; of --kv-peer at most 1/8 of the memory.",
+            help="Bytes that --kv-cache-dir or --kv-peer may use. Default: 8GiB; --kv-peer: at most 1/8 of the memory.",
         ),
     ] = None,
     otlp_endpoint: o.TracesEndpoint = None,

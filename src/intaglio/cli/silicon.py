@@ -43,7 +43,8 @@ USED = ("FLOP/s\nused", "HBM\nused", "links\nused")
 LibraryName = Annotated[
     str | None,
     typer.Option(
-        "--library", help="Its kernels: a name (see intaglio libraries) or a file, NAME.toml. Default: the chip's own."
+        "--library",
+        help="Kernel library: a name (see intaglio libraries) or a file, NAME.toml. Default: the chip's own.",
     ),
 ]
 SimulatedModel = Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")]
@@ -183,7 +184,7 @@ def simulate(
         int | None,
         typer.Option(min=1, help="Tokens of a step. Default: 2048, with --prefill 8192; --find tries some."),
     ] = None,
-    memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
+    memory_share: Annotated[float, typer.Option(help="Fraction of a chip's HBM that may be filled.")] = 0.9,
     step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
     input: InputTokens = 2048,
     output: OutputTokens = 128,

@@ -72,7 +72,7 @@ def simulate_serving(
     tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; longer prompts are cut.")] = 2048,
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
-    memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
+    memory_share: Annotated[float, typer.Option(help="Fraction of a chip's HBM that may be filled.")] = 0.9,
     step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
     request_overhead: Annotated[float, typer.Option(help="Milliseconds before each first token.")] = 0.0,
     route: Annotated[
@@ -83,7 +83,7 @@ def simulate_serving(
     activations: Activations = "auto",
     set_field: Changes = None,
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests.")] = 0,
-    price: Annotated[float | None, typer.Option(help="Of a chip for an hour: prints the cost of tokens.")] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a chip for an hour: prints the cost of tokens.")] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -207,7 +207,7 @@ def planned_load(
 
 
 def cost_per_million(done: ServingResult, price: float) -> float:
-    """Cost of a million output tokens. price: of one chip for an hour; the result has the same unit of money."""
+    """Cost of a million output tokens. price: price of one chip for an hour; the result has the same unit of money."""
     return 1e6 * price / 3600 / done.output_tokens_per_s_per_chip
 
 

@@ -115,7 +115,7 @@ def say_ranking(ranked: Mapping[str, Sequence[Ranked]], worst: int) -> None:
     """Print how often the layout that the model recommends comes within 5 % of the best measured one.
 
     ranked: the compared cases, by a text that says which cases they are. worst: number of cases to print for each such
-    text, those with the worst recommendation first.
+    text; cases with the worst recommendation come first.
     """
     for kind, cases in ranked.items():
         if not cases:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,20 +17,18 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from intaglio.server.private_socket import in_use, private_socket
+from intaglio.server.private_socket import connected_socket, in_use, private_socket
 
 SOCKET = "admin.sock"
 BLOCKS = "blocks"  # link to the folder of K/V blocks
 SHM = "/dev/shm"  # a file system in memory
-SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path; Linux allows 107
 Command = Callable[[dict[str, Any]], Awaitable[Any]]
 
 
 def cluster_folder(name: str) -> Path:
     """The folder of the cluster `name`, created with mode 0700 if it is missing.
 
-    Raises ValueError for a name that is no plain word, a path too long for a Unix socket, and a folder that another
-    user owns or may enter.
+    Raises ValueError for a name that is no plain word, and for a folder that another user owns or may enter.
     """
     if not re.fullmatch(r"[\w.-]{1,32}", name, re.ASCII) or name.startswith("."):
         raise ValueError(f"the cluster's name is {name!r}; allowed: up to 32 letters, digits, '_', '-' and '.'")
@@ -41,8 +38,6 @@ def cluster_folder(name: str) -> Path:
         path.mkdir(mode=0o700, exist_ok=True)
         if not _is_ours(path):
             raise ValueError(f"{path} is not a folder of this user alone; remove it, or set XDG_RUNTIME_DIR")
-    if len(os.fsencode(folder / SOCKET)) > SOCKET_PATH_MAX:
-        raise ValueError(f"{folder} is too long for a Unix socket; set XDG_RUNTIME_DIR to a shorter path")
     return folder
 
 
@@ -90,12 +85,11 @@ def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
     `timeout` seconds.
     """
     path = cluster_folder(name) / SOCKET
-    with socket.socket(socket.AF_UNIX) as s:
-        s.settimeout(timeout)
-        try:
-            s.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise ValueError(f"no cluster {name!r} runs here; start one with `intaglio cluster up`") from None
+    try:
+        s = connected_socket(path, timeout)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise ValueError(f"no cluster {name!r} runs here; start one with `intaglio cluster up`") from None
+    with s:
         s.sendall(json.dumps(command).encode() + b"\n")
         answer = b"".join(iter(lambda: s.recv(1 << 16), b""))
     if not answer:

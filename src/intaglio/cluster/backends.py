@@ -185,8 +185,8 @@ class Backends:
         if again:
             job = replace(job, start_by=None)
             self.router.resubmit(job)
-        else:
-            self.router.submit(job, self.clock())
+        elif placement := self.router.place(job, self.clock()):
+            return placement
         placed = self.waiting[job.id] = asyncio.get_running_loop().create_future()
         self.pump()
         try:
@@ -213,7 +213,7 @@ class Backends:
             head: facts about the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
                 Without them the job's own estimate of the tokens is used, and no names.
         """
-        self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
+        self.router.started(job.id, self.clock(), head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
         self.release(job)
         self.pump()

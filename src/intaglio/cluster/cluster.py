@@ -138,9 +138,14 @@ class Cluster:
         }  # fmt: skip
 
     def _note(self, what: str, level: int = logging.ERROR, error: Exception | None = None) -> None:
-        """Log what happened to a replica, and keep the first line for state(), which all tenants may read.
+        """Log what happened to a replica, and add it to the incidents that state() shows. Returns nothing.
 
-        error: an error that is logged with its traceback; None: none.
+        Of a text with several lines, incidents have only the first, since every tenant may read them.
+
+        Args:
+            what: the text.
+            level: level of the log entry.
+            error: an error whose traceback is logged, too; None: none.
         """
         log.log(level, "%s", what, exc_info=error)
         self.incidents.append((time.time(), what.partition("\n")[0][:INCIDENT]))
@@ -165,9 +170,10 @@ class Cluster:
         return start
 
     async def _started(self, starts: Mapping[str, asyncio.Future[None]]) -> None:
-        """Wait until replicas serve. starts: {name of the replica: future of its start}, as _enrol() returns it.
+        """Wait until all of these replicas serve or have failed to start. Returns nothing.
 
-        If some do not start, the first one's error is raised: ReplicaFailed for a replica that was removed meanwhile.
+        starts: {name of the replica: future of its start}. If several replicas fail, the error of the first one in
+        `starts` is raised. The error of a replica that was removed before it served is ReplicaFailed.
         """
         results = await asyncio.gather(*starts.values(), return_exceptions=True)
         for name, result in zip(starts, results, strict=True):
@@ -232,7 +238,10 @@ class Cluster:
         self.restarts.pop(name, None)
 
     async def _autoscale(self, autoscaler: Autoscaler) -> None:
-        """Start and remove replicas as the autoscaler says. A replica that cannot be started is tried again."""
+        """Start and remove replicas as the autoscaler says, every AUTOSCALE seconds until the task is cancelled.
+
+        If replicas cannot be started, the error is noted, and the next round tries again.
+        """
         while True:
             await asyncio.sleep(AUTOSCALE)
             now = len(self.processes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-import uuid
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -30,6 +30,7 @@ PASSED_ON = frozenset(("/tokenize", "/detokenize", "/v1/embeddings", "/v1/models
 PUBLIC = frozenset(("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"))  # no API key
 PASSED_HEADERS = ("content-type",)
 TENANT = "x-tenant-id"
+REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Front:
             return
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         given = headers.get("x-request-id", "")
-        id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         started = False
 
         async def send_marked(message: Message) -> None:
@@ -102,7 +103,7 @@ class Front:
         path, method = scope["path"], scope["method"]
         tenant = self._tenant(path, headers)
         if path in GENERATE and method == "POST":
-            return await self._generate(path, headers, id, tenant, receive, send)
+            return await self._generate(scope, headers, id, tenant, receive, send)
         if path in PASSED_ON or path.startswith("/v1/models/"):
             return await self._pass_on(scope, headers, receive, send)
         await self._own(path, method)(scope, receive, send)
@@ -147,7 +148,7 @@ class Front:
         return tenant
 
     async def _generate(
-        self, path: str, headers: dict[str, str], id: str, tenant: str, receive: Receive, send: Send
+        self, scope: Scope, headers: dict[str, str], id: str, tenant: str, receive: Receive, send: Send
     ) -> None:
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         body = _parse(raw)
@@ -156,13 +157,13 @@ class Front:
         if self.draining:
             raise Problem(503, "the cluster is shutting down and admits no requests", code="draining", retry_after=1)
         job = make_job(
-            uuid.uuid4().hex, body, backends.router.memory, backends.clock(), self.options.limits, tenant,
+            secrets.token_hex(16), body, backends.router.memory, backends.clock(), self.options.limits, tenant,
             backends.output_tokens,
         )  # fmt: skip
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers] + [("x-request-id", id)]
-        request = RelayedRequest(backends, job, path, passed, raw, body.get("stream") is True)
+        request = RelayedRequest(backends, job, scope["path"], passed, raw, body.get("stream") is True)
         try:
-            await while_connected(receive, request.run(send))
+            await while_connected(scope, request.run(send))
         finally:
             self.metrics.ended(request)
 

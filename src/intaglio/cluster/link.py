@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from intaglio.devices.processes.address import TcpAddress
 from intaglio.server import control_tcp
-from intaglio.server.control import pack, read_frame
+from intaglio.server.control import FrameBuffer, pack
+from intaglio.server.private_socket import short_path
 
 RETRY = 0.2  # seconds between attempts to connect
 Frame = tuple[dict[str, Any], bytes]
@@ -29,7 +31,14 @@ class Call:
 
     def __init__(self, link: Link, number: int) -> None:
         self.link, self.number = link, number
-        self.frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
+        self._frames: deque[Frame | Exception] = deque()
+        self._arrived: asyncio.Future[None] | None = None  # set while frame() waits
+
+    def put(self, frame: Frame | Exception) -> None:
+        """Add a frame of the answer, or an exception that frame() raises in its turn."""
+        self._frames.append(frame)
+        if self._arrived and not self._arrived.done():
+            self._arrived.set_result(None)
 
     async def frame(self) -> Frame:
         """Wait for the next frame of the answer. Returns (header, body): a dict and bytes.
@@ -37,7 +46,10 @@ class Call:
         Raises LinkLost if the connection has ended, and Moved after move(), in both cases once all earlier frames are
         returned.
         """
-        got = await self.frames.get()
+        while not self._frames:
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        got = self._frames.popleft()
         if isinstance(got, Exception):
             raise got
         return got
@@ -45,7 +57,8 @@ class Call:
     async def whole(self) -> tuple[dict[str, Any], bytes]:
         """Wait for the whole answer. Returns (header of its first frame, bodies of all frames joined).
 
-        Raises LinkLost if the connection ends or the first frame has no HTTP status, Moved after move().
+        Raises LinkLost if the connection ends or the first frame has no HTTP status. Raises Moved if move() was called
+        meanwhile.
         """
         start, body = await self.frame()
         header, whole = start, bytearray(body)
@@ -61,7 +74,7 @@ class Call:
 
         frame() returns the frames that have already arrived, and then raises Moved.
         """
-        self.frames.put_nowait(Moved())
+        self.put(Moved())
 
     def close(self) -> None:
         """Take no more frames for the call. If its answer is not complete, the replica is told to cancel it."""
@@ -69,16 +82,20 @@ class Call:
             self.link.write({"call": self.number, "do": "cancel"})
 
 
-class Link:
-    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it ends."""
+class Link(asyncio.Protocol):
+    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it ends.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.writer = writer
+    A protocol, not a pair of streams: these would take two more turns of the event loop for each frame.
+    """
+
+    def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
         self.lost = False
         self.on_lost: Callable[[], None] = lambda: None
-        self._numbers = 0
-        self._reading = asyncio.ensure_future(self._read(reader))
+        self._transport: asyncio.Transport
+        self._streams: Any = None  # those that made the connection, if it is over TCP
+        self._frames, self._numbers = FrameBuffer(), 0
+        self._ended = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
@@ -91,16 +108,27 @@ class Link:
         while True:
             try:
                 if isinstance(where, TcpAddress):
-                    return cls(*await control_tcp.connect(where))
-                return cls(*await asyncio.open_unix_connection(where))
+                    return cls._over(await control_tcp.connect(where))
+                with short_path(where) as short:
+                    _, link = await asyncio.get_running_loop().create_unix_connection(cls, short)
+                return link
             except OSError:
                 if time.monotonic() >= ends:
                     raise
             await asyncio.sleep(RETRY)
 
+    @classmethod
+    def _over(cls, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> Link:
+        """The Link over a connection from whose streams nothing is to be read any more."""
+        link, (_, writer) = cls(), streams
+        link._streams = streams  # a writer that nobody refers to closes its connection
+        writer.transport.set_protocol(link)
+        link.connection_made(cast("asyncio.Transport", writer.transport))
+        return link
+
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
         """Send a call and return it as a Call. Raises LinkLost if the connection has ended."""
-        if self.lost or self.writer.is_closing():
+        if self.lost or self._transport.is_closing():
             raise LinkLost("the connection to the replica has ended")
         self._numbers += 1
         call = self.calls[self._numbers] = Call(self, self._numbers)
@@ -120,35 +148,45 @@ class Link:
             self.calls.pop(call.number, None)
 
     def write(self, header: dict[str, Any], body: bytes = b"") -> None:
-        """Send a frame. Nothing is sent if the connection has ended; the calls then raise LinkLost soon after."""
-        if not self.writer.is_closing():  # uvloop raises RuntimeError where asyncio drops the bytes
-            self.writer.write(pack(header, body))
+        """Send a frame. Returns nothing, and never fails.
+
+        If the connection has ended, nothing is sent. Calls that wait for an answer over it raise LinkLost.
+        """
+        if not self._transport.is_closing():  # uvloop raises RuntimeError where asyncio drops the bytes
+            self._transport.write(pack(header, body))
 
     def abort(self) -> None:
         """Close the connection to a replica that does not answer. All its calls raise LinkLost soon after."""
-        self.writer.transport.abort()
+        self._transport.abort()
 
     async def close(self) -> None:
         """Close the connection. All its calls raise LinkLost."""
-        self.writer.close()
-        self._reading.cancel()
-        await asyncio.gather(self._reading, return_exceptions=True)
+        self._transport.close()
+        await self._ended
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Keep the connection's transport."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Give the frames that have arrived to their calls. Bytes that are no frame end the connection."""
         try:
-            while True:
-                header, body = await read_frame(reader)
+            for header, body in self._frames.feed(data):
                 number = header.pop("call")
                 if call := self.calls.get(number):
                     if header.get("end"):
                         del self.calls[number]
-                    call.frames.put_nowait((header, body))
-        except (asyncio.IncompleteReadError, ConnectionError, ValueError):
-            pass
-        finally:
-            self.lost = True
-            self.writer.close()
-            for call in self.calls.values():
-                call.frames.put_nowait(LinkLost("the replica has ended"))
-            self.calls.clear()
-            self.on_lost()
+                    call.put((header, body))
+        except (ValueError, KeyError, AttributeError):
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Have all calls raise LinkLost, and call `on_lost`."""
+        self.lost = True
+        for call in self.calls.values():
+            call.put(LinkLost("the replica has ended"))
+        self.calls.clear()
+        self._ended.set_result(None)
+        self.on_lost()

@@ -26,8 +26,8 @@ class RouterMetrics:
 
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()
-        self._models: set[str] = set()
-        self._observed: set[tuple[str, str]] = set()  # labels of the latencies: replica, status
+        self._models: dict[str, Counter] = {}  # the counters of incoming requests
+        self._latencies: dict[tuple[str, str], Histogram] = {}  # by labels: replica, status
         self._incoming = Counter(
             "vllm:num_incoming_requests", "Requests that came to the router.", ["model"], registry=self.registry
         )
@@ -39,10 +39,9 @@ class RouterMetrics:
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format, as bytes. Latencies of replicas that were removed are dropped."""
-        gone = {pair for pair in self._observed if pair[0] and pair[0] not in self.backends.router.replicas}
-        for pair in gone:
+        for pair in [p for p in self._latencies if p[0] and p[0] not in self.backends.router.replicas]:
             self._latency.remove(*pair)
-        self._observed -= gone
+            del self._latencies[pair]
         return generate_latest(self.registry)
 
     def incoming(self, model: str) -> None:
@@ -50,17 +49,20 @@ class RouterMetrics:
 
         Beyond MODELS_MAX different names, a new name counts as "other".
         """
-        if model not in self._models and len(self._models) < MODELS_MAX:
-            self._models.add(model)
-        self._incoming.labels(model if model in self._models else "other").inc()
+        if (counter := self._models.get(model)) is None:
+            counter = self._incoming.labels(model if len(self._models) < MODELS_MAX else "other")
+            if len(self._models) < MODELS_MAX:
+                self._models[model] = counter
+        counter.inc()
 
     def ended(self, request: RelayedRequest) -> None:
         """Observe a request that has ended: latency by replica and status, time to the first token by replica."""
         now = self.backends.clock()
         seconds = now - request.began
         labels = request.replica, str(request.status or "none")
-        self._latency.labels(*labels).observe(seconds)
-        self._observed.add(labels)
+        if (latency := self._latencies.get(labels)) is None:
+            latency = self._latencies[labels] = self._latency.labels(*labels)
+        latency.observe(seconds)
         if request.replica in self.backends.finished and request.first is not None:
             self.backends.finished[request.replica].append((now, request.first - request.began, seconds))
 

@@ -180,8 +180,8 @@ class ReplicaProcess:
     def kill(self) -> None:
         """Kill the process and all that it started (its process group) with SIGKILL.
 
-        After the process has ended, only the first call does anything: the system may give the group's number to others
-        later.
+        The first call after the process has ended still kills what it started. Later calls do nothing, because the
+        system may have given the group's number to another process by then.
         """
         if self.process is None or self._group_ended:
             return

@@ -19,8 +19,8 @@ class ReplicaActor:
     """The methods of a Ray actor that runs one replica's process, which ends with the actor.
 
     words: arguments of `intaglio serve`. cluster: name of the folder for logs on this node. role: the replica's role.
-    sharing: most replicas of the cluster on this node. kv_token: secret with which replicas fetch K/V blocks of each
-    other; None if they fetch none.
+    sharing: how many replicas of the cluster may share this node and its memory. kv_token: secret with which replicas
+    fetch K/V blocks of each other; None if they fetch none.
     """
 
     def __init__(

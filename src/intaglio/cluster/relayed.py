@@ -34,10 +34,10 @@ class RelayedRequest:
     """One generation request of a client on its way through the router. run() serves it.
 
     Attributes:
-        job: the request as the router places it.
+        job: what the router knows of the request: prefix keys, lengths, tenant and deadlines.
         path, headers, raw: path, headers and body of the HTTP request.
         stream: True if the response is streamed.
-        began: time at which the request arrived, in seconds by the clock of `backends`.
+        began: time at which the request arrived, in seconds by the router's clock.
         output_tokens: number of tokens passed on so far.
     """
 

@@ -169,7 +169,7 @@ def spread(errors: np.ndarray) -> float:
 class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
-    The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
+    The likelihood is for logarithmic errors with a Laplace distribution of unknown spread. Constants have a
     log-normal prior around their values at the start. run() searches.
 
     Attributes:
@@ -243,7 +243,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Raise, then lower, the constant `name` of self.on by factors of 1 + step, as long as the cost falls."""
+        """Increase, then decrease, constant `name` by factors 1 + step while the cost falls. self.on gets the best."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -315,7 +315,7 @@ class Fitted:
     """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
 
     Attributes:
-        table: its name.
+        table: name of the table.
         dtype: number format.
         rows: number of rows compared.
         before: median error of the target that the fit started from.
@@ -434,7 +434,7 @@ def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Genera
     """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
 
     Up to 20 random calls for each sample combine one measured row with the size (m, tokens, batch or bytes) of another.
-    The list gets the three of them on whose times the `fits` (targets fitted to different rows) differ most.
+    Of these, the list gets up to three on whose times the `fits` (targets fitted to different rows) differ most.
     """
     out = []
     for s in data:

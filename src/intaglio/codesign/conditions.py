@@ -45,8 +45,8 @@ def table() -> dict[str, Any]:
 def conditions(library: KernelLibrary) -> Conditions:
     """How the benchmark's tables were measured for chips of this library's generation, as Conditions.
 
-    They come from data/benchmarks.toml: its section `default`, with what the generation's own section changes. A
-    generation without a section has the defaults.
+    They come from the section `default` of data/benchmarks.toml. The section of the generation, if there is one,
+    replaces some of its values.
     """
     found = table()
     return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

@@ -61,7 +61,7 @@ class Apart:
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
         """Start times in seconds of the first `concurrency` requests, as a list: 0, and then evenly spaced.
 
-        They fill the estimated time T in which one request is served: request i starts at T * i / concurrency. T is one
+        They fill the estimated time T for which one request is open: request i starts at T * i / concurrency. T is one
         prefill step with this prompt alone, plus one decode step for each output token, with all open requests spread
         over the decode servers and half of the response in the cache.
 

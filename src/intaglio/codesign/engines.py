@@ -204,7 +204,7 @@ class EngineTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
 
-        In the time that a factor of the profile adds, the chips draw idle power.
+        The profile's factors make the step longer than its kernels; in the added time the chips draw idle power.
 
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).

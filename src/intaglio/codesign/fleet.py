@@ -91,7 +91,7 @@ class Member:
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:
-    """The replica with the fewest open requests; among equals the one that was given the fewest so far.
+    """The replica with the smallest number of open requests; of several, the one that was given fewest requests so far.
 
     number: number of the arrival; not used.
     """
@@ -107,9 +107,9 @@ Choice = Callable[[Sequence[Member], int], Member]
 
 
 def choice(route: str) -> Choice:
-    """The function by which a router chooses a replica, from the replicas and the number of the arrival.
+    """The function choose(replicas, number of the arrival) by which a router chooses a replica; it returns the Member.
 
-    route: one of ROUTES. Raises ValueError for another route.
+    route: name of the function, one of ROUTES. Raises ValueError for another name.
     """
     if route not in ROUTES:
         raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
@@ -122,8 +122,8 @@ def serve_fleet(
 ) -> FleetResult:  # fmt: skip
     """Serve a load on equal replicas. Returns the FleetResult.
 
-    The router knows a replica's open requests as they are when a step ends. Each replica does what serve() does with
-    the requests that it is given.
+    The router sees a replica's open requests as they were when its last step ended. Each replica serves the requests
+    that it is given like serve().
 
     times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
     of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.

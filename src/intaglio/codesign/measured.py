@@ -89,7 +89,7 @@ class Row:
 
     @property
     def counts_servers(self) -> bool:
-        """True if a benchmark row states both numbers of servers: of those that prefill and of those that decode."""
+        """True if a benchmark row states both the number of prefill servers and the number of decode servers."""
         return all(self.number(f"{kind}num_workers") for kind in APART)
 
     @property
@@ -210,7 +210,7 @@ class Compared:
 def rows(path: Path) -> list[Row]:
     """Read a CSV file of measured servers. Returns a list of Rows, one for each line, in the order of the file.
 
-    Numbers of servers that a line leaves out are filled in where completed() finds them. Raises ValueError if the file
+    If a line leaves out its numbers of servers, completed() fills them in where it can. Raises ValueError if the file
     has no lines or lacks a column.
     """
     with path.open(newline="", encoding="utf-8") as file:
@@ -246,7 +246,7 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """A tuple of texts that two rows have in common if they are entries of one experiment; used as a key of a dict.
+    """A tuple of texts that is equal for two rows if they are entries of one experiment; used as a key of a dict.
 
     It holds the name of the model's card and "column=value" for all columns, the measured latencies included. Left out
     are the model's path and the columns of the servers, which start with prefill_ or decode_.
@@ -279,8 +279,8 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
     """Serve a measured row's load in virtual time, and return the Compared: the row with modelled latencies.
 
     If the row cannot be modelled, `refused` of the result says why. profile: the serving engine. closed_form: True to
-    compute the latencies with steady.estimate() for the mean lengths, in about a tenth of the time; rows of
-    disaggregated servers are simulated all the same.
+    compute the latencies with steady.estimate() for the mean lengths, in about a tenth of the time. Rows of
+    disaggregated servers are always simulated.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -368,7 +368,7 @@ class Agreement:
         ttft: median size of the errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
         ttft_bias: median of the signed errors of the time to the first token.
-        worst: up to three rows, as Compared: those with the largest errors of the time per token, the largest first.
+        worst: up to three rows, as Compared, with the largest errors of the time per token; the largest comes first.
     """
 
     engine: str
@@ -385,8 +385,8 @@ class Agreement:
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
     """Statistics of the model's errors, as a list of Agreements; an empty list if no row was compared.
 
-    First comes one for each pair of an engine and a group of rows (dense, mixture, disaggregated; see Row.group) that
-    has rows, then one for each group with the rows of all engines. Rows that were refused are left out.
+    The first ones are for each pair of an engine and a group of rows (dense, mixture, disaggregated; see Row.group)
+    that has rows. The last ones are for each group with the rows of all engines. Rows that were refused are left out.
     """
     out = []
     good = [c for c in compared if not c.refused]

@@ -148,7 +148,7 @@ def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """A list of text, one for each rate of a step that is above the data sheet's: FLOP/s, HBM, L2 or links."""
+    """A list with a text for each rate of a step (FLOP/s, HBM, L2, links) that is above the data sheet's rate."""
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
     total = t.totals()
@@ -164,9 +164,10 @@ def over_peak(on: Target, t: Timeline) -> list[str]:
 
 
 def tiles_by_heuristic(d: Draw) -> bool:
-    """True if the library's experts take tiles by a heuristic of the number of tokens instead of the fastest.
+    """True if the library chooses tiles of experts by a rule on the number of tokens, not by time.
 
-    vLLM's get_default_config does so. Its tiles grow at 32, 64, 96 and 512 tokens, where a step may become faster.
+    vLLM's get_default_config does so. Its tiles grow at 32, 64, 96 and 512 tokens. A step with more tokens may
+    therefore be faster than one with fewer.
     """
     kernels = [ExpertsKernel.of(op, p.tensors) for p in d.programs for op in p.ops if isinstance(op, Experts)]
     formats_run = {max(k.x_format, k.w_format, key=formats.bits) for k in kernels}

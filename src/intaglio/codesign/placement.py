@@ -27,7 +27,7 @@ class Placement:
     Attributes:
         attention: layout of one copy of everything except routed experts.
         copies: number of such copies in a server; 1 without data-parallel attention.
-        experts: layout of the routed experts over all chips of a server; None: as `attention` says.
+        experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
         replicas: number of servers, which share nothing.
 
     Raises LayoutError if the layout of the experts does not have as many chips as the copies together.
@@ -103,7 +103,7 @@ class Placement:
 
 
 def placements(chips: int, routed: bool) -> list[Placement]:
-    """Every Placement of `chips` chips, as a list: replicas, pipeline stages and tensor parallel in all divisions.
+    """A list of all Placements of `chips` chips: every division into replicas, pipeline stages and tensor parallel.
 
     routed: True for a model with routed experts. It adds servers whose chips share the experts whole (ep), with one or
     several copies of attention, and no pipeline stages. A model may not fit some of them. Raises ValueError for less

@@ -99,8 +99,8 @@ class Queue:
     Args:
         times: seconds and joules of steps.
         settings: settings of the engine.
-        prefills: False for a server that gets prompts whose K/V is computed; its requests decode once they are
-            admitted, and their first token counts from then.
+        prefills: False for a decode server. It gets requests whose prompts another server has computed; they decode
+            once they are admitted, and this is the time of their first token.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:

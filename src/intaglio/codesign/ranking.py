@@ -25,7 +25,7 @@ MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
 
 
 def servers(row: Row) -> tuple[str, int]:
-    """(layout as text, number of chips) of a row's server; of both kinds of servers if they are disaggregated."""
+    """(layout as text, number of chips) of a row's server; for disaggregated servers, of both kinds together."""
     phases = ("prefill_", "decode_") if row.group == "disaggregated" else ("",)
     kinds = [row.placement(phase) for phase in phases]
     return " and ".join(map(str, kinds)), sum(one.chips for one in kinds)
@@ -100,13 +100,13 @@ def rankings(
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
     """The row's texts in the columns `names`, as a tuple; "" where the row has no text.
 
-    The name "card" stands for the shipped config of the row's model, and "" if there is none.
+    The name "card" gives the name of the shipped config of the row's model; "" if there is none.
     """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """What the model recommends for one case and what measured best, as a Ranked.
+    """The Ranked of one case: the point that the model recommends, and the point that measured best.
 
     Rows with equal layout, number of open requests and columns `others` are one point; its rate is their mean.
 

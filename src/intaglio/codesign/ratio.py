@@ -76,7 +76,8 @@ class Ratio:
 def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
     """Seconds in which one prefill server computes `count` prompts of `input` tokens together.
 
-    Prompts longer than a step are computed in chunks. With count=1 the result is the least time to the first token.
+    Prompts longer than a step are computed in chunks. With count=1 the result is the shortest possible time to the
+    first token.
     """
     budget = kind.settings.max_batch_tokens
     ends = [*range(budget, input, budget), input]

@@ -32,7 +32,7 @@ class Call:
     Attributes:
         on: chip and kernel library that the call runs on.
         timing: its modelled Timing: seconds, bytes, FLOPs and how long each engine is busy.
-        launch_s: seconds of it that are launch overhead.
+        launch_s: seconds of `timing` that are launch overhead.
     """
 
     on: Target
@@ -63,7 +63,7 @@ class Call:
     def last_wave(self) -> tuple[int, int]:
         """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted.
 
-        A wave is as many jobs as the chip has cores; they run at the same time.
+        A wave is a set of jobs that run at the same time, one on each core of the chip.
         """
         jobs, cores = ceil(self.timing.jobs), self.on.chip.cores
         waves = -(-jobs // cores)

@@ -89,7 +89,7 @@ class Moment:
         at: seconds since the beginning of the load.
         waiting: requests that were sent and have no token yet: in the queue, or with a prompt that is being computed.
         decoding: requests that have their first token, and not their last.
-        kv_share: fraction of all servers' K/V caches that holds the prompts and the tokens so far of those that decode.
+        kv_share: fraction of all servers' K/V caches that holds the prompts and tokens so far of decoding requests.
     """
 
     at: float
@@ -99,9 +99,11 @@ class Moment:
 
 
 def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -> tuple[Moment, ...]:
-    """`count` Moments, a tuple, evenly from the beginning of a load to its last response; () without outcomes.
+    """A tuple of `count` Moments at equal distances from the beginning of a load to its last response.
 
-    A response's tokens are taken to come evenly between its first and its last. Requests that failed count as waiting
+    () without outcomes.
+
+    The tokens of a response are assumed to come at equal intervals. Requests that failed count as waiting
     until their end. kv_tokens: tokens that the K/V caches of all servers hold.
     """
     if not outcomes:

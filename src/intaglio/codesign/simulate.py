@@ -200,7 +200,7 @@ class Simulation:
     def largest_batch(self, s: Serving) -> int:
         """The largest batch smaller than `s.batch` with which the chips can hold the load; 0 if there is none.
 
-        Found by bisection, since memory grows with the batch.
+        The search is a bisection, since memory grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 

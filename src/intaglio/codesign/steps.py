@@ -238,8 +238,8 @@ class StepTimes:
     def on(self, target: Target) -> StepTimes:
         """The StepTimes of the same server on another target. Calls with equal targets return the same object.
 
-        So its cached step times are used again. Raises ChipError if a chip of the target cannot hold the weights, or
-        its arrays do not take a format.
+        That object keeps the step times that it has computed. Raises ChipError if a chip of the target cannot hold the
+        weights, or the chip's arrays do not take a format.
         """
         if target == self.target:
             return self

@@ -115,10 +115,11 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         n: number of experts on all ranks.
         ep: number of ranks that share the experts.
         load: "balanced"; or "power_law_A", such as power_law_1.2: the experts' rows are proportional to n evenly spaced
-            quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in random order. An expert has at most `tokens`
-            rows. The benchmark that measured the table does the same.
+            quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in a fixed random order. An expert has at most
+            `tokens` rows. The benchmark that measured the table does the same.
         in_order: where rows that are left over by rounding go. True: to experts in the order of their rounded counts,
-            the largest first (the older benchmark). False: in the order of their counts before rounding.
+            the largest first (the older benchmark). False: in the order of their counts before rounding. If rounding
+            gives too many rows, experts lose some in the reverse order.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -306,7 +307,7 @@ def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, 
     Args:
         on: chip and kernel library.
         table: the rows' table, a key of TABLES.
-        dtype: their number format.
+        dtype: number format of the rows.
         rows: at least one measured row.
         worst: how many rows with the largest errors the Record lists.
         name: what the Record calls the table; "": `table`.

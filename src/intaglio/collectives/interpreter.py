@@ -68,7 +68,7 @@ def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
 
 
 def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: the sum, once per rank.
+    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list with the sum for each rank.
 
     Raises ScheduleError for a malformed schedule.
     """

@@ -81,7 +81,8 @@ class Schedule:
     - all_reduce: every rank has every chunk, and gets the sum of each.
     - reduce_scatter: every rank has every chunk, and gets the sums of its own chunks.
     - all_gather: a rank has its own chunks, and gets all chunks.
-    - all_to_all: chunks are ordered (sender, receiver, part); a rank has those it sends, and gets those it receives.
+    - all_to_all: chunks are ordered (sender, receiver, part). A rank has the chunks that it sends, and gets the chunks
+      that it receives.
     - send: rank 0 has all chunks, and the last rank gets them.
 
     If sends do not block, every rank can run its own steps one by one in the order of `steps`.

@@ -20,9 +20,10 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """Fuse each linear with the gating after it, activation(gate) * up, where gate and up are halves of its result.
+    """Fuse each linear with the op `map` after it that computes activation(gate) * up. Returns the Program.
 
-    Returns the Program; in it, such a linear has the attributes `glu` and `activation`, and the op `map` is gone.
+    gate and up are the two halves of the linear's result. A fused linear has the attributes `glu` and `activation`, and
+    the op `map` is gone.
     """
     return _fuse_maps(p, _glu)
 
@@ -133,8 +134,9 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
     """The op `linear` fused with `m`, an elementwise op over the linear's result x; None if they cannot be fused.
 
-    They can be if `m` is residual + activation(scale * x), of which each part may be missing. They cannot if `linear`
-    has a residual already, or if it has an activation and `m` has a scale or an activation too. t: tensors by name.
+    `m` must be residual + activation(scale * x); each of residual, activation and scale may be missing. Not fused if
+    `linear` has a residual already, or if it has an activation and `m` has a scale or an activation too. t: tensors by
+    name.
     """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:
@@ -157,9 +159,9 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The op `norm` with a residual: the operand that `m`, an elementwise op, adds to the norm's result x.
+    """A copy of the op `norm` whose residual is the operand that `m`, an elementwise op, adds to its result `x`.
 
-    None if `m` is no such sum, or if `norm` is no Norm or has a residual already. t: tensors by name, not used.
+    None if `m` is not such a sum, or if `norm` is not of the class Norm or has a residual already. t: not used.
     """
     other = m.other_of_sum(x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
@@ -168,10 +170,10 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
 
 def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The op `experts` with a residual: the operand that `m`, an elementwise op, adds to the op's result x.
+    """A copy of the op `experts` whose residual is the operand that `m`, an elementwise op, adds to its result `x`.
 
-    None if `m` is no sum of x and one operand of the same shape, or if `experts` is no Experts or has a residual
-    already. t: tensors by name.
+    None if `m` is not a sum of x and one operand of the same shape, or if `experts` is not of the class Experts or has
+    a residual already. t: tensors by name.
     """
     other = m.other_of_sum(x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:

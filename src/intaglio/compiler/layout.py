@@ -64,7 +64,7 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """This layout with the placement of experts in the file `path`; without one if there is no such file.
+        """A copy of this layout with the placement of experts in the file `path`; without a placement if it is missing.
 
         Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
         """
@@ -73,6 +73,15 @@ class Layout:
                 f"layout {self} has no placement of experts to be read from {path}; use one such as ep2r0 or ep4r8"
             )
         return replace(self, placement=ExpertPlacement.read(path))
+
+    def check_moves_experts(self) -> None:
+        """Raise LayoutError if no experts can be moved between the ranks of this layout. Returns nothing."""
+        if self.redundant is None:
+            other = f"{self}r0, or {self}r2 with two redundant experts" if self.ep > 1 else "one such as ep2r0 or ep4r8"
+            raise LayoutError(
+                f"layout {self} has no redundant experts, so experts are never moved and rebalance_every has no "
+                f"effect; use {other}, or leave rebalance_every out"
+            )
 
     def __post_init__(self) -> None:
         if self.redundant is not None and self.ep == 1:

@@ -42,17 +42,17 @@ def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
 
 
 def _key(p: Program, op: Linear) -> Hashable:
-    """A key that is equal for linears that may become one: the same block, input, formats and scale."""
+    """A hashable key. Linears with equal keys (same block, input, formats and scale) may be merged into one."""
     block = op.site.rpartition(".")[0]
     bias = op.bias and p.tensors[op.bias].format
     return block, op.x, p.tensors[op.w].format, bias, op.x_format, op.scale
 
 
 def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str]) -> Linear:
-    """The linear that replaces the linears of `group`. Updates `tensors`.
+    """Merge the linears of `group` into one, which is returned. Updates `tensors` accordingly.
 
-    In `tensors`, one joined weight (and bias) replaces those of the group, and the old results become views of the new
-    one. sites: sites of all ops, from which the new site must differ.
+    In `tensors`, one joined weight replaces the group's weights, and one bias its biases, if there are any. The group's
+    results become views of the new linear's result. sites: sites of all ops; the new op's site differs from them.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
@@ -80,7 +80,7 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
     """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows, with the sources of all parts.
 
-    place: the part whose position in the table the new weight takes.
+    The new weight is stored under the key `place`, one of `parts`; the other parts are deleted. Returns nothing.
     """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)

@@ -148,7 +148,7 @@ def build_stages(
 def _sharded(
     program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
 ) -> tuple[Program, ...]:
-    """Run the passes WHOLE (for the Program of the whole model) and shard the result; a tuple of one Program a rank.
+    """Run the passes WHOLE (for the Program of the whole model) and shard the result: a tuple with a Program per rank.
 
     The passes EACH, for the Program of one rank, have not run on the result. For arguments and errors see build_mesh().
     """
@@ -157,7 +157,7 @@ def _sharded(
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """Names of the quantised weights that keep their checkpoint's codes: those with the same format in both Programs.
+    """Names of the quantised weights that have the same format in both Programs, so keep their checkpoint's codes.
 
     ported: the Program as the port made it, with the checkpoint's formats. whole: the same after set_weight_formats().
     """

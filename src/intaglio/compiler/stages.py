@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import prod
 
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.ops import Grouped, Op, Recv, Send, Tensor
+from intaglio.ops.op import WEIGHT_MATRICES
 from intaglio.program import Program
 
 LAYER = re.compile(r"layers\.(\d+)\.")
+WORTH = 0.05  # share of the longest stage: stages stay equal for less, since a prefill wants equal numbers of layers
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """The number of each op's pipeline stage, from 0, as a list. Stages have near-equal numbers of consecutive layers.
+    """The number of each op's pipeline stage, from 0, as a list. A stage has a run of layers, see _runs().
 
     Ops before all layers are in the first stage, ops after them in the last. A layer that reads positions chosen in an
     earlier layer, or an earlier layer's K/V cache, is in that layer's stage, as are the layers between, because stages
@@ -37,9 +40,11 @@ def stage_of(p: Program, stages: int) -> list[int]:
     for n in sorted(joined):
         home[n] = home[n - 1]
     found, last = [], max((i for i, n in enumerate(numbers) if n is not None), default=0)
+    head = 0.0 if joined else _layers_worth(p, numbers, last)
+    runs = _runs(layers, stages, head)
     stage = 0
     for i, n in enumerate(numbers):
-        stage = stages - 1 if i > last else stage if n is None else home[n] * stages // layers
+        stage = stages - 1 if i > last else stage if n is None else runs[home[n]]
         found.append(stage)
     if stages > 1 and len(set(found)) < stages:
         raise LayoutError(
@@ -49,11 +54,45 @@ def stage_of(p: Program, stages: int) -> list[int]:
     return found
 
 
+def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
+    """The time of the ops after all layers, most of it the output head's, as a number of layers.
+
+    By the elements of weights that products read, over the mean of a layer. Half of the quotient: when sequences are
+    decoded, the head runs for every token; in a prefill, for one of each prompt. numbers: the layer of each op, or
+    None. last: the number of the last op that has a layer.
+    """
+    sizes = [sum(prod(map(int, p.tensors[w].shape)) for w in op.operands(*WEIGHT_MATRICES)) for op in p.ops]
+    layers = len({n for n in numbers if n is not None})
+    inside = sum(size for size, n in zip(sizes, numbers, strict=True) if n is not None)
+    return sum(sizes[last + 1 :]) * layers / inside / 2 if inside else 0.0
+
+
+def _runs(layers: int, stages: int, head: float) -> list[int]:
+    """The pipeline stage of each of so many layers, as a list. head: as _layers_worth().
+
+    Stages have near-equal numbers of layers. But the last one, which has the head, has fewer if that makes the longest
+    stage shorter by WORTH or more.
+    """
+    equal = [n * stages // max(layers, 1) for n in range(layers)]
+    if stages == 1 or layers <= stages:
+        return equal
+
+    def longest(last: int) -> float:
+        return max(-(-(layers - last) // (stages - 1)), last + head)
+
+    now = equal.count(stages - 1)
+    best = min(range(now, 0, -1), key=longest)
+    before = layers - best
+    if longest(best) > (1 - WORTH) * longest(now):
+        return equal
+    return [n * (stages - 1) // before for n in range(before)] + [stages - 1] * best
+
+
 def _fitting(home: list[int], stages: int) -> str:
     """Advice for an error message: "ppN" with the largest N below `stages` that leaves no stage without layers.
 
-    "tp, or no pp" if no N above 1 does. home: for each layer, the first of the layers with which it must share a stage
-    (the layer itself if it is free).
+    "tp, or no pp" if no N above 1 does. home: for each layer, the first layer with which it must share a stage; the
+    layer itself if there is none.
     """
     fit = max(n for n in range(1, stages) if len({m * n // len(home) for m in home} | {n - 1}) == n)
     return f"pp{fit}" if fit > 1 else "tp, or no pp"

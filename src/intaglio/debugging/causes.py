@@ -121,7 +121,8 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each porting mistake that a rope op may have; see variants().
 
-    Tried are another style of pairs, other columns that turn, no attention factor, and another table.
+    The op of a pair is `op` with one change: the other way to pair columns, the last columns of a head instead of the
+    first or another number of them, no attention factor, or another table of the Program.
     """
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
@@ -136,7 +137,9 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each other number of a head's columns that rope may have to rotate; see variants().
+    """Yield a pair (text, op) for each number of columns of a head that rope may rotate; see variants().
+
+    The number that `op` rotates is left out.
 
     The frequencies are theta^(-i / n) for n pairs of columns. theta is computed from the op's present table. Tables for
     the other numbers are added to scene.values.
@@ -184,8 +187,8 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
 def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each porting mistake that a linear may have; see variants().
 
-    Tried are no bias or an unused one of the checkpoint, another or the transposed weight, no scale, and other
-    activations.
+    The op of a pair is `op` with one change: no bias, a bias of the checkpoint that the port does not use, another
+    weight, the weight transposed, no scale, or another activation.
     """
     if op.bias is not None:
         yield "a bias that does not belong there", replace(op, bias=None)
@@ -221,7 +224,8 @@ def _turned(scene: Scene, op: Linear) -> Op:
 def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each porting mistake that attention may have; see variants().
 
-    Tried are other windows, chunks, softcaps and scales, no sinks or unused ones of the checkpoint, and no temperature.
+    The op of a pair is `op` with one change: another window, chunk, softcap or scale, no temperature, no sinks, or
+    sinks of the checkpoint that the port does not use.
     """
     length = len(scene.batch.tokens)
     windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
@@ -268,8 +272,8 @@ def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
 def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each porting mistake that expert routing may have; see variants().
 
-    Tried are another normalisation, score or scale, no correction bias or an unused one of the checkpoint, and no
-    groups.
+    The op of a pair is `op` with one change: the other normalisation, another score function, no scale, no groups, no
+    correction bias, or a bias of the checkpoint that the port does not use.
     """
     does = "are not" if op.normalise else "are"
     yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
@@ -343,10 +347,9 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """Names of unused vectors of the checkpoint that may be a missing operand of `op`, as a list; [] without any.
+    """Names of vectors of the checkpoint that the port does not use and `op` may lack, as a list; [] without any.
 
-    They are the names in scene.spare that end with `ending` and belong to the op's layer; for an op outside the layers,
-    to any layer.
+    They are the names in scene.spare that end with `ending`. For an op in a layer, only names of that layer count.
     """
     layer = ".".join(op.site.split(".")[:2]) + "."
     return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]

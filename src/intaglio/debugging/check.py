@@ -261,7 +261,10 @@ def wide_cache(p: Program) -> Program:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Relative difference ||ours - theirs|| / ||theirs||; infinity if any value is NaN or infinite."""
+    """Relative difference ||ours - theirs|| / ||theirs||, a float; infinity if any value is NaN or infinite.
+
+    If all of `theirs` is 0, the result is ||ours||.
+    """
     wide = theirs.astype(np.float64)
     gap = np.linalg.norm(ours.astype(np.float64).reshape(wide.shape) - wide) / (np.linalg.norm(wide) or 1.0)
     return float(gap) if np.isfinite(gap) else float("inf")
@@ -340,7 +343,8 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     ]  # not of layers that were skipped
     for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
-            if getattr(model.config, "rope_interleave", False) and name == op.v:
+            pairs = getattr(model.config, "rope_interleave", model.config.model_type == "bailing_hybrid")
+            if pairs and name == op.v:
                 held = held.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # theirs puts pairs by halves
             keep(producers.get(name, name), held)
     width = {t.name: t.shape[-1] for t in p.tensors.values()}
@@ -368,6 +372,8 @@ def module_of(model: Any, p: Program, op: Op) -> Any:
         return None
     modules = dict(model.named_modules())
     name = p.tensors[weight].source[0].partition("|")[0].removesuffix(".weight")
+    if layer := re.match(r"layers\.\d+\.", op.site):  # a layer that shares an earlier one's weights has its own module
+        name = re.sub(r"layers\.\d+\.", layer[0], name, count=1)
     if isinstance(op, Experts):  # a module of all experts, whose result is theirs together
         name = re.split(r"\.(?:experts|input_linear)\.", name)[0] + ".experts"
     for old, new in (("", ""), ("language_model.model.", "model.language_model."), *RENAMED):

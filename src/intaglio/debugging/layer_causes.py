@@ -37,7 +37,9 @@ def _layer(site: str) -> str:
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes), as layer_variants(), for each other way to split a joined q, k, v matrix.
+    """Yield a triple (site, text, changes) for each other way to split a joined q, k, v matrix; see layer_variants().
+
+    changes: {site: op that replaces the port's op}.
 
     A checkpoint may hold the matrix by head (each K/V head after its query heads), or q, k and v one after another. The
     port may have split it in the wrong way. Only attention whose q, k or v is computed in `chain` is tried.
@@ -78,9 +80,10 @@ def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
 
 
 def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """Split a joined q, k, v matrix again: by head, where it was split as if q, k and v stood one after another.
+    """Undo a split of a joined q, k, v matrix in three parts one after another, and split it by head instead.
 
-    By head, each K/V head's key and value rows follow the rows of its query heads. Returns the new [q, k, v].
+    In a matrix by head, each K/V head's key and value rows follow the rows of its query heads. Returns the new
+    [q, k, v].
 
     Args:
         parts: the three parts of the wrong split, in order; together they are the matrix.
@@ -94,9 +97,9 @@ def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """Split a joined q, k, v matrix again: one after another, where it was split by head (see _by_head()).
+    """Undo a split by head of a joined q, k, v matrix (see _by_head()), and split it as if q, k and v stood in turn.
 
-    The matrix is first put together from the parts. Returns the new [q, k, v].
+    Returns the new [q, k, v].
 
     Args:
         parts: q, k and v of the wrong split.

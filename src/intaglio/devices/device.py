@@ -178,7 +178,7 @@ class CompletedStep:
         return True
 
     def result(self) -> StepResult:
-        """Return the StepResult at once, or raise the error that ended the step."""
+        """Return the StepResult, or raise the error that ended the step. Never waits: the step has ended already."""
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome

@@ -24,7 +24,10 @@ class ExpertLoad:
     held: Ranks = ()
 
     def facts(self) -> list[object]:
-        """The load as a list [tokens, held] of values for JSON; of_facts() reads it."""
+        """The load as a list [tokens, held] of values for JSON; of_facts() reads it.
+
+        tokens: how many tokens went to each expert. held: for each rank, the list of experts that it holds.
+        """
         return [self.tokens.tolist(), [list(own) for own in self.held]]
 
     @classmethod
@@ -34,9 +37,10 @@ class ExpertLoad:
         return cls(np.array(tokens, np.int64), tuple(tuple(own) for own in held))  # type: ignore[arg-type]
 
     def imbalance(self) -> float:
-        """The largest load of a rank over the mean over ranks: 1 if all loads are equal, and before any token.
+        """The largest number of tokens of a rank over the mean of all ranks. 1 means that all are equal.
 
-        If `held` lacks the experts of a rank, the largest load of an expert over the mean over experts.
+        An expert's tokens are divided evenly among the ranks that hold it. If the experts of some rank are not known,
+        experts are compared instead of ranks. Without any tokens the result is 1, too.
         """
         tokens = self.tokens.astype(np.float64)
         if all(self.held) and self.held:

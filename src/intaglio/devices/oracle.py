@@ -113,7 +113,7 @@ class OracleExecutable(BlockingExecutable):
         return batch.block_table[s, at // batch.block_size] * batch.block_size + at % batch.block_size
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step. Returns a StepResult with tokens and log-probabilities 0, and with logits if requested.
+        """Run one step. Returns a StepResult: the sampled tokens, and logits if requested. Log-probabilities are all 0.
 
         Taps and timings are ignored. As on a real device, the K/V of all tokens of the batch is written before any
         token is sampled. Raises DeviceError for a batch that does not fit.

@@ -184,8 +184,8 @@ class SiliconDevice(Device):
 
     Args:
         chip: name of a preset, which comes with its own kernel library, or a Target.
-        values: source of the values of the whole Program, one of VALUES: the name of a device, "chip" for the chip's
-            instructions, "none" for no values.
+        values: what computes the numbers of a step (logits and tokens), one of VALUES: the name of another device,
+            "chip" for the chip's own instructions, or "none" if only the time is wanted.
         stages: if several chips share a model, one rank's Program per pipeline stage. These are timed instead of the
             loaded Program; the ranks of a stage take equal time.
         overhead_s: the host's seconds before each step.

@@ -29,7 +29,7 @@ class ArrayWeights:
         return self.arrays[name]
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the whole array called `name`, as its only run."""
+        """Yield the array called `name` once, whole: it is in memory already, so it need not come in strips of rows."""
         yield self.arrays[name]
 
     def release(self, name: str) -> None:
@@ -87,7 +87,10 @@ class ReportedWeights:
             self.progress(self.taken, self.total, f"loading the weights, {amount}")
 
     def identity(self) -> str | None:
-        """The identity of the wrapped source of weights, as text; None if it has none."""
+        """A text that is equal for equal weights, in later processes too; None if the wrapped source has none.
+
+        It is the key under which packed weights are cached.
+        """
         return self.weights.identity()
 
 

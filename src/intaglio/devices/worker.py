@@ -15,9 +15,9 @@ from intaglio.program import MeshProgram, Program
 class WorkerDevice(Device):
     """A device that runs each executable of another device in a child process.
 
-    inner: the other device. step_timeout: most seconds that a step may take. silence: seconds without a sign of life
-    after which a stopped process counts as hung. Raises DeviceError for a device with a modelled clock, because steps
-    in a child process would not advance it.
+    inner: the other device. step_timeout: limit in seconds on a step. silence: seconds without a sign of life after
+    which a process that a signal has suspended (SIGSTOP) counts as hung. Raises DeviceError if `inner` has a modelled
+    clock, because steps in a child process would not advance that clock.
     """
 
     name = "worker"

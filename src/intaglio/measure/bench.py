@@ -47,14 +47,14 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
+    """Roofline bound of ops: the minimum seconds by memory bandwidth (`memory`) and by arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The least time that the ops can take, in seconds: the larger of `memory` and `matrix`."""
+        """The minimum seconds that the ops can take: the larger of `memory` and `matrix`."""
         return max(self.memory, self.matrix)
 
     @property
@@ -123,10 +123,7 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure and return the bytes/s at which a CPU device reads a working set of `megabytes`.
-
-    The best of several tries.
-    """
+    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`; returns the best of some tries."""
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 
@@ -325,8 +322,8 @@ def moved(work: Work) -> int:
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
     """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
 
-    All ops get the bandwidth measured for a working set of the whole step's bytes: those of a small model stay in the
-    CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
+    All ops get the bandwidth measured for a working set as large as all bytes of the step: the bytes of a small model
+    stay in the CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
@@ -337,7 +334,7 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """Name of the number format in which an op multiplies; roofs.peak() takes it. "f32" for any op but a linear.
+    """Name of the number format in which an op multiplies, for Roofs.peak(). "f32" for any op but a linear.
 
     For a linear with x in int8, the weight's format; for other linears, the format to which x is rounded.
     """

@@ -137,7 +137,9 @@ async def load(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Send every request at its time, at most `concurrency` open at once (None: no limit). Call probe() first.
+    """Send every request at its planned arrival, with at most `concurrency` open at once (None: no limit).
+
+    Call probe() first.
 
     Returns a list of the Outcomes in the order of the requests. seed: random seed of the prompts.
     """
@@ -211,7 +213,7 @@ class Summary:
 
     Attributes:
         requests, answered: numbers of requests sent, and of complete responses.
-        errors: number of failed requests by error.
+        errors: {text of an error: number of requests that failed with it}.
         seconds: from the first request's time to the last one's end.
         requests_per_s, prompt_tokens_per_s, output_tokens_per_s: rates of complete responses.
         deadline: seconds within which a response counts for goodput.

@@ -31,7 +31,7 @@ class RankTimes:
         rank: number of the rank.
         seconds: seconds in all ops.
         collectives: seconds in collectives, a part of `seconds`.
-        waited: seconds in which it waited for another rank, a part of `collectives`, by that rank's number.
+        waited: {number of another rank: seconds in which this rank waited for it}, a part of `collectives`.
     """
 
     rank: int

@@ -26,7 +26,7 @@ class Trace:
 
     @property
     def most(self) -> int:
-        """The context length in tokens (prompt and output together) that all but about 1 in 100 requests stay below."""
+        """Number of tokens (prompt and output together) that about 99 of 100 requests do not exceed."""
         return self.prompt[10] + self.output[10]
 
 
@@ -66,9 +66,9 @@ def trace(name: str) -> Trace:
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """The factor, at most 1, by which the trace's lengths are scaled so that 99 of 100 requests fit the context.
+    """A factor for the trace's lengths, at most 1, with which about 99 of 100 requests fit the context.
 
-    1 if `context` is None.
+    Returns 1 if `context` is None, or if they fit without scaling.
     """
     return min(1.0, context / t.most) if context else 1.0
 

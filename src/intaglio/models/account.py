@@ -97,15 +97,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Account:
-    """The account of a checkpoint: its model, and the use made of each tensor, key and file.
+    """Report of how a checkpoint is read: its model, and whether each tensor, key and file is used, or why not.
 
     Attributes:
-        path: the checkpoint.
-        architecture: name in config.json.
-        models: the released models of this architecture.
+        path: path of the checkpoint.
+        architecture: name of the architecture in config.json.
+        models: names of released models of this architecture.
         said_by: the file and key that name the architecture.
         quantised_by: the file and key that say how matrices are quantised; "": they are not.
-        context: context length in tokens of the ported Program.
+        context: context length in tokens for which the model was ported.
         vocabulary: number of token ids.
         bytes: bytes of the weights in memory.
         tensors: each tensor of the files.

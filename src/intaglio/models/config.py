@@ -153,7 +153,10 @@ class Config:
         return int(value)
 
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
-        """The value of a key that lists as many numbers as `default`, as a tuple. Raises PortError for another."""
+        """The value of a key that lists as many numbers as `default`, as a tuple; `default` if the key has no value.
+
+        Raises PortError for a list of another length.
+        """
         values = self.get(key, default)
         if len(values) != len(default):
             raise PortError(f"config.json: {self.name(key)}={values!r}; wanted {len(default)} numbers")

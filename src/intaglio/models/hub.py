@@ -116,7 +116,8 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
     """A list of the safetensors files to download, with the index if there is one; [] if there are none.
 
-    Only files in the repository's top folder count. Raises HubError if a file that is named is missing, or if several
+    Only files in the repository's top folder count. read: function from the name of a JSON file of the repository to
+    its contents. Raises HubError if the repository lacks a file that config.json or the index names, or if several
     files have no index.
     """
     decides = deciding_file(read("config.json"), files.__contains__, read)
@@ -275,7 +276,10 @@ class _Repository:
 
 
 def _opened(paths: list[Path], files: list[str]) -> Path:
-    """The path to open a checkpoint by: the GGUF file (its first part), or the folder that holds all its files."""
+    """The path by which to open a downloaded checkpoint: its GGUF file (the first part), or the folder it lies in.
+
+    paths: where the files lie here. files: their names in the repository, in the same order.
+    """
     if files[0].endswith(".gguf"):
         return paths[0]
     return paths[0].parents[files[0].count("/")]

@@ -90,11 +90,13 @@ HARMLESS: dict[str, str] = {
     **dict.fromkeys((
         "num_nextn_predict_layers", "num_mtp_modules", "use_mtp", "mtp_transformer_layers", "mtp_num_layers",
         "mtp_loss_weight", "num_assistant_tokens", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+        "mtp_loss_scaling_factor",
     ), AHEAD),
     "dtype": "each tensor's header says its own type", "torch_dtype": "each tensor's header says its own type",
     "sliding_window": "no layer of this model slides", "use_sliding_window": "layer_types says which layers slide",
     "topk_group": "all experts are in one group", "n_group": "all experts are in one group",
     "attention_layers": "a copy of attention_types, layer by layer",
+    "hybrid_layer_ids": "layers_block_type says which layers are hybrid",
     "qk_head_dim": "the sum of qk_nope_head_dim and qk_rope_head_dim",
     "_sliding_window_pattern": "a copy of sliding_window_pattern that layer_types replaces",
     "sliding_window_pattern": "layer_types says which layers slide",
@@ -252,7 +254,7 @@ def _judge(
 ) -> Iterator[Fate]:
     """Yield a Fate (used or ignored, and why) for one key of config.json.
 
-    If the port has read keys of a table under it, a Fate for each key of the table follows.
+    If the value is a table of which the port has read keys, a Fate for each key of the table follows.
 
     Args:
         c: the Config of the text model, which knows the keys that were read.

@@ -73,9 +73,9 @@ class Ported:
         architecture_from: the file and key that named the architecture.
         keys: the use made of each key of config.json and of the quantisation settings.
         layers: number of layers.
-        unused: tensors without a use by name, with the reason.
+        unused: {name of a tensor that the Program does not use: the reason}.
         notes: messages for the user.
-        ignored: {prefix of the names of tensors that have no use: the reason}.
+        ignored: {prefix of names of tensors that this port never uses: the reason}.
         scales: {name of a tensor that is a scale of the K/V cache: names of the Program's constants that hold it}.
     """
 
@@ -354,8 +354,8 @@ def _program(
 def _long_note(length: int, usual: int, limit: int) -> str:
     """Text of a warning that a model's results depend on the context of its Program, because its rope table does.
 
-    It says which of both tables the Program has, and how to get the other. Call it only for such models (see
-    lengths()).
+    Such a model has one rope table for short contexts and another for long ones. The text says which of them the
+    Program has, and how to get the other. Call this only for such models (see lengths()).
 
     Args:
         length: the context of the Program, in tokens.

@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from intaglio.ops.attention import Attend, KvWrite
 from intaglio.ops.collective import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, ReduceScatter, Send
 from intaglio.ops.conv import ShortConv
-from intaglio.ops.data import Embed, Permute, Select
+from intaglio.ops.data import Concat, Embed, Permute, Select
 from intaglio.ops.elementwise import Map
 from intaglio.ops.experts import Experts, Route
 from intaglio.ops.indexer import ChooseKeys
@@ -23,7 +23,8 @@ from intaglio.ops.sample import Sample
 from intaglio.ops.selective_scan import RgLru, SelectiveScan
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "ChooseKeys", "Collective", "Decay",
+    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "ChooseKeys", "Collective", "Concat",
+    "Decay",
     "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Moment", "Norm", "Op",
     "OpError", "Permute", "Recv", "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select", "SelectiveScan",
     "Send", "ShortConv", "Sinusoid", "Tensor", "Value", "Work", "x_format",

@@ -101,7 +101,10 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """A tuple of (operand, its cache, its scales or None) for keys and for values; one entry if both are equal."""
+        """What the op writes: a tuple with (operand, cache, scales or None) for keys, and the same for values.
+
+        It has one item if keys and values are the same operand in the same cache.
+        """
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
         return (keys,) if keys[:2] == values[:2] else (keys, values)
 

@@ -94,7 +94,8 @@ class AllReduce(Collective, kind="all_reduce"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: reduce-scatter, then all-gather, which is 2 (p-1)/p of x for p ranks.
+        Link bytes are the bytes that the rank receives, in a reduce-scatter and an all-gather: 2 (p-1)/p of x for p
+        ranks.
         """
         n, p = self.link_bytes(t, self.x, batch), len(self.group)
         sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
@@ -153,8 +154,9 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
     """Op that sums x over the ranks of `group` and gives each rank one run of token rows of the sum.
 
     x f32 [T, width] on every rank. out f32 [T:share/n, width] on rank number `share` of the n ranks: T:share/n is the
-    number of rows in its run, which are near-equal (batch.shared_rows()). The sum is that of all_reduce, in the order
-    of `group`. `wire` is the format to which each x, and the sum, are rounded before they are sent: f32, bf16 or f16.
+    number of rows in its run; runs are near-equal (batch.shared_rows()). The values are summed in the order of `group`,
+    as in all_reduce. `wire` is the format to which each x is rounded before it is sent, and then the sum: f32, bf16 or
+    f16.
     """
 
     x: str = operand()
@@ -178,8 +180,7 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: this rank's rows of x from the p-1 other ranks, which is (p-1)/p of x for
-        p ranks.
+        Link bytes are the bytes that the rank receives: its rows of x from the p-1 other ranks, (p-1)/p of x in all.
         """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
@@ -224,7 +225,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """The names of the dimension "one rank's run of the T token rows" on each of `ranks` ranks: ["T:0/4", ...]."""
+    """A list with the dimension of each of `ranks` ranks: its run of the T token rows, such as "T:0/4" for rank 0."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
@@ -236,7 +237,7 @@ def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Divide the rows of x among ranks: a list with a view of x for each rank, in order.
 
-    The runs are those of batch.shared_rows(): they differ by at most one row, and are empty where ranks outnumber rows.
+    batch.shared_rows() says which rows. Numbers of rows differ by at most one; with more ranks than rows some are 0.
     """
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]

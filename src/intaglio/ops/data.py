@@ -1,4 +1,4 @@
-"""Data movement: embedding lookup, selection of the rows whose logits are wanted, permutation of columns."""
+"""Data movement: embedding lookup, selection of rows, permutation of columns, and two tensors side by side."""
 
 from __future__ import annotations
 
@@ -86,6 +86,29 @@ class Permute(Op, kind="permute"):
         order = v[self.order]
         assert isinstance(order, np.ndarray)
         return {self.out: array(v, self.x)[:, order]}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return self.moved(t, batch, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat(Op, kind="concat"):
+    """Op that puts the columns of two tensors side by side: out[t] = a[t], then b[t].
+
+    a f32 [rows, m], b f32 [rows, n], out f32 [rows, m + n].
+    """
+
+    a: str = operand()
+    b: str = operand()
+    out: str = result()
+
+    def shapes(self, t: Tensors) -> Results:
+        (rows, m), (others, n) = self.rows_cols(t, self.a), self.rows_cols(t, self.b)
+        self.check(rows == others, f"{self.a} has {rows} rows and {self.b} has {others}; wanted as many")
+        return {self.out: ((rows, m + n), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        return {self.out: np.concatenate([array(v, self.a), array(v, self.b)], axis=1)}
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         return self.moved(t, batch, 0)

@@ -54,8 +54,8 @@ Steps = tuple[tuple[str, float | str], ...]  # an expression in postfix order, s
 def postfix(expr: str) -> Steps:
     """Parse an expression such as "silu(a) * b". Returns its steps in postfix order, as a tuple of pairs.
 
-    The pairs are ("operand", "a"), ("number", 0.5), ("call", "silu") and ("binary", "+"). Operands are a, b, c;
-    operators + - * /; functions those of FUNCTIONS. Raises OpError for any other expression.
+    The pairs are ("operand", "a"), ("number", 0.5), ("call", "silu") and ("binary", "+"). Operands are a, b and c,
+    operators are + - * /, and functions are the keys of FUNCTIONS. Raises OpError for any other expression.
     """
 
     def walk(node: ast.expr) -> list[tuple[str, float | str]]:
@@ -105,7 +105,8 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 class Map(Op, kind="map"):
     """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
 
-    a and out have one shape. b and c have that shape too, or one column, which is broadcast to all columns.
+    a and out have one shape. b and c have that shape too, or fewer columns, of which each is broadcast to an equal run
+    of a's columns: one column to all of them, one per head to those of its head.
     """
 
     elementwise: ClassVar[bool] = True
@@ -120,12 +121,19 @@ class Map(Op, kind="map"):
         used = {value for step, value in postfix(self.expr) if step == "operand"}
         self.check(used == given, f"expr={self.expr!r} uses {sorted(map(str, used))} but operands are {sorted(given)}")
         for name in self.inputs[1:]:
-            if t[name].shape[1:] != (1,) or t[name].shape[0] != t[self.a].shape[0]:
+            width, columns = self.rows_cols(t, self.a)[1], self.rows_cols(t, name)[1]
+            if not columns or width % columns or t[name].shape[0] != t[self.a].shape[0]:
                 self.same_shape(t, self.a, name)
         return {self.out: (t[self.a].shape, "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        y = evaluate(postfix(self.expr), lambda name: array(v, getattr(self, name)))
+        width = array(v, self.a).shape[1]
+
+        def spread(name: str) -> np.ndarray:
+            x = array(v, getattr(self, name))
+            return x if x.shape[1] in (1, width) else np.repeat(x, width // x.shape[1], axis=1)
+
+        y = evaluate(postfix(self.expr), spread)
         return {self.out: np.broadcast_to(y, array(v, self.a).shape).astype(np.float32)}
 
     def work(self, t: Tensors, batch: Batch) -> Work:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from intaglio.batch import Batch
+from intaglio.ops.elementwise import sigmoid
 from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
 from intaglio.ops.recurrence import check_state, sequences, softplus, state_bytes
 
@@ -23,6 +24,8 @@ class Decay(Op, kind="decay"):
     Attributes:
         low: steps below it become `low`.
         high: steps above it become `high`; 0: no limit.
+        floor: if below 0, decay is floor * sigmoid(exp(rate[head]) * (x + bias)) instead, so decay is never below
+            `floor` (the bounded gate of Ling 3).
     """
 
     x: str = operand()
@@ -32,6 +35,7 @@ class Decay(Op, kind="decay"):
     decay: str = result()
     low: float = 0.0
     high: float = 0.0
+    floor: float = 0.0
 
     def shapes(self, t: Tensors) -> Results:
         width = self.token_columns(t, self.x)
@@ -42,14 +46,19 @@ class Decay(Op, kind="decay"):
         self.check(
             self.low >= 0 and not 0 < self.high < self.low, f"low={self.low}, high={self.high}; wanted 0 <= low <= high"
         )
+        self.check(self.floor <= 0, f"floor={self.floor}; wanted 0, for none, or a log decay below 0")
         return {self.step: (t[self.x].shape, "f32"), self.decay: (t[self.x].shape, "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        x = array(v, self.x)
-        step = softplus(x if self.bias is None else x + array(v, self.bias))
+        x = array(v, self.x) if self.bias is None else array(v, self.x) + array(v, self.bias)
+        step = softplus(x)
         step = np.clip(step, self.low, self.high or None).astype(np.float32)
         rate = -np.exp(array(v, self.rate).astype(np.float64))
-        decay = (np.repeat(rate, x.shape[1] // len(rate)) * step).astype(np.float32)
+        rate = np.repeat(rate, x.shape[1] // len(rate))
+        if self.floor:
+            decay = np.float32(self.floor) * sigmoid((-rate * x).astype(np.float32))
+        else:
+            decay = (rate * step).astype(np.float32)
         return {self.step: step, self.decay: decay}
 
     def work(self, t: Tensors, batch: Batch) -> Work:

@@ -21,7 +21,7 @@ class Rope(Op, kind="rope"):
     """Op that rotates pairs of columns of each head by position * frequency (Su et al. 2021), and scales by `factor`.
 
     x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first
-    rotary_dim columns of a head are rotated (with `trailing` the last), the others are copied. Style half pairs
+    rotary_dim columns of a head are rotated (with `trailing` the last ones); the others are copied. Style half pairs
     column i with i + rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is
     a float32 product; `factor` scales cos and sin (the attention factor of longrope and yarn).
     """

@@ -204,10 +204,10 @@ def slots_of(experts: int, ranks: int, redundant: int) -> int:
 
 
 def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
-    """Number of copies of each expert, i64 [experts], `slots` in all, such that the largest load of a copy is least.
+    """Choose the number of copies of each expert, i64 [experts], `slots` in all, so that copies have near-equal loads.
 
-    load: tokens of each expert, f64 [experts]. most: copies that one expert can have. Each further copy goes to the
-    expert whose copies have the largest load each.
+    Every expert has one copy. Each further copy goes to the expert whose copies have the largest load each. load:
+    tokens of each expert, f64 [experts]. most: maximum number of copies of one expert.
     """
     copies = np.ones(len(load), np.int64)
     for _ in range(slots - len(load)):

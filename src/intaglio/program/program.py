@@ -105,7 +105,7 @@ class Program:
         return view[0] if view else name
 
     def uses(self, name: str) -> list[Op]:
-        """A list of the ops that read `name` itself; ops that read a view of it are not included."""
+        """A list of the ops that read tensor `name` itself. Ops that read it through a view are not included."""
         return self._readers.get(name, [])
 
     def producer(self, name: str) -> Op | None:

@@ -189,8 +189,8 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """Apply the steps of a source to the codes and scales of x, and return the Quantised; None if that is impossible.
 
     It is impossible if a step splits a group (values that share a scale), if a step divides the rows into a stack of
-    matrices ("h16"), or if the steps have a "T" (transpose) and x is not stored transposed, or the other way round.
-    Raises ProgramError for a step that does not fit.
+    matrices ("h16"), or if only one of two things is true: x is stored transposed (x.turned), and the steps have a "T"
+    (transpose). Raises ProgramError for a step that does not fit.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -296,13 +296,13 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Read a source in pieces, to save memory: yield (tensor name, values) for each run of rows of each tensor.
+    """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
 
-    The source's steps (cuts, transposition) are applied to each piece; a run of which no row is kept may be left out.
-    A quantised tensor is yielded whole if a step divides its rows into a stack of matrices ("h16"); so is a quantised
-    matrix that a step transposes.
+    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to each; a piece may be left
+    out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a stack of
+    matrices ("h16"); so is a quantised matrix that a step transposes.
 
-    read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
+    read: function from a name to the whole tensor. runs: function from a name to an iterator over the tensor's pieces.
     """
     for name, steps in expand(source):
         at = 0

@@ -116,7 +116,8 @@ def written_before_read(p: Program) -> Iterator[str]:
 def views_inside(p: Program) -> Iterator[str]:
     """Yield a message for each invalid view. A view is a range of columns of another tensor, without a copy.
 
-    Valid is a view of a temp that is no view itself, in the temp's format and with as many rows, inside its columns.
+    A view is valid if it is of a temp that is not a view itself, has the temp's format and number of rows, and lies
+    inside the temp's columns.
     """
     for t in p.tensors.values():
         if t.view:

@@ -58,9 +58,7 @@ class FairQueue:
     def push(self, job: Job) -> None:
         """Add a job behind the other jobs of its tenant and priority."""
         tenant = self._tenant(job.tenant)
-        if not tenant.waiting:
-            others = [t.counter for t in self.tenants.values() if t.waiting]
-            tenant.counter = max(tenant.counter, min(others, default=self._floor))
+        self._return(tenant)
         self._arrivals += 1
         entry = self._entries[job.id] = job.priority, self._arrivals, job
         insort(tenant.waiting, entry, key=_place_in_order)
@@ -93,10 +91,13 @@ class FairQueue:
     def take(self, job: Job) -> None:
         """Remove a job that is placed now, and charge its tenant for its prompt and expected output.
 
-        A job that was taken before and has not ended is not charged again.
+        The job may also be one that never waited. A job that was taken before and has not ended is not charged again.
         """
         tenant = self._tenant(job.tenant)
-        self._remove(job)
+        if job.id in self._entries:
+            self._remove(job)
+        else:
+            self._return(tenant)
         if job.id not in self.charged:
             self._floor = max(self._floor, tenant.counter)
             tenant.counter += job.tokens / tenant.weight
@@ -137,6 +138,12 @@ class FairQueue:
     def waiting(self, tenant: str) -> int:
         """Number of a tenant's waiting jobs."""
         return len(self.tenants[tenant].waiting) if tenant in self.tenants else 0
+
+    def _return(self, tenant: Tenant) -> None:
+        """Raise the counter of a tenant without waiting jobs to the lowest of the tenants that have some."""
+        if not tenant.waiting:
+            others = [t.counter for t in self.tenants.values() if t.waiting]
+            tenant.counter = max(tenant.counter, min(others, default=self._floor))
 
     def _remove(self, job: Job) -> None:
         """Remove a job from the waiting jobs, if it is among them."""

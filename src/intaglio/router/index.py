@@ -65,10 +65,11 @@ class Prefix:
 
 
 class PromptMemory:
-    """Maps prefix keys of prompt text to token counts and K/V block names, as replicas reported them.
+    """For prefixes of prompt texts: how many tokens they have and which K/V block they end in, learnt from replicas.
 
-    A replica reports a prompt's token count and the names of its whole blocks. The blocks are spread over the prompt's
-    keys in proportion to the text. So the position of a block in the text is an estimate; its name is exact.
+    A prefix is looked up by its key, a hash of the text up to that point (see prefix_keys()). A replica reports a
+    prompt's token count and the names of its whole K/V blocks. Tokens are taken to be spread evenly over the text, so
+    the place in the text where a block ends is an estimate; the block's name is exact.
 
     limit: number of keys that are kept; the oldest are dropped.
     """
@@ -221,10 +222,10 @@ class CacheIndex:
         return tokens
 
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
-        """Number of tokens of one prefix of a prompt, an int; None if the replica has not cached the prefix.
+        """Number of tokens of one prefix of a prompt that the replica has cached; None if it has not cached the prefix.
 
-        The number is 0 if the prefix is shorter than a K/V block or its block has no name. Longer prefixes may then be
-        cached.
+        0 means that this prefix tells nothing, because it is shorter than a K/V block or its block has no name. A
+        longer prefix of the same prompt may still be cached.
 
         Args:
             key: prefix key of the prefix (see prefix_keys()).

@@ -1,7 +1,7 @@
 """Placement policies: functions that choose the replica of a job.
 
-cache-aware: the replica with the lowest cost, which is the estimated time to the job's end, plus the time that its
-prefill takes from the other jobs there. round-robin: the replica that was used least recently, for comparison.
+cache-aware: the replica with the lowest cost, which is the estimated time to the job's end, plus a share of the time of
+its prefill. round-robin: the replica that was used least recently, for comparison.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job
 from intaglio.router.replica import Pace, Replica
 
-IDLE_SHARE = 0.5  # of the time of a job's prefill, which is added to its cost, on a replica without jobs
+PREFILL_SHARE = 0.5  # of the time of a job's prefill, which is added to its cost
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,13 @@ class Estimate:
 
     @property
     def cost(self) -> float:
-        """The cost that placement minimises, in seconds: estimated time to the job's end, plus the time of its prefill.
+        """The cost that placement minimises, in seconds: time until the job ends, plus a share of its prefill's time.
 
-        The prefill counts a second time because it lengthens the steps of the replica's other jobs. Without that, jobs
-        leave their cached prefix for a small gain of their own, and all jobs together compute more. On a replica
-        without jobs only IDLE_SHARE of the prefill is added, so that no replica stays idle while jobs of one prefix
-        queue at another.
+        The second term stands for the other jobs of the replica, now and later, whose steps the prefill lengthens.
+        Without it, jobs leave their cached prefix for a small gain of their own, and all jobs together compute more.
+        With the whole time, replicas stay idle while jobs of one prefix queue at another.
         """
-        share = 1.0 if self.replica.jobs else IDLE_SHARE
-        return self.end + share * self.uncached * self.pace.per_token
+        return self.end + PREFILL_SHARE * self.uncached * self.pace.per_token
 
 
 Policy = Callable[[Sequence[Estimate]], Estimate]
@@ -76,7 +74,8 @@ def estimate(
     cached = min(cached, job.prompt_tokens - 1)
     uncached = job.prompt_tokens - cached
     pace = pace or replica.report.pace
-    first = pace.per_step + pace.per_token * (replica.prefill_tokens + ahead + uncached)
+    before = replica.prefill_left(now, pace) + ahead
+    first = pace.per_step + pace.per_token * (before + uncached)
     step = pace.per_step + pace.per_token * (replica.sequences + job.choices)
     steps = 0 if job.stage == "prefill" else job.output_tokens
     return Estimate(replica, pace, cached, uncached, first, first + steps * step)

@@ -72,16 +72,9 @@ class LoadReport:
 
 @dataclass
 class Assigned:
-    """A job on a replica.
-
-    Attributes:
-        job: the job.
-        prefill: prompt tokens that the job still has to compute.
-        started: True if the job's first token has come.
-    """
+    """A job on a replica. started: True if its first token has come."""
 
     job: Job
-    prefill: int
     started: bool = False
 
 
@@ -96,7 +89,9 @@ class Replica:
         report: its latest LoadReport.
         index: the blocks it has cached.
         jobs: placed jobs by id; only the methods change them.
-        prefill_tokens: prompt tokens of its jobs that are still to be computed.
+        prefill_tokens: prompt tokens to compute of its jobs that have no token yet.
+        prefills: the same by job, in the order of placement.
+        prefill_since: time in seconds at which it began the first of them, as far as the router knows.
         sequences: number of sequences of its jobs: the sum of their `choices`.
         last_placed: number of the router's placement that last chose it; breaks ties, so that equal replicas take
             turns.
@@ -110,6 +105,8 @@ class Replica:
     index: CacheIndex = field(default_factory=CacheIndex)
     jobs: dict[str, Assigned] = field(default_factory=dict)
     prefill_tokens: int = 0
+    prefills: dict[str, int] = field(default_factory=dict)
+    prefill_since: float = 0.0
     sequences: int = 0
     last_placed: int = 0
     failures: int = 0
@@ -135,25 +132,38 @@ class Replica:
         """
         return self.report.pace.measured and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 
-    def assign(self, job: Job, prefill: int) -> None:
+    def prefill_left(self, now: float, pace: Pace) -> float:
+        """Estimated number of its jobs' prompt tokens that are still to be computed at time `now` (seconds).
+
+        The replica computes prompts in the order of placement. How far it is in the first one that has no token yet is
+        estimated by its pace: a replica near the end of a long prompt is sooner free than one at its beginning.
+        """
+        first = next(iter(self.prefills.values()), 0)
+        return self.prefill_tokens - min(first, max(0.0, now - self.prefill_since) / pace.per_token)
+
+    def assign(self, job: Job, prefill: int, now: float) -> None:
         """Add a job that the router has placed on this replica.
 
         Args:
             job: the job.
             prefill: number of its prompt tokens that the replica has to compute.
+            now: the time in seconds.
         """
-        self.jobs[job.id] = Assigned(job, prefill)
+        if not self.prefills:
+            self.prefill_since = now
+        self.jobs[job.id] = Assigned(job)
+        self.prefills[job.id] = prefill
         self.prefill_tokens += prefill
         self.sequences += job.choices
 
-    def started(self, id: str) -> Job:
+    def started(self, id: str, now: float) -> Job:
         """Record that a job's first token has come: no prompt tokens are left to compute. Returns the Job.
 
-        id: id of a job on this replica. Raises KeyError for any other.
+        id: id of a job on this replica. now: the time in seconds. Raises KeyError for any other id.
         """
-        assigned = self.jobs[id]
-        self.prefill_tokens -= assigned.prefill
-        assigned.started, assigned.prefill = True, 0
+        assigned, self.prefill_since = self.jobs[id], now
+        self.prefill_tokens -= self.prefills.pop(id, 0)
+        assigned.started = True
         return assigned.job
 
     def release(self, id: str) -> None:
@@ -162,5 +172,5 @@ class Replica:
         id: id of a job on this replica. Raises KeyError for any other.
         """
         assigned = self.jobs.pop(id)
-        self.prefill_tokens -= assigned.prefill
+        self.prefill_tokens -= self.prefills.pop(id, 0)
         self.sequences -= assigned.job.choices

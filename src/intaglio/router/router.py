@@ -132,12 +132,22 @@ class Router:
         A job is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would
         miss its `start_by` or `deadline` by the estimate. now: the time in seconds.
         """
-        try:
-            self._admit(job, now)
-        except Refusal as refusal:
-            self.refused[refusal.reason] += 1
-            raise
+        self._admit(job, now)
         self.queue.push(job)
+
+    def place(self, job: Job, now: float) -> Placement | None:
+        """Place a job at once if no other job of its stage waits and the best replica has room; else queue it.
+
+        Returns the Placement that submit() and dispatch() would lead to, or None if the job is queued. Raises Refusal
+        as submit() does. now: the time in seconds.
+        """
+        estimates = self._admit(job, now)
+        if not self.queue.jobs_of[job.stage]:
+            best = POLICIES[self.policy](estimates)
+            if best.replica.has_room:
+                return self._place(job, best, now)
+        self.queue.push(job)
+        return None
 
     def resubmit(self, job: Job) -> None:
         """Queue a job again whose replica died or drains.
@@ -169,19 +179,20 @@ class Router:
                     break
         return placed
 
-    def started(self, id: str, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
+    def started(self, id: str, now: float, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
         """Record that a placed job's first token has come, so its prompt has been computed. Returns nothing.
 
         The prompt's length and block names are remembered, for the estimates of later jobs.
 
         Args:
             id: the job's id; one that is not placed is ignored.
+            now: the time in seconds.
             tokens: number of tokens of the prompt.
             names: names of the K/V blocks that hold the prompt.
             block_size: tokens of a block.
         """
         if (name := self._where.get(id)) is not None:
-            self.memory.learn(self.replicas[name].started(id).keys, tokens, names, block_size)
+            self.memory.learn(self.replicas[name].started(id, now).keys, tokens, names, block_size)
 
     def ended(self, job: Job, output_tokens: int) -> None:
         """Record that a job has ended or was cancelled: take it off its replica, or out of the queue.
@@ -246,7 +257,15 @@ class Router:
             return [r for r in alive if r.role == "prefill"] or alive
         return [r for r in alive if r.role != "prefill"] or alive
 
-    def _admit(self, job: Job, now: float) -> None:
+    def _admit(self, job: Job, now: float) -> list[Estimate]:
+        """The Estimates of a job on the replicas that may be given it, if it is admitted; else raise Refusal."""
+        try:
+            return self._check(job, now)
+        except Refusal as refusal:
+            self.refused[refusal.reason] += 1
+            raise
+
+    def _check(self, job: Job, now: float) -> list[Estimate]:
         alive = self._takers(job.stage)
         if not alive:
             if not any(r.state in ("starting", "dead") for r in self.replicas.values()):
@@ -259,16 +278,18 @@ class Router:
         if waiting >= most // 2 and self.queue.waiting(job.tenant) >= (own := self.queue.share(job.tenant, most)):
             why = f"{waiting} requests wait, {own} of them this tenant's, which is its share of {most}; retry later"
             raise Refusal("full", why, _retry(wait))
-        if _earliest(job.start_by, job.deadline) == float("inf") or not all(r.report.pace.measured for r in alive):
-            return
-        best = min(self._estimates(alive, job, now), key=lambda e: e.end)
+        estimates = self._estimates(alive, job, now)
+        if not all(r.report.pace.measured for r in alive):
+            return estimates
         if job.start_by is not None and now + wait > job.start_by:
             over = now + wait - job.start_by
             raise Refusal("late", f"it would wait {wait:.1f} s, {over:.1f} s too long; retry later", _retry(over))
-        if job.deadline is not None and now + wait + best.end > job.deadline:
-            over = now + wait + best.end - job.deadline
-            why = f"it would take {wait + best.end:.1f} s, {over:.1f} s more than its timeout; retry later"
-            raise Refusal("late", why, _retry(over))
+        if job.deadline is not None:
+            end = min(e.end for e in estimates)
+            if (over := now + wait + end - job.deadline) > 0:
+                why = f"it would take {wait + end:.1f} s, {over:.1f} s more than its timeout; retry later"
+                raise Refusal("late", why, _retry(over))
+        return estimates
 
     def _wait_seconds(self, alive: list[Replica], stage: str) -> float:
         """Estimated seconds until the waiting jobs of a stage have been placed, from the replicas' pace of prefill.
@@ -296,7 +317,7 @@ class Router:
         self.queue.take(job)
         self.placements += 1
         replica = on.replica
-        replica.assign(job, on.uncached)
+        replica.assign(job, on.uncached, now)
         replica.last_placed = self.placements
         replica.index.assume(job.keys, now)
         self.cached_tokens += on.cached

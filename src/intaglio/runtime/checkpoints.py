@@ -58,11 +58,11 @@ class Checkpoints:
         return next(deepest, 0)
 
     def start(self, sequence: Sequence, found: int) -> None:
-        """Give a sequence that starts its two slots of recurrent state, and choose where the steps of its prompt end.
+        """Prepare the recurrent state of a sequence that begins to run: two slots, and where to save the state.
 
-        The first slot is the saved state at the end of its cached blocks, if there are any. The second is the slot that
-        its first step writes. For a model without recurrent state both stay -1. The chosen positions go to
-        `sequence.borders`.
+        The first slot holds the saved state at the end of the sequence's cached blocks, if there are any. The second is
+        the slot that its first step writes. Without recurrent state both stay -1. Steps of the prompt are cut at the
+        positions at which the state is to be saved; these are put in `sequence.borders`.
 
         Args:
             sequence: the sequence. Its `computed` and `prefix_name` must already be set.

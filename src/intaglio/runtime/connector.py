@@ -94,9 +94,10 @@ class Connector(Protocol):
     counts: TierCounts
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of blocks, from the first of `names` on, that the tier probably holds.
+        """Number of leading blocks of `names` that the tier holds; counting ends at the first one that it lacks.
 
-        names: the names of the blocks, each the parent of the next.
+        A quick look without reading the blocks, so a later load() may find fewer. names: the names of the blocks, each
+        the parent of the next.
         """
 
     def stored(self, names: Sequence[str]) -> int:

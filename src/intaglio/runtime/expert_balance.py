@@ -101,10 +101,12 @@ class ExpertBalancer:
             self.loads[site] = ExpertLoad(base + load.tokens, load.held)
 
     def propose(self, site: str, recent: np.ndarray) -> Ranks | None:
-        """A better placement of one layer's experts: the expert numbers of each rank. None if moving is not worth it.
+        """A better placement of one layer's experts: for each rank a tuple of the experts that it holds.
 
-        site: the layer. recent: tokens that each expert got lately, i64 [experts], for which the placement is balanced.
-        Not worth it: the layout has no redundant experts, no expert got a token, or the gain is below `worth`.
+        None if the layout has no redundant experts, if no expert got a token, or if moving is not worth it: the
+        imbalance (busiest rank over mean) must fall by the factor `worth` at least.
+
+        site: name of the layer's op `experts`. recent: tokens that each expert got lately, i64 [experts].
         """
         held = self.loads[site].held
         if not held or not all(held) or not recent.any():
@@ -126,7 +128,10 @@ class ExpertBalancer:
         self._counted, self._looked = -np.inf, now - LOOK_EVERY
 
     def _tokens_since_last(self) -> dict[str, np.ndarray]:
-        """A dict by site: the tokens of each expert since the last call of this method, i64 [experts]."""
+        """How many tokens went to each expert since the last call of this method, or since counting began.
+
+        Returns {site (name of the layer's op `experts`): i64 [experts]}.
+        """
         found = {}
         for site, load in self.loads.items():
             found[site] = load.tokens - self._since.get(site, np.zeros_like(load.tokens))

@@ -33,8 +33,8 @@ def windows_conserved(e: Engine) -> Iterator[str]:
 
     A block must be exactly one of free, evictable and held, and its refcount the number of sequences that hold it. A
     running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
-    block in the prefix cache must have the name of its tokens. The reservations must add up to `reserved`, which is at
-    most `limit`.
+    block in the prefix cache must have the name of its tokens. The reservations of all running sequences must add up to
+    `e.windows.reserved`, which is at most `e.windows.limit`.
     """
     windows, holders = e.windows, Counter[int]()
     pool, running = windows.pool, e.scheduler.running

@@ -62,10 +62,11 @@ class LatencyEstimator:
         return self.mean_seconds - self.seconds_per_token * self.mean_tokens
 
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
-        """Estimated seconds to prefill `prefill_tokens` and then sample `output_tokens` for each of `sequences`.
+        """Estimated seconds to prefill `prefill_tokens` in all and then sample `output_tokens` for each sequence.
 
-        Assumes one sampled token per sequence and step. A decode step is taken to have as many token rows per sampled
-        token as recent steps had on average, since prefills of other requests share the steps.
+        `sequences` is how many sample at the same time. Assumes one sampled token per sequence and step. A decode step
+        is taken to have as many token rows per sampled token as recent steps had on average, since prefills of other
+        requests share the steps.
         """
         rows = sequences * self.mean_tokens / self.mean_sampled if self.mean_sampled else 0
         return self.seconds_per_token * prefill_tokens + output_tokens * (

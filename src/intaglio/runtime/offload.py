@@ -156,14 +156,24 @@ class Offload:
         They are also queued for the next save(), which writes those that the tier has evicted. blocks: their numbers;
         those that are not in the prefix cache are left out.
         """
-        if self.connector and blocks:
-            # a loaded block is not in the prefix cache if another of its name is
-            cached = [block for block in blocks if block in self.pool.cached]
+        self.unsaved += self.touch(blocks)
+
+    def touch(self, blocks: list[int]) -> list[int]:
+        """Tell the tier that a sequence uses these blocks now. Returns a list of those that are in the prefix cache.
+
+        Called also at the sequence's end: blocks that were saved meanwhile count as used when the sequence began.
+        """
+        # a loaded block is not in the prefix cache if another of its name is
+        cached = [block for block in blocks if block in self.pool.cached] if self.connector else []
+        if self.connector and cached:
             self.connector.touch([self.pool.name(block) for block in cached])
-            self.unsaved += cached
+        return cached
 
     def stored(self, block: int) -> None:
-        """Queue a block that is now in the prefix cache for the next save(). block: its number."""
+        """Note that a K/V block has been added to the prefix cache, so that the next save() copies it to the tier.
+
+        Does nothing without a tier. block: number of the block.
+        """
         if self.connector:
             self.unsaved.append(block)
 

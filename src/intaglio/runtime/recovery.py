@@ -56,8 +56,8 @@ class Recovery:
     def blame(self, why: str) -> None:
         """After a loss of the device: mark the sequences that were in flight as suspects. Returns nothing.
 
-        A suspect runs in steps of its own until it samples a token. A sequence that was alone in the step ends in error
-        if that has now happened MAX_DEVICE_LOSSES_PER_SEQUENCE times since it last sampled a token.
+        A suspect runs in steps of its own until it samples a token. If a sequence was alone in the step, the loss
+        counts against it: after MAX_DEVICE_LOSSES_PER_SEQUENCE such losses without a sampled token it ends in error.
 
         why: text of that error.
         """
@@ -83,7 +83,8 @@ class Recovery:
     def replace_device(self) -> bool:
         """Start another device and run a step of one token on it. Returns True, or False if no attempt succeeds.
 
-        At most `max_restarts` attempts; ReplacementRefused ends them at once.
+        At most `max_restarts` attempts. After the error ReplacementRefused there is no further attempt, and the result
+        is False. No error reaches the caller.
         """
         self.attempts = "nothing replaces it"
         for attempt in range(self.max_restarts if self.restart else 0):

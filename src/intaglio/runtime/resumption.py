@@ -69,7 +69,10 @@ class Resumption:
         return cls(request, choices, program, numerics)
 
     def check(self, program: str, numerics: str) -> None:
-        """Raise RequestError if an engine of this Program (its hash) and `numerics` would not give the same bits."""
+        """Raise RequestError if an engine would not continue the request with the bits of the engine that began it.
+
+        program: hash of the engine's Program. numerics: its device, instruction set and layout, as text.
+        """
         id = self.request.id
         if self.program != program:
             raise RequestError(

@@ -39,15 +39,15 @@ class ScheduledSequence:
 class Scheduler:
     """Queues of waiting and running sequences, both in order of (priority, arrival), and the choice of the next step.
 
-    A running sequence holds blocks for all of its tokens; a waiting sequence holds none. When no block is available,
-    or no window block can be reserved, the last running sequence is preempted: it goes back to waiting and is
-    recomputed later. Running sequences are also preempted for a waiting one of better priority. A sequence never
+    A running sequence holds blocks for all of its tokens; a waiting sequence holds none. When no block is available, or
+    no block of the separate pool for sliding windows, the last running sequence is preempted: it goes back to waiting
+    and is recomputed later. Running sequences are also preempted for a waiting one of better priority. A sequence never
     preempts one before it, and admission checks that the pools can hold any single sequence. So the first running
     sequence always finishes.
 
-    Of a model with recurrent state, no more sequences run than `slots` has slots for. Blocks are shared up to a border
-    at which the state was kept (see Checkpoints). If a draft is rejected, the state stays as it was before that step,
-    and the next step computes the accepted tokens again.
+    If the model has recurrent state, each running sequence needs slots of `slots` for it, so fewer may run. Sequences
+    share blocks only up to a position at which the recurrent state was saved (see Checkpoints). If a draft is rejected,
+    the state stays as it was before that step, and the next step computes the accepted tokens again.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of its queue and free its blocks and state slots."""
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
+        self.offload.touch(sequence.blocks)
         self.pool.release(sequence.blocks)
         self.windows.remove(sequence)
         self.slots.release(sequence.state_slot)
@@ -151,10 +152,13 @@ class Scheduler:
     def start_next(self) -> Sequence | None:
         """Move the first waiting sequence to running, with blocks for all its tokens. Returns the sequence.
 
-        Returns None if none waits or the first cannot start yet. It cannot if `max_sequences` are running, too few
-        blocks are available, or blocks for it are being loaded from a tier. Nor can it while another choice of its
-        request computes the prompt, whose blocks it will share, or another request computes most of what it would have
-        to compute. Later sequences never overtake it.
+        Returns None if no sequence waits or the first cannot start yet. Later sequences never overtake it. It cannot
+        start in these cases:
+
+        - `max_sequences` are running, or too few blocks are available.
+        - Blocks for it are being loaded from a tier.
+        - Another choice of its request is computing the prompt, whose blocks it will share.
+        - A running sequence is computing most of the tokens that this one would have to compute.
 
         Blocks found in the prefix cache are shared; of a model with recurrent state, only those up to a saved state.
         The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
@@ -227,8 +231,9 @@ class Scheduler:
     def _usable(self, found: list[int]) -> list[int]:
         """The leading blocks of `found` that a new sequence can reuse, as a list; [] if there are none.
 
-        The recurrent state at the end of the last block must be cached too, and the window blocks that the next token
-        sees, if the model has them. Blocks are left out from the end until both are.
+        If the model has recurrent state, the state at the end of the last block must be cached. If it has sliding
+        windows, the window blocks that the next token sees must be cached. Blocks are left out at the end until the
+        rest meets both conditions.
 
         found: numbers of the sequence's leading blocks that are in the prefix cache.
         """

@@ -59,9 +59,9 @@ class Gauges:
         checkpoints: evictable slots: held by no sequence, kept for the prefix cache.
         draining: True if no request is admitted.
         failed: why the engine cannot serve; None while it can.
-        window_blocks: blocks of layers with a sliding window that sequences can reserve (see Windows); 0 for a model
-            whose layers all have the same blocks.
-        window_blocks_reserved, window_blocks_held: those that sequences have reserved, and those that they hold.
+        window_blocks: K/V blocks in all of the separate pool for layers with a sliding window; 0 without such a pool.
+        window_blocks_reserved: window blocks that are promised to running sequences.
+        window_blocks_held: window blocks that hold K/V of sequences now.
     """
 
     running: int

@@ -130,10 +130,11 @@ class Windows:
         return not self.on or self.reserved - freed + self._needed(sequence) <= self.limit
 
     def usable(self, names: Many[str]) -> int:
-        """Number of leading K/V blocks that a new sequence can reuse in layers with a window, an int.
+        """The largest number of leading K/V blocks that a new sequence can reuse, as far as layers with windows allow.
 
-        The window blocks that the token after the reused blocks sees must be in this prefix cache. The result is the
-        largest such number of blocks; all of `names` if layers with a window have no blocks of their own.
+        The next token after the reused blocks sees some of the blocks before it through its window. All those must be
+        in the prefix cache of the layers with windows. The result is len(names) if these layers have no blocks of
+        their own.
 
         names: names of the sequence's leading blocks that are in the prefix cache of the other layers.
         """

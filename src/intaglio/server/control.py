@@ -19,7 +19,7 @@ import asyncio
 import json
 import logging
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from intaglio.server.service import Service
 log = logging.getLogger("intaglio.server")
 LENGTHS = struct.Struct("!II")
 FRAME_MAX = 1 << 28  # bytes of a frame's header or body
+READ = 1 << 16  # most bytes that are read at once
 ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answers between steps
 
 
@@ -48,16 +49,29 @@ def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
     return LENGTHS.pack(len(head), len(body)) + head + body
 
 
-async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """Read the next frame of the control channel. Returns (header, body).
+class FrameBuffer:
+    """Collects the bytes that arrive on a control channel and takes whole frames out of them."""
 
-    Raises IncompleteReadError if the stream ends; ValueError if the bytes are not a frame or the frame is too large.
-    """
-    head, body = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
-    if max(head, body) > FRAME_MAX:
-        raise ValueError(f"a frame has {max(head, body)} bytes; allowed: up to {FRAME_MAX}")
-    content = await reader.readexactly(head + body)
-    return json.loads(content[:head]), content[head:]
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Add bytes that have arrived, and yield (header, body) of each frame that is complete now.
+
+        Raises ValueError if the bytes are not a frame or the frame is too large.
+        """
+        self._bytes += data
+        at, size = 0, LENGTHS.size
+        while len(self._bytes) >= at + size:
+            head, body = LENGTHS.unpack_from(self._bytes, at)
+            if max(head, body) > FRAME_MAX:
+                raise ValueError(f"a frame has {max(head, body)} bytes; allowed: up to {FRAME_MAX}")
+            middle, end = at + size + head, at + size + head + body
+            if len(self._bytes) < end:
+                break
+            yield json.loads(self._bytes[at + size : middle]), bytes(self._bytes[middle:end])
+            at = end
+        del self._bytes[:at]
 
 
 @asynccontextmanager
@@ -110,11 +124,12 @@ class Connection:
 
     async def run(self, reader: asyncio.StreamReader) -> None:
         """Read the router's frames, and start or cancel calls as they say, until the connection ends."""
+        frames = FrameBuffer()
         try:
-            while True:
-                header, body = await read_frame(reader)
-                self._handle(header, body)
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while data := await reader.read(READ):
+                for header, body in frames.feed(data):
+                    self._handle(header, body)
+        except ConnectionError:
             pass
         except (ValueError, KeyError) as e:
             log.error("control channel: %r is no call; the connection is closed", e)
@@ -165,7 +180,7 @@ class Call:
 
     def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
         self.connection, self.number, self.body = connection, number, body
-        self.left = asyncio.Event()
+        self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.read = self.ended = False
         self.held: dict[str, Any] = {}  # fields for the next frame: each frame wakes the router, while the engine works
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in header["headers"]]
@@ -174,7 +189,7 @@ class Call:
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": header["method"],
             "scheme": "http", "path": header["path"], "raw_path": header["path"].encode(), "root_path": "",
             "query_string": header.get("query", "").encode("latin-1"), "headers": headers, "server": None,
-            "client": None, "state": {},
+            "client": None, "state": {"disconnected": self.left},
         }  # fmt: skip
         if header.get("relay"):
             self.scope["relay"] = Relay.from_dict(header["relay"])
@@ -182,7 +197,8 @@ class Call:
 
     def disconnect(self) -> None:
         """Tell the application that the client has disconnected, which cancels this call's request."""
-        self.left.set()
+        if not self.left.done():
+            self.left.set_result(None)
 
     async def _run(self) -> None:
         try:
@@ -196,7 +212,7 @@ class Call:
         if not self.read:
             self.read = True
             return {"type": "http.request", "body": self.body, "more_body": False}
-        await self.left.wait()
+        await asyncio.shield(self.left)
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:

@@ -50,7 +50,7 @@ class Answer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.model.driver.submitted(self.prompts, self.earlier) as submission:
             try:
-                await while_connected(receive, self._answer(submission, scope, receive, send))
+                await while_connected(scope, self._answer(submission, scope, receive, send))
             finally:
                 self.model.trace(submission)
 
@@ -132,9 +132,12 @@ def _event(value: Any) -> bytes:
     return b"data: " + dumps(value) + b"\n\n"
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected. Returns nothing."""
-    leaving = asyncio.ensure_future(_disconnected(receive))
+async def while_connected(scope: Scope, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected. Returns nothing.
+
+    scope: of a request; its state has the future "disconnected", which is done once the client has disconnected.
+    """
+    disconnected: asyncio.Future[None] = scope["state"]["disconnected"]
     worker, left, over = asyncio.current_task(), False, False
     assert worker is not None
 
@@ -144,7 +147,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
             left = True
             worker.cancel()
 
-    leaving.add_done_callback(cancel)
+    disconnected.add_done_callback(cancel)
     try:
         await work
     except asyncio.CancelledError:
@@ -153,12 +156,4 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
         raise
     finally:
         over = True  # remove_done_callback() does not stop a call that the loop has already scheduled
-        leaving.remove_done_callback(cancel)
-        leaving.cancel()
-        await asyncio.gather(leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Wait until the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        disconnected.remove_done_callback(cancel)

@@ -53,7 +53,7 @@ class Prefill:
                 renewing = asyncio.ensure_future(self._renew(self.tier))
                 try:
                     with self.model.driver.submitted(self.prompts) as submission:
-                        await while_connected(receive, self._run(submission))
+                        await while_connected(scope, self._run(submission))
                         self.model.trace(submission)
                     names = self._names(self.first)
                     whole = len(names) * self.model.driver.engine.block_names.block_size
@@ -88,9 +88,10 @@ class Prefill:
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
     def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
-        """Number of tokens at the first prompt's beginning whose K/V blocks are in the tier and pinned by the lease.
+        """Number of leading prompt tokens whose K/V blocks another replica can load from the tier.
 
-        Waits until the engine's blocks are saved. names: names of the first prompt's full blocks, in order.
+        They are tokens of the request's first prompt; their blocks are pinned by the request's lease. 0 without a
+        lease. Waits until the engine's blocks are saved. names: names of the first prompt's full blocks, in order.
         """
         tier.flush()
         blocks = tier.handed(self.lease, names) if self.lease else 0
@@ -98,11 +99,11 @@ class Prefill:
 
 
 class HeldLeases:
-    """The leases that keep K/V blocks of requests from being evicted, renewed in the background for a router.
+    """Renews the leases of a router's requests, which keep their K/V blocks from being evicted from a tier.
 
-    A tier is a store of K/V blocks that replicas share. While a lease lasts, its blocks stay in the tier. Each lease
-    held is renewed every RENEWAL seconds; one that has run out stays ended, and its blocks may be gone. Calls on the
-    event loop return at once: a thread works on the tier, whose lock may be taken.
+    A tier is a store of K/V blocks that replicas share. Each lease held is renewed every RENEWAL seconds. A lease that
+    has run out cannot be renewed, and its blocks may be gone. Methods called on the event loop never wait: another
+    thread does the work, because another process may have locked the tier.
     """
 
     def __init__(self, tier: StoreTier) -> None:

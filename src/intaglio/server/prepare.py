@@ -112,9 +112,10 @@ def prepare_completion(
 
 
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
-    """(text, prefix) for `echo`: the prompt's text, and how many tokens at its beginning that text leaves out.
+    """(text, prefix) for `echo`: the prompt's text, and how many of its first tokens have no text in it.
 
-    ("", 0) if the request does not ask for echo. Raises Problem if the model has no tokenizer to decode token ids.
+    Those are special tokens that the tokenizer puts before a prompt, such as a beginning of sequence. ("", 0) if the
+    request does not ask for echo. Raises Problem if the model has no tokenizer to decode token ids.
     """
     if not body.echo:
         return "", 0

@@ -1,11 +1,16 @@
-"""Unix sockets that only this user may connect to."""
+"""Unix sockets that only this user may connect to, at paths of any length."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+PATH_MAX = 107  # bytes of the path in a Unix socket's address on Linux
+OPEN_FOLDERS = Path("/proc/self/fd")  # has a link to each folder that this process has opened
 
 
 def private_socket(path: Path) -> socket.socket:
@@ -16,17 +21,18 @@ def private_socket(path: Path) -> socket.socket:
     """
     bound = socket.socket(socket.AF_UNIX)
     try:
-        try:
-            bound.bind(os.fspath(path))
-        except OSError as e:
-            if e.errno != errno.EADDRINUSE:
-                raise OSError(f"{path} cannot be bound: {e.strerror or e}; choose another path") from None
-            if not path.is_socket():
-                raise OSError(f"{path} exists and is no socket; remove it, or choose another path") from None
-            if in_use(path):
-                raise OSError(f"a process listens at {path} already; end it, or choose another path") from None
-            path.unlink()
-            bound.bind(os.fspath(path))
+        with short_path(path) as short:
+            try:
+                bound.bind(short)
+            except OSError as e:
+                if e.errno != errno.EADDRINUSE:
+                    raise OSError(f"{path} cannot be bound: {e.strerror or e}; choose another path") from None
+                if not path.is_socket():
+                    raise OSError(f"{path} exists and is no socket; remove it, or choose another path") from None
+                if in_use(path):
+                    raise OSError(f"a process listens at {path} already; end it, or choose another path") from None
+                path.unlink()
+                bound.bind(short)
         path.chmod(0o600)
     except BaseException:
         bound.close()
@@ -34,7 +40,43 @@ def private_socket(path: Path) -> socket.socket:
     return bound
 
 
+def connected_socket(path: Path, timeout: float | None = None) -> socket.socket:
+    """A socket connected to the Unix socket at `path`. timeout: seconds that it may take; None: no limit.
+
+    Raises OSError if nobody listens there.
+    """
+    connected = socket.socket(socket.AF_UNIX)
+    connected.settimeout(timeout)
+    try:
+        with short_path(path) as short:
+            connected.connect(short)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
 def in_use(path: Path) -> bool:
     """True if a process listens at a Unix socket's path."""
-    with socket.socket(socket.AF_UNIX) as s:
-        return s.connect_ex(os.fspath(path)) == 0
+    try:
+        connected_socket(path).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """Context manager that yields a path of the same file that fits a Unix socket's address.
+
+    It is `path` itself if that is short enough. Otherwise its folder is opened, and the path leads through Linux's link
+    to the open folder. Raises OSError if the folder cannot be opened.
+    """
+    if len(os.fsencode(path)) <= PATH_MAX or not OPEN_FOLDERS.is_dir():
+        yield os.fspath(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield str(OPEN_FOLDERS / str(folder) / path.name)
+    finally:
+        os.close(folder)

@@ -118,7 +118,10 @@ class RelayedAnswer(Answer):
 
 
 def write_delta(d: ChoiceDelta) -> list[Any]:
-    """A delta as a JSON-serialisable list, read by read_delta(). Log-probabilities may be infinite or NaN."""
+    """A delta as a list that json.dumps() takes; read_delta() reads it.
+
+    Log-probabilities that are infinite or NaN stay floats, which Python's JSON writes as Infinity and NaN.
+    """
     prompt = None if d.prompt is None else [_write_scored(s) for s in d.prompt]
     scored = _write_scored(d.scored) if d.scored else None
     usage = list(vars(d.usage).values()) if d.usage else None

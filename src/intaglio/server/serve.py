@@ -30,9 +30,9 @@ POLL_INTERVAL = 0.05  # seconds between checks for the end of the server
 class Connection(HttpToolsProtocol):
     """One HTTP connection, with limits against slow clients.
 
-    Closed if a request's headers take longer than `read_timeout` seconds, or if data still arrives when they already
-    exceed MAX_HEADER_BYTES. Aborted, and its requests cancelled, if the client reads nothing for `write_timeout`
-    seconds.
+    The connection is closed if a request's headers take longer than `read_timeout` seconds or more than
+    MAX_HEADER_BYTES. If the client reads nothing of an answer for `write_timeout` seconds, the connection is aborted
+    and its requests are cancelled.
     """
 
     read_timeout = 30.0
@@ -40,6 +40,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._disconnected: asyncio.Future[None] = self.loop.create_future()
+        self.app_state = {"disconnected": self._disconnected}  # the `state` of each request, see while_connected()
         self._head = 0
         self._blocked: asyncio.TimerHandle | None = None
         self._expected = self.loop.call_later(self.read_timeout, self._close)
@@ -48,6 +50,7 @@ class Connection(HttpToolsProtocol):
         for timer in (self._expected, self._blocked):
             if timer:
                 timer.cancel()
+        self._disconnected.set_result(None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -40,10 +40,11 @@ class Tracing:
 
     @contextmanager
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
-        """Context manager that records a request's span; span() and the other functions below add children to it.
+        """Context manager that records the span of a request. It yields nothing.
 
-        headers: headers of the HTTP request, with names in lower case. The span's parent is the one that the header
-        `traceparent` names, if there is one.
+        Spans that are recorded inside it, such as those of span(), become its children. headers: headers of the HTTP
+        request, with names in lower case. The span's parent is the one that the header `traceparent` names, if there is
+        one.
         """
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -68,17 +69,13 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
     return tracing.request(f"{method} {path}", headers)
 
 
-@contextmanager
-def span(name: str, **attributes: str | int) -> Iterator[None]:
+def span(name: str, **attributes: str | int) -> AbstractContextManager[Any]:
     """Context manager that records a child of the current span; outside a traced request it does nothing.
 
     An exception that leaves the block is noted in the span.
     """
-    if (tracer := _active.get()) is None:
-        yield
-        return
-    with tracer.start_as_current_span(name, attributes=attributes):
-        yield
+    tracer = _active.get()
+    return nullcontext() if tracer is None else tracer.start_as_current_span(name, attributes=attributes)
 
 
 def trace_headers() -> list[tuple[str, str]]:

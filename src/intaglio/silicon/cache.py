@@ -36,8 +36,8 @@ class Cache:
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
         """Record an access to a region of HBM; returns the bytes that the cache moves from and to HBM for it.
 
-        Lines that are read and not in the cache are fetched, and written lines that have to make room are written back.
-        A cache of size 0 moves all bytes of the region.
+        Lines that are read and not in the cache are fetched. Dirty lines that are evicted to make room are written
+        back. A cache of size 0 moves all bytes of the region.
 
         Args:
             region: the region.
@@ -70,7 +70,9 @@ class Cache:
         return self.fetched + self._evict() * LINE
 
     def _evict(self) -> int:
-        """Evict least recently used lines until the cache fits its size. Returns how many of them had been written.
+        """Evict least recently used lines until the cache fits its size. Returns the number of evicted dirty lines.
+
+        A dirty line has been written and not yet copied to HBM, so its eviction costs a write-back.
 
         Lines of the latest access stay, even if they alone exceed the size.
         """

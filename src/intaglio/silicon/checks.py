@@ -78,7 +78,7 @@ def overflow(target: Target, i: Instruction) -> str:
 
 
 def stored_and_loaded(stream: Stream) -> Iterator[Region]:
-    """Yield the regions of HBM that a stream writes and of which it also reads at least a part."""
+    """Yield each region of HBM that a stream writes, if the stream also reads at least a part of the region."""
     loaded = {r for i in stream.instructions for r in i.regions(False) if r.space == "hbm"}
     stored = {r for i in stream.instructions for r in i.regions(True) if r.space == "hbm"}
     if stored and loaded:

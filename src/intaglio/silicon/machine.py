@@ -115,7 +115,7 @@ class Transfer:
 
 
 def l2_of(target: Target) -> Cache:
-    """A new, empty Cache for a chip's L2, as large as the part of it that the library's kernels can use."""
+    """A new, empty Cache for a chip's L2. Its size is the part of the L2 that the library's kernels can use."""
     return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
@@ -351,7 +351,7 @@ class Machine:
         - Time: seconds since the start of the run at which the L2 has received lines that an earlier transfer fetches
           and this Load reads; 0 if there are none, and for other transfers.
 
-        Rows of Gather and Scatter are taken to miss the L2, since they depend on values.
+        Rows of Gather and Scatter count as misses of the L2, since their addresses depend on values.
         """
         cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0
         if isinstance(i, Load):

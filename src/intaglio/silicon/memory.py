@@ -95,7 +95,7 @@ def dense(space: str, address: int, rows: int, cols: int, format: str) -> Region
 
 
 class Memory:
-    """The bytes of one memory space. `size`: its bytes; None: it grows on access (simulated HBM)."""
+    """The bytes of one memory space. `size`: number of bytes; None: the space grows on access (simulated HBM)."""
 
     def __init__(self, space: str, size: int | None) -> None:
         self.space, self.size = space, size

@@ -26,7 +26,7 @@ from intaglio.silicon.timing import Timing
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
     """Exposed seconds of each collective with dual-batch overlap, as a dict by the collective's index.
 
-    Exposed seconds are those in which no compute hides the collective. Two halves of the batch alternate: one computes
+    They are the seconds in which no compute hides the collective. Two halves of the batch alternate: one computes
     while the other communicates. Each half runs its ops in order, and the second half is never ahead of the first. If
     both could compute, the one closer to its next collective does, which keeps the links busy. While neither half
     computes, the seconds count for the collective whose end lets a half continue.

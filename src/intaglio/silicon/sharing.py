@@ -21,9 +21,10 @@ class SharedHbm:
         self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
 
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
-        """Record that `core` reads or writes the bytes at `indices`. Returns "" if no other core's access conflicts.
+        """Record that `core` reads or writes the bytes at `indices`. Returns "" if there is no conflict.
 
-        If one does, returns what another core has done with one of the bytes: "writes" or "reads".
+        There is a conflict if another core has written one of the bytes, or if `writes` and another core has read one.
+        The result is then "writes" or "reads", for what the other core has done.
         """
         if not indices.size:
             return ""

@@ -105,7 +105,7 @@ class StreamBuilder:
         self.instructions.append(replace(instruction, wait=tuple(need)))
 
     def fence(self) -> None:
-        """Make all instructions that are emitted from now on wait for all those before."""
+        """Make all instructions that are emitted later wait for all instructions emitted so far. Returns nothing."""
         self.fenced = list(self.count)
 
     def _last_access(self, region: Region) -> LastAccess:

@@ -112,8 +112,8 @@ class _Core:
     def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
         """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
 
-        All cores with a job of the same number are taken to load or store at the same time. load, store: number of the
-        job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
+        The model lets all cores with a job of the same number load or store at the same time. load, store: number of
+        the job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]
@@ -182,7 +182,7 @@ class LoopPart:
     """Consecutive jobs of a TileLoop for which HBM moves the same bytes.
 
     Attributes:
-        part: their number, as a fraction of the loop's jobs.
+        part: number of these jobs, as a fraction of the loop's jobs.
         load: bytes that HBM moves for each loaded byte: 0 if loads hit the L2, 1 if they miss, above 1 if lines are
             also written back for them.
         store: bytes that HBM moves for each stored byte.
@@ -196,10 +196,13 @@ class LoopPart:
 def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
     """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
 
-    The op before has just written the operands to the L2, which evicts the least recently used lines. First, loads hit
-    the L2, unless the operands alone exceed it. When results have filled it, each evicts operands that are not read
-    yet, so loads miss. When no such operands are left in it, results are also written back to HBM. Without an L2, HBM
-    moves all bytes.
+    The op before has just written the operands to the L2. The L2 evicts the least recently used lines.
+
+    1. Loads hit the L2, unless the operands alone exceed the L2.
+    2. Once the L2 is full, each result evicts operands that no job has read yet, so loads miss.
+    3. Once no such operands are left in the L2, results are also written back to HBM.
+
+    Without an L2, HBM moves all bytes.
 
     Args:
         reads: bytes of all operands.
@@ -225,7 +228,7 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
 def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
     """Divide a loop that reads rows by index into LoopParts by what HBM moves: a list of one or two.
 
-    All loads are taken to miss the L2. Results stay in the L2 until they fill it; later ones are written to HBM.
+    All loads count as misses of the L2. Results stay in the L2 until they fill it; later results are written to HBM.
 
     writes: bytes of all results. capacity: bytes of the L2; 0: none.
     """

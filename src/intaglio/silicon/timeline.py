@@ -70,7 +70,7 @@ class Timeline:
     def spent_on(self) -> dict[str, float]:
         """A dict of the seconds of the step by bottleneck; they sum to the step's time.
 
-        An op's busy time counts for the engine or memory that bounds it, or for what it stalled on; the rest of
+        An op's busy time counts for the engine or memory that bounds it, or that it stalled on; the rest of
         its time counts as "launch, ramps and tails".
         """
         out: dict[str, float] = defaultdict(float)

@@ -117,9 +117,10 @@ class _Wrong(Exception):
 
 
 def _request(s: socket.socket, where: str) -> list[str]:
-    """A list of the names of the next request; [] if the peer has closed the connection.
+    """Wait for the next request on a connection. Returns the names of the K/V blocks that it asks for, as a list.
 
-    Raises _Wrong for a request of no blocks or too many, OSError if the connection fails.
+    The list is empty if the peer has closed the connection. where: the peer's address, for errors. Raises _Wrong for a
+    request of no blocks or of too many, OSError if the connection fails.
     """
     s.settimeout(None)
     first = s.recv(COUNT.size)

@@ -24,6 +24,7 @@ SUFFIX, PARTIAL = ".kv", ".part"
 PARTIAL_SECONDS = 600.0  # age at which a partial file is deleted: the process that wrote it was killed
 RESCAN = 16  # look at all files again after each 1 / RESCAN of the budget: other engines write too
 ROOM = 32  # when over the budget, delete down to 1 / ROOM below it
+DEPTH = 1000  # ns between the times of last use of a block and the next one of its prefix
 NUMBERS = itertools.count()
 
 
@@ -73,8 +74,11 @@ class BlockDirectory:
         """
         return read_block(self.file(key.name), scope, key, block_bytes)
 
-    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+    def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
+
+        parent: name of the block before it. If the parent has a file, the new block counts as used just before the
+        parent was; else as used now.
 
         Returns the number of files deleted. Raises OSError if the file cannot be written, or evict() fails. Raises
         NoRoom if the budget is still exceeded after that. In both cases nothing is left of the file.
@@ -92,6 +96,7 @@ class BlockDirectory:
                     while rest:
                         rest = rest[f.write(rest) :]
             partial.replace(file)
+            self._date(file, parent)
         except BaseException:
             with suppress(OSError):
                 partial.unlink()
@@ -126,7 +131,13 @@ class BlockDirectory:
         now = time.time_ns()
         for depth, name in enumerate(names):
             with suppress(OSError):
-                os.utime(self.file(name), ns=(now, now - 1000 * depth))
+                os.utime(self.file(name), ns=(now, now - DEPTH * depth))
+
+    def _date(self, file: Path, parent: str) -> None:
+        """Set a new file's time of last use to just before its parent's, if the parent has a file."""
+        with suppress(OSError):  # no parent, or deleted meanwhile
+            used = os.stat(self.file(parent)).st_mtime_ns - DEPTH
+            os.utime(file, ns=(used, used))
 
     def scan(self) -> list[HeldFile]:
         """Look at all files and delete old partial ones. Returns a list with a HeldFile for each block."""

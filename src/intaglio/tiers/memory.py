@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,8 @@ from intaglio.runtime import BlockKey, BlockScope
 from intaglio.tiers.block_file import check_block
 from intaglio.tiers.directory import ROOM, NoRoom
 from intaglio.tiers.leases import check_seconds
+
+USE = 1 << 32  # between two uses; more than the blocks of a sequence
 
 
 class MemoryLeases:
@@ -27,7 +28,9 @@ class MemoryLeases:
         self._lock = threading.Lock()
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
+        """Pin the blocks of these names for `seconds`. Returns the id of the lease, 32 hexadecimal digits.
+
+        A name that is not stored is accepted: its block is pinned if it is written during that time.
 
         Raises ValueError unless 0 < seconds <= LONGEST.
         """
@@ -79,7 +82,9 @@ class BlockMemory:
     def __init__(self, budget: int) -> None:
         self.budget, self.leases, self.where = budget, MemoryLeases(), "the memory of this server"
         self.held: int | None = 0
-        self._blocks: OrderedDict[str, bytes] = OrderedDict()  # the least recently used first
+        self._blocks: dict[str, bytes] = {}
+        self._used: dict[str, int] = {}  # by block: when it was last used, as a number that grows by USE
+        self._uses = 0
         self._lock = threading.Lock()
 
     def has(self, name: str) -> bool:
@@ -101,27 +106,34 @@ class BlockMemory:
         held = np.frombuffer(block, np.uint8)
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
-    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it.
+    def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
+        """Keep a block's bytes, instead of those kept under this name before. Returns how many others were deleted.
 
-        Those are the least recently used blocks that no lease pins, as many as exceed the budget.
+        If the budget would be exceeded, the least recently used blocks that no lease pins are deleted, until this one
+        fits and a part of the budget is free.
 
-        Raises NoRoom if pinned blocks leave no room for it within the budget; it is not kept then.
+        parent: name of the block before it. If the parent is here, the new block counts as used just before the parent
+        was; else as used now. Raises NoRoom if the others, which are pinned or were used later, leave no room within
+        the budget; the block is not kept then.
         """
         block = b"".join(parts)
         with self._lock:
             held, deleted = self._forget(name) + len(block), 0
+            self._blocks[name] = block
+            self._used[name] = self._used[parent] - 1 if parent in self._used else self._now()
             if held > self.budget:
                 pinned = self.leases.pinned()
-                for other in [other for other in self._blocks if other not in pinned]:
-                    if held <= self.budget - self.budget // ROOM:
+                for other in sorted(self._blocks.keys() - pinned, key=lambda other: (self._used[other], other)):
+                    if held <= self.budget - (0 if other == name else self.budget // ROOM):
                         break
                     held -= len(self._blocks.pop(other))
+                    del self._used[other]
                     deleted += 1
+            self.held = held
             if held > self.budget:
-                self.held = held - len(block)
+                self.held = self._forget(name)
+            if name not in self._blocks:
                 raise NoRoom(f"{len(block)} bytes do not fit into {self.budget}, of which others have {self.held}")
-            self._blocks[name], self.held = block, held
         return deleted
 
     def remove(self, name: str) -> None:
@@ -136,10 +148,16 @@ class BlockMemory:
         the blocks, each the parent of the next.
         """
         with self._lock:
-            for name in reversed(names):
-                if name in self._blocks:
-                    self._blocks.move_to_end(name)
+            now = self._now()
+            for depth, name in enumerate(names):
+                if name in self._used:
+                    self._used[name] = now - depth
+
+    def _now(self) -> int:
+        self._uses += USE
+        return self._uses
 
     def _forget(self, name: str) -> int:
         """Delete a block, if it is here. Returns the total number of bytes of the blocks that are left."""
+        self._used.pop(name, None)
         return (self.held or 0) - len(self._blocks.pop(name, b""))

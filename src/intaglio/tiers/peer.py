@@ -150,7 +150,10 @@ class PeerTier(StoreTier):
             keys = keys[got:]
 
     def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """A list of the leading `keys` whose blocks are announced as at the peer of this address."""
+        """A list of the first keys whose blocks the router has announced to be at one peer; it ends at the first other.
+
+        address: the peer's. Empty if the first block is not announced there.
+        """
         return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
 
     def _fetched(

@@ -47,9 +47,10 @@ class BlockLeases(Protocol):
     """Interface of leases, which pin blocks until a time (see Leases)."""
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id.
+        """Pin the blocks of these names for `seconds`. Returns the id of the lease, a text.
 
-        Raises ValueError unless 0 < seconds <= leases.LONGEST, OSError if nothing can be pinned.
+        Names that are not stored are accepted. Raises ValueError unless 0 < seconds <= leases.LONGEST, and OSError if
+        the tier cannot write the lease.
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
@@ -92,8 +93,11 @@ class BlockStore(Protocol):
         cannot be read.
         """
 
-    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+    def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
         """Keep a block's bytes. Returns the number of blocks deleted for it.
+
+        parent: name of the block before it. If the parent is here, the new block counts as used just before the parent
+        was, so that it is deleted first: without its parent it could not be used. Otherwise it counts as used now.
 
         Raises OSError if it cannot be written, NoRoom if pinned blocks leave no room for it; it is not kept then.
         """
@@ -294,7 +298,7 @@ class StoreTier:
     def _write(self, key: BlockKey, content: np.ndarray) -> None:
         try:
             if time.monotonic() >= self.writes_from and not self.store.has(key.name):
-                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, content))
+                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, content), key.parent)
                 self.counts.saved += 1
                 self.counts.saved_bytes += content.nbytes
         except NoRoom as e:

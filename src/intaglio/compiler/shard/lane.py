@@ -102,7 +102,7 @@ class Lane:
 
         Args:
             name: name of the tensor in the whole Program.
-            shares: the indices along `axis` that each lane holds, of which this lane's are kept; None: all.
+            shares: the indices along `axis` that each lane holds; only this lane's are kept. None: all are kept.
             axis: the axis that is cut.
             as_: name of the tensor in this lane's Program; "": the same name.
 
@@ -297,8 +297,8 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources from which one lane (rank) reads its part of the weight `t`, as a tuple of texts.
 
-    Each source names a tensor and the cuts of it; there is at least one for each run of indices in `share`. The tuple
-    is () for a tensor without source, such as state.
+    Each source names a tensor and how to cut it. There is at least one source for each run of indices in `share`. The
+    tuple is () for a tensor without source, such as state.
 
     Args:
         t: the weight.

@@ -214,7 +214,10 @@ def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
 
 
 def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
-    """The norm whose argument is a projection's result y [tokens, heads, head_dim], in any shape; None without one."""
+    """The norm that reads a projection's result y [tokens, heads, head_dim]; None if no norm does.
+
+    The norm may read y with heads before tokens.
+    """
     return next((n for n in found if same(n.x, y) or same(n.x, y.swapaxes(0, 1))), None)
 
 

@@ -155,7 +155,13 @@ def _one_scale(scales: list[float], name: str) -> float:
 def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
     """Entries of Decoder.sources for one linear: {name that Decoder uses: name in the checkpoint}.
 
-    {} if both are equal and the checkpoint's weight is not transposed.
+    {} if both names are equal and the checkpoint's weight is not transposed. For a transposed one there are two
+    entries, of the weight (marked with |T) and of the bias.
+
+    Args:
+        usual: the name that Decoder uses.
+        own: the name in the checkpoint.
+        transposed: True if the checkpoint holds the weight transposed.
     """
     if transposed:
         return {f"{usual}.weight": f"{own}.weight|T", f"{usual}.bias": f"{own}.bias"}
@@ -234,7 +240,8 @@ def _mixture(m: Facts, block: str) -> Facts:
     - inside: True if the routing weight multiplies an expert's input, not its result.
     - experts: name of the experts' module within the mixture's module.
 
-    block: name of the mixture's module in a layer. Raises Unmatched for a shared expert with other linears.
+    block: name of the mixture's module in a layer. Raises Unmatched for a shared expert whose linears do not
+    have the usual names.
     """
     shared = m["shared"]
     out: Facts = {

@@ -145,7 +145,10 @@ def _eps(
 
 
 def one_family(found: list[Norm]) -> Norm:
-    """The first norm, if all have the same Norm.family; else raise Unmatched naming the first that differs."""
+    """The first of these norms, of which there must be one, if all have the same Norm.family.
+
+    Raises Unmatched, which names the first norm that differs.
+    """
     first = found[0]
     for n in found:
         if n.family != first.family:

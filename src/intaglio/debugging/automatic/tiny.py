@@ -89,11 +89,14 @@ class TinyModels:
         self.without: set[str] = set()  # keys that this architecture does not take at other values
 
     def key(self, name: str) -> str:
-        """The key in this architecture's configuration that means what `name`, such as hidden_size, usually does."""
+        """This architecture's own key for what other configurations call `name`, such as n_embd for hidden_size.
+
+        `name` itself if the architecture has no key of its own for it.
+        """
         return self.own.get(name, name)
 
     def has(self, name: str) -> bool:
-        """True if this architecture's configuration has a key that means what `name` usually does (see key())."""
+        """True if this architecture's configuration has `name`, or its own key for the same thing (see key())."""
         return self.key(name) in self.usual
 
     def settings(self, **changes: Any) -> dict[str, Any]:
@@ -106,7 +109,8 @@ class TinyModels:
     def _sized(self, key: str) -> bool:
         """True if the tiny model gets a small value for the size `key`.
 
-        A size that is None in the target, which switches something off, mostly stays None.
+        False if the size is None in the model that is made tiny, since None switches something off. Exceptions are
+        sizes such as head_dim, for which None stands for a computed value.
         """
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
         return value is not None or key in (
@@ -187,7 +191,10 @@ class TinyModels:
         model.save_pretrained(folder)
 
     def switches(self) -> dict[str, list[Any]]:
-        """{key of the configuration: list of other values to try}, such as inverted flags and changed numbers."""
+        """Other values to give single keys of the configuration, to see what each key changes in the model.
+
+        Returns {key: list of values}: a flag inverted, a number changed, another activation. The list may be empty.
+        """
         table = self.settings()
         out: dict[str, list[Any]] = {}
         sizes = {self.key(k) for k in SIZES}

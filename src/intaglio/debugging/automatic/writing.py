@@ -82,9 +82,9 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """The first variant with a single changed config key whose value of the field `name` is not that of variants[0].
+    """The first variant that changes a single config key and thereby the field `name`; None if there is none.
 
-    Returns None if there is no such variant.
+    The field is compared with that of variants[0].
 
     Args:
         name: a key of Variant.facts, or several with dots, such as mixture.width.
@@ -285,7 +285,7 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 
 
 def turned(settings: Any, share: float) -> Any:
-    """Rope settings, changed in place so that rope rotates the fraction `share` of each head's columns."""
+    """Change rope settings so that rope rotates the fraction `share` of a head's columns. Returns the same settings."""
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
 

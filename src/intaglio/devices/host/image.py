@@ -107,7 +107,11 @@ class MemoryImage:
 
 
 def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dict[str, int], int]:
-    """(header of an image, {matrix: offset from the header's end}, total size); offset and size in bytes."""
+    """Where packed weights lie in an image, a file that processes map into memory: a header, then the matrices.
+
+    Returns (the header as bytes, {name of a matrix: its offset from the header's end}, size of the file with header);
+    offsets and size are in bytes. key: text in the header that identifies these weights.
+    """
     found, end = offsets(weights)
     table = {name: [found[name], w.nbytes] for name, w in weights.items()}
     header = MAGIC + json.dumps({"key": key, "matrices": table}).encode() + b"\n"

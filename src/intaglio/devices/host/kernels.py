@@ -59,7 +59,7 @@ class NativeKernel:
 
 @dataclass(frozen=True)
 class PythonKernel:
-    """A Python function that computes an op between two native calls of a step, as a host kernel."""
+    """Host kernel of an op that a Python function computes: a step's native code stops before it and goes on after."""
 
     function: PythonFunction
 
@@ -75,9 +75,9 @@ def plain_attributes(op: Op) -> Attributes:
 def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = plain_attributes) -> None:
     """Register an op class whose host kernel is C++: the kernel in the native module named after the class's `kind`.
 
-    attributes: function from an op to the attributes (dict) that the kernel takes; the default passes all fields that
-    are attributes. Returns nothing. Raises TypeError if the native module has no such kernel, or if the class already
-    has a kernel.
+    attributes: function from an op to the attributes (dict) that the kernel takes; the default passes all fields of the
+    op except its site and the names of tensors. Returns nothing. Raises TypeError if the native module has no such
+    kernel, or if the class already has a kernel.
     """
     if op_class.kind not in _native.op_kinds():
         raise TypeError(f"the native module has no kernel {op_class.kind!r}; it has {', '.join(_native.op_kinds())}")

@@ -211,7 +211,7 @@ def buffer_key(t: Tensor) -> str | int:
 
 
 def _buffers(program: Program) -> dict[str | int, Buffer]:
-    """The buffers in which a step keeps its temps and outputs, as {buffer_key(): Buffer, its size}."""
+    """The buffers in which a step keeps its temps and outputs: {buffer_key() of the tensors in it: Buffer}."""
     buffers = dict[str | int, Buffer]()
     for t in program.tensors.values():
         if t.role in ("temp", "output") and not t.view:

@@ -43,14 +43,15 @@ class PackedExperts:
 
 
 class ExpertMoves:
-    """Counts the tokens of the experts of a loaded Program, and moves experts of this rank.
+    """Counts the tokens that went to each expert of a loaded Program, and replaces experts that this rank holds.
 
     Args:
         native: the native executable.
         program: the Program loaded in it.
         ids: numbers of the Program's tensors in the native executable, by name.
         matrices: packed weights, by name.
-        pack: function that packs weights: from a Program and the names of weights to (packed matrices, vectors).
+        pack: function that packs weights. It takes a Program and names of weights, and returns (packed matrices by
+            name, vectors by name).
     """
 
     def __init__(

@@ -94,8 +94,9 @@ class Port:
     def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
         """Wait for the connection from rank `peer` of another host to this host's rank `rank`, and return its socket.
 
-        epoch: number of the ranks' group. stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that
-        case, and if no connection comes within MEET_TIMEOUT seconds.
+        epoch: number of the ranks' group. stopped: an event that ends the wait: whoever sets it must then call wake();
+        None: only time ends the wait. Raises ConnectionRefused if `stopped` is set, or if no connection comes within
+        MEET_TIMEOUT seconds.
         """
         ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)
@@ -112,7 +113,7 @@ class Port:
             self.news.notify_all()
 
     def close(self) -> None:
-        """Stop listening, and close the connections that were not taken."""
+        """Stop listening, and close the connections that no call of take() has returned."""
         stop_accepting(self.listener)
         self.begin(1 << 33)
 

@@ -41,8 +41,9 @@ class Beacon:
     Attributes:
         port: number of the port at which this end hears the other; 0 if the beacon is off.
         socket: the socket of that port; None if the beacon is off.
-        sent: number of the last heartbeat that was signed.
-        heard: number of the last heartbeat that was heard; LAST once the other end has given up.
+        sent: number of the last heartbeat that was signed for sending.
+        heard: number of the last heartbeat that was heard. The number LAST says that the other end has given up; no
+            heartbeat comes after it.
     """
 
     def __init__(self, s: socket.socket, keys: tuple[bytes, bytes], seconds: float) -> None:
@@ -98,7 +99,10 @@ class Beacon:
             sender.add(signed(self.send_key, self.sent))
 
     def hear(self) -> bool:
-        """Read the datagrams that have come, at most AT_ONCE. Returns True if the other end has sent a new one."""
+        """Read the datagrams that have come, at most AT_ONCE. Returns True if one of them is a new heartbeat.
+
+        A new heartbeat is signed by the other end and has a higher number than all before it.
+        """
         new, own = False, self.socket
         if own is None:
             return False

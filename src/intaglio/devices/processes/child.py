@@ -50,8 +50,8 @@ class Rank:
         joins: True if the rank's device takes part in collectives.
         timeout: seconds that a collective may take.
         files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, and the
-            boards. A board is a memory file with one message: first the job, then the requests, then as many for
-            results.
+            boards. A board is a memory file that holds one message. The first board is for the job; half of the others
+            are for requests, and the last half for their results.
         sockets: descriptors of connections to ranks of other hosts, by rank.
     """
 
@@ -112,7 +112,8 @@ class Rank:
         """Run request `number` and write its answer where the parent reads it. Returns nothing.
 
         If this is the only process, an error becomes the answer. In a group of several ranks an error aborts the group
-        and ends this process, because the other ranks would wait for this one forever. A SwitchError always does.
+        and ends this process, because the other ranks would wait for this one forever. A SwitchError ends this process
+        in both cases.
         """
         slot = number % len(self.requests)
         try:
@@ -200,7 +201,8 @@ def run(argument: str, files: Sequence[int]) -> None:
 def main() -> None:
     """Run a rank in a process that was started for it. Does not return.
 
-    The command line has the two arguments of run(); the descriptors are separated by commas.
+    The command line has the two arguments of run(): the first as it is, and the numbers of the file descriptors
+    separated by commas.
     """
     argument, files = sys.argv[1:]
     run(argument, [int(f) for f in files.split(",")])

@@ -87,13 +87,15 @@ class Place:
 
 
 class Processes:
-    """The child processes of this host's ranks of a group, and the memory they share. Knows nothing of steps.
+    """The child processes of this host's ranks of a group, and the memory they share.
+
+    It carries messages between this process and the ranks, and does not know what they mean.
 
     Args:
         ranks: the job of each process.
         joins: True if the ranks take part in collectives together.
-        step_timeout: most seconds that a step may take.
-        silence: seconds without a sign of life after which a stopped process counts as hung.
+        step_timeout: limit in seconds on the wait for an answer.
+        silence: seconds without a sign of life after which a process that a signal has suspended counts as hung.
         what: noun for a process in error messages.
         kept: the K/V caches.
         images: the packed weights.
@@ -179,9 +181,9 @@ class Processes:
 def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence: float, what: str) -> None:
     """Abort the group when one of its processes exits or hangs; return when `wake` is set.
 
-    A process hangs if it is stopped and its heartbeat has been silent for `silence` seconds. A process that is not
-    stopped hangs after PATIENCE times as long, because other processes may have the cores. The heartbeat is a thread of
-    its own, so a long step is not mistaken for silence.
+    A process that a signal has suspended (SIGSTOP) counts as hung when its heartbeat has been silent for `silence`
+    seconds. Any other process counts as hung after PATIENCE times as long, because other processes may have the cores.
+    The heartbeat is a thread of its own, so a long step is not mistaken for silence.
 
     Silence is counted from the first beat on, so a process that is still starting is not silent. The count is in ticks
     of this thread (TICK), not by a clock: a pause of the whole machine, in which this thread does not run either, adds
@@ -238,8 +240,9 @@ class GroupExecutable(PostedExecutable):
         ranks: the job of each process.
         joins: True if the ranks are one mesh, with a communicator each; False for one process, which loads all Programs
             of its job.
-        step_timeout: most seconds that a step may take.
-        silence: seconds without a sign of life after which a stopped process counts as hung.
+        step_timeout: limit in seconds on a step.
+        silence: seconds without a sign of life after which a process counts as hung if a signal has suspended it; see
+            watch() for others.
         what: noun for a process in errors.
         replaces: the lost group that this one replaces; None: none.
         server: forks the processes; None: they are started one by one.

@@ -260,7 +260,11 @@ class HostsExecutable(PostedExecutable):
 
 
 def release(agents: Sequence[HostAgent], handle: Handler) -> None:
-    """Tell the agents that still serve the group of `handle` to end their ranks. Returns nothing."""
+    """Tell agents to end the ranks of one group. Returns nothing.
+
+    agents: those that took part in the group; one that serves another group by now is left alone. handle: the group's
+    handler of messages, by which an agent knows the group.
+    """
     for agent in agents:
         if agent.handler is handle:
             agent.handler = None

@@ -36,9 +36,11 @@ class FrameOrder:
 
 
 class Silence:
-    """The time for which the other end of a link may still be silent.
+    """Timer of the silence of a link's other end: each time that something is heard, the silence starts anew.
 
-    allowed: seconds of silence after which the other end counts as gone. now: the present time in seconds.
+    Args:
+        allowed: seconds of silence after which the other end counts as gone.
+        now: the time in seconds at which the first silence starts.
     """
 
     def __init__(self, allowed: float, now: float) -> None:
@@ -61,8 +63,8 @@ class BeatWatch:
 
     Args:
         ranks: numbers of the ranks.
-        silence: seconds of silence after which a rank hangs if its process is stopped. A rank whose process is not
-            stopped has PATIENCE times as long.
+        silence: seconds of silence after which a rank whose process is suspended (by SIGSTOP or a debugger) counts as
+            hung. Any other rank has PATIENCE times as long.
         tick: seconds between two looks.
     """
 
@@ -75,7 +77,7 @@ class BeatWatch:
 
         Args:
             beats: heartbeats so far, by rank.
-            stopped: function from a rank to True if its process is stopped by a signal or a debugger.
+            stopped: function from a rank to True if its process is suspended by a signal or a debugger.
         """
         found = dict[int, float]()
         for rank, count in beats.items():
@@ -110,7 +112,7 @@ class Roster(Generic[Member]):
         self.members.append(member)
 
     def alive(self) -> list[Member]:
-        """The agents that are connected, as a list. The others are forgotten."""
+        """A list of the agents that are still connected. This call removes all others from `members`."""
         self.members = [m for m in self.members if m.alive]
         return self.members
 

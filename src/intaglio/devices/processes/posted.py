@@ -195,7 +195,10 @@ class PostedExecutable(Executable):
         self._ask_about_experts("switch")
 
     def receive_until(self, step: PostedStep) -> None:
-        """Receive results in order up to that of `step`, which is stored in `step.completed`."""
+        """Wait for the results of all steps sent up to `step`, in order. Returns nothing.
+
+        Each step's result, or its error, is stored in that step's attribute `completed`.
+        """
         while step.completed is None:
             first = self.pending.popleft()
             try:

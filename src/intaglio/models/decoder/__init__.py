@@ -21,6 +21,7 @@ from intaglio.models.decoder.description import (
     Latent,
     Layer,
     Mixture,
+    Shared,
     layer_norm_sizes,
     sizes,
     sparse,
@@ -34,6 +35,6 @@ from intaglio.models.decoder.writer import Writer
 __all__ = [
     "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
     "TRANSPOSED", "UNGATED", "UNGATED_STACKED", "AltUp", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent",
-    "Layer", "LightningMixer", "LruMixer", "Mixture", "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes",
-    "sparse", "uniform_layers", "window", "write",
+    "Layer", "LightningMixer", "LruMixer", "Mixture", "ScanMixer", "Shared", "SsmMixer", "Writer", "layer_norm_sizes",
+    "sizes", "sparse", "uniform_layers", "window", "write",
 ]  # fmt: skip

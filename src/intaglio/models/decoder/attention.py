@@ -65,12 +65,29 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     if d.temper and (d.temper_all or not layer.rope):
         how |= {"temper": d.temper, "temper_every": d.temper_every, "temper_from": d.temper_from}
     a = b.op(Attend, at + "attend", qk["q"], k_cache, v_cache, **how, **scales)
-    if d.attn_gate:
-        gate = w.linear(at + "gate", x, d.heads * value_dim, d.hidden, source + d.attn_gate)
-        a = b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")
+    a = gated(w, at, source, x, a, value_dim)
     if "attn.inner_norm" in d.norms:
         a = w.norm(at + "inner_norm", a, d.heads * value_dim, source + d.norms["attn.inner_norm"])
     return w.linear(at + "o_proj", a, d.hidden, d.heads * value_dim, source + "o_proj", d.o_bias or layer.o_bias)
+
+
+def gated(w: Writer, at: str, source: str, x: str, a: str, value_dim: int) -> str:
+    """Add the gate of attention's result, if the model has one. Returns the result's tensor name; `a` without a gate.
+
+    Args:
+        w: writes the ops; its Decoder says which linear is the gate (attn_gate).
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the tensor that the gate reads.
+        a: name of attention's result [T, heads * value_dim].
+        value_dim: columns of a head's values.
+    """
+    d = w.d
+    if not d.attn_gate:
+        return a
+    width = d.heads if d.attn_gate_by_head else d.heads * value_dim
+    gate = w.linear(at + "gate", x, width, d.hidden, source + d.attn_gate)
+    return w.b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")
 
 
 def clip(limit: float) -> str:

@@ -59,6 +59,8 @@ class Layer:
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
         sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
             n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
+        shared: (number of the layer under whose name the checkpoint has the weights, number of the use) if the layer
+            has the Decoder's shared block before its mixer; None: it has not. Uses of all blocks are counted from 0.
     """
 
     rope: str = "rope"
@@ -81,6 +83,29 @@ class Layer:
     shares_index: bool = False
     cache_of: int | None = None
     sparsity: float = 0.0
+    shared: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A transformer block whose weights several layers share (Zamba): attention and an MLP, without residuals.
+
+    It reads the layer's input beside the embedding, so attention has twice the usual columns. A linear of each layer
+    follows, and the sum of its result and the layer's input goes into the layer's mixer.
+
+    Attributes:
+        block: name of the block's module in a layer of the checkpoint.
+        fused: True if the checkpoint stores the MLP's gate and up as one, gate_up_proj.
+        rank: columns between the two linears of the MLP's adapters, which each use has of its own; 0: none.
+        qkv_rank: the same of adapters of queries, keys and values; 0: none.
+        bias: True if the MLP's linears have biases.
+    """
+
+    block: str
+    fused: bool = False
+    rank: int = 0
+    qkv_rank: int = 0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,8 +179,8 @@ class Mixture:
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        route: further attributes of the op Route.
-        glu: further attributes of the op Experts.
+        route: further attributes of the op Route, by name.
+        glu: further attributes of the op Experts, by name, such as those of its activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
@@ -282,10 +307,12 @@ class Decoder:
     embed_norm_first: bool = False  # it comes before positions are added, not after
     per_layer: int = 0  # columns of a second embedding, embed_tokens_per_layer, that each layer has of its own; 0: none
     per_layer_rows: int = 0  # rows of that table
+    shared: Shared | None = None  # the block that layers with Layer.shared have before their mixer
     altup: AltUp | None = None  # several residual streams; needs per_layer
     laurel: int = 0  # rank of a linear shortcut beside attention, which is added to its result (LAuReL); 0: none
     layer_scalar: bool = False  # each layer's result is multiplied by the one value of layer_scalar
     attn_gate: str = ""  # the linear whose sigmoid multiplies the attention's result, before o_proj
+    attn_gate_by_head: bool = False  # it has one value for each head
     attn_scale: float = 1.0  # on attention's result beside a mixer
     mixer_scale: float = 1.0  # on the mixer's result beside attention
     gate_scale: float = 1.0  # on the gate of the MLP, before the activation
@@ -374,9 +401,9 @@ def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
 
 
 def window(c: Config, kind: str) -> int:
-    """Attention window in tokens of a layer of the attention type `kind`; 0 for full attention.
+    """Attention window in tokens of a layer of the type `kind`: sliding_window, or 0 unless kind is sliding_attention.
 
-    Raises PortError if the config has no sliding_window.
+    Raises PortError if a layer of that type needs sliding_window and the config lacks it.
     """
     return c.whole("sliding_window") if kind == "sliding_attention" else 0
 

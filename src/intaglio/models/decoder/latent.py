@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from intaglio.models.decoder.attention import gated
 from intaglio.models.decoder.description import Indexer, Latent, Layer
 from intaglio.models.decoder.writer import Writer
 from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm, Rope
@@ -45,6 +46,7 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
         scales["chosen"] = _shared_index(w, i) if layer.shares_index else _indexer(w, m, m.indexer, i, layer, x, narrow)
     a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale, **scales)
     a = b.op(HeadLinear, at + "v_proj", a, values)
+    a = gated(w, at, source, x, a, m.value)
     return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
 
 

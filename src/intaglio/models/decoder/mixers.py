@@ -111,8 +111,10 @@ class DeltaMixer:
             another way than q, k and v do; (): as q, k and v do. Only for stored="separate".
         beta: factor of beta after the sigmoid; 2 lets a token overshoot what the state holds for its key.
         gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
-        rank: columns between the two linears of the gate and of the decay, where the decay is one per key column
-            (g_a_proj and g_b_proj, f_a_proj and f_b_proj; Kimi). 0: one linear each, and a decay per head.
+        by_key: True if each key column has a decay (f_proj), False if each head has one (a_proj).
+        rank: columns between the two linears of the gate and of the decay (g_a_proj and g_b_proj, f_a_proj and
+            f_b_proj; Kimi); 0: one linear each. Needs by_key.
+        floor: the least log decay, which a sigmoid then bounds (see Decay); 0: none.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -126,7 +128,9 @@ class DeltaMixer:
     conv_rows: tuple[int, ...] = ()
     beta: float = 1.0
     gate: str = "silu"
+    by_key: bool = False
     rank: int = 0
+    floor: float = 0.0
     block: str = "linear_attn"
 
 

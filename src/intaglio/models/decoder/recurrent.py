@@ -173,7 +173,7 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
         b.op(Norm, f"{at}{n}_norm", y, norm="l2", eps=1e-6, group=m.keys) for n, y in zip("qk", (q, k), strict=True)
     )
     beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)" + (f" * {m.beta!r}" if m.beta != 1 else ""))
-    _, log_decay = decay(w, at, source, step, m.heads, width=m.heads * m.keys if m.rank else 0)
+    _, log_decay = decay(w, at, source, step, m.heads, width=m.heads * m.keys if m.by_key else 0, floor=m.floor)
     y = b.op(
         LinearAttention, at + "scan", q, k, v, b.state(at + "state", m.heads, m.keys, m.values), decay=log_decay,
         beta=beta, heads=m.heads, delta=True, scale=m.keys**-0.5,
@@ -284,7 +284,7 @@ def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> l
 
     Returns the names of six result tensors, in a list: q and k [T, key_heads * keys] and v [T, heads * values], after
     their convolutions; the gate [T, heads * values]; b, which gives beta [T, heads]; and what gives the decay, [T,
-    heads], or [T, heads * keys] with m.rank.
+    heads], or [T, heads * keys] with m.by_key.
 
     Args:
         w: writes the ops.
@@ -300,7 +300,7 @@ def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> l
         parts = held_in(m.conv_rows, range(first, first + width), [f"{source}{n}_conv1d.weight|m" for n in "qkv"])
         out.append(convolved(w, f"{at}{n}_", f"{source}{n}_conv1d", y, width, m.taps, bias=False, sources=parts))
         first += width
-    widths = {"g": value, "b": m.heads, "f" if m.rank else "a": m.heads * (m.keys if m.rank else 1)}
+    widths = {"g": value, "b": m.heads, "f" if m.by_key else "a": m.heads * (m.keys if m.by_key else 1)}
     for n, width in widths.items():
         if m.rank and n != "b":
             y = w.linear(f"{at}{n}_a_proj", x, m.rank, hidden, f"{source}{n}_a_proj")
@@ -325,8 +325,9 @@ def held_in(lengths: Sequence[int], rows: range, sources: Sequence[str]) -> list
 
 
 def decay(
-    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0, width: int = 0
-) -> tuple[str, str]:
+    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0, width: int = 0,
+    floor: float = 0.0,
+) -> tuple[str, str]:  # fmt: skip
     """Add the op Decay, which computes a recurrent block's step sizes dt and log decays -exp(A_log) * dt.
 
     Returns the names of both results' tensors, (dt, log decays), each [T, heads] or [T, width]. A_log and dt_bias are
@@ -341,10 +342,11 @@ def decay(
         low: smallest dt; smaller ones become `low`.
         high: largest dt; larger ones become `high`; 0: no limit.
         width: columns of the input, if the heads have several each; 0: one each. Then A_log may have any shape.
+        floor: the least log decay, below 0, which a sigmoid bounds; 0: none.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log" + ("|f" if width else ""), plain=True)
     bias = w.tensor(at + "dt_bias", (width or heads,), source + "dt_bias", plain=True)
-    name = w.b.op(Decay, at + "step", step, rate, bias=bias, low=low, high=high)
+    name = w.b.op(Decay, at + "step", step, rate, bias=bias, low=low, high=high, floor=floor)
     return name, f"{name}.decay"
 
 
@@ -362,7 +364,8 @@ def convolved(
         width: number of channels, each convolved by itself.
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: True if the convolution has a bias.
-        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        part: (first channel, number of channels that the module has in all), if only a part of the module's channels
+            is used; None: all.
         sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
@@ -383,7 +386,8 @@ def short_conv(
         width: number of channels, each convolved by itself.
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: True if the convolution has a bias.
-        part: (first channel, number of channels of the module), if `width` is not all of them; None: it is.
+        part: (first channel, number of channels that the module has in all), if only a part of the module's channels
+            is used; None: all.
         sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""

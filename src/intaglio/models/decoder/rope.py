@@ -92,17 +92,17 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """Context lengths of a model in tokens, and whether they matter to its rope: (default, longest, has another table).
+    """Context lengths of a model: (default in tokens, longest in tokens, whether a longer one changes the rope table).
 
-    The third item, a bool, is True if a Program for more than the default context has another rope table, so that
-    results for short sequences differ too. n below is max_position_embeddings. By type of rope scaling:
+    If the third item is True, a Program for more than the default context has another rope table, so its results for
+    short sequences differ too. By type of rope scaling, with n for max_position_embeddings:
 
-    - YaRN: default and longest are the larger of n and factor * original length; False.
-    - LongRoPE: the default is the original length, the longest is n. True if n is more: longer contexts take the long
-      factors instead of the short ones.
-    - Dynamic NTK: the default is n, the longest factor * n. True if that is more than n.
-    - Linear: the default is n, the longest factor * n; False.
-    - Otherwise, and for dynamic or linear scaling given per layer type: both are n; False.
+    - YaRN: default and longest are the larger of n and factor * original length; the third item is False.
+    - LongRoPE: the default is the original length, the longest is n. The third item is True if n is larger than the
+      original length: longer contexts take the long factors instead of the short ones.
+    - Dynamic NTK: the default is n, the longest factor * n. The third item is True if the longest is larger than n.
+    - Linear: the default is n, the longest factor * n; the third item is False.
+    - No scaling, another type, and dynamic or linear scaling that is given per layer type: (n, n, False).
 
     Invalid numbers count as no scaling here; table() raises an error for them.
     """

@@ -13,6 +13,7 @@ from intaglio.models.decoder.description import AltUp, Layer
 from intaglio.models.decoder.latent import write_latent
 from intaglio.models.decoder.mlp import write_beside, write_dense, write_mixture
 from intaglio.models.decoder.recurrent import write_mixer
+from intaglio.models.decoder.shared import write_shared
 from intaglio.models.decoder.writer import Writer
 from intaglio.ops import Embed, Linear, Map, Norm, Sample, Select, Sinusoid
 from intaglio.program import Program
@@ -24,17 +25,15 @@ def write(w: Writer) -> Program:
     Raises PortError for weights with act-order outside linears and experts, and for a wrong number of cache scales.
     """
     d, b = w.d, w.b
-    for name in sorted(
-        {layer.rope for layer in d.layers if layer.attention and (layer.beside or not layer.mixer)} - {""}
-    ):
+    for name in sorted({x.rope for x in d.layers if x.attention and (x.beside or not x.mixer or x.shared)} - {""}):
         b.const(f"{name}.frequencies", d.ropes[name].frequencies)
-    x = _embedding(w)
+    x = embedded = _embedding(w)
     inputs = _per_layer(w, x) if d.per_layer else ""
     if d.altup:
         _head(w, _streams(w, d.altup, inputs, x))
         return b.done()
     for i, layer in enumerate(d.layers):
-        x = _layer(w, i, layer, x)
+        x = _layer(w, i, layer, x, embedded)
         if inputs:
             x = b.op(Map, f"layers.{i}.per_layer.add", x, b=_per_layer_branch(w, i, inputs, x), expr="a + b")
         if d.layer_scalar:
@@ -144,7 +143,7 @@ def _root(w: Writer, width: int, table: str) -> float:
     return float(root if formats.get(format).grouped else formats.round_to(root, format))
 
 
-def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
+def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
     """Add the ops of one layer: attention or recurrent block, then the MLP, with their norms and residual additions.
 
     Returns the name of the result's tensor [T, hidden]. A part that the layer does not have is left out.
@@ -154,10 +153,12 @@ def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
         i: number of the layer.
         layer: the layer's description.
         x: name of the tensor that the layer reads.
+        embedded: name of the tensor of embeddings, which a shared block reads; not used without one.
     """
     start = read = x
     if layer.attention:
-        read = w.layer_norm(i, "attn.norm", x)
+        read = write_shared(w, w.d.shared, i, layer, x, embedded) if w.d.shared and layer.shared else x
+        read = w.layer_norm(i, "attn.norm", read)
         y = w.layer_norm(i, "attn.post_norm", _attention(w, i, layer, read))
         x = w.add(f"layers.{i}.attn.add", read if w.d.normed_residual else x, y, layer.mix)
         if w.d.laurel:

@@ -141,7 +141,7 @@ class Writer:
         zeros = self.b.op(Map, f"{site}.zeros", self.b.view(f"{site}.column", x, 0, 1), expr="a * 0.0")
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
-    def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
+    def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False, shared: str = "") -> str:
         """Add a linear: x times a module's weight transposed, plus its bias if any. Returns the result's tensor name.
 
         Args:
@@ -151,9 +151,10 @@ class Writer:
             cols: columns of x.
             source: name of the module in the checkpoint, in Llama's terms.
             bias: True if the module has a bias.
+            shared: site that names the weight and the bias, if several linears have the same; "": `site`.
         """
-        w = self.weight(site, "weight", (rows, cols), source)
-        b = self.weight(site, "bias", (rows,), source) if bias else None
+        w = self.weight(shared or site, "weight", (rows, cols), source)
+        b = self.weight(shared or site, "bias", (rows,), source) if bias else None
         x = self.in_order(site, x, cols, f"{source}.weight")
         return self.b.op(Linear, site, x, w, bias=b, x_format=self.x_format(w))
 
@@ -196,7 +197,7 @@ class Writer:
         """
         return x_format(self.b.tensors[w].format, exact=True)
 
-    def norm(self, site: str, x: str, width: int, source: str, group: int = 0) -> str:
+    def norm(self, site: str, x: str, width: int, source: str, group: int = 0, shared: str = "") -> str:
         """Add a norm of the kind that the model uses (Decoder.norm). Returns the name of the result's tensor.
 
         Args:
@@ -205,10 +206,11 @@ class Writer:
             width: number of the norm's weights.
             source: name of the norm's module in the checkpoint.
             group: columns of each group that is normed by itself; 0: the whole row.
+            shared: site that names the weight, if several norms have the same; "": `site`.
         """
-        d = self.d
-        w = self.weight(site, "weight", (width,), source) if d.norm_weight else None
-        bias = self.weight(site, "bias", (width,), source) if d.norm_bias else None
+        d, held = self.d, shared or site
+        w = self.weight(held, "weight", (width,), source) if d.norm_weight else None
+        bias = self.weight(held, "bias", (width,), source) if d.norm_bias else None
         return self.b.op(Norm, site, x, weight=w, bias=bias, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
 
     def layer_norm(self, i: int, which: str, x: str) -> str:

@@ -118,7 +118,7 @@ def _affine_rows(stored: Stored, base: str, shape: tuple[int, int], bits: int, g
 
 
 def _family(bits: int) -> str:
-    """Name of the affine format, without its groups, that holds codes of `bits` bits."""
+    """Name of the affine format for codes of `bits` bits (1 to 8), without the suffix gN for groups of N."""
     return "affine4" if bits <= 4 else "affine8"
 
 
@@ -133,7 +133,7 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
         shape: (rows, columns) of the matrix.
         bits: bits of a code: 8 for MXFP8, else 4.
         group: number of codes that share a scale: 16 for NVFP4, else 32.
-        bias: not used; the argument that _affine_rows() needs.
+        bias: not used. It is here because the functions for other formats are called with it.
     """
     codes, scale = base + ".weight", base + ".scales"
     parts, e4m3 = {codes: Part(), scale: Part()}, ml_dtypes.float8_e4m3fn

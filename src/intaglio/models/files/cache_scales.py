@@ -41,8 +41,9 @@ def read_cache_scales(
     """Read the scales of a checkpoint's E4M3 K/V cache and return them as CacheScales, which is empty without any.
 
     A layer with a scale of keys or of values alone takes it for both, and a scale of 0 or less counts as 1, as in vLLM.
-    CacheScales.asked_by is set only if the checkpoint has such scales or quantised matrices; settings beside plain
-    weights are not followed. Raises CheckpointError for a scale that is not finite.
+    CacheScales.asked_by, the setting that asks for an FP8 cache, is set only if the checkpoint has such scales or
+    quantised matrices. With plain weights and no scales the setting has no effect. Raises CheckpointError for a scale
+    that is not finite.
 
     Args:
         names: names of the checkpoint's tensors.

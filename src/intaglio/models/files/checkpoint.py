@@ -273,8 +273,8 @@ class Checkpoint:
     def identity(self) -> str:
         """A hash over each file's header, size, modification time and samples of its contents, as text.
 
-        It does not depend on the folder's path. Contents are sampled because copies and images of several fine-tunes of
-        one model may have the same sizes and times.
+        It does not depend on the folder's path. Contents are sampled because two fine-tunes of one model have the same
+        sizes, and copying or packing in a container image can give their files the same times.
         """
         digest = hashlib.sha256()
         for file in sorted({e.file for e in self.entries.values()}):

@@ -33,11 +33,14 @@ class Part:
     each: int = 1
 
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
-        """The part of a stored tensor that some rows of the matrix need, as a view; the whole tensor if `axis` is None.
+        """The part of the stored tensor that some rows of the matrix need, as a view.
+
+        That is the whole tensor if the attribute `axis` is None, as every row then needs all of it.
 
         Args:
             x: the stored tensor.
-            rows: the matrix rows. Start and stop must be multiples of `each`; stop may also be the number of rows.
+            rows: the matrix rows. Start and stop must be multiples of the attribute `each`, the number of matrix rows
+                for an index of that axis; stop may also be the number of rows.
         """
         if self.axis is None:
             return x
@@ -117,7 +120,10 @@ def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tupl
 
 
 def with_row_scales(codes: np.ndarray, scales: np.ndarray, format: str) -> Quantised:
-    """The matrix of `codes`, in a format with one scale per row. scales: one per row, or one for the whole matrix."""
+    """A Quantised matrix of a format with one scale per row: its codes [N, K] as they are, and a scale for each row.
+
+    scales: one per row, or a single one, which every row gets.
+    """
     return Quantised(codes, *spread_rows(scales, codes.shape, format))
 
 
@@ -164,7 +170,8 @@ def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
     """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
 
     count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed in one of two ways: without gaps, so that
-    some cross from one word to the next, or only whole codes in each word. `n` and `count` tell which.
+    some cross from one word to the next, or only whole codes in each word. If `count` codes fill n words only in the
+    second way, that is taken; otherwise, and without `count`, the first.
     """
     if bits in (4, 8):
         codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)

@@ -51,8 +51,8 @@ class Found:
 def find_files(path: Path, config: Mapping[str, Any]) -> Found:
     """The tensors of a folder and the files they are in, as a Found.
 
-    config: the folder's config.json. Raises CheckpointError if there is no file to read, or if a file that is named is
-    missing or damaged.
+    config: the folder's config.json. Raises CheckpointError if there is no file to read, or if a file that
+    config.json or the index names is missing or damaged.
     """
     decides = deciding_file(config, lambda name: (path / name).exists(), lambda name: read_json(path / name))
     if decides is None:

@@ -126,7 +126,10 @@ def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _with(q: Mapping[str, Any], more: Mapping[str, Any]) -> Settings:
-    """A copy of the settings `q` with `more` added. Keys read from the copy count as read from `q`."""
+    """A copy of the settings `q` with `more` added.
+
+    Settings record which keys are read. Keys read from the copy are recorded as read from `q`.
+    """
     out = Settings({**q, **more})
     out.seen = q.seen if isinstance(q, Settings) else out.seen
     return out

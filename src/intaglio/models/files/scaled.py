@@ -33,7 +33,8 @@ def scaled(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     MXFP4: U8 [N, K / 2] with the same scales. NVFP4: U8 [N, K / 2], scales E4M3 [N, K / 16], times weight_scale_2 or
     divided by weight_global_scale, F32. INT8: I8 [N, K] with one scale or one per row.
 
-    q: the quantisation settings. Raises PortError for any other, and for methods that rotate or scale activations.
+    q: the quantisation settings. Raises PortError for a matrix that has none of these formats, and for methods that
+    rotate or scale activations.
     """
     if "rotation" in json.dumps(q.get("algo_config") or ""):
         raise PortError("config.json: quantization_config.algo_config: rotations of activations are not computed here")

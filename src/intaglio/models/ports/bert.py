@@ -204,7 +204,7 @@ def roberta_prelayernorm(c: Config, context: int) -> Decoder:
 
 
 def xlm_roberta_xl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XLM-RoBERTa-XL: norms before the branches and at the end, none of the embeddings.
+    """The Decoder that describes XLM-RoBERTa-XL: norms before the branches and a final one, but none on embeddings.
 
     Raises PortError for missing or wrong settings.
     """

@@ -132,9 +132,10 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 
 
 def rotary(c: Config, s: dict[str, Any], context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
+    """A dict of further arguments for Decoder, with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
 
-    s: the arguments so far. Raises PortError for missing or wrong settings.
+    s: the arguments that are known already, of which head_dim is read; they are not in the result. Raises PortError
+    for missing or wrong settings.
     """
     rope, turned = parameters(c), c.whole("rotary_dim")
     rope["partial_rotary_factor"] = (turned + 0.5) / s["head_dim"]  # table() rounds down to rotary_dim

@@ -44,9 +44,9 @@ def dense(c: Config, context: int) -> Decoder:
 
 
 def same(c: Config, key: str) -> int:
-    """The value of a count that the config may list by layer, as one integer. A list is replaced in the config.
+    """The value of a count, an integer, that the config may also list by layer.
 
-    Raises PortError if layers differ.
+    Such a list must have equal items; in `c` it is replaced by one of them. Raises PortError if layers differ.
     """
     value = c.get(key)
     if isinstance(value, list):

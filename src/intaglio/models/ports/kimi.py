@@ -1,6 +1,7 @@
-"""Kimi Linear: Kimi delta attention, and latent attention without rope in each fourth layer; routed experts.
+"""Kimi Linear and Ling 3: Kimi delta attention, and latent attention in some layers; routed experts.
 
-Kimi delta attention is a gated delta net with a decay of each key column. (Kimi-K2 is a DeepSeek-V3.)
+Kimi delta attention is a gated delta net with a decay of each key column. Kimi Linear's latent attention has no rope,
+Ling 3's has rope and a gate of each head. (Kimi-K2 is a DeepSeek-V3.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import NUMBERED, PRE, Decoder, DeltaMixer, Latent, Layer, sizes
-from intaglio.models.ports.deepseek import experts
+from intaglio.models.ports.deepseek import experts, latent
 from intaglio.models.ports.family import Family
 
 KINDS = ("linear_attention", "full_attention")
@@ -31,7 +32,7 @@ def kimi_linear(c: Config, context: int) -> Decoder:
     taps = net.get("short_conv_kernel_size") or c.whole("linear_conv_kernel_dim")
     mixer = DeltaMixer(
         key_heads=heads, heads=heads, keys=dim, values=dim, taps=taps, eps=s["eps"], stored="separate", gate="sigmoid",
-        rank=dim, block="self_attn",
+        by_key=True, rank=dim, block="self_attn",
     )  # fmt: skip
     layers = tuple(
         Layer("", mixer=mixer if kind == "linear_attention" else None, sparse=mlp == "sparse")
@@ -46,6 +47,41 @@ def kimi_linear(c: Config, context: int) -> Decoder:
     return Decoder(
         **s | {"scale": (m.nope + m.rope) ** -0.5}, layers=layers, ropes={}, norms=PRE, latent=m,
         o_bias=c.flag("attention_bias"), mixture=replace(routed, sources=NUMBERED, block="block_sparse_moe"),
+    )  # fmt: skip
+
+
+def bailing_hybrid(c: Config, context: int) -> Decoder:
+    """The Decoder that describes Ling 3, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
+    c.need_silu("gated delta nets are ported with silu")
+    n, dense, every = c.whole("num_hidden_layers"), c.count("first_k_dense_replace"), c.whole("layer_group_size")
+    dim = c.whole("linear_head_dim", c.whole("head_dim"))
+    heads = c.whole("linear_num_heads", c.whole("num_attention_heads"))
+    taps = c.whole("linear_conv_kernel_dim", c.whole("short_conv_kernel_size"))
+    safe, least = c.flag("kda_safe_gate"), c.get("kda_lower_bound")
+    floor = least if safe else 0.0
+    if not isinstance(floor, int | float) or floor > 0:
+        raise PortError(f"config.json: kda_lower_bound={floor!r}; wanted a number of 0 or less")
+    if c.get("rope_parameters") is not None:
+        c.replaced["rope_theta"] = "rope_parameters takes its place"
+    s = latent(c, context, "interleaved")
+    mixer = DeltaMixer(
+        key_heads=heads, heads=heads, keys=dim, values=dim, taps=taps, eps=s["eps"], stored="separate", gate="sigmoid",
+        by_key=True, floor=float(floor), block="self_attn",
+    )  # fmt: skip
+    usual = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(n)]
+    mlps = c.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in range(n)]
+    layers = tuple(
+        Layer(mixer=mixer if kind == "linear_attention" else None, sparse=mlp == "sparse")
+        for kind, mlp in zip(c.layer_types(usual=usual, known=KINDS), mlps, strict=True)
+    )
+    c.table["n_routed_experts"] = c.whole(c.either("num_experts", "num_local_experts"))
+    routed = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
+    return Decoder(
+        **s | {"layers": layers}, mixture=replace(routed, correction="gate.expert_bias"), attn_gate="g_proj",
+        attn_gate_by_head=True, sources=LING_NAMES,
     )  # fmt: skip
 
 
@@ -83,6 +119,15 @@ DEFAULTS = {
     "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446, "norm_topk_prob": True, "linear_head_dim": 128,
     "linear_num_heads": 32, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
+LING = {
+    **DEFAULTS, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "rope_theta": 6000000.0,
+    "num_local_experts": 512, "moe_intermediate_size": 768, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "head_dim": 128, "short_conv_kernel_size": 4, "layer_group_size": 6, "kda_safe_gate": True, "kda_lower_bound": -5.0,
+    "first_k_dense_replace": 2,
+}  # fmt: skip
+for _key in ("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim"):
+    del LING[_key]  # head_dim, num_attention_heads and short_conv_kernel_size say them
+LING_NAMES = {"embed_tokens": "word_embeddings", "self_attn.o_proj": "attention.dense", "self_attn": "attention"}
 ALIASES = {
     "max_position_embeddings": "model_max_length", "norm_topk_prob": "moe_renormalize", "n_group": "num_expert_group",
     "num_experts_per_tok": "num_experts_per_token", "n_shared_experts": "num_shared_experts",
@@ -95,5 +140,9 @@ FAMILIES = (
             "use_grouped_topk": (True, False), "pretraining_tp": (1,),
         },
         aliases=ALIASES, adapt=adapt,
+    ),
+    Family(
+        "BailingHybridForCausalLM", "Ling 3.0 Flash", LING, bailing_hybrid, model_types=("bailing_hybrid",),
+        fixed={"pretraining_tp": (1,)}, aliases=ALIASES, tops=("word_embeddings", "norm", "layers.0.input_layernorm"),
     ),
 )  # fmt: skip

@@ -1,9 +1,12 @@
-"""LFM2 and LFM2-MoE (Liquid AI): gated short convolutions, and attention with norms on heads in some layers."""
+"""LFM2, LFM2-MoE and LFM3 (Liquid AI): gated short convolutions, and attention with norms on heads in some layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from intaglio.models.config import Config
-from intaglio.models.decoder import NUMBERED, ConvMixer, Decoder, Layer, Mixture, sizes, sparse
+from intaglio.models.decoder import NUMBERED, ConvMixer, Decoder, Layer, Mixture, sizes, sparse, window
 from intaglio.models.decoder.rope import parameters, table
 from intaglio.models.ports.family import Family
 
@@ -13,6 +16,10 @@ SOURCES = {
     "self_attn.o_proj": "self_attn.out_proj", "feed_forward.gate_proj": "feed_forward.w1",
     "feed_forward.up_proj": "feed_forward.w3", "feed_forward.down_proj": "feed_forward.w2",
 }  # fmt: skip
+
+
+SANDWICHED = {"attn.post_norm": "post_operator_norm", "mlp.post_norm": "post_ffn_norm"}
+MLP = {name: own for name, own in SOURCES.items() if name.startswith("feed_forward")}
 
 
 def kinds(c: Config) -> list[str]:
@@ -62,6 +69,45 @@ def lfm2_moe(c: Config, context: int) -> Decoder:
     return sparse(Decoder(**{**vars(d), "mixture": m}), lambda i: i >= first)
 
 
+def lfm3(c: Config, context: int) -> Decoder:
+    """The Decoder that describes LFM3, from config.json: LFM2 with windows, post-norms and a gate of each head.
+
+    Raises PortError for missing or wrong settings.
+    """
+    c.table["hidden_act"] = "silu"
+    s, n = sizes(c, eps="norm_eps"), c.whole("num_hidden_layers")
+    by_four = ("sliding_attention", "conv", "full_attention", "conv")
+    usual = [by_four[i % 4] if i else "conv" for i in range(n)]
+    kinds = c.layer_types(usual=usual, known=("conv", "full_attention", "sliding_attention"))
+    names = {"full_attention": "rope.full", "sliding_attention": "rope.local"}
+    ropes = {
+        name: table(c, parameters(c, kind), s["head_dim"], context) for kind, name in names.items() if kind in kinds
+    }
+    mixer = ConvMixer(c.whole("conv_L_cache"), c.flag("conv_bias"))
+    layers = tuple(Layer(mixer=mixer) if kind == "conv" else Layer(names[kind], window(c, kind)) for kind in kinds)
+    bias, post = c.flag("attention_bias"), SANDWICHED if c.flag("use_sandwich_norm") else {}
+    return Decoder(
+        **s, layers=layers, ropes=ropes, norms={**NORMS, **post}, qk_norm="head", qkv_bias=bias, o_bias=bias,
+        block="feed_forward", final_norm="embedding_norm", sources=MLP, attn_gate_by_head=True,
+        attn_gate="gate_proj" if c.flag("use_attention_gate") else "",
+    )  # fmt: skip
+
+
+def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
+    """A copy of the Decoder with the gate's name inside transformers, g_proj, if the checkpoint has that."""
+    named = any(name.endswith(".self_attn.g_proj.weight") for name in shapes)
+    return replace(d, attn_gate="g_proj") if d.attn_gate and named else d
+
+
+ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.5},
+}
+LFM3 = {
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 7680,
+    "max_position_embeddings": 128000, "norm_eps": 1e-5, "tie_word_embeddings": True, "conv_L_cache": 7,
+    "sliding_window": 256, "use_sandwich_norm": True, "use_attention_gate": True, "rope_parameters": ROPES,
+}  # fmt: skip
 DEFAULTS = {
     "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000,
     "norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1000000.0, "conv_L_cache": 3,
@@ -78,6 +124,9 @@ FAMILIES = (
     Family(
         "Lfm2ForCausalLM", "LFM2 350M to 2.6B", DEFAULTS, lfm2, model_types=("lfm2",),
         tops=TOPS,
+    ),
+    Family(
+        "Lfm3ForCausalLM", "LFM3-1.7B", LFM3, lfm3, model_types=("lfm3",), tops=TOPS, adapt=adapt,
     ),
     Family(
         "Lfm2MoeForCausalLM", "LFM2-8B-A1B, LFM2-24B-A2B", MOE, lfm2_moe, model_types=("lfm2_moe",), tops=TOPS,

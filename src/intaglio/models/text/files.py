@@ -118,10 +118,10 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """{name: text} of the named special tokens, such as bos_token.
+    """{name: text} of the named special tokens, such as bos_token, from tokenizer_config.json.
 
-    Where tokenizer_config.json has no added_tokens_decoder (before transformers 4.33), special_tokens_map.json
-    overrides it. Raises TokenizerError for a token without text.
+    If that file has no added_tokens_decoder (before transformers 4.33), the names in special_tokens_map.json take
+    precedence. Raises TokenizerError for a token without text.
     """
     held = {k: config[k] for k in NAMED if config.get(k)}
     if "added_tokens_decoder" not in config:
@@ -144,8 +144,8 @@ def _text(path: Path, name: str, token: Any) -> str:
 def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
     """Add to `inner` the tokens that tokenizer.json lacks, then named special tokens and extra special tokens.
 
-    The lacking tokens are listed in added_tokens_decoder, or if that key is missing in added_tokens.json. Raises
-    TokenizerError if a token does not get the id that its file states.
+    The key added_tokens_decoder of tokenizer_config.json lists the lacking tokens. Without that key, the file
+    added_tokens.json lists them. Raises TokenizerError if a token does not get the id that its file states.
     """
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     own = [v for k, v in config.items() if k.endswith("_token") and k not in NAMED and isinstance(v, str)]

@@ -194,7 +194,11 @@ def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenize
 
 
 def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Make the tokenizer add bos in front and eos behind a text, if add_bos_token and add_eos_token say so."""
+    """Make the tokenizer `inner` put bos before a text and eos after it, as the config says. Returns nothing.
+
+    special: {bos_token, eos_token: their texts}. config: tokenizer_config.json; a token is added if add_bos_token or
+    add_eos_token is true, and not if the key is missing.
+    """
     ends = [special.get(name) if config.get(f"add_{name}") else None for name in ("bos_token", "eos_token")]
     used = [(t, i) for t in dict.fromkeys(ends) if t is not None and (i := inner.token_to_id(t)) is not None]
     if not used:
@@ -240,7 +244,10 @@ def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model
 
 
 def _normalizer(model: SentencePiece, prepend: bool) -> normalizers.Normalizer:
-    """SentencePiece's normalisation, in its order: character map, white space, prefix (if `prepend`)."""
+    """A Normalizer with SentencePiece's steps in its order: character map, white space, then the prefix of spaces.
+
+    prepend: False to leave out the prefix.
+    """
     steps: list[normalizers.Normalizer] = []
     if charsmap := model.normalizer.get(2):
         steps.append(normalizers.Precompiled(charsmap))

@@ -85,9 +85,12 @@ class Recorder:
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """A dict of the outcomes since the last call, as journal fields "launches" and "restarts".
+        """The outcomes of device calls since the last call of this method, as fields of a journal's record.
 
-        It has the field "losses" only if the device was lost between two steps. The recorder then forgets the outcomes.
+        "launches" is a list with an item for each step: None, or the failure as text. "restarts" has an item for each
+        attempt to replace the device: False if it failed, "kept" if the new device has the K/V cache, else True. Both
+        lists may be empty. "losses" is there only if the device was lost between two steps. The recorder then forgets
+        the outcomes.
         """
         outcomes: dict[str, Any] = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         if self.losses:

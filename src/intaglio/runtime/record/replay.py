@@ -54,7 +54,7 @@ class ReplayedExecutable(Executable):
         inner: the executable that computes.
         launches: the recorded outcomes in order: the failure as text, or None. They are removed as steps run.
         depth: number of steps that may be under way at once.
-        state_kept: True if it replaces a lost executable and has its K/V cache.
+        state_kept: True if this executable replaces one that was lost, and the K/V cache of the lost one was kept.
     """
 
     def __init__(

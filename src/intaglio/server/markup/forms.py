@@ -133,7 +133,10 @@ THINKING = (
 
 
 def form_of(template: str | None) -> Form | None:
-    """The tool-call format that a chat template uses; None if the template takes no tools or its format is unknown."""
+    """The Form (parser of tool calls) for the format of tool calls that a chat template uses.
+
+    None if the template takes no tools or its format is unknown.
+    """
     if not takes_tools(template):
         return None
     return next((FORMS[name] for sign, name in SIGNS if re.search(sign, template or "")), None)

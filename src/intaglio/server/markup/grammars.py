@@ -86,8 +86,8 @@ def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
     """A Lark grammar, as text, for output that begins inside reasoning.
 
     It is: any text, the end delimiter of the reasoning, up to two line breaks, then @answer, the term that stands for
-    the grammar of the answer. One of the opening delimiters in `thinking.dropped` may be before the answer, one of the
-    closing delimiters after it.
+    the grammar of the answer. An opening delimiter that the server removes (`thinking.dropped`), such as
+    <answer>, may come before the answer, and a closing one after it.
 
     special: ids of the tokenizer's special tokens by text.
     """

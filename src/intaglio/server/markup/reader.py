@@ -187,7 +187,10 @@ class Reader:
 
 
 def begins_inside(prompt: str, thinking: Thinking | None) -> bool:
-    """True if the rendered prompt ends with the delimiter that begins reasoning: the output begins inside it."""
+    """True if the rendered prompt ends with the delimiter that begins reasoning, so that the output begins inside it.
+
+    False if `thinking` is None: then the template has no such delimiter.
+    """
     return thinking is not None and prompt.rstrip().endswith(thinking.begin)
 
 

@@ -171,12 +171,15 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 
 
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
-    """Yield the Parts of a call: `start`, then a CallArguments for each piece of its arguments, which `steps` parses.
+    """Yield the Parts of a tool call: `start`, then a CallArguments for each piece of text that `steps` yields.
 
-    `start` is yielded when the first piece of text comes. A generator; its value (of `yield from`) is (True if
-    `start` has been yielded, the return value of `steps`).
+    `start` is yielded just before the first piece. A generator; its value (of `yield from`) is (True if `start` has
+    been yielded, here or by the caller; the return value of `steps`).
 
-    began: True if the caller has already yielded `start`.
+    Args:
+        steps: parser of the call's arguments. It yields their text piece by piece, and None when it needs more input.
+        start: the first Part of the call, with its name.
+        began: True if the caller has already yielded `start`.
     """
     while True:
         try:

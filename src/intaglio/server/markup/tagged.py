@@ -93,8 +93,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
     """Consume the opening tag of the next tool call, and find the set of tags to which it belongs.
 
-    A generator; its value (of `yield from`) is one of `ways`. If the text begins with no opening tag, it is the first
-    of `ways` without an opening tag; None if all have one.
+    Some formats have calls without an opening tag. A generator; its value (of `yield from`) is the set of `ways` whose
+    opening tag was read. If there was no tag, the value is the first of `ways` without an opening tag, or None if all
+    have one.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None

@@ -179,7 +179,7 @@ class Attend(Instruction, engine="ATT", opcode=0x40):
     """Attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul fused.
 
     Updates sums f32 [rows, dv] and m, l f32 [rows, 1] from q [rows, d], k [n, d] and v [n, dv]. The weights p are
-    rounded to v's format before the second product. The other fields are those of Softmax.
+    rounded to v's format before the second product. For the other fields see Softmax.
     """
 
     sums: Region

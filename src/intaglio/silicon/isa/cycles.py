@@ -16,9 +16,9 @@ from intaglio.chips import ChipSpec, Target
 def matmul_cycles(target: Target, m: Any, n: Any, k: Any, format: str) -> Any:
     """Number of cycles of one core's matrix array for [m, k] times [k, n] in `format`.
 
-    The longer of: multiply-accumulates, with m, n, k rounded up to the array's shape; and operand bytes, written to
-    SRAM once and read once. Divided by the library's efficiency, KernelLibrary.mxu_efficiency. Raises ChipError for a
-    format that the chip's array does not multiply.
+    The result is the longer of two times, divided by the library's mxu_efficiency: the time of the
+    multiply-accumulates, with m, n, k rounded up to the array's shape; and the time to write the operands to SRAM once
+    and read them once. Raises ChipError for a format that the chip's array does not multiply.
     """
     chip = target.chip
     am, an, ak = chip.array_shape

@@ -35,7 +35,7 @@ class Cost:
     """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
 
     Attributes:
-        cycles: cycles of the instruction's engine; of a transfer, the fewest that it takes.
+        cycles: cycles of the instruction's engine; for a transfer, the minimum number of cycles.
         bytes: bytes transferred; if not 0, the time follows from the bandwidth that the transfers in flight leave.
         resource: what the bytes pass: "hbm" or "link"; "" without bytes.
         latency_s: seconds from the end of the instruction until its result is visible to others.
@@ -92,7 +92,7 @@ class Instruction:
         raise NotImplementedError
 
     def shapes(self) -> Shapes:
-        """{region field: (rows, columns)} that the region fields must have; those not named may have any shape.
+        """{region field: (rows, columns)}: the shapes that region fields must have. Other fields may have any shape.
 
         A string stands for a size that is equal wherever it occurs in this instruction.
         """

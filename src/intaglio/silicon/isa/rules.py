@@ -7,7 +7,7 @@ from intaglio.silicon.isa.instruction import REGISTRY, Instruction, region_field
 
 
 def refusal(i: Instruction, target: Target) -> str:
-    """Error text that says why a chip refuses an instruction; "" if it does not."""
+    """Error text that says why a chip refuses an instruction; "" if the chip accepts it."""
     why = missing_on(target.chip, type(i)) or wrong_memory(i) or wrong_shape(i)
     if why or i.engine not in ("MXU", "ATT"):
         return why
@@ -44,7 +44,7 @@ def wrong_memory(i: Instruction) -> str:
 
 
 def wrong_shape(i: Instruction) -> str:
-    """Error text for a region whose shape is not as Instruction.shapes() says; "" if none."""
+    """Error text for the first region without the shape that Instruction.shapes() demands; "" if all have theirs."""
     sizes: dict[str, int] = {}
     for name, dims in i.shapes().items():
         region = getattr(i, name)

@@ -56,7 +56,10 @@ class Sample(Instruction, engine="VEC", opcode=0x48):
         mem.write(self.logprob, np.array([[logprob]]))
 
     def _changes(self, mem: CoreMemory) -> tuple[Edits | None, np.ndarray | None]:
-        """(logit edits, grammar mask as uint32 words); None for the one that the instruction does not have."""
+        """The row's logit edits, or None, and its grammar mask as uint32 words [words], or None, as a pair.
+
+        An item is None if the instruction has no such regions.
+        """
         edits = None
         if self.ids is not None and self.factors is not None and self.terms is not None:
             edits = Edits(*(mem.read(r)[0] for r in (self.ids, self.factors, self.terms)))

@@ -25,7 +25,7 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
     """Softmax and Rescale in one pass over the scores of a tile of keys.
 
     Writes p and updates m and l as Softmax does. Also rescales the accumulators `sums` f32 [q, dv], the running sum of
-    weighted values, by the factor that Softmax would write to alpha. The other fields are those of Softmax.
+    weighted values, by the factor that Softmax would write to alpha. For the other fields see Softmax.
     """
 
     p: Region

@@ -33,7 +33,7 @@ def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
 class Load(Instruction, engine="DMA", opcode=0x10):
     """Copy from HBM to a core: dst = src; both have the same shape and format.
 
-    With `padded`, dst may have more rows and columns than src; those are set to zero.
+    With `padded`, dst may have more rows and columns than src; the additional ones are set to zero.
     """
 
     dst: Region
@@ -180,7 +180,7 @@ class Receive(Instruction, engine="NET", opcode=0x51):
         return {}
 
     def run(self, mem: CoreMemory) -> None:
-        """Do nothing. Machine.run() writes the values that the peer's Send has sent to `dst` when they arrive."""
+        """Do nothing: when the message arrives, the Machine itself copies its values to `dst`."""
 
     def cost(self, target: Target) -> Cost:
         return Cost(latency_s=target.library.link_latency_s)

@@ -124,7 +124,7 @@ def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
     """Number of cycles of an expression over n values.
 
     Each value takes one operation for each function call and binary operator, and one to write the result. Calls such
-    as silu take an exponential besides.
+    as silu also take an exponential.
     """
     ops = 1 + sum(step in ("call", "binary") for step, _ in steps)
     exps = sum(value in EXP_CALLS for step, value in steps if step == "call")

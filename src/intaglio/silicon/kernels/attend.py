@@ -110,7 +110,7 @@ class AttendKernel(ChipKernel):
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
-    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one.
+    """The Timing of one `attend` over a batch: first the chunks with several queries, then the chunks with one.
 
     batch: (queries, keys, number of sequences) of each distinct chunk. warm: True if the L2 holds as much of the keys
     and values as fits. kernel: name of one of the library's attention kernels; "": the library's choice. Raises
@@ -145,7 +145,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys."""
+    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys; window 0: none."""
     if not window:
         return q * keys - q * (q - 1) / 2
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())
@@ -265,7 +265,8 @@ def split_streams(
     """Two lists of Streams for contexts that are split into parts: first the jobs of all parts, then their merge.
 
     The jobs store sums, maxima and denominators to HBM; the merge computes the results from them. The parts of one
-    tile of queries are stored one below the other: sums f32 [parts * rows, dv], the others [parts * rows, 1].
+    tile of queries are stored one below the other: sums f32 [parts * rows, dv], maxima and denominators f32
+    [parts * rows, 1].
     """
     out, dv, rows = mem.region(op.out), AttendKernel.of(op, t).heads.v_dim, plan.pack
     whole: dict[tuple[int, int], tuple[Region, ...]] = {}

@@ -213,12 +213,13 @@ def prefill_seconds(
     rows: float,
     keys: float,
 ) -> float:
-    """Seconds of the chunks with several queries, until the last job's result is stored.
+    """Modelled seconds of prefill attention (chunks with several queries), until the last job's result is stored.
 
-    All cores are taken to have an equal share of HBM and L2, and all tiles to load the mean number of keys.
+    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: key tiles of each kind of job. count: number of jobs of each kind. missed: fraction of the tiles that come
-    from HBM, not from the L2. rows: query rows of a mean job. keys: keys that are loaded for a mean tile.
+    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    loaded from HBM; the L2 holds the rest. rows: mean number of query rows of a job. keys: mean number of keys that a
+    tile loads.
     """
     chip, lib = target.chip, target.library
     t = tile_seconds(target, h, plan.rows, plan.keys)
@@ -346,9 +347,10 @@ def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context.
+    """Number of keys that a kernel reads for the query of a decoding sequence with `keys` keys in its context.
 
-    window: keys that a query sees at most; 0: all. Kernels of some libraries read more than a short window.
+    window: largest number of keys that a query sees; 0: it sees all. The kernel reads at least
+    library.window_min_keys keys, even if the window is shorter.
     """
     return min(keys, max(window, library.window_min_keys)) if window else keys
 

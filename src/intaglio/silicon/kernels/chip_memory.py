@@ -123,8 +123,8 @@ class ChipMemory:
     def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
-        on: the target by which the run is timed, reduced to the library's kernel that runs (see Target.kernel()); None:
-        the target of this memory. label: RunResult.label of the result.
+        on: target with which the run is timed, usually one whose library holds only one kernel's constants (see
+        Target.kernel()); None: the target of this memory. label: RunResult.label of the result.
         """
         machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
         self.launches.append(machine.run(streams))
@@ -151,7 +151,7 @@ def slices(n: int, step: int) -> list[slice]:
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
     """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
 
-    rows, columns: size of that part, padded with zeros; 0: those of `src`.
+    rows, columns: size of that part, if larger than `src`; the rest is set to zeros. 0: the size of `src`.
     """
     part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
     padded = (part.rows, part.cols) != (src.rows, src.cols)

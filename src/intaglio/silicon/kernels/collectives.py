@@ -144,7 +144,7 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Fraction of its links' rate that a chip reaches when all of a group send: below 1 only on a pcie_tree."""
+    """Fraction of its links' rate that a chip reaches while all `chips` chips send: below 1 only on a pcie_tree."""
     return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
 
@@ -389,7 +389,7 @@ class CollectiveBuilder:
 
 
 class CollectiveRun:
-    """One execution of a collective: the memory of every chip, with its input "x" and its output "out"."""
+    """One execution of a collective on the simulator: the memory of each chip, with its input "x" and output "out"."""
 
     def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
         if isinstance(op, AllReduce) and op.slots > 1:

@@ -83,7 +83,7 @@ class ExpertsKernel(ChipKernel):
         return experts_timing(target, *self.layer(sizes))
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
-        """The Timings of the op's launches by their labels, as experts_parts() returns them."""
+        """Time the op's launches in a step of these sizes: a dict {label: Timing}, see experts_parts()."""
         return experts_parts(target, *self.layer(sizes))
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
@@ -330,8 +330,8 @@ def experts_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of a layer of routed experts on one rank, router included.
 
-    Some libraries' kernels of activation and combination process all tokens * top_k rows; then all are counted.
-    Otherwise only the rank's own rows are.
+    In some libraries the kernels of activation and combination process all tokens * top_k rows; all these rows are then
+    counted. In other libraries only the rank's own rows are counted.
 
     Args:
         target: chip and kernel library.
@@ -343,7 +343,7 @@ def experts_timing(
         inner: width of an expert's inner row.
         x_format: format of a value of x.
         w_format: format of a weight.
-        w_bits: bits per weight including scales; 0: those of `w_format`.
+        w_bits: bits per weight including scales; 0: the bits of `w_format` without scales.
         gated: True if experts have a gate.
         kernel: name of the library's kernel; "": its default.
 

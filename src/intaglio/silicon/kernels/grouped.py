@@ -39,8 +39,8 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
     """A list with one Stream, which sorts the routed rows by expert on one core.
 
     A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
-    for three results: order [1, n], the numbers of the routed rows sorted by expert, those of other ranks' experts
-    last; tokens [1, n], the token of each, in that order; counts [1, held], the rows of each expert of this rank.
+    for three results. order [1, n]: the numbers of the routed rows sorted by expert; rows of other ranks' experts come
+    last. tokens [1, n]: the token of each of these rows. counts [1, held]: number of rows of each expert of this rank.
     """
     k = StreamBuilder(op.site)
     tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
@@ -139,7 +139,7 @@ def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | No
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
     """A list of Streams that compute out = act(gate(x)) * up(x), or act(up(x)) without a gate, by the experts of rows.
 
-    product: of the rows sorted by expert. out [rows, inner]: the results, sorted by expert.
+    product: the tiles of the products of rows sorted by expert. out [rows, inner]: the results, sorted by expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 

@@ -98,12 +98,12 @@ class HeadLinearKernel(ChipKernel):
 
 
 def moved(columns: slice, by: int) -> slice:
-    """The columns that are `by` further to the right."""
+    """The slice `columns` moved by `by` columns to the right."""
     return slice(columns.start + by, columns.stop + by)
 
 
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:
-    """A list of Streams that copy the last `width` columns of each head of x to those of `out`."""
+    """A list of Streams that copy the last `width` columns of each head of x to the same head's last in `out`."""
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width)))
 
     def last(matrix: Region, head: int) -> slice:

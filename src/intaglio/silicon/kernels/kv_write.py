@@ -179,7 +179,7 @@ def job_rows(target: Target, rows: int, width: int) -> int:
 def tiles_in_flight(target: Target, rows: int, width: int) -> int:
     """Number of tiles in each of a core's circular buffers: enough that loads hide HBM's latency, from 2 to MOST_TILES.
 
-    rows, width: size of a tile. It is 2 also if SRAM does not fit so many.
+    rows, width: size of a tile. The result is 2 even if SRAM does not fit two tiles.
     """
     return max(2, ring_depth(target, (rows * width,) * 5, rows * width * target.library.activation_bytes))
 

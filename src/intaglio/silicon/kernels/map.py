@@ -43,6 +43,12 @@ class MapKernel(RowsKernel):
         return map_cycles(chip, postfix(self.expr), n)
 
     @classmethod
+    def unsupported(cls, op: Map, t: Tensors) -> str | None:
+        width = t[op.a].shape[1]
+        odd = [name for name in op.inputs if t[name].shape[1] not in (1, width)]
+        return f"chip kernels do not broadcast the {t[odd[0]].shape[1]} columns of {odd[0]} to {width}" if odd else None
+
+    @classmethod
     def streams(cls, mem: ChipMemory, op: Map, t: Tensors, batch: Batch) -> list[Stream]:
         out = mem.region(op.out)
         given = [name for name in ("a", "b", "c") if getattr(op, name) is not None]

@@ -197,6 +197,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_work = (steps - 1) * work + last_work
     job_steps = steps - 1 + last_part / tk
 
+    past_l2 = not chip.l2_bytes and not resident  # then all bytes come from HBM
+    shared = min(chip.l2_rate, chip.hbm_rate) if past_l2 else chip.l2_rate
+    port = min(chip.port_rate, shared)
+
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
@@ -204,7 +208,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
-        return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
+        return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
     wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
@@ -248,7 +252,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     first_s = np.maximum(all_load, fill)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained = end(1) - store / pieces  # until the accumulators are free
-        per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
+        per_job = np.maximum(np.maximum(drain, store), (drain + store + np.ceil(pieces) * depth_s) / 2)
         two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
         bubble = np.where(banks == 2, 0, drained)
@@ -332,7 +336,7 @@ def linear_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. glu: True if n
+    w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored.
     """

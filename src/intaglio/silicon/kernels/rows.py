@@ -114,7 +114,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
-        """Number of tiles in each of a core's circular buffers, as ring_depth() gives it for this op."""
+        """Number of tiles in each of a core's circular buffers for this op; see ring_depth()."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
@@ -218,8 +218,8 @@ def load_indices(
 ) -> Region:
     """An SRAM region i32 [1, 1] with the index that `ids` [1, rows] has for row `row`, one of the core's rows.
 
-    k: the core's builder. At a core's first call, the indices of all its rows are loaded into one tile, which `held`
-    keeps with the number of the core's first row.
+    k: the core's builder. The first call for a core emits the load of the indices of all its rows into one tile. held:
+    {builder: (this tile, number of the core's first row)}; the first call adds an item.
     """
     if k not in held:
         mine = next(run for run in runs(mem, ids.cols) if row in run)
@@ -233,7 +233,8 @@ def load_once(
 ) -> list[Region | None]:
     """A list of SRAM tiles with the whole operands `names`; None where a name is None.
 
-    k: the core's builder. At a core's first call the operands are loaded, and `held` keeps their tiles.
+    k: the core's builder. The first call for a core emits the loads. held: {builder: the list}; the first call adds an
+    item, and later calls return it.
     """
     if k not in held:
         regions = [mem.optional_region(name) for name in names]

@@ -45,8 +45,8 @@ class Codes:
     """Left operand of a product, or of several that share a loop.
 
     Attributes:
-        x: its codes [m, k].
-        scales: scales f32 [m, G] of its rows; None: it has none.
+        x: the operand's codes [m, k], or its values if it is not quantised.
+        scales: scales f32 [m, G] of the rows of x; None: there are none.
         span: columns of x that share a scale.
     """
 
@@ -103,7 +103,7 @@ def rounded(
 
 
 def one_scale(w: Region | QuantisedRegion) -> bool:
-    """True if w is quantised with a single scale for each row; False if it is not quantised."""
+    """True if w is quantised with a single scale for each row; False if it has several, or is not quantised."""
     return isinstance(w, QuantisedRegion) and w.scales_t.rows == 1
 
 
@@ -168,6 +168,11 @@ def tiling(
     drain_rows = max(1, min(rows, chip.sram_bytes // DRAIN_PART // buffers))
     bits = rows * formats.bits(x_format) + sides * columns * formats.bits(w_format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
+    span, most = scale_columns(w, k), int(how["ring"][i])
+    if depth < span < k:  # no step crosses a border of a span, so a span has equal steps, and as many bytes in flight
+        array = chip.array_shape[2]
+        equal = min(depth, -(-span // -(-span // depth) // array) * array)
+        depth, most = equal, most * depth // equal
     if grouped and grouped.scattered:
         left -= INDEX_TILES * (4 * rows + 64)
     at_once, block = int(how["at_once"][i]), (int(how["block"][0][i]), int(how["block"][1][i]))
@@ -178,7 +183,7 @@ def tiling(
         stage = bits * depth // 8 + 64 * (1 + sides)
         if groups:
             stage += 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (1 + groups)
-        for stages in range(max(2, int(how["ring"][i])), 1, -1):
+        for stages in range(max(2, most), 1, -1):
             # Loads of later tiles wait for a tile of scales if fewer are held than there are tiles in flight
             scaled = max(2 * at_once, 1 + -(-stages // max(1, int(k // depth / parts)))) if whole else stages
             if stages * stage + whole * scaled * scales <= left:
@@ -315,11 +320,11 @@ class TiledProduct:
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
         """Divide a step's columns into the groups that share scales of w; a list of (columns, region of the scales).
 
-        The columns are a slice relative to the step's first. If w has no scales, the list has one item, with None as
-        region.
+        Columns are a slice, counted from the first column of the step. If w has no scales, the list has one item, with
+        None as region.
 
-        side: index into job.w. step: slice of K. If job.held has no scales for these groups, they are loaded and stored
-        in it.
+        side: index into job.w. step: slice of K. job.held keeps the scales that were loaded last. If these are of other
+        groups, the call emits the load of new ones and stores them there.
         """
         ring, w = self.column_scales[side], job.w[side]
         if not isinstance(w, QuantisedRegion) or ring is None:

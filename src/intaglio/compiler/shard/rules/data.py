@@ -1,11 +1,11 @@
-"""The sharding rules of embed, permute and select, and of the ops that every lane runs whole."""
+"""The sharding rules of embed, permute, concat and select, and of the ops that every lane runs whole."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
-from intaglio.ops import AllToAll, Embed, Op, Permute, Route, Sample, Select, Sinusoid
+from intaglio.ops import AllToAll, Concat, Embed, Op, Permute, Route, Sample, Select, Sinusoid
 
 
 @sharding_rule(Route, Sample, Select, Sinusoid)
@@ -42,3 +42,12 @@ def permute(lane: Lane, op: Permute) -> None:
         return lane.add_whole(op)
     lane.keep(op.order)
     return lane.add(op)
+
+
+@sharding_rule(Concat)
+def concat(lane: Lane, op: Concat) -> None:
+    """Append concat to one rank's Program: on the rank's token rows if both operands are split by rows, else whole.
+
+    Returns nothing.
+    """
+    return lane.add(op) if lane.has_token_rows(op) else lane.add_whole(op)

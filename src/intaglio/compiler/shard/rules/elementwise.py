@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from intaglio.compiler.shard.lane import Lane, sharding_rule
+from intaglio.compiler.shard.shares import Share, heads_of, keeps_whole
 from intaglio.ops import Map, Op
 
 
@@ -12,7 +15,8 @@ def elementwise(lane: Lane, op: Op) -> None:
 
     - On token rows if all operands are split by token rows.
     - On columns if all operands of more than one column are split alike. A result that has views (ranges of its columns
-      that ops read) must also be in the plan of results to be split.
+      that ops read) must also be in the plan of results to be split. Of an operand with a column per head, which is
+      whole, the rank reads the columns of its heads.
     - Otherwise on whole operands.
 
     Returns nothing.
@@ -22,6 +26,37 @@ def elementwise(lane: Lane, op: Op) -> None:
     out = op.outputs[0]
     wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.inputs[0]]
     shares = [lane.shares.get(name) for name in wide]
+    op, wide = by_head(lane, op, wide, shares[0])
+    shares = [lane.shares.get(name) for name in wide]
     if shares[0] and all(s == shares[0] for s in shares) and (out not in lane.views or out in lane.plan):
         return lane.add_split(op, shares[0])
     return lane.add_whole(op)
+
+
+def by_head(lane: Lane, op: Op, wide: list[str], shares: list[Share] | None) -> tuple[Op, list[str]]:
+    """The op with views in place of whole operands that have a column per head, and the operands left in `wide`.
+
+    A view has the columns of the rank's own heads. An operand stays in `wide` if it has as many columns as the result,
+    or if the rank's columns are no whole heads.
+
+    Args:
+        lane: the rank's Program, to which the views are added.
+        op: an elementwise op.
+        wide: its operands of more than one column.
+        shares: the columns of the first operand that each rank holds; None: it is whole, and nothing changes.
+    """
+    width, left = int(lane.p.tensors[op.inputs[0]].shape[1]), list[str]()
+    for name in wide:
+        each = width // int(lane.p.tensors[name].shape[1])
+        if each == 1 or not shares or name in lane.shares or not keeps_whole(shares, each):
+            left.append(name)
+            continue
+        own, t = heads_of(shares[lane.lane], each), lane.tensors[name]
+        if len(own) != 1:
+            left.append(name)
+            continue
+        base, start = t.view or (name, 0)
+        part = f"{op.site}.{name.rpartition('.')[2]}.heads"
+        lane.tensors[part] = replace(t, name=part, shape=(t.shape[0], len(own[0])), view=(base, start + own[0].start))
+        op = op.rename({name: part})
+    return op, left

@@ -92,10 +92,11 @@ class Architecture:
     scales: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture for one file: the names of each of `variants` whose key is in `parts` are used.
+        """A copy of the Architecture with the tensor names of one file.
 
-        parts: llama.cpp's names of the file's tensors, without layer numbers and without .weight or .bias, such as
-        attn_q.
+        A key of `variants` is the name of a tensor that only some files have. If the file has it, the names under that
+        key replace the usual ones. parts: llama.cpp's names of the file's tensors, without layer numbers and without
+        .weight or .bias, such as attn_q.
         """
         names = dict(self.names)
         for part, others in self.variants.items():

@@ -164,7 +164,9 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 
 
 def afmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always.
+    """The keys of config.json, as a dict, for AFMoE.
+
+    mup_enabled, by which embeddings are multiplied by sqrt(hidden size), is always True, as in llama.cpp.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -261,8 +263,8 @@ def dbrx(m: Metadata) -> dict[str, Any]:
 def mimo2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for MiMo-V2-Flash.
 
-    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless windowed
-    layers have twice the K/V heads.
+    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless layers with
+    a window have twice as many K/V heads as those with full attention.
     """
     m.fixed("expert_gating_func", SIGMOID)
     kinds, heads = m.sliding(6), m.kv_heads_by_layer

@@ -16,7 +16,7 @@ from intaglio.models.files.gguf.tensors import Place, Tables
 
 
 def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add the tensor A_log of a Mamba block to `tables`: the logarithm of -A, where the file has A.
+    """Add the tensor A_log of a Mamba block to `tables`. It is the logarithm of -A, since a GGUF file stores A.
 
     A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads].
 

@@ -66,9 +66,10 @@ class Place:
 
 
 def place_of(path: Path, file: Path, t: Tensor) -> Place:
-    """The Place of a tensor. Raises PortError if its type is not supported.
+    """The Place of a tensor: the file that holds it, its type, shape and first byte.
 
-    path: the file's name in the error. file: the part that holds the tensor.
+    path: the checkpoint, for the error. file: the part of the checkpoint that holds the tensor. Raises PortError if the
+    tensor's type is not supported.
     """
     kind = t.kind
     if kind not in PLAIN and kind not in BLOCKS:

@@ -24,10 +24,13 @@ def _cl100k(digits: str) -> str:
 
 
 def _o200k(end: str, digits: str, less: str = "", tail: str = r"[\r\n/]*") -> str:
-    """The regular expression of GPT-4o's split, in which a word begins with capitals.
+    """The regular expression of GPT-4o's split of text, in which a capital after small letters begins a new word.
 
-    end: pattern after a word. digits: quantifier of a run of digits; "": single digits. less: set operation that
-    excludes characters from words. tail: pattern after punctuation.
+    Args:
+        end: pattern that may follow a word, such as that of 's and 'll.
+        digits: quantifier of a run of digits, such as {1,3}; "": single digits.
+        less: end of a character class that excludes characters from words, such as &&[^x]; "": none.
+        tail: pattern of what may follow a run of punctuation.
     """
     upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{less}]"
     lower = rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{less}]"
@@ -47,7 +50,10 @@ _CASED = (  # letters that have capitals, as DeepSeek lists them: single code po
 
 
 def _points(listed: str) -> str:
-    """Code points and ranges, listed in hexadecimal, as the inside of a regex character class."""
+    r"""The inside of a regex character class, from hexadecimal code points and ranges that are separated by spaces.
+
+    For example, "41-5A 5F" gives \x{41}-\x{5A}\x{5F}.
+    """
     return "".join("-".join(rf"\x{{{p}}}" for p in part.split("-")) for part in listed.split())
 
 
@@ -132,7 +138,7 @@ SPLITS: dict[str, Splits] = {name: own for names, own in _NAMES for name in name
 class Falcon(Splits):
     """Falcon's pre-tokenization: runs of punctuation, GPT-2's pattern, runs of digits, then digits in threes.
 
-    Text becomes bytes (in GPT-2's pattern) before digits are split.
+    The second step also turns text into GPT-2's characters for bytes; the steps on digits come after it.
     """
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:

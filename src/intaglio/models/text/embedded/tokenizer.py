@@ -150,8 +150,8 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 def _bpe(v: _Vocabulary) -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
 
-    tokenizer.ggml.pre says how text is split before merging; a file without it gets a default split, with a warning.
-    Raises CheckpointError if its value is not known, or if the file has no merges.
+    The key tokenizer.ggml.pre says how text is split before merging; a file without it gets a default split, with a
+    warning. Raises CheckpointError if the key has an unknown value, or if the file has no merges.
     """
     name = v.get("pre")
     if name is None:
@@ -226,7 +226,7 @@ def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[s
 
 
 def _unigram(v: _Vocabulary) -> Tokenizer:
-    """A SentencePiece Unigram tokenizer: the most likely pieces, after the file's own normalisation."""
+    """A SentencePiece Unigram tokenizer: it normalises a text as the file says, and takes its most likely pieces."""
     unknown = v.id("unknown", 2)
     inner = Tokenizer(
         models.Unigram([*zip(v.tokens, map(float, v.scores), strict=True)], unknown, bool(v.of_kind(BYTE)))

@@ -1,0 +1,94 @@
+"""Writes the ops of a transformer block whose weights several layers share (Zamba, Zamba2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.models.decoder.description import Layer, Shared
+from intaglio.models.decoder.writer import Writer
+from intaglio.ops import Attend, Concat, KvWrite, Map, Rope
+
+
+def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
+    """Add the ops of the shared block before the mixer of layer `i`. Returns the name of x plus its result [T, hidden].
+
+    Args:
+        w: writes the ops.
+        s: description of the block.
+        i: number of the layer.
+        layer: the layer's description, whose `shared` says which block and which use this is.
+        x: name of the layer's input.
+        embedded: name of the tensor of embeddings, of the same shape.
+    """
+    assert layer.shared
+    d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
+    source, held = f"{d.prefix}layers.{owner}.{s.block}.", f"layers.{owner}.shared."
+    y = b.op(Concat, at + "input", x, embedded)
+    y = w.norm(at + "norm", y, 2 * d.hidden, source + "input_layernorm", shared=held + "norm")
+    y = _attention(w, s, i, layer, y)
+    y = w.norm(at + "mlp_norm", y, d.hidden, source + "pre_ff_layernorm", shared=held + "mlp_norm")
+    n, mlp = d.intermediate, source + "feed_forward."
+    if s.fused:
+        joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
+        joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
+        gate, up = w.views(joint, {at + "gate": n, at + "up": n})
+    else:
+        gate, up = (
+            w.linear(f"{at}{part}_proj", y, n, d.hidden, f"{mlp}{part}_proj", s.bias, f"{held}{part}_proj")
+            for part in ("gate", "up")
+        )
+    y = b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}(a) * b")
+    y = w.linear(at + "down_proj", y, d.hidden, n, mlp + "down_proj", s.bias, held + "down_proj")
+    y = w.linear(at + "linear", y, d.hidden, d.hidden, f"{d.prefix}layers.{i}.linear")
+    return b.op(Map, at + "add", x, b=y, expr="a + b")
+
+
+def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
+    """Add the attention of a shared block, from projections to o_proj. Returns the result's tensor name [T, hidden].
+
+    Args:
+        w: writes the ops.
+        s: description of the block.
+        i: number of the layer.
+        layer: the layer's description.
+        x: name of the input tensor [T, 2 * hidden], after its norm.
+    """
+    assert layer.shared
+    d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
+    source, held = f"{d.prefix}layers.{owner}.{s.block}.self_attn.", f"layers.{owner}.shared."
+    qkv: dict[str, str] = {}
+    for n, heads in {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}.items():
+        width = heads * d.head_dim
+        y = w.linear(f"{at}{n}_proj", x, width, 2 * d.hidden, f"{source}{n}_proj", shared=f"{held}{n}_proj")
+        adapters = f"{source}linear_{n}_adapter_list.{use}"
+        qkv[n] = adapted(w, f"{at}{n}", y, x, width, 2 * d.hidden, s.qkv_rank, adapters)
+    if layer.rope:
+        turn = d.ropes[layer.rope]
+        how: dict[str, Any] = {"head_dim": d.head_dim, "style": turn.style, "factor": turn.factor}
+        for n in "qk":
+            qkv[n] = b.op(Rope, f"{at}{n}_rope", qkv[n], "positions", f"{layer.rope}.frequencies", **how)
+    caches = [b.cache(f"{at}{n}_cache", d.kv_heads, d.head_dim, w.cache) for n in "kv"]
+    scales = w.cache_scales(i, at, d.kv_heads)
+    b.op(KvWrite, at + "kv_write", qkv["k"], qkv["v"], *caches, **scales)
+    a = b.op(Attend, at + "attend", qkv["q"], *caches, heads=d.heads, scale=d.scale, **scales)
+    return w.linear(at + "o_proj", a, d.hidden, d.heads * d.head_dim, source + "o_proj", shared=held + "o_proj")
+
+
+def adapted(w: Writer, site: str, y: str, x: str, rows: int, cols: int, rank: int, source: str) -> str:
+    """Add a low-rank adapter: y + x A^T B^T. Returns the result's tensor name; `y` itself for rank 0.
+
+    Args:
+        w: writes the ops.
+        site: prefix of the ops' names in the Program.
+        y: name of the result to which the adapter adds [T, rows].
+        x: name of the input tensor [T, cols].
+        rows: columns of y.
+        cols: columns of x.
+        rank: columns between the adapter's two linears.
+        source: name in the checkpoint of the module that holds them, as 0 and 1.
+    """
+    if not rank:
+        return y
+    a = w.linear(site + "_adapter_a", x, rank, cols, source + ".0")
+    a = w.linear(site + "_adapter_b", a, rows, rank, source + ".1")
+    return w.b.op(Map, site + "_adapted", y, b=a, expr="a + b")

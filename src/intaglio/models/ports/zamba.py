@@ -1,0 +1,122 @@
+"""Zamba2: Mamba-2 blocks; before some of them a transformer block whose weights several layers share."""
+
+from __future__ import annotations
+
+from intaglio.models.config import Config, PortError
+from intaglio.models.decoder import Decoder, Layer, Shared, SsmMixer, sizes
+from intaglio.models.decoder.rope import parameters, table
+from intaglio.models.ports.family import Family
+
+KINDS = {"mamba": "linear_attention", "linear_attention": "linear_attention", "hybrid": "hybrid"}
+
+
+def prepare(c: Config) -> None:
+    """Set what the config derives: head_dim, and the context that use_long_context gives. Returns nothing.
+
+    Raises PortError for missing or wrong settings.
+    """
+    hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
+    if 2 * hidden % heads:
+        raise PortError(f"config.json: num_attention_heads={heads} does not divide twice hidden_size={hidden}")
+    c.table |= {"head_dim": 2 * hidden // heads, "intermediate_size": c.whole("intermediate_size", 4 * hidden)}
+    derived = "transformers computes it from hidden_size and the number of heads"
+    keys = ("attention_head_dim", "attention_hidden_size", "mamba_headdim", "kv_channels", "num_query_groups")
+    c.replaced |= dict.fromkeys(keys, derived)
+    c.replaced["use_conv_bias"] = "the convolution always has a bias, as in transformers"
+    if c.flag("use_long_context"):
+        c.table["max_position_embeddings"] = 16384
+
+
+def zamba2(c: Config, context: int) -> Decoder:
+    """The Decoder that describes Zamba2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
+    s, bias, adapters = sizes(c), c.flag("add_bias_linear"), c.whole("adapter_rank")
+    if c.flag("use_shared_attention_adapter") and s["kv_heads"] != s["heads"]:
+        raise PortError(
+            f"config.json: num_key_value_heads={s['kv_heads']}; with use_shared_attention_adapter as many as "
+            f"num_attention_heads={s['heads']} are wanted, for the adapters are of that width"
+        )
+    inner, heads = int(c.real("mamba_expand") * s["hidden"]), c.whole("n_mamba_heads")
+    if inner % heads:
+        raise PortError(f"config.json: n_mamba_heads={heads} does not divide mamba_expand * hidden_size = {inner}")
+    low = c.get("time_step_min", 0.0)
+    mixer = SsmMixer(
+        heads=heads, head_dim=inner // heads, groups=c.whole("mamba_ngroups"), state=c.whole("mamba_d_state"),
+        taps=c.whole("mamba_d_conv"), eps=1e-5, bias=bias, out_bias=bias, low=float(low),
+    )  # fmt: skip
+    rope = c.flag("use_mem_rope")
+    kinds = block_kinds(c)
+    hybrid = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
+    blocks = c.whole("num_mem_blocks")
+    if not s["tied"]:
+        blocks = len(hybrid)  # transformers ties the blocks only if it ties the embedding
+    for i in hybrid[blocks:]:
+        c.ignored[f"*layers.{i}.shared_transformer."] = "a copy of an earlier layer's block (tie_word_embeddings)"
+    if not s["tied"]:
+        for i, other in ((i, j) for i in hybrid for j, layer in enumerate(hybrid) if layer != i):
+            c.ignored[f"*layers.{i}.shared_transformer.*_adapter_list.{other}."] = "an adapter of another layer"
+    layers = tuple(
+        Layer("rope" if rope and kind == "hybrid" else "", mixer=mixer, mlp=False, shared=use_of(i, hybrid, blocks))
+        for i, kind in enumerate(kinds)
+    )
+    shared = Shared(
+        block="shared_transformer", fused=True, rank=adapters, bias=bias,
+        qkv_rank=adapters if c.flag("use_shared_attention_adapter") else 0,
+    )  # fmt: skip
+    return Decoder(
+        **s | {"scale": (s["head_dim"] / 2) ** -0.5}, layers=layers, shared=shared,
+        norms={"attn.norm": "input_layernorm"}, final_norm="final_layernorm", sources=names(hybrid),
+        ropes={"rope": table(c, parameters(c), s["head_dim"], context)} if rope else {},
+    )  # fmt: skip
+
+
+def block_kinds(c: Config) -> list[str]:
+    """A list of the type of each layer, linear_attention or hybrid. Raises PortError for another type or number."""
+    n = c.whole("num_hidden_layers")
+    tail = ["mamba"] * 4 + ["hybrid"] + ["mamba"] * 3 + ["hybrid"] + ["mamba"] * 2
+    usual = ["mamba", *(["mamba"] * 5 + ["hybrid"]) * 7, *tail]
+    found = c.get("layers_block_type") or c.get("layer_types") or usual
+    if len(found) != n:
+        raise PortError(f"config.json: layers_block_type lists {len(found)} layers but num_hidden_layers={n}")
+    if unknown := sorted({str(kind) for kind in found} - KINDS.keys()):
+        raise PortError(f"config.json: layers_block_type has {unknown[0]!r}; known are {', '.join(KINDS)}")
+    return [KINDS[kind] for kind in found]
+
+
+def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
+    """The value of Layer.shared: (layer that holds the weights, number of the use), or None for a layer without block.
+
+    Args:
+        i: number of the layer.
+        hybrid: numbers of the layers that have a block.
+        blocks: number of different blocks, which these layers have in turn.
+    """
+    if i not in hybrid:
+        return None
+    use = hybrid.index(i)
+    return hybrid[use % blocks], use
+
+
+def names(hybrid: list[int]) -> dict[str, str]:
+    """Rules for Decoder.sources, by number: in layers with a shared block the mixer is inside mamba_decoder."""
+    rules = {}
+    for i in hybrid:
+        for part in ("mamba", "input_layernorm"):
+            rules[f"layers.{i}.{part}"] = f"layers.{i}.mamba_decoder.{part}"
+    return rules
+
+
+DEFAULTS = {
+    "hidden_act": "gelu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "rope_theta": 10000.0,
+    "tie_word_embeddings": True, "hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 54,
+    "mamba_d_state": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 1, "n_mamba_heads": 8,
+    "time_step_min": 0.001, "num_mem_blocks": 1, "adapter_rank": 128,
+}  # fmt: skip
+FAMILIES = (
+    Family(
+        "Zamba2ForCausalLM", "Zamba2 1.2B, 2.7B, 7B", DEFAULTS, zamba2, model_types=("zamba2",), prepare=prepare,
+        tops=("embed_tokens", "final_layernorm"),
+    ),
+)  # fmt: skip
