@@ -2,6 +2,7 @@
 
     python scripts/accuracy.py TABLES            compute the errors of kernels, and write the page
     python scripts/accuracy.py TABLES --servers  also serve the loads of TABLES/serving.csv (minutes)
+    python scripts/accuracy.py TABLES --engines  compute only those of engines' kernels
     python scripts/accuracy.py                   write the page from the figures of earlier runs
 
 TABLES is a folder of `<chip>_<table>.csv` and `engines/<chip>/<engine>_<table>.csv`, as `intaglio validate` reads them.
@@ -21,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import target
+from intaglio.chips.engine_kernels import GENERATIONS, entries
 from intaglio.codesign import measured
-from intaglio.codesign.engine_tables import validate_engines
+from intaglio.codesign.engine_tables import COLUMNS, engine_target, kinds, read_rows, tables_of, validate_engines
+from intaglio.codesign.kernel_fit import Case, calibrate_kernel
 from intaglio.codesign.regime import CAUSES, REGIMES
-from intaglio.codesign.validate import SERVING, Record, as_dict, predict, tables, validate
+from intaglio.codesign.validate import SERVING, Errors, Record, as_dict, errors_as_dict, predict, tables, validate
 from intaglio.codesign.validate import measured as measured_us
 
 ROOT = Path(__file__).parents[1]
@@ -34,14 +37,25 @@ LIMITS = {
     "attention_decode": (15, 22), "attention_prefill": (15, 22), "collectives": (8, 12), "experts": (15, 22),
     "matmul": (5, 8), "matmul fp8": (8, 13),
 }  # fmt: skip
+POINTS = 24  # rows to which the kernel of an engine is calibrated
+PRODUCT_BARS, ATTENTION_BARS = (10, 12, 8), (15, 20, 12)
+BARS = {  # table of engines -> bars of the median error: test half, with another chip's constants, calibrated
+    **dict.fromkeys(("gemm", "mla_bmm", "scale_matrix", "computescale"), PRODUCT_BARS),
+    **dict.fromkeys(("context_attention", "generation_attention", "context_mla", "generation_mla"), ATTENTION_BARS),
+    "moe": (15, 25, 15), "custom_allreduce": (10, 15, 10), "gdn": (20, 25, 15), "mamba2": (20, 25, 15),
+}  # fmt: skip
 EVERY = 40  # rows of each table, of which sample() takes one
 Figures = dict[str, Any]
 
 
 def kept(r: Record) -> Figures:
     """A Record for the data file: errors with two decimals, no rows of the table."""
-    out = {k: v for k, v in as_dict(r).items() if k != "worst"}
-    return json.loads(json.dumps(out), parse_float=lambda text: round(float(text), 2))
+    return rounded({k: v for k, v in as_dict(r).items() if k != "worst"})
+
+
+def rounded(figures: Figures) -> Figures:
+    """Figures with two decimals."""
+    return json.loads(json.dumps(figures), parse_float=lambda text: round(float(text), 2))
 
 
 def kernels(folder: Path) -> list[Figures]:
@@ -76,11 +90,49 @@ def servers(file: Path) -> list[Figures]:
     ]
 
 
-def gather(folder: Path, old: Figures, with_servers: bool) -> Figures:
+def engine_kernels(folder: Path) -> tuple[list[Figures], list[str]]:
+    """Errors of serving engines' kernels: (figures of each kernel, remarks on what is not expressed).
+
+    Those of the engine's kernel by half, with its regimes over all rows; of the chip's own library (`chip`), of the
+    constants of another generation of chips (`other`), and after calibration with POINTS rows (`calibrated`), on rows
+    of the test half that no fit saw.
+    """
+    whole, left = validate_engines(folder, MIN_US, 0)
+    chip = {(r.chip, r.table, r.dtype): r for r in validate_engines(folder, MIN_US, 0, "test", "chip")[0]}
+    more = dict[tuple[str, str, str], Figures]()
+    for path, name, engine, table in tables_of(folder):
+        if table not in COLUMNS:
+            continue
+        rows = [r for r in read_rows(path, table)[0] if r["split"] == "test" and float(r["us"]) >= MIN_US]
+        for (kernel, dtype), mine in kinds(rows).items():
+            out = more.setdefault((name, f"{engine}_{table} {kernel}", dtype), {})
+            case, on = Case(target(name), COLUMNS[table][0], tuple(mine)), engine_target(name, engine)
+            if other := other_generation(engine, kernel, on.library.generation):
+                predicted = predict(engine_target(name, engine, other), case.table, mine)
+                out["other"] = errors_as_dict(Errors.of(predicted, measured_us(mine)))
+            found = calibrate_kernel(case, on, POINTS)[1] if len(mine) > 1 else None
+            if found:
+                out["calibrated"] = {"rows": found.rows, "median_abs_error_pct": found.median}
+    for r in whole:
+        key = r.chip, r.table, r.dtype
+        more[key] = kept(r) | rounded(more.get(key, {}))
+        if key in chip:
+            more[key]["chip_library"] = kept(chip[key])["median_abs_error_pct"]
+    return [more[r.chip, r.table, r.dtype] for r in whole], left
+
+
+def other_generation(engine: str, kernel: str, own: str) -> str:
+    """Another generation than `own` that an engine's kernel has constants for; "" if it has not both."""
+    having = {g for entry in entries(engine) if entry["kernel"] == kernel for g in GENERATIONS if g in entry}
+    return next((g for g in sorted(having - {own}) if own in having), "")
+
+
+def gather(folder: Path, old: Figures, with_servers: bool, only_engines: bool) -> Figures:
     """The contents of the data file. old: those of an earlier run; what is not computed anew stays."""
-    engines, left = validate_engines(folder / "engines", MIN_US, 0)
-    out = {**old, "kernels": kernels(folder), "sample": sample(folder), "engines": [kept(r) for r in engines]}
-    out["left"] = left
+    engines, left = engine_kernels(folder / "engines")
+    out = {**old, "engines": engines, "left": left}
+    if not only_engines:
+        out |= {"kernels": kernels(folder), "sample": sample(folder)}
     if with_servers:
         out["servers"] = servers(folder / SERVING)
     return out
@@ -146,18 +198,55 @@ def cause_table(found: Sequence[Figures]) -> str:
 
 
 def engine_table(found: Sequence[Figures]) -> str:
-    """Errors of serving engines' kernels by name, with the medians of their regimes."""
+    """Errors of serving engines' kernels by name: medians of the halves, and with other constants."""
     rows = []
     for r in sorted(found, key=lambda r: (r["chip"], r["table"], r["dtype"])):
-        table, _, kernel = r["table"].partition(" ")
-        engine, _, table = table.partition("_")
-        regimes = ", ".join(
-            f"{name} {r['regimes'][name]['median_abs_error_pct']:.0f} ({r['regimes'][name]['rows']})"
-            for name in REGIMES if name in r["regimes"]
+        engine, table, kernel = parts_of(r["table"])
+        halves = [r["halves"].get(half) for half in ("fit", "test")]
+        counts = [f"{h['rows']}" if h else "" for h in halves]
+        medians = [
+            r.get("chip_library"),
+            *(median(h) for h in halves),
+            median(r.get("other")),
+            median(r.get("calibrated")),
+        ]
+        test = halves[1]
+        rows.append(
+            [r["chip"], engine, words(table), kernel, r["dtype"], " + ".join(filter(None, counts)),
+             *("" if m is None else f"{m:.1f}" for m in medians), f"{test['bias_pct']:+.1f}" if test else ""]
         )  # fmt: skip
-        rows.append([r["chip"], engine, words(table), kernel, r["dtype"], *cells(r), regimes])
-    headers = ["chip", "engine", "table", "kernel", "format", "rows", "median %", "mean %", "bias %"]
-    return markdown([*headers, "median % (rows) by regime"], rows)
+    headers = ["chip", "engine", "table", "kernel", "format", "rows fit + test", "chip's library", "fit", "test"]
+    return markdown([*headers, "other chip's constants", "calibrated", "bias of test"], rows)
+
+
+def parts_of(table: str) -> tuple[str, str, str]:
+    """(engine, table, kernel) of the name of a Record of engines."""
+    name, _, kernel = table.partition(" ")
+    engine, _, table = name.partition("_")
+    return engine, table, kernel
+
+
+def median(e: Figures | None) -> float | None:
+    """The median error of some errors, if there are any."""
+    return e["median_abs_error_pct"] if e else None
+
+
+def engine_summary(found: Sequence[Figures]) -> str:
+    """Kernels within the bar of their table, and the median of their medians, for each chip and table."""
+    rows = []
+    for chip in sorted({r["chip"] for r in found}):
+        for table, bars in BARS.items():
+            mine = [r for r in found if r["chip"] == chip and parts_of(r["table"])[1] == table]
+            cells = [chip, words(table), f"{len(mine)}"]
+            for what, bar in zip(("test", "other", "calibrated"), bars, strict=True):
+                errors = [median(r["halves"].get("test") if what == "test" else r.get(what)) for r in mine]
+                known = [e for e in errors if e is not None]
+                cells.append(
+                    f"{np.median(known):.1f} ({sum(e <= bar for e in known)} of {len(known)} at {bar})" if known else ""
+                )
+            rows.append(cells)
+    headers = ["chip", "table", "kernels", "test half", "other chip's constants", "calibrated"]
+    return markdown(headers, rows)
 
 
 def server_table(found: Sequence[Figures]) -> str:
@@ -192,6 +281,7 @@ def page(figures: Figures) -> str:
     parts = {
         "kernels": kernel_table(figures["kernels"]), "regimes": regime_table(figures["kernels"]),
         "causes": cause_table(figures["kernels"]), "engines": engine_table(figures["engines"]),
+        "engine_summary": engine_summary(figures["engines"]),
         "left": "\n".join(f"- {line}" for line in left_out(figures["left"])),
         "servers": server_table(figures["servers"]), "agreement": agreement_table(figures["agreement"]),
     }  # fmt: skip
@@ -221,10 +311,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tables", nargs="?", type=Path, help="folder of measured tables")
     parser.add_argument("--servers", action="store_true", help="also serve the loads of TABLES/serving.csv")
+    parser.add_argument("--engines", action="store_true", help="compute only the errors of engines' kernels anew")
     asked = parser.parse_args()
     figures: Figures = json.loads(DATA.read_text()) if DATA.exists() else {}
     if asked.tables:
-        figures = gather(asked.tables, figures, asked.servers)
+        figures = gather(asked.tables, figures, asked.servers, asked.engines)
         DATA.write_text(json.dumps(figures, indent=1) + "\n")
     PAGE.write_text(page(figures))
 

@@ -28,17 +28,27 @@ HELPER = "a draft model that reads the keys and values of the model that it help
 REASONS: dict[str, tuple[str, ...]] = {
     RECURRENT: (
         "InklingForCausalLM", "Inkling2ForCausalLM", "Inkling2LoopForCausalLM",
-        "LaraMiniForCausalLM", "Qwen4ExpForCausalLM", "RwkvForCausalLM",
-        "ZambaForCausalLM", "ZayaForCausalLM", "xLSTMForCausalLM",
+        "LaraMiniForCausalLM", "Qwen4ExpForCausalLM",
+        "ZayaForCausalLM", "xLSTMForCausalLM",
     ),
     SPARSE: (
-        "AXK2ForCausalLM", "DeepseekV4ForCausalLM", "Dots3NoteForCausalLM", "HYV4ForCausalLM",
+        "Dots3NoteForCausalLM",
         "MiniMaxM3VLForCausalLM",
     ),
     AUDIO: (
         "MossTranscribeDiarizeForConditionalGeneration", "MoshiForCausalLM", "MusicgenForCausalLM",
         "MusicgenMelodyForCausalLM", "Phi4MultimodalForCausalLM", "WhisperForCausalLM",
     ),
+    "needs an op that pools keys and values over runs of 4 or 128 tokens into a cache of their own, with the open run "
+    "as state; residual streams mixed by doubly stochastic matrices; experts chosen by token id": (
+        "DeepseekV4ForCausalLM",
+    ),
+    "an indexer and norms with low-rank gates": ("AXK2ForCausalLM",),
+    "an indexer, sinks in latent attention, residual streams that learned gates mix": ("HYV4ForCausalLM",),
+    "recurrent blocks that need an op for WKV, which keeps a running maximum; each token mixed with the one before": (
+        "RwkvForCausalLM",
+    ),
+    "Mamba blocks whose heads have steps, B and C of their own: selective_scan has one B and C": ("ZambaForCausalLM",),
     LOOPED: ("DoryForCausalLM", "HrmTextForCausalLM"),
     HELPER: ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
     "streams of attention for the n-grams ahead": ("ProphetNetForCausalLM",),

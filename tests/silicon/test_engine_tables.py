@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from intaglio.chips import target
+from intaglio.chips import ChipError, Target, target
 from intaglio.cli import app
-from intaglio.codesign.engine_tables import validate_engines
+from intaglio.codesign.engine_tables import (
+    FORMATS,
+    calibrate_kernels,
+    engine_target,
+    is_engine_table,
+    read_rows,
+    translated,
+    validate_engines,
+)
+from intaglio.codesign.validate import predict, timing
 from intaglio.silicon.kernels.product import linear_timing
 
 
@@ -17,19 +30,165 @@ def test_errors_are_reported_by_kernel_and_the_rest_is_named(tmp_path: Path) -> 
     folder = tmp_path / "h100_sxm"
     folder.mkdir()
     us = linear_timing(target("h100_sxm"), 4096, 4096, 4096).seconds * 1e6
-    rows = [("slow", "bfloat16", 2 * us), ("exact", "bfloat16", us), ("four", "nvfp4", us), ("exact", "bfloat16", 0.1)]
+    rows = [("slow", "bfloat16", 2 * us), ("exact", "bfloat16", us), ("four", "nvfp3", us), ("exact", "bfloat16", 0.1)]
     text = "".join(f"{kernel},{dtype},4096,4096,4096,{t}\n" for kernel, dtype, t in rows)
     (folder / "vllm_gemm.csv").write_text("kernel_source,gemm_dtype,m,n,k,us\n" + text)
-    (folder / "vllm_gdn.csv").write_text("kernel_source,us\nconv,20\n")
+    (folder / "vllm_msa_context_module.csv").write_text("kernel_source,us\nsparse,20\n")
     records, left = validate_engines(tmp_path, 1.0, 1)
     assert [(r.table, r.rows) for r in records] == [("vllm_gemm exact", 1), ("vllm_gemm slow", 1)]
     assert [r.median for r in records] == pytest.approx([0, 50])
     assert left == [
-        "h100_sxm vllm_gdn: this table is not expressed by the closed forms",
-        "h100_sxm vllm_gemm: 1 rows are not in a format expressed: bfloat16, fp8, int8",
+        f"h100_sxm vllm_gemm: 1 rows are not in a format expressed: {', '.join(FORMATS)}",
+        "h100_sxm vllm_msa_context_module: this table is not expressed by the closed forms",
     ]
     done = CliRunner().invoke(app, ["validate", str(tmp_path), "--min-us", "1"])
     assert done.exit_code == 0 and "not expressed by the closed forms" in " ".join(done.output.split())
+
+
+def test_rows_alternate_between_fit_and_test_and_say_what_their_kernel_does(tmp_path: Path) -> None:
+    head = (
+        "kernel_source,batch_size,isl,num_heads,num_key_value_heads,head_dim,attn_dtype,kv_cache_dtype,step,window_size"
+    )
+    rows = [("fa3", "bfloat16", 8, 0), ("fa3", "fp8", 8, 2), ("fa3", "bfloat16", 8, 0), ("fa3", "bfloat16", 8, 4)]
+    text = "".join(f"{k},1,512,{h},{kv},64,{a},fp8,0,0,30\n" for k, a, h, kv in rows)
+    file = tmp_path / "sglang_context_attention.csv"
+    file.write_text(f"{head},us\n{text}")
+    found, others = read_rows(file, "context_attention")
+    assert not others and is_engine_table(file)
+    assert [(r["kernel"], r["split"], r["n_kv_heads"]) for r in found] == [
+        ("fa3", "fit", "8"), ("fa3 (8-bit queries)", "fit", "2"), ("fa3", "test", "8"), ("fa3", "fit", "4"),
+    ]  # fmt: skip
+    file.write_text(f"{head},us,split\n{text.replace(',30', ',30,test')}")
+    assert {r["split"] for r in read_rows(file, "context_attention")[0]} == {"test"}
+    reduce = {"num_gpus": "8", "message_size": "4096", "us": "9", "kernel_source": "own"}
+    assert (translated("custom_allreduce", reduce) or {})["bytes"] == "8192"
+
+
+def test_experts_without_a_gate_are_known_by_kernel_and_by_shape() -> None:
+    row = {"moe_dtype": "bfloat16", "num_tokens": "64", "topk": "6", "num_experts": "128", "moe_tp_size": "1",
+           "moe_ep_size": "1", "distribution": "balanced", "us": "100"}  # fmt: skip
+    for kernel, hidden, inner, gated in (
+        ("cutlass", 4096, 1536, "1"), ("nongated", 4096, 1536, "0"), ("cutlass", 8192, 5120, "0"),
+    ):  # fmt: skip
+        found = translated(
+            "moe", {**row, "kernel_source": kernel, "hidden_size": str(hidden), "inter_size": str(inner)}
+        )
+        assert found and found["gated"] == gated
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    chip=st.sampled_from(["h100_sxm", "b200_sxm"]), phase=st.sampled_from(["context", "generation"]),
+    batch=st.integers(1, 300), length=st.integers(1, 5000), heads=st.integers(1, 64), mamba=st.booleans(),
+    kernel=st.sampled_from(["causal_conv1d_fn", "chunk_gated_delta_rule"]),
+)  # fmt: skip
+def test_recurrent_rows_take_longer_with_more_tokens_and_never_beat_the_memory(
+    chip: str, phase: str, batch: int, length: int, heads: int, mamba: bool, kernel: str
+) -> None:
+    shape = {"batch_size": batch, "d_conv": 4}
+    if mamba:
+        table, kernel = "mamba2", "causal_conv1d_fn"
+        shape |= {"nheads": heads, "head_dim": 64, "n_groups": 8, "d_state": 128}
+    else:
+        table, shape = (
+            "gdn",
+            {**shape, "num_k_heads": heads, "head_k_dim": 128, "num_v_heads": heads, "head_v_dim": 128},
+        )
+    rows = []
+    for tokens in (batch * (length if phase == "context" else 1), 2 * batch * length):
+        row = {**shape, "num_tokens": tokens, "kernel_source": kernel, "phase": phase, "us": 1}
+        rows.append(translated(table, {name: str(value) for name, value in row.items()}) or {})
+    on = target(chip)
+    one, two = (timing(on, "recurrent", row) for row in rows)
+    assert on.library.launch_s < one.seconds <= two.seconds
+    assert two.hbm_bytes <= (two.seconds - on.library.launch_s) * on.chip.l2_rate
+    width = 2 * heads * 128 + heads * 128 if not mamba else 2 * 8 * 128 + heads * 64
+    assert rows[0]["channels"] == str(width)
+
+
+@settings(max_examples=30, deadline=None)
+@given(chip=st.sampled_from(["h100_sxm", "b200_sxm"]), batch=st.integers(1, 300), context=st.integers(1, 60_000),
+       heads=st.sampled_from([1, 8, 16, 128]), dtype=st.sampled_from(["bfloat16", "fp8"]))  # fmt: skip
+def test_latent_attention_reads_each_latent_once(chip: str, batch: int, context: int, heads: int, dtype: str) -> None:
+    row = {"kernel_source": "k", "kv_cache_dtype": dtype, "batch_size": str(batch), "isl": "1", "num_heads": str(heads),
+           "step": str(context), "us": "1"}  # fmt: skip
+    found = translated("generation_mla", row)
+    assert found and found["kernel"] == "k (MLA)"
+    on = target(chip)
+    spent = timing(on, "mla_decode", found)
+    read = batch * (context + 1) * 576 * (1 if dtype == "fp8" else 2)
+    longer = timing(on, "mla_decode", {**found, "context_len": str(context + 4096)})
+    assert spent.seconds <= longer.seconds and spent.seconds >= (read - on.chip.l2_bytes) / on.chip.hbm_rate
+
+
+def test_four_bit_weights_of_experts_are_read_as_such() -> None:
+    on, row = target("b200_sxm"), {"tokens": "4", "hidden": "4096", "intermediate": "4096", "top_k": "8",
+                                   "n_experts": "64", "tp": "1", "ep": "1", "load": "balanced"}  # fmt: skip
+    found = {d: timing(on, "experts", {**row, "dtype": d}) for d in ("bfloat16", "fp8_block", "w4a16_mxfp4", "nvfp4")}
+    weights = {name: t.weight_bytes for name, t in found.items()}
+    assert weights["bfloat16"] == 2 * weights["fp8_block"]
+    assert weights["w4a16_mxfp4"] == pytest.approx(weights["bfloat16"] * 4.25 / 16)
+    assert weights["nvfp4"] == pytest.approx(weights["bfloat16"] * 4.5 / 16)
+
+
+def engine_table(folder: Path, on: Target, kernel: str, seed: int, count: int = 40) -> Path:
+    """A file vllm_gemm.csv with FP8 products of one kernel, as fast as on `on`."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        row = {name: str(int(2 ** rng.uniform(6, 13))) for name in "mnk"}
+        us = predict(on, "matmul", [{**row, "dtype": "fp8", "kernel": kernel}])[0]
+        rows.append(f"{kernel},fp8,{row['m']},{row['n']},{row['k']},{us}\n")
+    folder.mkdir(exist_ok=True)
+    (folder / "vllm_gemm.csv").write_text("kernel_source,gemm_dtype,m,n,k,us\n" + "".join(rows))
+    return folder / "vllm_gemm.csv"
+
+
+def test_a_named_kernel_is_the_engines_and_the_library_can_be_chosen(tmp_path: Path) -> None:
+    kernel = "CutlassFP8ScaledMMLinearKernel"
+    engine_table(tmp_path / "h100_sxm", engine_target("h100_sxm", "vllm"), kernel, 0)
+    (own,), _ = validate_engines(tmp_path, 0.0, 0)
+    (cold,), _ = validate_engines(tmp_path, 0.0, 0, library_name="chip")
+    (ampere,), _ = validate_engines(tmp_path, 0.0, 0, library_name="ampere")
+    assert own.median == pytest.approx(0, abs=1e-6) and cold.median > 2 and ampere.median != cold.median
+    assert own.halves["fit"].rows == own.halves["test"].rows == 20
+    (half,), _ = validate_engines(tmp_path, 0.0, 0, split="test")
+    assert half.rows == 20
+    done = CliRunner().invoke(app, ["validate", str(tmp_path), "--library", "chip"])
+    assert done.exit_code == 0 and "fit, test: median errors" in " ".join(done.output.split())
+    with pytest.raises(ChipError, match="unknown kernel library 'none'"):
+        validate_engines(tmp_path, 0.0, 0, library_name="none")
+
+
+def test_calibrate_fits_an_engines_kernels_and_writes_a_library(tmp_path: Path) -> None:
+    """A kernel with half the matrix rate and a slower launch is found from 16 of 40 rows."""
+    kernel, start = "CutlassFP8ScaledMMLinearKernel", engine_target("h100_sxm", "vllm")
+    slower = start.with_library(mxu_efficiency=0.3, launch_s=6e-6)
+    file = engine_table(tmp_path / "h100_sxm", slower, kernel, 1)
+    asked = ["calibrate", str(file), "--chip", "h100_sxm", "--points", "16", "--output", str(tmp_path), "--min-us", "0"]
+    done = CliRunner().invoke(app, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    (rest,) = answer["rest"]
+    assert rest["rows"] == 24 and rest["median"] < 0.4 * rest["before"]
+    written = str(tmp_path / "h100_sxm_calibrated_library.toml")
+    assert answer["files"][1] == written
+    (found,), _ = validate_engines(tmp_path, 0.0, 0, library_name=written)
+    assert found.median < 0.4 * rest["before"]
+
+
+def test_calibrate_takes_tables_of_one_engine(tmp_path: Path) -> None:
+    head = "kernel_source,gemm_dtype,m,n,k,us\n"
+    for name in ("vllm_gemm.csv", "sglang_gemm.csv", "vllm_msa.csv", "mine.csv"):
+        (tmp_path / name).write_text(head)
+    base = target("h100_sxm")
+    for names, why in (
+        (["vllm_gemm.csv", "sglang_gemm.csv"], "give tables of one engine"),
+        (["vllm_gemm.csv", "mine.csv"], "give tables of one engine"),
+        (["vllm_msa.csv"], "no closed form expresses this table; those expressed are gemm"),
+        (["vllm_gemm.csv"], "no kernel has two rows"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            calibrate_kernels(base, [tmp_path / name for name in names], 24, 20.0)
 
 
 def test_a_table_of_servers_is_left_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from intaglio.chips import ChipError, target
+from intaglio.codesign.validate import predict
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import experts_timing, grouped_target
@@ -53,6 +54,42 @@ def test_a_window_keeps_heads_from_being_packed_on_ada() -> None:
     )
     plain = Heads(32, 4, 128, 128)
     assert attend_timing(L40S, plain, ((1, 4096, 64),)) == attend_timing(packed, plain, ((1, 4096, 64),))
+
+
+def test_kernels_that_process_keys_before_a_window_take_longer_and_at_most_as_long_as_without_one() -> None:
+    windowed, whole = Heads(16, 4, 128, 128, window=512), Heads(16, 4, 128, 128)
+    seconds = [
+        attend_timing(H100.with_library(prefill_window_keys=least), windowed, ((8192, 8192, 2),)).seconds
+        for least in (1, 512, 2048, 4096, 1_000_000)
+    ]
+    assert seconds[0] == seconds[1] < seconds[2] < seconds[3] < seconds[4]
+    assert seconds[4] == pytest.approx(attend_timing(H100, whole, ((8192, 8192, 2),)).seconds, rel=0.02)
+
+
+def test_kernels_that_quantise_row_by_row_take_longer_only_with_many_rows() -> None:
+    by_row = H100.with_library(row_cycles=1500.0)
+    for m, longer in ((8, False), (8192, True)):
+        row = {"m": str(m), "n": "512", "k": "512", "dtype": "fp8"}
+        plain, slow = (predict(on, "matmul", [row])[0] for on in (H100, by_row))
+        assert (slow > plain + 20) == longer and slow >= plain
+    without = H100.with_library(quantise_launches=0)
+    assert predict(without, "matmul", [row])[0] < predict(H100, "matmul", [row])[0]
+
+
+def test_large_groups_of_heads_that_are_not_packed_take_longer() -> None:
+    limited = H100.with_library(pack_most=32)
+    for group, longer in ((32, False), (64, True)):
+        h = Heads(group, 1, 128, 128)
+        packed, apart = (attend_timing(on, h, ((1, 512, 256),)).seconds for on in (H100, limited))
+        assert apart > 2 * packed if longer else apart == packed
+
+
+def test_a_kernel_that_converts_the_cache_beforehand_takes_longer_with_8_bits_only() -> None:
+    casts = H100.with_library(kv_cast_bytes=8.0)
+    row = {"batch": "64", "query_len": "1", "context_len": "8191", "n_heads": "16"}
+    for dtype, longer in (("fp8", True), ("bfloat16", False)):
+        plain, slow = (predict(on, "mla_decode", [{**row, "kv_dtype": dtype}])[0] for on in (H100, casts))
+        assert slow > 2 * plain if longer else slow == plain
 
 
 def test_cards_of_a_pcie_tree_share_the_hosts_bridges() -> None:

@@ -23,7 +23,7 @@ FLASH_3 = {
     for name in ("key_tile", "softmax_overlap", "pack_gqa", "split_mha", "merge_launch")
 }
 FUSED = SMALL.with_chip(name="fused", att_lanes=64).with_library(**FLASH_3)
-STEPPED = SMALL.with_chip(name="stepped", extra_instructions=("SoftmaxStep",))
+STEPPED = SMALL.with_chip(name="stepped", extra_instructions=("SoftmaxStep",)).with_library(prefill_window_keys=7)
 CHIPS = {"small": SMALL, "stepped": STEPPED, "fused": FUSED, "sohu": target("sohu"), "h100": target("h100_sxm")}
 
 

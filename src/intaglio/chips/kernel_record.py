@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-OPS = ("products", "prefill", "decode", "experts", "collectives")  # `attend` has one record for each of its two phases
+# `attend` has one record for each of its two phases
+OPS = ("products", "prefill", "decode", "experts", "collectives", "recurrent")
 WIDEST = 1_000_000
 
 

@@ -56,6 +56,9 @@ class KernelLibrary:
     persistent: bool = False  # persistent kernels: a core loads its next tile's operands while it stores this one
     prefetches_weights: bool = False  # weights of later ops are loaded during earlier ones
     dual_batch_overlap: bool = False  # a batch may run as two halves that overlap compute and links, if that is faster
+    memory_factor: float = (
+        1.0  # multiple of the chip's hbm_efficiency and l2_efficiency that kernels reach; at most peak
+    )
     activation_bytes: int = 2  # bytes of a value between ops; kernels keep it in bf16
     l2_usable: float = 0.8  # fraction of the L2 that can hold an op's operands
     l2_multicast: float = 1.0  # cores that get a line for each read of the L2, if they need the same; part of its rate
@@ -67,6 +70,9 @@ class KernelLibrary:
     tiles: tuple[tuple[int, int], ...]  # result tiles (rows, columns) from which kernels choose
     split_k: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 16, 32)  # numbers of parts into which K may be split
     matmul_stages: int = 8  # operand tiles in flight, at most
+    quantise_launches: int = 3  # kernels that quantise bf16 activations before an 8-bit product: maximum, scale, round
+    quantise_bytes: float = 8.0  # bytes that they move for each value of the activations
+    row_cycles: float = 0.0  # cycles that a core takes at least for a row, if they (or convolutions) work row by row
 
     # Attention
     key_tile: int = 64  # keys in a tile; the last tile of a context is loaded whole
@@ -75,6 +81,7 @@ class KernelLibrary:
     min_query_rows: int = 16  # query rows that the matrix array processes at least
     softmax_overlap: float = 0.0  # fraction of the softmax that overlaps with products of other rows
     pack_gqa: bool = False  # query heads that share a K/V head share a tile of queries
+    pack_most: int = 1_000_000  # query heads of a K/V head that decode kernels pack at most; of more they pack none
     pack_windowed: bool = True  # decode kernels pack query heads also with a sliding window; False: one head a job
     # Numbers of parts into which a decode context may be split.
     kv_splits: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -83,9 +90,12 @@ class KernelLibrary:
     decode_jobs: int = 2  # decode jobs that run on a core at a time
     decode_stages: int = 2  # tiles of keys and values in flight, at most
     window_min_keys: int = 256  # keys that a decode kernel reads at least, with a sliding window
+    prefill_window_keys: int = 1  # keys that a prefill kernel processes at least for a query, with a sliding window
     kv_native: bool = False  # 8-bit keys and values are multiplied as such; otherwise they are converted to bf16 first
     kv_dequant_ops: int = 8  # operations to convert an 8-bit value to bf16: unpack, convert twice, scale, pack, move
+    kv_cast_bytes: float = 0.0  # bytes that a kernel moves beforehand to convert an 8-bit value; 0: none does
     kv_row_cycles: int = 40  # core cycles to store one row of one head in the cache: address, wait, store
+    attention_launches: int = 3  # kernels of a call measured alone: cache write, preparation, attention
     kv_quant_cycles: float = 0.7  # core cycles to quantise a value to 8 bits; 0: the vector lanes do it
 
     # Experts

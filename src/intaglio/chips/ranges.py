@@ -29,19 +29,22 @@ NATURAL: Range = (1, 1e9)
 AMOUNT: Range = (0, 1e9)
 SECONDS: Range = (0, 1)
 LIBRARY: dict[str, Range] = {
+    "memory_factor": (1e-3, 1e3),
     **dict.fromkeys(("launch_s", "barrier_s", "link_latency_s", "small_reduce_s", "softmax_overlap"), SECONDS),
     **dict.fromkeys(
         (
             "activation_bytes", "burst_bytes", "tiles", "split_k", "matmul_stages", "key_tile", "query_tiles",
             "fused_query_tiles", "min_query_rows", "kv_splits", "decode_jobs", "decode_stages", "window_min_keys",
             "expert_rows", "expert_columns", "expert_stages", "vector_load_values", "l2_multicast",
+            "attention_launches", "prefill_window_keys", "pack_most",
         ),
         NATURAL,
     ),
     **dict.fromkeys(
         (  "half_burst_cost", "kv_dequant_ops", "kv_row_cycles", "kv_quant_cycles", "unaligned_row_cost",
             "fp8_dequant_ops", "fp8_load_bytes_per_cycle", "fp8_overfetch",
-            "routing_launches", "routing_ops", "switch_reduce_min_chips",
+            "routing_launches", "routing_ops", "switch_reduce_min_chips", "quantise_launches", "quantise_bytes",
+            "row_cycles", "kv_cast_bytes",
         ),
         AMOUNT,
     ),

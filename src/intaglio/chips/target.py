@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from functools import lru_cache
 from typing import Any, get_origin, get_type_hints
 
 from intaglio.chips.files import typed, wanted
+from intaglio.chips.kernel_record import KernelRecord
 from intaglio.chips.library import KernelLibrary, replace_library
 from intaglio.chips.presets import CHIPS, DEFAULT_LIBRARY, LIBRARIES, chip_with_library, library
 from intaglio.chips.spec import PARTS, ChipError, ChipSpec, part_of, replace
@@ -69,12 +71,22 @@ class Target:
 
         A library may have records of kernels with values of their own for some fields. The result's library has the
         values of the one record that fits the call. Without records the result is this target itself.
+        See also reduced().
 
         op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
         its heads. name: name of the kernel; "": the one used by default. Raises ChipError if the library has records,
         and none of this name.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
+
+    def reduced(self, record: KernelRecord | None) -> Target:
+        """A target whose library is reduced to one kernel: its fields are those of the record; cached.
+
+        The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor, up to 1.
+
+        record: of the library's `kernels`; None: the kernel that the library's own fields describe.
+        """
+        return reduced_target(self, record)
 
     def get(self, name: str) -> Any:
         """The value of the field called `chip.FIELD` or `library.FIELD`.
@@ -137,7 +149,18 @@ def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Ta
     the width of its heads. name: name of the kernel; "": the one used by default. Raises ChipError for a name that no
     record of the library has.
     """
-    return Target(on.chip, on.library.with_record(on.library.record(op, format, head_dim, name)))
+    return reduced_target(on, on.library.record(op, format, head_dim, name))
+
+
+@lru_cache(maxsize=4096)
+def reduced_target(on: Target, record: KernelRecord | None) -> Target:
+    """Target.reduced(), cached: the target `on` with only the kernel of `record`."""
+    reduced = on.library.with_record(record)
+    factor, own = reduced.memory_factor, on.chip.constants
+    if factor == 1:
+        return Target(on.chip, reduced)
+    rates = {f: min(1.0, getattr(own, f) * factor) for f in ("hbm_efficiency", "l2_efficiency")}
+    return Target(replace(on.chip, **rates), dataclasses.replace(reduced, memory_factor=1.0))
 
 
 INSIDE = {name: kind for part in PARTS.values() for name, kind in get_type_hints(part).items()}

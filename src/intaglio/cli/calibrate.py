@@ -29,11 +29,17 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the random division into parts.")] = 0,
     as_json: o.Json = False,
 ) -> None:
-    """Fit a chip and its kernel library to a few measured kernel times; write files for --chip and --library."""
+    """Fit a chip and its kernel library to a few measured kernel times; write files for --chip and --library.
+
+    From tables of engines (<engine>_<table>.csv, with a column kernel_source), the kernels of that engine are fitted.
+    """
     from intaglio.codesign.calibrate import by_table, samples
     from intaglio.codesign.calibrate import calibrate as run
+    from intaglio.codesign.engine_tables import is_engine_table
     from intaglio.codesign.written import new_files, write
 
+    if any(is_engine_table(path) for path in tables):
+        return calibrate_engine(tables, chip_name, library_name, points, min_us, name, output, seed, as_json)
     rows = {}
     for path in tables:
         with path.open(newline="") as f:
@@ -74,4 +80,41 @@ def calibrate(
         say("measure next, since the fits of the parts disagree most on them:")
         for of, row, spread in found.wanted:
             say(f"{of} {row}: {spread:.1f}%")
+    say(f"wrote {written[0]} and {written[1]}; use them with --chip {written[0]}")
+
+
+def calibrate_engine(
+    tables: list[Path],
+    chip_name: str,
+    library_name: str | None,
+    points: int,
+    min_us: float,
+    name: str | None,
+    output: Path,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Fit the kernels of one serving engine to its tables, print the errors, and write a chip and a library file.
+
+    The arguments are those of calibrate(). Raises ValueError for tables of several engines or of other columns.
+    """
+    from intaglio.codesign.engine_tables import calibrate_kernels
+    from intaglio.codesign.written import new_files, write
+
+    base = target(chip_name, library_name)
+    written = new_files(output, name or f"{base.chip.name}_calibrated")
+    with progress_bar("calibrating") as progress:
+        on, rest = calibrate_kernels(base, tables, points, min_us, seed, progress)
+    write(written, on, base, Path(chip_name).stem, Path(library_name or base.library.name).stem, "")
+    if as_json:
+        shown = [asdict(f) for f in rest]
+        print(json.dumps({"rest": shown, "files": [str(p) for p in written]}, indent=2))
+        return
+    lines = [
+        (f.table, f.dtype, f"{f.rows:,}", f"{f.before:.1f}%", f"{f.median:.1f}%", f"{f.low:.1f}-{f.high:.1f}%",
+         f"{f.mean:.1f}%") for f in rest
+    ]  # fmt: skip
+    say("errors of rows that were not used, by kernel:")
+    headers = ("kernel", "format", "rows", "median\nbefore", "median\nafter", "95 %\ninterval", "mean\nafter")
+    out.print(table(headers, lines, words=2))
     say(f"wrote {written[0]} and {written[1]}; use them with --chip {written[0]}")

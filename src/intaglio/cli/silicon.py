@@ -419,6 +419,9 @@ def validate(
     split: Annotated[str | None, typer.Option(help="Only rows of this split: fit or test. Default: all.")] = None,
     min_us: Annotated[float, typer.Option(help="Only rows that took at least so many microseconds.")] = 0.0,
     worst: Annotated[int, typer.Option(help="Worst cases to show of each table.")] = 3,
+    library_name: Annotated[
+        str, typer.Option("--library", help="engine: an engine's kernels, by name; chip: the chip's own; or a library.")
+    ] = "engine",
     as_json: o.Json = False,
 ) -> None:
     """Compare predicted with measured kernel times of real chips: by kernel, by regime, and the worst calls."""
@@ -430,9 +433,7 @@ def validate(
     servers = folder / SERVING
     left = [f"{servers} is left out: it holds measured servers; use validate-serving"] if servers.is_file() else []
     if any(folder.glob("*/*.csv")) and all(path.name == SERVING for path in folder.glob("*.csv")):
-        if split:
-            raise ValueError(f"--split {split}: tables of engines have no column split; leave it out")
-        records, more = validate_engines(folder, min_us, worst)
+        records, more = validate_engines(folder, min_us, worst, split, library_name)
         left += more
     else:
         with progress_bar(f"reading {folder}") as progress:
@@ -440,11 +441,16 @@ def validate(
     if as_json:
         print(json.dumps([as_dict(r) for r in records], indent=2))
         return
-    headers = ("chip", "table", "dtype", "rows", "median\nerror", "mean\nerror", "bias")
+    halves = [half for half in ("fit", "test") if split is None and any(half in r.halves for r in records)]
+    headers = ("chip", "table", "dtype", "rows", "median\nerror", *halves, "mean\nerror", "bias")
     shown = [
-        (r.chip, r.table, r.dtype, f"{r.rows:,}", f"{r.median:.1f}%", f"{r.mean:.1f}%", f"{r.bias:+.1f}%")
+        (
+            r.chip, r.table, r.dtype, f"{r.rows:,}", f"{r.median:.1f}%",
+            *(f"{r.halves[half].median:.1f}%" if half in r.halves else "" for half in halves),
+            f"{r.mean:.1f}%", f"{r.bias:+.1f}%",
+        )
         for r in records
-    ]
+    ]  # fmt: skip
     out.print(table(headers, shown, words=3))
     by_regime = [
         (r.chip, r.table, r.dtype, *(f"{r.regimes[g].median:.1f}%" if g in r.regimes else "" for g in REGIMES))
@@ -460,6 +466,8 @@ def validate(
     for line in left:
         say(line)
     say("error: |predicted - measured| / measured. bias: the mean of the same with its sign.")
+    if halves:
+        say("fit, test: median errors of the rows to which constants were fitted, and of the others.")
     say(
         f"launch-bound: launches take {LAUNCH_SHARE:.0%} of the time or more. Other regimes: memory, computation or "
         f"links are busy for most of the rest; tail: none for {BUSY_SHARE:.0%} of it, as in a last wave of few tiles."

@@ -16,14 +16,9 @@ import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
-from intaglio.codesign.validate import FORMAT, Row, dtype_of, measured, predict
+from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict
 from intaglio.progress import Progress, silent
 
-# table -> the family of kernels whose own parameters and facts it shows
-FAMILY = {
-    "matmul": "products", "attention_prefill": "prefill", "attention_decode": "decode", "experts": "experts",
-    "collectives": "collectives",
-}  # fmt: skip
 CONSTANTS: dict[str, tuple[str, ...]] = {  # family ("": every family) -> constants
     "": ("chip.hbm_efficiency", "chip.l2_efficiency", "library.launch_s", "chip.hbm_latency_s"),
     "products": ("library.mxu_efficiency",),

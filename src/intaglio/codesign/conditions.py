@@ -21,7 +21,6 @@ class Conditions:
 
     Attributes:
         weight_copies: number of copies of a product's weights, which are used in turn.
-        attention_launches: number of kernels of one attention call: cache write, preparation, attention.
         warm_cache: True if keys and values are in the L2, as far as they fit.
         older_experts: True for the benchmark's older version. There every expert has a gate, and token rows that are
             left over by rounding go to the experts with the largest numbers of rows.
@@ -30,7 +29,6 @@ class Conditions:
     """
 
     weight_copies: int
-    attention_launches: int
     warm_cache: bool
     older_experts: bool
     expert_kernels: dict[str, str] = field(default_factory=dict)

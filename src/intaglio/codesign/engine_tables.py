@@ -1,20 +1,28 @@
 """Reads tables of serving engines' kernels, `<chip>/<engine>_<table>.csv`, as rows of the tables of validate.py.
 
-Column kernel_source names the kernel that ran; errors are reported by it. The chip's own kernel library is modelled,
-with the benchmark's conditions. Tables and formats that the closed forms do not express are named.
+Column kernel_source names the kernel that ran; errors are reported by it. A row is modelled by the engine's kernel of
+that name (data/kernels), or by the chip's own library, with the benchmark's conditions. Tables and formats that the
+closed forms do not express are named.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
-from intaglio.chips import CHIPS, ChipError, target
-from intaglio.codesign.validate import Record, Row, record
+from intaglio.chips import CHIPS, ChipError, Target, engine_library, target
+from intaglio.chips.kernel_record import KernelRecord
+from intaglio.codesign.calibrate import Fitted
+from intaglio.codesign.kernel_fit import Case, calibrate_kernel
+from intaglio.codesign.validate import FORMAT, UNGATED, Record, Row, dtype_of, record
+from intaglio.progress import Progress, counted, silent
 
 ENGINES = ("vllm", "sglang", "trtllm")
-FORMATS = ("bfloat16", "fp8", "int8")
+FORMATS = tuple(FORMAT)
 COLUMNS = {  # table of an engine -> (table of validate.py, its columns -> those of the engine's table)
     "gemm": ("matmul", {"dtype": "gemm_dtype", "m": "m", "n": "n", "k": "k"}),
     "context_attention": ("attention_prefill", {
@@ -25,8 +33,30 @@ COLUMNS = {  # table of an engine -> (table of validate.py, its columns -> those
         "dtype": "moe_dtype", "tokens": "num_tokens", "hidden": "hidden_size", "intermediate": "inter_size",
         "top_k": "topk", "n_experts": "num_experts", "tp": "moe_tp_size", "ep": "moe_ep_size", "load": "distribution",
     }),
+    "custom_allreduce": ("collectives", {"n_chips": "num_gpus", "elements": "message_size"}),
 }  # fmt: skip
+COLUMNS["scale_matrix"] = COLUMNS["computescale"] = "quantise", {"dtype": "quant_dtype", "m": "m", "k": "k"}
+COLUMNS["gdn"] = "recurrent", {
+    "phase": "phase", "batch": "batch_size", "tokens": "num_tokens", "conv_width": "d_conv", "n_k_heads": "num_k_heads",
+    "head_k_dim": "head_k_dim", "n_v_heads": "num_v_heads", "head_v_dim": "head_v_dim",
+}  # fmt: skip
+COLUMNS["mamba2"] = "recurrent", {
+    "phase": "phase", "batch": "batch_size", "tokens": "num_tokens", "conv_width": "d_conv", "n_v_heads": "nheads",
+    "head_v_dim": "head_dim", "groups": "n_groups", "state": "d_state",
+}  # fmt: skip
+COLUMNS["mla_bmm"] = "bmm", {"dtype": "bmm_dtype", "tokens": "num_tokens", "n_heads": "num_heads"}
+MLA = {
+    "kv_dtype": "kv_cache_dtype",
+    "batch": "batch_size",
+    "query_len": "isl",
+    "context_len": "step",
+    "n_heads": "num_heads",
+}
+COLUMNS["context_mla"], COLUMNS["generation_mla"] = ("mla_prefill", MLA), ("mla_decode", MLA)
 COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention"][1]
+WORDY = ("fp8_block", "nvfp4", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8")
+NAMED = {"context_mla": "MLA", "generation_mla": "MLA", "computescale": "scale", "mamba2": "Mamba 2"}
+NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts that these benchmarks ran without a gate
 
 
 def translated(table: str, row: Row) -> dict[str, str] | None:
@@ -37,14 +67,80 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
     """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}
-    if (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
+    kernel = row["kernel_source"]
+    if table == "custom_allreduce":
+        out |= {"op": "all_reduce", "bytes": str(2 * int(out["elements"]))}
+    elif COLUMNS[table][0] == "recurrent":
+        keys = "n_k_heads", "head_k_dim"
+        inputs = 2 * number(out, *(keys if "n_k_heads" in out else ("groups", "state")))  # queries and keys
+        out["channels"] = str(inputs + number(out, "n_v_heads", "head_v_dim"))
+    elif (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
         return None
     if out.get("n_kv_heads") == "0":  # as many as query heads
         out["n_kv_heads"] = out["n_heads"]
-    return {**out, "us": row["us"], "kernel": row["kernel_source"]}
+    if row.get("attn_dtype") == "fp8":
+        kernel += " (8-bit queries)"
+    if out.get("dtype") in WORDY:  # kernels of one name for several formats of as many bits
+        kernel += f" ({out['dtype']})"
+    if table in NAMED:  # kernels of the same name stand in another table too
+        kernel += f" ({NAMED[table]})"
+    if table == "moe":
+        gated = "nongated" not in kernel and (int(out["hidden"]), int(out["intermediate"])) not in NO_GATE
+        out["gated"] = str(int(gated))
+    return {**out, "us": row["us"], "kernel": kernel}
 
 
-def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Record], list[str]]:
+def number(row: Row, *names: str) -> int:
+    """The product of the values of some columns of a row."""
+    return prod(int(row[name]) for name in names)
+
+
+def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
+    """Read a table of an engine. Returns (its rows as translated() gives them, number of rows in other formats).
+
+    Column `split` of a row is that of the file. If the file has none, rows of the same kernel and format are marked
+    fit and test in turn.
+    """
+    with path.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    out, number = list[dict[str, str]](), Counter[tuple[str, str]]()
+    for row in rows:
+        found = translated(table, row)
+        if found is not None:
+            kind = found["kernel"], dtype_of(found)
+            out.append({**found, "split": row.get("split") or ("fit", "test")[number[kind] % 2]})
+            number[kind] += 1
+    return out, len(rows) - len(out)
+
+
+def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
+    """The tables of engines in a folder, as a list of (file, chip, engine, name of the table), in order of the names.
+
+    Raises ValueError if the folder has none.
+    """
+    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
+    if not paths:
+        raise ValueError(f"{folder} holds no <chip>/<engine>_<table>.csv; engines are {', '.join(ENGINES)}")
+    return [(p, p.parent.name, *p.stem.split("_", 1)) for p in paths]  # type: ignore[misc]
+
+
+def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by (kernel, number format), as a dict in the order of the names."""
+    out: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda r: (r["kernel"], dtype_of(r))):
+        out.setdefault((row["kernel"], dtype_of(row)), []).append(row)
+    return out
+
+
+def engine_target(chip: str, engine: str, constants: str = "") -> Target:
+    """The Target of a chip with its own library and an engine's kernels. constants: see chips.engine_library()."""
+    on = target(chip)
+    return Target(on.chip, engine_library(engine, on.library, constants))
+
+
+def validate_engines(
+    folder: Path, min_us: float, worst: int, split: str | None = None, library_name: str = "engine"
+) -> tuple[list[Record], list[str]]:
     """Compare modelled with measured times of serving engines' kernels. Returns (Records, remarks).
 
     There is a Record for each chip, engine's table, kernel and format, and a remark, one line of text, for each table
@@ -54,46 +150,80 @@ def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Reco
         folder: holds `<chip>/<engine>_<table>.csv`.
         min_us: rows that took fewer microseconds are left out.
         worst: how many rows with the largest errors a Record lists.
+        split: "fit" or "test", only rows of this half, see read_rows(); None: all rows.
+        library_name: "engine": each row by the engine's kernel of its name, or else by the chip's own library; "chip":
+            all by the chip's own library; otherwise name or file of a library that is taken for all chips.
 
-    Raises ValueError if the folder has no such file, ChipError if a chip cannot run a row's call.
+    Raises ValueError if the folder has no such file; ChipError if a chip cannot run a row's call, and for an unknown
+    library.
     """
     records, left = list[Record](), list[str]()
-    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
-    if not paths:
-        raise ValueError(f"{folder} holds no <chip>/<engine>_<table>.csv; engines are {', '.join(ENGINES)}")
-    for path in paths:
-        table = path.stem.partition("_")[2]
+    for path, chip, engine, table in tables_of(folder):
+        name = f"{engine}_{table}"
         if table not in COLUMNS:
-            left.append(f"{path.parent.name} {path.stem}: this table is not expressed by the closed forms")
+            left.append(f"{chip} {name}: this table is not expressed by the closed forms")
             continue
-        with path.open(newline="") as f:
-            rows = [r for r in csv.DictReader(f) if float(r["us"]) >= min_us]
-        found = [translated(table, r) for r in rows]
-        if None in found:
-            others = f"{found.count(None)} rows are not in a format expressed: {', '.join(FORMATS)}"
-            left.append(f"{path.parent.name} {path.stem}: {others}")
-        kept = [r for r in found if r is not None]
-        records += by_kernel(path.parent.name, path.stem, COLUMNS[table][0], kept, worst)
+        rows, others = read_rows(path, table)
+        if others:
+            left.append(f"{chip} {name}: {others} rows are not in a format expressed: {', '.join(FORMATS)}")
+        if library_name == "engine":
+            on = engine_target(chip, engine)
+        else:
+            on = target(chip, None if library_name == "chip" else library_name)
+        kept = [r for r in rows if float(r["us"]) >= min_us and split in (None, r["split"])]
+        for (kernel, dtype), mine in kinds(kept).items():
+            try:
+                records.append(record(on, COLUMNS[table][0], dtype, mine, worst, f"{name} {kernel}"))
+            except ChipError as error:
+                raise ChipError(f"{chip} {name} {kernel}: {error}") from None
     return records, left
 
 
-def by_kernel(chip: str, name: str, table: str, rows: Sequence[dict[str, str]], worst: int) -> list[Record]:
-    """Errors of the modelled times of one table, as a list of Records: one for each kernel and number format in it.
+def is_engine_table(path: Path) -> bool:
+    """True if a file is called <engine>_<table>.csv and has a column kernel_source, as the tables of engines have."""
+    with path.open(newline="") as f:
+        columns = next(csv.reader(f), [])
+    return path.stem.split("_")[0] in ENGINES and "kernel_source" in columns
+
+
+def calibrate_kernels(
+    base: Target, paths: Sequence[Path], points: int, min_us: float, seed: int = 0, progress: Progress = silent
+) -> tuple[Target, list[Fitted]]:
+    """Fit a serving engine's kernels on a chip to a few rows of each. Returns (the target with them, errors).
+
+    The target's library is that of `base`, with the fitted kernels before its own. The errors are those of the rows
+    that were not used, a Fitted for each kernel and number format; kernels with one row are left out.
 
     Args:
-        chip: name of the chip.
-        name: what the Records call the table; the kernel's name is added.
-        table: how the rows are modelled, a key of validate.TABLES.
-        rows: the measured rows, with a column `kernel`.
-        worst: how many rows with the largest errors a Record lists.
+        base: the chip with its own library.
+        paths: tables of one engine, <engine>_<table>.csv.
+        points: most rows of a kernel to fit to, see kernel_fit.calibrate_kernel().
+        min_us: rows that took fewer microseconds are left out.
+        seed: of the confidence intervals.
+        progress: called before each kernel.
 
-    Raises ChipError if the chip cannot run a row's call.
+    Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form expresses,
+    and if no kernel has two rows.
     """
-    out = []
-    for kernel, dtype in sorted({(r["kernel"], r.get("dtype") or r["kv_dtype"]) for r in rows}):
-        mine = [r for r in rows if (r["kernel"], r.get("dtype") or r["kv_dtype"]) == (kernel, dtype)]
-        try:
-            out.append(record(target(chip), table, dtype, mine, worst, f"{name} {kernel}"))
-        except ChipError as error:
-            raise ChipError(f"{chip} {name} {kernel}: {error}") from None
-    return out
+    engines = {path.stem.split("_")[0] for path in paths if is_engine_table(path)}
+    if len(engines) != 1 or not all(is_engine_table(path) for path in paths):
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"{names}: give tables of one engine, <engine>_<table>.csv; engines are {', '.join(ENGINES)}")
+    engine, work = engines.pop(), list[tuple[str, str, list[Row]]]()
+    for path in paths:
+        table = path.stem.partition("_")[2]
+        if table not in COLUMNS:
+            raise ValueError(f"{path}: no closed form expresses this table; those expressed are {', '.join(COLUMNS)}")
+        rows = [r for r in read_rows(path, table)[0] if float(r["us"]) >= min_us]
+        work += [(table, kernel, mine) for (kernel, _), mine in kinds(rows).items() if len(mine) > 1]
+    if not work:
+        raise ValueError(f"no kernel has two rows of {min_us:g} us or more; give --min-us")
+    on = Target(base.chip, engine_library(engine, base.library))
+    records, rest = list[KernelRecord](), list[Fitted]()
+    for item in counted(work, progress, lambda item: item[1]):
+        case = Case(base, COLUMNS[item[0]][0], tuple(item[2]))
+        found, errors = calibrate_kernel(case, on, points, seed)
+        records += found
+        rest += [dataclasses.replace(errors, table=f"{item[0]} {item[1]}")] if errors else []
+    kernels = (*records, *base.library.kernels)
+    return Target(base.chip, dataclasses.replace(base.library, engine=engine, kernels=kernels)), rest

@@ -18,7 +18,9 @@ import numpy as np
 
 from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
+from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.conditions import conditions
+from intaglio.codesign.recurrent_tables import recurrent
 from intaglio.codesign.regime import REGIMES, Call
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
@@ -29,10 +31,14 @@ from intaglio.silicon.kernels.product import linear_timing
 from intaglio.silicon.timing import Timing
 
 Row = Mapping[str, str]
-FORMAT = {"bfloat16": "bf16", "float16": "f16", "fp8": "e4m3", "int8": "int8"}
+FORMAT = {  # number format of a table -> that of keys and values, or of weights
+    "bfloat16": "bf16", "float16": "f16", "fp8": "e4m3", "int8": "int8", "fp8_block": "e4m3", "nvfp4": "e2m1",
+    "int4_wo": "int4", "w4a16_mxfp4": "e2m1", "w4a8_mxfp4_mxfp8": "e2m1",
+}  # fmt: skip
+X_FORMAT = {"int4_wo": "bf16", "w4a16_mxfp4": "bf16", "w4a8_mxfp4_mxfp8": "e4m3"}  # of activations, if another
+W_BITS = {"nvfp4": 4.5, "int4_wo": 4.125, "w4a16_mxfp4": 4.25, "w4a8_mxfp4_mxfp8": 4.25}  # of a weight with its scales
+MLA_PROMPT, MLA_LATENT = (192, 128), (576, 512)  # widths of a key and a value of DeepSeek-V3, and of cached latents
 COLLECTIVE = {"alltoall": "all_to_all"}
-QUANTISE_LAUNCHES = 3  # kernels before an FP8 product: find the largest value, compute the scale, round
-QUANTISE_BYTES = 8.0  # bytes that they move for each value of a bf16 activation
 QUANTISE_HELD = 4.0  # bytes of the L2 that a value takes meanwhile: bf16, the 8-bit result, and lines of other data
 TAIL_ROWS = 20  # of so many rows, the one with the largest error counts among the causes of errors
 UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemotron 3's experts: relu2, no gate
@@ -50,15 +56,44 @@ def matmul(on: Target, row: Row) -> Timing:
     arrays do not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
-    format = FORMAT[row["dtype"]]
-    copies = conditions(on.library).weight_copies * n * k * formats.bits(format) / 8
+    format, x_format, w_bits = formats_of(row)
+    copies = conditions(on.library).weight_copies * n * k * w_bits / 8
     warm = copies <= on.chip.l2_bytes * on.library.l2_usable
-    product = linear_timing(on, m, n, k, format, format, resident=warm)
-    if format in ("bf16", "f16"):
-        return product
-    launches = (QUANTISE_LAUNCHES - 1) * on.library.launch_s
-    seconds = elementwise_seconds(on, m * k * QUANTISE_BYTES, m * k * QUANTISE_HELD)
-    return product + Timing(launches + seconds, {"L2": seconds - on.library.launch_s})
+    product = linear_timing(on, m, n, k, x_format, format, w_bits, resident=warm)
+    return product if formats.bits(x_format) >= 16 else product + quantise(on, m, k)
+
+
+def formats_of(row: Row) -> tuple[str, str, float]:
+    """(format of weights, format of activations, bits of a weight with its scales) of a row with a column dtype."""
+    format = FORMAT[row["dtype"]]
+    return format, X_FORMAT.get(row["dtype"], format), W_BITS.get(row["dtype"], formats.bits(format))
+
+
+def quantise(on: Target, m: int, k: int) -> Timing:
+    """The Timing of the kernels that quantise bf16 activations [m, k], by library.quantise_launches and its relatives.
+
+    0 s if the library has none.
+    """
+    if not on.library.quantise_launches:
+        return Timing(0.0)
+    launches = on.library.quantise_launches * on.library.launch_s
+    moved_s = elementwise_seconds(on, m * k * on.library.quantise_bytes, m * k * QUANTISE_HELD) - on.library.launch_s
+    rows_s = -(-m // on.chip.cores) * on.library.row_cycles / on.chip.clock_hz
+    return Timing(launches + max(moved_s, rows_s), {"L2": moved_s})
+
+
+def quantised(on: Target, row: Row) -> Timing:
+    """The Timing of the kernels that quantise activations [m, k], which a row describes."""
+    return quantise(on, *integers(row, "m", "k"))
+
+
+def bmm(on: Target, row: Row) -> Timing:
+    """The Timing of the products that a row describes, one a head, of queries by DeepSeek-V3's key up-projection."""
+    tokens, heads = integers(row, "tokens", "n_heads")
+    format, x_format, w_bits = formats_of(row)
+    width, latent = MLA_PROMPT[1], MLA_LATENT[1]
+    product = linear_timing(on, tokens, latent, width, x_format, format, w_bits, heads=heads)
+    return product if formats.bits(x_format) >= 16 else product + quantise(on, tokens * heads, width)
 
 
 def attention(on: Target, row: Row) -> Timing:
@@ -74,8 +109,40 @@ def attention(on: Target, row: Row) -> Timing:
     how = conditions(on.library)
     rotated = tokens * (2 * heads + 2 * kv) * d * 2.0
     moved_s = rotated / on.chip.hbm_rate
-    rest = Timing((how.attention_launches - 2) * on.library.launch_s + moved_s, {"HBM": moved_s}, rotated, rotated)
+    launches = on.library.attention_launches - 2  # attention and cache write have their own
+    rest = Timing(launches * on.library.launch_s + moved_s, {"HBM": moved_s}, rotated, rotated)
+    rest += cast(on, batch * before * h.kv_heads * h.kv_width, h.bits)
     return attend_timing(on, h, ((q, before + q, batch),), how.warm_cache) + kv_write_timing(on, tokens, h) + rest
+
+
+def cast(on: Target, values: float, bits: int) -> Timing:
+    """The Timing of a kernel that converts cached keys and values to bf16 before attention; 0 s if there is none.
+
+    values: cached keys and values that attention reads. bits: of each.
+    """
+    moved = values * on.library.kv_cast_bytes
+    if not moved or bits > 8:
+        return Timing(0.0)
+    seconds = moved / on.chip.hbm_rate
+    return Timing(on.library.launch_s + seconds, {"HBM": seconds}, moved, moved)
+
+
+def latent_attention(on: Target, row: Row) -> Timing:
+    """The Timing of the attention call of DeepSeek-V3 (MLA) that a row describes, with the write of its latents.
+
+    Single queries attend to cached latents. Prompts attend to keys and values in bf16, a head each.
+    """
+    batch, q, before, heads = integers(row, "batch", "query_len", "context_len", "n_heads")
+    bits = 8 if row["kv_dtype"] == "fp8" else 16
+    h = Heads(heads, heads, *MLA_PROMPT)
+    if q == 1:
+        h = Heads(heads, 1, *MLA_LATENT, bits=bits, shared_values=True)
+    half = MLA_LATENT[0] // 2  # kv_write counts keys and values; a latent is one row
+    launches = on.library.attention_launches - 2
+    attended = attend_timing(on, h, ((q, before + q, batch),), conditions(on.library).warm_cache)
+    written = kv_write_timing(on, batch * q, Heads(1, 1, half, half, bits=bits))
+    written += cast(on, batch * before * MLA_LATENT[0], bits)
+    return attended + written + Timing(launches * on.library.launch_s)
 
 
 def collective(on: Target, row: Row) -> Timing:
@@ -98,11 +165,13 @@ def experts(on: Target, row: Row) -> Timing:
     how = conditions(on.library)
     older = how.older_experts  # the older benchmark gave every model's experts a gate
     counts = expert_rows(tokens, top_k, n, ep, row["load"], in_order=older)
-    format, gated = FORMAT[row["dtype"]], older or (hidden, inner) not in UNGATED
+    format, x_format, w_bits = formats_of(row)
+    gated = older or (hidden, inner) not in UNGATED
+    gated = row["gated"] == "1" if "gated" in row else gated
     inner = max(1, inner // tp)
     kernel = how.expert_kernels.get(row["dtype"], "")
     kernel = kernel if any(r.kernel == kernel for r in on.library.kernels) else ""  # another library on the chip
-    layer = on, tokens, top_k, counts, n, hidden, inner, format, format
+    layer = on, tokens, top_k, counts, n, hidden, inner, x_format, format, w_bits
     return experts_timing(*layer, gated=gated, kernel=kernel)
 
 
@@ -144,6 +213,26 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
     return tuple(int(v) for v in ranks[ranks.sum(axis=1).argmax()])
 
 
+def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
+    """The KernelRecord of the kernel that a row's column `kernel` names; None if it names none that the library has.
+
+    table: name of the row's table, a key of TABLES.
+    """
+    if not (name := row.get("kernel", "")):
+        return None
+    how = FAMILY[table], FORMAT.get(dtype_of(row), ""), int(row.get("head_dim", 0)), name
+    return next((r for r in on.library.kernels if r.serves(*how)), None)
+
+
+def timing(on: Target, table: str, row: Row) -> Timing:
+    """The Timing of a row's call, by the kernel that the row names, or else by the library's default kernels.
+
+    table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run the call.
+    """
+    record = record_of_row(on, table, row)
+    return TABLES[table](on.reduced(record) if record else on, row)
+
+
 SERVING = "serving.csv"  # of measured servers, beside the tables of kernels
 TABLES: dict[str, Callable[[Target, Row], Timing]] = {
     "matmul": matmul,
@@ -151,7 +240,17 @@ TABLES: dict[str, Callable[[Target, Row], Timing]] = {
     "attention_decode": attention,
     "collectives": collective,
     "experts": experts,
+    "quantise": quantised,
+    "recurrent": recurrent,
+    "bmm": bmm,
+    "mla_prefill": latent_attention,
+    "mla_decode": latent_attention,
 }
+FAMILY = {  # table -> the op of the kernel records that describe its kernels
+    "matmul": "products", "attention_prefill": "prefill", "attention_decode": "decode", "collectives": "collectives",
+    "experts": "experts", "quantise": "products", "bmm": "products",
+    "recurrent": "recurrent", "mla_prefill": "prefill", "mla_decode": "decode",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,6 +304,7 @@ class Record(Errors):
         chip: name of the chip.
         table: name of the table, such as matmul.
         dtype: number format, as in the table.
+        halves: {value of the rows' column `split`, fit or test: Errors of these rows}; {} if the rows have none.
         regimes: {what bounds the modelled time, one of regime.REGIMES: Errors of these rows}; only those with rows.
         causes: {cause of an error, a key of regime.CAUSES: number of rows} of the 5 % of rows with the largest errors.
         worst: some rows with the largest errors, the largest first.
@@ -213,6 +313,7 @@ class Record(Errors):
     chip: str
     table: str
     dtype: str
+    halves: Mapping[str, Errors]
     regimes: Mapping[str, Errors]
     causes: Mapping[str, int]
     worst: tuple[Worst, ...]
@@ -252,7 +353,7 @@ def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
 
     Raises ChipError if the chip cannot run a row's call.
     """
-    return np.array([TABLES[table](on, row).seconds for row in rows]) * 1e6
+    return np.array([timing(on, table, row).seconds for row in rows]) * 1e6
 
 
 def measured(rows: Sequence[Row]) -> np.ndarray:
@@ -296,8 +397,8 @@ def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
     without = on.with_library(launch_s=0.0, barrier_s=0.0)
     out = []
     for row in rows:
-        timing = TABLES[table](on, row)
-        out.append(Call(on, timing, max(0.0, timing.seconds - TABLES[table](without, row).seconds)))
+        found = timing(on, table, row)
+        out.append(Call(on, found, max(0.0, found.seconds - timing(without, table, row).seconds)))
     return out
 
 
@@ -315,9 +416,10 @@ def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, 
     us, found = measured(rows), calls(on, table, rows)
     predicted = np.array([c.timing.seconds for c in found]) * 1e6
     far = np.argsort(-np.abs(predicted / us - 1))
-    regimes = np.array([c.regime for c in found])
+    regimes, halves = np.array([c.regime for c in found]), np.array([row.get("split", "") for row in rows])
     return Record(
         **vars(Errors.of(predicted, us)), chip=on.chip.name, table=name or table, dtype=dtype,
+        halves={h: Errors.of(predicted[halves == h], us[halves == h]) for h in ("fit", "test") if h in halves},
         regimes={r: Errors.of(predicted[regimes == r], us[regimes == r]) for r in REGIMES if r in regimes},
         causes=Counter(found[i].cause(us[i] * 1e-6) for i in far[: -(-len(rows) // TAIL_ROWS)]),
         worst=tuple(
@@ -343,6 +445,7 @@ def as_dict(r: Record) -> dict[str, Any]:
     """A dict for JSON of a Record's fields, with errors and predicted times rounded to three decimals."""
     return {
         "chip": r.chip, "table": r.table, "dtype": r.dtype, **errors_as_dict(r),
+        "halves": {name: errors_as_dict(e) for name, e in r.halves.items()},
         "regimes": {name: errors_as_dict(e) for name, e in r.regimes.items()},
         "causes": dict(r.causes),
         "worst": [

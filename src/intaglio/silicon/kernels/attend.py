@@ -81,10 +81,9 @@ class AttendKernel(ChipKernel):
         prefill, decode = (tuple(p for p in chunks if (p[0] > 1) == several) for several in (True, False))
         if prefill:
             mine = on.kernel("prefill", h.format, h.head_dim)
-            plan = prefill_plan(mine, h, prefill)[3]
-            jobs = [
-                j for s in range(len(batch.q_len)) if batch.q_len[s] > 1 for j in prefill_work(op, h, batch, s, plan)
-            ]
+            plan, least = prefill_plan(mine, h, prefill)[3], mine.library.prefill_window_keys
+            chunked = [s for s in range(len(batch.q_len)) if batch.q_len[s] > 1]
+            jobs = [j for s in chunked for j in prefill_work(op, h, batch, s, plan, least)]
             launches.append(attend_streams(mem, mine, op, t, batch, plan, jobs))
             if decode:
                 mem.run(launches.pop(), mem.target.kernel("prefill", h.format, h.head_dim))
@@ -124,7 +123,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     read = sum(
         n * (decode_keys(lib, h.window, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch
     )
-    cache = read * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
+    cache = read * h.kv_heads * h.kv_width * h.bits / 8
     cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
     if prefill:
         added, worked, jobs, _, again = prefill_plan(on["prefill"], h, prefill)
@@ -172,11 +171,15 @@ class Job:
     parts: int = 1
 
 
-def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan) -> list[Job]:
-    """A list of the Jobs of sequence number `s` with several new tokens: one for each tile of queries and heads."""
+def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
+    """A list of the Jobs of sequence number `s` with several new tokens: one for each tile of queries and heads.
+
+    least: keys that a query processes at least, with a sliding window that masks some of them.
+    """
     before, out = int(batch.context_len[s] - batch.q_len[s]), []
     for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
         low = int(op.first_seen(np.array(before + rows.start)))
+        low = low if op.chunk else max(0, min(low, before + rows.start + 1 - least))
         low -= 0 if op.chunk else low % plan.keys  # the instructions mask a window, but not the chunk before
         out += [Job(s, head, rows, low, before + rows.stop) for head in range(0, h.heads, plan.pack)]
     return out

@@ -143,7 +143,7 @@ def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
 
 def widen_seconds(target: Target, h: Heads) -> float:
     """Seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes; 0 if none is needed."""
-    chip, values = target.chip, target.library.key_tile * (h.head_dim + h.v_dim)
+    chip, values = target.chip, target.library.key_tile * h.kv_width
     needed = h.bits < 16 and not chip.att_lanes and product_format(target, h) != "e4m3"
     return float(vector_cycles(chip, target.library.kv_dequant_ops * values)) / chip.clock_hz if needed else 0.0
 
@@ -153,7 +153,7 @@ def two_jobs_fit(target: Target, h: Heads) -> bool:
 
     One job's tile can then be loaded while the other's is converted.
     """
-    return 2 * target.library.key_tile * (h.head_dim + h.v_dim) * (h.bits / 8 + 2) <= target.chip.sram_bytes
+    return 2 * target.library.key_tile * h.kv_width * (h.bits / 8 + 2) <= target.chip.sram_bytes
 
 
 def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
@@ -226,7 +226,7 @@ def prefill_seconds(
     active = min(float(count.sum()), chip.cores)
     base, latency_s = min(chip.port_rate, chip.l2_rate / active), chip.constants.hbm_latency_s
     cold = min(base, chip.hbm_rate / max(1.0, missed * active))
-    tile_bytes = keys * (h.head_dim + h.v_dim) * h.bits / 8
+    tile_bytes = keys * h.kv_width * h.bits / 8
     per_byte = (1 - missed) / base + missed / cold
     load = tile_bytes * per_byte
     work = t.work + widen_seconds(target, h) / 2
@@ -307,10 +307,11 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
     chip, lib, best = target.chip, target.library, None
+    h = replace(h, window=max(h.window, lib.prefill_window_keys)) if h.window else h
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
     keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
-    cache = keys * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
+    cache = keys * h.kv_heads * h.kv_width * h.bits / 8
     for rows, pack in ((r, p) for r in sizes for p in packs):
         wanted = AttendPlan(
             rows=max(rows, pack),
@@ -325,7 +326,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
             continue
         seen, tiles, count = prefill_jobs(plan, h, part)
         loaded = float(seen @ count) / float(tiles @ count) if knows_lengths(lib, plan) else plan.keys
-        read = float(tiles @ count) * loaded * (h.head_dim + h.v_dim) * h.bits / 8
+        read = float(tiles @ count) * loaded * h.kv_width * h.bits / 8
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         mean = sum(q * n for q, _, n in part) * h.heads / float(count.sum())
         seconds = prefill_seconds(target, h, plan, tiles, count, missed, mean, loaded)
@@ -368,9 +369,10 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     holds.
     """
     chip, lib, best = target.chip, target.library, None
-    pack = h.group if (lib.pack_windowed or not h.window) and not h.slopes else 1
+    packs = (lib.pack_windowed or not h.window) and not h.slopes and h.group <= lib.pack_most
+    pack = h.group if packs else 1
     rows = int(2 ** np.ceil(np.log2(max(lib.min_query_rows, pack))))
-    tile_bytes = lib.key_tile * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
+    tile_bytes = lib.key_tile * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
     ring = max(2, min(lib.decode_stages, int(chip.sram_bytes // (2 * tile_bytes))))
     wanted = AttendPlan(
         rows=rows, pack=pack, keys=lib.key_tile, depth=ring, ahead=JOBS_AHEAD if lib.persistent else 0,
@@ -417,7 +419,7 @@ def decode_seconds(
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
-    tile_bytes = keys * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
+    tile_bytes = keys * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
     memory = max(tile_bytes * active * missed / chip.hbm_rate, tile_bytes * active / chip.l2_rate)
     load = max(memory, tile_bytes * turns / chip.port_rate)
     widen = widen_seconds(target, h) * turns

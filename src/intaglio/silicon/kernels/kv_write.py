@@ -41,6 +41,7 @@ class Heads:
         bits: bits of a cached key or value.
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
+        shared_values: True if a value is a part of its key (latent attention), so that it is loaded with it.
     """
 
     heads: int
@@ -51,6 +52,12 @@ class Heads:
     bits: int = 16
     softcap: bool = False
     slopes: bool = False
+    shared_values: bool = False
+
+    @property
+    def kv_width(self) -> int:
+        """Number of cached values that are loaded for one key of one K/V head: of the key and, beside it, its value."""
+        return self.head_dim + (0 if self.shared_values else self.v_dim)
 
     @property
     def group(self) -> int:

@@ -1,0 +1,349 @@
+"""Fits kernels of serving engines to measured latencies: facts that hold on every chip, and constants of each chip.
+
+The search is a coordinate descent from the kernels of shipped libraries. It maximises a likelihood of the logarithmic
+errors; facts must gain FACT_GAIN, and constants have a log-normal prior around their start. scripts/fit_kernels.py
+writes the results to data/kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import numpy as np
+
+from intaglio.chips import LIBRARIES, ChipError, Target
+from intaglio.chips.kernel_record import WIDEST, KernelRecord
+from intaglio.codesign.calibrate import WHY, Fitted, Sample, chosen, fitted
+from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
+
+SHARED = ("launch_s", "memory_factor")
+CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants of each chip
+    "products": ("mxu_efficiency", *SHARED),
+    "prefill": ("mxu_efficiency", *SHARED),
+    "decode": ("mxu_efficiency", *SHARED),
+    "experts": ("grouped_mxu_efficiency", *SHARED),
+    "recurrent": ("mxu_efficiency", *SHARED),
+    "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
+}
+FLAG = (False, True)
+CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
+FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
+    "products": {
+        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (3.0, 5.0, 8.0, 12.0),
+        "row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
+        "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
+    },
+    "prefill": {
+        "kv_native": FLAG, "pack_gqa": FLAG, "persistent": FLAG, "key_tile": (16, 32, 64, 128),
+        "query_tiles": ((16,), (32,), (64,), (128,), (64, 128), (128, 256), (256,)),
+        "softmax_overlap": (0.0, 0.3, 0.6, 0.9), "attention_launches": (2, 3, 4), "kv_row_cycles": (10, 40, 120),
+        "kv_dequant_ops": (2, 8, 24), "kv_quant_cycles": (0.0, 0.2, 0.7),
+        "prefill_window_keys": (1, 256, 1024, 1536, 1_000_000),
+    },
+    "decode": {
+        "kv_native": FLAG, "split_mha": FLAG, "merge_launch": FLAG, "pack_windowed": FLAG,
+        "key_tile": (16, 32, 64, 128), "half_burst_cost": (1.0, 1.3, 2.0), "attention_launches": (2, 3, 4),
+        "decode_jobs": (1, 2, 4), "decode_stages": (2, 4), "min_query_rows": (1, 16, 64),
+        "kv_splits": ((1,), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64, 128), (8,), (16,)),
+        "window_min_keys": (1, 256, 1024), "kv_dequant_ops": (2, 8, 24), "kv_cast_bytes": (0.0, 5.0, 8.0, 11.0),
+        "pack_most": (8, 16, 32, 1_000_000),
+    },
+    "experts": {
+        "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
+        "expert_all_rows": FLAG, "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
+        "expert_rows": ((16, 32, 64, 128, 256), (16, 32, 64), (64, 128), (128,), (64,)),
+        "expert_columns": ((64, 128, 256), (128,), (64,)),
+    },
+    "collectives": {"switch_reduce_min_chips": (2, 4, 8, 16)},
+    "recurrent": {"row_cycles": (0.0, 30.0, 60.0, 100.0, 150.0)},
+}  # fmt: skip
+STARTS = ("", "hopper", "blackwell")  # libraries whose facts a search starts from; "": the chip's own
+MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known kernels, from which a search starts too
+    "products": (  # CUTLASS's scaled products: one kernel quantises rows of the activations before them
+        {"tiles": CUTLASS, "split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0},
+        {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "row_cycles": 1500.0},
+        {"quantise_launches": 1, "quantise_bytes": 3.0},
+    ),
+    "prefill": (  # Triton's kernels: no packing, and each product waits for the softmax before it
+        {"query_tiles": (64,), "key_tile": 64, "pack_gqa": False, "softmax_overlap": 0.0, "kv_native": False},
+    ),
+    "decode": (
+        {"key_tile": 32, "kv_splits": (8,), "merge_launch": True, "min_query_rows": 16, "kv_native": False},
+    ),
+    "experts": (  # fused products of TensorRT-LLM and CUTLASS
+        {"expert_tiles": "best", "expert_fused_activation": True, "expert_all_rows": False, "routing_launches": 3},
+    ),
+    "collectives": (),
+    "recurrent": (),
+}  # fmt: skip
+FACT_ROUNDS = 2  # of the search that also try facts
+FACT_GAIN = 4.0  # log-likelihood that another fact must gain
+CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
+DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
+ANY_WIDTH = (0, WIDEST)
+SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
+WIDTH_ROWS = 10  # least number of rows of such a range
+PRIOR_WIDTH = 0.5  # standard deviation of the logarithm of a constant about its start
+STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
+LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
+LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
+MOST_ERROR = 0.7  # larger logarithmic errors count as this, so that a few rows do not decide
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Measured rows of one kernel on one chip.
+
+    Attributes:
+        on: the chip with its own kernel library.
+        table: how the rows are modelled, a key of validate.TABLES.
+        rows: the rows, with the kernel's name in column `kernel`.
+    """
+
+    on: Target
+    table: str
+    rows: tuple[Row, ...]
+
+    def of_widths(self, least: int, most: int) -> Case:
+        """The case with only the rows whose head width is in a range."""
+        mine = tuple(r for r in self.rows if least <= int(r["head_dim"]) <= most)
+        return dataclasses.replace(self, rows=mine)
+
+    @property
+    def op(self) -> str:
+        """The op of the kernel's record, such as prefill."""
+        return FAMILY[self.table]
+
+    def start(self, library: str = "") -> Values:
+        """Values of all CONSTANTS and FACTS: the constants are the chip's own, the facts those of `library`.
+
+        They are those of the kernel that the library takes by default for the first row. library: a name; "": the
+        chip's own.
+        """
+        row = self.rows[0]
+        how = FORMAT.get(dtype_of(row), ""), int(row.get("head_dim", 0))
+        own = self.on.library.with_record(self.on.library.record(self.op, *how))
+        facts = LIBRARIES[library].with_record(LIBRARIES[library].record(self.op, *how)) if library else own
+        out = {name: getattr(own, name) for name in CONSTANTS[self.op]}
+        if self.op == "collectives":
+            out["small_reduce_s"] = out["small_reduce_s"] or out["barrier_s"]
+        return out | {name: None if name == "tiles" else getattr(facts, name) for name in FACTS[self.op]}
+
+    def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = (0, WIDEST)) -> KernelRecord:
+        """A KernelRecord of the rows' kernel and number format with these values of fields; None: the chip's own."""
+        format = FORMAT.get(dtype_of(self.rows[0]))
+        return KernelRecord(
+            op=self.op, kernel=self.rows[0]["kernel"], why=WHY, formats=(format,) if format else (),
+            head_dims=head_dims, default=False,
+            changes=tuple((name, value) for name, value in values.items() if value is not None),
+        )  # fmt: skip
+
+    def target(self, values: Mapping[str, Any]) -> Target:
+        """The chip with a library whose kernel of the rows' name has these values of fields, see record()."""
+        return Target(self.on.chip, dataclasses.replace(self.on.library, kernels=(self.record(values),)))
+
+    def errors(self, values: Mapping[str, Any]) -> np.ndarray:
+        """log(predicted / measured) of each row, with these values of the kernel's fields, as an array [rows]."""
+        found = np.maximum(predict(self.target(values), self.table, self.rows), LEAST_US)
+        return np.log(found / measured(self.rows))
+
+    def cost(self, values: Mapping[str, Any]) -> float:
+        """Negative log-likelihood of the rows, whose errors follow a distribution of unknown spread."""
+        size = np.abs(self.errors(values))
+        spread = LEAST_SPREAD + (float(np.median(size)) + 2 * float(np.minimum(size, MOST_ERROR).mean())) / 3
+        return len(size) * log(spread)
+
+
+class KernelSearch:
+    """A search for the facts and constants of one kernel that make the rows of all cases most likely.
+
+    Attributes:
+        cases: rows of the kernel, by chip.
+        values: for each case, the best values so far; facts are the same in all.
+    """
+
+    def __init__(self, cases: Sequence[Case], values: Sequence[Values]) -> None:
+        self.cases, self.values, self.begun = list(cases), [dict(v) for v in values], [dict(v) for v in values]
+        self.costs = [self.cost(i, v) for i, v in enumerate(self.values)]
+
+    def cost(self, number: int, values: Values) -> float:
+        """Negative log-posterior of case `number` with these values."""
+        case, begun = self.cases[number], self.begun[number]
+        moved = [log(values[n] / begun[n]) / PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0]
+        return case.cost(values) + sum(m * m for m in moved) / 2
+
+    def attempt(self, changes: Values, numbers: Sequence[int], least: float) -> bool:
+        """Take over `changes` in the cases `numbers` if that lowers their cost by more than `least`; True if so."""
+        tried = {i: self.values[i] | changes for i in numbers}
+        try:
+            costs = {i: self.cost(i, v) for i, v in tried.items()}
+        except ChipError:
+            return False
+        if sum(c - self.costs[i] for i, c in costs.items()) > -least:
+            return False
+        for i, cost in costs.items():
+            self.values[i], self.costs[i] = tried[i], cost
+        return True
+
+    def alternatives(self) -> Iterator[Values]:
+        """Each other value of each fact."""
+        for field, values in FACTS[self.cases[0].op].items():
+            yield from ({field: value} for value in values)
+
+    def constant(self, number: int, name: str, step: float) -> None:
+        """Move a constant of case `number` up or down in relative steps of `step`, for as long as the cost falls."""
+        for factor in (1 + step, 1 / (1 + step)):
+            while True:
+                now = self.values[number][name]
+                value = min(now * factor, 1.0) if name.endswith("efficiency") else now * factor
+                if value == now or not self.attempt({name: value}, [number], 0.02):
+                    break
+
+    def drop_facts(self, own: Values) -> float:
+        """Set each fact back to its value in `own` if that costs less than DROP_COST. Returns the cost."""
+        for field, value in own.items():
+            if any(values[field] != value for values in self.values):
+                self.attempt({field: value}, range(len(self.cases)), -DROP_COST)
+        return sum(self.costs)
+
+    def run(self, facts: bool = True) -> float:
+        """Search in one round for each step size in STEPS. Returns the cost. facts: False to fit constants only."""
+        for number, step in enumerate(STEPS):
+            for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
+                if any(self.values[0][f] != v for f, v in changes.items()):
+                    self.attempt(changes, range(len(self.cases)), FACT_GAIN)
+            for i, case in enumerate(self.cases):
+                for name in CONSTANTS[case.op]:
+                    self.constant(i, name, step)
+        return sum(self.costs)
+
+
+def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
+    """Fit one kernel to its rows on one or more chips. Returns (cost, values of CONSTANTS and FACTS for each case).
+
+    Facts are the same in all cases, unless facts of their own are clearly better: then engines have different kernels
+    of this name on these chips.
+    """
+    together = fit_together(cases)
+    if len(cases) < 2:
+        return together
+    alone = [fit_together([case]) for case in cases]
+    cost = sum(c for c, _ in alone) + CHIP_GAIN * (len(cases) - 1)
+    return (cost, [values[0] for _, values in alone]) if cost < together[0] else together
+
+
+def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
+    """fit_kernel() with the same facts in all cases.
+
+    The search starts from the facts of each library in STARTS and of each kernel in
+    MENUS; the best result counts.
+    """
+    best: tuple[float, list[Values]] | None = None
+    tried, op = list[Values](), cases[0].op
+    for name, menu in (*((name, {}) for name in STARTS), *(("", menu) for menu in MENUS[op])):
+        begun = [case.start(name) for case in cases]
+        facts = {f: begun[0][f] for f in FACTS[op]} | menu
+        if facts in tried:
+            continue
+        tried.append(facts)
+        try:
+            search = KernelSearch(cases, [values | facts for values in begun])
+        except ChipError:
+            continue
+        search.run()
+        found = search.drop_facts({f: v for f, v in cases[0].start().items() if f in facts})
+        if best is None or found < best[0]:
+            best = found, search.values
+    assert best is not None  # the chip's own library always fits it
+    return best
+
+
+def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str, Values]]]:
+    """Fit a kernel, and where that is clearly better, each range of head widths on its own, as kernels differ by width.
+
+    Returns a list of (range of head widths, values by chip's name), see fit_kernel(). Without head widths in the rows
+    there is one range.
+    """
+    cost, whole = fit_kernel(cases)
+    found = [(ANY_WIDTH, named(cases, whole))]
+    ranges = width_ranges(cases)
+    if len(ranges) < 2:
+        return found
+    split, parts = 0.0, []
+    for least, most in ranges:
+        mine = [c.of_widths(least, most) for c in cases]
+        mine = [c for c in mine if c.rows]
+        part, values = fit_kernel(mine)
+        split += part + SPLIT_GAIN * len(mine)
+        parts.append(((least, most), named(mine, values)))
+    return parts if split - SPLIT_GAIN * len(cases) < cost else found
+
+
+def named(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
+    """The values of each case by its chip's name, as a dict."""
+    return {c.on.chip.name: v for c, v in zip(cases, values, strict=True)}
+
+
+def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
+    """Ranges (least, largest) of head widths with at least WIDTH_ROWS rows each, as a list; they cover all widths."""
+    counts = Counter(int(r["head_dim"]) for c in cases for r in c.rows if "head_dim" in r)
+    ends, rows = list[int](), 0
+    for width in sorted(counts):
+        rows += counts[width]
+        if rows >= WIDTH_ROWS:
+            ends.append(width)
+            rows = 0
+    return list(zip([0, *(end + 1 for end in ends[:-1])], [*ends[:-1], WIDEST], strict=True))
+
+
+def engine_values(case: Case, on: Target) -> Values:
+    """Values of CONSTANTS and FACTS of the engine's kernel that the first row names; the chip's own if it has none.
+
+    on: the chip with a library that has the engine's kernels, see engine_tables.engine_target().
+    """
+    record = record_of_row(on, case.table, case.rows[0])
+    if record is None:
+        return case.start()
+    kernel = on.library.with_record(record)
+    return case.start() | {n: getattr(kernel, n) for n in (*CONSTANTS[case.op], *FACTS[case.op])}
+
+
+def calibrate_kernel(
+    case: Case, on: Target, points: int = 24, seed: int = 0
+) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
+    """Fit the engine's kernel to a few of its rows. Returns (records of the fitted kernel, errors of the other rows).
+
+    Constants are fitted, from those of the engine's kernel, whose facts stay. If the library has no kernel of the name,
+    the fit starts from the chip's own, and facts change where that is clearly better. There is a record for each range
+    of head widths that the engine's kernel has. The errors are None if all rows are used.
+
+    Args:
+        case: the rows.
+        on: the chip with a library that has the engine's kernels.
+        points: most rows to fit to, at even quantiles of the latency; at most half of the rows are used.
+        seed: of the bootstrap samples of the confidence interval.
+    """
+    sample = Sample(case.table, dtype_of(case.rows[0]), case.rows, measured(case.rows))
+    used = chosen(sample, max(1, min(points, len(case.rows) // 2)))
+    parts: dict[tuple[int, int], list[Row]] = {}
+    for row in sample.part(used).rows:
+        record = record_of_row(on, case.table, row)
+        parts.setdefault(record.head_dims if record else ANY_WIDTH, []).append(row)
+    records = list[KernelRecord]()
+    for widths, rows in parts.items():
+        few = dataclasses.replace(case, rows=tuple(rows))
+        search = KernelSearch([few], [engine_values(few, on)])
+        search.run(facts=record_of_row(on, case.table, rows[0]) is None)
+        records.append(few.record(search.values[0], widths))
+    left = np.setdiff1d(np.arange(len(case.rows)), used)
+    if not len(left):
+        return tuple(records), None
+    library = dataclasses.replace(on.library, kernels=(*records, *on.library.kernels))
+    found, rest = Target(on.chip, library), sample.part(left)
+    return tuple(records), fitted(rest, rest.errors(on), rest.errors(found), np.random.default_rng(seed))

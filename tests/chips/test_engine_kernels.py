@@ -1,0 +1,61 @@
+"""Kernels of serving engines as data: records by generation, constants, and the factor on memory rates."""
+
+from __future__ import annotations
+
+import pytest
+
+from intaglio.chips import CHIPS, Target, engine_library, engine_names, library, target
+from intaglio.chips.engine_kernels import GENERATIONS, engine_records, entries
+
+
+@pytest.mark.parametrize("engine", engine_names())
+@pytest.mark.parametrize("chip", ["h100_sxm", "h200_sxm", "b200_sxm", "l40s", "sohu"])
+def test_every_kernel_fits_every_chip_and_is_only_used_by_name(engine: str, chip: str) -> None:
+    base = target(chip)
+    on = Target(base.chip, engine_library(engine, base.library))
+    mine = on.library.kernels[: -len(base.library.kernels) or None]
+    assert len(mine) == len(entries(engine)) and on.library.engine == engine
+    for record in mine:
+        assert not record.default and record.why.startswith("fitted on rows marked fit of table")
+        own = on.reduced(record)
+        assert own.library.memory_factor == 1 and not own.library.kernels
+        assert 0 < own.chip.constants.hbm_efficiency <= 1 and 0 < own.chip.constants.l2_efficiency <= 1
+    for op in ("prefill", "decode", "experts"):
+        assert on.library.record(op, "bf16", 128) == base.library.record(op, "bf16", 128)
+
+
+def test_the_engines_are_known() -> None:
+    assert engine_names() == ("sglang", "trtllm", "vllm")
+
+
+def test_an_engine_without_a_file_changes_nothing() -> None:
+    assert engine_library("llama", library("hopper")) is library("hopper")
+    assert engine_records("llama", "hopper") == ()
+
+
+def test_constants_are_those_of_the_generation_or_of_the_one_asked_for() -> None:
+    both = [(e, k) for e in engine_names() for k in entries(e) if all(g in k for g in GENERATIONS)]
+    assert both
+    for engine, entry in both:
+        number = entries(engine).index(entry)
+        for generation in GENERATIONS:
+            own = dict(engine_records(engine, generation)[number].changes)
+            other = next(g for g in GENERATIONS if g != generation)
+            lent = dict(engine_records(engine, generation, constants=other)[number].changes)
+            for found, values in ((own, entry[generation]), (lent, entry[other])):
+                assert all(found[name] == value for name, value in values.items() if not isinstance(value, list))
+    single = [(e, k, g) for e in engine_names() for k in entries(e) for g in GENERATIONS if g not in k]
+    for engine, entry, missing in single:
+        number = entries(engine).index(entry)
+        assert engine_records(engine, missing)[number].changes == engine_records(engine, "ada")[number].changes
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_the_memory_factor_never_gives_more_than_the_peak(chip: str) -> None:
+    on = target(chip)
+    record = engine_records("vllm", "hopper")[0]
+    for factor in (0.1, 1.0, 3.0):
+        changed = record.__class__(op="products", kernel="k", why="a test", changes=(("memory_factor", factor),))
+        found = on.reduced(changed).chip
+        assert found.constants.hbm_efficiency == pytest.approx(min(1, factor * on.chip.constants.hbm_efficiency))
+        assert found.hbm_rate <= found.hbm_bytes_per_s

@@ -1,0 +1,60 @@
+"""Fits of engines' kernels: planted facts are found, ranges of head widths cover all widths, costs never rise."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intaglio.chips import target
+from intaglio.chips.kernel_record import WIDEST
+from intaglio.codesign.kernel_fit import WIDTH_ROWS, Case, KernelSearch, width_ranges
+from intaglio.codesign.validate import predict
+
+H100 = target("h100_sxm")
+
+
+def products(seed: int, planted: dict[str, float], count: int = 20) -> Case:
+    """FP8 products of random sizes, as fast as a kernel with the planted values of fields."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        rows.append({name: str(int(2 ** rng.uniform(6, 13))) for name in "mnk"} | {"dtype": "fp8", "kernel": "own"})
+    start = Case(H100, "matmul", tuple({**row, "us": "1"} for row in rows))
+    us = predict(start.target(start.start() | planted), "matmul", rows)
+    return Case(H100, "matmul", tuple({**row, "us": str(t)} for row, t in zip(rows, us, strict=True)))
+
+
+def test_a_planted_fact_is_found_among_the_alternatives() -> None:
+    """Rows of kernels that quantise row by row, in one launch, are fitted to 5 %."""
+    case = products(3, {"row_cycles": 1500.0, "quantise_launches": 1})
+    search = KernelSearch([case], [case.start()])
+    before = float(np.abs(case.errors(case.start())).max())
+    search.run()
+    found = search.values[0]
+    assert found["row_cycles"] == 1500 and np.median(np.abs(case.errors(found))) < 0.05 < before
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), launch=st.floats(0.4, 2.5), rate=st.floats(0.5, 1.0))
+def test_a_fit_of_constants_never_ends_worse_than_it_began(seed: int, launch: float, rate: float) -> None:
+    start = H100.library
+    planted = {"launch_s": start.launch_s * launch, "mxu_efficiency": start.mxu_efficiency * rate}
+    case = products(seed, planted, 10)
+    search = KernelSearch([case], [case.start()])
+    first = sum(search.costs)
+    assert search.run(facts=False) <= first
+    assert case.cost(search.values[0]) <= case.cost(case.start())
+    assert all(search.values[0][name] == value for name, value in case.start().items() if name == "persistent")
+
+
+@settings(max_examples=100, deadline=None)
+@given(widths=st.lists(st.sampled_from([64, 80, 128, 192, 256, 512]), max_size=60))
+def test_ranges_of_head_widths_cover_every_width_once(widths: list[int]) -> None:
+    case = Case(H100, "attention_decode", tuple({"head_dim": str(w)} for w in widths))
+    ranges = width_ranges([case])
+    assert ranges[0][0] == 0 and ranges[-1][1] == WIDEST
+    assert all(after[0] == before[1] + 1 for before, after in pairwise(ranges))
+    if len(ranges) > 1:
+        assert all(len(case.of_widths(*r).rows) >= WIDTH_ROWS for r in ranges)
