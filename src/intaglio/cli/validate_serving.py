@@ -1,4 +1,4 @@
-"""`intaglio validate-serving`: measured servers against the queue in virtual time."""
+"""`intaglio validate-serving`: simulates measured servers (codesign/queue.py) and prints errors of their latencies."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Column kernel_source names the kernel that ran; errors are reported by it. A row is modelled by the engine's kernel of
 that name (data/kernels), or by the chip's own library, with the benchmark's conditions. Tables and formats that the
-closed forms do not express are named.
+closed forms do not cover are named.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
 
-A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. The
-requests all start at once, ten for each that is open, as the load generators of such tables do.
+A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. All
+requests, ten times that number, are queued at the start, as by the load generators of such tables; one is sent when
+another ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GLM-4 and GLM-4.5.
 
-GLM-4: norms before and after each branch, half of each head rotated, interleaved. GLM-4.5: norms before the branches
-only, half of each head rotated, style half, experts routed as in DeepSeek-V3.
+GLM-4: norms before and after each branch, half of each head rotated by interleaved rope. GLM-4.5: norms before the
+branches only, half of each head rotated by rope of style rotate_half, experts routed as in DeepSeek-V3.
 GLM-4-9B of 2024 has norms before the branches only. Solar Open has the experts of GLM-4.5, GLM-4.7-Flash also has
 latent attention.
 """
