@@ -4,7 +4,7 @@ Each is ported, with its largest deviation, or refused with a reason.
 
     python scripts/models.py             the data file and the page
     python scripts/models.py --new       also compare the tiny models of ports without a deviation with transformers
-    python scripts/models.py --auto      also derive the port of each architecture anew, with no port in view (an hour)
+    python scripts/models.py --auto      also derive each port anew, without reading existing ports (an hour)
     python scripts/models.py --measure   also compare the tiny model of each port with transformers (minutes)
 """
 
@@ -114,9 +114,10 @@ def page(data: dict[str, Any]) -> str:
         "`scripts/models.py`; do not edit.", "",
         "The deviation is the largest of max |ours - theirs| / max |theirs| over prefill, chunks and decode, float32, "
         "on the tiny random model of `tests/support/tiny.py`, by the NumPy reference device.", "",
-        f"`intaglio port TYPE --auto` derives {automatic} of them from their classes in transformers, with no port in "
-        "view and no line written by hand; the last column has the largest deviation of the derived port, in prefill "
-        "and decode, over variants of the configuration. `python scripts/models.py --auto` derives them anew.", "",
+        f"`intaglio port TYPE --auto` derives {automatic} of them from their classes in transformers, without "
+        "reading an existing port and without code written by hand; the last column has the largest deviation of the "
+        "derived port, in prefill and decode, over variants of the configuration. `python scripts/models.py --auto` "
+        "derives them anew.", "",
         "## Ported", "", "| architecture | models | largest deviation | of the automatic port |", "|---|---|---|---|",
     ]  # fmt: skip
     for name in ported:
