@@ -96,7 +96,7 @@ def calibrate_engine(
 ) -> None:
     """Fit the kernels of one serving engine to its tables, print the errors, and write a chip and a library file.
 
-    The arguments are those of calibrate(). Raises ValueError for tables of several engines or of other columns.
+    The arguments are those of calibrate(). Raises ValueError if the tables are of several engines, or lack columns.
     """
     from intaglio.codesign.engine_tables import calibrate_kernels
     from intaglio.codesign.written import new_files, write

@@ -23,10 +23,14 @@ from intaglio.measure.workload import LoadRequest
 
 @dataclass(frozen=True)
 class Apart:
-    """Servers that compute prompts and servers that decode: the step times and settings of one server of each kind.
+    """A disaggregated deployment: servers that compute prompts (prefill) and servers that decode.
 
-    The number of servers of a kind is `replicas` of that kind's placement. route: how the router chooses a server of
-    each kind, one of codesign.fleet.ROUTES.
+    Attributes:
+        prefill: step times of a prefill server. prefill.server.placement.replicas is the number of these servers.
+        decode: step times of a decode server. decode.server.placement.replicas is the number of these servers.
+        prefill_settings: engine settings of each prefill server.
+        decode_settings: engine settings of each decode server.
+        route: how the router chooses a server of each kind, one of codesign.fleet.ROUTES.
     """
 
     prefill: StepTimes | EngineTimes
@@ -61,9 +65,9 @@ class Apart:
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
         """Start times in seconds of the first `concurrency` requests, as a list: 0, and then evenly spaced.
 
-        They fill the estimated time T for which one request is open: request i starts at T * i / concurrency. T is one
-        prefill step with this prompt alone, plus one decode step for each output token, with all open requests spread
-        over the decode servers and half of the response in the cache.
+        Request i starts at T * i / concurrency, with T the estimated time from a request's start to its end. T is one
+        prefill step with this prompt alone, plus one decode step for each output token. For the decode steps, all open
+        requests are spread over the decode servers, and half of the response is in the cache.
 
         request: the lengths, equal for all requests.
         """

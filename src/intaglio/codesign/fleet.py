@@ -66,11 +66,11 @@ class Member:
         self.next = self.queue.next_event() if self.queue.open else NEVER
 
     def take(self, until: float = NEVER) -> None:
-        """Simulate one run of the replica's steps, and set `next` to the end of the run after it.
+        """Simulate one run of the replica's steps, then set `next` to the time at which the following run would end.
 
-        A run is one step with a prompt, or decode steps up to the first of these: a response ends, the engine looks for
-        new requests, the next step would begin at or after `until` seconds; see Queue.take_steps(). It has at least one
-        step, or none if no request is admitted. `next` is where the following run would end.
+        A run is one step with a prompt, or several decode steps. Decode steps stop when a response ends, when the
+        engine looks for new requests, or when the next step would begin at or after `until` seconds, the time of
+        another event of the simulation. A run has at least one step; none if no request is admitted. Returns nothing.
         """
         self.queue.take_steps(until)
         self.look_ahead()

@@ -34,9 +34,11 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
 
 
 def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
-    """The Timing of the gated delta rule (Yang et al. 2025) over prompts, in chunks, or of a step of decoding.
+    """The Timing of a call of the gated delta rule (Yang et al. 2025) that a row of a table describes.
 
-    Chunks of one head and sequence follow each other, since each needs the state after the one before.
+    It is a step of decoding if the row's `phase` is "generation". Otherwise the call processes prompts in chunks of
+    CHUNK tokens. The chunks of one head and sequence run one after another, since each needs the state after the one
+    before.
     """
     batch, tokens, k_heads, dk, heads, dv = (
         int(row[name]) for name in ("batch", "tokens", "n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim")

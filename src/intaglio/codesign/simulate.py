@@ -304,7 +304,10 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: layout, the figures of the Phase, helps_most (name of a change), gain (its speed-up)."""
+        """The layout, its Phase's figures (see Phase.as_dict), and the best change as one dict for JSON.
+
+        The keys are layout, those of the Phase, helps_most (name of the change) and gain (its speed-up).
+        """
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 
 

@@ -70,9 +70,9 @@ def formats_of(row: Row) -> tuple[str, str, float]:
 
 
 def quantise(on: Target, m: int, k: int) -> Timing:
-    """The Timing of the kernels that quantise bf16 activations [m, k], by library.quantise_launches and its relatives.
+    """The Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
 
-    0 s if the library has none.
+    The kernel library's quantise_launches, quantise_bytes and row_cycles describe them. 0 s if quantise_launches is 0.
     """
     if not on.library.quantise_launches:
         return Timing(0.0)
@@ -130,7 +130,8 @@ def cast(on: Target, values: float, bits: int) -> Timing:
 def latent_attention(on: Target, row: Row) -> Timing:
     """The Timing of the attention call of DeepSeek-V3 (MLA) that a row describes, with the write of its latents.
 
-    Single queries attend to cached latents. Prompts attend to keys and values in bf16, a head each.
+    With one query per sequence, all heads attend to the cached latents. With more (prompts), each query head has a key
+    head and a value head of its own, in bf16.
     """
     batch, q, before, heads = integers(row, "batch", "query_len", "context_len", "n_heads")
     bits = 8 if row["kv_dtype"] == "fp8" else 16

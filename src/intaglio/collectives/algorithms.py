@@ -50,9 +50,16 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 
 
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
-    """Add to `w` steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... from the slots `parts`.
+    """Add to `w` the steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... Returns nothing.
 
     A single part is copied.
+
+    Args:
+        w: builds the schedule.
+        rank: number of the rank.
+        chunk: number of the chunk of the tensor to which all these values belong.
+        parts: slots of the values to add.
+        dst: slot of the result.
     """
     if len(parts) == 1:
         w.copy(rank, chunk, dst, parts[0])

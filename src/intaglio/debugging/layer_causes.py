@@ -80,13 +80,13 @@ def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
 
 
 def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """Undo a split of a joined q, k, v matrix in three parts one after another, and split it by head instead.
+    """Split a joined q, k, v matrix in another way. Returns the new list [q, k, v].
 
-    In a matrix by head, each K/V head's key and value rows follow the rows of its query heads. Returns the new
-    [q, k, v].
+    The old split took the matrix's rows as all of q, then all of k, then all of v. The new split takes them as ordered
+    by K/V head: the rows of the head's query heads, then its key rows, then its value rows, then those of the next.
 
     Args:
-        parts: the three parts of the wrong split, in order; together they are the matrix.
+        parts: [q, k, v] of the old split; one below the other they are the matrix.
         share: query heads of each K/V head.
         groups: number of K/V heads.
     """

@@ -36,8 +36,8 @@ class RanksDevice(Device):
         isa: instruction set of the CPU; None: $INTAGLIO_ISA, else the best one.
         cache: folder for packed weights, "auto" or None, as described at HostDevice.
         step_timeout: seconds that a step, and a wait inside it, may take.
-        silence: seconds without a sign of life after which a process that a signal has suspended (SIGSTOP) counts as
-            hung; a running one gets longer, see group.watch().
+        silence: seconds without a sign of life after which a suspended process (SIGSTOP) counts as hung. For a process
+            that is not suspended the limit is longer, see group.watch().
     """
 
     name = "host"

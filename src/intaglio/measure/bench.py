@@ -218,7 +218,8 @@ def _cost(batch: Batch) -> int:
 def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
     """Raise BenchError unless `count` sequences of `length` tokens, with their decode steps, fit the executable.
 
-    Raises it too if `count`, `length` or `runs` is below 1, or if layers with a window have K/V blocks of their own.
+    Raises BenchError, too, if `count`, `length` or `runs` is below 1, or if layers with a sliding window have K/V
+    blocks of their own, which the benchmark does not allocate.
     """
     program, state = executable.program, executable.state
     longest = program.context - DECODE_STEPS

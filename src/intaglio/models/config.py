@@ -123,7 +123,10 @@ class Config:
         return default if value is None else value
 
     def check_length(self, key: str, values: Sequence[Any]) -> None:
-        """Raise PortError unless a list of one value per layer has num_hidden_layers values. key: where it stands."""
+        """Raise PortError if `values`, a list with one value per layer, does not have num_hidden_layers values.
+
+        key: the key of config.json that has the list, for the error. Without num_hidden_layers nothing is checked.
+        """
         layers = self.table.get("num_hidden_layers")
         if isinstance(layers, int) and len(values) != layers:
             raise PortError(f"config.json: {key} lists {len(values)} layers but num_hidden_layers={layers}")

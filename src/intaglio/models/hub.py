@@ -41,7 +41,8 @@ class HubError(CheckpointError):
 def locate(name: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
     """The path of the checkpoint that `name` means, downloaded if it is a hub id.
 
-    A path that exists is returned as it is, also if it has the form of a hub id; so is a name without that form.
+    A path that exists is returned unchanged, even if it also has the form of a hub id. A name that does not have the
+    form of a hub id is returned unchanged, too, whether the path exists or not.
 
     Args:
         name: a path, or a hub id: owner/name, or owner/name:TAG for the GGUF file of the quantisation TAG (Q4_K_M).

@@ -247,8 +247,9 @@ class Op:
         """Names of the operand tensors that the op uses in one of these ways, as a tuple.
 
         uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them. Tensors come in the order
-        of the uses, then of the op's fields; an optional operand that is None is left out. facts: keep only operands
-        whose field was declared with these arguments of operand(), such as access="read".
+        of the uses, then of the op's fields; an optional operand that is None is left out. facts: conditions such as
+        access="read". Each operand's field is declared by a call of operand(); only operands whose call has these
+        arguments are returned.
         """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)

@@ -262,10 +262,10 @@ class Scheduler:
         return True
 
     def move_state(self, sequence: Sequence) -> None:
-        """After a step: take the recurrent state that the step has written as the sequence's state. Returns nothing.
+        """Replace the sequence's recurrent state by the state that its last step has written. Returns nothing.
 
-        The slot of the old state is released, and a new slot is allocated for the next step to write. Without recurrent
-        state nothing changes.
+        It is called after each step. The slot of the old state is released, the slot that the step has written becomes
+        the sequence's, and a new slot is allocated for the next step to write. Without recurrent state nothing changes.
         """
         self.slots.release(sequence.state_slot)
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()

@@ -132,7 +132,8 @@ class Sequence:
     def deadline(self) -> float:
         """Time in seconds at which the engine ends the sequence; infinity without a timeout.
 
-        It is arrival + `timeout`, or before the first step arrival + `queue_timeout` if that is earlier.
+        It is the request's arrival + `timeout`. Until the sequence's first step has begun, it is the arrival +
+        `queue_timeout` if that time is earlier.
         """
         r = self.request
         queue = r.queue_timeout if self.started is None else None

@@ -121,7 +121,10 @@ class HeldLeases:
             self._working = asyncio.ensure_future(self._work())
 
     async def _work(self) -> None:
-        """Release and renew leases until there is nothing to do now."""
+        """Release all leases that are to be released and renew all leases that are due, until none is left.
+
+        A task runs it after each update() that finds no such task running. Returns nothing.
+        """
         now = asyncio.get_running_loop().time
         while self._released or any(due <= now() for due in self._due.values()):
             began, released, self._released = now(), self._released, []

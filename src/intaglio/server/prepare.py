@@ -240,7 +240,7 @@ def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
 
 
 def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
-    """The grammar that response_format or structured_outputs asks for; None without either.
+    """The Grammar (kind and text) that response_format or structured_outputs asks for; None if neither asks for one.
 
     Raises Problem if they ask for more than one, or if response_format's type and its json_schema do not agree.
     """

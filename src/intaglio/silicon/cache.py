@@ -34,7 +34,7 @@ class Cache:
         self.arrival[:] = 0.0
 
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
-        """Record an access to a region of HBM; returns the bytes that the cache moves from and to HBM for it.
+        """Record an access to a region of HBM. Returns the bytes it moves between HBM and cache, both directions summed.
 
         Lines that are read and not in the cache are fetched. Dirty lines that are evicted to make room are written
         back. A cache of size 0 moves all bytes of the region.
@@ -42,7 +42,7 @@ class Cache:
         Args:
             region: the region.
             writes: True for a write.
-            arrival: seconds since the start of the run at which HBM would deliver lines that this access fetches.
+            arrival: when lines that this access fetches will have come from HBM, in seconds of the run.
         """
         self.fetched = self.ready = 0.0
         if not region.nbytes:

@@ -28,8 +28,8 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
 
     They are the seconds in which no compute hides the collective. Two halves of the batch alternate: one computes
     while the other communicates. Each half runs its ops in order, and the second half is never ahead of the first. If
-    both could compute, the one closer to its next collective does, which keeps the links busy. While neither half
-    computes, the seconds count for the collective whose end lets a half continue.
+    both could compute, the one closer to its next collective does, which keeps the links busy. Seconds in which neither
+    half computes are counted for one collective: the one after whose end a half computes again.
 
     seconds: for each op, its seconds for the first and for the second half. is_collective: for each op, True if it is a
     collective.

@@ -27,7 +27,7 @@ class BatchSizes:
     Attributes:
         tokens: number of token rows.
         rows: number of rows whose logits are wanted.
-        sequences: (queries, keys, number of sequences) of each distinct pair of numbers.
+        sequences: a tuple of (queries, keys, n): n sequences have this number of queries and of keys.
         filtered: True if any row is sampled with top-k or top-p.
     """
 

@@ -182,7 +182,7 @@ class LoopPart:
     """Consecutive jobs of a TileLoop for which HBM moves the same bytes.
 
     Attributes:
-        part: number of these jobs, as a fraction of the loop's jobs.
+        part: number of these jobs / number of all jobs of the loop, 0 to 1.
         load: bytes that HBM moves for each loaded byte: 0 if loads hit the L2, 1 if they miss, above 1 if lines are
             also written back for them.
         store: bytes that HBM moves for each stored byte.

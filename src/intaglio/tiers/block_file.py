@@ -66,8 +66,8 @@ def check_block(
     """Check the bytes of a block's file and return the block's contents, uint8 [block_bytes].
 
     Args:
-        held: bytes read from the file, uint8 [n]. At most as many as this block's file must have are read.
-        size: bytes of the whole file, which may be more.
+        held: the file's first bytes, uint8 [n]. The caller need not read more bytes than this block's file must have.
+        size: number of bytes of the whole file.
         where: names the file in errors.
         scope: BlockScope of the engine's blocks.
         key: the block that the file must hold.

@@ -118,7 +118,10 @@ class BlockDirectory:
         return deleted
 
     def remove(self, name: str) -> None:
-        """Delete a block's file, if it is there and may be deleted."""
+        """Delete a block's file. Does nothing if the file does not exist or the file system refuses. Returns nothing.
+
+        Leases are not looked at.
+        """
         with suppress(OSError):
             self.file(name).unlink()
 

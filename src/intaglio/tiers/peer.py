@@ -150,9 +150,10 @@ class PeerTier(StoreTier):
             keys = keys[got:]
 
     def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """A list of the first keys whose blocks the router has announced to be at one peer; it ends at the first other.
+        """The keys at the beginning of `keys` whose blocks the router has announced to be at one peer, as a list.
 
-        address: the peer's. Empty if the first block is not announced there.
+        It ends before the first key whose block is not announced there; [] if that is the first one. address: the
+        peer's.
         """
         return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
 

@@ -123,11 +123,13 @@ class Lane:
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
         """Add part of a stack of matrices [E, ...], such as the weights of experts, to the Program of this lane (rank).
 
+        The new tensor has the name of the stack. Returns nothing.
+
         Args:
             name: name of the stack.
-            stacks: indices of the matrices that this lane takes.
-            parts: every part's share of rows or columns along `axis`; empty: the matrices stay whole.
-            part: index in `parts` of this lane's share.
+            stacks: indices of the matrices that this lane takes; empty: all.
+            parts: how each matrix is cut along `axis`: the rows or columns of every part. Empty: it is not cut.
+            part: index in `parts` of the part that this lane takes.
             axis: axis of the stack along which the matrices are cut.
 
         Raises LayoutError if a cut would split a group of a quantised weight.

@@ -123,13 +123,17 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 
 
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
-    """How the operands and results of `op` must be split if one of them, `name`, is: {name: columns of each lane}.
+    """Find how the operands and results of `op` must be split between ranks if the tensor `name` is split.
 
-    spread() calls it to go on from one op of a recurrent block to its neighbours. {} if the block ends at this op: a
-    linear, or an op for which `name` can be gathered. None if the op can neither be split nor end the block; the block
-    then stays whole.
+    Returns {tensor: list with each rank's columns}. {} if the recurrent block ends at this op, so that nothing more
+    must be split: a linear, or an op for which `name` can be gathered. None if the op cannot run with a split `name`;
+    the whole block is then not split. spread() calls this function to go on from one op to its neighbours.
 
-    shares: the columns of `name` that each lane (rank) holds, a list with an item a lane.
+    Args:
+        p: the Program before sharding.
+        op: an op of the block.
+        name: an operand or result of `op`.
+        shares: the columns of `name` that each rank holds, one item per rank.
     """
     width = int(p.tensors[name].shape[1])
     match op:

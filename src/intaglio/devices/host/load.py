@@ -273,7 +273,10 @@ class _Loader:
         return self.native.weight(self.matrices[self.layout.homes[t.name].matrix], [int(d) for d in t.shape])
 
     def fill(self, t: Tensor) -> None:
-        """Read the values of a matrix and pack them. Returns nothing. Raises DeviceError if they do not fit it."""
+        """Read a matrix from the checkpoint and pack its values into this loader's image. Returns nothing.
+
+        Raises DeviceError if the values in the checkpoint do not fit the shape or format of `t`.
+        """
         home, k, at = self.layout.homes[t.name], int(t.shape[-1]), 0
         for source in t.source:
             for name, x in strips(source, self.weights.read, self.weights.strips):

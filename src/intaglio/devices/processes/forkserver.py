@@ -124,9 +124,9 @@ class ForkServer:
         return child
 
     def status(self, pid: int) -> int:
-        """The wait status, as of os.waitpid(), of a child that has ended. It can be asked for once.
+        """The wait status of a child that has ended, as os.waitpid() returns it. The call does not wait.
 
-        Raises ForkServerError if the server is gone or does not know the status.
+        Raises ForkServerError if the child still runs, if its status was already asked for, or if the server is gone.
         """
         with self.lock:
             answer, _ = self._ask({"status": pid}, (), TIMEOUT)

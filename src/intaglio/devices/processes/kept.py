@@ -24,10 +24,13 @@ class KeptState:
 
 
 class KeptImages:
-    """Memory files, one for each rank, that hold the ranks' packed weights, unless they are cached on disk.
+    """Memory files, one for each rank of a group of processes, that keep the ranks' packed weights.
 
-    The files exist until the last group that uses them is gone. A replacement maps them instead of packing again.
-    Packed files are mapped read-only, so that a rank that crashes does not damage them.
+    They are used if packed weights are not cached on disk. They exist until the last group that uses them is gone. A
+    group that replaces a crashed one maps them instead of packing again. Packed files are mapped read-only, so that a
+    rank that crashes does not damage them.
+
+    ranks: number of ranks.
     """
 
     def __init__(self, ranks: int) -> None:

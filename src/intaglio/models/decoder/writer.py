@@ -74,7 +74,7 @@ class Writer:
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
         """Add the matrices of all experts as one weight of the Program [experts, rows, columns]. Returns `name`.
 
-        If the columns of the matrices are reordered (act-order), add their orders with orders().
+        Column orders (GPTQ's act-order) are not added: the caller adds them with orders().
 
         Args:
             name: the weight's name in the Program.

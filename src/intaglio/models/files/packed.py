@@ -87,10 +87,16 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
 
 
 def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
-    """Raise PortError unless all zeros of 3-bit codes in GPTQ's first format are certainly 4 (symmetric codes).
+    """Raise PortError unless all zero points of a matrix of 3-bit codes are 4, as symmetric quantisation gives.
 
-    The stored words do not tell: AutoGPTQ subtracted 1 from each zero, and GPTQModel subtracted constants from whole
-    words, which changes other bits. base: the module. symmetric: the setting `sym`; False is refused.
+    Only that case is certain in the first version of GPTQ's format. Programs changed the zero points before storing
+    them: AutoGPTQ subtracted 1 from each, GPTQModel subtracted constants from whole 32-bit words. For 3 bits the
+    results differ, and a file does not say which it has. The check accepts words that either program stores for 4.
+
+    Args:
+        stored: the checkpoint's tensors.
+        base: name of the matrix's module.
+        symmetric: the quantisation setting `sym`; False raises PortError.
     """
     words = stored.read(base + ".qzeros").view(np.uint32)
     kinds = [np.resize(np.array(w, np.uint32), words.shape[1]) for w in (THREES, np.subtract(FOURS, GPTQMODEL_ONES))]

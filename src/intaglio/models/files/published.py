@@ -27,11 +27,18 @@ FINDERS = {
 
 
 def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
-    """Find the quantised matrices of a checkpoint. Returns ({name without quantisation: Coded}, set of tensor names).
+    """Find the quantised matrices of a checkpoint. Returns ({name: Coded}, set of stored names).
 
-    The set has the stored tensors that the matrices are made of, and activation scales. Both are empty if nothing is
-    quantised. q: the quantisation settings. where: the file and key that hold them, for errors. Raises PortError for a
-    method that is not supported, or tensors that do not fit it.
+    A name in the dict is the one that the matrix has in an unquantised checkpoint, such as a.weight. The set has the
+    names of the stored tensors from which the matrices are made, and of activation scales. Both are empty if nothing is
+    quantised.
+
+    Args:
+        stored: the checkpoint's tensors.
+        q: the quantisation settings.
+        where: the file and key that hold the settings, for errors.
+
+    Raises PortError for a method that is not supported, or tensors that do not fit the method.
     """
     method = method_of(q, where)
     if (

@@ -30,8 +30,9 @@ class Family:
         prepare: function that changes values of the Config before the context length is read from it, or None.
         tops: names of modules, such as embed_tokens, that show which of `prefixes` a checkpoint has: the first prefix
             for which a tensor PREFIX + MODULE + ".weight" exists.
-        adapt: function (Decoder, {tensor's name: shape}) -> Decoder, for names and cuts of tensors that differ between
-            checkpoints of the same config, or None. It is called with the prefix of the names already in the Decoder.
+        adapt: function (Decoder, {tensor's name: shape}) -> Decoder, or None. It changes the Decoder if a checkpoint
+            names or divides tensors in another way than other checkpoints with the same config. The Decoder that it
+            gets has its `prefix` set.
     """
 
     architecture: str

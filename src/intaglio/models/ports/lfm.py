@@ -23,7 +23,10 @@ MLP = {name: own for name, own in SOURCES.items() if name.startswith("feed_forwa
 
 
 def kinds(c: Config) -> list[str]:
-    """A list of the type of each layer, conv or full_attention. Raises PortError for another type or number."""
+    """A list of the type of each layer, conv or full_attention.
+
+    Raises PortError for another type, or if config.json lists more or fewer types than num_hidden_layers.
+    """
     n, full = c.whole("num_hidden_layers"), c.get("full_attn_idxs")
     usual = ["full_attention" if full is None or i in full else "conv" for i in range(n)]
     return c.layer_types(usual=usual, known=("conv", "full_attention"))

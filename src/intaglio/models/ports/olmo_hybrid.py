@@ -58,10 +58,12 @@ def mixer(c: Config) -> DeltaMixer:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """A copy of the Decoder with the names of norms that the checkpoint has, and its cuts of the convolutions.
+    """A copy of the Decoder that fits the names of norms and the shapes of convolutions in this checkpoint.
 
-    Files that transformers 5.24 saves have the convolutions' channels in three equal parts, whatever q, k and v need,
-    and the norm after attention under the name of another one.
+    Files that transformers 5.24 saves differ from others in two ways. The channels of the convolutions of q, k and v
+    are stored in three equal parts, whatever their widths are. The norm after attention has another name.
+
+    d: the Decoder, made from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """
     norms, layers = dict(d.norms), list(d.layers)
     net = next(i for i, layer in enumerate(layers) if layer.mixer)

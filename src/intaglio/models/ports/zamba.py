@@ -73,7 +73,10 @@ def zamba2(c: Config, context: int) -> Decoder:
 
 
 def block_kinds(c: Config) -> list[str]:
-    """A list of the type of each layer, linear_attention or hybrid. Raises PortError for another type or number."""
+    """A list of the type of each layer, linear_attention (Mamba alone) or hybrid (with a shared block).
+
+    Raises PortError for another type, or if config.json lists more or fewer types than num_hidden_layers.
+    """
     n = c.whole("num_hidden_layers")
     tail = ["mamba"] * 4 + ["hybrid"] + ["mamba"] * 3 + ["hybrid"] + ["mamba"] * 2
     usual = ["mamba", *(["mamba"] * 5 + ["hybrid"]) * 7, *tail]

@@ -142,10 +142,17 @@ def _text(path: Path, name: str, token: Any) -> str:
 
 
 def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Add to `inner` the tokens that tokenizer.json lacks, then named special tokens and extra special tokens.
+    """Add to `inner` the tokens that tokenizer.json lacks, then special tokens. Returns nothing.
 
     The key added_tokens_decoder of tokenizer_config.json lists the lacking tokens. Without that key, the file
-    added_tokens.json lists them. Raises TokenizerError if a token does not get the id that its file states.
+    added_tokens.json lists them. The special tokens are those of `special` and the extra ones that `config` states.
+    Raises TokenizerError if a token does not get the id that its file states.
+
+    Args:
+        path: folder of the files.
+        inner: the tokenizer.
+        config: contents of tokenizer_config.json.
+        special: {name, such as eos_token: text}.
     """
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     own = [v for k, v in config.items() if k.endswith("_token") and k not in NAMED and isinstance(v, str)]

@@ -148,5 +148,8 @@ def takes_tools(template: str | None) -> bool:
 
 
 def thinking_of(template: str | None) -> Thinking | None:
-    """The reasoning delimiters that occur in a chat template; None if it has none of the known ones."""
+    """The Thinking (delimiters of reasoning) whose end delimiter occurs in a chat template.
+
+    None if there is no template, or no known delimiter occurs in it.
+    """
     return next((t for t in THINKING if template and t.end in template), None)

@@ -126,7 +126,10 @@ def _until(rule: str, end: str, special: Mapping[str, int]) -> str:
 
 
 def _optional(marks: Sequence[str], special: Mapping[str, int]) -> str:
-    """A Lark term for one of `marks` or nothing; "" if there are no marks."""
+    """A Lark term, as text, that matches one of `marks` or the empty string; "" if there are no marks.
+
+    special: ids of special tokens by text; a mark that is a special token is matched as a token.
+    """
     return f" ({' | '.join(_mark(m, special) for m in marks)})?" if marks else ""
 
 

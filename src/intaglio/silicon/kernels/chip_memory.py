@@ -36,7 +36,10 @@ class QuantisedRegion:
 
     @property
     def scale_columns(self) -> int:
-        """Columns of an operand x in int8 that share a scale: whole groups, at least formats.SPAN values."""
+        """Number of columns of an int8 operand x that share a scale.
+
+        It is the smallest multiple of self.group that is at least formats.SPAN.
+        """
         return self.group * -(-formats.SPAN // self.group)
 
 

@@ -154,10 +154,13 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
     Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; if not, at the lower one
-    of the rates of L2 and HBM. chip.l2_rate is reached when library.l2_multicast cores get the same line from one read.
-    No two cores read the same line here, so that rate is divided by library.l2_multicast.
+    of the rates of L2 and HBM. chip.l2_rate holds for reads that serve library.l2_multicast cores at once. Here every
+    read serves one core, so the L2's rate is chip.l2_rate / library.l2_multicast.
 
-    moved: also decides whether the operands fit the L2, unless `held`, their bytes, is given (not 0).
+    Args:
+        target: the chip and its kernel library.
+        moved: bytes read and written.
+        held: bytes of the operands, by which it is decided whether they fit the L2; 0: `moved` is taken for it.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast

@@ -41,10 +41,10 @@ def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
 def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside) -> Timing:
     """The Timing of a collective of a tensor of `moved` bytes over chips of several nodes.
 
-    Collectives inside each node come before or after an exchange between k nodes. There a chip sends (k - 1) / k of its
-    part, twice for an all_reduce. Its part is moved / (chips of a node), or `moved` for an all_to_all. The exchange
-    takes ceil(log2(k)) steps (recursive doubling, or Bruck's algorithm), twice as many for an all_reduce, and 1 for an
-    all_to_all.
+    Collectives inside each node come before or after an exchange between k nodes. In the exchange, each chip sends
+    (k - 1) / k of p bytes, and twice as much for an all_reduce. p is moved / (chips of a node), but `moved` for an
+    all_to_all. The exchange takes ceil(log2(k)) steps (recursive doubling, or Bruck's algorithm), twice as many for an
+    all_reduce, and 1 for an all_to_all.
 
     inside: function of (target, collective, chips, bytes) that returns the Timing of a collective in one node. Raises
     ChipError if no network joins nodes, if the last node is not full, and for a collective that cannot span nodes

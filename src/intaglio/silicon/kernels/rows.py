@@ -165,10 +165,10 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
         kernel: gives the number of column ranges and the number of tiles in a ring. kernel.gathered: the rows are read
             by index.
         rows: number of rows.
-        columns: for each ring (circular buffer of f32 tiles of one row), the columns of the whole row. columns[-1] is
-            the width that is divided into ranges; no tile is wider than a range.
-        body: called as body(builder, rings, rows, columns) to emit the instructions of one job. rows: slice of one row.
-            columns: slice of the job's columns; slice(None) if rows are gathered.
+        columns: a whole row's number of columns for each ring. A ring is a circular buffer of f32 tiles of one row. The
+            last number is the width that is divided into ranges. No tile is wider than a range.
+        body: called to emit the instructions of one job, as body(builder, list of rings, slice of one row, slice of the
+            job's columns). The last is slice(None) if rows are gathered.
     """
     parts = kernel.parts()
     step = -(-columns[-1] // parts)
@@ -188,10 +188,14 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
 
 
 def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
-    """A list of Streams that process `rows` rows in tiles of up to ROWS dealt to the cores.
+    """A list of Streams, one for each core with work, that process `rows` rows in tiles of up to ROWS rows.
 
-    body(builder, rings, rows): emits the instructions of one tile. `rings` has a ring of two f32 tiles for each of
-    `widths` columns.
+    Args:
+        mem: the chip's memory.
+        site: name of the op's place in the model.
+        rows: number of rows, whose tiles are dealt to the cores.
+        widths: numbers of columns; the core's SRAM gets a ring of two f32 tiles for each of them.
+        body: called to emit the instructions of one tile, as body(builder, list of rings, slice of rows).
     """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * max(1, sum(widths)))))
     streams = []
@@ -231,10 +235,13 @@ def load_indices(
 def load_once(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, list[Region | None]], names: Sequence[str | None]
 ) -> list[Region | None]:
-    """A list of SRAM tiles with the whole operands `names`; None where a name is None.
+    """Load operands as a whole into a core's SRAM, once for each core. Returns a list of their SRAM tiles.
 
-    k: the core's builder. The first call for a core emits the loads. held: {builder: the list}; the first call adds an
-    item, and later calls return it.
+    Args:
+        k: builder of the core's stream. The first call for a core emits the loads; later calls return the same list.
+        mem: the chip's memory.
+        held: {builder: its list}, kept by the caller between calls. The first call for a core adds the core's list.
+        names: names of the operands; None gives None in the list.
     """
     if k not in held:
         regions = [mem.optional_region(name) for name in names]

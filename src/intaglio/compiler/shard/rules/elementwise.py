@@ -14,9 +14,9 @@ def elementwise(lane: Lane, op: Op) -> None:
     """Append an elementwise op to one rank's Program: on the rank's token rows, on its columns, or on whole operands.
 
     - On token rows if all operands are split by token rows.
-    - On columns if all operands of more than one column are split alike. A result that has views (ranges of its columns
-      that ops read) must also be in the plan of results to be split. Of an operand with a column per head, which is
-      whole, the rank reads the columns of its heads.
+    - On columns if all operands of more than one column are split alike. If ops read views (column ranges) of the
+      result, lane.plan must also list the result as one to split. An operand with one column per head may be whole: the
+      rank then reads the columns of its heads from it.
     - Otherwise on whole operands.
 
     Returns nothing.

@@ -108,8 +108,9 @@ def _mxfp4(b: np.ndarray) -> Quantised:
 def _iq4_xs(b: np.ndarray) -> Quantised:
     """The matrix (Quantised) of IQ4_XS blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
 
-    Layout: f16 d; 6-bit scales stored plus 32 (2 bytes with the high 2 bits, 4 bytes with the low 4 bits of each); 128
-    bytes with two 4-bit indices each into the codebook IQ4, run by run.
+    A value is d * (s - 32) * IQ4[index], with s the 6-bit scale of the value's run. Layout: d in f16; 2 bytes with the
+    high 2 bits of each of the 8 scales s; 4 bytes with their low 4 bits; 128 bytes with two 4-bit indices into the
+    codebook IQ4 each, run by run.
     """
     high = _words(b[..., 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)

@@ -62,7 +62,8 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 def gemma3n(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Gemma 3n's text model.
 
-    The file has multipliers of the standard deviation where config.json has shares of the gate that are cut. Raises
+    The MLPs of some layers set gate values below a limit to 0. The file states the limit as mean + x * standard
+    deviation; it is converted to activation_sparsity_pattern of config.json, the fraction of values set to 0. Raises
     CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
@@ -149,8 +150,8 @@ def _inner_widths(m: Metadata, shared: int) -> list[int]:
 def _experts_beside(m: Metadata) -> dict[str, Any]:
     """A dict of the config keys of experts beside the dense MLP; {} if the file has no router.
 
-    Where a file has no factors of the experts' weights, they are set to 1. Raises PortError unless all layers or none
-    have experts.
+    The model multiplies each expert's routing weight by a stored factor. For a layer whose factors the file lacks, a
+    tensor of ones is added to m.tables. Raises PortError unless all layers or none have experts.
     """
     mixed = [i for i in range(m.layers) if m.has("moe.router.proj.weight", i)]
     if not mixed:

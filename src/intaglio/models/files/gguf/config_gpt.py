@@ -107,7 +107,10 @@ def mpt(m: Metadata) -> dict[str, Any]:
 
 
 def _alibi(m: Metadata, default: float) -> None:
-    """Raise PortError unless the largest slope exponent of ALiBi is 8. default: its value if no key has it."""
+    """Raise PortError unless attention.max_alibi_bias, ALiBi's largest slope exponent, is 8.
+
+    default: the exponent to assume if the file does not have that key.
+    """
     largest = m.real("attention.max_alibi_bias", default)
     if largest != 8:
         raise PortError(f"{m.file.path}: attention.max_alibi_bias={largest} is not ported; wanted 8")

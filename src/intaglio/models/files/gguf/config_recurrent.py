@@ -52,10 +52,10 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 
 
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
-    """(period, offset) of layers that repeat: layer i is among them if i % period == offset. Two ints.
+    """Find (period, offset), two ints, such that the layers `found` are exactly the layers i with i % period == offset.
 
-    For no layers the result is (layers + 1, layers), which holds for none; for one layer (layers + 1, its number).
-    Raises PortError if no period gives exactly these layers.
+    With n layers in the model: (n + 1, n) if `found` is empty, (n + 1, number of the layer) if it has one layer. Raises
+    PortError if no period gives exactly these layers.
 
     Args:
         m: the metadata, which has the number of layers.
