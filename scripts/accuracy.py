@@ -91,7 +91,7 @@ def servers(file: Path) -> list[Figures]:
 
 
 def engine_kernels(folder: Path) -> tuple[list[Figures], list[str]]:
-    """Errors of serving engines' kernels: (figures of each kernel, remarks on what is not expressed).
+    """Errors of serving engines' kernels: (figures of each kernel, remarks on what is not covered).
 
     Those of the engine's kernel by half, with its regimes over all rows; of the chip's own library (`chip`), of the
     constants of another generation of chips (`other`), and after calibration with POINTS rows (`calibrated`), on rows
@@ -293,7 +293,7 @@ def page(figures: Figures) -> str:
 
 
 def left_out(lines: Sequence[str]) -> list[str]:
-    """Remarks of validate_engines() without repetition: one line for each table that no closed form expresses."""
+    """Remarks of validate_engines() without repetition: one line for each table that no closed form covers."""
     whole, rest = dict[str, list[str]](), list[str]()
     for line in lines:
         name, _, why = line.partition(": ")

@@ -2,11 +2,12 @@
 
 Blocks run in a folder where `checkpoint/folder`, `path/to/checkpoint` and every `~/models/NAME` are the bundled model
 with a chat template. The Python blocks of a page share one namespace. `intaglio serve` is started on a free port, asked
-for its health and stopped. A command that ends in `|| true` may fail. Comments in a page, on the line before a block:
+for its health and stopped. Comments in a page, on the line before a block:
 
     <!-- run before: CODE -->    Python that readers need not see
     <!-- part of: FILE -->       the block is an extract of FILE, whose lines are compared; `...` stands for the rest
     <!-- not run: REASON -->     its Python is only compiled, and the options of its commands are only parsed
+    <!-- fails: REASON -->       its commands end with exit code 1
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ REPO = Path(__file__).resolve().parent.parent
 SITE = sorted((REPO / "docs").rglob("*.md"))
 PAGES = [*(REPO / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")), *SITE]
 CHAT = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-MARK = re.compile(r"<!-- (not run|part of|run before):\s(.*?)\s?-->", re.DOTALL)
+MARK = re.compile(r"<!-- (not run|part of|run before|fails):\s(.*?)\s?-->", re.DOTALL)
 COMMAND = re.compile(r" {4,}(intaglio|make|pip|curl|pre-commit|PYTHONPATH=tests|\.venv/bin/\w+) ")
 
 
@@ -44,6 +45,7 @@ class Block:
     text: str
     line: int
     not_run: str = ""  # the reason
+    fails: str = ""  # the reason
     part_of: str = ""  # the file of which it is an extract
 
 
@@ -124,8 +126,7 @@ def run_command(block: Block) -> None:
         assert block.text.split()[1] in targets
     if program != "intaglio":
         return
-    may_fail, text = block.text.endswith("|| true"), block.text.removesuffix("|| true")
-    words = words_of(text)
+    words = words_of(block.text)
     parse_options(words)
     if block.not_run:
         return
@@ -133,7 +134,7 @@ def run_command(block: Block) -> None:
         run_server(words)
         return
     result = CliRunner().invoke(intaglio.cli.app, words, input="")
-    assert may_fail or result.exit_code == 0, result.output
+    assert result.exit_code == bool(block.fails), result.output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))

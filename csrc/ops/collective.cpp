@@ -24,9 +24,12 @@ class CollectiveKernel : public OpKernel {
   // Calls exchange(). While it waits, this thread prefetches weights of the next product, if no other thread would use them.
   template <class Exchange>
   void ahead(const Context& context, Exchange exchange) {
+    struct Until {  // also if the exchange throws: the next op may not outlive this executable
+      Communicator* communicator;
+      ~Until() { communicator->idle = nullptr; }
+    } until{communicator_};
     if (next_ && context.threads == 1) communicator_->idle = [next = next_](int64_t turn) { next->fetch_ahead(0, turn); };
     exchange();
-    communicator_->idle = nullptr;
   }
 
   std::string site_;

@@ -48,6 +48,18 @@ def test_recurrent_checkpoints_pass(folder, family):
             assert wrong.first_bad == "layers.0.linear_attn.gated"
 
 
+def test_modules_that_are_called_twice(folder):
+    """Gemma 3n: router and its norm run before and after each layer; each call is compared with its own op."""
+    path = tiny("gemma3n", folder / "gemma3n")
+    report = check(path)
+    assert report.ok, str(report)
+    sites = {row.site for row in report.rows}
+    assert {f"layers.2.altup.{part}.router" for part in ("predict", "correct")} <= sites
+    p = port(Checkpoint.open(path))
+    swapped = change(p, "layers.1.altup.correct.norm", eps=0.5)
+    assert check(path, program=swapped).first_bad == "layers.1.altup.correct.norm"
+
+
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gemma2", "bfloat16"), ("gemma3", "float16")])
 def test_other_stored_types_pass(tmp_path, family, dtype):
     assert check(tiny(family, tmp_path, dtype)).ok

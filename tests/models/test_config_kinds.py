@@ -91,8 +91,14 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
         (
             "minimax",
             "rope_parameters",
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5 with rope_type='linear', but this family rotates whole heads",
+        ),
+        (
+            "glm4_moe_lite",
+            "rope_parameters",
             {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            "partial_rotary_factor=0.5, but this family rotates whole heads",
+            "partial_rotary_factor=0.5; wanted 1, since qk_rope_head_dim is the turned part",
         ),
         ("mpt", "attn_config", {"clip_qkv": "abc"}, "attn_config.clip_qkv='abc'; wanted a number of 0 or more"),
     ],
@@ -100,6 +106,14 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
 def test_wrong_types_named(row, key, value, says):
     with pytest.raises(PortError, match=says):
         port_config({**config_of(row), key: value}, 64, format="f32")
+
+
+def test_a_number_of_experts_that_is_null():
+    """Neither name of the number has a value in the file: the family's default holds."""
+    config = {**config_of("flint"), "num_experts": None}
+    config.pop("num_local_experts", None)
+    with pytest.raises(PortError):
+        port_config({**config, "num_experts_per_tok": 10**6}, 64, format="f32")
 
 
 def test_time_step_limits_without_an_upper_one():

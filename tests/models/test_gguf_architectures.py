@@ -302,6 +302,14 @@ def test_a_list_that_does_not_fit_the_layers_is_refused(tmp_path, value):
         Checkpoint.open(file)
 
 
+def test_frequency_factors_that_a_port_does_not_use_are_refused(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    file, _, _ = write(tiny("cohere2", tmp_path / "source", rope_parameters=rope), tmp_path / "out")
+    with pytest.raises(PortError, match="the port of 'cohere2' has no rope with frequency factors"):
+        Checkpoint.open(file)
+
+
 def test_biases_of_gate_and_up_in_one_tensor_are_refused(tmp_path):
     path, biases = tiny("qwen3moe", tmp_path / "source", decoder_sparse_step=1), np.ones((8, 64), np.float32)
     file, _, _ = write(path, tmp_path / "out", extra=lambda w: w.add_tensor("blk.0.ffn_gate_up_exps.bias", biases))

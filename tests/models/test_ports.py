@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from support.broken import broken
 from support.saved import save
-from support.tiny import FAMILIES, LLAMA3, LONGROPE, MIXTURES, THREE_TO_ONE, YARN, compare, tiny, truth
+from support.tiny import FAMILIES, LLAMA3, LONGROPE, MIXTURES, ROPE, THREE_TO_ONE, YARN, compare, tiny, truth
 
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import build
 from intaglio.debugging.check import wide_cache
 from intaglio.devices import StateSpec, StepRequest, open_device
-from intaglio.models import Checkpoint, PortError, port, port_config
+from intaglio.models import Checkpoint, PortError, account, port, port_config
 from intaglio.ops import Attend, Linear, Map, Norm, Rope
 from intaglio.program import parse_program
 
@@ -305,11 +305,35 @@ REFUSED_CONFIGS = {
     "num_hidden_layers": (0, "num_hidden_layers=0; wanted an integer"),
     "rms_norm_eps": (-1.0, "rms_norm_eps=-1.0; wanted a number above 0"),
     "attention_bias": ("yes", "attention_bias='yes'; wanted true or false"),
-    "partial_rotary_factor": (0.5, "partial_rotary_factor=0.5, but this family rotates whole heads"),
     "layer_types": (["full_attention"], "layer_types=.* is not supported: LlamaForCausalLM has full attention"),
     "vocab_size": (None, "config.json lacks 'vocab_size'"),
     "dtype": ("float8_e4m3fn", "dtype 'float8_e4m3fn' is not ported; known are float32"),
 }
+
+
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "key"),
+    [
+        ("llama", {"rope_parameters": HALF}, "rope_parameters.partial_rotary_factor"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("deepseekv3", {"rope_parameters": HALF}, "rope_parameters.partial_rotary_factor"),
+        (
+            "gemma3", {"rope_parameters": {"full_attention": HALF, "sliding_attention": HALF}},
+            "rope_parameters.full_attention.partial_rotary_factor",
+        ),
+    ],
+)  # fmt: skip
+def test_a_rotary_factor_that_transformers_ignores(tmp_path, family, change, key):
+    """With rope of type default, families that turn whole heads do so whatever partial_rotary_factor says."""
+    path = tiny(family, tmp_path / family, rope_parameters=change.get("rope_parameters", ROPE))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **change}))
+    assert max(compare(path, "reference", steps=2).values()) < 1e-4
+    fate = next(fate for fate in account(path).keys if fate.key == key)
+    assert fate.fate == "ignored" and "turns whole heads" in fate.why and "turns whole heads" in fate.note
 
 
 @pytest.mark.parametrize("key", REFUSED_CONFIGS)
@@ -324,6 +348,11 @@ def test_configs_refused(key):
     ("family", "change", "says"),
     [
         ("cohere2", {"use_qk_norm": True}, "use_qk_norm=True is not supported"),
+        (
+            "qwen2",
+            {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 with rope_type='yarn', but this family rotates whole heads",
+        ),
         ("gemma2", {"use_bidirectional_attention": True}, "attention is causal here"),
         ("gemma3", {"attn_logit_softcapping": 30.0}, "does not apply it"),
         ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "nothing for sliding_attention"),

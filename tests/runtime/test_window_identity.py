@@ -22,7 +22,11 @@ WINDOW = 20
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"num_hidden_layers": 2},
-}
+    "gemma3n": {  # two layers have K/V caches, the third reads the first one's
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_kv_shared_layers": 1, "intermediate_size": [96, 72, 96], "activation_sparsity_pattern": [0.9, 0.0, 0.5],
+    },
+}  # fmt: skip
 
 
 def cases(rng: random.Random, count: int) -> list[Case]:

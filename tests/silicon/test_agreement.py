@@ -62,11 +62,12 @@ def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:
     return case(op, [temp("x", k), Tensor("w", (n, k), format, "weight")], batch_of([(m, 0)]), f"{m} {n} {k} {format}")
 
 
+@pytest.mark.parametrize("kind", ["linear", "head_linear", "experts"])
 @pytest.mark.parametrize("chip", ["sohu", "tpu_v5e", "trainium2"])
-def test_closed_form_and_machine_agree_on_random_products(chip: str, rng: np.random.Generator) -> None:
-    """See docs/accuracy.md for 200 products of every chip. A few products of any seed are within these bounds."""
+def test_closed_form_and_machine_agree_on_random_products(chip: str, kind: str, rng: np.random.Generator) -> None:
+    """See docs/accuracy.md for more calls, on every chip. A few calls of any seed are within these bounds."""
     on = target(chip)
-    found = [compare_kernel(on, CASES["linear"](rng, on)) for _ in range(9)]
+    found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(9)]
     assert all(0.5 < a.ratio < 2 for a in found), [(a.ratio, a.case.words) for a in found]
     assert np.median([abs(a.ratio - 1) for a in found]) < 0.1, [(a.ratio, a.case.words) for a in found]
 

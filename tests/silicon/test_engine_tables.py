@@ -1,4 +1,4 @@
-"""Tables of serving engines: rows are translated, kernels told apart, and what is not expressed is named."""
+"""Tables of serving engines: rows are translated, kernels told apart, and what is not covered is named."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_errors_are_reported_by_kernel_and_the_rest_is_named(tmp_path: Path) -> 
     assert [(r.table, r.rows) for r in records] == [("vllm_gemm exact", 1), ("vllm_gemm slow", 1)]
     assert [r.median for r in records] == pytest.approx([0, 50])
     assert left == [
-        f"h100_sxm vllm_gemm: 1 rows are not in a format expressed: {', '.join(FORMATS)}",
-        "h100_sxm vllm_msa_context_module: this table is not expressed by the closed forms",
+        f"h100_sxm vllm_gemm: 1 rows are in formats other than {', '.join(FORMATS)}",
+        "h100_sxm vllm_msa_context_module: this table is not covered by the closed forms",
     ]
     done = CliRunner().invoke(app, ["validate", str(tmp_path), "--min-us", "1"])
-    assert done.exit_code == 0 and "not expressed by the closed forms" in " ".join(done.output.split())
+    assert done.exit_code == 0 and "not covered by the closed forms" in " ".join(done.output.split())
 
 
 def test_rows_alternate_between_fit_and_test_and_say_what_their_kernel_does(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_calibrate_takes_tables_of_one_engine(tmp_path: Path) -> None:
     for names, why in (
         (["vllm_gemm.csv", "sglang_gemm.csv"], "give tables of one engine"),
         (["vllm_gemm.csv", "mine.csv"], "give tables of one engine"),
-        (["vllm_msa.csv"], "no closed form expresses this table; those expressed are gemm"),
+        (["vllm_msa.csv"], "no closed form covers this table; those covered are gemm"),
         (["vllm_gemm.csv"], "no kernel has two rows"),
     ):
         with pytest.raises(ValueError, match=why):

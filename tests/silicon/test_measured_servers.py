@@ -200,6 +200,11 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert own.on(times.target).library.small_reduce_s == 2e-6
     assert own.on(target("b200_sxm")).library.small_reduce_s == 3e-6
     assert own.on(target("a100_sxm")).library.barrier_s == 1e-6
+    grouped = {"hopper": {"fp8": {"grouped_mxu_efficiency": 0.1, "barrier_s": 2e-6}}}
+    own = EngineProfile(name="x", description="", library={"barrier_s": 1e-6}, experts=grouped)
+    libraries = [own.on(times.target, experts).library for experts in ("fp8", "nvfp4", "")]
+    assert [one.barrier_s for one in libraries] == [2e-6, 1e-6, 1e-6]
+    assert libraries[0].grouped_mxu_efficiency == 0.1 != libraries[1].grouped_mxu_efficiency
     late = EngineProfile(name="x", description="", older={"before": "1.1", "step_s": 0.5})
     steps = [late.of(release).step_s for release in ("1.0.0rc3", "", "1.1.0rc2.post2", "1.2", "nightly-5b8c")]
     assert steps == [0.5, 0.5, 0, 0, 0]

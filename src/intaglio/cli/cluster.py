@@ -1,4 +1,4 @@
-"""`intaglio cluster`: several replicas of a model on this machine, behind one router."""
+"""`intaglio cluster`: several replicas of a model behind one router, on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`intaglio validate-serving`: measured servers against the queue in virtual time."""
+"""`intaglio validate-serving`: simulates measured servers (codesign/queue.py) and prints errors of their latencies."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def validate_serving(
             )
     if ranking:
         say_ranking(ranked, worst)
-    say(f"{len(rows) - sum(refused.values()):,} of {len(rows):,} rows are expressed.")
+    say(f"{len(rows) - sum(refused.values()):,} of {len(rows):,} rows are covered by the model.")
     if derived:
         say(f"{derived:,} of these do not say how many servers there are; rows with the same measurement do.")
     if drafting:

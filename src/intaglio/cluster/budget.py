@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from intaglio.router import Role
 from intaglio.tiers.peer import default_budget
 
-DECODE_BYTES = 256 << 20  # most of a decode replica: nobody fetches its blocks
+DECODE_BYTES = 256 << 20  # the maximum of a decode replica, because nobody fetches its blocks
 
 
 def peer_budget(role: Role, replicas: int, memory: int) -> int:

@@ -170,13 +170,14 @@ class RelayedRequest:
             if start and not self.started and (self.stream or header.get("end")):  # a whole response comes at once
                 self.status, self.started = 200, True
                 await send(start)
+            movable = header.get("code") in MOVABLE
+            if not movable and (body or header.get("end")):  # before the router notes it, for which nobody need wait
+                await send({"type": "http.response.body", "body": body, "more_body": not header.get("end")})
             if deltas := header.get("deltas"):
                 self._keep(deltas)
-            if header.get("code") in MOVABLE:
+            if movable:
                 self._count_refusal(f"the replica ended it: {header['code']}", header["code"])
                 return False
-            if body or header.get("end"):
-                await send({"type": "http.response.body", "body": body, "more_body": not header.get("end")})
             if header.get("end"):
                 return True
 

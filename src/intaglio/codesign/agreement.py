@@ -1,7 +1,7 @@
 """Compares two models of the time of an op: its chip kernel's closed form, and the simulator.
 
-The simulator executes the chip kernel's instructions without values. `intaglio simulate` times ops by closed forms;
-this module measures how far each is from the streams of instructions that compute the values.
+`intaglio simulate` times ops by closed forms. The simulator times the instruction streams that compute an op's values.
+This module measures how far a closed form is from its streams. For timing, the simulator runs them without values.
 """
 
 from __future__ import annotations

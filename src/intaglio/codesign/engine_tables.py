@@ -2,7 +2,7 @@
 
 Column kernel_source names the kernel that ran; errors are reported by it. A row is modelled by the engine's kernel of
 that name (data/kernels), or by the chip's own library, with the benchmark's conditions. Tables and formats that the
-closed forms do not express are named.
+closed forms do not cover are named.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def validate_engines(
     """Compare modelled with measured times of serving engines' kernels. Returns (Records, remarks).
 
     There is a Record for each chip, engine's table, kernel and format, and a remark, one line of text, for each table
-    or format that the closed forms do not express.
+    or format that the closed forms do not cover.
 
     Args:
         folder: holds `<chip>/<engine>_<table>.csv`.
@@ -161,11 +161,11 @@ def validate_engines(
     for path, chip, engine, table in tables_of(folder):
         name = f"{engine}_{table}"
         if table not in COLUMNS:
-            left.append(f"{chip} {name}: this table is not expressed by the closed forms")
+            left.append(f"{chip} {name}: this table is not covered by the closed forms")
             continue
         rows, others = read_rows(path, table)
         if others:
-            left.append(f"{chip} {name}: {others} rows are not in a format expressed: {', '.join(FORMATS)}")
+            left.append(f"{chip} {name}: {others} rows are in formats other than {', '.join(FORMATS)}")
         if library_name == "engine":
             on = engine_target(chip, engine)
         else:
@@ -202,7 +202,7 @@ def calibrate_kernels(
         seed: of the confidence intervals.
         progress: called before each kernel.
 
-    Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form expresses,
+    Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form covers,
     and if no kernel has two rows.
     """
     engines = {path.stem.split("_")[0] for path in paths if is_engine_table(path)}
@@ -213,7 +213,7 @@ def calibrate_kernels(
     for path in paths:
         table = path.stem.partition("_")[2]
         if table not in COLUMNS:
-            raise ValueError(f"{path}: no closed form expresses this table; those expressed are {', '.join(COLUMNS)}")
+            raise ValueError(f"{path}: no closed form covers this table; those covered are {', '.join(COLUMNS)}")
         rows = [r for r in read_rows(path, table)[0] if float(r["us"]) >= min_us]
         work += [(table, kernel, mine) for (kernel, _), mine in kinds(rows).items() if len(mine) > 1]
     if not work:

@@ -50,6 +50,8 @@ class EngineProfile:
             ops of the Program.
         library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
         generations: {generation of chips, such as hopper: {field: value}}; like `library`, for one generation only.
+        experts: {generation: {format of routed experts' weights, such as nvfp4: {field: value}}}, further values like
+            those of `library` for models with experts in this format.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
         recipes: dicts of profile fields with other values for some servers, such as options with which published
@@ -85,6 +87,7 @@ class EngineProfile:
     fusions: tuple[str, ...] = ()
     library: dict[str, Any] = field(default_factory=dict)
     generations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    experts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     draft_tokens: int = 0
     tokens_per_step: float = 1.0
     recipes: tuple[dict[str, Any], ...] = ()
@@ -158,13 +161,18 @@ class EngineProfile:
                 changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}
         return replace(self, **changes, recipes=(), apart={}, older={})
 
-    def on(self, target: Target) -> Target:
+    def on(self, target: Target, experts: str = "") -> Target:
         """A copy of `target` whose kernel library has this engine's values for some fields.
 
-        The values come from self.library and then from self.generations for the library's generation. If both are
-        empty, returns `target` itself. Raises ChipError for an unknown field of a library, or a value out of range.
+        The values come from self.library, then from self.generations and self.experts for the library's generation. If
+        there are none, returns `target` itself. Raises ChipError for an unknown field of a library, or a value out of
+        range.
+
+        experts: format of the weights of routed experts, such as nvfp4; "": the model has none.
         """
-        changes = {**self.library, **self.generations.get(target.library.generation, {})}
+        generation = target.library.generation
+        own = self.experts.get(generation, {}).get(experts, {})
+        changes = {**self.library, **self.generations.get(generation, {}), **own}
         return target.with_library(**changes) if changes else target
 
     def settings(

@@ -1,7 +1,8 @@
 """Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
 
-A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. The
-requests all start at once, ten for each that is open, as the load generators of such tables do.
+A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. All
+requests, ten times that number, are queued at the start, as by the load generators of such tables; one is sent when
+another ends.
 """
 
 from __future__ import annotations
@@ -311,10 +312,9 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     disagg); "" for other rows. Raises ChipError or LayoutError if the model does not fit.
     """
     assert row.card
-    on = profile.on(target(row.columns["system"]))
-    own = times(
-        row.card, on, row.placement(phase), row.formats(profile), profile.fusions, 1 + profile.draft_tokens
-    )  # fmt: skip
+    how = row.formats(profile)
+    on = profile.on(target(row.columns["system"]), (how.experts or how.weights) if row.card in MIXTURES else "")
+    own = times(row.card, on, row.placement(phase), how, profile.fusions, 1 + profile.draft_tokens)
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
     kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
     return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency, phase == "decode_")

@@ -108,13 +108,9 @@ def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -
     """
     if not outcomes:
         return ()
-    start, first, end, prompt, output = (
-        np.array(column)
-        for column in zip(
-            *((o.start, o.start + (o.end if o.first is None else o.first), o.start + o.end, o.prompt, o.output)
-              for o in outcomes), strict=True,
-        )
-    )  # fmt: skip
+    times = [(o.start, o.end if o.first is None else o.first, o.end, o.prompt, o.output) for o in outcomes]
+    start, first, end, prompt, output = np.array(times).T
+    first, end = start + first, start + end
     found = []
     for at in np.linspace(0.0, end.max(), count):
         decodes = (first <= at) & (at < end)

@@ -7,8 +7,10 @@ transformers runs in float32, and also in bf16 to show the error of that format.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +311,13 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
         if x.numel() % len(tokens) == 0:
             seen.setdefault(site, x.detach().float().reshape(len(tokens), -1).numpy().copy())
 
-    def hook(op: Op) -> Any:
+    def hook(op: Op, turn: int) -> Any:
+        """A hook for the `turn`-th call of the op's module: ops that share a weight are its calls, in order."""
+        calls = count(1)
+
         def after(module: Any, args: Any, out: Any) -> None:
+            if next(calls) != turn:
+                return
             inside = op.site.endswith(".norm") and producers.get(getattr(op, "x", ""), "").endswith(".gated")
             if isinstance(op, Linear | Norm) and op.x in producers and not inside:  # inside: the module has the gate
                 keep(producers[op.x], args[0])
@@ -324,9 +331,12 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
         return after
 
-    handles = [
-        module.register_forward_hook(hook(op)) for op in p.ops if (module := module_of(model, p, op)) is not None
-    ]
+    handles, turns = [], Counter[tuple[int, str | None]]()
+    for op in p.ops:
+        if (module := module_of(model, p, op)) is not None:
+            which = id(module), weight_of(op)
+            turns[which] += 1
+            handles.append(module.register_forward_hook(hook(op, turns[which])))
     cache: Any = DynamicCache()  # without a config it keeps all keys of sliding layers too
     if p.recurrent:  # but then it has no layers for recurrent state
         cache = DynamicCache(config=model.config)
@@ -359,6 +369,13 @@ def _tensor_of(module: Any, out: Any) -> Any:
     return out[1] if type(module).__name__ == "Llama4Router" else out[0]
 
 
+def weight_of(op: Op) -> str | None:
+    """Name of the weight by which module_of() finds the module of `op`; None if it has none."""
+    if isinstance(op, Experts):
+        return op.gate or op.up
+    return op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None
+
+
 def module_of(model: Any, p: Program, op: Op) -> Any:
     """The transformers module that holds the weight of `op`; None if there is none.
 
@@ -366,8 +383,7 @@ def module_of(model: Any, p: Program, op: Op) -> Any:
     """
     if op.site == "lm_head":
         return model.get_output_embeddings()
-    weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None
-    weight = (op.gate or op.up) if isinstance(op, Experts) else weight
+    weight = weight_of(op)
     if weight is None or not p.tensors[weight].source:
         return None
     modules = dict(model.named_modules())

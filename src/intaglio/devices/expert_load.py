@@ -1,4 +1,4 @@
-"""Tokens routed to each expert of a layer, and the experts that each rank holds now."""
+"""ExpertLoad: tokens routed to each expert of a layer, and the experts of each rank; and its merging over ranks."""
 
 from __future__ import annotations
 

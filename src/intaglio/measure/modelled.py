@@ -1,4 +1,7 @@
-"""Runs a load on an engine in the modelled time of simulated chips."""
+"""Runs a load on an engine whose clock is advanced by the modelled times of simulated chips.
+
+This is only the loop that sends requests and records latencies. codesign/serving.py makes the engine and calls it.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ class Settings(dict[str, Any]):
         at: path of the table in the file, such as rope_parameters.
         given: the keys and values in the file, without those set later, such as defaults.
         seen: the keys that were read.
+        ignored: {a key without effect: the reason}.
     """
 
     def __init__(self, table: Mapping[str, Any], at: str = "") -> None:
@@ -49,6 +50,7 @@ class Settings(dict[str, Any]):
         self.at = at
         self.given = dict(table)
         self.seen: set[str] = set()
+        self.ignored: dict[str, str] = {}
 
     def __getitem__(self, key: str) -> Any:
         self.seen.add(key)
@@ -137,8 +139,9 @@ class Config:
         several of them unlike values.
         """
         valued = [key for key in keys if self.get(key) is not None]
-        first, *others = [key for key in valued if key in self.given] or keys
-        if wrong := [key for key in others if key in self.given and self.given[key] != self.given[first]]:
+        told = [key for key in valued if key in self.given]
+        if wrong := [key for key in told[1:] if self.given[key] != self.given[told[0]]]:
+            first = told[0]
             raise PortError(
                 f"config.json: {self.name(first)}={self.given[first]!r} and {self.name(wrong[0])}="
                 f"{self.given[wrong[0]]!r}, two names of one value; wanted equal values, or one of the names"
@@ -178,7 +181,7 @@ class Config:
         if known is None:
             self.parts.append(out)
         else:
-            out.seen = known.seen
+            out.seen, out.ignored = known.seen, known.ignored
         return out
 
     def whole(self, key: str, default: int | None = None) -> int:

@@ -282,7 +282,10 @@ def _judge(
             yield Fate(file, path + part.at.removeprefix(key), "used", "settings of these layers")
         for name, held in part.given.items():
             at = path + part.path(name).removeprefix(key)
-            if name in part.seen:
+            if name in part.ignored:
+                why = part.ignored[name]
+                yield Fate(file, at, "ignored", why, f"{file}: {at}={_short(held)} is ignored: {why}")
+            elif name in part.seen:
                 yield Fate(file, at, "used", "read by the port")
             else:
                 yield _judge_nested(file, name, at, held, str(part.given.get("rope_type", part.given.get("type", ""))))

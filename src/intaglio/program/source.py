@@ -2,13 +2,13 @@
 
     model.layers.0.mlp.experts.{0..7}.w1.weight    a run of eight tensors, joined along the first dimension
     model.layers.0.mlp.experts.gate_up_proj|T      transposed: the last two dimensions exchanged
-    ...gate_up_proj|T|r0:1/2                       then of every 2 rows the first (rows 0 to 1, 1 not included)
-    ...gate_up_proj_bias|c1:2/2                    of every 2 columns the second
+    ...gate_up_proj|T|r0:1/2                       then row 0 of every 2 rows
+    ...gate_up_proj_bias|c1:2/2                    column 1 of every 2 columns
     ...moe_statics.e_score_correction_bias|v       a matrix of one row, as a vector
     ...input_gate_bias|f                           all values of a matrix, as a vector
     ...conv1d.weight|m                             a tensor [rows, 1, columns], as a matrix
     ...kv_b_proj.weight|h16                        a matrix's rows divided into a stack of 16 matrices
-    ...kv_b_proj.weight|h16|s4:8/16                then of every 16 matrices numbers 4 to 7
+    ...kv_b_proj.weight|h16|s4:8/16                then matrices 4 to 7 of every 16
     ...down_proj.weight|g32|c96:192/384            scales repeated for groups of 32 (no value changes), then a cut
 
 The functions here read no files: a `reader` passed in returns a tensor's values by its name.

@@ -1,7 +1,8 @@
 """Placement policies: functions that choose the replica of a job.
 
-cache-aware: the replica with the lowest cost, which is the estimated time to the job's end, plus a share of the time of
-its prefill. round-robin: the replica that was used least recently, for comparison.
+cache-aware: the replica with the lowest cost. The cost is the estimated time until the job ends plus half of its
+prefill's time there; the second term stands for the other jobs that the prefill delays. round-robin: the replica that
+was used least recently, for comparison.
 """
 
 from __future__ import annotations

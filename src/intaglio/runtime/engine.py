@@ -1,8 +1,9 @@
 """The engine: continuous batching of requests on one device, a step at a time, in named stages.
 
-admit (admission.py), schedule (scheduler.py), launch (launcher.py), account (accounting.py), recover (recovery.py).
-Each stage is an object of the engine with public methods. Clock, randomness, device and restart are passed in. One
-thread calls the engine; only its `admission` may be called from any thread.
+admission.py admits requests. A step then expires requests past their deadline (live_requests.py), schedules
+(scheduler.py), launches (launcher.py), accounts (accounting.py), saves K/V blocks (offload.py), and recovers if the
+device is lost (recovery.py). Each stage is an object of the engine with public methods. Clock, randomness, device and
+restart are passed in. One thread calls the engine; only its `admission` may be called from any thread.
 """
 
 from __future__ import annotations

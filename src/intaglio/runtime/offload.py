@@ -1,4 +1,4 @@
-"""The offload stage: saves full K/V blocks through a connector, and loads those that a sequence can start with."""
+"""Offload: saves full K/V blocks through a connector after a step, and loads those that a sequence starts with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""StoreTier: a Connector that keeps K/V blocks in a BlockStore, read by some threads and written by another."""
+"""StoreTier: a Connector that keeps K/V blocks in a BlockStore, read by some threads and written by another.
+
+BlockStore is the protocol of such a store. Its classes are BlockDirectory (directory.py), used by DiskTier, and
+BlockMemory (memory.py), used by PeerTier.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 plan.py decides which results are split among lanes (a lane is one tensor- or expert-parallel rank of a pipeline stage).
 The rule of each op (rules/) rewrites the op on each lane and adds collectives where a split operand is needed whole.
-stages.py then cuts each lane into pipeline stages.
+compiler/stages.py then cuts each lane into pipeline stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shares: which columns (or heads, or experts) of a tensor one lane holds, as runs of indices."""
+"""Share: the columns (or heads, or experts) of a tensor that one lane holds. Plan: the shares of all tensors."""
 
 from __future__ import annotations
 

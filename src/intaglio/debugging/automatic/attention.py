@@ -1,4 +1,4 @@
-"""What an attention block computes: projections and their layout, norms, rope, scale, mask, gate."""
+"""Finds out from a Trace what an attention block computes: projections, norms, rope, scale, mask, gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model computes around its blocks: embedding, residuals and norms of each layer, and the head."""
+"""Finds out from a Trace what a model computes around its blocks: embedding, residuals, norms of layers, and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an MLP block computes: a dense MLP, or experts with their routing and a shared expert."""
+"""Finds out from a Trace what an MLP block computes: a dense MLP, or experts with routing and a shared expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What single modules compute: linears, and norms with their kind, epsilon, offset, weight and bias."""
+"""Finds the linear modules and norms in a Trace, and of a norm its kind, epsilon, offset, weight and bias."""
 
 from __future__ import annotations
 

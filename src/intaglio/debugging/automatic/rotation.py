@@ -1,4 +1,4 @@
-"""What a position embedding does to keys or queries: which columns turn, in which pairs, by which angles."""
+"""Finds out from traced values how a rotary embedding rotates keys or queries: columns, pairs and angles."""
 
 from __future__ import annotations
 

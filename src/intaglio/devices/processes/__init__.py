@@ -1,7 +1,11 @@
 """Devices in child processes. Messages between processes have fixed layouts; nothing is pickled.
 
-job.py: what a process loads. messages.py: steps and results as bytes. board.py: shared memory for a message. child.py:
-the main loop of a child process. group.py: the group of processes as one Executable.
+On one host: job.py: what a process loads. messages.py: steps and results as bytes. board.py: shared memory for a
+message. forkserver.py: starts processes. child.py: their main loop. kept.py: memory that outlives them. group.py: the
+group of processes as one Executable. posted.py: its base class, and that of hosts.py.
+
+On several hosts: hosts.py: the coordinator. agent.py: the agent of a host. membership.py: what both decide.
+connections.py and address.py: authenticated connections. link.py and beacon.py: frames and heartbeats.
 """
 
 from intaglio.devices.processes.forkserver import ForkServer, child_environment

@@ -1,9 +1,9 @@
 """Heartbeats between two hosts as datagrams (UDP), beside the connection that carries frames.
 
-A datagram does not wait behind the frames in a connection, nor for one that was lost. A native thread sends them, so
-that Python code that keeps the interpreter's lock does not silence a host. Each has a number and an HMAC-SHA256; one
-that is forged or comes twice does not count. If a network lets no datagrams through, the heartbeats in the connection
-count alone.
+A datagram does not wait behind the frames in a connection, nor until a lost packet is sent again. A native thread sends
+them, so that Python code that keeps the interpreter's lock does not silence a host. Each has a number and an
+HMAC-SHA256; one that is forged or comes twice does not count. If a network lets no datagrams through,
+only the heartbeats in the connection count.
 """
 
 from __future__ import annotations

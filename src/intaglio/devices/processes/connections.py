@@ -1,4 +1,4 @@
-"""Authenticated TCP connections: between ranks, between launcher and agents, and for K/V blocks.
+"""Authenticated TCP connections: between ranks, between coordinator and agents, and for K/V blocks.
 
 Both ends prove by HMAC-SHA256 over each other's random numbers that they know a token; the token itself does not
 travel. Ranks of different hosts connect once for each pair and epoch, and give the connection to the native

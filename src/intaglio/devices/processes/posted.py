@@ -1,4 +1,7 @@
-"""PostedExecutable: an executable whose steps run in other processes, which answer in the order of posting."""
+"""PostedExecutable: base class of the executables whose steps run in other processes (group.py, hosts.py).
+
+To post a request is to send it without waiting for its result. Results arrive in the order in which requests were sent.
+"""
 
 from __future__ import annotations
 

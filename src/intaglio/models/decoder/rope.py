@@ -148,8 +148,14 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
     if not isinstance(kind, str) or kind not in TYPES:
         raise PortError(f"config.json: rope_type={kind!r} is not ported; known are {', '.join(TYPES)}")
     _check_numbers(kind, p)
-    if part != 1 and not partial and kind != "proportional":
-        raise PortError(f"config.json: partial_rotary_factor={part}, but this family rotates whole heads")
+    if part != 1 and not partial and kind == "default":
+        why = "this family turns whole heads with rope of type 'default', here and in transformers, so it has no effect"
+        p.ignored["partial_rotary_factor"] = c.replaced["partial_rotary_factor"] = why
+        part = 1.0
+    elif part != 1 and not partial and kind != "proportional":
+        raise PortError(
+            f"config.json: partial_rotary_factor={part} with rope_type={kind!r}, but this family rotates whole heads"
+        )
     dim = head_dim if kind == "proportional" else int(head_dim * part)
     if dim < 2 or dim > head_dim or dim % 2:
         raise PortError(

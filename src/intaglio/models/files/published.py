@@ -1,6 +1,7 @@
-"""Quantised matrices as published: finds the tensors that make up one matrix, and decodes its codes without rounding.
+"""Quantised matrices of checkpoints: finds the tensors that make up each matrix, by the checkpoint's method.
 
-Codes stay as they are wherever a format here holds them; the others (such as HQQ's groups along columns) become bf16.
+If a weight format here can hold a matrix's codes, they are kept unchanged. Other matrices, such as HQQ's with groups
+along columns, are rounded to bf16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Matrices whose tensors' types and shapes identify their format: Model Optimizer, AMD Quark, and AutoRound's floats.
+"""FP8, MXFP8, MXFP4, NVFP4 and INT8 matrices as Model Optimizer, AMD Quark and AutoRound write them.
 
-Codes with scales beside them: FP8, MXFP8, MXFP4, NVFP4, and INT8 by row.
+The format is recognised by the types and shapes of the tensors: the codes, and the scales beside them.
 """
 
 from __future__ import annotations

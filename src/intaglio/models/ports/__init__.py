@@ -1,6 +1,6 @@
-"""The table of ported architectures: one file per model family, with one row (Family) per architecture.
+"""The table of ported architectures. A row of the table is a Family and describes one architecture.
 
-Every module of this package except family.py is such a file; its `FAMILIES` are its rows.
+Every module of this package except family.py has the rows of related architectures, in a tuple `FAMILIES`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Family: one row of the table of ported architectures."""
+"""Family: one ported architecture, a row of the table that the modules of this package fill."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """GLM-4 and GLM-4.5.
 
-GLM-4: norms before and after each branch, half of each head rotated, interleaved. GLM-4.5: norms before the branches
-only, half of each head rotated, style half, experts routed as in DeepSeek-V3.
+GLM-4: norms before and after each branch, half of each head rotated by interleaved rope. GLM-4.5: norms before the
+branches only, half of each head rotated by rope of style rotate_half, experts routed as in DeepSeek-V3.
 GLM-4-9B of 2024 has norms before the branches only. Solar Open has the experts of GLM-4.5, GLM-4.7-Flash also has
 latent attention.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from intaglio.models.config import Config
+from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import GLM, PRE, Decoder, Layer, sizes, sparse
 from intaglio.models.decoder.rope import parameters, table
 from intaglio.models.ports.deepseek import experts, latent
@@ -80,6 +80,10 @@ def glm4_moe_lite(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings.
     """
+    if (part := parameters(c)["partial_rotary_factor"]) != 1:
+        raise PortError(
+            f"config.json: partial_rotary_factor={part}; wanted 1, since qk_rope_head_dim is the turned part"
+        )
     n = c.whole("num_hidden_layers")
     kinds = c.get("mlp_layer_types") or ["dense"] + ["sparse"] * (n - 1)
     style = "interleaved" if c.flag("rope_interleave") else "half"

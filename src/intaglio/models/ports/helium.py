@@ -1,4 +1,4 @@
-"""Helium 1: as Llama, with neighbouring pairs turned by rope."""
+"""Helium 1: as Llama, with interleaved rope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and 3.3: pre-norm RMS, style half rope (llama3 or linear scaling), SwiGLU, optional biases.
+"""Llama 2, 3, 3.1, 3.2 and 3.3: pre-norm RMS, rotate_half rope (llama3 or linear scaling), SwiGLU, optional biases.
 
 Llama 4 (text): layers with rope attend within their chunk only. Every fourth layer has no rope, attends to all
 positions and scales its scores with the position. One routed expert per token, its input weighted by a sigmoid, beside

@@ -1,7 +1,8 @@
-"""Chip kernels: one file for each op, with a class that times the op on a chip and writes its instruction streams.
+"""Chip kernels: for each op a class that times the op on a chip and, for most ops, writes its instruction streams.
 
-kernel.py has their base class and registry; product.py, rows.py, tiled.py and chip_memory.py what several kernels
-share. Importing this package imports every module in it, so that each registers its kernel.
+A file is named after its op; collectives.py and recurrent.py have several ops, indexer.py has `choose_keys`. kernel.py
+has the base class and the registry. attend_plan.py, chip_memory.py, grouped.py, nodes.py, product.py, rows.py and
+tiled.py are parts of kernels. Importing this package imports every module in it, so that each registers its kernel.
 """
 
 from importlib import import_module

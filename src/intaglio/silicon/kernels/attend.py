@@ -1,8 +1,8 @@
 """Chip kernel of the op `attend`: FlashAttention (Dao et al. 2022) over a paged K/V cache.
 
 A job is a tile of queries that iterates over tiles of keys. Long contexts of single queries are split into parts, whose
-results are merged (flash decoding). Runs on the matrix array and the vector lanes, or on the fused attention engine of
-a chip that has one. Tiles, jobs and closed form are those of attend_plan.py.
+results are merged (flash decoding). Runs on matrix array and vector lanes, or on the fused attention engine if there is
+one. Tiles, jobs and closed form are those of attend_plan.py.
 """
 
 from __future__ import annotations
@@ -145,9 +145,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
     """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys; window 0: none."""
-    if not window:
-        return q * keys - q * (q - 1) / 2
-    return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())
+    return float(np.minimum(np.arange(keys - q + 1, keys + 1), window or keys).sum())
 
 
 @dataclass(frozen=True)
@@ -172,16 +170,17 @@ class Job:
 
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
-    """A list of the Jobs of sequence number `s` with several new tokens: one for each tile of queries and heads.
+    """A list of the Jobs of a prompt, sequence number `s`: for each tile of queries, first one for each K/V head.
 
     least: keys that a query processes at least, with a sliding window that masks some of them.
     """
-    before, out = int(batch.context_len[s] - batch.q_len[s]), []
+    heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
+    before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()
     for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
         low = int(op.first_seen(np.array(before + rows.start)))
         low = low if op.chunk else max(0, min(low, before + rows.start + 1 - least))
         low -= 0 if op.chunk else low % plan.keys  # the instructions mask a window, but not the chunk before
-        out += [Job(s, head, rows, low, before + rows.stop) for head in range(0, h.heads, plan.pack)]
+        out += [Job(s, head, rows, low, before + rows.stop) for head in heads]
     return out
 
 

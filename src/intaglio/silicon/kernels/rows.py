@@ -1,4 +1,4 @@
-"""Timing and streams shared by the kernels that work row by row: norm, rope, map, embed, select, route, permute.
+"""RowsKernel: timing and streams shared by the kernels that work row by row, such as norm, rope and map.
 
 A job is one row. Its operands are loaded while the row before is computed, and its results stored while the next one
 is. The closed form is the time of that loop (tile_loop.py) with the bytes and cycles of the streams' instructions.

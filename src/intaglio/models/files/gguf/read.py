@@ -69,6 +69,11 @@ def read_gguf(path: Path) -> GgufModel:
     if reader.meta.get("attention.causal") is False:
         raise PortError(f"{path}: {file.architecture}.attention.causal=False is not ported: attention is causal here")
     config = own.describe(reader.meta)
+    if reader.meta.factors and "longrope" not in str((config.get("rope_scaling"), config.get("rope_parameters"))):
+        raise PortError(
+            f"{path}: the port of {file.architecture!r} has no rope with frequency factors; the file has them in "
+            "rope_freqs or rope_factors_long, and they would be left unused"
+        )
     config |= _special(file)
     _note_cost(file)
     return GgufModel(file, config, reader.tables, tuple(judge_keys(file, reader.meta.seen)))
