@@ -68,7 +68,8 @@ SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: rank a
 def shared_rows(rows: int, share: int, shares: int) -> range:
     """The range of token rows that rank number `share` holds if `rows` token rows are divided among `shares` ranks.
 
-    The runs differ by at most one row, and none is longer than that of rank 0.
+    The ranges of all ranks are consecutive. Their lengths differ by at most one row, and rank 0's is the longest. A
+    range is empty if there are fewer rows than ranks and the rank gets none.
     """
     return range(-(-rows * share // shares), -(-rows * (share + 1) // shares))
 
@@ -316,9 +317,11 @@ def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
 
 
 def _check_states(before: list[int], after: list[int]) -> None:
-    """Raise BatchError if a slot of recurrent state is written twice, or read and written, in one step.
+    """Raise BatchError if two sequences write one slot of recurrent state in a step, or if a slot is read and written.
 
-    before, after: the slots that the sequences read and write; -1: none.
+    A sequence must not write the slot that it reads itself, either, so that a failed step can run again.
+
+    before, after: number of the slot that each sequence reads, and of the one that it writes; -1: none.
     """
     written = [slot for slot in after if slot >= 0]
     if not written:

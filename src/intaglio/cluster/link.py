@@ -43,8 +43,8 @@ class Call:
     async def frame(self) -> Frame:
         """Wait for the next frame of the answer. Returns (header, body): a dict and bytes.
 
-        Raises LinkLost if the connection has ended, and Moved after move(), in both cases once all earlier frames are
-        returned.
+        Raises LinkLost if the connection to the replica has ended. Raises Moved after a call of move(), which means
+        that the request is to go on at another replica. Both are raised only after all earlier frames were returned.
         """
         while not self._frames:
             self._arrived = asyncio.get_running_loop().create_future()
@@ -70,9 +70,9 @@ class Call:
         return start, bytes(whole)
 
     def move(self) -> None:
-        """Tell the task that reads this call's answer to go on at another replica, because this one is being drained.
+        """Tell the task that reads the replica's answer to go on at another replica, because this one is being drained.
 
-        frame() returns the frames that have already arrived, and then raises Moved.
+        The task's calls of frame() return the frames that have already arrived, and then raise Moved. Returns nothing.
         """
         self.put(Moved())
 

@@ -228,9 +228,10 @@ class RelayedRequest:
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 
     def _count_refusal(self, why: str, code: str) -> None:
-        """Count a refusal by a replica. Returns nothing, or raises Problem 503 if there were too many.
+        """Count a refusal by a replica. Raises Problem 503 if the request is not to be tried again.
 
-        Normally MAX_REFUSALS are allowed. If _patient() is True, any number is allowed until the job's deadline.
+        Normally MAX_REFUSALS refusals are allowed. If the client has already been sent output, the replica was only
+        busy, and the request has a deadline, any number is allowed until the deadline.
 
         Args:
             why: message of the replica's error.

@@ -71,9 +71,12 @@ def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
 def compare_kernel(on: Target, case: Case) -> KernelAgreement:
     """Time one call by the simulator and by the closed form. Returns a KernelAgreement with the seconds of each.
 
-    The closed form counts activations in the format that the streams keep them in, and the activation of experts as
-    fused, as in the streams. Launches in LEFT_OUT are not counted: libraries do them in other ways than the streams, or
-    not at all. Raises ChipError if the op has no chip kernel.
+    For the comparison, the closed form is told to do as the simulated streams do: values between ops are FP32, and the
+    experts' activation function is fused into the product before it. Launches of rounding and of routing (LEFT_OUT) are
+    not counted on either side, since libraries do them in other ways than the streams, or not at all. Raises ChipError
+    if the op has no chip kernel.
+
+    on: the chip and its library. case: the call.
     """
     on = on.with_library(activation_bytes=VALUE_BYTES, expert_fused_activation=True)
     memory = ChipMemory(on, values=False)

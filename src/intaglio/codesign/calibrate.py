@@ -117,9 +117,12 @@ def value_of(on: Target, name: str) -> Any:
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
     """A copy of the target with another value of one parameter. Raises ChipError for a value out of range.
 
-    name: chip.FIELD, library.FIELD or FAMILY.FIELD, see value_of(). FAMILY.FIELD is set in all kernels of the family.
-    If it is in CONSTANTS, each kernel's own value is multiplied by value / value_of(on, name), and is then at most 1.
-    format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
+    Args:
+        on: the target.
+        name: chip.FIELD, library.FIELD, or FAMILY.FIELD for a field of all kernels of a family, such as prefill.
+        value: the new value. If CONSTANTS has the FAMILY.FIELD, kernels keep their ratios: each kernel's value is
+            multiplied by value / value_of(on, name), and a product above 1 becomes 1.
+        format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -258,9 +261,10 @@ class Search:
     def choose_facts(self) -> None:
         """Try other properties of kernels, such as tiles, and keep those that the samples make clearly more likely.
 
-        For each kernel family of the samples (attention, experts: each format too), first give all properties in FACTS
-        the values of each shipped library, then try each value in FACTS alone. A trial is kept, in `on` and `facts`, if
-        the log-likelihood rises by FACT_GAIN, or by twice FACT_GAIN where several properties change.
+        For each kernel family of the samples (attention and experts: each number format, too), the properties in FACTS
+        first all get the values of a shipped library, one library after another. Then single properties get each of
+        their values. A trial is kept, in `on` and `facts`, if the log-likelihood rises by FACT_GAIN, or by twice
+        FACT_GAIN where several properties change.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -428,8 +432,9 @@ def left_out(
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
     """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
 
-    Up to 20 random calls for each sample combine one measured row with the size (m, tokens, batch or bytes) of another.
-    Of these, the list gets up to three on whose times the `fits` (targets fitted to different rows) differ most.
+    For each sample (rows of one table), up to 20 calls are made up at random: each has the columns of one measured row
+    and the size (m, tokens, batch or bytes) of another row. The list gets the up to three of them whose times differ
+    most as predicted by `fits` (targets fitted to different choices of the rows). A sample of one row gives none.
     """
     out = []
     for s in data:

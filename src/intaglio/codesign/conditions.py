@@ -22,8 +22,8 @@ class Conditions:
     Attributes:
         weight_copies: number of copies of a product's weights, which are used in turn.
         warm_cache: True if keys and values are in the L2, as far as they fit.
-        older_experts: True for the benchmark's older version. There every expert has a gate, and token rows that are
-            left over by rounding go to the experts with the largest numbers of rows.
+        older_experts: True for the benchmark's older version. There every expert has a gate. The numbers of token rows
+            per expert are rounded; rows that are then missing go to the experts with the largest rounded numbers.
         expert_kernels: {number format: name of the library's kernel that ran experts in it}, for formats in which
             this was not the library's default kernel.
     """

@@ -91,7 +91,10 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
 
 
 def number(row: Row, *names: str) -> int:
-    """The product of the values of some columns of a row."""
+    """Multiply the values of the columns `names` of a row, as whole numbers. Returns the product; 1 without names.
+
+    Raises KeyError if the row lacks a column, ValueError if a value is empty or not a whole number.
+    """
     return prod(int(row[name]) for name in names)
 
 
@@ -114,9 +117,10 @@ def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
 
 
 def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
-    """The tables of engines in a folder, as a list of (file, chip, engine, name of the table), in order of the names.
+    """Find the CSV files CHIP/ENGINE_TABLE.csv of measured kernel latencies in a folder.
 
-    Raises ValueError if the folder has none.
+    Returns a list of (file, chip, engine, name of the table), sorted by path. Files of other chips or engines are left
+    out. Raises ValueError if no file remains.
     """
     paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
     if not paths:
@@ -133,7 +137,11 @@ def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def engine_target(chip: str, engine: str, constants: str = "") -> Target:
-    """The Target of a chip with its own library and an engine's kernels. constants: see chips.engine_library()."""
+    """The Target of a chip, whose kernel library is the chip's own with the kernels of a serving engine added.
+
+    constants: generation of chips whose fitted constants the engine's kernels get, such as hopper; "": the chip's own.
+    For an engine whose kernels are not known, the library is the chip's own alone.
+    """
     on = target(chip)
     return Target(on.chip, engine_library(engine, on.library, constants))
 

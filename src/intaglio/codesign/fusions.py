@@ -41,7 +41,7 @@ class FusedKernel(ChipKernel):
 
     @property
     def by_sequence(self) -> bool:  # type: ignore[override]
-        """True if the time of a kernel in it depends on each sequence's length, not only on the number of tokens."""
+        """True if the time of any of the fused kernels depends on the sequences' lengths, not only on token counts."""
         return any(part.by_sequence for part in self.parts)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:

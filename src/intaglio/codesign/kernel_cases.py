@@ -208,7 +208,7 @@ def embed(rng: np.random.Generator, on: Target) -> Case:
 
 
 def select(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case that selects one row of each of 1 to 512 sequences."""
+    """A random Case of the op Select: the batch has 1 to 512 sequences of one token, and every row is selected."""
     width, batch = power(rng, 256, widest(on, 16384, 1), 16), batch_of([(1, 0)] * power(rng, 1, 512))
     op = Select(site="select", x="x", rows="rows", out="y")
     tensors = [temp("x", width), Tensor("rows", ("R",), "i32", "input")]

@@ -111,7 +111,7 @@ class Case:
     rows: tuple[Row, ...]
 
     def of_widths(self, least: int, most: int) -> Case:
-        """The case with only the rows whose head width is in a range."""
+        """A copy of this case with only the rows whose head_dim is from `least` to `most`, both included."""
         mine = tuple(r for r in self.rows if least <= int(r["head_dim"]) <= most)
         return dataclasses.replace(self, rows=mine)
 
@@ -136,7 +136,12 @@ class Case:
         return out | {name: None if name == "tiles" else getattr(facts, name) for name in FACTS[self.op]}
 
     def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = (0, WIDEST)) -> KernelRecord:
-        """A KernelRecord of the rows' kernel and number format with these values of fields; None: the chip's own."""
+        """Make a KernelRecord for the kernel and the number format of this case's rows.
+
+        Args:
+            values: {field: value}. A field with the value None is left out, so that the chip's own value holds.
+            head_dims: least and largest head width for which the record holds.
+        """
         format = FORMAT.get(dtype_of(self.rows[0]))
         return KernelRecord(
             op=self.op, kernel=self.rows[0]["kernel"], why=WHY, formats=(format,) if format else (),
@@ -179,7 +184,15 @@ class KernelSearch:
         return case.cost(values) + sum(m * m for m in moved) / 2
 
     def attempt(self, changes: Values, numbers: Sequence[int], least: float) -> bool:
-        """Take over `changes` in the cases `numbers` if that lowers their cost by more than `least`; True if so."""
+        """Try new values of constants or facts in some cases, and keep them if these cases then fit better.
+
+        Returns True if the values were kept. Otherwise, also if a chip cannot have them (ChipError), nothing changes.
+
+        Args:
+            changes: {name of a constant or fact: new value}.
+            numbers: indices of the cases.
+            least: the sum of these cases' costs (see cost()) must fall by at least this.
+        """
         tried = {i: self.values[i] | changes for i in numbers}
         try:
             costs = {i: self.cost(i, v) for i, v in tried.items()}
@@ -192,7 +205,10 @@ class KernelSearch:
         return True
 
     def alternatives(self) -> Iterator[Values]:
-        """Each other value of each fact."""
+        """Yield {name of a fact: value} for each fact of the kernel and each of the fact's possible values in FACTS.
+
+        Facts are the kernel's discrete properties, such as tile sizes. The present values are yielded, too.
+        """
         for field, values in FACTS[self.cases[0].op].items():
             yield from ({field: value} for value in values)
 
@@ -213,7 +229,10 @@ class KernelSearch:
         return sum(self.costs)
 
     def run(self, facts: bool = True) -> float:
-        """Search in one round for each step size in STEPS. Returns the cost. facts: False to fit constants only."""
+        """Search for better values, in one round for each step size in STEPS, and keep them in `values`.
+
+        Returns the sum of the cases' costs (negative log-posteriors, see cost()). facts: False to fit constants only.
+        """
         for number, step in enumerate(STEPS):
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
                 if any(self.values[0][f] != v for f, v in changes.items()):
@@ -225,10 +244,13 @@ class KernelSearch:
 
 
 def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
-    """Fit one kernel to its rows on one or more chips. Returns (cost, values of CONSTANTS and FACTS for each case).
+    """Fit one kernel to its measured rows on one or more chips.
 
-    Facts are the same in all cases, unless facts of their own are clearly better: then engines have different kernels
-    of this name on these chips.
+    Returns (cost, list with {name of a constant or fact: value} for each case). The cost is a negative log-posterior:
+    lower is better. Facts (discrete properties such as tile sizes) are the same in all cases, unless separate facts for
+    each case are clearly better: then engines have different kernels of this name on these chips.
+
+    cases: the rows, one Case for each chip.
     """
     together = fit_together(cases)
     if len(cases) < 2:
@@ -239,10 +261,11 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
 
 
 def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
-    """fit_kernel() with the same facts in all cases.
+    """Fit one kernel to its rows on one or more chips, with the same facts (discrete properties) on all chips.
 
-    The search starts from the facts of each library in STARTS and of each kernel in
-    MENUS; the best result counts.
+    Returns (cost, list with {name of a constant or fact: value} for each case); a lower cost is better. One search
+    starts from the facts of each library in STARTS and each kernel in MENUS. The result with the lowest cost is
+    returned.
     """
     best: tuple[float, list[Values]] | None = None
     tried, op = list[Values](), cases[0].op
@@ -319,9 +342,10 @@ def calibrate_kernel(
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
     """Fit the engine's kernel to a few of its rows. Returns (records of the fitted kernel, errors of the other rows).
 
-    Constants are fitted, from those of the engine's kernel, whose facts stay. If the library has no kernel of the name,
-    the fit starts from the chip's own, and facts change where that is clearly better. There is a record for each range
-    of head widths that the engine's kernel has. The errors are None if all rows are used.
+    If the library has a kernel of the name in the rows, only its constants (such as efficiencies) are fitted, from
+    their values in the library; its facts (discrete properties such as tile sizes) stay. If not, the fit starts from
+    the chip's own kernel, and facts change where that is clearly better. There is a record for each range of head
+    widths that the engine's kernel has. The errors are None if all rows are used for the fit.
 
     Args:
         case: the rows.

@@ -167,9 +167,9 @@ class Row:
     def load(self) -> list[LoadRequest]:
         """The requests with which the benchmark measured the row, as a list of LoadRequests that all arrive at 0 s.
 
-        There are TURNS (10) for each request kept open. They have the row's lengths. If both lengths are in SPREAD,
-        each request's lengths are drawn at random from 80 to 100 % of them, as the benchmark's load generator does; the
-        seed is the number of open requests.
+        If the row was measured with n open requests, the list has TURNS * n (10 n) requests. They have the row's prompt
+        and output lengths. If both lengths are among the values in SPREAD (1024 and 8192), each request's lengths are
+        instead drawn at random from 80 to 100 % of the row's, as the benchmark's load generator does, with n as seed.
         """
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
         count = TURNS * n

@@ -71,10 +71,13 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int)
 
 
 def pages_that_fit(program: Program, use: MemoryUse, slots: int) -> int:
-    """Number of K/V blocks of BLOCK tokens that fit beside weights, activations and `slots` slots of recurrent state.
+    """Number of K/V blocks of BLOCK tokens that fit into the HBM that is left over.
 
-    use: the MemoryUse of this Program with an empty K/V cache. The result is 0 or less if no block fits. A block of a
-    Program without K/V counts as one byte.
+    Weights, activations and `slots` slots of recurrent state are subtracted first. The result is negative if these
+    alone need more than the HBM, and 0 if less than a block is left. For a Program without K/V cache it is the number
+    of bytes left.
+
+    use: the MemoryUse of this Program with an empty K/V cache.
     """
     state = program.of_role("state")
     held = sum(t.nbytes({"N": slots, "B": BLOCK, "P": 0}) for t in state)

@@ -42,15 +42,18 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A case: its points, the one that the model recommends and the one that measured best.
+    """The recommended and the best measured way to serve one model, engine and chip.
+
+    A point is a way to serve: a layout and a number of open requests. Rows of a benchmark give each point's measured
+    and modelled output tokens/s per chip.
 
     Attributes:
-        question: values of the columns that the points have in common, and the number of open requests if only points
-            of one load are compared.
+        question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only
+            points with N open requests are compared.
         layouts: number of different layouts.
-        points: number of different pairs of layout and number of open requests.
-        recommended: layout and open requests with the highest modelled output tokens/s per chip, in words.
-        best: layout and open requests with the highest measured output tokens/s per chip, in words.
+        points: number of different points.
+        recommended: the point with the highest modelled output tokens/s per chip, as text.
+        best: the point with the highest measured output tokens/s per chip, as text.
         reached: measured tokens/s per chip of `recommended`, divided by measured tokens/s per chip of `best`.
     """
 
@@ -81,8 +84,8 @@ def rankings(
         compared: measured and modelled latencies of the rows.
         at_one_load: True to make a case of its own for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: columns in which all rows of a case are equal. If a column of SAME is left out here, rows with different
-            values of it are compared in one case, as different points.
+        same: names of columns. Rows with different values in one of these columns are in different cases. Rows that
+            differ in a column of SAME that `same` does not name may be in one case, as different points.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
         apart: True to compare rows of disaggregated servers too. Their layout names prefill and decode servers.
     """

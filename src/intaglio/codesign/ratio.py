@@ -28,11 +28,11 @@ FEWER = 0.85
 
 @dataclass(frozen=True)
 class Kind:
-    """A compiled server for prefill or for decode.
+    """One kind of server of a disaggregated deployment: a server for prefill, or a server for decode.
 
     Attributes:
-        times: its step times.
-        settings: settings of its engine.
+        times: object that computes the seconds of the server's steps; times.server describes the server.
+        settings: settings of the server's engine.
     """
 
     times: StepTimes

@@ -273,8 +273,9 @@ def what_helps(
 ) -> list[tuple[str, float]]:
     """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
-    The speed-up is the seconds between two steps before the change over the seconds after it; 1.0 means no effect. The
-    steps are mixed ones (prompts and decoding), or prefill with one output token. Raises ChipError if the chips cannot
+    `change` is the name of the change. The speed-up is the seconds from one step to the next on the unchanged chips,
+    divided by the seconds from one step to the next on the changed chips; 1.0 means no effect. The steps have prompts
+    and decoding sequences, or only prompts if each request has one output token. Raises ChipError if the chips cannot
     hold the load, ValueError for requests longer than the model's context.
     """
     progress(0, 0, "timing the chip as it is")

@@ -55,8 +55,8 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Every
     decoding sequence has half of its response in the cache. Steps with prompts take longer than steps that only decode;
     with `s.mixed` False they decode nothing. As many prompts start as responses end, which gives the fraction of steps
-    with prompts. If even steps that all have prompts are too few for this, fewer sequences decode. The time that the
-    remaining requests wait follows from Little's law.
+    with prompts. If prompts could not keep up even with a prompt in every step, fewer sequences decode. The time that
+    the remaining requests wait follows from Little's law.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:

@@ -271,10 +271,11 @@ class StepTimes:
     def _kernel(self, kernel: Any) -> ChipKernel:
         """The kernel with the number formats in which this server's chips run it: a copy for matrix products, experts.
 
-        nvfp4 weights become e2m1. If the server's `rows` is "auto", activations keep their format. If it is "weights",
-        they get the weights' format where the chip's arrays multiply it (e4m3, e2m1, int8), else bf16 in place of wider
-        formats. Kernels of other ops are returned unchanged. Raises ChipError if the arrays do not take the weights'
-        format.
+        Weights in nvfp4 (e2m1 codes with scales) become e2m1. Activations keep their format if the server's `rows` is
+        "auto". If `rows` is "weights", activations get the format of e4m3, e2m1 or int8 weights if the chip's matrix
+        arrays multiply that format, and bf16 if not. Beside int4 weights they become bf16, and beside other weights
+        only f32 becomes bf16. Kernels of other ops are returned unchanged. Raises ChipError if the arrays do not take
+        the weights' format.
         """
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
             return kernel
@@ -311,12 +312,15 @@ class StepTimes:
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
         """(BatchSizes of the busiest DP rank, tokens of all DP ranks) of one micro-batch of a pipeline.
 
-        A DP rank is a data-parallel copy of the attention layers; the busiest is the one with the most tokens of
-        prompts. Each prompt, the longest first, goes to the rank with the fewest tokens of prompts, and all prompts are
-        in this micro-batch. Decoding sequences are spread evenly over ranks and micro-batches; a fraction counts as one
-        sequence.
+        A DP rank is a data-parallel copy of the attention layers. The busiest rank is the one with the most prompt
+        tokens. All prompts of the step are in this micro-batch. They are dealt to the ranks, the longest first, each to
+        the rank with the fewest prompt tokens so far. Decoding sequences are spread evenly over ranks and
+        micro-batches, and the number per rank is rounded up.
 
-        decoding, context, chunks: the step, as given to exact().
+        Args:
+            decoding: number of decoding sequences of the whole step.
+            context: number of keys of each decoding sequence.
+            chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
         stages = self.count
         each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies
@@ -338,11 +342,11 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """Factor for the K/V traffic of a decode step with `queries` tokens a sequence, over a step with one token.
+        """Ratio of the K/V bytes read by a decode step with self.queries tokens per sequence to those with one token.
 
         The rows of all queries, and of all heads that share a K/V head, are multiplied together in tiles of
-        library.min_query_rows rows. Each tile reads the keys and values once, so the factor is the number of tiles over
-        that for one query, rounded down: 1 or more.
+        library.min_query_rows rows. Each tile reads the keys and values once. The ratio is therefore the number of
+        tiles for self.queries tokens, divided by the number of tiles for one token, and rounded down. It is 1 or more.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -414,10 +418,11 @@ class StepTimes:
 
 
 def around(x: float, step: int) -> tuple[int, int, float]:
-    """The table entries around x: (entry at or below x, next entry, fraction of the way from the first to the next).
+    """Find the grid points for interpolation at x: (point at or below x, next point, fraction of the way to the next).
 
-    Entries are all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
-    their distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
+    Step times are computed only for sizes on this grid, and interpolated between them. The grid has all whole numbers
+    from 1 to `step`, then multiples of `step`. From PER_OCTAVE * 2 * `step` on, it has PER_OCTAVE points, equally
+    spaced, between each number and its double. For x below 1 the result is (1, 2, 0.0).
     """
     if x <= step:
         low = max(1, math.floor(x))

@@ -86,9 +86,10 @@ def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
 
 
 def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
-    """The value of the tensor `name`, as float64, when the ops of `chain` run again with some of them replaced.
+    """Run the ops of `chain` again with some of them replaced. Returns the tensor `name` as float64.
 
-    changed: the replacing ops, by site. Returns None if an op refuses its operands.
+    Returns None if an op refuses its operands. changed: {site (name of an op's place in the model): the op to run
+    there instead}.
     """
     p, v = scene.program, dict(scene.values)
     for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
@@ -137,12 +138,11 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each number of columns of a head that rope may rotate; see variants().
+    """Yield (text that says what is changed, op) for Rope ops that rotate another number of columns than `op`.
 
-    The number that `op` rotates is left out.
-
-    The frequencies are theta^(-i / n) for n pairs of columns. theta is computed from the op's present table. Tables for
-    the other numbers are added to scene.values.
+    Numbers up to the whole head are tried, at most 64 or so. The frequencies are theta^(-i / n) for n pairs of columns,
+    with the theta of `op`'s table of frequencies. The new tables are added to scene.values. Nothing is yielded if the
+    table has fewer than two frequencies, or its second one is not less than the first.
     """
     values, have = scene.values, np.asarray(scene.values[op.frequencies], np.float64)
     assert isinstance(values, dict)
@@ -299,7 +299,8 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each porting mistake that the op Experts may have; see variants().
 
-    Tried are swapped or transposed matrices, other activations and clamps, the weight on the other side, and no biases.
+    Tried are swapped or transposed matrices, other activations and clamps, the routing weight on the experts' input
+    instead of their result (or the reverse), and no biases.
     """
     if op.gate is not None:
         yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
@@ -338,7 +339,10 @@ def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
 
 
 def _alike(scene: Scene, weight: str) -> list[str]:
-    """Names of up to 12 other weights with the shape of `weight`, as a list; the nearest in the table first."""
+    """Names of up to 12 other weights with the shape of `weight`, as a list.
+
+    Weights that are near it in the Program's list of weights come first. [] if the Program has no tensor `weight`.
+    """
     tensors = scene.program.tensors
     names = [t.name for t in scene.program.of_role("weight")]
     at = names.index(weight) if weight in names else 0

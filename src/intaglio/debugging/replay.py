@@ -59,7 +59,10 @@ def replay_journal(
 
 
 def _reported(entries: Iterator[dict[str, Any]], total: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Yield the entries, and call `progress` before each. total: number of all entries."""
+    """Yield the entries unchanged, and before each one call progress(entries already yielded, total, text).
+
+    total: number of all entries.
+    """
     for done, entry in enumerate(entries):
         progress(done, total, f"replaying entry {done + 1:,} of {total:,}")
         yield entry

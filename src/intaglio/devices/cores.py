@@ -29,8 +29,9 @@ def usable_cores() -> int:
 def cpu_limit(membership: str, root: Path) -> float:
     """CPU limit in cores of a process's control groups and of all groups above them; infinity if there is none.
 
-    Reads `cpu.max` (version 2), and `cpu.cfs_quota_us` with `cpu.cfs_period_us` (version 1). Within a container the
-    group's path may be the host's, which does not exist there; then the container's own group is the root.
+    Reads `cpu.max` (version 2), and `cpu.cfs_quota_us` with `cpu.cfs_period_us` (version 1). Within a container,
+    `membership` may state a path that exists only outside it; then the limit of the group at `root` is taken, which is
+    the container's own.
 
     Args:
         membership: the text of /proc/PID/cgroup, lines of "number:controllers:path".

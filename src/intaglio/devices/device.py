@@ -187,8 +187,8 @@ class CompletedStep:
 class Executable(ABC):
     """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
 
-    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: True if the K/V cache is that of
-    the lost executable that this one replaces.
+    `depth`: number of steps to keep under way at once; it is the number of pipeline stages, 1 without a pipeline.
+    `state_kept`: True if this executable replaces a lost one and has kept the lost executable's K/V cache.
     """
 
     program: Program
@@ -208,8 +208,11 @@ class Executable(ABC):
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         """The contents of K/V blocks, uint8 [blocks, block_bytes], after all steps launched so far.
 
-        The bytes mean the same to every executable of equal Programs, device, instruction set and build. Raises
-        DeviceError for a block that is not there, or if block_bytes is 0.
+        Another executable can take these bytes in write_blocks() if it has an equal Program, device, instruction set
+        and build of Intaglio. Raises DeviceError for a block number that the K/V cache does not have, or if block_bytes
+        is 0 (this executable cannot read blocks).
+
+        blocks: numbers of the blocks.
         """
         raise DeviceError(f"{type(self).__name__} cannot read K/V blocks")
 

@@ -16,8 +16,8 @@ class ExpertLoad:
 
     Attributes:
         tokens: tokens routed to each expert since the Program was loaded, i64 [experts].
-        held: the experts of each expert-parallel rank; () for those of other ranks. () if the layout has no redundant
-            experts, so that they cannot be moved.
+        held: for each expert-parallel rank, the numbers of the experts that it holds; () for a rank whose experts are
+            not known. () instead of the whole list if the layout has no redundant experts, so that none can be moved.
     """
 
     tokens: np.ndarray

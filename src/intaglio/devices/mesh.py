@@ -147,9 +147,10 @@ class MeshStep:
                     self.resume(r, output)
 
     def _positions(self) -> tuple[int, list[str]]:
-        """(number of waiting ranks, list of the sites where they wait).
+        """(number of ranks that wait at a collective, list of these collectives' sites, i.e. names of their ops).
 
-        If an attempt to run each rank's collective leaves this unchanged, the ranks are deadlocked.
+        The caller compares two results, before and after it has tried the collective of every waiting rank. If they are
+        equal, no rank went on, and the ranks are deadlocked.
         """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 

@@ -151,9 +151,10 @@ class OracleExecutable(BlockingExecutable):
         return bool((blocks >= 0).all()) and links.tolist() == [held[i] for i in at]
 
     def _states(self, batch: Batch) -> list[int]:
-        """The recurrent state after each token row of the batch, a list of ints: hashes (links) of the tokens so far.
+        """The recurrent state after each token row of the batch, as a list of ints.
 
-        Each sequence's last one is written to its slot. [] if the state has no slots, as for models without recurrence.
+        A state is a hash of the sequence's tokens so far. Each sequence's last state is written to its slot. [] if
+        there are no slots, as for models without recurrence.
         """
         if not len(self.states):
             return []

@@ -59,9 +59,11 @@ class ReferenceExecutable(RankExecutable):
         return [a for x in caches for a in (x.arrays.values() if isinstance(x, Quantised) else (x,))]
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step, op by op, that yields at each collective and returns the StepResult.
+        """Generator that executes one step of this rank, op by op, and returns the StepResult.
 
-        Raises DeviceError for a batch that does not fit.
+        At each collective it yields (the op, this rank's input or None if the op has none). The caller runs the
+        collective with the other ranks and sends back this rank's output, or None if the rank gets none. Raises
+        DeviceError for a batch that does not fit the executable.
         """
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)

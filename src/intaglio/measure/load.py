@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def each(self) -> float | None:
-        """Seconds per output token after the first (TPOT); None with fewer than two."""
+        """Mean seconds per output token after the first (TPOT); None if the request has less than two output tokens."""
         return (self.end - self.first) / (self.output - 1) if self.first is not None and self.output > 1 else None
 
 

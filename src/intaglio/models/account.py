@@ -191,7 +191,10 @@ def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]],
 
 
 def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate for each tensor of a GGUF file and its further parts, by its name in the file."""
+    """Yield a TensorFate (what became of a tensor) for each tensor of a GGUF file, under the tensor's name in the file.
+
+    If the checkpoint is divided into several GGUF files, the tensors of all of them are yielded.
+    """
     assert checkpoint.gguf
     used, formats = _uses(checkpoint, ported)
     starts: dict[Path, list[tuple[int, str]]] = {}

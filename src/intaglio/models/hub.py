@@ -290,9 +290,13 @@ def _first_line(e: BaseException) -> str:
 
 
 def _bar(done: int, total: int, what: str, progress: Progress) -> Any:
-    """A subclass of tqdm that calls `progress(bytes done, total, what)` as a file is downloaded.
+    """Make a subclass of tqdm that reports the download of one file by calls progress(bytes done, total, what).
 
-    done: bytes of the files before it.
+    Args:
+        done: bytes of the files that were downloaded before this one. They are included in the reported bytes.
+        total: bytes of all files.
+        what: text that says what is done, such as "downloading FILE".
+        progress: the function to call.
     """
     from tqdm import tqdm
 

@@ -95,8 +95,9 @@ def port(
 ) -> Program:
     """The Program of a checkpoint, for positions below `context`.
 
-    The default context is the model's own limit. With LongRoPE or dynamic NTK scaling, it is the length up to which the
-    rope table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
+    The default context is the model's own limit. With LongRoPE or dynamic NTK scaling, the rope frequencies depend on
+    the length of the text; the default is then the length up to which they do not change. Weights keep the formats they
+    are stored in. Warns of ignored settings that may matter.
 
     name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
     PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
@@ -217,17 +218,18 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 
 
 def _prefix(family: Family, names: Any) -> str:
-    """The part of the decoder's tensor names before "embed_tokens" or "layers", such as "model."; a str.
+    """Find the part of the decoder's tensor names before "embed_tokens" or "layers", such as "model.". Returns a str.
 
-    It is the first of the family's prefixes with which the checkpoint has one of the family's `tops` modules. For
-    families with the prefix "model." it is "" if the names begin with those modules, as in models saved without their
-    outer class. If the names show no prefix at all, it is the family's first.
+    It is the first of family.prefixes for which the checkpoint has a tensor PREFIX + MODULE + ".weight", with a module
+    of family.tops, such as embed_tokens. If "model." is among the prefixes, "" is tried last, for models saved without
+    their outer class. If none is found and no tensor looks like an embedding or a layer, the result is the family's
+    first prefix.
 
     Args:
         family: the port.
         names: names of the checkpoint's tensors.
 
-    Raises PortError, naming the prefix found, if the checkpoint has another.
+    Raises PortError if the embedding or the layers have another prefix; the error states it.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):

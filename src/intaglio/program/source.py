@@ -120,7 +120,10 @@ def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
 
 
 def names(source: str) -> list[str]:
-    """A list of the names of the checkpoint tensors in a source."""
+    """A list of the names of the checkpoint tensors that a source reads.
+
+    source: text that says which tensors of the checkpoint, or parts of them, make a weight, such as "a.weight|r0:4/8".
+    """
     return [name for name, _ in expand(source)]
 
 
@@ -248,12 +251,13 @@ def _cut_columns(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """Rewrite a cut of columns as the cut of the scales that belong to them, with one scale for `group` columns.
+    """Find which scales belong to a range of columns of a quantised matrix, with one scale for `group` columns.
 
-    Returns a tuple of one step: with group 32, "c96:192/384" gives ("c3:6/12",). () if one group is the whole row, so
-    that the scales need no cut. None if the cut would split a group.
+    A step "cA:B/N" takes the columns A to B (without B) of N. Returns a tuple with the step that takes their scales:
+    with group 32, "c96:192/384" gives ("c3:6/12",). Returns () if a group is the whole row, so that all scales are
+    needed. Returns None if the range begins or ends inside a group.
 
-    step: the cut as text. length: number of columns. Raises ProgramError for a step that does not fit.
+    step: the range of columns as text. length: number of columns. Raises ProgramError for a step that does not fit.
     """
     _, first, last, of = _cut(step, length)
     if group >= length:

@@ -54,7 +54,7 @@ def tensors_well_formed(p: Program) -> Iterator[str]:
 
 
 def sites_unique(p: Program) -> Iterator[str]:
-    """Yield a message for each site that more than one op has."""
+    """Yield a message for each op whose site (name of the op's place in the model) an earlier op has, too."""
     seen: set[str] = set()
     for op in p.ops:
         if op.site in seen:

@@ -60,7 +60,13 @@ class Autoscaler:
         return replicas
 
     def _enough_without_one(self, serving: list[Replica]) -> bool:
-        """True if all sequences together fit on one replica less and take at most SLOWER times as long a step."""
+        """True if one of the replicas could be removed.
+
+        That is so if the remaining replicas can hold all sequences, and a mean step would take at most SLOWER times as
+        long as a mean step now. False for fewer than two replicas.
+
+        serving: the replicas that serve now.
+        """
         n, sequences = len(serving), sum(r.sequences for r in serving)
         if n < 2 or sequences > sum(r.report.max_sequences for r in serving) * (n - 1) / n:
             return False

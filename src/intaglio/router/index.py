@@ -222,10 +222,11 @@ class CacheIndex:
         return tokens
 
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
-        """Number of tokens of one prefix of a prompt that the replica has cached; None if it has not cached the prefix.
+        """Ask whether the replica has cached one prefix of a prompt.
 
-        0 means that this prefix tells nothing, because it is shorter than a K/V block or its block has no name. A
-        longer prefix of the same prompt may still be cached.
+        Returns the prefix's number of tokens if it is cached, and None if it is not. 0 means unknown, because no name
+        of a K/V block is known for the prefix: it is shorter than a block, or replicas gave no names. A longer prefix
+        may still be cached.
 
         Args:
             key: prefix key of the prefix (see prefix_keys()).

@@ -37,11 +37,12 @@ class Estimate:
 
     @property
     def cost(self) -> float:
-        """The cost that placement minimises, in seconds: time until the job ends, plus a share of its prefill's time.
+        """The cost that placement minimises, in seconds: seconds until the job ends + PREFILL_SHARE * prefill seconds.
 
-        The second term stands for the other jobs of the replica, now and later, whose steps the prefill lengthens.
-        Without it, jobs leave their cached prefix for a small gain of their own, and all jobs together compute more.
-        With the whole time, replicas stay idle while jobs of one prefix queue at another.
+        The second term stands for the delay of other jobs of the replica, whose steps this prefill makes longer.
+        Without it, a job would go where it ends a little earlier, away from its cached prefix, and all replicas
+        together would compute more. With a share of 1, replicas would stay idle while jobs with the same prefix queue
+        at another replica.
         """
         return self.end + PREFILL_SHARE * self.uncached * self.pace.per_token
 

@@ -14,9 +14,13 @@ KEY_BYTES = 8
 
 
 def prefix_keys(salt: bytes, pieces: Iterable[bytes]) -> tuple[bytes, ...]:
-    """A tuple with one key for each whole chunk of CHUNK_BYTES of the joined `pieces`. Key i covers chunks 0 to i.
+    """A tuple with one key for each whole chunk of CHUNK_BYTES bytes of the joined `pieces`.
 
-    salt: bytes that make up the keys too, so that only prompts of equal salt share keys: the model, the cache salt.
+    Key i is a hash (KEY_BYTES bytes) of `salt` and of chunks 0 to i, so equal keys mean equal prefixes. () if the text
+    is shorter than a chunk.
+
+    salt: bytes, such as the model's name and the request's cache salt. Prompts with different salts share no keys.
+    pieces: the prompt's text as bytes, in one or more pieces.
     """
     text = b"".join(pieces)
     keys, parent = [], blake2b(salt, digest_size=KEY_BYTES).digest()

@@ -84,10 +84,10 @@ class BlockEvents:
         self._add("cleared")
 
     def after(self, sequence: int) -> list[BlockEvent] | None:
-        """A list of the events after number `sequence`, oldest first.
+        """A list of the events after event number `sequence`, oldest first; [] if there are none yet.
 
-        Returns None if some of them are not kept any more, or `sequence` is not one of this incarnation: the reader
-        then needs a new snapshot.
+        Returns None if some of these events are not kept any more, or no event has had the number `sequence` since the
+        engine started. The reader then needs a new snapshot.
         """
         missing = self.sequence - sequence
         if not 0 <= missing <= len(self.last):
@@ -95,7 +95,13 @@ class BlockEvents:
         return [self.last[i] for i in range(len(self.last) - missing, len(self.last))]
 
     def snapshot(self, scope: str, block_size: int, names: Iterable[str]) -> BlockSnapshot:
-        """The BlockSnapshot of a prefix cache that has the blocks `names` after the last event."""
+        """A BlockSnapshot: which blocks a prefix cache holds now, with the number of the last event.
+
+        Args:
+            scope: digest of the engine's BlockScope; with `block_size` it determines the block names.
+            block_size: tokens in a block.
+            names: names of the blocks that the cache holds.
+        """
         return BlockSnapshot(self.incarnation, self.sequence, scope, block_size, tuple(names))
 
     def _add(self, kind: Literal["stored", "removed", "cleared"], name: str = "", parent: str = "") -> None:

@@ -74,9 +74,9 @@ class LatencyEstimator:
         )
 
     def output_tokens(self, max_tokens: int) -> float:
-        """Expected output length in tokens: LENGTH_MARGIN times the 90th percentile of output lengths.
+        """Expected output length in tokens: LENGTH_MARGIN times the 90th percentile of output lengths so far.
 
-        It is at most `max_tokens`.
+        It is at most `max_tokens`, the request's limit, and equal to it before any request has ended.
         """
         return min(max_tokens, LENGTH_MARGIN * self.output_length)
 
@@ -88,7 +88,10 @@ class LatencyEstimator:
             self.output_length = tokens
 
     def percentile_90(self, estimate: float) -> float:
-        """Seconds within which 9 of 10 requests end, of those that were estimated at `estimate` seconds."""
+        """The seconds within which 9 of 10 requests end if their estimated time is `estimate` seconds.
+
+        It is `slowdown` * estimate; before any request has ended, `estimate` itself.
+        """
         return self.slowdown * estimate
 
     def observe_request(self, estimate: float, seconds: float) -> None:

@@ -183,9 +183,12 @@ class Launcher:
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
-        """Context manager that records the sequences in flight if its block raises DeviceLost. The error is not caught.
+        """Context manager for device calls. If the code inside it raises DeviceLost, it notes what was lost.
 
-        in_step: True if the block waits for a step; False if it moves K/V blocks.
+        `in_flight` gets the sequences of all launches under way, and `lost_in_step` gets `in_step`. The error is raised
+        on. The `with` statement yields None.
+
+        in_step: True if the code waits for a step; False if it copies K/V blocks.
         """
         try:
             yield
@@ -236,7 +239,8 @@ class Launcher:
 def launch_groups(scheduled: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
     """A list of the launches of a step, each a list of sequences.
 
-    All sequences are in one launch, except suspects of a device loss, which have one each.
+    All sequences are in one launch, except suspects: each of these has a launch of its own. A suspect is a sequence
+    that was in flight when the device was lost, and may be the cause. Without sequences the list is empty.
     """
     batched = [s for s in scheduled if not s.sequence.suspect]
     suspects = [[s] for s in scheduled if s.sequence.suspect]

@@ -21,13 +21,16 @@ from intaglio.runtime.sequence import Sequence
 def reservations(
     window: int, block_size: int, *, context: int, max_batch_tokens: int, depth: int
 ) -> tuple[int, int]:  # fmt: skip
-    """Numbers of window blocks to provide: (most that one sequence reserves, those that all steps share), two ints.
+    """Numbers of window blocks to provide: (blocks that each sequence reserves, blocks that all steps share), two ints.
 
-    Window blocks are the K/V blocks of layers with a sliding window. A step of r rows reads and writes window - 1 + r
-    positions of a sequence, in at most (window // block_size + 3) + r // block_size blocks. The first term is what a
-    sequence reserves. All sequences of a step have at most `max_batch_tokens` rows together, so the last term is needed
-    once for each step under way: depth * (max_batch_tokens // block_size) is the second number. If a whole context has
-    no more blocks than the first term, the result is (blocks of a context, 0).
+    Window blocks are the K/V blocks of layers with a sliding window. A step with r rows of a sequence reads and writes
+    window - 1 + r positions of it. They touch at most window // block_size + 3 + r // block_size blocks.
+
+    - Each sequence reserves window // block_size + 3 blocks, the part that does not depend on r.
+    - The steps share depth * (max_batch_tokens // block_size) blocks for the rest, because all sequences of a step
+      together have at most `max_batch_tokens` rows.
+
+    If a whole context needs no more blocks than a sequence would reserve, the result is (blocks of a context, 0).
 
     Args:
         window: positions that a query sees.

@@ -63,8 +63,8 @@ class Reading:
     Attributes:
         style: how to parse the text of a chat into reasoning, content and tool calls.
         ignored: names of request fields that had no effect.
-        echo: text to put in front of the output.
-        prefix: number of prompt tokens at the beginning that are not part of `echo`, such as BOS.
+        echo: text to put in front of the output: the prompt's text if the request asked for echo; "": none.
+        prefix: number of tokens at the prompt's beginning, such as BOS, that have no text in `echo`.
     """
 
     style: OutputStyle

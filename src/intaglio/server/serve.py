@@ -167,7 +167,13 @@ class Shutdown:
             self.service.drain()
 
     async def wait(self, serving: asyncio.Future[Any]) -> None:
-        """Wait until the server should end: drained, second signal, HTTP server stopped, or no model able to serve."""
+        """Wait until the server should end. Returns nothing.
+
+        It should end when it is drained, after a second signal, when the HTTP server has stopped, or when no model can
+        serve requests any more. In the last two cases `code`, the exit code, is set to 1.
+
+        serving: future of the running HTTP server.
+        """
         service = self.service
         while not serving.done():
             if service.broken or (service.ended and not service.draining):

@@ -136,9 +136,10 @@ class Service:
         return refusals[0] if all(refusals) else None
 
     def _join(self, reasons: list[str | None]) -> str | None:
-        """The reasons, one per model, joined to one line; with the models' names if there are several.
+        """Join the models' reasons to one line; each is preceded by the model's name if there are several models.
 
-        None without a reason.
+        reasons: a reason for each model, in the order of self.models; None: the model has none. Returns None if no
+        model has a reason.
         """
         named = [(name, why) for name, why in zip(self.models, reasons, strict=True) if why]
         return "; ".join(f"{name}: {why}" if len(reasons) > 1 else why for name, why in named) or None

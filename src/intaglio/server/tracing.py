@@ -90,11 +90,16 @@ def trace_headers() -> list[tuple[str, str]]:
 
 
 def trace_choices(usages: Mapping[int, Usage], model: str, now: float) -> None:
-    """Record the phases queue, prefill and decode of each choice as children of the current span, if one is traced.
+    """Record the phases queue, prefill and decode of each choice as children of the current request's span.
 
-    usages: each choice's Usage, by number of the choice. model: the model's name. now: the present time by the engine's
-    clock, for the conversion of its times to times of day. Attributes have the names of OpenTelemetry's conventions for
-    generative AI, where these have one.
+    Does nothing if the request is not traced, or without choices. Phases that a choice did not reach are left out.
+    Attributes that OpenTelemetry's conventions for generative AI define have the conventions' names; the others begin
+    with "intaglio.".
+
+    Args:
+        usages: {number of the choice: its Usage}.
+        model: the model's name.
+        now: the present time by the engine's clock, for the conversion of the engine's times to times of day.
     """
     tracer = _active.get()
     if tracer is None or not usages:

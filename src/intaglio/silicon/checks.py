@@ -187,9 +187,10 @@ class Accesses:
         self.entries: dict[tuple[int, int, int, int], Entry] = {}
 
     def entry(self, region: Region) -> Entry:
-        """The Entry of `region`. Regions of the same bytes in the same rows have one Entry.
+        """The Entry of `region`: the record of the last accesses to these bytes, by which races are found.
 
-        At the first call for these bytes it is new, and linked to all earlier Entries whose regions overlap `region`.
+        Regions with the same bytes in the same rows share one Entry. The first call for these bytes creates the Entry.
+        The new Entry and each existing Entry of an overlapping region are then added to each other's `overlapping`.
         """
         key = (region.address, region.rows, region.row_bytes, region.stride)
         if key not in self.entries:

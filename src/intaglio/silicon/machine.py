@@ -261,9 +261,16 @@ class Machine:
         heapq.heappush(self.events, (time, self.event_count, core, engine, visible))
 
     def _end(self, c: int, engine: int, start: float, cost: Cost, ready: float = 0.0) -> None:
-        """Free an engine at the end of its instruction, and count what the instruction used.
+        """Free an engine at the end of its instruction, and count what the instruction used. Returns nothing.
 
-        Its result becomes visible cost.latency_s later, but not before `ready`, in seconds of the run.
+        The instruction's result becomes visible to other instructions cost.latency_s from now, but not before `ready`.
+
+        Args:
+            c: number of the core.
+            engine: number of the engine.
+            start: when the instruction began, in seconds of the run.
+            cost: what the instruction used.
+            ready: earliest time of visibility, in seconds of the run.
         """
         core = self.cores[c]
         i = core.queues[engine][core.started[engine] - 1]
@@ -309,8 +316,9 @@ class Machine:
     def _start(self, c: int, engine: int, i: Instruction) -> None:
         """Start instruction `i` on an engine of core `c`: compute its values now, and schedule its end.
 
-        Raises MachineError, naming site, engine and instruction: if the instruction's run() does, or if a received
-        message has not the shape of the region into which it is received.
+        Values are computed only in a run with values. Returns nothing. Raises MachineError if the instruction's run()
+        raises it, or if a received message has not the shape of the region into which it is received. The error names
+        the site (the op's place in the model), engine and instruction.
         """
         core = self.cores[c]
         idle = self.now - core.free_at[engine]

@@ -97,9 +97,10 @@ class BlockMemory:
             return self._blocks.get(name)
 
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-        """The contents of a block, uint8 [block_bytes].
+        """The contents of the block `key`, uint8 [block_bytes].
 
-        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged.
+        Raises FileNotFoundError if nothing is stored under the block's name, BlockFileError if the stored bytes are
+        damaged or belong to another block.
         """
         if (block := self.get(key.name)) is None:
             raise FileNotFoundError(f"{key.name} is not in {self.where}")
@@ -107,14 +108,17 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
-        """Keep a block's bytes, instead of those kept under this name before. Returns how many others were deleted.
+        """Keep a block's bytes in memory, replacing a block of the same name. Returns how many blocks were deleted.
 
-        If the budget would be exceeded, the least recently used blocks that no lease pins are deleted, until this one
-        fits and a part of the budget is free.
+        If the budget would be exceeded, the least recently used blocks that no lease pins are deleted, until the new
+        block fits and, where possible, 1 / ROOM of the budget is free. Raises NoRoom if the new block itself would have
+        to be deleted, because the blocks left are pinned or were used more recently; the new block is not kept then.
 
-        parent: name of the block before it. If the parent is here, the new block counts as used just before the parent
-        was; else as used now. Raises NoRoom if the others, which are pinned or were used later, leave no room within
-        the budget; the block is not kept then.
+        Args:
+            name: the block's name.
+            parts: the bytes, in one or more pieces.
+            parent: name of the block before this one in its sequence. If the parent is in this store, the new block
+                counts as used just before the parent was; else as used now.
         """
         block = b"".join(parts)
         with self._lock:

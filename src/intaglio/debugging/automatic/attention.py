@@ -222,7 +222,9 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """Factor by which queries are scaled beside rope, a float; None if queries are rotated otherwise than keys.
+    """The factor by which rope's step scales queries in addition to the rotation; 1.0 if it does not scale them.
+
+    None if the queries' rotation is not the keys' rotation, whatever the factor.
 
     Args:
         before: the queries before rope, [heads, tokens, head_dim].

@@ -222,9 +222,15 @@ def _sized(tiny: TinyModels) -> set[str]:
 
 
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
-    """Source text for the port file that refuses every value of `key` other than the target's own.
+    """Python statements for a written port file: they raise PortError if config.json has an unported value of `key`.
 
-    new: a value that cannot be ported. why: the reason, for the error.
+    Only the value that the model being ported has is accepted.
+
+    Args:
+        tiny: builds models with that model's settings.
+        key: the config key.
+        new: another value of the key, with which porting failed.
+        why: the reason, for the error.
     """
     usual = {**tiny.usual, **tiny.settings()}.get(key)
     short = re.sub(r"[\"\\\n{}]", "", why)[:70]
@@ -237,8 +243,9 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 def _saved(folder: Path, module: str) -> str:
     """The name under which a checkpoint has the weight of the output head, without ".weight".
 
-    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding: the result is the
-    name of the only embedding table outside all modules, or `module` if there is no such table or there are several.
+    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding, and the result is
+    the name of the embedding table if its name has no dots and contains "emb". It is `module` if no such matrix exists
+    or there are several.
 
     Args:
         folder: the checkpoint.

@@ -99,9 +99,12 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """What a mixture of experts computes, as a dict with the keys of _expert(), _routing(), _shared(), and `experts`.
+    """Find what a mixture of experts computes. Returns a dict.
 
-    `experts` is the name of the experts' module within the mixture's module.
+    - experts: name of the experts' module within the mixture's module.
+    - count, width, top, turned, activation, inside: the routed experts, see _expert().
+    - routing: list of the possible routings, see _routing().
+    - shared, shared_gate: the shared expert, see _shared().
 
     Args:
         t: the trace.

@@ -189,8 +189,8 @@ class HostGroup:
     def send(self, kind: int, message: bytes) -> None:
         """Send a frame to the coordinator. The payload is this group's epoch (its number, 8 bytes), then `message`.
 
-        By the epoch the coordinator drops frames of a group that has been replaced. kind: kind of the frame, such as
-        membership.RESULT. Raises LinkLost if it cannot be sent.
+        The coordinator reads the epoch to drop frames of a group that has been replaced. kind: kind of the frame, such
+        as membership.RESULT. Raises LinkLost if the frame cannot be sent.
         """
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 

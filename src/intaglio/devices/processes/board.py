@@ -30,7 +30,10 @@ class Board:
         self.map: mmap.mmap | None = None
 
     def write(self, parts: Sequence[np.ndarray]) -> None:
-        """Replace the message by the bytes of these arrays, each padded to a multiple of 8 bytes. Returns nothing."""
+        """Replace the board's one message by the bytes of `parts`. Returns nothing.
+
+        parts: arrays; each one's bytes are padded to a multiple of 8 bytes.
+        """
         size = size_of(parts)
         room = self._mapped(LENGTH + size, grow=True)
         room[:LENGTH] = size.to_bytes(LENGTH, "little")
@@ -49,7 +52,10 @@ class Board:
         return memoryview(self._mapped(LENGTH + size, grow=False))[LENGTH : LENGTH + size]
 
     def close(self) -> None:
-        """Close the file; views of the message stay valid."""
+        """Close this board's memory file. Views of its message that callers already have stay valid. Returns nothing.
+
+        A second call does nothing.
+        """
         self.map = None  # views of it may live on; it is unmapped with the last of them
         if self.file >= 0:
             os.close(self.file)

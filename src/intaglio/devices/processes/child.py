@@ -112,8 +112,8 @@ class Rank:
         """Run request `number` and write its answer where the parent reads it. Returns nothing.
 
         If this is the only process, an error becomes the answer. In a group of several ranks an error aborts the group
-        and ends this process, because the other ranks would wait for this one forever. A SwitchError ends this process
-        in both cases.
+        and ends this process, because the other ranks would wait for this one forever. A SwitchError (a failed exchange
+        of experts, after which the weights are not consistent) ends this process in both cases.
         """
         slot = number % len(self.requests)
         try:

@@ -126,7 +126,14 @@ def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None)
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A job in the child process, with its device and weights opened."""
+    """What a child process runs, after the device and the weights that its Job names have been opened.
+
+    Attributes:
+        device: the open device.
+        program: the Program to load; a MeshProgram for all ranks of a mesh.
+        weights: the open weights.
+        state: size of the K/V cache and of recurrent state.
+    """
 
     device: Device
     program: Program | MeshProgram

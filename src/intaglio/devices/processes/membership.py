@@ -125,11 +125,12 @@ class Roster(Generic[Member]):
 class Epoch(Generic[Member, Answer]):
     """The coordinator's record of one group of ranks: the answers of its agents, and why the group ended.
 
-    A group that replaces another has a higher epoch, its number. A step is complete when all agents have answered it.
-    The first failure ends the group for good: what comes later, or from another group, is dropped.
+    Each group has a number, its epoch. A group that replaces another has a higher number. A step is complete when all
+    agents have answered it. The first failure ends the group for good: later answers, and answers of another group, are
+    dropped.
 
     Args:
-        number: number of the epoch.
+        number: the group's number.
         members: agents of the hosts in the order of their ranks.
     """
 

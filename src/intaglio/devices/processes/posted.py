@@ -171,9 +171,12 @@ class PostedExecutable(Executable):
     def _ask_about_experts(self, action: str, layers: Mapping[str, Ranks] | None = None) -> list[Any]:
         """Post a request about experts to all ranks, and return each rank's answer as a list.
 
-        An answer is a dict for the action "loads", and True or False for "load", "loaded" and "switch"; see
-        experts_parts(). layers: the experts of each rank, by site (name of a layer's op), for "load"; None for the
-        others. Raises DeviceError if a rank fails.
+        An answer is what the rank's Executable returned: a dict of the experts' loads for "loads", True or False for
+        "load" (expert_loads(), load_experts(), ...). Raises DeviceError if a rank fails.
+
+        Args:
+            action: "loads", "load", "loaded" or "switch", see experts_parts().
+            layers: for "load", {site (name of a layer's op): the experts of each rank}; None for other actions.
         """
         found = [read_value(message) for message in self._ask(experts_parts(action, layers))]
         for error, _ in found:

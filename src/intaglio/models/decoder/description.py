@@ -53,14 +53,15 @@ class Layer:
         beside: True if the layer has attention beside the mixer, and their results are added (Falcon-H1).
         attention: True if the layer has attention or a mixer.
         mlp: True if the layer has an MLP or experts.
-        mix: factors on the residual and on attention's result where the two are added.
+        mix: (factor on the residual, factor on attention's result) where the two are added.
         shares_index: True if sparse attention here has no indexer of its own (see Latent). It uses the positions chosen
             in the nearest earlier layer that has one.
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
         sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
             n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
-        shared: (number of the layer under whose name the checkpoint has the weights, number of the use) if the layer
-            has the Decoder's shared block before its mixer; None: it has not. Uses of all blocks are counted from 0.
+        shared: (owner, use) if the layer runs a shared block before its mixer (Zamba, see Decoder.shared), else None.
+            owner: number of the layer whose tensor names in the checkpoint hold the block's weights. use: how many
+            earlier layers run a shared block; it chooses the adapters.
     """
 
     rope: str = "rope"
@@ -90,14 +91,15 @@ class Layer:
 class Shared:
     """A transformer block whose weights several layers share (Zamba): attention and an MLP, without residuals.
 
-    It reads the layer's input beside the embedding, so attention has twice the usual columns. A linear of each layer
-    follows, and the sum of its result and the layer's input goes into the layer's mixer.
+    The block reads the columns of the layer's input joined with those of the embedding, so its input has 2 * hidden
+    columns. A linear that each layer has for itself is applied to the block's result. The sum of the linear's result
+    and the layer's input goes into the layer's mixer.
 
     Attributes:
         block: name of the block's module in a layer of the checkpoint.
         fused: True if the checkpoint stores the MLP's gate and up as one, gate_up_proj.
-        rank: columns between the two linears of the MLP's adapters, which each use has of its own; 0: none.
-        qkv_rank: the same of adapters of queries, keys and values; 0: none.
+        rank: rank of the low-rank adapters (LoRA) that each layer adds to the MLP; 0: none.
+        qkv_rank: rank of the adapters that each layer adds to the projections of queries, keys and values; 0: none.
         bias: True if the MLP's linears have biases.
     """
 
@@ -129,7 +131,7 @@ class Indexer:
 
     Attributes:
         heads: number of its heads.
-        head_dim: columns of a head; rope turns the first of them, as many as the layer's rope has.
+        head_dim: columns of a head. Rope rotates its first columns, as many as the layer's rope table covers.
         top: number of positions that it chooses for each query.
         style: how rope pairs columns, "half" or "interleaved".
     """
@@ -401,9 +403,10 @@ def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
 
 
 def window(c: Config, kind: str) -> int:
-    """Attention window in tokens of a layer of the type `kind`: sliding_window, or 0 unless kind is sliding_attention.
+    """Attention window in tokens of a layer of the type `kind`; 0 means full attention.
 
-    Raises PortError if a layer of that type needs sliding_window and the config lacks it.
+    It is the config's sliding_window for the type sliding_attention, and 0 for every other type. Raises PortError if
+    kind is sliding_attention and the config lacks sliding_window.
     """
     return c.whole("sliding_window") if kind == "sliding_attention" else 0
 

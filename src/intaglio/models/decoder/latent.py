@@ -51,7 +51,9 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
 
 
 def _turned(w: Writer, layer: Layer, site: str, x: str, head_dim: int, trailing: bool = False) -> str:
-    """Add rope as the layer has it. Returns the result's tensor name; x itself in a layer without rope (Kimi Linear).
+    """Add the layer's Rope op on the tensor `x`. Returns the name of the rotated tensor.
+
+    If the layer has no rope (Kimi Linear), no op is added and `x` is returned.
 
     Args:
         w: writes the op.
@@ -59,7 +61,7 @@ def _turned(w: Writer, layer: Layer, site: str, x: str, head_dim: int, trailing:
         site: name of the op in the Program.
         x: name of the input tensor.
         head_dim: columns of a head.
-        trailing: True if the last columns of each head are turned, not the first.
+        trailing: True if the last columns of each head are rotated, not the first.
     """
     if not layer.rope:
         return x

@@ -79,7 +79,7 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
         w: writes the ops.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        x: name of a tensor that has as many rows as `up`.
+        x: name of a tensor with as many rows as `up`. Only its number of rows is used, to repeat alpha_p and alpha_n.
         up: name of the tensor of values u.
     """
     b, act = w.b, source + "act_fn."

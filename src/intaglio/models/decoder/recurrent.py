@@ -311,9 +311,15 @@ def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> l
 
 
 def held_in(lengths: Sequence[int], rows: range, sources: Sequence[str]) -> list[str]:
-    """The sources of `rows` of a matrix that files hold as several tensors, one below the other; a list.
+    """Find the rows of a matrix that a checkpoint stores as several tensors, one below the other.
 
-    lengths: rows of each tensor; (): the rows are a tensor of their own, and the result is []. sources: the tensors.
+    Returns a list of texts "TENSOR|rA:B/N": the rows A to B (without B) of N of a tensor, in order. [] if `lengths` is
+    (), which means that the matrix is not stored in this way.
+
+    Args:
+        lengths: number of rows of each tensor.
+        rows: the wanted rows of the matrix.
+        sources: names of the tensors.
     """
     found, first = list[str](), 0
     for source, n in zip(sources, lengths, strict=False):

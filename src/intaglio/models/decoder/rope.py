@@ -202,7 +202,10 @@ def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) of linear scaling: those of _default() / factor."""
+    """(rope frequencies f32 [dim / 2], attention factor) of linear scaling, which divides frequencies by a factor.
+
+    The frequencies are the unscaled ones divided by p["factor"]. The attention factor is 1.0.
+    """
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 

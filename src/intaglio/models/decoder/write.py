@@ -51,7 +51,8 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
     Args:
         w: writes the ops.
         altup: sizes of AltUp.
-        inputs: name of the tensor of per-layer inputs; in each layer its branch is added to all streams but the first.
+        inputs: name of the tensor of per-layer inputs. In each layer, the result of the per-layer branch that reads
+            them is added to all streams but the first.
         x: name of the tensor of embeddings.
     """
     streams = start_streams(w, altup, x)
@@ -67,8 +68,8 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
 def _per_layer(w: Writer, x: str) -> str:
     """Add the ops that compute the per-layer inputs of Gemma 3n and 4. Returns the name of their tensor.
 
-    The tensor is [T, layers * per_layer]: the sum of rows of a second embedding, chosen by the tokens, and of a normed
-    projection of the embeddings, times 1 / sqrt(2). Tokens beyond the second embedding have its first row.
+    The tensor is [T, layers * per_layer], equal to (a + b) / sqrt(2). a is the tokens' rows of a second embedding
+    table; tokens beyond the table's end get its first row. b is a projection of the embeddings x, after a norm.
 
     Args:
         w: writes the ops.
@@ -213,14 +214,18 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
-    """Add the ops of a layer's MLP or, in a sparse layer, its mixture of experts or both. Returns the result's name.
+    """Add the ops of a layer's MLP. Returns the name of the result's tensor.
+
+    A sparse layer has a mixture of experts in place of the dense MLP, or beside it if the Mixture's `beside` is set;
+    the results of both are then added.
 
     Args:
         w: writes the ops.
         i: number of the layer.
         layer: the layer's description.
-        x: name of the tensor that they read, after its norm.
-        residual: name of the tensor that the result is added to.
+        x: name of the MLP's input tensor, which is already normed.
+        residual: name of the tensor to which the caller adds the result. Experts beside the MLP read it, with a norm of
+            their own.
     """
     d, m = w.d, w.d.mixture if layer.sparse else None
     if m and not m.beside:

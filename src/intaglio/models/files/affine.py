@@ -151,9 +151,13 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of an HQQ checkpoint, as {name: Coded}: (code - zero) * scale.
 
-    Groups are along rows for axis 1, along columns for axis 0; the latter become bf16. A word of W_q holds one code
-    from each of several runs of rows of the grouped matrix, the first run in the highest bits. q: the quantisation
-    settings. Raises PortError for scales that are quantised too, an incomplete state, and an unknown packing.
+    Values that share a scale lie along a row for axis 1, along a column for axis 0. Matrices of axis 0 become bf16 on
+    reading; those of axis 1 stay quantised where groups fit into rows. The grouped matrix is divided into several runs
+    of rows. A word of W_q holds one code from each run, the first run's in the highest bits. {} if nothing is
+    quantised.
+
+    stored: the checkpoint's tensors. q: the quantisation settings. Raises PortError for scales that are quantised too,
+    an incomplete state, and an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):

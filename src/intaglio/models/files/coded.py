@@ -169,9 +169,11 @@ def nibbles(x: np.ndarray) -> np.ndarray:
 def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
     """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
 
-    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed in one of two ways: without gaps, so that
-    some cross from one word to the next, or only whole codes in each word. If `count` codes fill n words only in the
-    second way, that is taken; otherwise, and without `count`, the first.
+    Codes of 3, 5, 6 or 7 bits are packed in one of two ways: (a) without gaps, so that some codes cross from one word
+    to the next; (b) with only whole codes in each word. The number of words tells which: way (b) is assumed if `count`
+    codes fill n words in way (b) but not in way (a). In all other cases, also if `count` is None, way (a) is assumed.
+
+    count: number of codes to return; None: all.
     """
     if bits in (4, 8):
         codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)
@@ -187,7 +189,11 @@ def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
 
 
 def words_of(count: int, bits: int) -> tuple[int, ...]:
-    """Number of 32-bit words that hold `count` codes, as (packed without gaps, with only whole codes in each word)."""
+    """Numbers of 32-bit words that hold `count` codes of `bits` bits, as a tuple of two ints.
+
+    The first is for codes packed without gaps, the second for words that hold only whole codes. The two are equal if 32
+    is a multiple of `bits`.
+    """
     return -(-count * bits // 32), -(-count // (32 // bits))
 
 

@@ -33,15 +33,15 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """Rules for Decoder.sources that cut q, k and v out of a stored tensor that holds them together.
+    """Say where q, k and v are in a stored tensor that holds them together.
 
-    Returns a dict {name in Llama, such as self_attn.q_proj.weight: source of its rows}, with the biases too. A source
-    names the stored tensor and the rows to take (notation of program/source.py).
+    Returns a dict for Decoder.sources: {weight in Llama's names, such as self_attn.q_proj.weight: text that names the
+    stored tensor and the rows to take (notation of program/source.py)}. It has the biases, too.
 
     Args:
-        parts: (name of the projection, its number of rows), in their order in the tensor. If the tensor has more rows,
-            this order repeats, such as once for each head.
-        source: the stored module in Llama's names.
+        parts: (name of the projection, its number of rows), in the order of the tensor's rows. If the tensor has more
+            rows, the same order repeats, such as once for each head.
+        source: name of the module that holds the joined tensor, without .weight.
         transposed: True if the weight is stored as [columns, rows].
     """
     widths = [width for _, width in parts]

@@ -54,7 +54,11 @@ def minimax(c: Config, context: int) -> Decoder:
         return LightningMixer(heads=heads, head_dim=s["head_dim"], rates=rates)
 
     def mix(kind: str) -> tuple[float, float]:
-        """Factors with which a branch of this kind is added, as (of the residual, of the branch)."""
+        """(factor on the residual, factor on the branch's result) where the two are added, from config.json.
+
+        kind: kind of the branch, the beginning of its keys: linear_attn, full_attn or mlp. Raises PortError if a key
+        is missing.
+        """
         return c.real(f"{kind}_alpha_factor"), c.real(f"{kind}_beta_factor")
 
     known = ("linear_attention", "full_attention")

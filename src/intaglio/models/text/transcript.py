@@ -13,10 +13,13 @@ class Transcript:
     Attributes: `text`, the output so far; without a tokenizer it stays empty. `matched`, the stop string that ended the
     output, or None.
 
-    prompt: token ids before the output. stops: stop strings. kept: special tokens that stay in the text; None: all. If
-    a stop string is a special token that does not stay in the text, the output ends at the token's id. include_stop:
-    True if the text ends after the stop string, instead of before it. min_tokens: no stop string is looked for in the
-    text of that many first tokens.
+    Args:
+        tokenizer: decodes the tokens; None: there is no text.
+        prompt: token ids before the output.
+        stops: stop strings. A special token that leaves no text may be one; the output then ends at the token's id.
+        kept: special tokens whose text stays in the output. Those not listed leave no text; None: all stay.
+        include_stop: True if the text ends after the stop string, instead of before it.
+        min_tokens: stop strings do not end the output before it has more than this number of tokens.
 
     Raises ValueError for a stop string that contains a special token and other text, which could never match.
     """

@@ -102,7 +102,12 @@ class Recorder:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A launched step. When its result is read, the outcome is appended to `launches`: the failure as text, or None."""
+    """A launched step that records its outcome.
+
+    Attributes:
+        inner: the step.
+        launches: list of the recording. result() appends to it: the error as text if the step failed, else None.
+    """
 
     inner: PendingStep
     launches: list[str | None]

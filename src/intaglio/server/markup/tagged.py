@@ -64,10 +64,12 @@ DSML = Tags(
 def tagged(end: str, *ways: Tags) -> Reading:
     """Make a parser (Reading) of tool calls in tags such as <function=NAME>, or as JSON.
 
-    The parser is a generator function of (Source, opener, tools) that yields Parts; its return value is True if a call
-    was begun.
+    The parser is a generator function of (the output as a Source, the opener, the request's tools). The opener is the
+    delimiter in front of the calls, already consumed. The generator yields Parts; its return value is True if a call
+    was begun, else False.
 
-    end: delimiter after the last call, which is consumed if it comes. ways: the sets of tags that calls may have.
+    end: delimiter after the last call; the parser consumes it, and accepts that it is missing. ways: the sets of tags
+    that calls may have.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:

@@ -69,7 +69,10 @@ def section(cls: type[Instruction]) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Text that describes the type of a field, for a column of the page's table."""
+    """Describe the type of an instruction's field for readers of docs/isa.md, such as "integer" or "region or none".
+
+    kind: the field's Python type: int, float, bool, Region, a Literal or Steps. Raises KeyError for another type.
+    """
     if kind is Region or Region in get_args(kind):
         return "region" if kind is Region else "region or none"
     if get_origin(kind) is Literal:

@@ -170,9 +170,9 @@ class Job:
 
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
-    """A list of the Jobs of a prompt, sequence number `s`: for each tile of queries, first one for each K/V head.
+    """A list of the Jobs for the prompt of sequence number `s`: for each tile of queries, one for `plan.pack` heads.
 
-    least: keys that a query processes at least, with a sliding window that masks some of them.
+    least: keys to process for each query even if the sliding window is smaller; keys outside the window are masked.
     """
     heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
     before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()

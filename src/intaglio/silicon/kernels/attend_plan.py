@@ -67,9 +67,9 @@ def product_format(target: Target, h: Heads) -> str:
 def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
     """Reduce a plan until its tiles fit a core's SRAM and accumulators, and return it.
 
-    With FP32 operands, as in the instructions that the simulator executes, the result has fewer or smaller tiles, as
-    far as needed. A plan with one row and one key is returned even if it does not fit. With smaller operands, as in a
-    vendor's 16-bit kernels, `plan` is returned as it is and not checked.
+    With FP32 activations (target.library.activation_bytes), as in the instructions that the simulator executes, the
+    result has fewer or smaller tiles, as far as needed. A plan with one row and one key is returned even if it does not
+    fit. With smaller activations, as in a vendor's 16-bit kernels, `plan` is returned unchanged and not checked.
     """
     if target.library.activation_bytes < WIDE:
         return plan
@@ -340,9 +340,10 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 
 
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
-    """True if a kernel loads only the keys that exist; False if it loads the last tile of a context whole.
+    """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
 
-    It is True for a plan that loads jobs ahead, and for FP32 operands, as in the streams that the simulator executes.
+    True if the plan loads jobs ahead (plan.ahead > 0), or if activations are FP32, which means the instructions that
+    the simulator executes. False for all other kernels.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 

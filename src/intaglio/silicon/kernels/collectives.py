@@ -180,14 +180,14 @@ def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: in
 
 @lru_cache(maxsize=512)
 def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-    """The ScheduleClock (time model) of a schedule of `ranks` ranks over links of 1 byte/s and 1 s; cached."""
+    """The ScheduleClock (time model) of a collective over links of 1 byte/s and 1 s latency, cached."""
     return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """Seconds of a schedule with chunks of `chunk` bytes, interpolated between two calls of unit_seconds().
+    """Seconds of a collective with chunks of `chunk` bytes over links of 1 byte/s and 1 s latency.
 
-    Their sizes are 9 % apart. The error is 0.2 %, or 15 % where transfers at a link change their order between them.
+    Interpolation between two simulated chunk sizes has an error of 0.2 %, or 15 % where their transfers' order differs.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -204,12 +204,12 @@ def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
 
 
 def schedule_seconds(network: Network, op: str, algorithm: str, link: float, latency: float, moved: float) -> float:
-    """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
+    """Seconds of a collective for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
-    One simulation serves all links: over links of 1 byte/s and 1 s, chunks divided by link * latency take 1 / latency
-    of the time. Times are interpolated between chunk sizes. Above MAX_SIMULATED_RANKS ranks they are extrapolated
-    linearly from two simulations: exact for a ring, and for an all_to_all of equal chunks on a switch. An all_to_all on
-    a torus is simulated with all ranks.
+    Simulations are made for one kind of link, of 1 byte/s and 1 s latency, and serve all links: the result is `latency`
+    times the simulated seconds for chunks divided by link * latency. Times are interpolated between chunk sizes. Above
+    MAX_SIMULATED_RANKS ranks they are extrapolated linearly from two simulations. This is exact for a ring, and for an
+    all_to_all of equal chunks on a switch. An all_to_all on a torus is simulated with all ranks.
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -336,7 +336,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """An SRAM tile [rows, cols]. Since emit_steps() began, call n uses ring n; a ring's two tiles take turns."""
+        """An SRAM tile [rows, cols]: in emit_steps(), call n takes the next one of ring n, a ring of two tiles."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:
@@ -352,7 +352,7 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The SRAM tile with part `part` of the chunk in a slot of the schedule; an input is loaded when first used."""
+        """The SRAM tile with the rows and columns `part` of the chunk in `slot`. Emits the load of an input once."""
         if slot not in self.values:
             src = self.regions.inputs[slot.number].part(part.rows, part.cols)
             tile = self.buffer(src.rows, src.cols, src.format)
@@ -406,7 +406,7 @@ class CollectiveRun:
 
     @cached_property
     def regions(self) -> list[ChunkRegions]:
-        """A list of the ChunkRegions of each chip, by the schedule's chunk numbers. Allocates the outputs."""
+        """A list with one ChunkRegions for each chip: where its chunks are. The first access allocates the outputs."""
         n, x = self.n, [memory.region("x") for memory in self.memories]
         total, runs = x[0].rows, [shared_rows(x[0].rows, i, n) for i in range(n)]
         rows = [slice(run.start, run.stop) for run in runs]

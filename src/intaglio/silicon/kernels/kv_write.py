@@ -56,7 +56,10 @@ class Heads:
 
     @property
     def kv_width(self) -> int:
-        """Number of cached values that are loaded for one key of one K/V head: of the key and, beside it, its value."""
+        """Number of columns that are loaded from the K/V cache for one position and one K/V head.
+
+        They are the columns of the key and of the value; only the key's if it serves as the value too (MLA latents).
+        """
         return self.head_dim + (0 if self.shared_values else self.v_dim)
 
     @property
@@ -172,9 +175,9 @@ def emit_head_scales(
 def job_rows(target: Target, rows: int, width: int) -> int:
     """Number of rows of one job of a core: rows that it loads, rounds and stores together. A row is one head's.
 
-    The `rows` rows of a core are cut into as few jobs as possible, all but the last of equal length. A job has at most
-    ROWS rows, or as many as hide HBM's latency with MOST_TILES / 2 jobs in flight if that is more, and in any case no
-    more than fit SRAM. Returns 1 if `rows` is 0. width: values of a row.
+    The `rows` rows of a core are cut into as few jobs as possible, all but the last of equal length. A job may have up
+    to ROWS rows. If MOST_TILES / 2 jobs of ROWS rows in flight do not hide HBM's latency, it may have as many rows as
+    do hide the latency. It never has more rows than fit SRAM. Returns 1 if `rows` is 0. width: values of a row.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)

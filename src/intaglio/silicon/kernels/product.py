@@ -102,13 +102,13 @@ def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> t
 
 @dataclass(frozen=True)
 class Grouped:
-    """Grouped products x @ w.T, one for each expert, with different numbers of rows; and properties of their kernel.
+    """A grouped matrix product: a product x @ w.T for each expert, with different numbers of rows, in one kernel.
 
     Attributes:
         counts: rows of each product, at least 1; len(counts) is the number of products.
         scattered: True if rows of the result are stored by index, past the L2.
-        overfetch: bytes moved from the L2 for each byte of a weight.
-        convert_ops: operations of the vector lanes to convert a weight.
+        overfetch: bytes that the kernel moves from the L2 for each byte of the weights.
+        convert_ops: operations of the vector lanes to convert one value of a weight.
         run: format in which the array multiplies; "": the wider one of the operands.
     """
 

@@ -59,14 +59,21 @@ def rounded(
     mem: ChipMemory, site: str, x: Region, x_format: str, span: int, rows: int = -1,
     reader: Callable[[StreamBuilder, int], RowReader] | None = None,
 ) -> Codes:  # fmt: skip
-    """Round x f32 [m, k] to `x_format`, executing that on the chip now, and return the Codes.
+    """Round x f32 [m, k] to `x_format` on the simulated chip. Returns the Codes (regions of codes and of scales).
 
-    int8 has one scale for every `span` columns of a row, fp8row one for each row; bf16 has none. For f32 without a
-    reader the result is x itself, and nothing is executed.
+    The launch runs during this call. int8 has one scale for every `span` columns of a row, fp8row one for each row;
+    bf16 has none. For f32 without a reader the result is x itself, and nothing runs.
 
-    reader: None to take the rows of x in order. Otherwise a function called for each core with (stream builder, rows of
-    a tile), which returns a RowReader: a function that loads rows of x in another order. The codes, f32 too, are then
-    written in that order. rows: number of rows that the reader gives; not used without a reader.
+    Args:
+        mem: the chip's memory.
+        site: name of the op's place in the model.
+        x: the values.
+        x_format: f32, bf16, int8 or fp8row.
+        span: columns that share an int8 scale.
+        rows: number of rows that the reader gives; not used without a reader.
+        reader: None to take the rows of x in order. Otherwise a function called for each core with (stream builder,
+            rows of a tile). It returns a RowReader, a function that loads rows of x in an order of its own, in which
+            the codes are then stored, for f32 too.
     """
     if x_format == "f32" and reader is None:
         return Codes(x, None, span)
@@ -323,8 +330,8 @@ class TiledProduct:
         Columns are a slice, counted from the first column of the step. If w has no scales, the list has one item, with
         None as region.
 
-        side: index into job.w. step: slice of K. job.held keeps the scales that were loaded last. If these are of other
-        groups, the call emits the load of new ones and stores them there.
+        job.held has the scales that were loaded last. If they do not belong to this step's groups, the call emits the
+        load of this step's scales and stores them in job.held. side: index into job.w. step: slice of K.
         """
         ring, w = self.column_scales[side], job.w[side]
         if not isinstance(w, QuantisedRegion) or ring is None:
@@ -347,11 +354,19 @@ def product_streams(
     mem: ChipMemory, site: str, codes: Codes, cut: Tiling, jobs: Sequence[TileJob],
     finisher: Callable[[StreamBuilder], Finish],
 ) -> list[Stream]:  # fmt: skip
-    """A list of Streams that compute the tiles of `jobs`, dealt to the cores, in the loop that time_choices() times.
+    """Emit the instructions of a tiled matrix product. Returns a list with one Stream for each core with work.
 
-    finisher: called once for each core with the core's stream builder, after the operands' tiles are allocated. It
-    returns a function finish(job), which is called after each job's product to emit the drain and the store.
-    Sets job.accs, the accumulators, of each job.
+    Sets job.accs, the accumulators, of each job. time_choices() computes the time of this loop in closed form.
+
+    Args:
+        mem: the chip's memory.
+        site: name of the op's place in the model.
+        codes: the activations.
+        cut: sizes of the tiles.
+        jobs: the tiles of the result, which are dealt to the cores.
+        finisher: called once for each core with the core's stream builder, after the operands' tiles are allocated. It
+            returns a function finish(job), which is called after each job's product; it emits the instructions that
+            read the accumulators and store the result.
     """
     streams = []
     for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, site)):

@@ -30,9 +30,10 @@ def short_conv(lane: Lane, op: ShortConv) -> None:
 
 @sharding_rule(Decay)
 def decay(lane: Lane, op: Decay) -> None:
-    """Append decay to one rank's Program. Returns nothing.
+    """Append a Decay op to one rank's Program. Returns nothing.
 
-    It runs for the rank's own columns if x is split between heads, else for all columns.
+    If the op's input op.x is split between the ranks at head boundaries, the rank's op computes only the rank's
+    columns. Otherwise it computes all columns.
     """
     shares, columns = lane.shares.get(op.x), int(lane.p.tensors[op.x].shape[1])
     each = columns // int(lane.p.tensors[op.rate].shape[0])

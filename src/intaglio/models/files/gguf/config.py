@@ -175,10 +175,11 @@ def phi3(m: Metadata) -> dict[str, Any]:
 
 
 def granite(model: str) -> Any:
-    """A function from metadata to the config (a dict) of Granite, dense or with experts, of which one may be shared.
+    """Make the function that turns the Metadata of a GGUF file of Granite into the keys of config.json (a dict).
 
-    model: the architecture's name, if no expert is shared. The function raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+
+    model: the architecture's name in the dict. Files with a shared expert get GraniteMoeSharedForCausalLM instead.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -181,9 +181,10 @@ def afmoe(m: Metadata) -> dict[str, Any]:
 
 
 def deepseek2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else for DeepSeek-V2.
+    """The keys of config.json, as a dict, for a GGUF file of the architecture deepseek2.
 
-    Without experts it is Youtu-LLM.
+    The model in the dict is DeepSeek-V3 if a sigmoid scores the experts, DeepSeek-V2 if not, and Youtu-LLM if the file
+    has no experts.
     Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
     There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a
     tenth. Raises CheckpointError for a missing key, PortError for a value that is not supported.
@@ -209,10 +210,13 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 
 
 def indexed(model: str) -> Any:
-    """A function from metadata to the config (a dict) of DeepSeek-V3.2 or GLM-5, for the architecture `model`.
+    """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
-    Layers without the tensors of an indexer share that of a layer before. The function raises CheckpointError for a
-    missing key, PortError for a value that is not supported.
+    It is for DeepSeek-V3.2 and GLM-5, whose sparse attention has an indexer. `indexer_types` of the dict is "full" for
+    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function
+    raises CheckpointError for a missing key, PortError for a value that is not supported.
+
+    model: name of the architecture in config.json.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -64,10 +64,15 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add several matrices that are stored as one, at the Place `p`, with rows that alternate by key head.
+    """Add to `tables` several matrices that are stored as one tensor. Returns nothing.
 
-    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them. heads: number of
-    key heads.
+    The tensor has the rows of key head 0 of each matrix, one matrix after another, then those of key head 1, and so on.
+
+    Args:
+        tables: the tables.
+        names: {name of a matrix: its number of rows for one key head}, in their order in the tensor.
+        heads: number of key heads.
+        p: where the file holds the tensor.
     """
     each, first = sum(names.values()), 0
     for name, count in names.items():

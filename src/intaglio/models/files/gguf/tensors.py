@@ -80,7 +80,13 @@ def place_of(path: Path, file: Path, t: Tensor) -> Place:
 
 @dataclass
 class Tables:
-    """Tensors of a GGUF file by name: those read as stored (`raw`), and those decoded on reading (`coded`)."""
+    """The tensors of a GGUF file, by their names in transformers.
+
+    Attributes:
+        raw: tensors whose bytes are used as they are stored; also the bytes from which tensors of `coded` are made,
+            under names that begin with "blocks of ".
+        coded: tensors that are computed from stored bytes when they are read, such as quantised matrices.
+    """
 
     raw: dict[str, Raw] = field(default_factory=dict)
     coded: dict[str, Coded] = field(default_factory=dict)
@@ -206,9 +212,9 @@ def in_order(x: np.ndarray, head: int) -> np.ndarray:
 
 
 def summed(types: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes of all values whose types become bf16 on reading, as (in the file, in memory).
+    """Sum the bytes of the values that are converted to bf16 on reading. Returns (bytes in the file, bytes in memory).
 
-    types: number of values by GGUF type.
+    types: {GGUF type: number of values}. Types that are not converted to bf16 are not counted; (0, 0) if none is.
     """
     own = {kind: n for kind, n in types.items() if kind in BLOCKS and BLOCKS[kind].format == "bf16"}
     return sum(n // BLOCKS[k].values * BLOCKS[k].bytes for k, n in own.items()), 2 * sum(own.values())

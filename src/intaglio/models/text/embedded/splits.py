@@ -27,9 +27,10 @@ def _o200k(end: str, digits: str, less: str = "", tail: str = r"[\r\n/]*") -> st
     """The regular expression of GPT-4o's split of text, in which a capital after small letters begins a new word.
 
     Args:
-        end: pattern that may follow a word, such as that of 's and 'll.
+        end: pattern at the end of each word, such as an optional 's or 'll.
         digits: quantifier of a run of digits, such as {1,3}; "": single digits.
-        less: end of a character class that excludes characters from words, such as &&[^x]; "": none.
+        less: text put at the end of the character classes of letters to exclude characters: with &&[^x], x is no
+            letter. "": nothing is excluded.
         tail: pattern of what may follow a run of punctuation.
     """
     upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{less}]"
