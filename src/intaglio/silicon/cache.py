@@ -34,7 +34,7 @@ class Cache:
         self.arrival[:] = 0.0
 
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
-        """Record an access to a region of HBM. Returns the bytes it moves between HBM and cache, both directions summed.
+        """Record an access to a region of HBM. Returns the bytes moved between HBM and cache, both directions summed.
 
         Lines that are read and not in the cache are fetched. Dirty lines that are evicted to make room are written
         back. A cache of size 0 moves all bytes of the region.
