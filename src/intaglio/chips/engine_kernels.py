@@ -25,10 +25,15 @@ def engine_names() -> tuple[str, ...]:
 
 
 def engine_records(engine: str, generation: str, constants: str = "") -> tuple[KernelRecord, ...]:
-    """The KernelRecords of a serving engine's kernels on one generation of chips, as a tuple; () for another engine.
+    """The KernelRecords of a serving engine's kernels on one generation of chips, as a tuple.
 
-    generation: of the chip's library, such as hopper. constants: generation whose constants the records get; "": the
-    chip's own. A kernel without constants for it gets those of the other generation. Raises ChipError for a wrong file.
+    () if the kernels of this engine are not known. Raises ChipError for a wrong file.
+
+    Args:
+        engine: the engine's name.
+        generation: generation of the chip, such as hopper.
+        constants: generation whose fitted constants the records get; "": `generation`. A kernel that was measured on
+            one generation only has the constants of that one.
     """
     path, wanted = KERNELS / f"{engine}.toml", constants or generation
     return tuple(record_of(path, merged(entry, wanted)) for entry in entries(engine))

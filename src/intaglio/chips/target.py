@@ -80,11 +80,12 @@ class Target:
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A target whose library is reduced to one kernel: its fields are those of the record; cached.
+        """A target whose library describes only one kernel: its fields have the record's values. Cached.
 
-        The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor, up to 1.
+        The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor; products above 1
+        become 1.
 
-        record: of the library's `kernels`; None: the kernel that the library's own fields describe.
+        record: one of the library's `kernels`; None: the kernel that the library's own fields describe.
         """
         return reduced_target(self, record)
 

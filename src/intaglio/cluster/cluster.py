@@ -183,9 +183,9 @@ class Cluster:
                 raise result
 
     async def _start_one(self, name: str) -> None:
-        """Start a replica and wait until it serves.
+        """Start a replica and wait until it serves. Returns nothing.
 
-        If it does not, it is removed, and the error, such as ReplicaFailed, is raised.
+        If the start fails or is cancelled, the replica is removed and the error, such as ReplicaFailed, is raised.
         """
         process = self.processes[name]
         try:

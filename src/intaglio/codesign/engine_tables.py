@@ -99,10 +99,13 @@ def number(row: Row, *names: str) -> int:
 
 
 def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
-    """Read a table of an engine. Returns (its rows as translated() gives them, number of rows in other formats).
+    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows that were left out).
 
-    Column `split` of a row is that of the file. If the file has none, rows of the same kernel and format are marked
-    fit and test in turn.
+    translated() gives the rows the columns of this project; rows in number formats that it does not know are left out.
+    Each row has a column `split`. If the file lacks it, rows of the same kernel and format get "fit" and "test" in
+    turn.
+
+    path: the file. table: name of the table, such as prefill.
     """
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))

@@ -117,7 +117,7 @@ def head_linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def experts(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of a layer of 8 to 64 experts, of which each token takes 1 to 8."""
+    """A random Case of the op Experts, with 8 to 64 experts; each token is routed to 1 to 8 of them."""
     x_format, w_format = weight_format(rng, on)
     n, hidden, inner = power(rng, 8, 64), power(rng, 256, 2048, 128), power(rng, 128, 2048, 128)
     top, batch = min(n, power(rng, 1, 8)), tokens(rng, 512)
@@ -216,7 +216,7 @@ def select(rng: np.random.Generator, on: Target) -> Case:
 
 
 def permute(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case that puts columns in another order."""
+    """A random Case of the op Permute, which puts the columns of a tensor in another order."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Permute(site="permute", x="x", order="o", out="y")
     tensors = [temp("x", width), Tensor("o", (width,), "i32", "weight")]

@@ -121,10 +121,12 @@ class Case:
         return FAMILY[self.table]
 
     def start(self, library: str = "") -> Values:
-        """Values of all CONSTANTS and FACTS: the constants are the chip's own, the facts those of `library`.
+        """The values from which a fit starts: {name: value} for all CONSTANTS and FACTS of the op.
 
-        They are those of the kernel that the library takes by default for the first row. library: a name; "": the
-        chip's own.
+        Constants come from the chip's own library, facts from `library`, in both cases from the kernel that the library
+        uses by default for this case's first row. The fact "tiles" starts as None.
+
+        library: name of a library; "": the chip's own.
         """
         row = self.rows[0]
         how = FORMAT.get(dtype_of(row), ""), int(row.get("head_dim", 0))
@@ -350,7 +352,7 @@ def calibrate_kernel(
     Args:
         case: the rows.
         on: the chip with a library that has the engine's kernels.
-        points: most rows to fit to, at even quantiles of the latency; at most half of the rows are used.
+        points: largest number of rows to fit to, at even quantiles of the latency; at most half of the rows are used.
         seed: of the bootstrap samples of the confidence interval.
     """
     sample = Sample(case.table, dtype_of(case.rows[0]), case.rows, measured(case.rows))

@@ -58,12 +58,16 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """Text of a library file (TOML) that makes `new` from the library file `base`.
+    """The text of a library file (TOML) for the library `new`, which builds on the library file `base`.
 
-    It sets the fields in which `new` differs from `old`, and gives `why` as the reason of each. If any kernel record
-    differs, all kernel records of `new` are written: records of a file count before those of its base file.
+    The text sets the fields in which `new` differs from `old`. If any kernel record differs, it has all kernel records
+    of `new`, since records of a file are preferred to those of its base file.
 
-    base: name of the file of `old`.
+    Args:
+        new: the library to write.
+        old: the library in the file `base`.
+        base: name of that file.
+        why: the reason, which is written for each changed field.
     """
     changed = differences(new, old)
     lines = [f"description = {toml(f'{old.description}, calibrated')}", f"base = {toml(base)}", ""]

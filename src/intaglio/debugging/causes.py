@@ -63,10 +63,9 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
 
 
 def _result(p: Program, site: str) -> str:
-    """Name of the tensor to compare at a site: the first result of the op of that name.
+    """Name of the tensor to compare at `site`, the name of an op or of a view (a slice of a tensor's columns).
 
-    If no op with results has that name, it is the name of a view (a slice of another tensor's columns) and is returned
-    itself.
+    It is the op's first result. If no op with results has this name, `site` itself is returned: the name of a view.
     """
     return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
 

@@ -65,7 +65,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """`error` divided by `bf16`: at 1, the error is as large as that of transformers in bf16.
+        """`error` divided by `bf16`, the error of transformers in bf16. 1 means that both errors are equal.
 
         None if `bf16` is None or 0.
         """

@@ -112,10 +112,11 @@ def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes), as layer_variants(), for each residual that may be wired wrongly.
+    """Yield a Variant (site, text, {site: changed op}) for each op of `chain` that may read the wrong residual.
 
-    Sequential: the MLP reads the layer's input plus the result of attention. Parallel: the MLP reads the layer's input.
-    A change makes an op read the other one.
+    A site is the name of an op's place in the model. In a sequential layer the MLP reads the layer's input plus the
+    result of attention, in a parallel layer the layer's input alone. The changed op reads what it would read in the
+    other kind of layer.
     """
     sums: Mapping[str, Map] = {
         op.out: op for op in p.ops if isinstance(op, Map) and op.b and op.expr.startswith("a + b")

@@ -51,9 +51,12 @@ class ExpertLoad:
 
 
 def merge_loads(ranks: Sequence[Mapping[str, ExpertLoad]]) -> dict[str, ExpertLoad]:
-    """A dict {site: ExpertLoad of the whole mesh}, made from the loads that its ranks report.
+    """Merge the loads that the ranks of a mesh report to {site (name of a layer's op): ExpertLoad of all ranks}.
 
-    All ranks of a layer count all of the layer's tokens, so the counts are those of one of them.
+    Every rank of a layer counts all of the layer's tokens, so the counts of one rank are taken. `held` is put together
+    from all ranks.
+
+    ranks: each rank's loads by site.
     """
     found: dict[str, ExpertLoad] = {}
     for loads in ranks:

@@ -12,7 +12,7 @@ Recipe = tuple[str, Mapping[str, Any]]  # "module:name" of what makes it, and it
 
 @runtime_checkable
 class HasRecipe(Protocol):
-    """Interface of objects of which another process can make an equal one, from a Recipe."""
+    """Interface of objects that have a Recipe, from which another process can make an equal object."""
 
     def recipe(self) -> Recipe:
         """The Recipe of this object, for make() in another process: ("module:name" of a function, its arguments).

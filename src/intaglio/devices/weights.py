@@ -153,7 +153,7 @@ def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
     """Join quantised parts along rows to one matrix or stack of the given shape, in the checkpoint's format."""
 
     def join(arrays: list[np.ndarray]) -> np.ndarray:
-        """The arrays as one array [rows, columns], one below the other; stacks are flattened to rows."""
+        """Join arrays [.., rows, columns] to one array [all rows, columns], one below the other."""
         return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
 
     whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})

@@ -254,7 +254,7 @@ def _judge(
 ) -> Iterator[Fate]:
     """Yield a Fate (used or ignored, and why) for one key of config.json.
 
-    If the value is a table of which the port has read keys, a Fate for each key of the table follows.
+    If the value is a table, and the port has read keys of it, a Fate for each key of the table follows.
 
     Args:
         c: the Config of the text model, which knows the keys that were read.

@@ -105,8 +105,8 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 class Map(Op, kind="map"):
     """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
 
-    a and out have one shape. b and c have that shape too, or fewer columns, of which each is broadcast to an equal run
-    of a's columns: one column to all of them, one per head to those of its head.
+    out has the shape of a. b and c have the same shape, or the same rows with fewer columns. A single column is then
+    used for all columns of a; n columns are each used for an equal run of a's columns, such as those of one head.
     """
 
     elementwise: ClassVar[bool] = True

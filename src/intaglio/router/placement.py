@@ -84,7 +84,7 @@ def estimate(
 
 
 def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:
-    """The Estimate with the lowest cost; of equal ones, that of the replica that was given a job least recently.
+    """The Estimate with the lowest cost. Among equal costs, the replica that has waited longest for a job is chosen.
 
     estimates: one for each replica that may be given the job. Raises ValueError if it is empty.
     """

@@ -81,7 +81,7 @@ class LiveRequests:
         return left
 
     def emit(self, event: Event) -> None:
-        """Add an event to those of the current step."""
+        """Add an event to the list that take_events() returns. Returns nothing."""
         self.events.append(event)
 
     def take_events(self) -> list[Event]:

@@ -176,7 +176,7 @@ class CoreMemory:
         return self.read(r).astype(np.float64)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store values [rows, cols] in a region, as Memory.write()."""
+        """Store values [rows, cols] in a region, in the region's format; see Memory.write() for rounding and errors."""
         self._watch(r, True)
         self.spaces[r.space].write(r, values)
 

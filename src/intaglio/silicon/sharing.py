@@ -12,9 +12,10 @@ MANY = -1
 
 
 class SharedHbm:
-    """Finds accesses to the same HBM byte by two cores in one run, of which one writes. No order is defined for them.
+    """Finds conflicts in a run: two cores access the same byte of HBM, and one of them writes it.
 
-    Keeps, for each byte, the core that wrote it and the core that read it; MANY if several cores read it.
+    The simulator refuses them, because the order of two cores' accesses is not defined. For each byte it is kept which
+    core wrote it and which core read it (MANY if several cores did).
     """
 
     def __init__(self) -> None:

@@ -53,9 +53,10 @@ class BatchSizes:
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
         """Divide the batch into two halves whose tokens, and whose rows, differ by at most one; returns their sizes.
 
-        Each group of sequences with equal numbers of queries and keys is divided equally. From a group with an odd
-        number of sequences, one is cut in the middle of its queries, and the first half gets the earlier queries. If it
-        has a single query, it goes whole to the half with fewer tokens so far, or to the first half.
+        Each group of sequences with equal numbers of queries and keys is divided equally. If a group has an odd number
+        of sequences, one sequence is cut in the middle of its queries, and the first half gets the earlier queries. A
+        sequence with a single query is not cut: it goes to the half with fewer tokens so far, or, if the halves have
+        equally many, to the first half.
         """
         parts: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
         surplus = 0  # tokens of the first half beyond those of the second: -1, 0 or 1

@@ -58,9 +58,10 @@ class TileLoop:
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds that the last jobs * fraction jobs add: the loop's seconds minus those of a loop without these jobs.
+        """Seconds by which the loop's last jobs make it longer: its seconds minus the seconds of a loop without them.
 
-        fraction: 0 to 1. If jobs * fraction is not whole, the result is interpolated between the two nearest numbers.
+        fraction: number of these last jobs / number of all jobs, 0 to 1. If it does not give a whole number of jobs,
+        the result is interpolated between the two nearest numbers.
         """
         jobs = self.jobs * (1 - fraction)
         low = int(jobs)

@@ -209,7 +209,7 @@ def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
-    """The norm that norms each head by itself and has the result x [heads, tokens, head_dim]; None without one."""
+    """The norm of single heads whose result is x [heads, tokens, head_dim]; None if no norm in `found` has it."""
     return next((n for n in found if n.y.size == x.size and n.x.ndim == 3 and same(_by_head(n.y, x.shape), x)), None)
 
 

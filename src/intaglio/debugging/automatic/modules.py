@@ -145,9 +145,9 @@ def _eps(
 
 
 def one_family(found: list[Norm]) -> Norm:
-    """The first of these norms, of which there must be one, if all have the same Norm.family.
+    """Check that all norms have the same Norm.family. Returns the first of them.
 
-    Raises Unmatched, which names the first norm that differs.
+    Raises Unmatched for the first norm that differs. found: the norms, at least one.
     """
     first = found[0]
     for n in found:

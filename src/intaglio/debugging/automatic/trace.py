@@ -110,7 +110,7 @@ class Trace:
     norms: dict[int, Any] = field(default_factory=dict)
 
     def uncalled(self) -> list[str]:
-        """A sorted list of the names of modules that own parameters, and of which no part was called."""
+        """Names of modules with parameters that were not called, nor any module inside them; a sorted list."""
         called = {c.name for c in self.calls}
         held = {n.rpartition(".")[0] for n in self.parameters}
         return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))

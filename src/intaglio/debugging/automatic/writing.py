@@ -82,12 +82,12 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """The first variant that changes a single config key and thereby the field `name`; None if there is none.
+    """Find a config key on which the fact `name` depends. Returns the first Variant that shows it; None if none does.
 
-    The field is compared with that of variants[0].
+    Such a variant has exactly one changed config key, and its fact `name` differs from that of variants[0].
 
     Args:
-        name: a key of Variant.facts, or several with dots, such as mixture.width.
+        name: a key of Variant.facts, or several keys joined by dots, such as mixture.width.
         variants: the variants; variants[0] has no changed keys.
     """
 

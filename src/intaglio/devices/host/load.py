@@ -184,9 +184,9 @@ def _image(
 
 
 def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
-    """Weights, constants and zeroed state for Python kernels, as a dict by name, as Op.reference() takes them.
+    """The tensors that ops without native kernels read: {name: weight, constant or zeroed state}.
 
-    Raises DeviceError as assemble() and zeroed_state() do.
+    Op.reference() takes them from this dict. Raises DeviceError if a weight does not fit its tensor's shape or format.
     """
     found: dict[str, Value] = {}
     for t in (program.tensors[name] for name in sorted(layout.arrays)):

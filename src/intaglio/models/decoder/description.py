@@ -112,7 +112,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class AltUp:
-    """Several residual streams, of which layers compute one and predict the others (AltUp, Baykal et al. 2023).
+    """Several residual streams (AltUp, Baykal et al. 2023): a layer computes one stream and predicts the others.
 
     Attributes:
         streams: number of streams.

@@ -128,7 +128,7 @@ def with_row_scales(codes: np.ndarray, scales: np.ndarray, format: str) -> Quant
 
 
 def as_scales(x: np.ndarray) -> np.ndarray:
-    """Stored scales as float32. Bytes are E8M0: exponents of powers of two with a bias of 127, of which 255 is NaN."""
+    """Convert stored scales to float32. Bytes are E8M0: the value is 2 ** (byte - 127), and NaN for the byte 255."""
     return (x.view(ml_dtypes.float8_e8m0fnu) if x.dtype == np.uint8 else x).astype(np.float32)
 
 

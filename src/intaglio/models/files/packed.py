@@ -142,9 +142,12 @@ def _with(q: Mapping[str, Any], more: Mapping[str, Any]) -> Settings:
 
 
 def _override(dynamic: Mapping[str, Any], base: str) -> Mapping[str, Any]:
-    """The settings that `dynamic` has for a module: those of the first pattern that matches its name; {} if none does.
+    """The settings of the first pattern in `dynamic` that matches a module's name; {} if no pattern does.
 
-    A pattern with the prefix -: says that the module is not quantised. Raises PortError if its tensors are.
+    A pattern with the prefix "-:" says that the module is not quantised; then PortError is raised, since this function
+    is called for modules with quantised tensors.
+
+    dynamic: {pattern: settings}, from the quantisation settings. base: the module's name.
     """
     for pattern, settings in dynamic.items():
         if re.match(re.sub(r"^[+-]:", "", pattern), base):
@@ -207,9 +210,9 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
     """Number of columns that share a scale, an int; -1 if each row has one scale.
 
-    It is the config's group_size or, if the config names none, the size of the largest group in g_idx or, without
-    g_idx, `k` divided by the number of scales. If it does not fit the number of scales and the file has g_idx, that of
-    g_idx is taken instead.
+    It is the first of these that is known: the config's group_size; the size of the largest group in g_idx; `k` divided
+    by the number of scales. If the config's group_size does not fit the number of scales, and the file has g_idx, the
+    size of the largest group in g_idx is taken instead.
 
     Args:
         stored: contents of the checkpoint's files.

@@ -48,7 +48,10 @@ def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
 
 
 def check_groups(c: Config, heads: str, groups: str) -> None:
-    """Raise PortError unless the number of heads is a multiple of that of groups. heads, groups: their config keys."""
+    """Raise PortError unless the number of heads is a multiple of the number of groups.
+
+    heads, groups: the config keys that have these numbers.
+    """
     if c.whole(heads) % c.whole(groups):
         raise PortError(f"config.json: {heads}={c.whole(heads)} is not a multiple of {groups}={c.whole(groups)}")
 

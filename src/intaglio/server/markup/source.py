@@ -156,7 +156,8 @@ def first(s: Source, *marks: str) -> str | None:
 def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
     """Run the parser `steps`, which yields text, and append each piece to the list `into`.
 
-    A generator that yields None where `steps` waits for more output. Its value (of `yield from`) is that of `steps`.
+    Returns a generator that yields None where `steps` waits for more output. Its return value is the return value of
+    `steps`.
     """
     while True:
         try:

@@ -128,10 +128,12 @@ class WorkKernel(ChipKernel):
 
     @classmethod
     def of(cls, op: Op, t: Tensors) -> WorkKernel:
-        """The WorkKernel of an op.
+        """Make a WorkKernel (a kernel timed by its FLOPs and bytes) for an op.
 
-        Tensors get the names t0, t1, and so on, and the site is dropped, so that similar ops have equal
-        kernels.
+        In the kernel the op's tensors are named t0, t1, and so on, and the op has no site (name of its place in the
+        model). Ops that differ only in these names therefore have equal kernels, whose times are cached once.
+
+        t: the tensors of the op, by name.
         """
         short = {name: f"t{i}" for i, name in enumerate(dict.fromkeys((*op.inputs, *op.outputs)))}
         tensors = tuple(Tensor(by, t[name].shape, t[name].format, t[name].role) for name, by in short.items())

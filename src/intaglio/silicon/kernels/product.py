@@ -44,9 +44,16 @@ def step_depth(target: Target, bits: int) -> int:
 def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) -> tuple[Any, Any]:
     """(rows, columns), in tiles, of the blocks in which cores work through a result of gm by gn tiles.
 
-    A block has about a tile for each core and is as square as possible, since its cores share rows of x and of w in the
-    L2. tm, tn: rows and columns of a tile. split: parts of K, each of which takes a core. Arguments and results are
-    numbers or arrays.
+    A block has about one tile for each core and is as square as possible, since its cores share rows of x and of w in
+    the L2. Arguments and results are numbers or arrays.
+
+    Args:
+        target: the chip.
+        gm: rows of the result, in tiles.
+        gn: columns of the result, in tiles.
+        tm: rows of a tile.
+        tn: columns of a tile.
+        split: number of parts into which K is divided; each part of a tile occupies a core.
     """
     block = np.minimum(gm * gn, np.maximum(1, target.chip.cores / np.minimum(split, target.chip.cores)))
     rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))

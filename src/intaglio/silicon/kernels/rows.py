@@ -55,12 +55,15 @@ def loop_timing(
 
 
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
-    """Number of tiles in each of a core's circular buffers: enough that loads of `load` bytes hide HBM's latency.
+    """Number of tiles in each of a core's circular buffers: enough that loads in flight hide HBM's latency.
 
-    It is from 2 to MOST_TILES. If SRAM does not fit that many, it is the number that fits, at least 1.
+    The result is 2 to MOST_TILES. If SRAM does not have room for so many, it is the number that fits, but at least 1.
 
-    columns: for each buffer, the columns of its tiles; a tile is one row of FP32 values. load: bytes that a core loads
-    for one tile. held: bytes of SRAM already in use.
+    Args:
+        target: the chip.
+        columns: for each buffer, the columns of its tiles; a tile is one row of FP32 values.
+        load: bytes that a core loads for one tile.
+        held: bytes of SRAM already in use.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
