@@ -256,9 +256,15 @@ class _Repository:
         return _opened([folder / f for f in chosen], chosen)
 
     def _download(self, file: str, done: int = 0, total: int = 0, progress: Progress = silent) -> Path:
-        """The path in the cache of one file of the repository; downloads it, or its rest, if it is not all there.
+        """Download one file of the repository to the cache, or what is missing of it. Returns its path in the cache.
 
         Raises HubError if the download fails, or the repository was changed meanwhile.
+
+        Args:
+            file: the file's name in the repository.
+            done: bytes of the files downloaded before it, for `progress`.
+            total: bytes of all files, for `progress`.
+            progress: called as progress(bytes done, total, what).
         """
         from huggingface_hub import errors, hf_hub_download
 

@@ -227,7 +227,10 @@ class Attend(Op, kind="attend"):
         return (keys > at[:, None]) | (keys < self.first_seen(at)[:, None])
 
     def _weights(self, score: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """Softmax of the scores [heads, queries, keys] over the keys; sinks, if any, take part in its denominator."""
+        """Softmax of `score` [heads, queries, keys] over the keys, in the same shape.
+
+        If the op has attention sinks, exp(sink) of each head is added to the denominator.
+        """
         top = score.max(axis=-1, keepdims=True)
         if self.sinks is None:
             p = np.exp(score - top)

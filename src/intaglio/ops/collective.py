@@ -49,7 +49,7 @@ class Collective(Op):
         return formats.round_to(x, self.wire)
 
     def link_bytes(self, t: Tensors, name: str, batch: Batch) -> int:
-        """Bytes of tensor `name` when it is sent, in the format `wire`."""
+        """Number of bytes to send the tensor `name` of a batch over a link, in the op's number format `wire`."""
         return t[name].nbytes(batch.sizes) * formats.get(self.wire).bits // formats.get(t[name].format).bits
 
 

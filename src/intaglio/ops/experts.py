@@ -331,7 +331,10 @@ class Experts(Op, kind="experts"):
         return {self.out: out if self.residual is None else out + array(v, self.residual)}
 
     def _part(self, v: Mapping[str, Value], x: np.ndarray, name: str, bias: str | None, e: int) -> np.ndarray:
-        """The product (gate, up or down) of expert e with rows x, its bias added: [rows of x, rows of the matrix]."""
+        """Multiply rows x by expert e's matrix of the stack `name`, and add the expert's bias if there is one.
+
+        Returns float32 [rows of x, rows of the matrix]. bias: name of the stack of biases, or None.
+        """
         y = product(x, expert(v[name], int(e)), self.x_format)
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
 

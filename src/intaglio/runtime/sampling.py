@@ -30,9 +30,10 @@ def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None
 
 
 def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
-    """The sampling inputs of the rows from which a sequence samples, as a list: of its last token, then of each draft.
+    """The sampling parameters of the rows from which a sequence samples, as a list of len(drafts) + 1 Samplings.
 
-    Raises ValueError if the grammar does not allow a draft.
+    The first is for the row of the sequence's last token, the others for the rows of the draft tokens, in order. Raises
+    ValueError if the grammar does not allow a draft.
     """
     p, rows = s.request.params, list[Sampling]()
     if s.matcher is None and s.token_filter is None and not p.edits_logits:

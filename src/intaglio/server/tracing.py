@@ -63,7 +63,10 @@ class Tracing:
 
 
 def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
-    """Context manager that traces a generation request; it does nothing for other paths, and without `tracing`."""
+    """Context manager that records the span of an HTTP request if its path generates text. It yields nothing.
+
+    It does nothing for other paths, or if `tracing` is None. headers: the request's headers, with names in lower case.
+    """
     if tracing is None or path not in GENERATE:
         return nullcontext()
     return tracing.request(f"{method} {path}", headers)

@@ -19,7 +19,7 @@ from intaglio.silicon.stream import Stream
 
 
 def location(stream: Stream, i: Instruction) -> str:
-    """Text with site, engine and name of an instruction, for error messages."""
+    """Text for errors that says which instruction it is: its site (the op's name), engine and class."""
     return f"site {stream.site}, engine {i.engine}, instruction {type(i).__name__}"
 
 
@@ -65,7 +65,7 @@ def check(target: Target, stream: Stream) -> None:
 
 
 def overflow(target: Target, i: Instruction) -> str:
-    """Error text that names the region that ends beyond the core's SRAM or accumulators; "" if none does."""
+    """Text of the error if a region of instruction `i` ends beyond the core's SRAM or accumulators; "" if none does."""
     limits = {"sram": target.chip.sram_bytes, "acc": target.chip.acc_bytes}
     for region in (*i.regions(False), *i.regions(True)):
         limit, end = limits.get(region.space), region.span[1]

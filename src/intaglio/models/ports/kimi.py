@@ -103,9 +103,11 @@ def kinds(net: Mapping[str, object], n: int) -> list[str]:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """A copy of the Decoder with the module's name that a checkpoint has for dense MLPs.
+    """Set the name of the dense MLPs' module, which differs between checkpoints. Returns `d` or a changed copy.
 
-    Files that transformers 5.24 saves have dense MLPs too under the experts' name.
+    In files that transformers 5.24 saves, dense MLPs have the name of the experts' module, block_sparse_moe.
+
+    d: the Decoder, made from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """
     dense = next((i for i, layer in enumerate(d.layers) if not layer.sparse), None)
     saved = f"{d.prefix}layers.{dense}.block_sparse_moe.gate_proj.weight" in shapes

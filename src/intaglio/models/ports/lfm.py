@@ -97,7 +97,10 @@ def lfm3(c: Config, context: int) -> Decoder:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """A copy of the Decoder with the gate's name inside transformers, g_proj, if the checkpoint has that."""
+    """Set the name of attention's gate to g_proj if the checkpoint has that name. Returns `d` or a changed copy.
+
+    d: the Decoder, made from the config. shapes: {name of a tensor in the checkpoint: its shape}.
+    """
     named = any(name.endswith(".self_attn.g_proj.weight") for name in shapes)
     return replace(d, attn_gate="g_proj") if d.attn_gate and named else d
 

@@ -185,9 +185,10 @@ def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, l
 
 
 def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
-    """A list of the Jobs of sequence number `s`, which has one new token: one for each head tile and context part.
+    """A list of the Jobs of sequence number `s`, which has one new token.
 
-    A context is cut into at most plan.parts parts, between two tiles of plan.keys keys.
+    There is a Job for each plan.pack heads and each part of the context. The context is cut into at most plan.parts
+    parts, between two tiles of plan.keys keys.
     """
     context, out = int(batch.context_len[s]), []
     low = context - decode_keys(target.library, h.window, context)

@@ -11,9 +11,10 @@ from intaglio.ops import Attend, ChooseKeys, KvWrite
 
 @sharding_rule(KvWrite)
 def kv_write(lane: Lane, op: KvWrite) -> None:
-    """Append kv_write to one rank's Program: for the rank's heads of each cache that is split, else for all heads.
+    """Append a KvWrite op to one rank's Program. Returns nothing.
 
-    Returns nothing.
+    If a K/V cache of the op is split between ranks, the rank's op writes the rank's heads to its part of that cache. A
+    cache that is not split gets all heads.
     """
     names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
     scales = {}
@@ -25,9 +26,10 @@ def kv_write(lane: Lane, op: KvWrite) -> None:
 
 @sharding_rule(Attend)
 def attend(lane: Lane, op: Attend) -> None:
-    """Append attend to one rank's Program: for the rank's heads if q is split by heads, else for all heads.
+    """Append an Attend op to one rank's Program. Returns nothing.
 
-    Returns nothing.
+    If the queries (op.q) are split between ranks by heads, the rank's op computes only the rank's heads. Otherwise it
+    computes all heads.
     """
     shares, whole = lane.shares.get(op.q), lane.p.tensors
     if not shares:
@@ -47,8 +49,8 @@ def attend(lane: Lane, op: Attend) -> None:
 
 @sharding_rule(ChooseKeys)
 def choose_keys(lane: Lane, op: ChooseKeys) -> None:
-    """Append choose_keys, which picks the keys for sparse attention, to one rank's Program. Returns nothing.
+    """Append a ChooseKeys op, which picks the keys for sparse attention, to one rank's Program. Returns nothing.
 
-    Every rank computes it whole, with all heads and the whole cache of keys.
+    The op is not divided: every rank runs it with all heads and the whole cache of keys.
     """
     lane.add_whole(op)

@@ -16,11 +16,11 @@ def whole(lane: Lane, op: Op) -> None:
 
 @sharding_rule(Embed)
 def embed(lane: Lane, op: Embed) -> None:
-    """Append embed to one rank's Program, for the rank's columns of the table, then an all_gather. Returns nothing.
+    """Append an Embed op for the rank's columns of the table, then an all_gather, to one rank's Program.
 
-    The all_gather moves half the bytes of the all_reduce that a table split by vocabulary would need. With sequence
-    parallelism there is an all_to_all instead, which gives each rank all columns of its own token rows; it moves 1 / tp
-    of the all_gather's bytes.
+    Returns nothing. The all_gather moves half the bytes of the all_reduce that a table split by vocabulary would need.
+    With sequence parallelism there is an all_to_all instead, which gives each rank all columns of its own token rows;
+    it moves 1 / tp of the all_gather's bytes.
     """
     shares = lane.plan[op.out]
     own = replace(op, w=lane.own(op, op.w, shares, axis=1))
@@ -34,9 +34,10 @@ def embed(lane: Lane, op: Embed) -> None:
 
 @sharding_rule(Permute)
 def permute(lane: Lane, op: Permute) -> None:
-    """Append permute to one rank's Program: on the rank's token rows if x is split by rows, else on the whole x.
+    """Append a Permute op, which puts columns in another order, to one rank's Program. Returns nothing.
 
-    A rank's columns alone are not enough, since permute moves columns between ranks. Returns nothing.
+    If the input op.x is split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on all of
+    op.x; a rank's own columns would not be enough, since columns move between ranks.
     """
     if not lane.has_token_rows(op):
         return lane.add_whole(op)
@@ -46,8 +47,9 @@ def permute(lane: Lane, op: Permute) -> None:
 
 @sharding_rule(Concat)
 def concat(lane: Lane, op: Concat) -> None:
-    """Append concat to one rank's Program: on the rank's token rows if both operands are split by rows, else whole.
+    """Append a Concat op, which joins the columns of two operands, to one rank's Program. Returns nothing.
 
-    Returns nothing.
+    If both operands are split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on the
+    whole operands.
     """
     return lane.add(op) if lane.has_token_rows(op) else lane.add_whole(op)

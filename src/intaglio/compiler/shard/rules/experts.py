@@ -14,7 +14,9 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append experts to one rank's Program: the rank's part of them, then an all_reduce of the sums. Returns nothing.
+    """Append an Experts op for the rank's part of the experts, then an all_reduce, to one rank's Program.
+
+    The all_reduce adds the ranks' results. Returns nothing.
 
     The ranks that hold a layer form ep groups of tp ranks. Experts are divided among the groups, and the intermediate
     columns of each expert among a group's ranks. If the layout has redundant experts, its placement says which group

@@ -12,7 +12,10 @@ from intaglio.ops import HeadLinear, Linear
 
 @sharding_rule(Linear)
 def linear(lane: Lane, op: Linear) -> None:
-    """Append linear to one rank's Program: row parallel if x is split, column parallel if the plan says so, else whole.
+    """Append a Linear op to one rank's Program: row parallel, column parallel, or whole.
+
+    It is row parallel if its input op.x is split by columns, column parallel if lane.plan splits its result, else
+    whole.
 
     - Row parallel: each rank computes a partial sum over its columns of x, and an all_reduce adds the sums. A linear
       with an activation cannot be row parallel.
@@ -41,9 +44,10 @@ def linear(lane: Lane, op: Linear) -> None:
 
 @sharding_rule(HeadLinear)
 def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """Append head_linear (one matrix per head, as in MLA) to one rank's Program. Returns nothing.
+    """Append a HeadLinear op (one matrix per head, as in MLA) to one rank's Program. Returns nothing.
 
-    It runs for the rank's own heads if x is split by heads, else for all heads.
+    If the op's input op.x is split between ranks by heads, the rank's op computes only the rank's heads. Otherwise it
+    computes all heads.
     """
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     if not shares:

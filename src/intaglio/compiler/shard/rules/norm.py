@@ -11,7 +11,7 @@ from intaglio.ops import Moment, Norm
 
 @sharding_rule(Norm)
 def norm(lane: Lane, op: Norm) -> None:
-    """Append norm to one rank's Program: on the rank's token rows, on its groups of columns, or on whole rows.
+    """Append a Norm op to one rank's Program: for the rank's token rows, its groups of columns, or whole rows.
 
     - On token rows if all operands are split by token rows.
     - On its own groups of columns if each group is normed by itself and x is split between groups.
@@ -45,10 +45,10 @@ def norm(lane: Lane, op: Norm) -> None:
 
 @sharding_rule(Moment)
 def moment(lane: Lane, op: Moment) -> None:
-    """Append moment (the mean, rms or standard deviation of each row) to one rank's Program. Returns nothing.
+    """Append a Moment op (the mean, rms or standard deviation of each row) to one rank's Program. Returns nothing.
 
-    It runs on the rank's token rows if x is split by token rows. Otherwise it runs on all rows, and an x that is split
-    by columns is gathered first.
+    If the op's input op.x is split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on
+    all rows; an op.x that is split by columns is gathered first.
     """
     if lane.has_token_rows(op):
         lane.add(op)

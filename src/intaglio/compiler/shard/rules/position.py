@@ -8,6 +8,10 @@ from intaglio.ops import Rope
 
 @sharding_rule(Rope)
 def rope(lane: Lane, op: Rope) -> None:
-    """Append rope to one rank's Program: for the rank's heads if x is split by heads, else for all. Returns nothing."""
+    """Append a Rope op to one rank's Program. Returns nothing.
+
+    If the op's input op.x is split between ranks by heads, the rank's op rotates only the rank's heads. Otherwise it
+    rotates all heads.
+    """
     shares = lane.shares.get(op.x)
     return lane.add_split(op, shares) if shares else lane.add_whole(op)

@@ -15,9 +15,10 @@ from intaglio.ops import Decay, LinearAttention, RgLru, SelectiveScan, ShortConv
 
 @sharding_rule(ShortConv)
 def short_conv(lane: Lane, op: ShortConv) -> None:
-    """Append short_conv to one rank's Program. Returns nothing.
+    """Append a ShortConv op to one rank's Program. Returns nothing.
 
-    It runs for the rank's own channels if x and the state are split by channels alike, else for all channels.
+    If the op's input op.x and its state are split between ranks by the same channels, the rank's op computes only the
+    rank's channels. Otherwise it computes all channels.
     """
     shares = lane.shares.get(op.x)
     if not shares or shares != lane.plan.get(op.state):
@@ -46,9 +47,10 @@ def decay(lane: Lane, op: Decay) -> None:
 
 @sharding_rule(LinearAttention)
 def linear_attention(lane: Lane, op: LinearAttention) -> None:
-    """Append linear_attention to one rank's Program. Returns nothing.
+    """Append a LinearAttention op to one rank's Program. Returns nothing.
 
-    It runs for the rank's own heads if the plan splits its state by heads, else for all heads.
+    If the plan (lane.plan) splits the op's state by heads, the rank's op computes only the rank's heads. Otherwise it
+    computes all heads.
     """
     heads = lane.plan.get(op.state)
     lane.keep(op.state, heads, axis=1)
@@ -62,18 +64,20 @@ def linear_attention(lane: Lane, op: LinearAttention) -> None:
 
 @sharding_rule(SelectiveScan)
 def selective_scan(lane: Lane, op: SelectiveScan) -> None:
-    """Append selective_scan to one rank's Program. Returns nothing.
+    """Append a SelectiveScan op to one rank's Program. Returns nothing.
 
-    It runs for the rank's own channels if the plan splits its state by channels, else for all channels.
+    If the plan (lane.plan) splits the op's state by channels, the rank's op computes only the rank's channels.
+    Otherwise it computes all channels.
     """
     add_channels(lane, op, whole=(op.b, op.c))
 
 
 @sharding_rule(RgLru)
 def rg_lru(lane: Lane, op: RgLru) -> None:
-    """Append rg_lru to one rank's Program. Returns nothing.
+    """Append an RgLru op to one rank's Program. Returns nothing.
 
-    It runs for the rank's own channels if the plan splits its state by channels, else for all channels.
+    If the plan (lane.plan) splits the op's state by channels, the rank's op computes only the rank's channels.
+    Otherwise it computes all channels.
     """
     add_channels(lane, op)
 
@@ -81,8 +85,8 @@ def rg_lru(lane: Lane, op: RgLru) -> None:
 def add_channels(lane: Lane, op: SelectiveScan | RgLru, whole: Sequence[str] = ()) -> None:
     """Append an op that has a state for each channel to one rank's Program. Returns nothing.
 
-    It runs for the rank's own channels if the plan splits its state by channels, else for all channels. whole: names of
-    inputs that every channel reads whole.
+    If the plan (lane.plan) splits the op's state by channels, the rank's op computes only the rank's channels.
+    Otherwise it computes all channels. whole: names of inputs that every channel reads whole.
     """
     shares = lane.plan.get(op.state)
     lane.keep(op.state, shares, axis=1)

@@ -42,12 +42,15 @@ def pretrained(m: Metadata) -> int:
 
 
 def first_with(m: Metadata, name: str) -> int | None:
-    """The number of the first layer that has this tensor; None if no layer has it."""
+    """The number of the first layer that has a tensor `name` (without the layer's prefix); None if no layer has it."""
     return next((i for i in range(m.layers) if m.has(name, i)), None)
 
 
 def rows(m: Metadata, name: str) -> int | None:
-    """The number of rows of this tensor in the first layer that has it; None if no layer has it."""
+    """The number of rows of the tensor `name` in the first layer that has one; None if no layer has it.
+
+    name: the name in transformers without the layer's prefix, such as mlp.gate_proj.weight.
+    """
     at = first_with(m, name)
     return None if at is None else m.tables.shape(f"model.layers.{at}.{name}")[0]
 
