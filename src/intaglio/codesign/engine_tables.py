@@ -60,10 +60,11 @@ NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts t
 
 
 def translated(table: str, row: Row) -> dict[str, str] | None:
-    """A row of an engine's table as a dict by the column names of validate.py.
+    """Translate a row of an engine's table to the column names of validate.TABLES. Returns the new row, a dict.
 
-    The column `kernel` has the name of the row's kernel. None if the row's number format is not one of FORMATS. table:
-    name of the engine's table, a key of COLUMNS.
+    Its column `kernel` has the name of the row's kernel. Returns None if the row's number format is not one of FORMATS.
+
+    table: name of the engine's table, a key of COLUMNS.
     """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}

@@ -224,9 +224,12 @@ class EngineTimes:
 
 
 def of_load(pairs: Sequence[tuple[int, int]], concurrency: int, default: int) -> int:
-    """The value of the last of the pairs (open requests, value) with at most `concurrency` requests; `default` if none.
+    """Look up a setting that depends on the load. Returns the value of a pair, or `default`.
 
-    pairs: ascending by the number of open requests.
+    Of the pairs whose number of open requests is at most `concurrency`, the last one counts. If there is none, the
+    result is `default`.
+
+    pairs: (number of open requests, value), ascending by the number.
     """
     return next((value for least, value in reversed(pairs) if concurrency >= least), default)
 

@@ -171,8 +171,8 @@ class KernelSearch:
     """A search for the facts and constants of one kernel that make the rows of all cases most likely.
 
     Attributes:
-        cases: rows of the kernel, by chip.
-        values: for each case, the best values so far; facts are the same in all.
+        cases: a Case (measured rows on one chip) for each chip.
+        values: a dict {name of a constant or fact: best value so far} for each case. All have the same facts.
     """
 
     def __init__(self, cases: Sequence[Case], values: Sequence[Values]) -> None:

@@ -185,9 +185,9 @@ class Queue:
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
-        """(seconds, joules) of the middle one of the next `count` decode steps.
+        """(seconds, joules) of one decode step: the middle one of the next `count` decode steps.
 
-        All running sequences count with their mean number of keys.
+        The step is timed as if every running sequence had the mean number of keys.
         """
         n = len(self.running)
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)

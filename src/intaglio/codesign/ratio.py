@@ -86,10 +86,10 @@ def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
 
 
 def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
-    """(prompts per second, seconds for a full step's prompts) of one prefill server that always has prompts waiting.
+    """(prompts per second, seconds per round) of one prefill server that always has prompts waiting.
 
-    Each data-parallel copy of the attention layers (DP rank) computes as many whole prompts as fit max_batch_tokens, or
-    one prompt in chunks if it is longer; the seconds are those until all these prompts are computed.
+    In a round, each data-parallel copy of the attention layers (DP rank) computes as many whole prompts as fit
+    max_batch_tokens. If a prompt is longer, it computes one prompt in chunks.
 
     kind: the server. input: tokens of each prompt.
     """

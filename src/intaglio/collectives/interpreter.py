@@ -54,9 +54,10 @@ def execute(
 
 
 def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
-    """`parts` views of x of near-equal width along its last axis, as a list; some are empty if the axis is shorter.
+    """Cut x along its last axis. Returns a list of `parts` views, whose widths differ by at most 1.
 
-    The cut is by columns: so the chunk of a value, and its summation order, do not depend on the number of rows.
+    Views are empty if there are more parts than columns. The number of rows has no influence on the part to which a
+    value belongs, so the order in which a collective sums values does not depend on it.
     """
     n = x.shape[-1]
     return [x[..., n * i // parts : n * (i + 1) // parts] for i in range(parts)]

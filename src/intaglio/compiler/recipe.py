@@ -148,9 +148,9 @@ def build_stages(
 def _sharded(
     program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
 ) -> tuple[Program, ...]:
-    """Run the passes WHOLE (for the Program of the whole model) and shard the result: a tuple with a Program per rank.
+    """Run the compiler passes for a whole model (WHOLE) and shard the result. Returns a tuple with a Program per rank.
 
-    The passes EACH, for the Program of one rank, have not run on the result. For arguments and errors see build_mesh().
+    The passes for the Program of one rank (EACH) are left to the caller. For arguments and errors see build_mesh().
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     return shard(whole, layout, wire, _coded(program, whole))

@@ -273,10 +273,14 @@ class Experts(Op, kind="experts"):
         self.check(turns, f"copy={self.copy}, copies={self.copies}; wanted 0 <= copy < copies for each matrix")
 
     def matrix_of(self, t: int, expert: int, experts: int) -> int:
-        """Index of an expert's matrices in this rank's weights gate, up and down; -1 if this rank does not compute it.
+        """Index of an expert's matrices in this rank's weights gate, up and down; -1 if another rank computes it.
 
-        It depends on the token, since ranks with copies of one expert take turns at tokens. t: row of the token in the
-        step. expert: number of the expert in the model. experts: number of experts in this rank's weights.
+        If several ranks have copies of the expert, they take turns at the tokens, so the result depends on the token.
+
+        Args:
+            t: row of the token in the step.
+            expert: number of the expert in the model.
+            experts: number of experts in this rank's weights.
         """
         if not self.held:
             return expert - self.first if 0 <= expert - self.first < experts else -1

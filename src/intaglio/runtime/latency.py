@@ -62,11 +62,15 @@ class LatencyEstimator:
         return self.mean_seconds - self.seconds_per_token * self.mean_tokens
 
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
-        """Estimated seconds to prefill `prefill_tokens` in all and then sample `output_tokens` for each sequence.
+        """Estimated seconds to prefill `prefill_tokens` tokens and then sample `output_tokens` for each sequence.
 
-        `sequences` is how many sample at the same time. Assumes one sampled token per sequence and step. A decode step
-        is taken to have as many token rows per sampled token as recent steps had on average, since prefills of other
-        requests share the steps.
+        One sampled token per sequence and step is assumed. Decode steps also have rows of other requests' prefills, so
+        a step is taken to have as many token rows per sampled token as recent steps had on average.
+
+        Args:
+            prefill_tokens: number of tokens to prefill, of all sequences together.
+            output_tokens: number of tokens to sample for each sequence.
+            sequences: number of sequences that sample at the same time.
         """
         rows = sequences * self.mean_tokens / self.mean_sampled if self.mean_sampled else 0
         return self.seconds_per_token * prefill_tokens + output_tokens * (

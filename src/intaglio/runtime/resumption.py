@@ -86,10 +86,12 @@ class Resumption:
             )
 
     def apply(self, sequence: Sequence) -> None:
-        """Give a new sequence the earlier output of its choice, and pass that output to its stop checker and grammar.
+        """Append the tokens that were generated earlier to a new sequence, after a request has moved. Returns nothing.
 
-        Raises RequestError if the stop checker or grammar does not accept the output, and so belongs to another
-        request.
+        The tokens are also passed to the sequence's stop checker and grammar. Raises RequestError if one of these does
+        not accept the tokens, because it belongs to another request.
+
+        sequence: the new sequence, for one choice (output) of the request.
         """
         choice = next(c for c in self.choices if c.index == sequence.index)
         for token in choice.output:

@@ -297,8 +297,8 @@ class Api:
     async def state(self, request: Request) -> Response:
         """GET /state. Returns the response, as JSON: queue, K/V cache and steps of one model, and the names of all.
 
-        The query's `model` names the model (default: the first). Only steps after number `since` are included. Raises
-        Problem if either is invalid.
+        The query parameter `model` names the model (default: the first). Only steps with numbers above the query
+        parameter `since` are included. Raises Problem if one of the parameters is invalid.
         """
         since = request.query_params.get("since", "0")
         if not re.fullmatch("[0-9]{1,18}", since, re.ASCII):

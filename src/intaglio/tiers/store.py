@@ -93,8 +93,8 @@ class BlockStore(Protocol):
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
         """The contents of a block, uint8 [block_bytes].
 
-        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged, OSError if it
-        cannot be read.
+        Raises FileNotFoundError if nothing is stored under the block's name, BlockFileError if what is stored is
+        damaged or another block, OSError if it cannot be read.
         """
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:

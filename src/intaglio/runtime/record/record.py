@@ -59,7 +59,8 @@ class Recorder:
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
         """A function like `inner`, which loads an executable after the loss of a device, that also records what it did.
 
-        Recorded are the outcome of each call, in `restarts`, and the launches of the executable it returns.
+        The outcome of each call is recorded in `restarts`. The launches of the executable that it returns are recorded
+        in `launches`.
         """
 
         def load() -> Executable:

@@ -58,8 +58,8 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse DeepSeek's tool calls, and yield them as Parts.
 
     V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`. <sep> is
-    the special token DEEPSEEK["sep"]. A generator; its value (of `yield from`) is True if a call was begun, even
-    if it is cut off.
+    the special token DEEPSEEK["sep"]. This is a generator; its return value is True if a call was begun, even if it is
+    cut off.
 
     s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
     """

@@ -299,7 +299,7 @@ def switch_speedup(chips: int) -> float:
 
 
 def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
-    """Bytes/s over all links of a chip that lead to chips of its group."""
+    """Bytes/s of one chip: the sum over all its links to the other chips of a group of `chips` chips."""
     peers = {"k44": max(1, chips // 2), "mesh": chips - 1}.get(chip.links.topology, 1)
     return peers * links_used(chip, "all_reduce", chips) * chip.links.bytes_per_s * host_share(chip, chips)
 

@@ -230,8 +230,8 @@ def _iq3_s(b: np.ndarray) -> np.ndarray:
 def _iq1_s(b: np.ndarray) -> np.ndarray:
     """Scales of IQ1_S blocks, f32 [rows, blocks, 8]: d * (1 + 2 s) / 8 for each run of 32 values.
 
-    d: the f16 number that begins a block. s: bits 12 to 14 of the run's 16-bit word. Values are multiples of an eighth
-    of d * (1 + 2 s).
+    d: the f16 number that begins a block. s: bits 12 to 14 of the run's 16-bit word. All values of a run are whole
+    multiples of the run's scale.
     """
     s = _words(b[..., 34:], np.uint16) >> 12 & 7
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32)) * np.float32(0.125)

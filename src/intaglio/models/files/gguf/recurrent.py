@@ -36,7 +36,7 @@ def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a tensor to `tables` as a vector; the file has a matrix: D [heads, 1], or a norm [groups, columns].
+    """Add a tensor that the file holds as a matrix, D [heads, 1] or a norm [groups, columns], to `tables` as a vector.
 
     Args:
         tables: the tensors by transformers' names.

@@ -207,7 +207,10 @@ def _values(x: np.ndarray, p: Place) -> Value:
 
 
 def in_order(x: np.ndarray, head: int) -> np.ndarray:
-    """Rows of Q or K as an array, reordered from interleaved to half rope order. head: rows of a head."""
+    """Reorder the rows of Q or K from interleaved to half rope order. Returns a new array of the same shape.
+
+    x: the rows of all heads, in an array of any number of dimensions. head: number of rows of a head.
+    """
     return np.ascontiguousarray(x.reshape(-1, head // 2, 2, *x.shape[1:]).swapaxes(1, 2)).reshape(x.shape)
 
 
