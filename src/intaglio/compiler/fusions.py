@@ -110,10 +110,10 @@ def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
 
 
 def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The op `linear` fused with `m`, an elementwise op, if `m` is activation(gate) * up over the halves of its result.
+    """Fuse `linear` with the elementwise op `m` that computes activation(gate) * up. Returns the fused op.
 
-    None for any other `m`, if `linear` is no Linear, or if it has an activation or a residual. t: tensors by name. x is
-    not used.
+    gate and up must be the two halves of the linear's result. Returns None if `m` computes anything else, if `linear`
+    is not a Linear, or if it already has an activation or a residual. t: tensors by name. x is not used.
     """
     if not isinstance(linear, Linear) or linear.residual is not None or linear.activation:
         return None

@@ -169,10 +169,12 @@ def _check(q: Mapping[str, Any]) -> None:
 
 
 def _scheme_of(base: str, groups: Sequence[tuple[tuple[str, ...], Scheme | None]]) -> Scheme | None:
-    """The scheme of module `base`; None if no entry of `groups` quantises it.
+    """Find the quantisation scheme of module `base`; None if no entry of `groups` quantises the module.
 
-    groups: (targets, scheme) by entry. An entry with a target that is the module's name comes first, then one whose
-    pattern (re:...) fits, then one that names a class such as Linear.
+    Entries with the module's name as a target are preferred to entries with a fitting pattern (re:...), and these to
+    entries that name a class such as Linear.
+
+    groups: list of entries (targets, scheme); scheme None: the entry quantises nothing.
     """
 
     def fits(target: str, rank: int) -> bool:

@@ -40,7 +40,7 @@ def harmony(s: Source, tools: Tools) -> Steps[None]:
 def _header(s: Source) -> Generator[None, None, str | None]:
     """Consume a message's header (channel, recipient) up to and including <|message|>.
 
-    A generator that yields None while it waits for more output. Its value (of `yield from`) is the header's text; None
+    A generator that yields None while it waits for more output. Its return value is the header's text; None
     if the output ends inside the header, which is then dropped.
     """
     while MESSAGE not in s.held and not s.last:
@@ -55,7 +55,7 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 def _call(s: Source, recipient: str) -> Steps[bool]:
     """Parse the body of a message to a function as a tool call, and yield it as Parts.
 
-    A generator. Its value (of `yield from`) is True; False, with nothing consumed, if the body does not begin with JSON
+    A generator. Its return value is True; False, with nothing consumed, if the body does not begin with JSON
     arguments. recipient: the function's name in the header, such as functions.NAME.
     """
     s.mark()

@@ -27,7 +27,7 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     - a JSON list of calls, after an opener or without one;
     - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each opener.
 
-    A generator; its value (of `yield from`) is True if a call was begun. opener: the delimiter that was consumed before
+    A generator; its return value is True if a call was begun. opener: the delimiter that was consumed before
     the calls; "": none, and then a call must name one of `tools`.
     """
     if not (yield from blanks(s)):
@@ -86,7 +86,7 @@ def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
 
     All text before <sep>, the special token KIMI["sep"], is the call's id; NAME is the function's name. A generator;
-    its value (of `yield from`) is True if a call was begun, even if it is cut off.
+    its return value is True if a call was begun, even if it is cut off.
 
     s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
     """

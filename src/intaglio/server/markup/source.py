@@ -90,7 +90,7 @@ Reading = Callable[[Source, str, Tools], Steps[bool]]  # parses calls after an o
 def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
     """Wait until `n` characters of output are there that nothing has consumed.
 
-    A generator that yields None while it waits. Its value (of `yield from`) is True; False if the output ends earlier.
+    A generator that yields None while it waits. Its return value is True; False if the output ends earlier.
     """
     while len(s.held) < n and not s.last:
         yield None
@@ -100,7 +100,7 @@ def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
 def blanks(s: Source) -> Generator[None, None, bool]:
     """Consume white space.
 
-    A generator that yields None while it waits for more output. Its value (of `yield from`) is True if other text
+    A generator that yields None while it waits for more output. Its return value is True if other text
     follows, False if the output ends.
     """
     while True:
@@ -113,8 +113,8 @@ def blanks(s: Source) -> Generator[None, None, bool]:
 def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
     """Consume the longest of the delimiters `marks` that the text begins with, and characters of `over` before it.
 
-    A generator that yields None while it waits for more output. Its value (of `yield from`) is the delimiter; None,
-    with nothing consumed, if the text begins with none of them.
+    A generator that yields None while it waits for more output. Its return value is the delimiter. If the text begins
+    with none of the delimiters, its return value is None and nothing is consumed.
     """
     while True:
         text = s.held.lstrip(over)
@@ -130,7 +130,7 @@ def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None,
 def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None]]:
     """Consume the text up to and including the first of the delimiters `marks`; all remaining text if none comes.
 
-    A generator that yields None while it waits for more output. Its value (of `yield from`) is (text before the
+    A generator that yields None while it waits for more output. Its return value is (text before the
     delimiter, delimiter), or (all remaining text, None).
     """
     while True:
@@ -174,7 +174,7 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
     """Yield the Parts of a tool call: `start`, then a CallArguments for each piece of text that `steps` yields.
 
-    `start` is yielded just before the first piece. A generator; its value (of `yield from`) is (True if `start` has
+    `start` is yielded just before the first piece. A generator; its return value is (True if `start` has
     been yielded, here or by the caller; the return value of `steps`).
 
     Args:

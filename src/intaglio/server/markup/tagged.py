@@ -95,7 +95,7 @@ def tagged(end: str, *ways: Tags) -> Reading:
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
     """Consume the opening tag of the next tool call, and find the set of tags to which it belongs.
 
-    Some formats have calls without an opening tag. A generator; its value (of `yield from`) is the set of `ways` whose
+    Some formats have calls without an opening tag. A generator; its return value is the set of `ways` whose
     opening tag was read. If there was no tag, the value is the first of `ways` without an opening tag, or None if all
     have one.
     """
@@ -108,7 +108,7 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
     """Parse one tool call in the format `way`, and yield it as Parts.
 
     Where calls have no opening tag (GLM), the name ends at a line break, the first argument, or the end of the call,
-    and must be the name of one of `tools`. A generator; its value (of `yield from`) is True if a call was begun, even
+    and must be the name of one of `tools`. A generator; its return value is True if a call was begun, even
     if it is cut off. end: delimiter after the last call.
     """
     ends = (way.named,) if way.begin else (way.named, way.key, end)
@@ -147,7 +147,7 @@ def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) ->
     """Parse one argument's value and yield it as JSON text; strings piece by piece, other values when complete.
 
     kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag. A
-    generator; its value (of `yield from`) is True, or False if the closing tag never comes.
+    generator; its return value is True, or False if the closing tag never comes.
     """
     if kinds == {"string"}:
         yield '"'
@@ -171,7 +171,7 @@ def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
     """Yield the text before the closing tag `mark`, in pieces, and consume the tag.
 
     The text itself may contain `mark`: only a `mark` before one of `follow`, or at the end of the output, is the
-    closing tag. One line break at each end of the text is removed. A generator; its value (of `yield from`) is True, or
+    closing tag. One line break at each end of the text is removed. A generator; its return value is True, or
     False if the closing tag never comes.
     """
     while not s.held and not s.last:

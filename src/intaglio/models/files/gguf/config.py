@@ -154,9 +154,10 @@ def mistral3(m: Metadata) -> dict[str, Any]:
 
 
 def qwen(model: str) -> Any:
-    """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`.
+    """Make the function that turns the Metadata of a GGUF file of dense Qwen2 or Qwen3 into the keys of config.json.
 
-    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
+    supported. model: the architecture's name in the dict.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -230,12 +231,12 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 
 
 def plain(model: str) -> Any:
-    """A function from metadata to the config (a dict) of an architecture that needs only the keys that Llama has.
+    """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
-    All that sets the architecture apart from Llama is built into its port. The function raises CheckpointError for a
-    missing key, PortError for a value that is not supported.
+    It is for architectures whose files have only the keys that Llama's have: what differs from Llama is built into
+    their ports. The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: the architecture's name in config.json.
+    model: the architecture's name in the dict.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -368,11 +369,12 @@ def minicpm3(m: Metadata) -> dict[str, Any]:
 
 
 def bitnet(usual: str) -> Any:
-    """A function from metadata to the config (a dict) of BitNet b1.58, whose head is the embedding.
+    """Make the function that turns the Metadata of a GGUF file of BitNet b1.58 into the keys of config.json (a dict).
 
-    usual: the activation of files without a key for it: silu in llama.cpp, relu2 (squared ReLU) in bitnet.cpp, which
-    gives its files an architecture of their own. The function raises CheckpointError for a missing key, PortError for
-    other activations.
+    The function raises CheckpointError for a missing key, PortError for an activation that is not supported.
+
+    usual: the activation to assume for files that state none: silu for files of llama.cpp, relu2 (squared ReLU) for
+    files of bitnet.cpp, which have another architecture name.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def gemma4(m: Metadata) -> dict[str, Any]:
 def _inner_widths(m: Metadata, shared: int) -> list[int]:
     """The inner width of each layer's MLP, as a list.
 
-    Raises PortError unless all are equal, or the last `shared` ones, which read other layers' caches, twice the others.
+    All widths must be equal, or the widths of the last `shared` layers must be twice the width of the others. Raises
+    PortError for other widths. shared: number of layers that read the K/V cache of an earlier layer.
     """
     found = [int(x) for x in m.by_layer("feed_forward_length")]
     own = len(found) - shared

@@ -43,10 +43,12 @@ def llama4(m: Metadata) -> dict[str, Any]:
 
 
 def qwen_moe(model: str, normalised: bool) -> Any:
-    """A function from metadata to the config (a dict) of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
+    """Make the function that turns the Metadata of a GGUF file of Qwen2-MoE or Qwen3-MoE into config.json's keys.
 
-    normalised: True if the router's top-k weights are divided by their sum. The function raises CheckpointError for a
-    missing key, PortError for a value that is not supported.
+    The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
+
+    model: the architecture's name in the dict. normalised: True if the router's top-k weights are divided by their sum.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -184,10 +184,12 @@ def ungated_experts(m: Metadata) -> dict[str, Any]:
 
 
 def delta_nets(model: str) -> Any:
-    """A function from metadata to the config (a dict) of Qwen3-Next or Qwen3.5, for the architecture `model`.
+    """Make the function that turns the Metadata of a GGUF file of Qwen3-Next or Qwen3.5 into config.json's keys.
 
-    Layers with a rate of decay have a gated delta net, the others attention. The function raises CheckpointError for a
-    missing key, PortError for a value that is not supported.
+    The function returns a dict. Layers for which the file has a rate of decay get a gated delta net, the others
+    attention. The function raises CheckpointError for a missing key, PortError for an unsupported value.
+
+    model: the architecture's name in the dict.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
