@@ -11,14 +11,14 @@ DECODE_BYTES = 256 << 20  # the maximum of a decode replica, because nobody fetc
 
 
 def peer_budget(role: Role, replicas: int, memory: int) -> int:
-    """Default for the most bytes of K/V blocks that a replica keeps in memory for other replicas, an int.
+    """Default for the maximum bytes of K/V blocks that a replica keeps in memory for other replicas, an int.
 
-    1/8 of the node's memory is divided equally among its replicas. Each gets at most 8 GiB, a decode replica at most
-    256 MiB: nobody fetches its blocks.
+    1/8 of the node's memory is divided equally among its replicas. Each replica gets at most 8 GiB. A decode replica
+    gets at most 256 MiB, because no other replica fetches its blocks.
 
     Args:
         role: the replica's role.
-        replicas: most replicas on the node.
+        replicas: maximum number of replicas on the node.
         memory: bytes of the node's memory.
     """
     budget = default_budget(memory, replicas)

@@ -41,8 +41,8 @@ class FrontOptions:
         keys: accepted API keys; empty: no key is needed. If there are keys, a client's tenant is key0, key1, ... by the
             number of its key.
         limits: how long a request may take and wait.
-        max_body: most bytes of a request's body.
-        max_open: most requests open at once; more are refused with 429.
+        max_body: maximum bytes of a request's body.
+        max_open: maximum number of requests open at once; more are refused with 429.
         read_timeout: seconds within which a body must arrive.
         tracing: records a trace of each generation request; None: no traces.
     """

@@ -77,7 +77,7 @@ class RayLauncher:
 
         words: arguments of `intaglio serve`. ranks: ranks of a replica. threads: CPUs of all ranks of a replica
         together. kv_token: secret with which replicas fetch K/V blocks of each other; None if they fetch none.
-        replicas: most replicas of the cluster. Raises ValueError if no node of the cluster has so many CPUs.
+        replicas: maximum number of replicas of the cluster. Raises ValueError if no node has so many CPUs.
         """
         self.kv_token = kv_token
         self.words, self.bundles = tuple(words), [{"CPU": float(max(1, threads // ranks))} for _ in range(ranks)]

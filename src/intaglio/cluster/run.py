@@ -34,7 +34,7 @@ class ClusterOptions:
         most: largest number of replicas that the autoscaler may start; None: no autoscaling.
         policy: name of the router's placement policy, a key of router.POLICIES.
         weights: weight of each tenant by name; 1 for those not named.
-        max_queued: most requests that wait in the router.
+        max_queued: maximum number of requests that wait in the router.
         front: options of the HTTP application.
     """
 

@@ -209,7 +209,7 @@ def calibrate_kernels(
     Args:
         base: the chip with its own library.
         paths: tables of one engine, <engine>_<table>.csv.
-        points: most rows of a kernel to fit to, see kernel_fit.calibrate_kernel().
+        points: maximum number of rows of a kernel to fit to, see kernel_fit.calibrate_kernel().
         min_us: rows that took fewer microseconds are left out.
         seed: of the confidence intervals.
         progress: called before each kernel.

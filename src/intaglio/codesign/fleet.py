@@ -91,7 +91,7 @@ class Member:
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:
-    """The replica with the smallest number of open requests; of several, the one that was given fewest requests so far.
+    """The replica with the fewest open requests. Among equals, the replica that was given the fewest requests so far.
 
     number: number of the arrival; not used.
     """

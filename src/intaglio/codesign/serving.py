@@ -207,9 +207,11 @@ def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) ->
 def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequest, concurrency: int) -> float:
     """Estimated seconds from the start to the end of a request, while `concurrency` such requests are open.
 
-    It is the time of the request's prefill, and for each token after the first a decode step of all open requests. The
-    prefill is timed as one step, each decode step with `prompt + output // 2` tokens of K/V for each request. Waiting,
-    and the prefills of other requests, are not in it. stages: one rank's Program of each pipeline stage.
+    The estimate is the time of the request's prefill, plus one decode step of all open requests for each token after
+    the first. The prefill is timed as one step, each decode step with `prompt + output // 2` tokens of K/V for each
+    request. Waiting and the prefills of other requests are not counted.
+
+    stages: one rank's Program of each pipeline stage.
     """
     n, keys = concurrency, request.prompt + request.output // 2
     prefill = BatchSizes(request.prompt, 1, ((request.prompt, request.prompt, 1),))

@@ -294,8 +294,8 @@ class StepTimes:
         """(seconds, joules of all chips of the server) of one step, computed anew, without the interpolation of cost().
 
         decoding: number of decoding sequences, spread evenly over the data-parallel copies of attention (DP ranks) and
-        the pipeline's micro-batches. context: number of keys of each. chunks: the step's prompt chunks as (new tokens,
-        keys including the new tokens, number of such prompts).
+        the pipeline's micro-batches. context: number of keys of each decoding sequence. chunks: the step's prompt
+        chunks as (new tokens, keys including the new tokens, number of such prompts).
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)

@@ -159,9 +159,10 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """A copy of the op `norm` whose residual is the operand that `m`, an elementwise op, adds to its result `x`.
+    """Fuse `norm` with the elementwise op `m` after it, which adds an operand to the norm's result `x`.
 
-    None if `m` is not such a sum, or if `norm` is not of the class Norm or has a residual already. t: not used.
+    Returns a copy of `norm` with this operand as its residual. Returns None if `m` is not such a sum, if `norm` is not
+    a Norm, or if it already has a residual. t: not used.
     """
     other = m.other_of_sum(x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
@@ -170,10 +171,10 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
 
 def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """A copy of the op `experts` whose residual is the operand that `m`, an elementwise op, adds to its result `x`.
+    """Fuse `experts` with the elementwise op `m` after it, which adds an operand to the experts' result `x`.
 
-    None if `m` is not a sum of x and one operand of the same shape, or if `experts` is not of the class Experts or has
-    a residual already. t: tensors by name.
+    Returns a copy of `experts` with this operand as its residual. Returns None if `m` is not a sum of x and one operand
+    of the same shape, if `experts` is not an Experts op, or if it already has a residual. t: tensors by name.
     """
     other = m.other_of_sum(x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:

@@ -49,8 +49,8 @@ class LoadReport:
         kv_usage: fraction of the K/V cache in use, 0 to 1.
         draining: True if it takes no new requests.
         pace: its step-time model.
-        max_sequences: most choices that run at a time.
-        max_batch_tokens: most token rows of a step.
+        max_sequences: maximum number of choices that run at a time.
+        max_batch_tokens: maximum number of token rows of a step.
         prompt_tokens: tokens of prompts since its start.
         cached_tokens: prompt tokens found in the K/V cache since its start.
         output_tokens: tokens generated since its start.

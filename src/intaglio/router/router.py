@@ -25,7 +25,7 @@ RETRY_MIN, RETRY_MAX = 1.0, 60.0  # bounds of Retry-After, seconds
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a router. max_queued: most jobs that may wait in it. Raises ValueError if it is below 1."""
+    """Limits of a router. Raises ValueError if `max_queued`, the maximum number of jobs that wait in it, is below 1."""
 
     max_queued: int = 1024
 

@@ -46,8 +46,8 @@ class Admission:
         vocabulary: number of token ids.
         num_blocks: number of K/V blocks.
         block_size: tokens in a K/V block.
-        max_waiting: most sequences that may wait.
-        max_batch_tokens: most token rows in a step.
+        max_waiting: maximum number of sequences that may wait.
+        max_batch_tokens: maximum number of token rows in a step.
     """
 
     context: int

@@ -18,9 +18,9 @@ def write_request(request: Request, seed: int) -> dict[str, Any]:
 
 
 def read_request(table: Mapping[str, Any]) -> Request:
-    """The Request with the fields that write_request() returned.
+    """Make a Request from `table`, the dict of fields that write_request() returned.
 
-    stop_checker and matcher are None: only the caller can recreate them.
+    Its stop_checker and matcher are None: only the caller can create these again.
     """
     return Request(**{**table, "params": _read_params(table["params"]), "eos_ids": frozenset(table["eos_ids"])})
 

@@ -36,7 +36,7 @@ def reservations(
         window: positions that a query sees.
         block_size: tokens in a block.
         context: context length in tokens.
-        max_batch_tokens: most token rows in a step.
+        max_batch_tokens: maximum number of token rows in a step.
         depth: number of steps under way at once.
     """
     most, blocks = window // block_size + 3, -(-context // block_size)
@@ -59,8 +59,8 @@ def with_windows(
             `max_sequences` sequences of any length never wait for a window block; but none if that saves less than a
             quarter of the pages, or if a sequence would keep its whole context anyway.
         context: context length in tokens.
-        max_batch_tokens: most token rows in a step.
-        max_sequences: most sequences that run at a time.
+        max_batch_tokens: maximum number of token rows in a step.
+        max_sequences: maximum number of sequences that run at a time.
         depth: number of steps under way at once.
 
     Raises RequestError if `window_tokens` is above 0 and less than one sequence needs, or no layer has a window.
@@ -99,8 +99,8 @@ class Windows:
         state: gives the window and the number of window pages. The last page is used only to test a replaced device.
         scope: digest of the BlockScope for the names of blocks.
         context: context length in tokens.
-        max_batch_tokens: most token rows in a step.
-        max_drafts: most draft tokens of a sequence in a step.
+        max_batch_tokens: maximum number of token rows in a step.
+        max_drafts: maximum number of draft tokens of a sequence in a step.
         depth: number of steps under way at once.
 
     Attributes:

@@ -32,7 +32,7 @@ class Options:
         origins: origins that CORS allows.
         limits: longest timeouts of requests.
         max_body: largest size of a request's body.
-        max_open: most requests open at once.
+        max_open: maximum number of requests open at once.
         read_timeout: time within which a request's headers, and then its body, must arrive.
         write_timeout: time after which a client that does not read its response is cut off.
         defaults: SamplingParams fields that are used where a request leaves them out, by model name; see

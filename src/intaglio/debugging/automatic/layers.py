@@ -18,8 +18,8 @@ def model_facts(t: Trace) -> Facts:
     """What a traced transformers model computes, as a dict from which flatten() makes the fields of Decoder.
 
     The keys are list (name of the list of layers), embedding, hidden, head, norm (see Norm.family), layers (one dict
-    for each layer, see _layer()), and those of _embedding() and _head(). Raises Unmatched for what Decoder cannot
-    express.
+    for each layer, see _layer()), and the keys that _embedding() and _head() return. Raises Unmatched if the model
+    computes something that no field of Decoder can express.
     """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]

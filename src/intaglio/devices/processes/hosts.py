@@ -147,7 +147,7 @@ class HostsExecutable(PostedExecutable):
         mesh: the Programs of all ranks.
         jobs: the jobs of each host's ranks.
         state: sizes of the K/V cache and the recurrent state.
-        step_timeout: most seconds that a step may take.
+        step_timeout: maximum seconds that a step may take.
         silence: seconds without a sign of life after which a stopped rank counts as hung.
         replaces: the lost group that this one replaces; None: none.
         news: condition that is notified of answers; None: a new one.

@@ -44,7 +44,7 @@ def wrong_memory(i: Instruction) -> str:
 
 
 def wrong_shape(i: Instruction) -> str:
-    """Error text for the first region without the shape that Instruction.shapes() demands; "" if all have theirs."""
+    """Error text for the first region that lacks the shape that Instruction.shapes() demands; "" if all regions fit."""
     sizes: dict[str, int] = {}
     for name, dims in i.shapes().items():
         region = getattr(i, name)
