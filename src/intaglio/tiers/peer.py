@@ -44,7 +44,10 @@ def default_budget(memory: int, engines: int) -> int:
 
 
 class PeerLoad(StoreLoad):
-    """A load in progress, of blocks here and at peers."""
+    """A load in progress: it takes blocks from this tier's own memory, and others over the network from peers.
+
+    cancel() also closes the connection on which the load waits for a peer.
+    """
 
     def __init__(self) -> None:
         super().__init__()

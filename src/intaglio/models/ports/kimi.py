@@ -86,10 +86,13 @@ def bailing_hybrid(c: Config, context: int) -> Decoder:
 
 
 def kinds(net: Mapping[str, object], n: int) -> list[str]:
-    """The attention type of each layer as `linear_attn_config` gives it, or each fourth one full; a list of str.
+    """The attention type of each layer, as a list of "full_attention" and "linear_attention".
 
-    net: linear_attn_config, which may list the numbers of layers of each type, counted from 1. n: number of layers.
-    Raises PortError if the lists do not name each layer once.
+    The table `linear_attn_config` may list the layers of each type in full_attn_layers and kda_layers, by numbers that
+    count from 1. If either list is missing, layers 5, 9, 13 and so on have full attention and all others linear
+    attention, as in transformers.
+
+    net: that table. n: number of layers. Raises PortError if the lists do not name each layer once.
     """
     full, linear = net.get("full_attn_layers"), net.get("kda_layers")
     if not isinstance(full, list) or not isinstance(linear, list):

@@ -174,8 +174,8 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
     """Yield the Parts of a tool call: `start`, then a CallArguments for each piece of text that `steps` yields.
 
-    `start` is yielded just before the first piece. A generator; its return value is (True if `start` has
-    been yielded, here or by the caller; the return value of `steps`).
+    `start` is yielded just before the first piece. Each None of `steps` is passed on. This is a generator; its return
+    value is a pair: a bool, True if `start` has been yielded here or by the caller, and the return value of `steps`.
 
     Args:
         steps: parser of the call's arguments. It yields their text piece by piece, and None when it needs more input.

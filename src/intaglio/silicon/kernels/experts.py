@@ -153,9 +153,10 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. If the operands fit the L2, all bytes move at the L2's rate; if not, at the lower one
-    of the rates of L2 and HBM. chip.l2_rate holds for reads that serve library.l2_multicast cores at once. Here every
-    read serves one core, so the L2's rate is chip.l2_rate / library.l2_multicast.
+    Its arithmetic is not counted. The rate of the L2 is chip.l2_rate / library.l2_multicast here: chip.l2_rate is that
+    of reads which serve l2_multicast cores at once, and in this kernel each read serves one core. If the operands fit
+    the usable part of the L2, all bytes move at this rate. Otherwise they move at this rate or HBM's, whichever is
+    lower.
 
     Args:
         target: the chip and its kernel library.
