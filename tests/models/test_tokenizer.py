@@ -205,6 +205,19 @@ def test_a_tokenizer_of_another_model(plain):
         plain.check_ids(plain.encode("ab<eos>c"), 258)
 
 
+@pytest.mark.parametrize("held", [5, True, [5], ["text"], 1.5, [{"name": "a", "template": "b"}, None]])
+def test_chat_templates_that_are_no_text_are_refused(tmp_path, held):
+    tokenizer(tmp_path)
+    table = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    table.pop("chat_template", None)
+    for file, more in (("tokenizer_config.json", table), ("chat_template.json", {})):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
+        (tmp_path / file).write_text(json.dumps({**more, "chat_template": held}))
+        said = f"{tmp_path / file}: chat_template is {held!r}; wanted a text, "
+        with pytest.raises(TokenizerError, match=re.escape(said)):
+            Tokenizer.open(tmp_path)
+
+
 def test_files_missing_or_damaged(tmp_path):
     with pytest.raises(TokenizerError, match=r"tokenizer.json is missing"):
         Tokenizer.open(tmp_path)

@@ -266,13 +266,20 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
         files[DEFAULT] = path / "chat_template.jinja"
     if files:
         return {name: f.read_text(encoding="utf-8") for name, f in files.items()}
-    held = config.get("chat_template") or _optional(path / "chat_template.json").get("chat_template")
+    file, held = path / "tokenizer_config.json", config.get("chat_template")
+    if not held:
+        file = path / "chat_template.json"
+        held = _optional(file).get("chat_template")
     if isinstance(held, str):
         return {DEFAULT: held} if held else {}
+    listed = isinstance(held, list) and all(isinstance(t, Mapping) for t in held)
+    if held and not listed and not isinstance(held, Mapping):
+        raise TokenizerError(
+            f"{file}: chat_template is {held!r}; wanted a text, an object {{name: text}} or a list of objects with "
+            "`name` and `template`: correct it, or download the file again"
+        )
     entries = held.items() if isinstance(held, Mapping) else [(t.get("name"), t.get("template")) for t in held or []]
     for name, text in entries:
         if not isinstance(name, str) or not isinstance(text, str):
-            raise TokenizerError(
-                f"{path / 'tokenizer_config.json'}: chat_template has an entry {name!r}; wanted a name and a template"
-            )
+            raise TokenizerError(f"{file}: chat_template has an entry {name!r}; wanted a name and a template")
     return {str(name): str(text) for name, text in entries}
