@@ -494,9 +494,7 @@ def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
             raise ValueError(f"{path}: {error}") from None
         check_rows(path, rows, NEEDED[table], FORMAT)
         for row in rows:
-            phase = table
-            if table == "attention":
-                decode = int(row["query_len"]) == 1 and int(row["context_len"]) > 0
-                phase = "attention_decode" if decode else "attention_prefill"
+            decode = table == "attention" and int(row["query_len"]) == 1 and int(row["context_len"]) > 0
+            phase = f"attention_{'decode' if decode else 'prefill'}" if table == "attention" else table
             out.setdefault(phase, []).append(row)
     return out
