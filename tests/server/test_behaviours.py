@@ -24,6 +24,7 @@ BAD_GRAMMAR = 'root ::= selectinvalidsyntax\n\nselect ::= "SELECT " column'
         ("completions", {"stream_options": {"include_usage": None}}),
         ("completions", {"stream_options": {"continuous_usage_stats": True}}),
         ("completions", {"structured_outputs": {"json": BAD_PROPERTY}}),
+        ("completions", {"structured_outputs": {"json": {"$ref": "#"}}}),
         ("completions", {"structured_outputs": {"regex": "[.*"}, "stop": ["\n"]}),
         ("completions", {"structured_outputs": {"grammar": BAD_GRAMMAR}}),
         ("completions", {"seed": 2**63}), ("completions", {"seed": -(2**63) - 1}),
@@ -41,6 +42,9 @@ def test_what_is_refused(server: Served, path: str, fields: dict[str, Any]) -> N
     body = {"messages": USER} if path.startswith("chat") else {"prompt": "a"}
     refused = server.post(f"/v1/{path}", {**body, "max_tokens": 3, **fields})
     assert refused.status_code == 400 and refused.json()["error"]["message"], refused.text
+    if "structured_outputs" in fields:
+        message = refused.json()["error"]["message"]
+        assert "\n" not in message and len(message) < 300, message
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
 
 

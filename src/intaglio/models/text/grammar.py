@@ -15,6 +15,7 @@ import numpy as np
 from intaglio.models.text.tokenizer import Tokenizer
 
 MAX_CACHED_GRAMMARS = 64
+LONGEST = 200  # characters that an error quotes of the library's report
 # Fixed white space, as in most training text: if it were free, a small model might write white space without end.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -71,13 +72,23 @@ class Grammars:
             else:
                 grammar = {"regex": LLMatcher.grammar_from_regex, "lark": LLMatcher.grammar_from_lark}[kind](source)
         except ValueError as e:
-            raise GrammarError(f"the {kind} does not parse: {e}") from None
+            raise GrammarError(f"the {kind} does not parse: {_brief(str(e))}") from None
         if before:
             grammar = _nested(before, grammar)
         matcher = LLMatcher(self.inner, grammar, log_level=0)
         if matcher.is_error():
-            raise GrammarError(f"the {kind} cannot be used: {matcher.get_error().strip()}")
+            raise GrammarError(f"the {kind} cannot be used: {_brief(matcher.get_error())}")
         return matcher
+
+
+def _brief(report: str) -> str:
+    """The first line of the library's report, and its line that begins with `error:` if it has one.
+
+    At most LONGEST characters; the first line is cut to make room. The other lines show the library's state.
+    """
+    first, *more = report.strip().splitlines() or [""]
+    reason = next((f" {line}" for line in more if line.startswith("error:")), "")[:LONGEST]
+    return first[: LONGEST - len(reason)] + reason
 
 
 def _nested(before: str, answer: str) -> str:
@@ -106,7 +117,7 @@ class GrammarMatcher:
         """
         known = np.frombuffer(self.inner.compute_bitmask(), np.uint32)
         if self.inner.is_error():
-            raise GrammarError(self.inner.get_error().strip())
+            raise GrammarError(f"the grammar cannot be followed: {_brief(self.inner.get_error())}; simplify it")
         words = np.zeros(-(-self.vocabulary // 32), np.uint32)
         words[: min(len(words), len(known))] = known[: len(words)]  # a model may have rows that no token names
         if self.vocabulary % 32:
@@ -124,4 +135,4 @@ class GrammarMatcher:
     def rollback(self, n: int) -> None:
         """Undo the last `n` tokens. Raises GrammarError if that is not possible."""
         if n and not self.inner.rollback(n):
-            raise GrammarError(f"{n} tokens cannot be taken back: {self.inner.get_error().strip()}")
+            raise GrammarError(f"{n} tokens cannot be taken back: {_brief(self.inner.get_error())}")
