@@ -185,6 +185,13 @@ def test_bench_counts_work_against_the_roofs(folder: str) -> None:
             ("simulate", "llama-3-8b", "--prefill", "tp1", "--decode", "tp1", "--concurrency", "4", "--chips", "4"),
             "--chips 4 with --prefill, --decode and --concurrency",
         ),
+        (
+            ("simulate", "llama-3-8b", "--concurrency", "4", "--ttft", "nan"),
+            "--ttft is nan; give a finite number above",
+        ),
+        (("simulate", "llama-3-8b", "--concurrency", "4", "--tpot", "0"), "--tpot is 0; give a finite number above 0"),
+        (("simulate-serving", "llama-3-8b", "--tpot", "-5"), "--tpot is -5; give a finite number above 0"),
+        (("simulate-serving", "llama-3-8b", "--ttft", "inf"), "--ttft is inf; give a finite number above 0"),
         (("simulate", "{folder}/list.json"), "{folder}/list.json holds a JSON list; wanted an object"),
         (("simulate", "{folder}/broken.json"), "{folder}/broken.json is not JSON"),
         (("bench", "{folder}", "--context", "5"), "a context of 5 tokens is too short to measure: 16 of them"),
@@ -193,7 +200,7 @@ def test_bench_counts_work_against_the_roofs(folder: str) -> None:
 )
 def test_an_error_is_one_line_and_code_2(folder: str, words: tuple[str, ...], message: str) -> None:
     words = tuple(w.format(folder=folder) for w in words)
-    words += () if "--device" in words or words[0] in ("build", "disasm", "simulate") else REFERENCE
+    words += () if "--device" in words or words[0] in ("build", "disasm", "simulate", "simulate-serving") else REFERENCE
     result = run(*words, code=2)
     assert result.stderr.startswith("error: ") and message.format(folder=folder) in result.stderr
     assert "Traceback" not in result.output and result.stderr.count("\n") == 1

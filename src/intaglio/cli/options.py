@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,16 @@ def checked_by(read: Callable[[str], object], others: str = "") -> Callable[[typ
 checked_size = checked_by(parse_size)
 
 
+def positive(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Callback of an option for a number: returns the number unchanged; None if the option is not given.
+
+    Raises ValueError, naming the option, unless the number is finite and above 0.
+    """
+    if value is not None and not 0 < value < inf:
+        raise ValueError(f"{param.opts[0]} is {value:g}; give a finite number above 0, or leave the option out")
+    return value
+
+
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
     """Callback of an option for API keys: returns the keys unchanged; None if the option is not given.
 
@@ -102,6 +113,12 @@ Chip = Annotated[
 ]
 Chips = Annotated[int | None, typer.Option(min=1, help="With silicon: how many chips share the model.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep packed weights on disk.")]
+TtftLimit = Annotated[
+    float | None, typer.Option("--ttft", callback=positive, help="Limit of the time to the first token, in ms.")
+]
+TpotLimit = Annotated[
+    float | None, typer.Option("--tpot", callback=positive, help="Limit of the time per token after it, in ms.")
+]
 Json = Annotated[bool, typer.Option("--json", callback=quiet_with_json, help="Print JSON for a script.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]

@@ -178,8 +178,8 @@ def simulate(
         typer.Option(help="Format of routed experts, such as nvfp4, with --concurrency or --find. Default: --weights."),
     ] = "",
     by: Annotated[str, typer.Option(help="What --find maximises: tokens/s a watt or a chip.")] = "watt",
-    ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
-    tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
+    ttft: o.TtftLimit = None,
+    tpot: o.TpotLimit = None,
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a step. Default: 2048, with --prefill 8192; --find tries some."),

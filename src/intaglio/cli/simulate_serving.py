@@ -68,8 +68,8 @@ def simulate_serving(
     cv: Annotated[
         float, typer.Option(help="Coefficient of variation of arrival gaps: 1 Poisson, above: bursts.")
     ] = 1.0,
-    ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
-    tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
+    ttft: o.TtftLimit = None,
+    tpot: o.TpotLimit = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; longer prompts are cut.")] = 2048,
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     memory_share: Annotated[float, typer.Option(help="Fraction of a chip's HBM that may be filled.")] = 0.9,
