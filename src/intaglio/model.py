@@ -12,6 +12,7 @@ import numpy as np
 from intaglio.compiler import Layout, build, build_mesh, build_stages
 from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, Transcript, has_tokenizer, port
 from intaglio.models.hub import hub_id, locate
+from intaglio.models.text.files import end_ids
 from intaglio.program import MeshProgram, Program
 from intaglio.progress import Progress, silent
 from intaglio.runtime import Matcher, Request, RequestError, SamplingParams
@@ -76,8 +77,8 @@ class Model:
         ported = port(checkpoint, context)
         program = build(ported, weights, kv_format)
         tokenizer = _open_tokenizer(path, program.vocabulary)
-        ends = tokenizer.eos_ids if tokenizer else checkpoint.config.get("eos_token_id")
-        eos_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        own = path / "config.json" if path.is_dir() else path
+        eos_ids = frozenset(tokenizer.eos_ids if tokenizer else end_ids(own, checkpoint.config))
         grammars = Grammars(tokenizer, program.vocabulary) if tokenizer else None
         name = hub_id(named) or path.resolve().name
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)

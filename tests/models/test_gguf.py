@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -173,6 +174,20 @@ def test_damaged_files(tmp_path):
     empty(tmp_path / "little.gguf", "llama")
     with pytest.raises(CheckpointError, match=r"little.gguf lacks llama.attention.head_count;"):
         Checkpoint.open(tmp_path / "little.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", [b"blk.X.attn_q.weight", b"blk.-.attn_q.weight", b"blk..attn_qq.weight", b"blk.0_attn_q_weight"]
+)
+def test_a_tensor_name_without_a_layer_number(tmp_path, name):
+    file, _, _ = write(tiny("qwen2", tmp_path / "source"), tmp_path / "out", "F16")
+    whole = file.read_bytes()
+    assert whole.count(b"blk.0.attn_q.weight") == 1 and len(name) == 19
+    file.write_bytes(whole.replace(b"blk.0.attn_q.weight", name))
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{file}: tensor {name.decode()!r} has no layer number; wanted")
+    ):
+        Checkpoint.open(file)
 
 
 def split(file, folder, parts):

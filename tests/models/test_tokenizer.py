@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny import tokenizer
+from support.tiny import tiny, tokenizer
 
-from intaglio.models import Tokenizer, TokenizerError
+from intaglio.model import Model
+from intaglio.models import CheckpointError, Tokenizer, TokenizerError, account
 
 TEMPLATES = {
     "plain": None,
@@ -138,6 +140,29 @@ def test_eos_may_be_many(tmp_path):
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 260}))
     assert Tokenizer.open(tmp_path).eos_ids == (260, 258)
+    for named, ids in ((None, (258,)), ([], (258,)), (0, (0, 258)), ([10**6, 258], (10**6, 258))):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert Tokenizer.open(tmp_path).eos_ids == ids
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("named", [{"a": 1}, [[1]], [None], "x", "5", -7, [3, -7], 5.5, [1.5], True, [False]])
+def test_ends_that_are_no_ids_are_refused(tmp_path, file, named):
+    path = tiny("llama", tmp_path)
+    if file == "config.json":
+        (path / "generation_config.json").unlink()
+    table = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps({**table, "eos_token_id": named}))
+    said = f"{path / file}: eos_token_id is {named!r}; wanted an integer of 0 or more, or a list of them "
+    with pytest.raises(TokenizerError, match=re.escape(said)):
+        Tokenizer.open(path)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        account(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink(missing_ok=True)
+    if file == "config.json":  # a model without a tokenizer
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            Model.open(path)
 
 
 def test_a_template_may_stand_in_a_list(tmp_path):
@@ -178,6 +203,19 @@ def test_a_tokenizer_of_another_model(plain):
     plain.check_ids(plain.encode("abc"), 258)
     with pytest.raises(TokenizerError, match=r"the prompt has the token '<eos>' \(id 258\), which.*0\.\.257"):
         plain.check_ids(plain.encode("ab<eos>c"), 258)
+
+
+@pytest.mark.parametrize("held", [5, True, [5], ["text"], 1.5, [{"name": "a", "template": "b"}, None]])
+def test_chat_templates_that_are_no_text_are_refused(tmp_path, held):
+    tokenizer(tmp_path)
+    table = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    table.pop("chat_template", None)
+    for file, more in (("tokenizer_config.json", table), ("chat_template.json", {})):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
+        (tmp_path / file).write_text(json.dumps({**more, "chat_template": held}))
+        said = f"{tmp_path / file}: chat_template is {held!r}; wanted a text, "
+        with pytest.raises(TokenizerError, match=re.escape(said)):
+            Tokenizer.open(tmp_path)
 
 
 def test_files_missing_or_damaged(tmp_path):

@@ -122,6 +122,39 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, why: str)
         by_table({str(file): list(csv.DictReader(f))})
 
 
+HEAD = "dtype,m,n,k,us\n"
+GOOD = "bfloat16,64,64,64,30\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("dtype,m,k,us\nfp8,1,1,30\n", "column n is missing; needed are dtype, m, n, k, us"),
+        (
+            HEAD + GOOD + "float99,64,64,64,30\n",
+            "row 2 below the header: dtype is 'float99'; allowed: one of bfloat16, ",
+        ),
+        (HEAD + GOOD + GOOD + "fp8,64,64\n", "row 3 below the header ends before column k"),
+        (HEAD + "fp8,64,64,64,30,5\n", "row 1 below the header has more values than the header"),
+        (HEAD + "fp8,many,64,64,30\n", "row 1 below the header: m is 'many'; allowed: a whole number"),
+        (HEAD + "fp8,64,0,64,30\n", "row 1 below the header: n is '0'; allowed: a whole number of at least 1"),
+        (HEAD + "fp8,64,64,64,\n", "row 1 below the header: us is ''; allowed: a number of microseconds above 0"),
+        *(
+            (HEAD + f"fp8,64,64,64,{us}\n", f"us is '{us}'; allowed: a finite number")
+            for us in ("nan", "0", "-3", "inf")
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, text: str, why: str) -> None:
+    """Both commands that read tables print one line with the file, and exit with code 2."""
+    file = tmp_path / "h100_sxm_matmul.csv"
+    file.write_text(text)
+    for words in (["validate", str(tmp_path)], ["calibrate", str(file), "--chip", "h100_sxm"]):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2 and done.stderr.startswith(f"error: {file}: ") and why in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_fewer_rows_than_folds_are_refused(rng: np.random.Generator) -> None:
     rows = synthesised(START, "matmul", products(rng, 3), rng)
     with pytest.raises(ValueError, match="3 rows; 4 folds need at least as many"):

@@ -210,3 +210,43 @@ def test_a_table_of_servers_is_left_out(tmp_path: Path) -> None:
 def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no <chip>/<engine>_<table>.csv; engines are vllm, sglang, trtllm"):
         validate_engines(tmp_path, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("kernel_source,gemm_dtype,m,n,us\nk,fp8,1,1,30\n", "vllm_gemm.csv: column k is missing"),
+        ("kernel_source,gemm_dtype,m,n,k,us\nk,fp8,1,1,-1,30\n", "vllm_gemm.csv: row 1 below the header: k is '-1'"),
+        ("kernel_source,gemm_dtype,m,n,k,us\nk,fp8,1,1,1,nan\n", "vllm_gemm.csv: row 1 below the header: us is 'nan'"),
+    ],
+)
+def test_a_bad_row_of_an_engines_table_is_named(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "h100_sxm").mkdir()
+    file = tmp_path / "h100_sxm" / "vllm_gemm.csv"
+    file.write_text(text)
+    for words in (
+        ["validate", str(tmp_path)],
+        ["calibrate", str(file), "--chip", "h100_sxm", "--output", str(tmp_path)],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2 and why in done.stderr
+
+
+def test_validate_refuses_options_and_folders_that_leave_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "h100_sxm_matmul.csv"
+    file.write_text("dtype,m,n,k,us\nbfloat16,64,64,64,30\n")
+    for words, why in (
+        ([tmp_path, "--split", "foo"], "--split is 'foo'; give fit or test"),
+        ([tmp_path, "--min-us", "nan"], "--min-us is nan; give a finite number of at least 0"),
+        ([tmp_path, "--min-us", "-5"], "--min-us is -5; give a finite number of at least 0"),
+        ([tmp_path / "none"], "none does not exist; give a folder"),
+        ([file], "h100_sxm_matmul.csv is not a folder"),
+        ([tmp_path, "--min-us", "1e9"], "took 1e+09 us or more: change --min-us, --split or the tables"),
+        ([tmp_path, "--split", "test"], "took 0 us or more and is of split test: change"),
+    ):
+        done = CliRunner().invoke(app, ["validate", *map(str, words)])
+        assert done.exit_code == 2 and why in done.stderr, done.output
+        assert done.stderr.count("\n") == 1
+    file.write_text("dtype,m,n,k,us\n")
+    done = CliRunner().invoke(app, ["validate", str(tmp_path)])
+    assert done.exit_code == 2 and f"no row in {tmp_path} took 0 us or more" in done.stderr

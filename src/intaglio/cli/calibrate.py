@@ -23,7 +23,9 @@ def calibrate(
     library_name: LibraryName = None,
     points: Annotated[int, typer.Option(min=0, help="Rows of each table and format to fit to; 0: all.")] = 24,
     folds: Annotated[int, typer.Option(min=2, help="Parts for the cross-validation.")] = 4,
-    min_us: Annotated[float, typer.Option(help="Leave out rows that took fewer microseconds.")] = 20.0,
+    min_us: Annotated[
+        float, typer.Option(callback=o.not_negative, help="Leave out rows that took fewer microseconds.")
+    ] = 20.0,
     name: Annotated[str | None, typer.Option(help="Name of the files to write. Default: CHIP_calibrated.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to write them to.")] = Path(),
     seed: Annotated[int, typer.Option(help="Seed of the random division into parts.")] = 0,

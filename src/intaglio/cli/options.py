@@ -66,6 +66,13 @@ def positive(param: typer.CallbackParam, value: float | None) -> float | None:
     return value
 
 
+def not_negative(param: typer.CallbackParam, value: float) -> float:
+    """Callback of an option for a number: returns it. Raises ValueError unless it is finite and at least 0."""
+    if not 0 <= value < inf:
+        raise ValueError(f"{param.opts[0]} is {value:g}; give a finite number of at least 0")
+    return value
+
+
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
     """Callback of an option for API keys: returns the keys unchanged; None if the option is not given.
 

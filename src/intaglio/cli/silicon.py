@@ -414,10 +414,21 @@ def isa(
         out.print(table(("engine", "instruction", "opcode", "does"), lines, words=4))
 
 
+def checked_split(split: str | None) -> str | None:
+    """Callback of --split: returns it unchanged. Raises ValueError unless it is fit, test or None (not given)."""
+    if split not in (None, "fit", "test"):
+        raise ValueError(f"--split is {split!r}; give fit or test, or leave the option out for all rows")
+    return split
+
+
 def validate(
     folder: Annotated[Path, typer.Argument(help="Holds <chip>_<table>.csv, or <chip>/<engine>_<table>.csv.")],
-    split: Annotated[str | None, typer.Option(help="Only rows of this split: fit or test. Default: all.")] = None,
-    min_us: Annotated[float, typer.Option(help="Only rows that took at least so many microseconds.")] = 0.0,
+    split: Annotated[
+        str | None, typer.Option(callback=checked_split, help="Only rows of this split: fit or test. Default: all.")
+    ] = None,
+    min_us: Annotated[
+        float, typer.Option(callback=o.not_negative, help="Only rows that took at least so many microseconds.")
+    ] = 0.0,
     worst: Annotated[int, typer.Option(help="Worst cases to show of each table.")] = 3,
     library_name: Annotated[
         str, typer.Option("--library", help="engine: an engine's kernels, by name; chip: the chip's own; or a library.")
@@ -430,6 +441,9 @@ def validate(
     from intaglio.codesign.validate import SERVING, as_dict
     from intaglio.codesign.validate import validate as run_validate
 
+    if not folder.is_dir():
+        why = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {why}; give a folder with <chip>_<table>.csv or <chip>/<engine>_<table>.csv")
     servers = folder / SERVING
     left = [f"{servers} is left out: it holds measured servers; use validate-serving"] if servers.is_file() else []
     if any(folder.glob("*/*.csv")) and all(path.name == SERVING for path in folder.glob("*.csv")):
@@ -438,6 +452,9 @@ def validate(
     else:
         with progress_bar(f"reading {folder}") as progress:
             records = run_validate(folder, split, min_us, worst, progress)
+    if not records:
+        asked = f"took {min_us:g} us or more" + (f" and is of split {split}" if split else "")
+        raise ValueError("; ".join((f"no row in {folder} {asked}: change --min-us, --split or the tables", *left)))
     if as_json:
         print(json.dumps([as_dict(r) for r in records], indent=2))
         return

@@ -16,6 +16,7 @@ import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
+from intaglio.codesign.table_rows import NEEDED, check_rows
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict
 from intaglio.progress import Progress, silent
 
@@ -481,7 +482,7 @@ def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
     """The rows of all files as a dict from table, a key of FAMILY, to rows. files: rows by path.
 
     Attention rows with one new token a sequence and a context are attention_decode, others attention_prefill. Raises
-    ValueError for a file without rows or with other columns.
+    ValueError for a file without rows, with other columns, or with rows that check_rows() refuses.
     """
     out: dict[str, list[Row]] = {}
     for path, rows in files.items():
@@ -491,10 +492,9 @@ def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
             table = table_of(list(rows[0]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        check_rows(path, rows, NEEDED[table], FORMAT)
         for row in rows:
-            phase = table
-            if table == "attention":
-                decode = int(row["query_len"]) == 1 and int(row["context_len"]) > 0
-                phase = "attention_decode" if decode else "attention_prefill"
+            decode = table == "attention" and int(row["query_len"]) == 1 and int(row["context_len"]) > 0
+            phase = f"attention_{'decode' if decode else 'prefill'}" if table == "attention" else table
             out.setdefault(phase, []).append(row)
     return out

@@ -18,6 +18,7 @@ from intaglio.chips import CHIPS, ChipError, Target, engine_library, target
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.calibrate import Fitted
 from intaglio.codesign.kernel_fit import Case, calibrate_kernel
+from intaglio.codesign.table_rows import check_rows
 from intaglio.codesign.validate import FORMAT, UNGATED, Record, Row, dtype_of, record
 from intaglio.progress import Progress, counted, silent
 
@@ -106,10 +107,11 @@ def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
     Each row has a column `split`. If the file lacks it, rows of the same kernel and format get "fit" and "test" in
     turn.
 
-    path: the file. table: name of the table, such as prefill.
+    path: the file. table: name of the table, such as gemm. Raises TableError for rows that check_rows() refuses.
     """
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
+    check_rows(path, rows, (*COLUMNS[table][1].values(), "kernel_source"))
     out, number = list[dict[str, str]](), Counter[tuple[str, str]]()
     for row in rows:
         found = translated(table, row)

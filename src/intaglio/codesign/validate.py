@@ -22,6 +22,7 @@ from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.conditions import conditions
 from intaglio.codesign.recurrent_tables import recurrent
 from intaglio.codesign.regime import REGIMES, Call
+from intaglio.codesign.table_rows import NEEDED, check_rows
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
@@ -324,7 +325,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
     """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, each row a dict by column name.
 
     The file serving.csv is skipped: it has measurements of whole servers, not of kernels. Raises ValueError for an
-    unknown chip or table, and if there is no file to read.
+    unknown chip or table, and if there is no file to read; TableError for rows that check_rows() refuses.
     """
     found = {}
     for path in sorted(p for p in folder.glob("*.csv") if p.name != SERVING):
@@ -336,6 +337,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
             )
         with path.open(newline="") as f:
             found[name, table] = list(csv.DictReader(f))
+        check_rows(path, found[name, table], NEEDED[table], FORMAT)
     if not found:
         raise ValueError(f"{folder} holds no <chip>_<table>.csv; tables are {', '.join(TABLES)}")
     return found

@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "index_skip_topk_offset", "ffn_hidden_size", "n_inner", "num_kv_heads", "v_head_dim",
         "num_kv_shared_layers", "altup_active_idx", "moe_latent_size",
     )),
+    "an integer of 0 or more, or a list of them": (lambda x: _count(x) or _list_of(_count)(x), ("eos_token_id",)),
     "an integer of 1 or more": (lambda x: _integer(x) and x > 0, ("head_dim", "num_key_value_heads")),
     "an integer": (_integer, ("pad_token_id", "moe_layer_end_index")),
     "a number of 0 or more": (lambda x: _number(x) and x >= 0, (

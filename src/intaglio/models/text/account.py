@@ -8,7 +8,7 @@ from typing import Any
 
 from intaglio.models.files.header import read_json
 from intaglio.models.keys import NEUTRAL, Fate
-from intaglio.models.text.files import NAMED, TEMPLATES
+from intaglio.models.text.files import NAMED, TEMPLATES, read_ends
 
 FILES = {
     "tokenizer.json": "the tokenizer", "tokenizer.model": "the tokenizer, as there is no tokenizer.json",
@@ -67,8 +67,9 @@ OWN_WAY = "a way of generating that is transformers' own; requests say how their
 def judge_tokenizer(path: Path) -> list[Fate]:
     """A list with the Fate (used or ignored) of each key in a folder's tokenizer files and generation_config.json.
 
-    Raises CheckpointError for a file that is not JSON.
+    Raises CheckpointError for a file that is not JSON, and for an eos_token_id that is no id or list of ids.
     """
+    read_ends(path)
     out: list[Fate] = []
     held = {name: read_json(path / name) for name in FILES if name.endswith(".json") and (path / name).exists()}
     rebuilt = "tokenizer.json" not in held

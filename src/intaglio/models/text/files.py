@@ -16,6 +16,7 @@ import tokenizers
 
 from intaglio.models.config import CheckpointError
 from intaglio.models.files.header import read_json
+from intaglio.models.kinds import kind_wanted
 from intaglio.models.text.sentencepiece import NAME as SENTENCEPIECE
 from intaglio.models.text.sentencepiece import SentencePieceError, build_tokenizer, read_model, surround
 
@@ -38,12 +39,14 @@ class TokenizerFiles:
         special: texts of the named special tokens, by name such as bos_token.
         templates: chat templates by name.
         model: keys of config.json, overridden by generation_config.json.
+        ends: ids that end a sequence, as read_ends() returns them.
     """
 
     inner: tokenizers.Tokenizer
     special: Mapping[str, str]
     templates: Mapping[str, str]
     model: Mapping[str, Any]
+    ends: tuple[int, ...]
 
 
 def read_files(path: Path) -> TokenizerFiles:
@@ -68,7 +71,7 @@ def read_files(path: Path) -> TokenizerFiles:
         _add_tokens(path, inner, config, special)
         if not plain:
             surround(inner, special, config)
-        templates = _templates(path, config)
+        templates, ends = _templates(path, config), read_ends(path)
     except (CheckpointError, SentencePieceError) as e:
         raise TokenizerError(str(e)) from None
     except TokenizerError:
@@ -85,7 +88,37 @@ def read_files(path: Path) -> TokenizerFiles:
             "be fixed; save the tokenizer with it: AutoTokenizer.from_pretrained(folder, fix_mistral_regex=True)"
             ".save_pretrained(folder)"
         )
-    return TokenizerFiles(inner, special, templates, {**model, **generation})
+    return TokenizerFiles(inner, special, templates, {**model, **generation}, ends)
+
+
+def read_ends(path: Path) -> tuple[int, ...]:
+    """Ids that end a sequence, from a checkpoint folder's generation_config.json or else its config.json.
+
+    () if neither file names any. Raises CheckpointError as end_ids() does.
+    """
+    for file in (path / "generation_config.json", path / "config.json"):
+        table = _optional(file)
+        if "eos_token_id" in table:
+            return end_ids(file, table)
+    return ()
+
+
+def end_ids(file: Path, table: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a sequence: the eos_token_id of a configuration, which may be one id, a list, null or missing.
+
+    An id may be beyond the vocabulary, as in some published models. Raises CheckpointError for another value.
+
+    Args:
+        file: what the error names as the file.
+        table: its keys and values.
+    """
+    named = table.get("eos_token_id")
+    if wanted := kind_wanted("eos_token_id", named):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {named!r}; wanted {wanted} (ids of the tokens that end a sequence): correct it, "
+            "or download the file again"
+        )
+    return tuple(named) if isinstance(named, list | tuple) else () if named is None else (named,)
 
 
 def _rebuilt(
@@ -233,13 +266,20 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
         files[DEFAULT] = path / "chat_template.jinja"
     if files:
         return {name: f.read_text(encoding="utf-8") for name, f in files.items()}
-    held = config.get("chat_template") or _optional(path / "chat_template.json").get("chat_template")
+    file, held = path / "tokenizer_config.json", config.get("chat_template")
+    if not held:
+        file = path / "chat_template.json"
+        held = _optional(file).get("chat_template")
     if isinstance(held, str):
         return {DEFAULT: held} if held else {}
+    listed = isinstance(held, list) and all(isinstance(t, Mapping) for t in held)
+    if held and not listed and not isinstance(held, Mapping):
+        raise TokenizerError(
+            f"{file}: chat_template is {held!r}; wanted a text, an object {{name: text}} or a list of objects with "
+            "`name` and `template`: correct it, or download the file again"
+        )
     entries = held.items() if isinstance(held, Mapping) else [(t.get("name"), t.get("template")) for t in held or []]
     for name, text in entries:
         if not isinstance(name, str) or not isinstance(text, str):
-            raise TokenizerError(
-                f"{path / 'tokenizer_config.json'}: chat_template has an entry {name!r}; wanted a name and a template"
-            )
+            raise TokenizerError(f"{file}: chat_template has an entry {name!r}; wanted a name and a template")
     return {str(name): str(text) for name, text in entries}

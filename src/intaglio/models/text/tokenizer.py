@@ -100,7 +100,8 @@ class Tokenizer:
         files = read_files(Path(path))
         inner, special, model = files.inner, files.special, files.model
         bos = _first(inner.token_to_id(special.get("bos_token", "")), model.get("bos_token_id"))
-        eos = _eos(model.get("eos_token_id"), inner.token_to_id(special.get("eos_token", "")))
+        usual = inner.token_to_id(special.get("eos_token", ""))
+        eos = tuple(dict.fromkeys([*files.ends, *([] if usual is None else [usual])]))
         return cls(Path(path), inner, special, bos, eos, files.templates)
 
     @property
@@ -224,12 +225,6 @@ def _embedded(path: Path) -> Embedded | None:
 
 def _first(*ids: Any) -> int | None:
     return next((int(i) for i in ids if i is not None), None)
-
-
-def _eos(named: Any, usual: int | None) -> tuple[int, ...]:
-    """A tuple of all ids that end a sequence: `named` in the configuration (an id, a list or None), and `usual`."""
-    listed = named if isinstance(named, list) else [] if named is None else [named]
-    return tuple(dict.fromkeys([*(int(i) for i in listed), *([] if usual is None else [usual])]))
 
 
 @cache

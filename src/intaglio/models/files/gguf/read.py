@@ -116,6 +116,11 @@ class _Reader:
     def add(self, part: Path, t: Tensor) -> None:
         words = t.name.split(".")
         in_layer = words[0] == "blk"
+        if in_layer and not (len(words) > 2 and words[1].isascii() and words[1].isdecimal()):
+            raise CheckpointError(
+                f"{part}: tensor {t.name!r} has no layer number; wanted a name such as blk.0.attn_q.weight: the file "
+                "is damaged, download it again"
+            )
         if in_layer and int(words[1]) >= self.meta.layers:
             return  # predictors of tokens further ahead
         at = f"model.layers.{words[1]}." if in_layer else ""

@@ -1,0 +1,85 @@
+"""Checks rows of tables of measured kernels, before they are modelled: columns, whole numbers, formats, latencies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from math import inf
+from pathlib import Path
+
+ATTENTION = ("kv_dtype", "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window")
+MLA = ("kv_dtype", "batch", "query_len", "context_len", "n_heads")
+NEEDED: dict[str, tuple[str, ...]] = {  # table of validate.py -> columns that its rows need, beside us
+    "matmul": ("dtype", "m", "n", "k"),
+    "attention_prefill": ATTENTION,
+    "attention_decode": ATTENTION,
+    "attention": ATTENTION,
+    "collectives": ("op", "n_chips", "bytes"),
+    "experts": ("dtype", "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep", "load"),
+    "quantise": ("m", "k"),
+    "recurrent": ("phase", "kernel", "batch", "tokens", "channels", "conv_width"),
+    "bmm": ("dtype", "tokens", "n_heads"),
+    "mla_prefill": MLA,
+    "mla_decode": MLA,
+}
+TEXTS = ("op", "kernel", "kernel_source", "load", "distribution", "phase")  # and all columns of formats
+LOADS = re.compile(r"balanced|power_law_[0-9]+(\.[0-9]+)?")
+PHASES = ("context", "generation")
+ZERO = ("context_len", "window", "step", "window_size", "num_key_value_heads")  # columns that may be 0
+
+
+class TableError(ValueError):
+    """A table of measurements lacks a column, or has a value that is not allowed."""
+
+
+def fault(column: str, value: str, formats: Collection[str]) -> str:
+    """What values a column allows, as text; "" if it allows this one.
+
+    formats: allowed number formats; empty: all.
+    """
+    if column.endswith("dtype"):
+        return f"one of {', '.join(formats)}" if formats and value not in formats else ""
+    if column == "phase":
+        return "" if value in PHASES else "context or generation"
+    if column in ("load", "distribution"):
+        return "" if LOADS.fullmatch(value) else "balanced or power_law_A with a number A, such as power_law_1.2"
+    if column in TEXTS:
+        return "" if value else "a name"
+    try:
+        if column == "us":
+            return "" if 0 < float(value) < inf else "a finite number of microseconds above 0"
+        least = 0 if column in ZERO else 1
+        return "" if int(value) >= least else f"a whole number of at least {least}"
+    except ValueError:
+        return "a number of microseconds above 0" if column == "us" else "a whole number"
+
+
+def check_rows(
+    path: Path | str, rows: Sequence[Mapping[str, str]], columns: Sequence[str], formats: Collection[str] = ()
+) -> None:
+    """Check the rows of a CSV file, as csv.DictReader gives them. Without rows there is nothing to check.
+
+    Raises TableError, naming file, row, column and value, for a missing column, a row with more or fewer values than
+    the header, and a value that its column does not allow. Rows are counted from 1, the first below the header.
+
+    Args:
+        path: the file, for the message.
+        rows: the rows.
+        columns: the columns that are needed, beside `us`.
+        formats: number formats that columns of formats allow; empty: all.
+    """
+    needed = (*columns, "us")
+    if rows and (missing := [c for c in needed if c not in rows[0]]):
+        raise TableError(f"{path}: column {', '.join(missing)} is missing; needed are {', '.join(needed)}")
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise TableError(f"{path}: row {number} below the header has more values than the header; remove them")
+        for column, value in row.items():
+            if value is None:
+                raise TableError(f"{path}: row {number} below the header ends before column {column}; add its value")
+        for column in needed:
+            if allowed := fault(column, row[column], formats):
+                raise TableError(
+                    f"{path}: row {number} below the header: {column} is {row[column]!r}; allowed: {allowed}; "
+                    "correct or remove the row"
+                )
