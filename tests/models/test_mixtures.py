@@ -240,6 +240,7 @@ def test_multi_token_prediction_layers_are_ignored(tmp_path):
         ("deepseekv2", {"norm_topk_prob": True}, "does not divide the weights"),
         ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok=4; SparseMixer chooses 2"),
         ("mixtral", {"num_local_experts": 7}, r"lacks 12 tensors .*experts\.6"),
+        ("mixtral", {"num_hidden_layers": 400_000_000}, "num_hidden_layers=400000000, but the checkpoint holds only"),
         ("granitemoe", {"num_local_experts": 5}, r"input_linear.weight is \[6, 96, 64\], .* makes it \[5, 96, 64\]"),
         ("deepseekv3", {"kv_lora_rank": 41}, r"kv_a_layernorm.weight is \[40\], config.json makes it \[41\]"),
     ],

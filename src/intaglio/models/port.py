@@ -128,6 +128,11 @@ def port_checkpoint(
         checkpoint.entries, checkpoint.read_entry, checkpoint.quantisation, prefix, bool(checkpoint.coded)
     )
     c = _config(family, checkpoint.config)
+    if isinstance(layers := c.table.get("num_hidden_layers"), int) and layers > len(stored):
+        raise PortError(
+            f"{checkpoint.config_name}: {c.name('num_hidden_layers')}={layers}, but the checkpoint holds only "
+            f"{len(stored)} tensors; wanted the number of layers that it has"
+        )
     notes = list(checkpoint.notes)
     layout = _layout(checkpoint, family, prefix, scales, notes)
 
