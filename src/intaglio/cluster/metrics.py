@@ -50,9 +50,8 @@ class RouterMetrics:
         Beyond MODELS_MAX different names, a new name counts as "other".
         """
         if (counter := self._models.get(model)) is None:
-            counter = self._incoming.labels(model if len(self._models) < MODELS_MAX else "other")
-            if len(self._models) < MODELS_MAX:
-                self._models[model] = counter
+            model = model if len(self._models) < MODELS_MAX else "other"
+            counter = self._models[model] = self._incoming.labels(model)
         counter.inc()
 
     def ended(self, request: RelayedRequest) -> None:
