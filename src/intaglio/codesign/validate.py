@@ -79,7 +79,7 @@ def quantise(on: Target, m: int, k: int) -> Timing:
 
 
 def quantised(on: Target, row: Row) -> Timing:
-    """The Timing of the kernels that quantise activations [m, k], which a row describes."""
+    """The Timing of quantising activations [m, k]; the row of the table has m and k."""
     return quantise(on, *integers(row, "m", "k"))
 
 
