@@ -76,7 +76,7 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
         keys = ("n_k_heads", "head_k_dim") if "n_k_heads" in out else ("groups", "state")
         inputs = 2 * prod(integers(out, *keys))  # queries and keys
         out["channels"] = str(inputs + prod(integers(out, "n_v_heads", "head_v_dim")))
-    elif (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
+    elif dtype_of(out) not in FORMATS:
         return None
     if out.get("n_kv_heads") == "0":  # as many as query heads
         out["n_kv_heads"] = out["n_heads"]
