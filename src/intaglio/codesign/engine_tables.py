@@ -114,16 +114,22 @@ def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
     return out, len(rows) - len(out)
 
 
+def parts_of(path: Path) -> tuple[str, str]:
+    """(engine, name of the table) in the name of a file <engine>_<table>.csv; the table is "" without an underscore."""
+    engine, _, table = path.stem.partition("_")
+    return engine, table
+
+
 def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
     """Find the CSV files CHIP/ENGINE_TABLE.csv of measured kernel latencies in a folder.
 
     Returns a list of (file, chip, engine, name of the table), sorted by path. Files of other chips or engines are left
     out. Raises ValueError if no file remains.
     """
-    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
+    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and parts_of(p)[0] in ENGINES]
     if not paths:
         raise ValueError(f"{folder} holds no <chip>/<engine>_<table>.csv; engines are {', '.join(ENGINES)}")
-    return [(p, p.parent.name, *p.stem.split("_", 1)) for p in paths]  # type: ignore[misc]
+    return [(p, p.parent.name, *parts_of(p)) for p in paths]
 
 
 def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -165,7 +171,7 @@ def validate_engines(
     """
     records, left = list[Record](), list[str]()
     for path, chip, engine, table in tables_of(folder):
-        name = f"{engine}_{table}"
+        name = path.stem
         if table not in COLUMNS:
             left.append(f"{chip} {name}: this table is not covered by the closed forms")
             continue
@@ -189,7 +195,7 @@ def is_engine_table(path: Path) -> bool:
     """True if a file is called <engine>_<table>.csv and has a column kernel_source, as the tables of engines have."""
     with path.open(newline="") as f:
         columns = next(csv.reader(f), [])
-    return path.stem.split("_")[0] in ENGINES and "kernel_source" in columns
+    return parts_of(path)[0] in ENGINES and "kernel_source" in columns
 
 
 def calibrate_kernels(
@@ -211,13 +217,13 @@ def calibrate_kernels(
     Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form covers,
     and if no kernel has two rows.
     """
-    engines = {path.stem.split("_")[0] for path in paths if is_engine_table(path)}
+    engines = {parts_of(path)[0] for path in paths}
     if len(engines) != 1 or not all(is_engine_table(path) for path in paths):
         names = ", ".join(path.name for path in paths)
         raise ValueError(f"{names}: give tables of one engine, <engine>_<table>.csv; engines are {', '.join(ENGINES)}")
     engine, work = engines.pop(), list[tuple[str, str, list[Row]]]()
     for path in paths:
-        table = path.stem.partition("_")[2]
+        table = parts_of(path)[1]
         if table not in COLUMNS:
             raise ValueError(f"{path}: no closed form covers this table; those covered are {', '.join(COLUMNS)}")
         rows = [r for r in read_rows(path, table)[0] if float(r["us"]) >= min_us]
