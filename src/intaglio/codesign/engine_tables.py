@@ -92,14 +92,22 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
     return {**out, "us": row["us"], "kernel": kernel}
 
 
-def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
-    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows that were left out).
+def read_rows(
+    path: Path, table: str, min_us: float = 0.0, split: str | None = None
+) -> tuple[list[dict[str, str]], int]:
+    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows in other formats).
 
     translated() gives the rows the columns of this project; rows in number formats that it does not know are left out.
     Each row has a column `split`. If the file lacks it, rows of the same kernel and format get "fit" and "test" in
     turn.
 
-    path: the file. table: name of the table, such as gemm. Raises TableError for rows that check_rows() refuses.
+    Args:
+        path: the file.
+        table: name of the table, such as gemm.
+        min_us: the list has only rows that took at least so many microseconds.
+        split: the list has only rows of this half, "fit" or "test"; None: rows of both.
+
+    Raises TableError for rows that check_rows() refuses.
     """
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
@@ -111,7 +119,7 @@ def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
             kind = found["kernel"], dtype_of(found)
             out.append({**found, "split": row.get("split") or ("fit", "test")[number[kind] % 2]})
             number[kind] += 1
-    return out, len(rows) - len(out)
+    return [r for r in out if float(r["us"]) >= min_us and split in (None, r["split"])], len(rows) - len(out)
 
 
 def parts_of(path: Path) -> tuple[str, str]:
@@ -175,15 +183,14 @@ def validate_engines(
         if table not in COLUMNS:
             left.append(f"{chip} {name}: this table is not covered by the closed forms")
             continue
-        rows, others = read_rows(path, table)
+        rows, others = read_rows(path, table, min_us, split)
         if others:
             left.append(f"{chip} {name}: {others} rows are in formats other than {', '.join(FORMATS)}")
         if library_name == "engine":
             on = engine_target(chip, engine)
         else:
             on = target(chip, None if library_name == "chip" else library_name)
-        kept = [r for r in rows if float(r["us"]) >= min_us and split in (None, r["split"])]
-        for (kernel, dtype), mine in kinds(kept).items():
+        for (kernel, dtype), mine in kinds(rows).items():
             try:
                 records.append(record(on, COLUMNS[table][0], dtype, mine, worst, f"{name} {kernel}"))
             except ChipError as error:
@@ -226,7 +233,7 @@ def calibrate_kernels(
         table = parts_of(path)[1]
         if table not in COLUMNS:
             raise ValueError(f"{path}: no closed form covers this table; those covered are {', '.join(COLUMNS)}")
-        rows = [r for r in read_rows(path, table)[0] if float(r["us"]) >= min_us]
+        rows, _ = read_rows(path, table, min_us)
         work += [(table, kernel, mine) for (kernel, _), mine in kinds(rows).items() if len(mine) > 1]
     if not work:
         raise ValueError(f"no kernel has two rows of {min_us:g} us or more; give --min-us")
