@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from intaglio.models.decoder.description import Layer, Shared
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Attend, Concat, KvWrite, Map, Rope
+from intaglio.ops import Attend, Concat, KvWrite, Map
 
 
 def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
@@ -62,11 +60,7 @@ def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
         y = w.linear(f"{at}{n}_proj", x, width, 2 * d.hidden, f"{source}{n}_proj", shared=f"{held}{n}_proj")
         adapters = f"{source}linear_{n}_adapter_list.{use}"
         qkv[n] = adapted(w, f"{at}{n}", y, x, width, 2 * d.hidden, s.qkv_rank, adapters)
-    if layer.rope:
-        turn = d.ropes[layer.rope]
-        how: dict[str, Any] = {"head_dim": d.head_dim, "style": turn.style, "factor": turn.factor}
-        for n in "qk":
-            qkv[n] = b.op(Rope, f"{at}{n}_rope", qkv[n], "positions", f"{layer.rope}.frequencies", **how)
+    qkv |= {n: w.rope(f"{at}{n}_rope", qkv[n], layer.rope, d.head_dim) for n in "qk"}
     caches = [b.cache(f"{at}{n}_cache", d.kv_heads, d.head_dim, w.cache) for n in "kv"]
     scales = w.cache_scales(i, at, d.kv_heads)
     b.op(KvWrite, at + "kv_write", qkv["k"], qkv["v"], *caches, **scales)
