@@ -1,4 +1,4 @@
-"""Writes the ops of a transformer block whose weights several layers share (Zamba, Zamba2)."""
+"""Writes the ops of a transformer block whose weights several layers share (Zamba2)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,9 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
     y = _attention(w, s, i, layer, y)
     y = w.norm(at + "mlp_norm", y, d.hidden, source + "pre_ff_layernorm", shared=held + "mlp_norm")
     n, mlp = d.intermediate, source + "feed_forward."
-    if s.fused:
-        joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
-        joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
-        gate, up = w.views(joint, {at + "gate": n, at + "up": n})
-    else:
-        gate, up = (
-            w.linear(f"{at}{part}_proj", y, n, d.hidden, f"{mlp}{part}_proj", s.bias, f"{held}{part}_proj")
-            for part in ("gate", "up")
-        )
+    joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
+    joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
+    gate, up = w.views(joint, {at + "gate": n, at + "up": n})
     y = b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}(a) * b")
     y = w.linear(at + "down_proj", y, d.hidden, n, mlp + "down_proj", s.bias, held + "down_proj")
     y = w.linear(at + "linear", y, d.hidden, d.hidden, f"{d.prefix}layers.{i}.linear")
