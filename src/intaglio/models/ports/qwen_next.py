@@ -37,8 +37,7 @@ def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
     fused: True if the mixer's weights are fused as in Qwen3-Next. more: further arguments of Decoder, such as mixture;
     without it the model has no experts. Raises PortError for settings that are not ported.
     """
-    if c.activation() != "silu":
-        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")
+    c.need_silu("gated delta nets are ported with silu")
     c.refuse("attention_bias", why="gated attention is ported without biases")
     s, net = sizes(c), mixer(c, fused)
     every, n = int(c.get("full_attention_interval", 4)), c.whole("num_hidden_layers")
