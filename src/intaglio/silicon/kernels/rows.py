@@ -148,6 +148,22 @@ class RowsKernel(ChipKernel):
         return loop_timing(target, loop, rows * load, rows * store, self.gathered)
 
 
+@dataclass(frozen=True)
+class CopyKernel(RowsKernel):
+    """Base class of row kernels that compute nothing: each row is stored from the tile into which it was loaded."""
+
+    in_place = True
+
+    def columns(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def cycles(self, chip: ChipSpec, n: int) -> float:
+        return 0.0
+
+    def load_bytes(self, library: KernelLibrary) -> float:
+        return self.store_bytes(library)
+
+
 def vector_bytes(t: Tensor) -> float:
     """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
 
