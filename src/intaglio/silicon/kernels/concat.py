@@ -21,10 +21,10 @@ class ConcatKernel(CopyKernel):
     @classmethod
     def streams(cls, mem: ChipMemory, op: Concat, t: Tensors, batch: Batch) -> list[Stream]:
         out, first = mem.region(op.out), mem.region(op.a).cols
-        places = {op.a: slice(0, first), op.b: slice(first, out.cols)}
+        places = (op.a, slice(0, first)), (op.b, slice(first, out.cols))
 
         def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
-            for ring, (name, place) in zip(rings, places.items(), strict=True):
+            for ring, (name, place) in zip(rings, places, strict=True):
                 y = load(k, ring.next(), mem.region(name).part(rows))
                 k.emit(isa.Store(dst=out.part(rows, place), src=y))
 
