@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import LoopPart, TileLoop, gather_parts, l2_parts
+from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts, past_l2_parts
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -42,8 +42,7 @@ def loop_timing(
     if gathered:
         parts = gather_parts(writes, capacity)
     elif past_l2:
-        held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
-        parts = [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]
+        parts = past_l2_parts(reads, writes, capacity)
     else:
         parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
     seconds = lib.launch_s + loop.in_parts(target, parts)
