@@ -128,7 +128,7 @@ def served(mine: list[Row], profile: EngineProfile) -> list[Compared]:
 
 
 def by_field(mine: list[Row], profile: EngineProfile, field: str) -> dict[float, list[Row]]:
-    """A dict of the rows by the value of a field of the profile that holds for their servers."""
+    """The rows as {value: rows}, grouped by a field of the engine profile that applies to each row's server."""
     out: dict[float, list[Row]] = {}
     for row in mine:
         out.setdefault(getattr(row.profile(profile), field), []).append(row)

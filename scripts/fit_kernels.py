@@ -19,8 +19,9 @@ import numpy as np
 
 from intaglio.chips import target
 from intaglio.chips.engine_kernels import KERNELS
+from intaglio.codesign.calibrate import ANY_WIDTH
 from intaglio.codesign.engine_tables import COLUMNS, kinds, read_rows, tables_of
-from intaglio.codesign.kernel_fit import ANY_WIDTH, CONSTANTS, Case, fit_by_width
+from intaglio.codesign.kernel_fit import CONSTANTS, Case, fit_by_width
 from intaglio.codesign.validate import FORMAT
 from intaglio.codesign.written import toml
 
@@ -55,7 +56,8 @@ def entry(kind: Kind, mine: list[Case], widths: tuple[int, int], fitted: dict[st
     op, all_values = mine[0].op, list(fitted.values())
     facts = {f: v for f, v in all_values[0].items() if f not in CONSTANTS[op] and v is not None}
     facts = {f: v for f, v in facts.items() if all(values[f] == v for values in all_values)}
-    counts = ", ".join(f"{len(within(c, widths).rows)} of {c.on.chip.name}" for c in mine if c.on.chip.name in fitted)
+    used = [c.of_widths(*widths) for c in mine if c.on.chip.name in fitted]
+    counts = ", ".join(f"{len(c.rows)} of {c.on.chip.name}" for c in used)
     lines = [MARK.strip(), f"op = {text(op)}", f"kernel = {text(kernel)}"]
     lines += [f"formats = [{text(FORMAT[dtype])}]"] if dtype in FORMAT else []
     lines += [f"head_dims = {text(widths)}"] if widths != ANY_WIDTH else []
@@ -69,11 +71,6 @@ def entry(kind: Kind, mine: list[Case], widths: tuple[int, int], fitted: dict[st
             lines += [f"{f} = {text(v)}" for f, v in own.items() if v != getattr(case.on.library, f)]
             lines += [f"{name} = {text(float(values[name]))}" for name in CONSTANTS[op]]
     return "\n".join(lines)
-
-
-def within(case: Case, widths: tuple[int, int]) -> Case:
-    """The case with only its rows of these head widths."""
-    return case if widths == ANY_WIDTH else case.of_widths(*widths)
 
 
 def error(case: Case | None, values: dict[str, Any] | None = None) -> str:
@@ -117,7 +114,7 @@ def main() -> None:
             files.setdefault(engine, []).append(entry(kind, mine, widths, fitted))
             for chip, values in fitted.items():
                 known, left = (
-                    next((within(c, widths) for c in half.get(kind, []) if c.on.chip.name == chip), None)
+                    next((c.of_widths(*widths) for c in half.get(kind, []) if c.on.chip.name == chip), None)
                     for half in (fit, test)
                 )
                 words = f"fit {error(known, values)}, test {error(left, values)}, before {error(left)}"

@@ -106,11 +106,8 @@ def test_replicas_have_as_many_threads_as_fit_on_the_nodes() -> None:
 def test_frames_are_read_whole_however_their_bytes_arrive(
     frames: list[tuple[dict[str, Any], bytes]], data: st.DataObject
 ) -> None:
-    sent, found, buffer = (
-        b"".join(pack(*frame) for frame in frames),
-        list[tuple[dict[str, Any], bytes]](),
-        FrameBuffer(),
-    )
+    sent = b"".join(pack(*frame) for frame in frames)
+    found, buffer = list[tuple[dict[str, Any], bytes]](), FrameBuffer()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=8)))
     for begin, end in pairwise([0, *cuts, len(sent)]):
         found += buffer.feed(sent[begin:end])

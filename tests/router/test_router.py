@@ -368,7 +368,7 @@ def test_a_job_placed_at_once_is_placed_as_by_submit_and_dispatch(policy: str, p
         assert {n: t.counter for n, t in router.queue.tenants.items()} == {
             n: t.counter for n, t in other.queue.tenants.items()
         }
-        placed += [a.job for r in router.replicas.values() for a in r.jobs.values() if a.job not in placed]
+        placed += [job for r in router.replicas.values() for job in r.jobs.values() if job not in placed]
         for ended in [job for job in placed if rng.random() < 0.3]:
             placed.remove(ended)
             router.started(ended.id, float(i), ended.prompt_tokens)

@@ -71,7 +71,7 @@ class Clustered:
         return float(next(row for row in text.splitlines() if row.startswith(line)).rsplit(" ", 1)[1])
 
     def blocks(self, event: str, *replicas: str) -> float:
-        """A count of the K/V tiers of these replicas."""
+        """How often an event (hits, corrupt, ...) happened to blocks of these replicas' K/V tiers, from /metrics."""
         name = "intaglio:kv_tier_blocks_total"
         return sum(self.metric(f'{name}{{event="{event}",server="{replica}"}}') for replica in replicas)
 

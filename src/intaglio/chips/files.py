@@ -120,7 +120,7 @@ def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
 
 
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a chip or library file as a dict; values that it lacks are taken from the file that its key `base` names.
+    """Read a chip or library file as a dict. Values that the file lacks come from the file that its key `base` names.
 
     The base's `reasons` (texts that say where a value comes from) are taken over with the values, and its kernels come
     after the file's own. Its `[sheet_flops]` (peak rates that only check a chip's own values) are left out. The result

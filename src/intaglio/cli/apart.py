@@ -163,10 +163,14 @@ def searched_pairs(
 
 
 def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool) -> str:
-    """Draw the results as a chart, and return it as SVG text.
+    """A chart, as SVG text, of the modelled results of servers with disaggregated prefill and decode.
 
-    found: (prefill layout, decode layout, ApartResult) of each result. by_load: True for a line for each pair of
-    layouts, output per chip over output per user; False for a bar for each result, its output per chip.
+    Args:
+        q: the question that the results answer; the title names its model and lengths.
+        on: the chip, for the title.
+        found: (prefill layout, decode layout, ApartResult) of each result.
+        by_load: True for a line for each pair of layouts: output tokens/s per chip over those per user. False for a bar
+            for each result: its output tokens/s per chip.
     """
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:

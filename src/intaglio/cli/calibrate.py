@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from intaglio.chips import ChipError, target
 from intaglio.cli import options as o
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table
 from intaglio.cli.silicon import LibraryName
+
+if TYPE_CHECKING:
+    from intaglio.codesign.calibrate import Fitted
 
 
 def calibrate(
@@ -69,15 +74,9 @@ def calibrate(
     for fact, value in found.facts.items():
         say(f"fact: {fact}: {value}")
     for title, fits in (("cross-validated", found.crossed), ("rows not used", found.rest)):
-        shown = [
-            (f.table, f.dtype, f"{f.rows:,}", *(f"{v:.1f}%" for v in (f.before, f.median)),
-             f"{f.low:.1f}-{f.high:.1f}%", f"{f.mean:.1f}%")
-            for f in fits
-        ]  # fmt: skip
-        if shown:
-            headers = ("table", "format", "rows", "median\nbefore", "median\nafter", "95 %\ninterval", "mean\nafter")
+        if fits:
             say(f"errors, {title}:")
-            out.print(table(headers, shown, words=2))
+            out.print(error_table("table", fits))
     if found.wanted:
         say("measure next, since the fits of the parts disagree most on them:")
         for of, row, spread in found.wanted:
@@ -112,11 +111,16 @@ def calibrate_engine(
         shown = [asdict(f) for f in rest]
         print(json.dumps({"rest": shown, "files": [str(p) for p in written]}, indent=2))
         return
+    say("errors of rows that were not used, by kernel:")
+    out.print(error_table("kernel", rest))
+    say(f"wrote {written[0]} and {written[1]}; use them with --chip {written[0]}")
+
+
+def error_table(first: str, fits: Sequence[Fitted]) -> Table:
+    """Errors before and after a fit as a rich Table, one line for each Fitted. first: heading of the first column."""
+    headers = (first, "format", "rows", "median\nbefore", "median\nafter", "95 %\ninterval", "mean\nafter")
     lines = [
         (f.table, f.dtype, f"{f.rows:,}", f"{f.before:.1f}%", f"{f.median:.1f}%", f"{f.low:.1f}-{f.high:.1f}%",
-         f"{f.mean:.1f}%") for f in rest
+         f"{f.mean:.1f}%") for f in fits
     ]  # fmt: skip
-    say("errors of rows that were not used, by kernel:")
-    headers = ("kernel", "format", "rows", "median\nbefore", "median\nafter", "95 %\ninterval", "mean\nafter")
-    out.print(table(headers, lines, words=2))
-    say(f"wrote {written[0]} and {written[1]}; use them with --chip {written[0]}")
+    return table(headers, lines, words=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.cluster.relayed import RelayedRequest
 from intaglio.server.app import PAGE
 from intaglio.server.delivery import ClientDisconnected, while_connected
-from intaglio.server.incoming import check_key, read_body
+from intaglio.server.incoming import check_key, read_body, request_id
 from intaglio.server.problem import Json, Problem
 from intaglio.server.tracing import GENERATE, Tracing, traced
 
@@ -30,7 +29,6 @@ PASSED_ON = frozenset(("/tokenize", "/detokenize", "/v1/embeddings", "/v1/models
 PUBLIC = frozenset(("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"))  # no API key
 PASSED_HEADERS = ("content-type",)
 TENANT = "x-tenant-id"
-REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class Front:
         if scope["type"] != "http":
             return
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        given = headers.get("x-request-id", "")
-        id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        id = request_id(headers.get("x-request-id", ""))
         started = False
 
         async def send_marked(message: Message) -> None:

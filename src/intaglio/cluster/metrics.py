@@ -50,9 +50,8 @@ class RouterMetrics:
         Beyond MODELS_MAX different names, a new name counts as "other".
         """
         if (counter := self._models.get(model)) is None:
-            counter = self._incoming.labels(model if len(self._models) < MODELS_MAX else "other")
-            if len(self._models) < MODELS_MAX:
-                self._models[model] = counter
+            model = model if len(self._models) < MODELS_MAX else "other"
+            counter = self._models[model] = self._incoming.labels(model)
         counter.inc()
 
     def ended(self, request: RelayedRequest) -> None:
@@ -86,12 +85,8 @@ class RouterCollector(Collector):
             "vllm:healthy_pods_total": ("1 if the replica takes requests.", lambda r: int(r.placeable)),
             "vllm:num_requests_running": ("Choices in the running batch.", lambda r: r.report.running),
             "vllm:num_requests_waiting": ("Choices waiting in the replica.", lambda r: r.report.waiting),
-            "vllm:num_prefill_requests": (
-                "Requests without a token yet.", lambda r: sum(not a.started for a in r.jobs.values()),
-            ),
-            "vllm:num_decoding_requests": (
-                "Requests with a token.", lambda r: sum(a.started for a in r.jobs.values()),
-            ),
+            "vllm:num_prefill_requests": ("Requests without a token yet.", lambda r: len(r.prefills)),
+            "vllm:num_decoding_requests": ("Requests with a token.", lambda r: len(r.jobs) - len(r.prefills)),
             "vllm:kv_cache_usage_perc": ("Share of KV blocks in use; 1 is all.", lambda r: r.report.kv_usage),
             "vllm:gpu_prefix_cache_hits_total": ("Prompt tokens found cached.", lambda r: r.report.cached_tokens),
             "vllm:gpu_prefix_cache_queries_total": ("Prompt tokens looked up.", lambda r: r.report.prompt_tokens),

@@ -142,7 +142,6 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
         Member(i, Queue(apart.decode, apart.decode_settings, prefills=False))
         for i in range(apart.decode.server.placement.replicas)
     ]
-    given = [0, 0]  # requests that the router has given to prefill servers, and to decode servers
     first_sent, unsent = deque(sorted(arrivals)), deque(requests)
     free: list[float] = []  # heap of the times at which requests ended; another is sent for each, after the arrivals
     whole: dict[int, LoadRequest] = {}  # id of the prompt's part of a request -> the request
@@ -152,14 +151,8 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
     prefilling = [m.queue for m in first]
     seen = {id(q): 0 for q in queues}
 
-    def route(kind: int, request: LoadRequest, at: float, start: float) -> None:
-        members = (first, second)[kind]
-        one = choose(members, given[kind])
-        given[kind] += 1
-        one.given += 1
-        if not one.queue.open:
-            one.queue.now = max(one.queue.now, at)
-        one.queue.add(request, start)
+    def route(members: Sequence[Member], request: LoadRequest, at: float, start: float) -> None:
+        choose(members, sum(m.given for m in members)).put(request, at, start)
 
     while len(ended) < len(requests):
         busy = [q for q in queues if q.open]
@@ -172,10 +165,10 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
                 request = unsent.popleft()
                 prompt = replace(request, at=next_in, output=1)
                 whole[id(prompt)] = request
-                route(0, prompt, next_in, next_in)
+                route(first, prompt, next_in, next_in)
             else:
                 at, _, start, request = heapq.heappop(moving)
-                route(1, request, at, start)
+                route(second, request, at, start)
             continue
         queue = min(busy, key=lambda q: q.now)
         prefills = queue in prefilling

@@ -18,7 +18,7 @@ from intaglio.chips import CHIPS, ChipError, Target, engine_library, target
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.calibrate import Fitted
 from intaglio.codesign.kernel_fit import Case, calibrate_kernel
-from intaglio.codesign.table_rows import check_rows
+from intaglio.codesign.table_rows import check_rows, integers
 from intaglio.codesign.validate import FORMAT, UNGATED, Record, Row, dtype_of, record
 from intaglio.progress import Progress, counted, silent
 
@@ -73,9 +73,9 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
     if table == "custom_allreduce":
         out |= {"op": "all_reduce", "bytes": str(2 * int(out["elements"]))}
     elif COLUMNS[table][0] == "recurrent":
-        keys = "n_k_heads", "head_k_dim"
-        inputs = 2 * number(out, *(keys if "n_k_heads" in out else ("groups", "state")))  # queries and keys
-        out["channels"] = str(inputs + number(out, "n_v_heads", "head_v_dim"))
+        keys = ("n_k_heads", "head_k_dim") if "n_k_heads" in out else ("groups", "state")
+        inputs = 2 * prod(integers(out, *keys))  # queries and keys
+        out["channels"] = str(inputs + prod(integers(out, "n_v_heads", "head_v_dim")))
     elif (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
         return None
     if out.get("n_kv_heads") == "0":  # as many as query heads
@@ -90,14 +90,6 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
         gated = "nongated" not in kernel and (int(out["hidden"]), int(out["intermediate"])) not in NO_GATE
         out["gated"] = str(int(gated))
     return {**out, "us": row["us"], "kernel": kernel}
-
-
-def number(row: Row, *names: str) -> int:
-    """Multiply the values of the columns `names` of a row, as whole numbers. Returns the product; 1 without names.
-
-    Raises KeyError if the row lacks a column, ValueError if a value is empty or not a whole number.
-    """
-    return prod(int(row[name]) for name in names)
 
 
 def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:

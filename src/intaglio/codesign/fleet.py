@@ -83,11 +83,19 @@ class Member:
         """
         while self.queue.open and self.queue.now < request.at:
             self.take(request.at)
-        if not self.queue.open:
-            self.queue.now = max(self.queue.now, request.at)
-        self.given += 1
-        self.queue.add(request, request.at)
+        self.put(request, request.at, request.at)
         self.look_ahead()
+
+    def put(self, request: LoadRequest, at: float, start: float) -> None:
+        """Add a request, which the replica gets at `at` seconds, to its queue; the clock of an idle one moves up to it.
+
+        Nothing is simulated. start: seconds from which the request's times count. Raises ValueError if the replica's
+        K/V cache cannot hold the request.
+        """
+        if not self.queue.open:
+            self.queue.now = max(self.queue.now, at)
+        self.given += 1
+        self.queue.add(request, start)
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:

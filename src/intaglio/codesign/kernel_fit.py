@@ -18,7 +18,7 @@ import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
-from intaglio.codesign.calibrate import WHY, Fitted, Sample, chosen, fitted
+from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
 
 SHARED = ("launch_s", "memory_factor")
@@ -85,7 +85,6 @@ FACT_ROUNDS = 2  # of the search that also try facts
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain
 CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
-ANY_WIDTH = (0, WIDEST)
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 WIDTH_ROWS = 10  # least number of rows of such a range
 PRIOR_WIDTH = 0.5  # standard deviation of the logarithm of a constant about its start
@@ -111,8 +110,11 @@ class Case:
     rows: tuple[Row, ...]
 
     def of_widths(self, least: int, most: int) -> Case:
-        """A copy of this case with only the rows whose head_dim is from `least` to `most`, both included."""
-        mine = tuple(r for r in self.rows if least <= int(r["head_dim"]) <= most)
+        """A copy of this case with only the rows whose head_dim is from `least` to `most`, both included.
+
+        A row without a column head_dim counts as one with head_dim 0.
+        """
+        mine = tuple(r for r in self.rows if least <= int(r.get("head_dim", 0)) <= most)
         return dataclasses.replace(self, rows=mine)
 
     @property
@@ -137,7 +139,7 @@ class Case:
             out["small_reduce_s"] = out["small_reduce_s"] or out["barrier_s"]
         return out | {name: None if name == "tiles" else getattr(facts, name) for name in FACTS[self.op]}
 
-    def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = (0, WIDEST)) -> KernelRecord:
+    def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = ANY_WIDTH) -> KernelRecord:
         """Make a KernelRecord for the kernel and the number format of this case's rows.
 
         Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from intaglio.chips import Target
+from intaglio.codesign.table_rows import integers
 from intaglio.silicon.kernels.experts import elementwise_seconds
 from intaglio.silicon.timing import Timing
 
@@ -22,7 +23,7 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
     A step also reads and writes the state, the last inputs of each channel. Some kernels process prompts row by row: a
     channel of a sequence at a time, which takes a core library.row_cycles.
     """
-    tokens, channels, width = (int(row[name]) for name in ("tokens", "channels", "conv_width"))
+    tokens, channels, width = integers(row, "tokens", "channels", "conv_width")
     moved = 4.0 * tokens * channels
     if row["phase"] == "generation":
         moved += 4.0 * tokens * channels * (width - 1)
@@ -40,8 +41,8 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
     CHUNK tokens. The chunks of one head and sequence run one after another, since each needs the state after the one
     before.
     """
-    batch, tokens, k_heads, dk, heads, dv = (
-        int(row[name]) for name in ("batch", "tokens", "n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim")
+    batch, tokens, k_heads, dk, heads, dv = integers(
+        row, "batch", "tokens", "n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim"
     )
     chip, lib = on.chip, on.library
     state, values = dk * dv, 2.0 * tokens * (2 * k_heads * dk + 2 * heads * dv)  # bytes of q, k, v and the result

@@ -1,4 +1,4 @@
-"""Checks rows of tables of measured kernels, before they are modelled: columns, whole numbers, formats, latencies."""
+"""Reads whole numbers of rows of tables of measured kernels, and checks rows before they are modelled."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ ZERO = ("context_len", "window", "step", "window_size", "num_key_value_heads")  
 
 class TableError(ValueError):
     """A table of measurements lacks a column, or has a value that is not allowed."""
+
+
+def integers(row: Mapping[str, str], *names: str) -> list[int]:
+    """The values of the columns `names` of a row, as a list of ints."""
+    return [int(row[name]) for name in names]
 
 
 def fault(column: str, value: str, formats: Collection[str]) -> str:

@@ -22,7 +22,7 @@ from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.conditions import conditions
 from intaglio.codesign.recurrent_tables import recurrent
 from intaglio.codesign.regime import REGIMES, Call
-from intaglio.codesign.table_rows import NEEDED, check_rows
+from intaglio.codesign.table_rows import NEEDED, check_rows, integers
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
@@ -43,11 +43,6 @@ COLLECTIVE = {"alltoall": "all_to_all"}
 QUANTISE_HELD = 4.0  # bytes of the L2 that a value takes meanwhile: bf16, the 8-bit result, and lines of other data
 TAIL_ROWS = 20  # of so many rows, the one with the largest error counts among the causes of errors
 UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemotron 3's experts: relu2, no gate
-
-
-def integers(row: Row, *names: str) -> list[int]:
-    """The values of the columns `names` of a row, as a list of ints."""
-    return [int(row[name]) for name in names]
 
 
 def matmul(on: Target, row: Row) -> Timing:
@@ -84,7 +79,7 @@ def quantise(on: Target, m: int, k: int) -> Timing:
 
 
 def quantised(on: Target, row: Row) -> Timing:
-    """The Timing of the kernels that quantise activations [m, k], which a row describes."""
+    """The Timing of quantising activations [m, k]; the row of the table has m and k."""
     return quantise(on, *integers(row, "m", "k"))
 
 

@@ -40,7 +40,7 @@ class ArrayWeights:
 
 
 class ReportedWeights:
-    """A source of weights that passes calls on to another source, and reports how much the device has taken so far."""
+    """Weights of another source, unchanged. It reports progress each time that the device has taken a tensor."""
 
     def __init__(
         self, weights: Weights, mesh: MeshProgram, shape: Callable[[str], tuple[int, ...]], progress: Progress

@@ -359,10 +359,10 @@ def _program(
 
 
 def _long_note(length: int, usual: int, limit: int) -> str:
-    """Text of a warning that a model's results depend on the context of its Program, because its rope table does.
+    """Text of a warning for a model with two rope tables, one for short contexts and one for long ones.
 
-    Such a model has one rope table for short contexts and another for long ones. The text says which of them the
-    Program has, and how to get the other. Call this only for such models (see lengths()).
+    The context for which a Program is made selects the table, so results depend on it. The text says which table the
+    Program has, and how to get the other one. Call this only for such models (see lengths()).
 
     Args:
         length: the context of the Program, in tokens.

@@ -6,11 +6,11 @@ from intaglio.router.index import BlocksCleared, BlocksRemoved, BlocksStored, Ca
 from intaglio.router.job import Job, Refusal
 from intaglio.router.placement import POLICIES, Estimate, Policy, estimate
 from intaglio.router.prefix import CHUNK_BYTES, prefix_keys
-from intaglio.router.replica import Assigned, LoadReport, Pace, Replica, ReplicaState, Role
+from intaglio.router.replica import LoadReport, Pace, Replica, ReplicaState, Role
 from intaglio.router.router import PREFILL_MIN, Limits, Placement, Router
 
 __all__ = [
-    "CHUNK_BYTES", "POLICIES", "PREFILL_MIN", "Assigned", "Autoscaler", "BlocksCleared", "BlocksRemoved",
+    "CHUNK_BYTES", "POLICIES", "PREFILL_MIN", "Autoscaler", "BlocksCleared", "BlocksRemoved",
     "BlocksStored", "CacheEvent", "CacheIndex", "Estimate", "FairQueue", "Job", "Limits", "LoadReport", "Pace",
     "Placement", "Policy", "PromptMemory", "Refusal", "Replica", "ReplicaState", "Role", "Router", "estimate",
     "prefix_keys",

@@ -71,14 +71,6 @@ class LoadReport:
 
 
 @dataclass
-class Assigned:
-    """A job on a replica. started: True if its first token has come."""
-
-    job: Job
-    started: bool = False
-
-
-@dataclass
 class Replica:
     """One replica: its state, its last report, its cache index and the jobs the router has placed on it.
 
@@ -103,7 +95,7 @@ class Replica:
     state: ReplicaState = "starting"
     report: LoadReport = LoadReport()
     index: CacheIndex = field(default_factory=CacheIndex)
-    jobs: dict[str, Assigned] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
     prefill_tokens: int = 0
     prefills: dict[str, int] = field(default_factory=dict)
     prefill_since: float = 0.0
@@ -151,7 +143,7 @@ class Replica:
         """
         if not self.prefills:
             self.prefill_since = now
-        self.jobs[job.id] = Assigned(job)
+        self.jobs[job.id] = job
         self.prefills[job.id] = prefill
         self.prefill_tokens += prefill
         self.sequences += job.choices
@@ -161,16 +153,15 @@ class Replica:
 
         id: id of a job on this replica. now: the time in seconds. Raises KeyError for any other id.
         """
-        assigned, self.prefill_since = self.jobs[id], now
+        job, self.prefill_since = self.jobs[id], now
         self.prefill_tokens -= self.prefills.pop(id, 0)
-        assigned.started = True
-        return assigned.job
+        return job
 
     def release(self, id: str) -> None:
         """Remove a job from the replica's jobs, because it has ended or goes to another replica. Returns nothing.
 
         id: id of a job on this replica. Raises KeyError for any other.
         """
-        assigned = self.jobs.pop(id)
+        job = self.jobs.pop(id)
         self.prefill_tokens -= self.prefills.pop(id, 0)
-        self.sequences -= assigned.job.choices
+        self.sequences -= job.choices

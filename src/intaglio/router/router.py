@@ -96,7 +96,7 @@ class Router:
     def drain(self, name: str) -> list[Job]:
         """Place no more jobs on a replica. Returns a list of its jobs; the caller may move them by resubmit()."""
         self.replicas[name].state = "draining"
-        return [a.job for a in self.replicas[name].jobs.values()]
+        return list(self.replicas[name].jobs.values())
 
     def died(self, name: str) -> list[Job]:
         """Record that a replica has ended, and take all its jobs off it.
@@ -108,7 +108,7 @@ class Router:
         """
         replica = self.replicas[name]
         replica.state = "dead"
-        jobs = [a.job for a in replica.jobs.values()]
+        jobs = list(replica.jobs.values())
         replica.failures += len(jobs)
         for job in jobs:
             self._unplace(job.id)

@@ -161,11 +161,14 @@ class Offload:
     def touch(self, blocks: list[int]) -> list[int]:
         """Tell the tier that a sequence uses these blocks now. Returns a list of those that are in the prefix cache.
 
-        Called also at the sequence's end: blocks that were saved meanwhile count as used when the sequence began.
+        Without a tier the list is empty. Called also at the sequence's end: blocks that were saved meanwhile count as
+        used when the sequence began.
         """
+        if not self.connector:
+            return []
         # a loaded block is not in the prefix cache if another of its name is
-        cached = [block for block in blocks if block in self.pool.cached] if self.connector else []
-        if self.connector and cached:
+        cached = [block for block in blocks if block in self.pool.cached]
+        if cached:
             self.connector.touch([self.pool.name(block) for block in cached])
         return cached
 

@@ -23,7 +23,7 @@ from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelop
 from intaglio.server.conversation import render
 from intaglio.server.delivery import Answer, ClientDisconnected
 from intaglio.server.driver import Prepared
-from intaglio.server.incoming import CLOSE, check_key, read_body
+from intaglio.server.incoming import CLOSE, check_key, read_body, request_id
 from intaglio.server.prefill import Prefill
 from intaglio.server.prepare import Settings, encode, prepare_chat, prepare_completion
 from intaglio.server.problem import Json, Problem, as_problem
@@ -94,8 +94,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request = Request(scope)
-        given = request.headers.get("x-request-id", "")
-        scope["state"]["id"] = id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        scope["state"]["id"] = id = request_id(request.headers.get("x-request-id", ""))
         started = False
 
         async def send_with_id(message: Message) -> None:

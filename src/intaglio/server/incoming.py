@@ -1,9 +1,11 @@
-"""What a server does with a request before it looks at the content: check the API key, receive the body."""
+"""What a server does with a request before it looks at the content: name it, check the API key, receive the body."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import re
+import secrets
 from collections.abc import Sequence
 
 from starlette.types import Receive
@@ -12,6 +14,15 @@ from intaglio.server.delivery import ClientDisconnected
 from intaglio.server.problem import Problem
 
 CLOSE = {"connection": "close"}
+REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+
+
+def request_id(given: str) -> str:
+    """The id of a request: `given`, the header x-request-id, if it is a valid id; else 32 random hexadecimal digits.
+
+    Valid are 1 to 128 ASCII letters, digits, `_`, `-` and `.`.
+    """
+    return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def check_key(keys: Sequence[str], authorization: str) -> int:

@@ -175,7 +175,9 @@ def packing_of(t: Tensor, glu: bool) -> Packing:
 def _matrices(
     program: Program, ops: list[Op], gates: Mapping[str, str]
 ) -> tuple[dict[str, PackedMatrix], dict[str, Home]]:
-    """The packed matrices of a Program: ({name: PackedMatrix}, {weight: Home, its location in one of them}).
+    """Choose the packed matrices of a Program, and where each weight lies in them.
+
+    Returns ({name of a packed matrix: PackedMatrix}, {name of a weight: Home, its place in one of these matrices}).
 
     Each weight of a matrix product has a packed matrix of its own, named after it; a gated MLP's gate and up matrices
     share the gate's. In a weight [n, rows, columns], such as that of n experts, each of the n matrices begins at a

@@ -91,9 +91,10 @@ def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> li
 
 
 def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
-    """Add the product of the active stream and the layer's learned factors (AltUp). Returns the name of its tensor.
+    """Multiply the active stream of AltUp by the layer's learned factors, one per column.
 
-    If the model has no such factors, nothing is added, and the result is the name of the active stream.
+    Returns the name of the product's tensor. If the model has no such factors, adds no op and returns the name of the
+    active stream's tensor.
 
     Args:
         w: writes the op.

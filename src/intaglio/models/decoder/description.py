@@ -222,10 +222,10 @@ class Mixture:
     router_scale: str = ""
 
     def source(self, template: str) -> str:
-        """The source of the experts' weights, a str: checkpoint tensors, and how to cut them (program/source.py).
+        """A text that says which checkpoint tensors hold the experts' weights, and how to cut them.
 
-        It is the template with three marks replaced: `{run}` by the range of expert numbers, such as `{0..7}`; `{i}` by
-        the inner width of an expert; `{2i}` by twice that width.
+        program/source.py explains such texts. This one is the template with three marks replaced: `{run}` by the range
+        of expert numbers, such as `{0..7}`; `{i}` by the inner width of an expert; `{2i}` by twice that width.
 
         template: one of `sources` or `biases`, such as "experts.{run}.up_proj.weight".
         """

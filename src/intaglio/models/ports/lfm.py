@@ -23,7 +23,7 @@ MLP = {name: own for name, own in SOURCES.items() if name.startswith("feed_forwa
 
 
 def kinds(c: Config) -> list[str]:
-    """A list of the type of each layer, conv or full_attention.
+    """The type of each layer, as a list of "conv" (short convolution) and "full_attention".
 
     Raises PortError for another type, or if config.json lists more or fewer types than num_hidden_layers.
     """
