@@ -155,9 +155,9 @@ def test_concat(chip: str, seed: int) -> None:
     batch, (m, n) = some_batch(rng), rng.integers(1, 90, 2).tolist()
     op = Concat(site="c", a="a", b="b", out="y")
     tensors = [Tensor("a", ("T", m), "f32", "temp"), Tensor("b", ("T", n), "f32", "temp")]
-    compare(
-        chip, op, tensors, {"a": normal(rng, len(batch.tokens), m), "b": normal(rng, len(batch.tokens), n)}, batch, 0
-    )
+    values = {"a": normal(rng, len(batch.tokens), m), "b": normal(rng, len(batch.tokens), n)}
+    compare(chip, op, tensors, values, batch, 0)
+    compare(chip, replace(op, b="a"), tensors, values, batch, 0)  # a tensor beside itself
 
 
 @FEW

@@ -56,9 +56,8 @@ class KernelLibrary:
     persistent: bool = False  # persistent kernels: a core loads its next tile's operands while it stores this one
     prefetches_weights: bool = False  # weights of later ops are loaded during earlier ones
     dual_batch_overlap: bool = False  # a batch may run as two halves that overlap compute and links, if that is faster
-    memory_factor: float = (
-        1.0  # multiple of the chip's hbm_efficiency and l2_efficiency that kernels reach; at most peak
-    )
+    # Multiple of the chip's hbm_efficiency and l2_efficiency that kernels reach; at most peak.
+    memory_factor: float = 1.0
     activation_bytes: int = 2  # bytes of a value between ops; kernels keep it in bf16
     l2_usable: float = 0.8  # fraction of the L2 that can hold an op's operands
     l2_multicast: float = 1.0  # cores that get a line for each read of the L2, if they need the same; part of its rate

@@ -24,10 +24,9 @@ from intaglio.ops.selective_scan import RgLru, SelectiveScan
 
 __all__ = [
     "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "ChooseKeys", "Collective", "Concat",
-    "Decay",
-    "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Moment", "Norm", "Op",
-    "OpError", "Permute", "Recv", "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select", "SelectiveScan",
-    "Send", "ShortConv", "Sinusoid", "Tensor", "Value", "Work", "x_format",
+    "Decay", "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Moment",
+    "Norm", "Op", "OpError", "Permute", "Recv", "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select",
+    "SelectiveScan", "Send", "ShortConv", "Sinusoid", "Tensor", "Value", "Work", "x_format",
 ]  # fmt: skip
 
 for _module in iter_modules(__path__):

@@ -235,3 +235,15 @@ def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
     """
     held = min(1.0, capacity / writes) if writes else 1.0
     return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1.0, 1.0)) if p.part > 0]
+
+
+def past_l2_parts(reads: float, writes: float, capacity: float) -> list[LoopPart]:
+    """Divide a loop whose operands are in HBM, not in the L2, into LoopParts by what HBM moves: a list of one or two.
+
+    All loads miss the L2. Operands and results fill it; each later byte evicts one, which is written back if it is of a
+    result.
+
+    reads, writes: bytes of all operands, and of all results; not both 0. capacity: bytes of the L2; 0: none.
+    """
+    held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
+    return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from intaglio.models.decoder.description import Layer
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
+from intaglio.ops import Attend, KvWrite, Map, Norm
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
@@ -35,14 +35,8 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     qk = dict(zip("qk", parts, strict=False))
     if d.qk_norm in ("head", "flat"):
         qk = _qk_norms(w, at, source, qk, head_dim)
-    if layer.rope:
-        turn = d.ropes[layer.rope]
-        how: dict[str, Any] = {"head_dim": head_dim, "style": turn.style, "factor": turn.factor}
-        for n, y in qk.items():
-            qk[n] = b.op(Rope, f"{at}{n}_rope", y, "positions", f"{layer.rope}.frequencies", **how)
-        if d.qk_norm == "unit":
-            qk = _qk_norms(w, at, source, qk, head_dim)
-    if d.qk_norm == "late":
+    qk = {n: w.rope(f"{at}{n}_rope", y, layer.rope, head_dim) for n, y in qk.items()}
+    if d.qk_norm == "late" or (d.qk_norm == "unit" and layer.rope):
         qk = _qk_norms(w, at, source, qk, head_dim)
     owner = i if layer.cache_of is None else layer.cache_of
     holder = f"layers.{owner}.attn."
@@ -54,7 +48,7 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
             v = b.op(Norm, at + "v_norm", v, eps=d.eps, group=value_dim)
         v = w.scaled(at + "v_scale", v, d.value_scale)
         b.op(KvWrite, at + "kv_write", qk["k"], v, k_cache, v_cache, **scales)
-    how = {
+    how: dict[str, Any] = {
         "heads": d.heads, "scale": d.scale * layer.scale, "window": layer.window, "chunk": layer.chunk,
         "softcap": d.attn_softcap,
     }  # fmt: skip

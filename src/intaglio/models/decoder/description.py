@@ -59,7 +59,7 @@ class Layer:
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
         sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
             n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
-        shared: (owner, use) if the layer runs a shared block before its mixer (Zamba, see Decoder.shared), else None.
+        shared: (owner, use) if the layer runs a shared block before its mixer (Zamba2, see Decoder.shared), else None.
             owner: number of the layer whose tensor names in the checkpoint hold the block's weights. use: how many
             earlier layers run a shared block; it chooses the adapters.
     """
@@ -89,7 +89,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A transformer block whose weights several layers share (Zamba): attention and an MLP, without residuals.
+    """A transformer block whose weights several layers share (Zamba2): attention and an MLP, without residuals.
 
     The block reads the columns of the layer's input joined with those of the embedding, so its input has 2 * hidden
     columns. A linear that each layer has for itself is applied to the block's result. The sum of the linear's result
@@ -97,14 +97,12 @@ class Shared:
 
     Attributes:
         block: name of the block's module in a layer of the checkpoint.
-        fused: True if the checkpoint stores the MLP's gate and up as one, gate_up_proj.
         rank: rank of the low-rank adapters (LoRA) that each layer adds to the MLP; 0: none.
         qkv_rank: rank of the adapters that each layer adds to the projections of queries, keys and values; 0: none.
         bias: True if the MLP's linears have biases.
     """
 
     block: str
-    fused: bool = False
     rank: int = 0
     qkv_rank: int = 0
     bias: bool = False

@@ -7,12 +7,10 @@ it, which chooses the positions whose latents are read.
 
 from __future__ import annotations
 
-from typing import Any
-
 from intaglio.models.decoder.attention import gated
 from intaglio.models.decoder.description import Indexer, Latent, Layer
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm, Rope
+from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
@@ -28,12 +26,12 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     narrow = _compressed_queries(w, m, at, source, x) if m.q_rank else ""
     q = _queries(w, m, at, source, x, narrow)
-    q = _turned(w, layer, at + "q_rope", q, m.nope + m.rope, trailing=True)
+    q = w.rope(at + "q_rope", q, layer.rope, m.nope + m.rope, trailing=True)
     both = w.linear(at + "kv_a_proj", x, m.rank + m.rope, d.hidden, source + "kv_a_proj_with_mqa", d.o_bias)
     c = b.view(at + "latent", both, 0, m.rank)
     c = _norm(w, m, at + "kv_norm", c, m.rank, source + "kv_a_layernorm")
     k = b.view(at + "k_pe", both, m.rank, m.rank + m.rope)
-    k = _turned(w, layer, at + "k_rope", k, m.rope)
+    k = w.rope(at + "k_rope", k, layer.rope, m.rope)
     latents, ropes = b.cache(at + "latent_cache", 1, m.rank, w.cache), b.cache(at + "rope_cache", 1, m.rope, w.cache)
     scales = dict.fromkeys(names := w.cache_scales(i, at, 1), names.get("k_scale", ""))  # one cache, of keys and values
     b.op(KvWrite, at + "kv_write", c, k, latents, ropes, **scales)
@@ -48,28 +46,6 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     a = b.op(HeadLinear, at + "v_proj", a, values)
     a = gated(w, at, source, x, a, m.value)
     return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
-
-
-def _turned(w: Writer, layer: Layer, site: str, x: str, head_dim: int, trailing: bool = False) -> str:
-    """Add the layer's Rope op on the tensor `x`. Returns the name of the rotated tensor.
-
-    If the layer has no rope (Kimi Linear), no op is added and `x` is returned.
-
-    Args:
-        w: writes the op.
-        layer: the layer's description.
-        site: name of the op in the Program.
-        x: name of the input tensor.
-        head_dim: columns of a head.
-        trailing: True if the last columns of each head are rotated, not the first.
-    """
-    if not layer.rope:
-        return x
-    turn = w.d.ropes[layer.rope]
-    how: dict[str, Any] = {"head_dim": head_dim, "style": turn.style, "factor": turn.factor}
-    if trailing:
-        how["trailing"] = True
-    return w.b.op(Rope, site, x, "positions", f"{layer.rope}.frequencies", **how)
 
 
 def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
@@ -118,15 +94,13 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
         narrow: name of the tensor of compressed queries, from which the indexer's queries are projected.
     """
     b, at, n = w.b, f"layers.{i}.attn.indexer.", index.head_dim
-    source, turn = f"{w.d.prefix}layers.{i}.self_attn.indexer.", w.d.ropes[layer.rope]
-    how: dict[str, Any] = {"style": index.style, "factor": turn.factor, "head_dim": n}
-    table = f"{layer.rope}.frequencies"
+    source = f"{w.d.prefix}layers.{i}.self_attn.indexer."
     q = w.linear(at + "q_proj", narrow, index.heads * n, m.q_rank, source + "wq_b")
-    q = b.op(Rope, at + "q_rope", q, "positions", table, **how)
+    q = w.rope(at + "q_rope", q, layer.rope, n, index.style)
     k = w.linear(at + "k_proj", x, n, w.d.hidden, source + "wk")
     weight, bias = (w.weight(at + "k_norm", what, (n,), source + "k_norm") for what in ("weight", "bias"))
     k = b.op(Norm, at + "k_norm", k, weight=weight, bias=bias, norm="layer", eps=1e-6)
-    k = b.op(Rope, at + "k_rope", k, "positions", table, **how)
+    k = w.rope(at + "k_rope", k, layer.rope, n, index.style)
     cache = b.cache(at + "cache", 1, n, w.cache)
     b.op(KvWrite, at + "kv_write", k, k, cache, cache)
     weights = w.linear(at + "weights", x, index.heads, w.d.hidden, source + "weights_proj")

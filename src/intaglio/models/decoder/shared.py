@@ -1,12 +1,10 @@
-"""Writes the ops of a transformer block whose weights several layers share (Zamba, Zamba2)."""
+"""Writes the ops of a transformer block whose weights several layers share (Zamba2)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from intaglio.models.decoder.description import Layer, Shared
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Attend, Concat, KvWrite, Map, Rope
+from intaglio.ops import Attend, Concat, KvWrite, Map
 
 
 def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
@@ -28,15 +26,9 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
     y = _attention(w, s, i, layer, y)
     y = w.norm(at + "mlp_norm", y, d.hidden, source + "pre_ff_layernorm", shared=held + "mlp_norm")
     n, mlp = d.intermediate, source + "feed_forward."
-    if s.fused:
-        joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
-        joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
-        gate, up = w.views(joint, {at + "gate": n, at + "up": n})
-    else:
-        gate, up = (
-            w.linear(f"{at}{part}_proj", y, n, d.hidden, f"{mlp}{part}_proj", s.bias, f"{held}{part}_proj")
-            for part in ("gate", "up")
-        )
+    joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
+    joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
+    gate, up = w.views(joint, {at + "gate": n, at + "up": n})
     y = b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}(a) * b")
     y = w.linear(at + "down_proj", y, d.hidden, n, mlp + "down_proj", s.bias, held + "down_proj")
     y = w.linear(at + "linear", y, d.hidden, d.hidden, f"{d.prefix}layers.{i}.linear")
@@ -62,11 +54,7 @@ def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
         y = w.linear(f"{at}{n}_proj", x, width, 2 * d.hidden, f"{source}{n}_proj", shared=f"{held}{n}_proj")
         adapters = f"{source}linear_{n}_adapter_list.{use}"
         qkv[n] = adapted(w, f"{at}{n}", y, x, width, 2 * d.hidden, s.qkv_rank, adapters)
-    if layer.rope:
-        turn = d.ropes[layer.rope]
-        how: dict[str, Any] = {"head_dim": d.head_dim, "style": turn.style, "factor": turn.factor}
-        for n in "qk":
-            qkv[n] = b.op(Rope, f"{at}{n}_rope", qkv[n], "positions", f"{layer.rope}.frequencies", **how)
+    qkv |= {n: w.rope(f"{at}{n}_rope", qkv[n], layer.rope, d.head_dim) for n in "qk"}
     caches = [b.cache(f"{at}{n}_cache", d.kv_heads, d.head_dim, w.cache) for n in "kv"]
     scales = w.cache_scales(i, at, d.kv_heads)
     b.op(KvWrite, at + "kv_write", qkv["k"], qkv["v"], *caches, **scales)

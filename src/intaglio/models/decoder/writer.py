@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from intaglio import formats
 from intaglio.models.config import PortError
 from intaglio.models.decoder.description import Decoder
-from intaglio.ops import Linear, Map, Norm, Permute, x_format
+from intaglio.ops import Linear, Map, Norm, Permute, Rope, x_format
 from intaglio.program import Builder
 from intaglio.program.source import names
 
@@ -224,6 +224,25 @@ class Writer:
         source = self.d.norms.get(which) if which not in self.d.layers[i].without else None
         at = f"{self.d.prefix}layers.{i}.{source}"
         return self.norm(f"layers.{i}.{which}", x, self.d.hidden, at) if source else x
+
+    def rope(self, site: str, x: str, rope: str, head_dim: int, style: str = "", trailing: bool = False) -> str:
+        """Add the op that rotates queries or keys. Returns the result's tensor name; x itself if `rope` is "".
+
+        Args:
+            site: name of the op.
+            x: name of the tensor of queries or keys.
+            rope: name of the rope table in Decoder.ropes (see Layer.rope); "": no rope.
+            head_dim: columns of a head.
+            style: how columns are paired, "half" or "interleaved"; "": as the table says.
+            trailing: True if the last columns of each head are rotated, not the first.
+        """
+        if not rope:
+            return x
+        turn = self.d.ropes[rope]
+        return self.b.op(
+            Rope, site, x, "positions", f"{rope}.frequencies", head_dim=head_dim, style=style or turn.style,
+            factor=turn.factor, trailing=trailing,
+        )  # fmt: skip
 
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
         """Add several linears that read the same x, such as q, k and v. Returns a list of their results' tensor names.

@@ -44,8 +44,7 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
     """
     c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
     s, rope = sizes(c), parameters(c)
-    ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
-    m = Latent(*ranks, c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"), c.whole("v_head_dim"))
+    m = latent_sizes(c)
     scale = (m.nope + m.rope) ** -0.5
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
         if not rope.get("factor"):
@@ -55,6 +54,12 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
         "ropes": {"rope": table(c, rope, m.rope, context, style=style)}, "norms": PRE, "latent": m, "scale": scale,
         "o_bias": c.flag("attention_bias"), "layers": (Layer(),) * c.whole("num_hidden_layers"),
     }  # fmt: skip
+
+
+def latent_sizes(c: Config) -> Latent:
+    """The sizes of latent attention, from config.json. Raises PortError for missing or wrong ones."""
+    ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
+    return Latent(*ranks, c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"), c.whole("v_head_dim"))
 
 
 def experts(c: Config, **route: Any) -> Mixture:

@@ -6,12 +6,12 @@ Ling 3's has rope and a gate of each head. (Kimi-K2 is a DeepSeek-V3.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import NUMBERED, PRE, Decoder, DeltaMixer, Latent, Layer, sizes
-from intaglio.models.ports.deepseek import experts, latent
+from intaglio.models.decoder import NUMBERED, PRE, Decoder, DeltaMixer, Layer, Mixture, sizes
+from intaglio.models.ports.deepseek import experts, latent, latent_sizes
 from intaglio.models.ports.family import Family
 
 KINDS = ("linear_attention", "full_attention")
@@ -25,28 +25,18 @@ def kimi_linear(c: Config, context: int) -> Decoder:
     c.need_silu("gated delta nets are ported with silu")
     c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
     c.replaced |= dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters"), "the model has no rope")
-    s, n, dense = sizes(c), c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1))
+    s, dense = sizes(c), int(c.get("first_k_dense_replace", 1))
     net = c.settings("linear_attn_config")
-    mlps = c.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in range(n)]
     heads, dim = net.get("num_heads") or c.whole("linear_num_heads"), net.get("head_dim") or c.whole("linear_head_dim")
     taps = net.get("short_conv_kernel_size") or c.whole("linear_conv_kernel_dim")
     mixer = DeltaMixer(
         key_heads=heads, heads=heads, keys=dim, values=dim, taps=taps, eps=s["eps"], stored="separate", gate="sigmoid",
         by_key=True, rank=dim, block="self_attn",
     )  # fmt: skip
-    layers = tuple(
-        Layer("", mixer=mixer if kind == "linear_attention" else None, sparse=mlp == "sparse")
-        for kind, mlp in zip(c.layer_types(usual=kinds(net, n), known=KINDS), mlps, strict=True)
-    )
-    m = Latent(
-        int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank"), c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"),
-        c.whole("v_head_dim"),
-    )  # fmt: skip
-    c.table["n_routed_experts"] = c.whole(c.either("num_experts", "num_local_experts"))
-    routed = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
+    layers, m = hybrid(c, Layer(""), mixer, kinds(net, c.whole("num_hidden_layers")), dense), latent_sizes(c)
     return Decoder(
         **s | {"scale": (m.nope + m.rope) ** -0.5}, layers=layers, ropes={}, norms=PRE, latent=m,
-        o_bias=c.flag("attention_bias"), mixture=replace(routed, sources=NUMBERED, block="block_sparse_moe"),
+        o_bias=c.flag("attention_bias"), mixture=replace(routed(c), sources=NUMBERED, block="block_sparse_moe"),
     )  # fmt: skip
 
 
@@ -72,17 +62,39 @@ def bailing_hybrid(c: Config, context: int) -> Decoder:
         by_key=True, floor=float(floor), block="self_attn",
     )  # fmt: skip
     usual = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(n)]
-    mlps = c.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in range(n)]
-    layers = tuple(
-        Layer(mixer=mixer if kind == "linear_attention" else None, sparse=mlp == "sparse")
-        for kind, mlp in zip(c.layer_types(usual=usual, known=KINDS), mlps, strict=True)
-    )
-    c.table["n_routed_experts"] = c.whole(c.either("num_experts", "num_local_experts"))
-    routed = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
+    layers = hybrid(c, Layer(), mixer, usual, dense)
     return Decoder(
-        **s | {"layers": layers}, mixture=replace(routed, correction="gate.expert_bias"), attn_gate="g_proj",
+        **s | {"layers": layers}, mixture=replace(routed(c), correction="gate.expert_bias"), attn_gate="g_proj",
         attn_gate_by_head=True, sources=LING_NAMES,
     )  # fmt: skip
+
+
+def hybrid(c: Config, layer: Layer, mixer: DeltaMixer, usual: Sequence[str], dense: int) -> tuple[Layer, ...]:
+    """The layers of a model with Kimi delta attention, from config.json: `layer` with what differs between layers.
+
+    Args:
+        c: the config.
+        layer: a layer with latent attention and a dense MLP.
+        mixer: the block that layers of type linear_attention have in place of attention.
+        usual: the attention type of each layer, for a config without layer_types.
+        dense: number of layers that have a dense MLP before those with experts, for a config without mlp_layer_types.
+
+    Raises PortError for wrong types of layers.
+    """
+    mlps = c.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in range(len(usual))]
+    return tuple(
+        replace(layer, mixer=mixer if kind == "linear_attention" else None, sparse=mlp == "sparse")
+        for kind, mlp in zip(c.layer_types(usual=usual, known=KINDS), mlps, strict=True)
+    )
+
+
+def routed(c: Config) -> Mixture:
+    """The Mixture (of experts) of Kimi Linear and Ling 3, from config.json, with the names of DeepSeek-V3's tensors.
+
+    Raises PortError for missing or wrong settings.
+    """
+    c.table["n_routed_experts"] = c.whole(c.either("num_experts", "num_local_experts"))
+    return experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
 
 
 def kinds(net: Mapping[str, object], n: int) -> list[str]:
@@ -117,21 +129,19 @@ def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
     return replace(d, block="block_sparse_moe") if saved else d
 
 
-DEFAULTS = {
+COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 1048576, "tie_word_embeddings": False,
     "num_attention_heads": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "num_local_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
-    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446, "norm_topk_prob": True, "linear_head_dim": 128,
-    "linear_num_heads": 32, "linear_conv_kernel_dim": 4,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446, "norm_topk_prob": True,
 }  # fmt: skip
-LING = {
-    **DEFAULTS, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "rope_theta": 6000000.0,
+KIMI = {**COMMON, "linear_head_dim": 128, "linear_num_heads": 32, "linear_conv_kernel_dim": 4}
+LING = {  # head_dim, num_attention_heads and short_conv_kernel_size say the sizes of the delta nets
+    **COMMON, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "rope_theta": 6000000.0,
     "num_local_experts": 512, "moe_intermediate_size": 768, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
     "head_dim": 128, "short_conv_kernel_size": 4, "layer_group_size": 6, "kda_safe_gate": True, "kda_lower_bound": -5.0,
     "first_k_dense_replace": 2,
 }  # fmt: skip
-for _key in ("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim"):
-    del LING[_key]  # head_dim, num_attention_heads and short_conv_kernel_size say them
 LING_NAMES = {"embed_tokens": "word_embeddings", "self_attn.o_proj": "attention.dense", "self_attn": "attention"}
 ALIASES = {
     "max_position_embeddings": "model_max_length", "norm_topk_prob": "moe_renormalize", "n_group": "num_expert_group",
@@ -139,7 +149,7 @@ ALIASES = {
 }  # fmt: skip
 FAMILIES = (
     Family(
-        "KimiLinearForCausalLM", "Kimi-Linear-48B-A3B", DEFAULTS, kimi_linear, model_types=("kimi_linear",),
+        "KimiLinearForCausalLM", "Kimi-Linear-48B-A3B", KIMI, kimi_linear, model_types=("kimi_linear",),
         fixed={
             "moe_router_activation_func": ("sigmoid",), "mla_use_nope": (True,), "moe_layer_freq": (1,),
             "use_grouped_topk": (True, False), "pretraining_tp": (1,),

@@ -15,8 +15,7 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 
     Raises PortError for another activation than silu.
     """
-    if c.activation() != "silu":
-        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; Mamba is ported with silu")
+    c.need_silu("Mamba is ported with silu")
     hidden = c.whole("hidden_size")
     layers = tuple(Layer(mixer=mixer, mlp=False) for _ in range(c.whole("num_hidden_layers")))
     return Decoder(

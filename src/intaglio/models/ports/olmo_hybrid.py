@@ -12,6 +12,7 @@ from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import Decoder, DeltaMixer, Layer, sizes
 from intaglio.models.decoder.rope import parameters, table
 from intaglio.models.ports.family import Family
+from intaglio.models.ports.qwen_next import delta_heads
 
 DELTA = {"attn.norm": "attention_layer_norm", "mlp.norm": "feedforward_layer_norm"}
 ATTENTION = {"attn.post_norm": "post_attention_layernorm", "mlp.post_norm": "post_feedforward_layernorm"}
@@ -34,8 +35,8 @@ def olmo_hybrid(c: Config, context: int) -> Decoder:
     rope.get("rope_type")
     turned = rope.get("rope_theta", c.get("rope_theta")) is not None  # released models have no rope: null
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context)} if turned else {}
-    attention = Layer("rope" if turned else "", without=(*DELTA,))
-    layers = tuple(attention if k == "full_attention" else Layer(mixer=mixer(c), without=(*ATTENTION,)) for k in kinds)
+    attention, net = Layer("rope" if turned else "", without=(*DELTA,)), Layer(mixer=mixer(c), without=(*ATTENTION,))
+    layers = tuple(attention if k == "full_attention" else net for k in kinds)
     return Decoder(
         **s, layers=layers, ropes=ropes, norms={**DELTA, **ATTENTION}, qk_norm="flat", qkv_bias=bias, o_bias=bias
     )
@@ -46,10 +47,7 @@ def mixer(c: Config) -> DeltaMixer:
 
     Raises PortError if the number of value heads is not a multiple of the number of key heads.
     """
-    heads = c.whole("num_attention_heads")
-    keys, values = c.whole("linear_num_key_heads", heads), c.whole("linear_num_value_heads", heads)
-    if values % keys:
-        raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
+    keys, values = delta_heads(c, c.whole("num_attention_heads"))
     width = c.whole("linear_key_head_dim", int(0.75 * c.whole("hidden_size") / keys))
     return DeltaMixer(
         key_heads=keys, heads=values, keys=width, values=c.whole("linear_value_head_dim", 2 * width), stored="separate",

@@ -12,6 +12,18 @@ from intaglio.models.ports.qwen import place_experts
 from intaglio.program.source import parts_of
 
 
+def delta_heads(c: Config, usual: int | None = None) -> tuple[int, int]:
+    """The numbers of heads of a gated delta net, from config.json: (key heads, value heads).
+
+    usual: used for a number that the config does not have; None: both have to be there. Raises PortError if the number
+    of value heads is not a multiple of the number of key heads.
+    """
+    keys, values = c.whole("linear_num_key_heads", usual), c.whole("linear_num_value_heads", usual)
+    if values % keys:
+        raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
+    return keys, values
+
+
 def mixer(c: Config, fused: bool) -> DeltaMixer:
     """The DeltaMixer (gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
 
@@ -22,9 +34,7 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
 
     Raises PortError if the number of value heads is not a multiple of the number of key heads.
     """
-    keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
-    if values % keys:
-        raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
+    keys, values = delta_heads(c)
     return DeltaMixer(
         key_heads=keys, heads=values, keys=c.whole("linear_key_head_dim"), values=c.whole("linear_value_head_dim"),
         taps=c.whole("linear_conv_kernel_dim"), eps=c.real("rms_norm_eps"), stored="fused" if fused else "parts",
@@ -37,8 +47,7 @@ def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
     fused: True if the mixer's weights are fused as in Qwen3-Next. more: further arguments of Decoder, such as mixture;
     without it the model has no experts. Raises PortError for settings that are not ported.
     """
-    if c.activation() != "silu":
-        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")
+    c.need_silu("gated delta nets are ported with silu")
     c.refuse("attention_bias", why="gated attention is ported without biases")
     s, net = sizes(c), mixer(c, fused)
     every, n = int(c.get("full_attention_interval", 4)), c.whole("num_hidden_layers")

@@ -62,7 +62,7 @@ def zamba2(c: Config, context: int) -> Decoder:
         for i, kind in enumerate(kinds)
     )
     shared = Shared(
-        block="shared_transformer", fused=True, rank=adapters, bias=bias,
+        block="shared_transformer", rank=adapters, bias=bias,
         qkv_rank=adapters if c.flag("use_shared_attention_adapter") else 0,
     )  # fmt: skip
     return Decoder(

@@ -23,7 +23,6 @@ from intaglio.silicon import isa
 from intaglio.silicon.isa.softmax_step import NAME
 from intaglio.silicon.kernels.attend_plan import (
     LISTED,
-    WIDE,
     AttendPlan,
     deal,
     decode_keys,
@@ -32,8 +31,8 @@ from intaglio.silicon.kernels.attend_plan import (
     product_format,
     tile_seconds,
 )
-from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
-from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
+from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.kv_write import Heads, emit_head_scales
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes, ChunkCounts, sizes_of
@@ -224,7 +223,7 @@ def attend_streams(
         tiles = AttendTiles(mem, k, op, plan, d, dv, listed)
         for number, job in enumerate(own):
             first = int(batch.first_row[job.s])
-            at, n = slice(first + job.rows.start, first + job.rows.stop), job.rows.stop - job.rows.start
+            at, n = shifted(job.rows, first), job.rows.stop - job.rows.start
             position = int(batch.context_len[job.s] - batch.q_len[job.s]) + job.rows.start
             state = init_softmax(mem, k, tiles, op, own, number)
             part = tiles.queries(k)
@@ -374,7 +373,7 @@ def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
     n, end = int(batch.q_len[s]), int(batch.context_len[s])
     edges = [i for i in range(1, n) if op.chunk and (end - n + i) % op.chunk == 0]
     runs = zip([0, *edges], [*edges, n], strict=True)
-    return [slice(a + piece.start, a + piece.stop) for a, z in runs for piece in slices(z - a, rows)]
+    return [shifted(piece, a) for a, z in runs for piece in slices(z - a, rows)]
 
 
 def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:

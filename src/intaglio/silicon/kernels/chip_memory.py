@@ -151,6 +151,11 @@ def slices(n: int, step: int) -> list[slice]:
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
+def shifted(part: slice, by: int) -> slice:
+    """The slice that starts and stops `by` later than `part`."""
+    return slice(part.start + by, part.stop + by)
+
+
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
     """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
 

@@ -5,38 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from intaglio.batch import Batch
-from intaglio.chips import ChipSpec, KernelLibrary
 from intaglio.ops import Concat
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_jobs
+from intaglio.silicon.kernels.rows import CopyKernel, by_jobs
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
 
 @chip_kernel(Concat)
 @dataclass(frozen=True)
-class ConcatKernel(RowsKernel):
+class ConcatKernel(CopyKernel):
     """Chip kernel of `concat`: loads a row of each operand and stores them side by side; nothing is computed."""
-
-    in_place = True
-
-    def columns(self) -> tuple[int, ...]:
-        return (self.width,)
-
-    def cycles(self, chip: ChipSpec, n: int) -> float:
-        return 0.0
-
-    def load_bytes(self, library: KernelLibrary) -> float:
-        return float(self.width * library.activation_bytes)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Concat, t: Tensors, batch: Batch) -> list[Stream]:
         out, first = mem.region(op.out), mem.region(op.a).cols
-        places = {op.a: slice(0, first), op.b: slice(first, out.cols)}
+        places = (op.a, slice(0, first)), (op.b, slice(first, out.cols))
 
         def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
-            for ring, (name, place) in zip(rings, places.items(), strict=True):
+            for ring, (name, place) in zip(rings, places, strict=True):
                 y = load(k, ring.next(), mem.region(name).part(rows))
                 k.emit(isa.Store(dst=out.part(rows, place), src=y))
 

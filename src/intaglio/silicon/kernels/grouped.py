@@ -14,7 +14,7 @@ import numpy as np
 from intaglio.chips import Target
 from intaglio.ops import Experts
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, slices
+from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.product import Grouped
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.kernels.tiled import (
@@ -113,10 +113,9 @@ def grouped_product(
     (steps,) = split_steps(k, codes.span, cut)
     jobs = []
     for e, (count, end) in enumerate(zip(counts.tolist(), np.cumsum(counts).tolist(), strict=True)):
-        rows = [slice(end - count + r.start, end - count + r.stop) for r in slices(count, cut.rows)]
+        rows = [shifted(r, end - count) for r in slices(count, cut.rows)]
         for r, c in in_blocks(rows, slices(n, cut.columns), cut.block):
-            own = slice(e * n + c.start, e * n + c.stop)
-            jobs.append(TileJob(r, sides, [own] * len(sides), steps, c, index=e))
+            jobs.append(TileJob(r, sides, [shifted(c, e * n)] * len(sides), steps, c, index=e))
     return GroupedProduct(codes, cut, jobs)
 
 

@@ -10,7 +10,7 @@ from intaglio.batch import Batch
 from intaglio.chips import Target
 from intaglio.ops import HeadLinear
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
+from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.product import bits_per_value, linear_timing
 from intaglio.silicon.kernels.rows import ROWS
@@ -86,7 +86,7 @@ class HeadLinearKernel(ChipKernel):
         (steps,) = split_steps(depth, depth, cut)
         tiles = in_blocks(slices(x.rows, cut.rows), slices(n, cut.columns), cut.block)
         jobs = [
-            TileJob(rows, [w], [moved(columns, h * n)], steps, moved(columns, h * narrow), first=h * wide)
+            TileJob(rows, [w], [shifted(columns, h * n)], steps, shifted(columns, h * narrow), first=h * wide)
             for h in range(heads) for rows, columns in tiles
         ]  # fmt: skip
 
@@ -95,11 +95,6 @@ class HeadLinearKernel(ChipKernel):
             return lambda job: store_product(k, job, out, [job.out], ring)
 
         return product_streams(mem, op.site, Codes(x, None, depth), cut, jobs, finisher)
-
-
-def moved(columns: slice, by: int) -> slice:
-    """The slice `columns` moved by `by` columns to the right."""
-    return slice(columns.start + by, columns.stop + by)
 
 
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:

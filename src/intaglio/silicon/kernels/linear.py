@@ -11,7 +11,7 @@ from intaglio.batch import Batch
 from intaglio.chips import Target
 from intaglio.ops import Linear
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
+from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.product import bits_per_value, linear_timing, part_columns
 from intaglio.silicon.kernels.tiled import (
@@ -86,7 +86,7 @@ class LinearKernel(ChipKernel):
         sums = mem.heap.allocate(x.rows * len(steps), sides * out.cols, "f32") if len(steps) > 1 else None
         jobs = []
         for rows, columns in in_blocks(slices(x.rows, cut.rows), slices(out.cols, cut.columns), cut.block):
-            parts = [slice(columns.start + j * out.cols, columns.stop + j * out.cols) for j in range(sides)]
+            parts = [shifted(columns, j * out.cols) for j in range(sides)]
             jobs += [TileJob(rows, [w] * sides, parts, each, columns, index=part) for part, each in enumerate(steps)]
 
         def finisher(k: StreamBuilder) -> Finish:
@@ -98,8 +98,7 @@ class LinearKernel(ChipKernel):
                 if sums is None:
                     drain(k, mem, op, job, extra, rings)
                     return
-                first = job.index * sums.cols
-                columns = [slice(first + c.start, first + c.stop) for c in job.columns]
+                columns = [shifted(c, job.index * sums.cols) for c in job.columns]
                 store_product(k, job, sums.shaped(x.rows, len(steps) * sums.cols), columns, rings[0])
 
             return finish
@@ -175,7 +174,7 @@ def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Str
             filled, biases = [], list[Region | None]()
             row = slice(r, r + 1)
             for j in range(sides):
-                side = slice(columns.start + j * out.cols, columns.stop + j * out.cols)
+                side = shifted(columns, j * out.cols)
                 part = load(k, loaded[j].next(), sums.part(slice(r * parts, (r + 1) * parts), side))
                 filled.append(accs[j].next().shaped(1, part.cols))
                 k.emit(isa.Combine(dst=filled[j], parts=part))

@@ -103,8 +103,8 @@ def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> t
     sram, columns = target.chip.sram_bytes, tn / (1 + glu)
     rows = np.clip(np.floor(sram / DRAIN_PART / (8 * columns)), 1, tm)
     beside = 64 * (2 + glu) + (4 * tm + 8 * tn + 128 * (2 + glu) if x_bits == 8 else 0) + 0 * tm
-    space = sram - 8 * columns * (rows + 1) - 1024
-    return rows, np.maximum(space, sram / 4), np.minimum(beside, np.maximum(space, sram / 4) / 8)
+    space = np.maximum(sram - 8 * columns * (rows + 1) - 1024, sram / 4)
+    return rows, space, np.minimum(beside, space / 8)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - seconds: time of the product, launch included.
     - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`. moved: bytes between L2 and cores.
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
-    - steps: steps of a job. depth: K values of a step. stage: bytes of x and w that a step loads.
+    - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
     - ring: steps whose operands SRAM holds at the same time. at_once: tiles that run on a core at a time.
     - banks: 2 if the accumulators fit two tiles of the result, else 1.
@@ -303,7 +303,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     seconds = np.where(allowed, seconds, np.inf)
     moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
-            "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
+            "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
             "at_once": at_once, "banks": banks, "moved": moved,
             "block": block_shape(target, gm, gn, tm, tn, split)}  # fmt: skip
 

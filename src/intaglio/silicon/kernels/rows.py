@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import LoopPart, TileLoop, gather_parts, l2_parts
+from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts, past_l2_parts
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -42,8 +42,7 @@ def loop_timing(
     if gathered:
         parts = gather_parts(writes, capacity)
     elif past_l2:
-        held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
-        parts = [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]
+        parts = past_l2_parts(reads, writes, capacity)
     else:
         parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
     seconds = lib.launch_s + loop.in_parts(target, parts)
@@ -146,6 +145,22 @@ class RowsKernel(ChipKernel):
             depth=self.depth(target), once=self.vector_bytes + gathers * INDEX_BYTES, in_place=self.in_place,
         )  # fmt: skip
         return loop_timing(target, loop, rows * load, rows * store, self.gathered)
+
+
+@dataclass(frozen=True)
+class CopyKernel(RowsKernel):
+    """Base class of row kernels that compute nothing: each row is stored from the tile into which it was loaded."""
+
+    in_place = True
+
+    def columns(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def cycles(self, chip: ChipSpec, n: int) -> float:
+        return 0.0
+
+    def load_bytes(self, library: KernelLibrary) -> float:
+        return self.store_bytes(library)
 
 
 def vector_bytes(t: Tensor) -> float:

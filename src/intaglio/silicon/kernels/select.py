@@ -5,31 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from intaglio.batch import Batch
-from intaglio.chips import ChipSpec, KernelLibrary
 from intaglio.ops import Select
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_indices
+from intaglio.silicon.kernels.rows import CopyKernel, by_jobs, load_indices
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
 
 @chip_kernel(Select)
 @dataclass(frozen=True)
-class SelectKernel(RowsKernel):
+class SelectKernel(CopyKernel):
     """Chip kernel of `select`: gathers the rows whose logits are wanted."""
 
-    gathered = in_place = True
-
-    def columns(self) -> tuple[int, ...]:
-        return (self.width,)
-
-    def cycles(self, chip: ChipSpec, n: int) -> float:
-        return 0.0
-
-    def load_bytes(self, library: KernelLibrary) -> float:
-        return float(self.width * library.activation_bytes)
+    gathered = True
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Select, t: Tensors, batch: Batch) -> list[Stream]:

@@ -14,7 +14,7 @@ import numpy as np
 from intaglio import formats
 from intaglio.chips import Target
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, codes_of, deal_jobs, load, slices
+from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, codes_of, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.product import DRAIN_PART, Grouped, time_choices
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.memory import MachineError, Region
@@ -253,7 +253,7 @@ def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
     columns of x, which share a scale.
     """
     every = [
-        slice(outer.start + piece.start, outer.start + piece.stop)
+        shifted(piece, outer.start)
         for outer in slices(k, span) for piece in slices(outer.stop - outer.start, cut.depth)
     ]  # fmt: skip
     return [every[part] for part in slices(len(every), -(-len(every) // cut.parts))]
@@ -314,7 +314,7 @@ class TiledProduct:
         If x has scales, also emits the load of these columns' row scales and stores their tile in job.factor. It does
         so only where a new scale begins; until then job.factor keeps the tile that an earlier step loaded.
         """
-        columns = slice(job.first + step.start, job.first + step.stop)
+        columns = shifted(step, job.first)
         a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
         scales, span = self.codes.scales, self.codes.span
         if scales is not None and self.row_scales is not None:
@@ -394,7 +394,7 @@ def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
     end of the tile.
     """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
-        yield piece, slice(job.rows.start + piece.start, job.rows.start + piece.stop)
+        yield piece, shifted(piece, job.rows.start)
 
 
 def store_product(k: StreamBuilder, job: TileJob, out: Region, columns: Sequence[slice], ring: Ring) -> None:
