@@ -174,6 +174,10 @@ def test_calibrate_fits_an_engines_kernels_and_writes_a_library(tmp_path: Path) 
     assert answer["files"][1] == written
     (found,), _ = validate_engines(tmp_path, 0.0, 0, library_name=written)
     assert found.median < 0.4 * rest["before"]
+    words = ["calibrate", str(file), "--chip", answer["files"][0], "--output", str(tmp_path / "h100_sxm")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "as their base; write them beside it, with --output" in done.stderr
+    assert list((tmp_path / "h100_sxm").glob("*.toml")) == []
 
 
 def test_calibrate_takes_tables_of_one_engine(tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ def calibrate(
     if not data:
         raise ValueError(f"no row took {min_us:g} us or more; give --min-us")
     base, library_base = Path(chip_name).stem, Path(library_name or target(chip_name).library.name).stem
-    if chip_name.endswith(".toml") and Path(chip_name).parent.resolve() != output.resolve():
-        raise ChipError(f"the new files name {chip_name} as their base; write them beside it, with --output")
+    check_base(chip_name, output)
     start, written = target(chip_name, library_name), new_files(output, name or f"{base}_calibrated")
     with progress_bar("calibrating") as progress:
         found = run(start, data, points, folds, seed, progress)
@@ -102,6 +101,7 @@ def calibrate_engine(
     from intaglio.codesign.engine_tables import calibrate_kernels
     from intaglio.codesign.written import new_files, write
 
+    check_base(chip_name, output)
     base = target(chip_name, library_name)
     written = new_files(output, name or f"{base.chip.name}_calibrated")
     with progress_bar("calibrating") as progress:
@@ -114,6 +114,12 @@ def calibrate_engine(
     say("errors of rows that were not used, by kernel:")
     out.print(error_table("kernel", rest))
     say(f"wrote {written[0]} and {written[1]}; use them with --chip {written[0]}")
+
+
+def check_base(chip_name: str, output: Path) -> None:
+    """Raise ChipError if the chip is a file outside the folder `output`, where new files would not find their base."""
+    if chip_name.endswith(".toml") and Path(chip_name).parent.resolve() != output.resolve():
+        raise ChipError(f"the new files name {chip_name} as their base; write them beside it, with --output")
 
 
 def error_table(first: str, fits: Sequence[Fitted]) -> Table:
