@@ -22,7 +22,9 @@ struct Communicator::Fold : Sink {
     int64_t first, count;
     int own;
     std::vector<int64_t> done;  // values by member
-    bool adds_to(int member) const { return more.total.data && member == int(done.size()) - (own == int(done.size()) - 1 ? 2 : 1); }
+    // The last member before this one that is not this rank; below 0: there is none.
+    int before(int member) const { return member - 1 == own ? member - 2 : member - 1; }
+    bool adds_to(int member) const { return more.total.data && member == before(int(done.size())); }
   };
   Sum& s;
   int member;
@@ -33,7 +35,7 @@ struct Communicator::Fold : Sink {
       throw std::invalid_argument("brings " + std::to_string(bytes) + " bytes; this rank needs " + std::to_string(s.count * wire_bytes(s.wire)));
   }
   int64_t ready(int64_t at) override {
-    const int before = member - 1 == s.own ? member - 2 : member - 1;
+    const int before = s.before(member);
     const int64_t until = before < 0 ? s.count : s.done[size_t(before)];
     return (s.adds_to(member) ? std::min(until, s.of.sent(s.x)) : until) - at;
   }

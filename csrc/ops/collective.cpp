@@ -13,7 +13,8 @@ Block block_of(const Tensor& t) { return {t.row(0), t.rows(), t.cols, t.ld}; }
 
 class CollectiveKernel : public OpKernel {
  public:
-  explicit CollectiveKernel(OpArgs& a) : site_(a.word("site")), wire_(a.choice<Wire>("wire", {{"f32", Wire::F32}, {"bf16", Wire::BF16}, {"f16", Wire::F16}})) {
+  explicit CollectiveKernel(OpArgs& a)
+      : context_(a.context), site_(a.word("site")), wire_(a.choice<Wire>("wire", {{"f32", Wire::F32}, {"bf16", Wire::BF16}, {"f16", Wire::F16}})) {
     if (!a.context.communicator) throw std::invalid_argument("the host runs collectives itself only as a rank with a communicator");
     communicator_ = a.context.communicator;
   }
@@ -23,15 +24,16 @@ class CollectiveKernel : public OpKernel {
  protected:
   // Calls exchange(). While it waits, this thread prefetches weights of the next product, if no other thread would use them.
   template <class Exchange>
-  void ahead(const Context& context, Exchange exchange) {
+  void ahead(Exchange exchange) {
     struct Until {  // also if the exchange throws: the next op may not outlive this executable
       Communicator* communicator;
       ~Until() { communicator->idle = nullptr; }
     } until{communicator_};
-    if (next_ && context.threads == 1) communicator_->idle = [next = next_](int64_t turn) { next->fetch_ahead(0, turn); };
+    if (next_ && context_.threads == 1) communicator_->idle = [next = next_](int64_t turn) { next->fetch_ahead(0, turn); };
     exchange();
   }
 
+  const Context& context_;
   std::string site_;
   Wire wire_;
   Communicator* communicator_;
@@ -54,7 +56,7 @@ class AllReduce : public GroupKernel {
  public:
   enum Part { Exchange, ExchangeAndAdd, AddSlots, Add };
   explicit AllReduce(OpArgs& a)
-      : GroupKernel(a), context_(a.context), slots_(a.integer("slots")), residual_(a.optional_rows("residual")), total_(a.optional_rows("total")) {
+      : GroupKernel(a), slots_(a.integer("slots")), residual_(a.optional_rows("residual")), total_(a.optional_rows("total")) {
     if (!residual_ != !total_) throw std::invalid_argument("a residual and the total with it are given together");
   }
   void plan(Planner& p) override {
@@ -71,7 +73,7 @@ class AllReduce : public GroupKernel {
     if (part == Exchange || part == ExchangeAndAdd) {
       const Block to = slots_ == 1 ? block_of(out_) : Block{sums, x_.rows(), x_.cols, x_.cols};
       const Addition more = part == Exchange ? Addition{} : Addition{block_of(*residual_), block_of(*total_)};
-      return ahead(context_, [&] { communicator_->all_reduce(collective_, block_of(x_), to, more); });
+      return ahead([&] { communicator_->all_reduce(collective_, block_of(x_), to, more); });
     }
     for (int64_t t = begin; t < end; t++) {
       float* out = out_.row(t);
@@ -91,7 +93,6 @@ class AllReduce : public GroupKernel {
   }
 
  private:
-  const Context& context_;
   int64_t slots_;
   const Tensor *residual_, *total_;
 };
@@ -106,13 +107,12 @@ class Done : public OpKernel {
 
 class AllGather : public GroupKernel {
  public:
-  explicit AllGather(OpArgs& a) : GroupKernel(a), context_(a.context), tokens_(a.flag("tokens")) { a.ignore({"width"}); }
+  explicit AllGather(OpArgs& a) : GroupKernel(a), tokens_(a.flag("tokens")) { a.ignore({"width"}); }
   void run(int, int64_t, int64_t, Scratch&) override {
-    ahead(context_, [&] { communicator_->all_gather(collective_, block_of(x_), block_of(out_), tokens_); });
+    ahead([&] { communicator_->all_gather(collective_, block_of(x_), block_of(out_), tokens_); });
   }
 
  private:
-  const Context& context_;
   bool tokens_;
 };
 

@@ -254,8 +254,7 @@ class Config:
         n = self.whole("num_hidden_layers")
         usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]
         kinds = self.get("layer_types", usual)
-        if len(kinds) != n:
-            raise PortError(f"config.json: layer_types lists {len(kinds)} layers but num_hidden_layers={n}")
+        self.check_length("layer_types", kinds)
         for i, kind in enumerate(kinds):
             if kind not in known:
                 raise PortError(f"config.json: layer_types[{i}]={kind!r} is not ported; known are {', '.join(known)}")

@@ -25,8 +25,7 @@ def elementwise(lane: Lane, op: Op) -> None:
         return lane.add(op)
     out = op.outputs[0]
     wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.inputs[0]]
-    shares = [lane.shares.get(name) for name in wide]
-    op, wide = by_head(lane, op, wide, shares[0])
+    op, wide = by_head(lane, op, wide, lane.shares.get(op.inputs[0]))
     shares = [lane.shares.get(name) for name in wide]
     if shares[0] and all(s == shares[0] for s in shares) and (out not in lane.views or out in lane.plan):
         return lane.add_split(op, shares[0])
@@ -45,16 +44,17 @@ def by_head(lane: Lane, op: Op, wide: list[str], shares: list[Share] | None) -> 
         wide: its operands of more than one column.
         shares: the columns of the first operand that each rank holds; None: it is whole, and nothing changes.
     """
+    if not shares:
+        return op, wide
     width, left = int(lane.p.tensors[op.inputs[0]].shape[1]), list[str]()
     for name in wide:
         each = width // int(lane.p.tensors[name].shape[1])
-        if each == 1 or not shares or name in lane.shares or not keeps_whole(shares, each):
+        whole = name not in lane.shares and keeps_whole(shares, each)
+        own = heads_of(shares[lane.lane], each) if whole else ()
+        if each == 1 or len(own) != 1:
             left.append(name)
             continue
-        own, t = heads_of(shares[lane.lane], each), lane.tensors[name]
-        if len(own) != 1:
-            left.append(name)
-            continue
+        t = lane.tensors[name]
         base, start = t.view or (name, 0)
         part = f"{op.site}.{name.rpartition('.')[2]}.heads"
         lane.tensors[part] = replace(t, name=part, shape=(t.shape[0], len(own[0])), view=(base, start + own[0].start))

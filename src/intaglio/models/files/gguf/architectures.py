@@ -140,7 +140,6 @@ DELTA = {
 TILED = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_conv1d", "ssm_dt", "ssm_a")
 TILED_CHANGES = {part: recurrent.by_value_head for part in TILED} | {"ssm_out": recurrent.columns_by_value_head}
 SHARED = mixture(shared="shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
-GRANITE_SHARED = {f"ffn_{n}_shexp": f"block_sparse_moe.shared_mlp.{n}_proj" for n in PROJECTIONS}
 OLDER_NORMS = {"ffn_norm": "pre_ff_layernorm", "output_norm": "model.final_layernorm"}
 PER_LAYER = {
     "per_layer_token_embd": "model.embed_tokens_per_layer", "inp_gate": "per_layer_input_gate",
@@ -309,7 +308,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "granitehybrid": Architecture(
         config_recurrent.granite_hybrid,
-        mlp("shared_mlp") | mixture("block_sparse_moe", "router.layer") | GRANITE_SHARED | block("mamba", SSM),
+        mlp("shared_mlp") | mixture("block_sparse_moe", "router.layer", shared="shared_mlp") | block("mamba", SSM),
         permuted=True, changes=SSM_CHANGES,
     ),
     "nemotron_h": Architecture(config_recurrent.nemotron_h, NEMOTRON_H, changes=SSM_CHANGES),

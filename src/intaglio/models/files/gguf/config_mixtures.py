@@ -24,6 +24,14 @@ def groups(m: Metadata) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def mlp_types(m: Metadata, router: str = "mlp.gate") -> list[str]:
+    """The list mlp_layer_types of config.json: "sparse" for a layer that has a router's tensor, "dense" for another.
+
+    router: transformers' name of the router in a layer, without .weight.
+    """
+    return ["sparse" if m.has(f"{router}.weight", i) else "dense" for i in range(m.layers)]
+
+
 def llama4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Llama 4.
 
@@ -290,7 +298,7 @@ def mimo2(m: Metadata) -> dict[str, Any]:
         "sliding_window": m.whole("attention.sliding_window") + 1, "topk_group": m.whole("expert_group_used_count", 1),
         "n_group": m.whole("expert_group_count", 1), "rope_scaling": None,
         "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
-        "mlp_layer_types": ["sparse" if m.has("mlp.gate.weight", i) else "dense" for i in range(m.layers)],
+        "mlp_layer_types": mlp_types(m),
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": turned}
             for kind, theta in ropes.items()
@@ -308,12 +316,11 @@ def cohere2_moe(m: Metadata) -> dict[str, Any]:
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
     rms = bool(m.real("attention.layer_norm_rms_epsilon", 0.0))
-    mixed = [m.has("mlp.gate.weight", i) for i in range(m.layers)]
     c = base(m, norm="rms" if rms else "layer") | experts(m)
     return c | {
         "architectures": ["Cohere2MoeForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
         "sliding_window": m.whole("attention.sliding_window"), "layer_types": m.sliding(4),
-        "mlp_layer_types": ["sparse" if mix else "dense" for mix in mixed], "first_k_dense_replace": 0,
+        "mlp_layer_types": mlp_types(m), "first_k_dense_replace": 0,
         "prefix_dense_intermediate_size": m.whole("feed_forward_length"), "prefix_dense_sliding_window_pattern": 1,
         "intermediate_size": c["moe_intermediate_size"], "num_shared_experts": m.whole("expert_shared_count", 0),
         "shared_expert_combination_strategy": "average", "expert_selection_fn": "sigmoid",
@@ -337,7 +344,7 @@ def mellum(m: Metadata) -> dict[str, Any]:
             "full_attention": {**scaled, "rope_theta": c["rope_theta"]},
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         },
-        "mlp_layer_types": ["sparse" if m.has("mlp.gate.weight", i) else "dense" for i in range(m.layers)],
+        "mlp_layer_types": mlp_types(m),
     }  # fmt: skip
 
 
@@ -354,5 +361,5 @@ def hy_v3(m: Metadata) -> dict[str, Any]:
     return c | {
         "architectures": ["HYV3ForCausalLM"], "num_shared_experts": shared // c["moe_intermediate_size"],
         "router_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
-        "mlp_layer_types": ["sparse" if m.has("mlp.router.gate.weight", i) else "dense" for i in range(m.layers)],
+        "mlp_layer_types": mlp_types(m, "mlp.router.gate"),
     }  # fmt: skip
