@@ -103,7 +103,7 @@ def engine_kernels(folder: Path) -> tuple[list[Figures], list[str]]:
     for path, name, engine, table in tables_of(folder):
         if table not in COLUMNS:
             continue
-        rows = [r for r in read_rows(path, table)[0] if r["split"] == "test" and float(r["us"]) >= MIN_US]
+        rows, _ = read_rows(path, table, MIN_US, "test")
         for (kernel, dtype), mine in kinds(rows).items():
             out = more.setdefault((name, f"{engine}_{table} {kernel}", dtype), {})
             case, on = Case(target(name), COLUMNS[table][0], tuple(mine)), engine_target(name, engine)

@@ -38,7 +38,7 @@ def cases(folder: Path, split: str, most: int | None = None) -> dict[Kind, list[
     for path, chip, engine, table in tables_of(folder):
         if table not in COLUMNS:
             continue
-        rows = [r for r in read_rows(path, table)[0] if r["split"] == split and float(r["us"]) >= MIN_US]
+        rows, _ = read_rows(path, table, MIN_US, split)
         for (kernel, dtype), mine in kinds(rows).items():
             case = Case(target(chip), COLUMNS[table][0], tuple(mine[:most]))
             out.setdefault((engine, table, kernel, dtype), []).append(case)

@@ -76,7 +76,7 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
         keys = ("n_k_heads", "head_k_dim") if "n_k_heads" in out else ("groups", "state")
         inputs = 2 * prod(integers(out, *keys))  # queries and keys
         out["channels"] = str(inputs + prod(integers(out, "n_v_heads", "head_v_dim")))
-    elif (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
+    elif dtype_of(out) not in FORMATS:
         return None
     if out.get("n_kv_heads") == "0":  # as many as query heads
         out["n_kv_heads"] = out["n_heads"]
@@ -92,14 +92,22 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
     return {**out, "us": row["us"], "kernel": kernel}
 
 
-def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
-    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows that were left out).
+def read_rows(
+    path: Path, table: str, min_us: float = 0.0, split: str | None = None
+) -> tuple[list[dict[str, str]], int]:
+    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows in other formats).
 
     translated() gives the rows the columns of this project; rows in number formats that it does not know are left out.
     Each row has a column `split`. If the file lacks it, rows of the same kernel and format get "fit" and "test" in
     turn.
 
-    path: the file. table: name of the table, such as gemm. Raises TableError for rows that check_rows() refuses.
+    Args:
+        path: the file.
+        table: name of the table, such as gemm.
+        min_us: the list has only rows that took at least so many microseconds.
+        split: the list has only rows of this half, "fit" or "test"; None: rows of both.
+
+    Raises TableError for rows that check_rows() refuses.
     """
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
@@ -111,7 +119,13 @@ def read_rows(path: Path, table: str) -> tuple[list[dict[str, str]], int]:
             kind = found["kernel"], dtype_of(found)
             out.append({**found, "split": row.get("split") or ("fit", "test")[number[kind] % 2]})
             number[kind] += 1
-    return out, len(rows) - len(out)
+    return [r for r in out if float(r["us"]) >= min_us and split in (None, r["split"])], len(rows) - len(out)
+
+
+def parts_of(path: Path) -> tuple[str, str]:
+    """(engine, name of the table) in the name of a file <engine>_<table>.csv; the table is "" without an underscore."""
+    engine, _, table = path.stem.partition("_")
+    return engine, table
 
 
 def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
@@ -120,10 +134,10 @@ def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
     Returns a list of (file, chip, engine, name of the table), sorted by path. Files of other chips or engines are left
     out. Raises ValueError if no file remains.
     """
-    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
+    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and parts_of(p)[0] in ENGINES]
     if not paths:
         raise ValueError(f"{folder} holds no <chip>/<engine>_<table>.csv; engines are {', '.join(ENGINES)}")
-    return [(p, p.parent.name, *p.stem.split("_", 1)) for p in paths]  # type: ignore[misc]
+    return [(p, p.parent.name, *parts_of(p)) for p in paths]
 
 
 def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -165,19 +179,18 @@ def validate_engines(
     """
     records, left = list[Record](), list[str]()
     for path, chip, engine, table in tables_of(folder):
-        name = f"{engine}_{table}"
+        name = path.stem
         if table not in COLUMNS:
             left.append(f"{chip} {name}: this table is not covered by the closed forms")
             continue
-        rows, others = read_rows(path, table)
+        rows, others = read_rows(path, table, min_us, split)
         if others:
             left.append(f"{chip} {name}: {others} rows are in formats other than {', '.join(FORMATS)}")
         if library_name == "engine":
             on = engine_target(chip, engine)
         else:
             on = target(chip, None if library_name == "chip" else library_name)
-        kept = [r for r in rows if float(r["us"]) >= min_us and split in (None, r["split"])]
-        for (kernel, dtype), mine in kinds(kept).items():
+        for (kernel, dtype), mine in kinds(rows).items():
             try:
                 records.append(record(on, COLUMNS[table][0], dtype, mine, worst, f"{name} {kernel}"))
             except ChipError as error:
@@ -189,7 +202,7 @@ def is_engine_table(path: Path) -> bool:
     """True if a file is called <engine>_<table>.csv and has a column kernel_source, as the tables of engines have."""
     with path.open(newline="") as f:
         columns = next(csv.reader(f), [])
-    return path.stem.split("_")[0] in ENGINES and "kernel_source" in columns
+    return parts_of(path)[0] in ENGINES and "kernel_source" in columns
 
 
 def calibrate_kernels(
@@ -211,16 +224,16 @@ def calibrate_kernels(
     Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form covers,
     and if no kernel has two rows.
     """
-    engines = {path.stem.split("_")[0] for path in paths if is_engine_table(path)}
+    engines = {parts_of(path)[0] for path in paths}
     if len(engines) != 1 or not all(is_engine_table(path) for path in paths):
         names = ", ".join(path.name for path in paths)
         raise ValueError(f"{names}: give tables of one engine, <engine>_<table>.csv; engines are {', '.join(ENGINES)}")
     engine, work = engines.pop(), list[tuple[str, str, list[Row]]]()
     for path in paths:
-        table = path.stem.partition("_")[2]
+        table = parts_of(path)[1]
         if table not in COLUMNS:
             raise ValueError(f"{path}: no closed form covers this table; those covered are {', '.join(COLUMNS)}")
-        rows = [r for r in read_rows(path, table)[0] if float(r["us"]) >= min_us]
+        rows, _ = read_rows(path, table, min_us)
         work += [(table, kernel, mine) for (kernel, _), mine in kinds(rows).items() if len(mine) > 1]
     if not work:
         raise ValueError(f"no kernel has two rows of {min_us:g} us or more; give --min-us")
