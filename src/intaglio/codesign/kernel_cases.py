@@ -11,6 +11,7 @@ from intaglio.batch import Batch, Chunk, bind
 from intaglio.chips import Target
 from intaglio.ops import (
     Attend,
+    Concat,
     Embed,
     Experts,
     HeadLinear,
@@ -243,6 +244,13 @@ def permute(rng: np.random.Generator, on: Target) -> Case:
     return case(op, tensors, batch, f"m={len(batch.tokens)} width={width}")
 
 
+def concat(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case of the op Concat, which puts the columns of two tensors side by side."""
+    left, right = (power(rng, 128, widest(on, 8192, 3), 16) for _ in "ab")
+    batch, op = tokens(rng, 2048), Concat(site="concat", a="a", b="b", out="y")
+    return case(op, [temp("a", left), temp("b", right)], batch, f"m={len(batch.tokens)} widths={left}+{right}")
+
+
 def route(rng: np.random.Generator, on: Target) -> Case:
     """A random Case (one call to be timed) of routing: the choice of 1 to 8 experts out of 8 to 256 by softmax."""
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
@@ -271,5 +279,5 @@ def sample(rng: np.random.Generator, on: Target) -> Case:
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
-    "route": route, "sinusoid": sinusoid, "sample": sample,
+    "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample,
 }  # fmt: skip
