@@ -32,10 +32,12 @@ CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants 
 }
 FLAG = (False, True)
 CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
+CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     "products": {
         "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (3.0, 5.0, 8.0, 12.0),
         "row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
+        "core_bytes_per_cycle": CORE_RATES,
         "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
     },
     "prefill": {
@@ -60,7 +62,10 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
         "expert_columns": ((64, 128, 256), (128,), (64,)),
     },
     "collectives": {"switch_reduce_min_chips": (2, 4, 8, 16)},
-    "recurrent": {"row_cycles": (0.0, 30.0, 60.0, 100.0, 150.0)},
+    "recurrent": {
+        "scan_kernels": (1, 6), "row_cycles": (0.0, 60.0, 100.0, 150.0, 200.0, 8e3, 16e3, 32e3),
+        "core_bytes_per_cycle": CORE_RATES,
+    },
 }  # fmt: skip
 STARTS = ("", "hopper", "blackwell")  # libraries whose facts a search starts from; "": the chip's own
 MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known kernels, from which a search starts too
@@ -79,7 +84,7 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"expert_tiles": "best", "expert_fused_activation": True, "expert_all_rows": False, "routing_launches": 3},
     ),
     "collectives": (),
-    "recurrent": (),
+    "recurrent": ({"scan_kernels": 1, "row_cycles": 16e3},),
 }  # fmt: skip
 FACT_ROUNDS = 2  # of the search that also try facts
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain

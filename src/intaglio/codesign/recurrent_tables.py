@@ -9,11 +9,10 @@ from collections.abc import Mapping
 
 from intaglio.chips import Target
 from intaglio.codesign.table_rows import CONVOLUTION, integers
-from intaglio.silicon.kernels.experts import elementwise_seconds
+from intaglio.silicon.kernels.experts import core_rate, elementwise_seconds
 from intaglio.silicon.timing import Timing
 
 CHUNK = 64  # tokens that the chunked kernels of the gated delta rule process at a time
-CHUNK_KERNELS = 6  # of them: sums of decays, products of keys, inverse, two for states, outputs
 STATE_BYTES = 4  # of a value of the state
 
 
@@ -21,7 +20,7 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
     """The Timing of a causal convolution over some tokens, or of one step of it for each decoding sequence.
 
     A step also reads and writes the state, the last inputs of each channel. Some kernels process prompts row by row: a
-    channel of a sequence at a time, which takes a core library.row_cycles.
+    channel of a sequence at a time. A core takes library.row_cycles for a row, and its bytes at core_bytes_per_cycle.
     """
     tokens, channels, width = integers(row, "tokens", "channels", "conv_width")
     moved = 4.0 * tokens * channels
@@ -30,7 +29,8 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
     seconds = elementwise_seconds(on, moved)
     if row["phase"] == "context":
         rows = int(row["batch"]) * channels / on.chip.cores
-        seconds = max(seconds, on.library.launch_s + rows * on.library.row_cycles / on.chip.clock_hz)
+        rows_s = rows * on.library.row_cycles / on.chip.clock_hz
+        seconds = max(seconds, on.library.launch_s + rows_s + moved / core_rate(on))
     return Timing(seconds, {"HBM": moved / on.chip.hbm_rate}, moved, moved)
 
 
@@ -39,7 +39,9 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
 
     It is a step of decoding if the row's `phase` is "generation". Otherwise the call processes prompts in chunks of
     CHUNK tokens. The chunks of one head and sequence run one after another, since each needs the state after the one
-    before.
+    before. library.scan_kernels says whether several kernels do this, which exchange their results through HBM, or one.
+    A core of the one kernel processes a head of a sequence from begin to end, and takes library.row_cycles to set it
+    up.
     """
     batch, tokens, k_heads, dk, heads, dv = integers(
         row, "batch", "tokens", "n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim"
@@ -55,12 +57,16 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
     within = 2.0 * CHUNK * CHUNK * (2 * dk + 2 * dv + CHUNK)  # FLOPs of a chunk of a head apart from its state
     across = 6.0 * CHUNK * state
     jobs = batch * heads
-    parallel = jobs * chunks * within / rate
     rounds = -(-jobs // chip.cores)
     serial = rounds * chunks * (across / (rate / chip.cores) + chip.constants.hbm_latency_s)
-    moved = 3 * values + 4.0 * jobs * chunks * state
-    hbm_s = moved / chip.hbm_rate
-    seconds = CHUNK_KERNELS * lib.launch_s + max(hbm_s, parallel + serial)
+    if lib.scan_kernels == 1:
+        parallel = rounds * (chunks * within / (rate / chip.cores) + lib.row_cycles / chip.clock_hz)
+        moved = values + 2.0 * STATE_BYTES * jobs * state
+    else:
+        parallel = jobs * chunks * within / rate
+        moved = 3 * values + 4.0 * jobs * chunks * state
+    hbm_s = moved / min(chip.hbm_rate, core_rate(on))
+    seconds = lib.scan_kernels * lib.launch_s + max(hbm_s, parallel + serial)
     flops = jobs * chunks * (within + across)
     return Timing(seconds, {"HBM": hbm_s, "MXU": parallel + serial}, moved, moved, 0.0, flops, "bf16", jobs=float(jobs))
 

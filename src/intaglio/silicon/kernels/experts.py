@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from typing import ClassVar
 
 import numpy as np
@@ -156,7 +157,7 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     Its arithmetic is not counted. The rate of the L2 is chip.l2_rate / library.l2_multicast here: chip.l2_rate is that
     of reads which serve l2_multicast cores at once, and in this kernel each read serves one core. If the operands fit
     the usable part of the L2, all bytes move at this rate. Otherwise they move at this rate or HBM's, whichever is
-    lower.
+    lower. In both cases core_rate() is another limit.
 
     Args:
         target: the chip and its kernel library.
@@ -165,7 +166,13 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
-    return library.launch_s + moved / (l2_rate if fits else min(l2_rate, chip.hbm_rate))
+    rate = min(l2_rate, core_rate(target))
+    return library.launch_s + moved / (rate if fits else min(rate, chip.hbm_rate))
+
+
+def core_rate(target: Target) -> float:
+    """Bytes/s that all cores together move at most, by the library's core_bytes_per_cycle; inf if that is 0."""
+    return target.library.core_bytes_per_cycle * target.chip.cores * target.chip.clock_hz or inf
 
 
 @dataclass(frozen=True)
