@@ -111,6 +111,8 @@ class KernelLibrary:
     vector_load_values: int = 16  # rows of expert weights must be a multiple of it to be read by vector loads
     unaligned_row_cost: float = 4.0  # bytes moved for each byte of other rows
     experts_native: bool = True  # 8-bit experts with 8-bit activations are multiplied as such; False: in bf16
+    expert_permute: bool = False  # a kernel copies the rows of x into the order of experts before the products
+    w4_dequant_ops: float = 0.0  # operations to convert a 4-bit expert weight to BF16; 0: hidden behind the products
     fp8_dequant_ops: int = 3  # operations to convert an FP8 expert weight to BF16, if the product is in BF16
     fp8_load_bytes_per_cycle: float = 0.0  # of such weights, that a core loads at most; 0: as fast as they arrive
     fp8_overfetch: float = 1.0  # bytes moved from the L2 for each byte of such weights

@@ -44,7 +44,7 @@ LIBRARY: dict[str, Range] = {
         (  "half_burst_cost", "kv_dequant_ops", "kv_row_cycles", "kv_quant_cycles", "unaligned_row_cost",
             "fp8_dequant_ops", "fp8_load_bytes_per_cycle", "fp8_overfetch",
             "routing_launches", "routing_ops", "switch_reduce_min_chips", "quantise_launches", "quantise_bytes",
-            "row_cycles", "kv_cast_bytes", "core_bytes_per_cycle",
+            "row_cycles", "kv_cast_bytes", "core_bytes_per_cycle", "w4_dequant_ops",
         ),
         AMOUNT,
     ),

@@ -57,7 +57,7 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     },
     "experts": {
         "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
-        "expert_all_rows": FLAG, "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
+        "expert_all_rows": FLAG, "expert_permute": FLAG, "w4_dequant_ops": (0.0, 1.0, 2.0, 4.0, 8.0), "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
         "expert_rows": ((16, 32, 64, 128, 256), (16, 32, 64), (64, 128), (128,), (64,)),
         "expert_columns": ((64, 128, 256), (128,), (64,)),
     },

@@ -44,6 +44,7 @@ from intaglio.silicon.timing import Timing
 SCALE_BLOCK = 128  # rows and columns of an FP8 weight that share one scale
 COMBINE_COLUMNS = 512  # columns of a token whose results are summed at a time, at most
 ROUTING = "routing"  # label of the launches that choose experts and sort rows
+PERMUTATION = "permutation"  # label of the launch that copies rows of x into the order of experts
 OPERANDS = 64  # values deep, in two bytes and two stages: what Target asks of a tile's operands in SRAM
 
 
@@ -265,6 +266,8 @@ def grouped_timing(
         overfetch = lib.half_burst_cost if step_bytes == lib.burst_bytes // 2 else 1.0
         overfetch = lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
     groups, least = Grouped(active, scattered), 0.0
+    if formats.bits(w_format) < 8 and formats.bits(x_format) >= 16:
+        groups = Grouped(active, scattered, convert_ops=lib.w4_dequant_ops)
     if w_format == "e4m3" and run == "bf16":  # FP8 weights are converted to BF16 by the vector lanes
         # Blocks of 128 by 128 weights share a scale and are read whole
         blocks = -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
@@ -301,7 +304,8 @@ def experts_parts(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the launches of a layer of routed experts on one rank: a dict {label: Timing}, in the order of execution.
 
-    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), "gate_up", "activation",
+    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), PERMUTATION (rows of x are
+    copied into the order of experts), "gate_up", "activation",
     "down", "zero" (clear rows of other ranks' experts), "combine". Launches that the kernel does not need are left out.
     Takes the same arguments as experts_timing(), and raises the same errors.
     """
@@ -315,6 +319,10 @@ def experts_parts(
     eight_bit, fused = formats.bits(x_format) < 16, lib.expert_fused_activation and gated
     if eight_bit:  # quantise the inputs: read 2 bytes, write 1
         out[ROUNDING] = Timing(elementwise_seconds(target, tokens * hidden * 3.0))
+    if lib.expert_permute:
+        out[PERMUTATION] = Timing(
+            elementwise_seconds(target, own * hidden * 2 * min(value, formats.bits(x_format) / 8))
+        )
     how = x_format, w_format, w_bits
     inner_bytes = value if eight_bit or not fused else formats.bits(x_format) / 8
     out["gate_up"] = grouped_timing(target, tokens, counts, sides * inner, hidden, *how, inner_bytes, fused)

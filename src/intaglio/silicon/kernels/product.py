@@ -122,7 +122,7 @@ class Grouped:
     counts: tuple[int, ...]
     scattered: bool = False
     overfetch: float = 1.0
-    convert_ops: int = 0
+    convert_ops: float = 0
     run: str = ""
 
 
