@@ -21,6 +21,8 @@ class Conditions:
 
     Attributes:
         weight_copies: number of copies of a product's weights, which are used in turn.
+        streams: True if neither the activations nor the result of a product stay in the L2 from one call to the next,
+            where they and the copies of the weights outgrow it.
         warm_cache: True if keys and values are in the L2, as far as they fit.
         older_experts: True for the benchmark's older version. There every expert has a gate. The numbers of token rows
             per expert are rounded; rows that are then missing go to the experts with the largest rounded numbers.
@@ -29,6 +31,7 @@ class Conditions:
     """
 
     weight_copies: int
+    streams: bool
     warm_cache: bool
     older_experts: bool
     expert_kernels: dict[str, str] = field(default_factory=dict)
@@ -44,7 +47,8 @@ def conditions(library: KernelLibrary) -> Conditions:
     """How the benchmark's tables were measured for chips of this library's generation, as Conditions.
 
     They come from the section `default` of data/benchmarks.toml. The section of the generation, if there is one,
-    replaces some of its values.
+    replaces some of its values. So does the section `engines`, if the library has the kernels of a serving engine.
     """
     found = table()
-    return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})
+    values = found["default"] | found.get(library.generation, {}) | (found["engines"] if library.engine else {})
+    return Conditions(**{k: v for k, v in values.items() if k != "why"})

@@ -62,7 +62,7 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+                out_bytes: float, heads: int, gm: Any, streamed: bool = False) -> tuple[Any, Any, Any]:  # fmt: skip
     """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
@@ -73,8 +73,9 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     - The last bytes of the result stay in the L2 and are not counted.
 
     tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
-    cover the m rows of a product; a mean if products have different numbers of rows. The three results are numbers or
-    arrays, as the arguments are.
+    cover the m rows of a product; a mean if products have different numbers of rows. streamed: True if the L2 holds
+    nothing from before, and keeps no result: x is read, and all of the result is written. The three results are numbers
+    or arrays, as the arguments are.
     """
     chip, part = target.chip, target.library.l2_usable
     gn = np.ceil(n / tn)
@@ -87,6 +88,8 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     rows_fit = np.minimum(rows * tm, m) * k * x_bytes < kept  # a block's rows of x stay while all of w streams past
     x_times = np.where(one_fits | rows_fit, 1, np.ceil(gn / columns))
     w_times = np.where(one_fits, 1, np.ceil(gm / rows))
+    if streamed:
+        return heads * x * x_times, heads * w * w_times, heads * out + 0 * gn
     x_resident = np.where(heads * x < kept * 0.6, 1.0, 0.0)
     # The L2 holds the latest bytes; of the result, those before have been written back
     written = np.maximum(0, 1 - kept / (heads * (w * w_times + x + out)))
@@ -128,7 +131,7 @@ class Grouped:
 
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
                  glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
-                 ) -> dict[str, Any]:  # fmt: skip
+                 streamed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
     A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
@@ -138,7 +141,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
     prefetched, so HBM reads none. heads: number of products [m, k] @ [k, n], each with its own x and w; above 1, K is
-    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored. streamed:
+    True if the L2 keeps neither x nor the result, see hbm_traffic().
 
     Keys of the dict. Arrays have the choices as their last axis. A job is one tile for one part of K; it runs in steps
     over K.
@@ -182,7 +186,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
     each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
-    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm)
+    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm, streamed)
     w_hbm = w_hbm * (not resident)
     if grouped and grouped.scattered:
         out_hbm = heads * m * n * each[2] + 0 * gn
@@ -340,16 +344,18 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
     out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
+    streamed: bool = False,
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
-    grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+    grouped: None, or the row counts of several products (experts); m and heads are then ignored. streamed: True if the
+    L2 keeps neither x nor the result, as where a call is repeated whose operands outgrow the L2.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
-    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped)
+    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed)
     i = int(np.argmin(w["seconds"]))
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
