@@ -35,9 +35,8 @@ CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m 
 CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     "products": {
-        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (3.0, 5.0, 8.0, 12.0),
-        "row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
-        "core_bytes_per_cycle": CORE_RATES,
+        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (2.0, 3.0, 5.0, 8.0, 12.0),
+        "row_cycles": (0.0, 350.0, 500.0, 1000.0, 1500.0, 2000.0), "core_bytes_per_cycle": CORE_RATES,
         "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
     },
     "prefill": {
@@ -57,7 +56,8 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     },
     "experts": {
         "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
-        "expert_all_rows": FLAG, "expert_permute": FLAG, "w4_dequant_ops": (0.0, 1.0, 2.0, 4.0, 8.0), "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
+        "expert_all_rows": FLAG, "expert_permute": FLAG, "w4_dequant_ops": (0.0, 1.0, 2.0, 4.0, 8.0),
+        "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
         "expert_rows": ((16, 32, 64, 128, 256), (16, 32, 64), (64, 128), (128,), (64,)),
         "expert_columns": ((64, 128, 256), (128,), (64,)),
     },
@@ -73,6 +73,7 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"tiles": CUTLASS, "split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0},
         {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "row_cycles": 1500.0},
         {"quantise_launches": 1, "quantise_bytes": 3.0},
+        {"persistent": True},
     ),
     "prefill": (  # Triton's kernels: no packing, and each product waits for the softmax before it
         {"query_tiles": (64,), "key_tile": 64, "pack_gqa": False, "softmax_overlap": 0.0, "kv_native": False},
@@ -243,12 +244,13 @@ class KernelSearch:
         Returns the sum of the cases' costs (negative log-posteriors, see cost()). facts: False to fit constants only.
         """
         for number, step in enumerate(STEPS):
-            for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
-                if any(self.values[0][f] != v for f, v in changes.items()):
-                    self.attempt(changes, range(len(self.cases)), FACT_GAIN)
             for i, case in enumerate(self.cases):
                 for name in CONSTANTS[case.op]:
                     self.constant(i, name, step)
+            # After the constants, which otherwise would be those of other facts
+            for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
+                if any(self.values[0][f] != v for f, v in changes.items()):
+                    self.attempt(changes, range(len(self.cases)), FACT_GAIN)
         return sum(self.costs)
 
 
