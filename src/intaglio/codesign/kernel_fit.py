@@ -93,7 +93,7 @@ CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 WIDTH_ROWS = 10  # least number of rows of such a range
-PRIOR_WIDTH = 0.5  # standard deviation of the logarithm of a constant about its start
+PRIOR_WIDTH = 0.25  # standard deviation of the logarithm of a constant about its start
 STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
 LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
 LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
@@ -231,6 +231,12 @@ class KernelSearch:
                 if value == now or not self.attempt({name: value}, [number], 0.02):
                     break
 
+    def constants(self, step: float) -> None:
+        """Move each constant of each case, see constant()."""
+        for i, case in enumerate(self.cases):
+            for name in CONSTANTS[case.op]:
+                self.constant(i, name, step)
+
     def drop_facts(self, own: Values) -> float:
         """Set each fact back to its value in `own` if that costs less than DROP_COST. Returns the cost."""
         for field, value in own.items():
@@ -244,13 +250,10 @@ class KernelSearch:
         Returns the sum of the cases' costs (negative log-posteriors, see cost()). facts: False to fit constants only.
         """
         for number, step in enumerate(STEPS):
-            for i, case in enumerate(self.cases):
-                for name in CONSTANTS[case.op]:
-                    self.constant(i, name, step)
-            # After the constants, which otherwise would be those of other facts
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
                 if any(self.values[0][f] != v for f, v in changes.items()):
                     self.attempt(changes, range(len(self.cases)), FACT_GAIN)
+            self.constants(step)
         return sum(self.costs)
 
 
@@ -290,6 +293,8 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
             search = KernelSearch(cases, [values | facts for values in begun])
         except ChipError:
             continue
+        if menu:  # constants that suit its facts, before other facts are tried
+            search.constants(STEPS[0])
         search.run()
         found = search.drop_facts({f: v for f, v in cases[0].start().items() if f in facts})
         if best is None or found < best[0]:
