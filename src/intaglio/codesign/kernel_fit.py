@@ -17,19 +17,11 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
+from intaglio.chips.engine_kernels import CONSTANTS
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
 
-SHARED = ("launch_s", "memory_factor")
-CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants of each chip
-    "products": ("mxu_efficiency", *SHARED),
-    "prefill": ("mxu_efficiency", *SHARED),
-    "decode": ("mxu_efficiency", *SHARED),
-    "experts": ("grouped_mxu_efficiency", *SHARED),
-    "recurrent": ("mxu_efficiency", *SHARED),
-    "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
-}
 FLAG = (False, True)
 CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
 CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
