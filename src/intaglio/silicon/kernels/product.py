@@ -21,7 +21,7 @@ from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
-IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
+MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a product, and of small tiles of experts
 PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
@@ -182,7 +182,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     rows = np.minimum(tm, most)  # of a tile that are loaded and stored
     stage = (tm * x_bits + tn * fetched) * tk / 8
     at_once = np.minimum(np.minimum(np.floor(space / (4 * (stage + beside))), chip.acc_bytes / (8 * tm * tn)), rounds)
-    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
+    most_tiles = MOST_GROUPED_TILES if grouped and lib.activation_bytes < WIDE else MOST_TILES
+    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, most_tiles)
     ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
@@ -297,10 +298,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
-    # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
+    # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next.
+    # Those of a vendor's kernels end at other times.
     idle = 0.0
-    if not lib.persistent:
-        idle = (1.0 if lib.activation_bytes >= WIDE else IN_STEP) * groups * (wait_s + last_work + all_end)
+    if not lib.persistent and lib.activation_bytes >= WIDE:
+        idle = groups * (wait_s + last_work + all_end)
     seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     partial = partial_seconds(target, m, n, split, out_bytes, glu)
