@@ -261,13 +261,15 @@ def grouped_timing(
     step_bytes, active = tile_menu(lib, tokens, len(counts)).step_bytes, tuple(c for c in counts if c)
     if not active:
         return Timing(lib.launch_s)
-    overfetch = 1.0
+    overfetch = from_l2 = 1.0  # bytes that HBM moves for each byte of the weights; cores, for each byte of HBM's
     if lib.activation_bytes < WIDE:  # a vendor's kernel, which may load short or unaligned rows
-        overfetch = lib.half_burst_cost if step_bytes == lib.burst_bytes // 2 else 1.0
-        overfetch = lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
-    groups, least = Grouped(active, scattered), 0.0
+        if k % lib.vector_load_values:
+            overfetch = lib.unaligned_row_cost
+        elif step_bytes == lib.burst_bytes // 2:
+            overfetch, from_l2 = lib.half_burst_cost, 1 / lib.half_burst_cost
+    groups, least = Grouped(active, scattered, from_l2), 0.0
     if formats.bits(w_format) < 8 and formats.bits(x_format) >= 16:
-        groups = Grouped(active, scattered, convert_ops=lib.w4_dequant_ops)
+        groups = replace(groups, convert_ops=lib.w4_dequant_ops)
     if w_format == "e4m3" and run == "bf16":  # FP8 weights are converted to BF16 by the vector lanes
         # Blocks of 128 by 128 weights share a scale and are read whole
         blocks = -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k

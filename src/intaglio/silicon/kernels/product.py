@@ -21,6 +21,7 @@ from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
+IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
 MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a product, and of small tiles of experts
 PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
@@ -299,10 +300,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
     # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next.
-    # Those of a vendor's kernels end at other times.
+    # Those of a vendor's kernels end at other times, the more so the more tiles run on a core at a time.
     idle = 0.0
-    if not lib.persistent and lib.activation_bytes >= WIDE:
-        idle = groups * (wait_s + last_work + all_end)
+    if not lib.persistent:
+        in_step = 1.0 if lib.activation_bytes >= WIDE else IN_STEP * (1 - (at_once - 1) / (MOST_GROUPED_TILES - 1))
+        idle = in_step * groups * (wait_s + last_work + all_end)
     seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     partial = partial_seconds(target, m, n, split, out_bytes, glu)
