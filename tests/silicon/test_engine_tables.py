@@ -29,7 +29,8 @@ from intaglio.silicon.kernels.product import linear_timing
 def test_errors_are_reported_by_kernel_and_the_rest_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "h100_sxm"
     folder.mkdir()
-    us = linear_timing(target("h100_sxm"), 4096, 4096, 4096).seconds * 1e6
+    size = {"dtype": "bfloat16", "m": "4096", "n": "4096", "k": "4096"}
+    us = timing(engine_target("h100_sxm", "vllm"), "matmul", size).seconds * 1e6
     rows = [("slow", "bfloat16", 2 * us), ("exact", "bfloat16", us), ("four", "nvfp3", us), ("exact", "bfloat16", 0.1)]
     text = "".join(f"{kernel},{dtype},4096,4096,4096,{t}\n" for kernel, dtype, t in rows)
     (folder / "vllm_gemm.csv").write_text("kernel_source,gemm_dtype,m,n,k,us\n" + text)
@@ -104,6 +105,46 @@ def test_recurrent_rows_take_longer_with_more_tokens_and_never_beat_the_memory(
     assert two.hbm_bytes <= (two.seconds - on.library.launch_s) * on.chip.l2_rate
     width = 2 * heads * 128 + heads * 128 if not mamba else 2 * 8 * 128 + heads * 64
     assert rows[0]["channels"] == str(width)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    chip=st.sampled_from(["h100_sxm", "b200_sxm"]), batch=st.integers(1, 300), length=st.integers(1, 5000),
+    rate=st.floats(0.5, 50), cycles=st.floats(0, 1e5), kernel=st.sampled_from(["causal_conv1d_fn", "chunk_delta"]),
+    scan=st.sampled_from([1, 6]),
+)  # fmt: skip
+def test_recurrent_kernels_never_move_more_than_their_cores_do(
+    chip: str, batch: int, length: int, rate: float, cycles: float, kernel: str, scan: int
+) -> None:
+    row = {"phase": "context", "kernel": kernel, "batch": str(batch), "tokens": str(batch * length),
+           "channels": "2048", "conv_width": "4", "n_k_heads": "4",
+           "head_k_dim": "128", "n_v_heads": "8", "head_v_dim": "128"}  # fmt: skip
+    free = target(chip).with_library(scan_kernels=scan)
+    bound = free.with_library(core_bytes_per_cycle=rate, row_cycles=cycles)
+    found, least = (timing(on, "recurrent", row) for on in (bound, free))
+    moved_s = found.hbm_bytes / (rate * free.chip.cores * free.chip.clock_hz)
+    assert found.seconds >= max(least.seconds, moved_s) * (1 - 1e-9)
+    jobs = batch * (2048 if kernel.startswith("causal") else 8) / free.chip.cores
+    rows_s = jobs * cycles / free.chip.clock_hz if scan == 1 or kernel.startswith("causal") else 0.0
+    assert found.seconds >= rows_s * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("chip", ["h100_sxm", "b200_sxm"])
+def test_products_of_engines_move_all_bytes_where_a_loop_outgrows_the_l2(chip: str) -> None:
+    row = {"dtype": "bfloat16", "tokens": "16384", "n_heads": "64"}
+    own, engine = target(chip), engine_target(chip, "vllm")
+    moved = 16384 * 64 * (128 + 512) * 2 + 64 * 128 * 512 * 2
+    assert timing(engine, "bmm", row).hbm_bytes == moved > timing(own, "bmm", row).hbm_bytes
+    small = {**row, "tokens": "64", "n_heads": "1"}
+    assert timing(engine, "bmm", small).hbm_bytes == timing(own, "bmm", small).hbm_bytes
+
+
+def test_the_keys_alone_are_convolved_in_one_engines_table() -> None:
+    row = {"kernel_source": "causal_conv1d_fn", "phase": "context", "batch_size": "1", "num_tokens": "64",
+           "d_conv": "4", "num_k_heads": "16", "head_k_dim": "128", "num_v_heads": "32", "head_v_dim": "64",
+           "us": "9"}  # fmt: skip
+    channels = {e: (translated("gdn", row, e) or {})["channels"] for e in ("vllm", "sglang", "trtllm")}
+    assert channels == {"vllm": "6144", "sglang": "6144", "trtllm": "2048"}
 
 
 @settings(max_examples=30, deadline=None)

@@ -66,7 +66,8 @@ def loop(on: Target, weights: float, others: float) -> tuple[bool, bool]:
     usable = on.chip.l2_bytes * on.library.l2_usable
     how = conditions(on.library)
     copies = how.weight_copies * weights
-    return copies <= usable, how.streams and copies + others > usable
+    streamed = how.streams and copies + others > usable
+    return copies <= usable and not streamed, streamed
 
 
 def formats_of(row: Row) -> tuple[str, str, float]:
