@@ -39,15 +39,15 @@ def engine_names() -> tuple[str, ...]:
 
 
 def engine_records(engine: str, generation: str, constants: str = "") -> tuple[KernelRecord, ...]:
-    """The KernelRecords of a serving engine's kernels on one generation of chips, as a tuple.
+    """A tuple with one KernelRecord (facts and fitted constants of a kernel) for each kernel of a serving engine.
 
-    () if the kernels of this engine are not known. Raises ChipError for a wrong file.
+    The tuple is empty if there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:
-        engine: the engine's name.
+        engine: the engine's name, such as vllm.
         generation: generation of the chip, such as hopper.
-        constants: generation whose fitted constants the records get; "": `generation`. A kernel that was measured on
-            one generation only has the constants of that one.
+        constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
+            was not measured on that generation, its record takes the constants of another one, see merged().
     """
     path = KERNELS / f"{engine}.toml"
     return tuple(record_of(path, merged(entry, generation, constants)) for entry in entries(engine))
@@ -71,21 +71,23 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
 def lender(entry: dict[str, Any], wanted: str) -> str:
     """The generation of chips whose constants a table `[[kernels]]` gives where those of `wanted` are asked for.
 
-    It is `wanted` itself, or the first that the table has if it lacks this one; "" if the table has none.
+    It is `wanted` itself, or the first of GENERATIONS that the table covers if it lacks `wanted`; "" if it covers none.
     """
     having = [g for g in GENERATIONS if g in entry]
     return wanted if wanted in having else next(iter(having), "")
 
 
 def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[str, Any]:
-    """A table `[[kernels]]` as one flat dict: its facts, and its constants for a generation of chips.
+    """Flatten a table `[[kernels]]` of an engine's file into one dict {field: value} and return it.
 
-    A kernel that was measured on one generation only has that one's constants, and its own facts, for any other.
+    The dict has the kernel's facts (fields that hold on every chip, and those of `generation`) and its fitted
+    constants. If the table lacks a generation, the first of GENERATIONS that the table covers takes its place. The
+    field `default` is False unless the table sets it.
 
     Args:
         entry: the table.
-        generation: generation of the chip, whose facts are taken.
-        constants: generation whose constants are taken; "": `generation`.
+        generation: generation of the chip, such as hopper.
+        constants: generation of chips from which the constants are taken; "": `generation`.
     """
     own, lent = (entry.get(lender(entry, g), {}) for g in (generation, constants or generation))
     names = CONSTANTS.get(entry.get("op", ""), ())
@@ -95,11 +97,16 @@ def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """The kernel library `base` with a serving engine's kernels added, to be chosen by name.
+    """A copy of the kernel library `base` with a serving engine's kernels before its own, to be chosen by name.
 
-    Returns `base` itself for an engine whose kernels are not known. Constants of another generation of chips that
-    follow the links (SCALED) are scaled by the ratio of the two generations' own libraries. constants: see
-    engine_records(). Raises ChipError for a wrong file.
+    Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
+
+    Args:
+        engine: the engine's name, such as vllm.
+        base: the chip's own kernel library.
+        constants: generation of chips from which the fitted constants are taken; "": base.generation. Constants of
+            links (SCALED) that come from another generation are multiplied by the ratio of the fields of `base` to
+            those of the other generation's own library.
     """
     found = zip(entries(engine), engine_records(engine, base.generation, constants), strict=True)
     records = tuple(scaled(r, base, lender(entry, constants or base.generation)) for entry, r in found)
