@@ -21,8 +21,6 @@ class Conditions:
 
     Attributes:
         weight_copies: number of copies of a matrix product's weights; repeated calls use the copies in turn.
-        streams: True if neither the activations nor the result of a product stay in the L2 from one call to the next,
-            where they and the copies of the weights outgrow it.
         warm_cache: True if keys and values are in the L2 when attention starts, as far as they fit.
         older_experts: True for the benchmark's older version. That version ran the experts of every model with a gate
             projection. It rounded each expert's number of token rows, and gave the rows that rounding left over to the
@@ -32,7 +30,6 @@ class Conditions:
     """
 
     weight_copies: int
-    streams: bool
     warm_cache: bool
     older_experts: bool
     expert_kernels: dict[str, str] = field(default_factory=dict)
@@ -48,11 +45,9 @@ def conditions(library: KernelLibrary) -> Conditions:
     """The Conditions under which the shipped tables of kernel latencies were measured on a generation of chips.
 
     Conditions say, for example, whether the L2 was warm. They are read from data/benchmarks.toml: the values of the
-    section `default`, replaced by those of the section for library.generation, such as hopper, if there is one, and by
-    those of the section `engines` if the library has the kernels of a serving engine.
+    section `default`, replaced by those of the section for library.generation, such as hopper, if there is one.
 
     library: the chip's kernel library.
     """
     found = table()
-    values = found["default"] | found.get(library.generation, {}) | (found["engines"] if library.engine else {})
-    return Conditions(**{k: v for k, v in values.items() if k != "why"})
+    return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

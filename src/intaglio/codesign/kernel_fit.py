@@ -80,12 +80,15 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
     "recurrent": ({"scan_kernels": 1, "row_cycles": 16e3},),
 }  # fmt: skip
 FACT_ROUNDS = 2  # of the search that also try facts
+LEAST_GAIN = 0.02  # log-likelihood that another value of a constant, or of a fact that differs already, must gain
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain
 CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
+ATTENTION_CHIP_GAIN = 8.0  # the same in attention, whose kernels are other ones on each generation more often
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 WIDTH_ROWS = 10  # least number of rows of such a range
 PRIOR_WIDTH = 0.25  # standard deviation of the logarithm of a constant about its start
+TIME_WIDTH = 0.5  # that of seconds: benchmarks without a CUDA graph count the host's time of a launch
 STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
 LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
 LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
@@ -201,7 +204,8 @@ class KernelSearch:
         number: index of the case. values: {name of a constant or fact: value}.
         """
         case, begun = self.cases[number], self.begun[number]
-        moved = [log(values[n] / begun[n]) / PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0]
+        widths = {n: TIME_WIDTH if n.endswith("_s") else PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0}
+        moved = [log(values[n] / begun[n]) / width for n, width in widths.items()]
         return case.cost(values) + sum(m * m for m in moved) / 2
 
     def attempt(self, changes: Values, numbers: Sequence[int], least: float) -> bool:
@@ -245,7 +249,7 @@ class KernelSearch:
             while True:
                 now = self.values[number][name]
                 value = min(now * factor, 1.0) if name.endswith("efficiency") else now * factor
-                if value == now or not self.attempt({name: value}, [number], 0.02):
+                if value == now or not self.attempt({name: value}, [number], LEAST_GAIN):
                     break
 
     def fit_constants(self, step: float) -> None:
@@ -274,7 +278,9 @@ class KernelSearch:
         for number, step in enumerate(STEPS):
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
                 if any(self.values[0][f] != v for f, v in changes.items()):
-                    self.attempt(changes, range(len(self.cases)), FACT_GAIN)
+                    # A fact that differs already adds no parameter if it takes a third value
+                    known = all(self.values[0][f] == self.begun[0][f] for f in changes)
+                    self.attempt(changes, range(len(self.cases)), FACT_GAIN if known else LEAST_GAIN)
             self.fit_constants(step)
         return sum(self.costs)
 
@@ -292,7 +298,8 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     if len(cases) < 2:
         return together
     alone = [fit_together([case]) for case in cases]
-    cost = sum(c for c, _ in alone) + CHIP_GAIN * (len(cases) - 1)
+    least = ATTENTION_CHIP_GAIN if cases[0].op in ("prefill", "decode") else CHIP_GAIN
+    cost = sum(c for c, _ in alone) + least * (len(cases) - 1)
     return (cost, [values[0] for _, values in alone]) if cost < together[0] else together
 
 

@@ -53,21 +53,10 @@ def matmul(on: Target, row: Row) -> Timing:
     """
     m, n, k = integers(row, "m", "n", "k")
     format, x_format, w_bits = formats_of(row)
-    warm, streamed = loop(on, n * k * w_bits / 8, m * k * formats.bits(x_format) / 8 + m * n * 2.0)
-    product = linear_timing(on, m, n, k, x_format, format, w_bits, resident=warm, streamed=streamed)
+    copies = conditions(on.library).weight_copies * n * k * w_bits / 8
+    warm = copies <= on.chip.l2_bytes * on.library.l2_usable
+    product = linear_timing(on, m, n, k, x_format, format, w_bits, resident=warm)
     return product if formats.bits(x_format) >= 16 else product + quantise(on, m, k)
-
-
-def loop(on: Target, weights: float, others: float) -> tuple[bool, bool]:
-    """What a benchmark's loop of products leaves in the L2: (weights stay, neither x nor the result stays).
-
-    weights: bytes of the weights, of which the loop uses several copies in turn. others: bytes of x and of the result.
-    """
-    usable = on.chip.l2_bytes * on.library.l2_usable
-    how = conditions(on.library)
-    copies = how.weight_copies * weights
-    streamed = how.streams and copies + others > usable
-    return copies <= usable and not streamed, streamed
 
 
 def formats_of(row: Row) -> tuple[str, str, float]:
@@ -104,10 +93,11 @@ def bmm(on: Target, row: Row) -> Timing:
     tokens, heads = integers(row, "tokens", "n_heads")
     format, x_format, w_bits = formats_of(row)
     width, latent = MLA_PROMPT[1], MLA_LATENT[1]
-    values = tokens * heads * (width * formats.bits(x_format) / 8 + latent * 2.0)
-    warm, streamed = loop(on, heads * latent * width * w_bits / 8, values)
+    values = tokens * heads * (width * formats.bits(x_format) / 8 + latent * 2.0)  # bytes of x and of the result
+    copies = conditions(on.library).weight_copies * heads * latent * width * w_bits / 8
+    outgrown = copies + values > on.chip.l2_bytes * on.library.l2_usable
     product = linear_timing(
-        on, tokens, latent, width, x_format, format, w_bits, resident=warm, heads=heads, streamed=streamed
+        on, tokens, latent, width, x_format, format, w_bits, resident=not outgrown, heads=heads, streamed=outgrown
     )
     return product if formats.bits(x_format) >= 16 else product + quantise(on, tokens * heads, width)
 
