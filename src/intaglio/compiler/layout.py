@@ -75,7 +75,10 @@ class Layout:
         return replace(self, placement=ExpertPlacement.read(path))
 
     def check_moves_experts(self) -> None:
-        """Raise LayoutError if no experts can be moved between the ranks of this layout. Returns nothing."""
+        """Raise LayoutError if experts cannot be moved between the ranks while the model runs. Returns nothing.
+
+        They can be moved if `redundant` is set, even to 0. If it is None, each group holds fixed, consecutive experts.
+        """
         if self.redundant is None:
             other = f"{self}r0, or {self}r2 with two redundant experts" if self.ep > 1 else "one such as ep2r0 or ep4r8"
             raise LayoutError(

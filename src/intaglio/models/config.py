@@ -140,8 +140,8 @@ class Config:
     def either(self, *keys: str) -> str:
         """The name of the first of these keys that has a value in the config (not null); the last name if none has one.
 
-        For a value that config files name differently. All the keys count as read. Raises PortError if the file gives
-        several of them unlike values.
+        Called where config files use different keys for the same setting. All the keys count as read. Raises PortError
+        if the file gives several of them unlike values.
         """
         valued = [key for key in keys if self.get(key) is not None]
         told = [key for key in valued if key in self.given]
@@ -173,7 +173,7 @@ class Config:
     def settings(self, key: str, inner: str = "") -> Settings:
         """A Settings copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
 
-        Reads of the copy's keys are recorded, too. Raises PortError if the value is not a table.
+        The copy records which of its keys are read. Raises PortError if the value is not a table.
         """
         value = self.get(key, {})
         at = key

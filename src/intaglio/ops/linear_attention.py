@@ -17,9 +17,9 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 class Decay(Op, kind="decay"):
     """Op that computes the step sizes and log decays of a recurrence.
 
-    step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step. x f32 [T, width], bias [width], rate [heads],
-    width a multiple of heads: the columns of a head lie side by side. step and decay f32 [T, width]. Mamba-2 (Dao &
-    Gu 2024), where x is dt and rate A_log; gated delta nets (Yang et al. 2024).
+    step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step. x f32 [T, width], bias [width], rate [heads].
+    width is a multiple of heads: the columns of a head lie side by side. step and decay f32 [T, width]. Used in Mamba-2
+    (Dao & Gu 2024), where x is dt and rate A_log, and in gated delta nets (Yang et al. 2024).
 
     Attributes:
         low: steps below it become `low`.

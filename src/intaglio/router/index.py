@@ -162,7 +162,8 @@ class CacheIndex:
         forgotten, and `stale` stays True until a snapshot comes.
 
         Args:
-            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
+                recorded is forgotten first.
             sequence: number of the event in its incarnation, from 1.
             event: blocks that were stored or removed, or that the cache was emptied.
         """

@@ -61,8 +61,8 @@ class Leases:
     def renew(self, lease: str, seconds: float) -> bool:
         """Extend a lease, so that it ends `seconds` from now. Returns True.
 
-        Returns False, and renews nothing, if it has run out already or its file cannot be changed. Raises ValueError
-        unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
+        Returns False, and extends nothing, if the lease has run out already or its file cannot be changed. Raises
+        ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
         """
         check_seconds(seconds)
         try:
@@ -78,7 +78,10 @@ class Leases:
         return True
 
     def release(self, lease: str) -> None:
-        """End a lease now, if it has not ended."""
+        """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
+
+        lease: its id, as take() returned it.
+        """
         with suppress(OSError, ValueError):
             self._file(lease).unlink()
 

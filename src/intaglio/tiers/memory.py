@@ -41,7 +41,7 @@ class MemoryLeases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True; False, changing nothing, if it has run out.
+        """Extend a lease, so that it ends `seconds` from now. Returns True, or False if it had run out before.
 
         Raises ValueError unless 0 < seconds <= LONGEST.
         """

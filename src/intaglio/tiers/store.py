@@ -58,13 +58,16 @@ class BlockLeases(Protocol):
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True; False if it has run out already.
+        """Extend a lease, so that it ends `seconds` from now. Returns True, or False if it had run out before.
 
         Raises ValueError unless 0 < seconds <= leases.LONGEST, TimeoutError if others lock the leases for too long.
         """
 
     def release(self, lease: str) -> None:
-        """End a lease now, if it has not ended."""
+        """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
+
+        lease: its id, as take() returned it.
+        """
 
     def names(self, lease: str) -> frozenset[str] | None:
         """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
@@ -146,13 +149,16 @@ class StoreTier:
         return self.stored(names)
 
     def stored(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that the store has. names: the blocks, each the parent of the next."""
+        """How many of the first blocks in `names` the store has: up to the first that it lacks.
+
+        names: the names of the blocks, each the parent of the next.
+        """
         return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> StoreLoad:
-        """Begin to read blocks of `block_bytes` bytes each, and return the StoreLoad.
+        """Begin to read blocks of `block_bytes` bytes each. Returns the StoreLoad, which tells how far reading is.
 
-        After close() nothing is read: the StoreLoad has ended already.
+        After close() nothing is read: the StoreLoad is finished, without blocks.
         """
         return self._begin(StoreLoad(), keys, block_bytes)
 
@@ -166,9 +172,10 @@ class StoreTier:
         return load
 
     def save(self, key: BlockKey, content: np.ndarray) -> bool:
-        """Queue a block to be written later. Returns True; False if it is dropped.
+        """Queue a block to be written later. Returns True, or False if the block is not queued.
 
-        It is dropped if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has failed.
+        It is not queued if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has
+        failed.
         """
         with self.lock:
             if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:

@@ -218,7 +218,7 @@ def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np
 def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
     """(frequencies f32 [dim / 2], attention factor) of dynamic NTK for sequences of `context` tokens.
 
-    Beyond max_position_embeddings the base is larger.
+    If `context` is above max_position_embeddings, the base is larger than the config's. The attention factor is 1.0.
     """
     length, factor = c.whole("max_position_embeddings"), float(p["factor"])
     stretch = factor * max(context, length) / length - (factor - 1)

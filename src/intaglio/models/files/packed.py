@@ -257,6 +257,8 @@ def _add(
 ) -> None:  # fmt: skip
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
+    Returns nothing.
+
     Args:
         stored: contents of the checkpoint's files.
         base: the module's name.
@@ -266,8 +268,9 @@ def _add(
         codes: function from a Reader to the codes.
         zeros: function from a Reader to the zeros.
         parts: the stored tensors that these functions read, by the ends of their names.
-        known: column orders found so far, for find_order(), which adds this matrix's order.
-        out: the checkpoint's decoded tensors by name.
+        known: {bytes of a tensor g_idx: name of the column order made from it}, of the matrices so far; a new one is
+            added.
+        out: {name: Coded} of all matrices and column orders so far; this matrix and its column order are added.
 
     Raises PortError for a column order with groups of other sizes.
     """

@@ -87,17 +87,17 @@ def trocr(c: Config, context: int) -> Decoder:
 
 
 def blenderbot_small(c: Config, context: int) -> Decoder:
-    """The Decoder for Blenderbot-Small, from config.json: embeddings are normed before positions are added.
+    """The Decoder that describes Blenderbot-Small's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Embeddings are normed before positions are added. Raises PortError for missing or wrong settings.
     """
     return Decoder(**fields(c, offset=0), embed_norm_first=True)
 
 
 def marian(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Marian, from config.json: sinusoids, no norm of the embeddings.
+    """The Decoder that describes Marian's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    It has sinusoidal positions, and no norm of the embeddings. Raises PortError for missing or wrong settings.
     """
     s = fields(c) | {"positions": 0, "embed_norm": ""}
     s["vocabulary"] = c.whole("decoder_vocab_size", s["vocabulary"])
@@ -105,7 +105,7 @@ def marian(c: Config, context: int) -> Decoder:
 
 
 def before(c: Config, offset: int = 0) -> dict[str, Any]:
-    """Arguments of Decoder, as a dict, for models with norms before the branches and at the end.
+    """Arguments of Decoder, as a dict, for models with norms before attention, before the MLP and after the last layer.
 
     Their embeddings are not normed. offset: row of position 0 in the table of learned positions. Raises PortError for a
     model with an encoder.

@@ -72,8 +72,8 @@ def moe(c: Config, context: int) -> Decoder:
 def hy_v3(c: Config, context: int) -> Decoder:
     """The Decoder that describes Hy3, from config.json, for up to `context` positions.
 
-    Norms on each head of q and k before rope; experts routed by sigmoid with a bias.
-    Raises PortError for missing or wrong settings.
+    Each head of q and k is normed before rope. A sigmoid scores the experts, with a bias for their choice. Raises
+    PortError for missing or wrong settings.
     """
     n, bias, width = c.whole("num_hidden_layers"), c.flag("attention_bias"), c.whole("moe_intermediate_size")
     kinds = c.get("mlp_layer_types") or ["dense"] + ["sparse"] * (n - 1)

@@ -104,9 +104,9 @@ def mamba(c: Config, context: int) -> Decoder:
 
 
 def falcon_mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FalconMamba, from config.json: Mamba with norms, without weights, of dt, B and C.
+    """The Decoder that describes FalconMamba, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    It is Mamba with norms of dt, B and C; the norms have no weights. Raises PortError for missing or wrong settings.
     """
     return plain(c, context, scan(c, eps=c.real("mixer_rms_eps")))
 

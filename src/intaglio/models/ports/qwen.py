@@ -135,8 +135,8 @@ def mellum(c: Config, context: int) -> Decoder:
 def flint(c: Config, context: int) -> Decoder:
     """The Decoder that describes Flint, from config.json, for up to `context` positions.
 
-    Attention sinks; rope in layers with a window only; experts routed by sigmoid.
-    Raises PortError for missing or wrong settings.
+    It has attention sinks. Only layers with a window have rope. A sigmoid scores the experts. Raises PortError for
+    missing or wrong settings.
     """
     n = c.whole("num_hidden_layers")
     if not c.get("layer_types"):

@@ -92,9 +92,10 @@ def read_files(path: Path) -> TokenizerFiles:
 
 
 def read_ends(path: Path) -> tuple[int, ...]:
-    """Ids that end a sequence, from a checkpoint folder's generation_config.json or else its config.json.
+    """A tuple of the ids that end a sequence, from the file generation_config.json of a checkpoint folder.
 
-    () if neither file names any. Raises CheckpointError as end_ids() does.
+    If that file does not have the key eos_token_id, config.json is read; () if neither has it. Raises CheckpointError
+    for a file that is not JSON, and for a value that is neither an id nor a list of ids.
     """
     for file in (path / "generation_config.json", path / "config.json"):
         table = _optional(file)

@@ -227,10 +227,10 @@ def indexed(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
     It is for DeepSeek-V3.2 and GLM-5, whose sparse attention has an indexer. `indexer_types` of the dict is "full" for
-    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function
-    raises CheckpointError for a missing key, PortError for a value that is not supported.
+    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The returned
+    function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: name of the architecture in config.json.
+    model: value of the dict's key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def alone(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone. model: the architecture's name.
+    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone.
 
-    Raises CheckpointError for a missing key.
+    model: value of the dict's key `architectures`. Raises CheckpointError for a missing key.
     """
     return {
         "architectures": [model], "llama_names": True, "vocab_size": m.tables.shape("model.embed_tokens.weight")[0],
