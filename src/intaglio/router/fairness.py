@@ -142,9 +142,9 @@ class FairQueue:
     def _return(self, tenant: Tenant) -> None:
         """Take away the credit of a tenant that had no waiting jobs, when it returns with one. Returns nothing.
 
-        Its counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs; if there
-        are none, to the counter at which the last job was taken. A higher counter stays, and so does that of a tenant
-        with waiting jobs.
+        The tenant's counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs;
+        if there are none, to the counter at which the last job was taken. A counter that is higher already stays as it
+        is. A tenant that has waiting jobs is left alone.
         """
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]

@@ -81,8 +81,8 @@ class PromptMemory:
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
         """Record the length in tokens and the last whole K/V block of each prefix of a prompt's text. Returns nothing.
 
-        So the router can tell which blocks a later prompt with the same beginning needs. The length of a
-        prefix is an estimate: tokens count as spread evenly over the text.
+        With this record the router can tell which blocks a later prompt with the same beginning needs. The length of a
+        prefix is an estimate: the prompt's tokens count as spread evenly over its text.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()). Nothing is recorded without

@@ -163,7 +163,7 @@ class BlockDirectory:
         return found
 
     def evict(self) -> int:
-        """Delete files if all together exceed the budget: the least recently used first, but none that a lease protects.
+        """If all files together exceed the budget, delete the least recently used, but none that a lease protects.
 
         It stops when 1 / ROOM of the budget is free. Returns the number of files deleted. Raises OSError if the folder
         of leases cannot be locked: TimeoutError if others lock it for LOCK_WAIT seconds, such as a process that was
