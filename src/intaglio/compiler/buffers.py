@@ -12,11 +12,12 @@ from intaglio.program import Program
 
 
 def plan_buffers(p: Program) -> Program:
-    """The Program with a buffer assigned to each temp, by one linear scan over the ops (as register allocation does).
+    """A copy of the Program with a buffer assigned to each temp (result of an op that is no output of the Program).
 
-    A temp takes the narrowest free buffer that is wide enough, else the widest free one, which is widened, else a new
-    one. A view uses the buffer of its base. An op's results never share a buffer with its operands. Temps of T rows and
-    of R rows have separate buffers, since the two counts vary independently.
+    The assignment is one linear scan over the ops, as in register allocation. A temp takes the narrowest free buffer
+    that is wide enough, else the widest free one, which is widened, else a new one. A view uses the buffer of its base.
+    An op's results never share a buffer with its operands. Temps of T rows and of R rows have separate buffers, since
+    the two counts vary independently.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []
@@ -41,7 +42,7 @@ def plan_buffers(p: Program) -> Program:
 
 
 def planned(p: Program) -> bool:
-    """True if some temp of the Program has a buffer, which plan_buffers() assigns."""
+    """True if plan_buffers() has assigned a buffer to any temp (intermediate result) of the Program."""
     return any(t.buffer is not None for t in p.tensors.values())
 
 

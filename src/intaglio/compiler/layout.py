@@ -64,9 +64,10 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """A copy of this layout with the placement of experts in the file `path`; without a placement if it is missing.
+        """A copy of this layout with the placement of experts that the file `path` holds.
 
-        Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
+        If there is no such file, the copy has no placement. Raises LayoutError for a layout without redundant experts,
+        and PlacementError for a file that holds no placement.
         """
         if self.redundant is None:
             raise LayoutError(

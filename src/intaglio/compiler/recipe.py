@@ -25,8 +25,8 @@ class Pass(NamedTuple):
 
     Attributes:
         name: name of the pass.
-        run: function from a Program to one that computes the same. For set_weight_formats() it also takes the formats
-            of weights and of K/V, as text.
+        run: function from a Program to a Program that computes the same results. For set_weight_formats() it also takes
+            the formats of weights and of K/V, as text.
         why: the reason for the pass, as text.
     """
 

@@ -87,7 +87,9 @@ def _table_formats(p: Program, name: str) -> dict[str, str]:
 
 
 def _output_heads(p: Program, products: list[Op]) -> set[str]:
-    """Names of the weights that compute the logits, and of the embedding tables, to which an output head may be tied.
+    """A set of the names of the weights that compute the logits and of the embedding tables.
+
+    An embedding table is included since the output head may be tied to it.
 
     products: the ops whose weights get a format.
     """

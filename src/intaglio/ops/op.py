@@ -199,7 +199,10 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit."""
+        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit.
+
+        t: the Program's tensors by name.
+        """
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:

@@ -158,7 +158,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ranks(site: str, found: Any) -> Ranks:
-    """The Ranks in a layer's JSON value. Raises PlacementError if it is not a list of lists of integers from 0."""
+    """The expert numbers of each rank, as a tuple of tuples of ints, from a layer's JSON value `found`.
+
+    site: name of the layer's op, for the error. Raises PlacementError if it is not a list of lists of integers from 0.
+    """
     if not isinstance(found, list) or not all(isinstance(own, list) for own in found):
         raise PlacementError(
             f"{site} is {reprlib.repr(found)}; wanted a list with a list of experts for each rank, such as "
@@ -204,10 +207,14 @@ def slots_of(experts: int, ranks: int, redundant: int) -> int:
 
 
 def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
-    """Choose the number of copies of each expert, i64 [experts], `slots` in all, so that copies have near-equal loads.
+    """Choose how many copies each expert gets, so that all copies have near-equal loads. Returns i64 [experts].
 
-    Every expert has one copy. Each further copy goes to the expert whose copies have the largest load each. load:
-    tokens of each expert, f64 [experts]. most: maximum number of copies of one expert.
+    Every expert has at least one copy. Each further copy goes to the expert whose copies have the largest load each.
+
+    Args:
+        load: tokens of each expert, f64 [experts].
+        slots: number of copies of all experts together.
+        most: maximum number of copies of one expert.
     """
     copies = np.ones(len(load), np.int64)
     for _ in range(slots - len(load)):

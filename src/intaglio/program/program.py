@@ -42,7 +42,7 @@ class Program:
         return self.text()
 
     def text(self, fold: bool = False) -> str:
-        """The text form, which `parse_program` reads back.
+        """The text form of the Program, which parse_program() reads back.
 
         fold: True to print equal layers only once. Such text is for people and cannot be parsed.
         """

@@ -321,11 +321,14 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
     """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
 
-    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to each; a piece may be left
-    out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a stack of
-    matrices ("h16"); so is a quantised matrix that a step transposes.
+    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to every piece; a piece may
+    be left out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a
+    stack of matrices ("h16"), or if it is a matrix and a step transposes it.
 
-    read: function from a name to the whole tensor. runs: function from a name to an iterator over the tensor's pieces.
+    Args:
+        source: text that names checkpoint tensors and steps (see this file's docstring).
+        read: function from a name to the whole tensor.
+        runs: function from a name to an iterator over the tensor's pieces.
     """
     for name, steps in expand(source):
         at = 0

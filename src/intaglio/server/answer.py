@@ -384,12 +384,12 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """A dict of the modelled times of a finished request on simulated chips. by: name of the chips.
+    """A dict of the modelled times of a finished request on simulated chips.
 
-    - by: as given.
-    - time_to_first_token_seconds: that of the earliest choice.
-    - time_per_output_token_seconds: the mean over all tokens after the first of their choice.
-    - seconds: time until the latest choice ended.
+    - by: the argument `by`, the name of the chips.
+    - time_to_first_token_seconds: time from arrival to the first token of any choice.
+    - time_per_output_token_seconds: the mean over all tokens except the first one of each choice.
+    - seconds: time from arrival until the latest choice ended.
 
     A time is None if too few tokens were generated.
     """

@@ -113,7 +113,7 @@ class PeerTier(StoreTier):
                 self._announced.popitem(last=False)
 
     def lookup(self, names: Sequence[str]) -> int:
-        """How many of the first blocks in `names` load() can probably get, an int: up to the first that has no known place.
+        """How many of the first blocks in `names` load() can probably get: up to the first that has no known place.
 
         A block has one if it is in the memory of this process, or if announce() has named a peer that has it. The peer
         may have evicted the block since.

@@ -17,9 +17,10 @@ from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
-    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers. Ops' sharding rules call it.
+    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers.
 
-    A lane's share of a tensor is the runs of columns, heads or experts that the lane holds.
+    run() calls the sharding rule of each op, a function that adds the op to this Program by the other methods. A lane's
+    share of a tensor is the runs of columns, heads or experts that the lane holds.
 
     Attributes:
         p: the whole Program.
@@ -172,11 +173,11 @@ class Lane:
         return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
-        """Add a lane's part of a weight of `op` to the Program of this lane (one rank).
+        """Add this lane's part of a weight of `op` to the lane's Program. Returns the part's name in that Program.
 
-        Returns the part's name in that Program. If other ops read the weight too, the name is made from the op's site
-        (its name), since their parts may differ; else it is `name`. shares: the indices along `axis` that each lane
-        holds. Raises LayoutError if the cut would split a group of a quantised weight.
+        If other ops read the weight too, the name is made from the op's site (its name), since their parts may differ;
+        else it is `name`. shares: for each lane (rank), the indices along `axis` that it holds. Raises LayoutError if
+        the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")

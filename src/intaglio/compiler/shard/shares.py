@@ -37,7 +37,7 @@ def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """The columns of shares of heads: a list with a Share (runs of column numbers) for each Share of head numbers.
+    """Convert shares of heads (tuples of ranges) to shares of columns. Returns a list with one share for each.
 
     by: columns of a head.
     """

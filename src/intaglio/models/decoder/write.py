@@ -178,7 +178,7 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of its tensor.
+    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the sum's tensor name.
 
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
 

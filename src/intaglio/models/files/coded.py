@@ -55,10 +55,11 @@ class Coded:
         format: number format of the decoded matrix.
         shape: shape of the decoded matrix.
         parts: the stored tensors by name, and how each maps to the rows.
-        decode: function from a Reader to decoded rows. The Reader gives, for each part, the values of the same rows.
+        decode: function that returns some rows, decoded. Its argument is a function from the name of a part to the
+            part's values for these rows.
         turned: True if the arrays stand for the transposed matrix, as in formats.Quantised.
         whole: number of rows that can only be decoded together.
-        order: name of the act-order permutation of the columns (g_idx), or "".
+        order: name of the act-order permutation of the columns (g_idx); "": none.
     """
 
     format: str
@@ -215,7 +216,7 @@ def run_within(columns: int, block: int) -> int:
 
 
 def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales by block, repeated to scales by group of columns: an array [N, K / group].
+    """Convert scales of blocks to scales of groups of columns, by repeating them. Returns an array [N, K / group].
 
     Args:
         values: a scale (or zero) for each block of `block` consecutive values of the flattened matrix, in order.
