@@ -48,7 +48,7 @@ def planned(p: Program) -> bool:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Size of a buffer for temps: rows times bytes per row.
+    """Size of a buffer in which a device keeps temps (intermediate results): rows times bytes per row.
 
     Attributes:
         rows: a number, or the symbol of a batch size such as T.
@@ -62,7 +62,7 @@ class Buffer:
 def buffers(p: Program) -> dict[str | int, Buffer]:
     """The size of each buffer of a Program, as a dict from its number to a Buffer.
 
-    A temp to which no buffer is assigned is in the dict by its name, with its own size.
+    A temp (intermediate result) to which no buffer is assigned is in the dict by its name, with its own size.
     """
     sizes: dict[str | int, Buffer] = {}
     for t in p.of_role("temp"):
@@ -79,5 +79,5 @@ def bytes_per_row(p: Program) -> int:
 
 
 def _row_bytes(t: Tensor) -> int:
-    """Bytes of one row of the temp `t`."""
+    """Bytes of one row of the tensor `t`, an intermediate result."""
     return prod(int(d) for d in t.shape[1:]) * formats.get(t.format).bits // 8

@@ -234,7 +234,10 @@ class Config:
                 raise PortError(f"config.json: {self.name(key)}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
-        """Name of the activation function, in the names that ops use. Raises PortError for an unknown one."""
+        """Name of the activation function, as ops call it. Raises PortError for an unknown one.
+
+        key: the key of config.json that has the function's name.
+        """
         value = self.get(key)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise PortError(
@@ -243,7 +246,10 @@ class Config:
         return ACTIVATIONS[value]
 
     def need_silu(self, why: str, key: str = "hidden_act") -> None:
-        """Raise PortError unless the activation function is silu. why: the end of the message."""
+        """Raise PortError unless the activation function is silu. Returns nothing.
+
+        why: the end of the message. key: the key of config.json that has the function's name.
+        """
         if self.activation(key) != "silu":
             raise PortError(f"config.json: {self.name(key)}={self.get(key)!r}; {why}")
 
@@ -252,9 +258,13 @@ class Config:
     ) -> list[str]:
         """The attention type of each layer, as a list: the value of the key `layer_types`, or a default.
 
-        The default is `usual`. If that is not given, each `every`-th layer has full attention and the others a sliding
-        window; with every=0 all layers have full attention. Raises PortError for a type that is not in `known`, and for
-        another number of types than num_hidden_layers.
+        Args:
+            every: for the default: each `every`-th layer has full attention and the others a sliding window; 0: all
+                layers have full attention.
+            usual: the default itself; None: the one that `every` gives.
+            known: the types that are allowed.
+
+        Raises PortError for a type that is not in `known`, and for another number of types than num_hidden_layers.
         """
         n = self.whole("num_hidden_layers")
         usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]

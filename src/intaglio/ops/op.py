@@ -36,7 +36,7 @@ def dim_known(dim: Dim) -> bool:
 class OpError(ValueError):
     """Raised for an op whose operands or attributes do not fit.
 
-    The message has the site, the value and what is allowed.
+    The message has the op's site (name), the value and what is allowed.
     """
 
 
@@ -307,7 +307,7 @@ class Op:
         return replace(self, **change) if change else self
 
     def check(self, ok: bool, what: str) -> None:
-        """Raise OpError with this op's site and the text `what` unless `ok`; return nothing."""
+        """Raise OpError with this op's site (name) and the text `what` unless `ok`; return nothing."""
         if not ok:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 

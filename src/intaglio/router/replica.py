@@ -28,11 +28,11 @@ class Pace:
 
     @classmethod
     def fitted(cls, per_step: float, per_token: float) -> Pace:
-        """The Pace with a replica's fitted step time: seconds per step and per token.
+        """The Pace for a fitted step time: `per_step` seconds a step, plus `per_token` seconds for each token row.
 
-        While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32
-        of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number is above 0,
-        there is no fit, and the result is the default Pace.
+        While the replica has only decoded, at one batch size, the fit has no slope (per_token is 0). A token then
+        counts as 1/32 of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number
+        is above 0, there is no fit, and the result is the default Pace.
         """
         if per_step <= 0 and per_token <= 0:
             return cls()

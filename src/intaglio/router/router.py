@@ -94,7 +94,10 @@ class Router:
         self.replicas[name].report = report
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on a replica. Returns a list of its jobs; the caller may move them by resubmit()."""
+        """Place no more jobs on the replica `name`.
+
+        Returns a list of its jobs; the caller may move them by resubmit().
+        """
         self.replicas[name].state = "draining"
         return list(self.replicas[name].jobs.values())
 

@@ -119,7 +119,10 @@ class HeldLeases:
         self._working: asyncio.Task[None] | None = None
 
     def update(self, held: Iterable[str], released: Iterable[str]) -> None:
-        """Replace the leases to renew by `held`, and end the leases `released`. Returns at once."""
+        """Replace the leases to renew by `held`, and end the leases `released`. Returns at once, before that is done.
+
+        A lease protects K/V blocks from eviction for a time. held, released: ids of leases.
+        """
         now = asyncio.get_running_loop().time()
         self._due = {lease: self._due.get(lease, now) for lease in held}
         self._released += released
@@ -127,9 +130,10 @@ class HeldLeases:
             self._working = asyncio.ensure_future(self._work())
 
     async def _work(self) -> None:
-        """Release the leases in `_released` and renew those that are due, until nothing is left to do. Returns nothing.
+        """End the leases in `_released` and renew the leases that are due, until nothing is left to do.
 
-        It runs as a task, which update() starts if none is running.
+        Returns nothing. A lease protects K/V blocks from eviction for a time. This runs as a task, which update()
+        starts if none is running.
         """
         now = asyncio.get_running_loop().time
         while self._released or any(due <= now() for due in self._due.values()):

@@ -80,7 +80,8 @@ def prepare_completion(
 
     A Prepared holds the engine's request; a Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
+    id: id of the response, from which the ids of the engine's requests are made. settings: what the server adds to
+    every request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     prompts = _prompts(body.prompt)
     if body.max_tokens == 0 and not body.echo:
@@ -142,7 +143,8 @@ def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tu
 
     The Prepared holds the engine's request; the Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
+    id: id of the response, from which the id of the engine's request is made. settings: what the server adds to every
+    request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     tools = body.tools or []
     forced = _forced(body, tools)

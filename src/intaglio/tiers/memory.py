@@ -41,9 +41,9 @@ class MemoryLeases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True, or False if it had run out before.
+        """Let a lease protect its blocks until `seconds` from now.
 
-        Raises ValueError unless 0 < seconds <= LONGEST.
+        Returns True, or False if the lease had run out before. Raises ValueError unless 0 < seconds <= LONGEST.
         """
         check_seconds(seconds)
         with self._lock:

@@ -167,7 +167,14 @@ class PeerTier(StoreTier):
     def _fetched(
         self, load: PeerLoad, address: TcpAddress, keys: Sequence[BlockKey], block_bytes: int
     ) -> Iterator[np.ndarray]:
-        """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check."""
+        """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check.
+
+        Args:
+            load: the load to which the blocks belong; if it is cancelled, no more blocks are fetched.
+            address: the peer's address.
+            keys: the blocks, in order.
+            block_bytes: bytes of a block's contents; each is yielded as uint8 [block_bytes].
+        """
         names, sizes = [key.name for key in keys], [file_size(self.scope, key, block_bytes) for key in keys]
         client, got, received, began = None, 0, 0, time.monotonic()
         try:

@@ -58,9 +58,10 @@ class BlockLeases(Protocol):
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True, or False if it had run out before.
+        """Let a lease protect its blocks until `seconds` from now.
 
-        Raises ValueError unless 0 < seconds <= leases.LONGEST, TimeoutError if others lock the leases for too long.
+        Returns True, or False if the lease had run out before. Raises ValueError unless 0 < seconds <=
+        leases.LONGEST, TimeoutError if others lock the leases for too long.
         """
 
     def release(self, lease: str) -> None:
@@ -208,11 +209,11 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True, or False if it had run out before.
+        """Let a lease protect its blocks until `seconds` from now.
 
-        The counter `expired` of `counts` counts the leases that had run out. Raises TimeoutError, counted as an error,
-        if others lock the leases for too long; the lease then goes on as before. Raises ValueError unless 0 < seconds
-        <= leases.LONGEST.
+        Returns True, or False if the lease had run out before. The counter `expired` of `counts` counts the leases
+        that had run out. Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease
+        then goes on as before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)

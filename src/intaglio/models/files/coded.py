@@ -109,9 +109,12 @@ def bases(stored: Stored, suffix: str) -> list[str]:
 
 
 def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
-    """(scales broadcast to [..., N, groups], group size) for a format with one scale per row.
+    """(scales broadcast to [..., N, groups], number of values in a group) for a format with one scale per row.
 
-    scales: one per row, or one for the whole matrix.
+    Args:
+        scales: one per row, or one for the whole matrix.
+        shape: shape of the matrix, [..., N, K].
+        format: name of the format.
     """
     group = formats.get(format).group_of(shape[-1])
     by_row = (

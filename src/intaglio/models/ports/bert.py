@@ -59,7 +59,7 @@ def encoder(c: Config) -> dict[str, Any]:
 def git(c: Config, context: int) -> Decoder:
     """The Decoder that describes GIT's text decoder, from config.json: a causal BERT without token types.
 
-    Images are not ported. Raises PortError for missing or wrong settings.
+    Images are not ported. Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     c.table["is_decoder"] = True
     s = encoder(c) | {"head_dense": 0, "token_types": 0}
@@ -115,7 +115,7 @@ def big_bird(c: Config, context: int) -> Decoder:
 
 
 def bert_generation(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BertGeneration, from config.json.
+    """The Decoder that describes BertGeneration, from config.json, for up to `context` positions.
 
     It is a BERT without token types, and without a dense layer before the head. Raises PortError for missing or wrong
     settings.
@@ -124,7 +124,7 @@ def bert_generation(c: Config, context: int) -> Decoder:
 
 
 def megatron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Megatron-BERT, from config.json.
+    """The Decoder that describes Megatron-BERT, from config.json, for up to `context` positions.
 
     It has norms before attention, before the MLP and after the last layer. Raises PortError for missing or wrong
     settings.
@@ -137,7 +137,7 @@ def megatron(c: Config, context: int) -> Decoder:
 def electra(c: Config, context: int) -> Decoder:
     """The Decoder that describes Electra's generator, whose embeddings may be narrower than the model.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     s, width = encoder(c), c.whole("embedding_size")
     s |= {"head_dense": width, "head_activation": "gelu", "embed_width": width if width != s["hidden"] else 0}
@@ -149,7 +149,7 @@ def electra(c: Config, context: int) -> Decoder:
 
 
 def rembert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RemBERT, from config.json.
+    """The Decoder that describes RemBERT, from config.json, for up to `context` positions.
 
     The embedding and the output head are of other widths than the layers. Raises PortError for missing or wrong
     settings.
@@ -163,7 +163,7 @@ def rembert(c: Config, context: int) -> Decoder:
 
 
 def roformer(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoFormer, from config.json.
+    """The Decoder that describes RoFormer, from config.json, for up to `context` positions.
 
     It has rope on queries and keys (style interleaved) in place of learned positions. Raises PortError for settings
     that are not ported.
@@ -201,7 +201,7 @@ def roberta(c: Config, context: int) -> Decoder:
 
 
 def roberta_prelayernorm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json.
+    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json, for up to `context` positions.
 
     It has norms before attention, before the MLP and after the last layer. Raises PortError unless the config sets
     is_decoder.
@@ -212,7 +212,7 @@ def roberta_prelayernorm(c: Config, context: int) -> Decoder:
 
 
 def xlm_roberta_xl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XLM-RoBERTa-XL, from config.json.
+    """The Decoder that describes XLM-RoBERTa-XL, from config.json, for up to `context` positions.
 
     It has norms before attention, before the MLP and after the last layer, but none on the embeddings. Raises PortError
     for missing or wrong settings.

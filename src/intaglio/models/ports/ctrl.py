@@ -48,7 +48,7 @@ def ctrl(c: Config, context: int) -> Decoder:
 
 
 def xglm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XGLM, from config.json.
+    """The Decoder that describes XGLM, from config.json, for up to `context` positions.
 
     Positions are sinusoidal; position i has the sinusoids of i + 2. Raises PortError for settings that are not ported.
     """

@@ -108,7 +108,7 @@ def gpt_bigcode(c: Config, context: int) -> Decoder:
 
 
 def gpt_neo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-Neo, from config.json.
+    """The Decoder that describes GPT-Neo, from config.json, for up to `context` positions.
 
     By default every second layer has a window. Attention scores are not divided by the root of the head's width. Raises
     PortError for settings that are not ported.
@@ -135,8 +135,8 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 def rotary(c: Config, s: dict[str, Any], context: int) -> dict[str, Any]:
     """A dict of further arguments for Decoder, with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
 
-    s: the arguments that are known already, of which head_dim is read; they are not in the result. Raises PortError
-    for missing or wrong settings.
+    s: the arguments that are known already, of which head_dim is read; they are not in the result. Raises PortError for
+    missing or wrong settings. context: positions of the Program.
     """
     rope, turned = parameters(c), c.whole("rotary_dim")
     rope["partial_rotary_factor"] = (turned + 0.5) / s["head_dim"]  # table() rounds down to rotary_dim
@@ -210,7 +210,7 @@ def gpt_neox_japanese(c: Config, context: int) -> Decoder:
 
 
 def openai_gpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the first GPT, from config.json.
+    """The Decoder that describes the first GPT, from config.json, for up to `context` positions.
 
     It has norms after each addition, and none after the last layer. Raises PortError for missing or wrong settings.
     """

@@ -136,7 +136,7 @@ def falcon_h1(c: Config, context: int) -> Decoder:
 
 
 def jamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jamba, from config.json.
+    """The Decoder that describes Jamba, from config.json, for up to `context` positions.
 
     Layers have a Mamba block, or attention without rope. Some layers have experts. Raises PortError for missing or
     wrong settings.
@@ -163,7 +163,7 @@ def jamba(c: Config, context: int) -> Decoder:
 
 
 def nemotron_h(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Nemotron-H, from config.json.
+    """The Decoder that describes Nemotron-H, from config.json, for up to `context` positions.
 
     A layer is one of four: a Mamba-2 block, attention without rope, an MLP, or experts. Raises PortError for settings
     that are not ported.

@@ -81,7 +81,10 @@ class Reader:
         return out
 
     def _append(self, out: list[Part], part: Part) -> None:
-        """Append a part to `out`. Text of the same role, and call arguments, are merged with the part before."""
+        """Append a part to the list `out`, or merge it with the last part there; an empty text is dropped.
+
+        Text is merged with text of the same role, call arguments with call arguments.
+        """
         match part, out[-1] if out else None:
             case ((TextDelta(text="") | CallArguments(text="")), _):
                 return
