@@ -231,7 +231,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """A list with the dimension of each of `ranks` ranks: its run of the T token rows, such as "T:0/4" for rank 0."""
+    """A list of texts for the runs into which token rows are divided, one for each rank: "T:0/4" for rank 0 of 4."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 

@@ -78,8 +78,12 @@ class LinearAttention(Op, kind="linear_attention"):
     instead `rates` [heads], the same for all tokens), beta f32 [T, heads], skip [heads], state f32 [N, heads, K, V],
     out f32 [T, heads * V]. Head h reads group h // (heads / groups) of q and k.
 
-    Mamba-2 (Dao & Gu 2024): q is C, k is B, v is x, beta the step, skip D. Gated delta rule (Yang et al. 2024): delta;
-    Kimi delta attention: delta with a decay per key column. Lightning attention (Qin et al. 2024): rates.
+    Four kinds of models use the op:
+
+    - Mamba-2 (Dao & Gu 2024): q is its C, k its B, v its x, beta its step, skip its D.
+    - Gated delta nets (Yang et al. 2024): with `delta`.
+    - Kimi delta attention: with `delta` and a decay per key column.
+    - Lightning attention (Qin et al. 2024): with `rates`.
     """
 
     q: str = operand()

@@ -202,7 +202,13 @@ def words_of(count: int, bits: int) -> tuple[int, ...]:
 
 
 def scaled_format(kind: str, group: int, dtype: str) -> str:
-    """Name of the integer format `kind` with groups of `group` and scales stored as `dtype`."""
+    """Name of an integer format, such as int4g32f16 for kind int4, group 32 and scales in F16.
+
+    Args:
+        kind: name of the codes' format, such as int4 or uint8.
+        group: columns that share a scale; -1: the whole row.
+        dtype: stored type of the scales.
+    """
     run = "row" if group == ROW else f"g{group}"
     return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
 
