@@ -42,7 +42,7 @@ class ExpertPlacement:
 
     @classmethod
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-        """The placement used before any tokens are counted: in each layer the one of balance() with equal loads.
+        """The placement used before any tokens are counted: the result of balance() for equal loads, in each layer.
 
         Experts are dealt to the ranks in turn, so that with 8 experts and 4 ranks rank 1 holds (1, 5). Each rank holds
         ceil((experts + redundant) / ranks) experts; the places left over get further copies of the experts from 0 on.

@@ -128,8 +128,8 @@ class FairQueue:
     def share(self, tenant: str, total: int) -> int:
         """Number of the `total` places in the queue that the tenant may hold, at least 1.
 
-        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one more of weight 1
-        that may come.
+        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one place-holder of
+        weight 1 for a tenant that may come next.
         """
         own = self._tenant(tenant).weight
         others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)

@@ -133,7 +133,9 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Add a tensor [rows of x, 1] whose rows all hold the one value of a checkpoint tensor. Returns its name.
+        """Add a tensor [rows of x, 1] that repeats the one value of a checkpoint tensor in every row.
+
+        Returns the name of the new tensor.
 
         Args:
             site: name of the op.

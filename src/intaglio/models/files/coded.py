@@ -72,7 +72,7 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """Number of rows such that a partial read must start and stop at multiples of it, or at the matrix's end."""
+        """A number of rows: a partial read must start and stop at multiples of this number, or at the matrix's end."""
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:

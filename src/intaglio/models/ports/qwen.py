@@ -64,7 +64,7 @@ def mixture(c: Config, **shared: Any) -> Mixture:
 
 
 def place_experts(c: Config, d: Decoder) -> Decoder:
-    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer, except those of mlp_only_layers.
+    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer that is not in mlp_only_layers.
 
     Raises PortError for missing or wrong settings.
     """

@@ -98,7 +98,10 @@ def partial(m: Metadata) -> dict[str, Any]:
 
 
 def whole_heads(m: Metadata) -> None:
-    """Raise PortError if rope rotates only part of each head, for families whose port rotates all of it."""
+    """Raise PortError if rope rotates only part of each head. Returns nothing.
+
+    It is called for families whose port rotates whole heads.
+    """
     turned = m.whole("rope.dimension_count", m.head_dim)
     if turned != m.head_dim:
         raise PortError(
