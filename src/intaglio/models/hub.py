@@ -138,9 +138,9 @@ def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> lis
 
 
 def _gguf_models(files: list[str]) -> dict[str, list[str]]:
-    """The GGUF models of a repository, as {path of the first part: list of the paths of all parts}.
+    """The GGUF models of a repository, as {path of a model's first part: list of the paths of all its parts}.
 
-    Files that only accompany a model, such as mmproj files, are left out.
+    files: all files of the repository. Files that only accompany a model, such as mmproj files, are left out.
     """
     models: dict[str, list[str]] = {}
     for f in files:

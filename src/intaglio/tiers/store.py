@@ -111,7 +111,7 @@ class BlockStore(Protocol):
         """
 
     def remove(self, name: str) -> None:
-        """Delete a block, if it is here and may be deleted."""
+        """Delete the block `name`. Does nothing if the block is not here or cannot be deleted."""
 
     def touch(self, names: Sequence[str]) -> None:
         """Mark blocks as just used, so that others are evicted first. Blocks that are not here are skipped.

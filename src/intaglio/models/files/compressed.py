@@ -200,8 +200,8 @@ def _mxfp4_rows(stored: Stored, base: str) -> Coded:
 def _mxfp6_rows(stored: Stored, base: str) -> Coded:
     """The MXFP6 matrix (Coded) of module `base`, kept as FP8: E4M3 can represent each value of E2M3.
 
-    weight_packed U8 [N, 3 K / 4] has four E2M3 codes in three bytes, weight_scale U8 [N, K / 32] exponents of powers of
-    two.
+    Two stored tensors make it up: weight_packed U8 [N, 3 K / 4], with four E2M3 codes in three bytes, and weight_scale
+    U8 [N, K / 32], with exponents of powers of two.
     """
     packed, scale = base + ".weight_packed", base + ".weight_scale"
     n, bytes = stored.shapes[packed]

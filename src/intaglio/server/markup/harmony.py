@@ -55,8 +55,10 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 def _call(s: Source, recipient: str) -> Steps[bool]:
     """Parse the body of a message to a function as a tool call, and yield it as Parts.
 
-    A generator. Its return value is True; False, with nothing consumed, if the body does not begin with JSON
-    arguments. recipient: the function's name in the header, such as functions.NAME.
+    This generator also yields None while it waits for more text of the model. Its return value is True, or False if the
+    body does not begin with JSON arguments; then nothing is consumed.
+
+    recipient: the function's name in the header, such as functions.NAME.
     """
     s.mark()
     began, _ = yield from called(arguments(s), CallStart(recipient.removeprefix("functions.")))

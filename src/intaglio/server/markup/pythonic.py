@@ -98,7 +98,7 @@ def _call(s: Source, known: Tools | None) -> Steps[bool]:
 
 
 def _argument_end(text: str) -> int | None:
-    """Index of the top-level comma or `)` that ends the first argument of a call; None if it is incomplete."""
+    """Index in `text` of the top-level comma or `)` that ends a call's first argument; None if there is none yet."""
     open: list[str] = []
     quote = ""
     at = 0

@@ -178,9 +178,8 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 def afmoe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for AFMoE.
 
-    mup_enabled, by which embeddings are multiplied by sqrt(hidden size), is always True, as in llama.cpp.
-
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The key mup_enabled (embeddings are multiplied by sqrt(hidden size)) is always True, as in llama.cpp. Raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)

@@ -166,11 +166,11 @@ class Tables:
         self.coded[name] = Coded(format_of(p), shape, {at: Part(None)}, decode, whole=shape[0])
 
     def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
-        """Add a matrix whose columns the file has in another order: its column i is column order[i] of the matrix.
+        """Add a matrix whose columns are in another order in the file.
 
-        Plain values are moved to their columns when they are read. Quantised columns stay in the file's order. For them
-        an int32 tensor NAME.order with `order` is added, and a port reorders the columns of the matrix's input by it,
-        as for act-order.
+        Column i of the file is the matrix's column order[i]. Plain values are moved to their columns when they are
+        read. Quantised columns stay in the file's order. For them an int32 tensor NAME.order with `order` is added, and
+        a port reorders the columns of the matrix's input by it, as for act-order.
 
         Args:
             name: the matrix's name in transformers.
