@@ -132,10 +132,13 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
         added, worked, more, plan = decode_plan(on["decode"], h, decode, cached)
         seconds, compute, jobs = seconds + added, compute + worked, jobs + more
         choices.append(f"{sum(n for *_, n in decode):,} single queries, {plan.parts} context splits")
-    hbm = cache * (1 - cached) + again + tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes
+    keys = cache * (1 - cached) + again
+    rows = tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes
+    hbm = keys + rows
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
-    seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
+    least = keys + max(0.0, rows - chip.l2_bytes * lib.l2_usable)  # the L2 holds queries and results as far as they fit
+    seconds = max(seconds, lib.launch_s + least / chip.hbm_rate)
     engine = "ATT" if chip.att_lanes else "MXU"
     busy = {engine: compute, "HBM": hbm / chip.hbm_rate}
     run = "bf16" if chip.att_lanes else product_format(on["prefill" if prefill else "decode"], h)
@@ -171,11 +174,13 @@ class Job:
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
     """A list of the Jobs for the prompt of sequence number `s`: for each tile of queries, one for `plan.pack` heads.
 
+    Jobs with the last queries come first. They have the most keys, so later jobs find their keys in the L2.
+
     least: keys to process for each query even if the sliding window is smaller; keys outside the window are masked.
     """
     heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
     before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()
-    for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
+    for rows in reversed(query_tiles(op, batch, s, max(1, plan.rows // plan.pack))):
         low = int(op.first_seen(np.array(before + rows.start)))
         low = low if op.chunk else max(0, min(low, before + rows.start + 1 - least))
         low -= 0 if op.chunk else low % plan.keys  # the instructions mask a window, but not the chunk before

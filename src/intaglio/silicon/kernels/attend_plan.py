@@ -208,6 +208,7 @@ def prefill_seconds(
     h: Heads,
     plan: AttendPlan,
     tiles: np.ndarray,
+    start: np.ndarray,
     count: np.ndarray,
     missed: float,
     rows: float,
@@ -217,9 +218,9 @@ def prefill_seconds(
 
     The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
-    loaded from HBM; the L2 holds the rest. rows: mean number of query rows of a job. keys: mean number of keys that a
-    tile loads.
+    tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
+    each kind. missed: fraction of the tiles loaded from HBM; the L2 holds the rest. rows: mean number of query rows of
+    a job. keys: mean number of keys that a tile loads.
     """
     chip, lib = target.chip, target.library
     t = tile_seconds(target, h, plan.rows, plan.keys)
@@ -239,22 +240,31 @@ def prefill_seconds(
     queries = rows * h.head_dim * lib.activation_bytes / base
     blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores))
     merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
-    leading = np.zeros(len(count))  # of each kind, the jobs that wait for HBM at every tile
-    waits = np.zeros(len(count))  # seconds that such a job waits
+    kinds, numbers, extra = tiles, count, stalls
     if lib.activation_bytes >= WIDE and missed < 1:
-        # In the streams, the first jobs of all cores read the same keys in step, so none has them before HBM delivers
-        # them. Jobs that start later find them in the L2. (Libraries' times were fitted with `stalls` instead.)
-        leading, stalls = leading_jobs(tiles, count, chip.cores), np.zeros(len(count))
-        waits = pipeline(tiles, load, work, latency_s, plan.depth) - latency_s
-        waits -= pipeline(tiles, load, work, 0.0, plan.depth)
-    kinds, numbers = np.tile(tiles, 2), np.concatenate([leading, count - leading])
-    extra = np.concatenate([waits, stalls])
+        # In the streams, cores read the same keys in step, so none has them before HBM delivers them. Jobs that start
+        # later find them in the L2. (Libraries' times were fitted with `stalls` instead.)
+        kind, new, numbers, turn = waiting_jobs(tiles, start, count, chip.cores)
+        kinds, extra = tiles[kind], np.zeros(len(kind))
+        if plan.ahead:  # a wait for HBM each time that the ring is full of tiles that HBM has not delivered
+            cycle = max(0.0, load / 2 + latency_s + work - plan.depth * max(load, work))
+            waits = (np.ceil(new / plan.depth) - (turn == 0)).clip(0) * cycle
+            wait = sum(float(waits[turn == n].max()) for n in set(turn.tolist()))  # deal() does not know of waits
+            # The engine that loads also sets sums and loads queries. A last job of several finds its keys in the L2.
+            loads = makespan(kinds * load + queries + t.fill, numbers, chip.cores) + wait + work
+            loads += latency_s if float(count.sum()) <= chip.cores else cycle
+            moved = kinds * tile_bytes + rows * (h.head_dim + h.v_dim) * lib.activation_bytes  # through the L2
+            shared = makespan(moved / (chip.l2_rate / active) + t.fill, numbers, chip.cores) - results
+            computed = makespan(kinds * work + merge, numbers, chip.cores) + wait + latency_s + min(load, work)
+            return blank + max(computed + t.fill + queries, loads, shared) + t.merge + results
+        extra = pipeline(new, load, work, latency_s, plan.depth) - pipeline(new, load, work, 0.0, plan.depth)
+        extra = np.where(new > 0, extra - latency_s, 0.0)
     if plan.ahead:
+        computed = makespan(kinds * work + merge + extra, numbers, chip.cores) + latency_s + min(load, work)
         even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
-        seconds = makespan(kinds * work + merge + extra, numbers, chip.cores) + latency_s + min(load, work)
         loads = pipeline(max(1.0, even), load, work, later, plan.depth)
         rounds = np.floor((max(1.0, most) - 1) / plan.depth) + 1
-        seconds = float(max(seconds, max(loads, rounds * (load + later + work)) + latency_s - later))
+        seconds = float(max(computed, max(loads, rounds * (load + later + work)) + latency_s - later))
         return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
     first = plan.lanes * t.fill + queries + load + latency_s
@@ -264,25 +274,43 @@ def prefill_seconds(
     return float(once + makespan(job_s + again, numbers, chip.cores) + results)
 
 
-def leading_jobs(tiles: np.ndarray, count: np.ndarray, cores: int) -> np.ndarray:
-    """Take the `cores` longest jobs, and count them by kind. Returns an array of floats in the order of `count`.
+def waiting_jobs(
+    tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
-    These are the jobs that deal() gives to cores first, one to each. With fewer jobs than cores, all jobs are counted.
+    deal() gives the longest jobs to cores first. Jobs of one round run at the same time, so all of them wait.
 
-    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind.
+    tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
+    each kind. Returns four arrays, with one or two items for each kind: the kind's index; the tiles for which such a
+    job waits; number of jobs; number of the first of their rounds.
     """
-    longest = np.argsort(-tiles, kind="stable")
-    out = np.zeros(len(count))
-    out[longest] = np.clip(cores - (np.cumsum(count[longest]) - count[longest]), 0, count[longest])
-    return out
+    read, reading, position, found = set[float](), set[float](), 0.0, []
+    for i in np.lexsort((-start, -tiles)):
+        first = position // cores
+        if reading and first > (position - 1) // cores:  # a new round
+            read, reading = read | reading, set()
+        mine = set((start[i] + np.arange(tiles[i])).tolist())
+        together = min(float(count[i]), (first + 1) * cores - position)
+        found.append((i, len(mine - read), together, first))
+        if together < count[i]:  # the rest runs in later rounds
+            read, reading = read | reading | mine, set()
+            found.append((i, 0, count[i] - together, first + 1))
+        reading |= mine
+        position += float(count[i])
+    kind, new, jobs, turn = (np.array(v) for v in zip(*found, strict=True))
+    return kind, new.astype(float), jobs, turn
 
 
-def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The jobs of the chunks with several queries: (keys, tiles of keys, number of jobs), three arrays.
+def prefill_jobs(
+    plan: AttendPlan, h: Heads, part: ChunkCounts
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The jobs of the chunks with several queries, four arrays: keys, tiles of keys, first tile, number of jobs.
 
-    The arrays have an item for each kind of job. part: (queries, keys, number of sequences) of each distinct chunk.
+    First tiles are numbered over all distinct chunks, so that chunks share no number. The arrays have an item for each
+    kind of job. part: (queries, keys, number of sequences) of each distinct chunk.
     """
-    seen, tiles, count = [], [], []
+    seen, tiles, starts, count, before = [], [], [], [], 0.0
     step = max(1, plan.rows // plan.pack)
     for q, keys, n in part:
         first = np.arange(0, q, step)
@@ -290,8 +318,10 @@ def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndar
         start = np.maximum(0, first + keys - q - h.window + 1) // plan.keys if h.window else np.zeros(len(first))
         seen.append(last - start * plan.keys)
         tiles.append(np.ceil(last / plan.keys) - start)
+        starts.append(before + start)
+        before += np.ceil(keys / plan.keys)
         count.append(np.full(len(first), n * h.heads / plan.pack))
-    return np.concatenate(seen), np.concatenate(tiles), np.concatenate(count)
+    return np.concatenate(seen), np.concatenate(tiles), np.concatenate(starts), np.concatenate(count)
 
 
 @lru_cache(maxsize=16384)
@@ -324,12 +354,12 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
         plan = fitted(target, h, wanted)
         if plan.rows < pack:
             continue
-        seen, tiles, count = prefill_jobs(plan, h, part)
+        seen, tiles, start, count = prefill_jobs(plan, h, part)
         loaded = float(seen @ count) / float(tiles @ count) if knows_lengths(lib, plan) else plan.keys
         read = float(tiles @ count) * loaded * h.kv_width * h.bits / 8
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         mean = sum(q * n for q, _, n in part) * h.heads / float(count.sum())
-        seconds = prefill_seconds(target, h, plan, tiles, count, missed, mean, loaded)
+        seconds = prefill_seconds(target, h, plan, tiles, start, count, missed, mean, loaded)
         work = tile_seconds(target, h, plan.rows, plan.keys).work + widen_seconds(target, h) / 2
         computed = float(tiles @ count) * work / chip.cores
         found = seconds, computed, float(count.sum()), plan, max(0.0, missed * read - cache)
