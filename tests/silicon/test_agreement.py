@@ -78,14 +78,17 @@ def test_jobs_that_wait_are_those_of_a_round_by_round_simulation(data: st.DataOb
     jobs = [i for i in order for _ in range(int(count[i]))]
     wanted, read = dict[tuple[int, int], float](), set[int]()
     for first in range(0, len(jobs), cores):
-        now = [(i, set(range(int(start[i]), int(start[i] + tiles[i])))) for i in jobs[first : first + cores]]
-        for i, mine in now:
-            if new := len(mine - read):
-                wanted[i, new] = wanted.get((i, new), 0.0) + 1
+        now = [(i, [t for t in range(int(start[i]), int(start[i] + tiles[i])) if t not in read])
+               for i in jobs[first : first + cores]]  # fmt: skip
+        for i, mine in now:  # a job has a tile at the step in which the first job of the round reads it
+            steps = [min(other.index(t) for _, other in now if t in other) + 1 for t in mine]
+            key = i, max(steps, default=0)
+            wanted[key] = wanted.get(key, 0.0) + 1
         read = read.union(*(mine for _, mine in now))
-    kind, new, number, _ = waiting_jobs(tiles, start, count, cores)
-    assert float(number.sum()) == len(jobs)
-    got = {(int(i), int(n)): float(c) for i, n, c in zip(kind, new, number, strict=True) if n}
+    kind, waits, number, _ = waiting_jobs(tiles, start, count, cores)
+    got = dict[tuple[int, int], float]()
+    for i, n, c in zip(kind.tolist(), waits.tolist(), number.tolist(), strict=True):
+        got[i, int(n)] = got.get((i, int(n)), 0.0) + c
     assert got == wanted
 
 

@@ -56,7 +56,8 @@ class AttendKernel(ChipKernel):
         chosen = int(t[op.chosen].shape[1]) if op.chosen else 0
         window, bits = op.window or op.chunk or chosen, formats.bits(keys.format)
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
-        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None))
+        in_keys = op.v_cache in key_parts(op)
+        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None, in_keys))
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return attend_timing(target, self.heads, sizes.sequences)
@@ -122,7 +123,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     read = sum(
         n * (decode_keys(lib, h.window, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch
     )
-    cache = read * h.kv_heads * h.kv_width * h.bits / 8
+    cache = read * h.kv_heads * h.kv_width * h.bits / 8 * (h.hbm_part(lib) if chip.l2_bytes else 1)
     cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
     if prefill:
         added, worked, jobs, _, again = prefill_plan(on["prefill"], h, prefill)
@@ -132,13 +133,13 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
         added, worked, more, plan = decode_plan(on["decode"], h, decode, cached)
         seconds, compute, jobs = seconds + added, compute + worked, jobs + more
         choices.append(f"{sum(n for *_, n in decode):,} single queries, {plan.parts} context splits")
-    keys = cache * (1 - cached) + again
-    rows = tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes
-    hbm = keys + rows
+    rows = float(tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes)  # queries and results
+    if lib.activation_bytes >= WIDE:  # the simulator's L2 holds them as far as they fit
+        rows = max(0.0, rows - chip.l2_bytes * lib.l2_usable)
+    hbm = cache * (1 - cached) + again + rows
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
-    least = keys + max(0.0, rows - chip.l2_bytes * lib.l2_usable)  # the L2 holds queries and results as far as they fit
-    seconds = max(seconds, lib.launch_s + least / chip.hbm_rate)
+    seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
     engine = "ATT" if chip.att_lanes else "MXU"
     busy = {engine: compute, "HBM": hbm / chip.hbm_rate}
     run = "bf16" if chip.att_lanes else product_format(on["prefill" if prefill else "decode"], h)
@@ -433,16 +434,9 @@ def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator
 
 
 def load_kv(
-    mem: ChipMemory,
-    k: StreamBuilder,
-    tiles: AttendTiles,
-    op: Attend,
-    batch: Batch,
-    s: int,
-    span: slice,
-    heads: int,
+    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, batch: Batch, s: int, span: slice, heads: int,
     head: int,
-) -> tuple[Region, Region]:
+) -> tuple[Region, Region]:  # fmt: skip
     """Load a tile of keys and a tile of values of sequence `s` at the positions `span`. Returns (keys, values).
 
     Both are dequantised if the cache is quantised; an e4m3 cache has one scale for each head. Rows of the tiles after

@@ -204,16 +204,9 @@ def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def prefill_seconds(
-    target: Target,
-    h: Heads,
-    plan: AttendPlan,
-    tiles: np.ndarray,
-    start: np.ndarray,
-    count: np.ndarray,
-    missed: float,
-    rows: float,
-    keys: float,
-) -> float:
+    target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, start: np.ndarray, count: np.ndarray, missed: float,
+    rows: float, keys: float,
+) -> float:  # fmt: skip
     """Modelled seconds of prefill attention (chunks with several queries), until the last job's result is stored.
 
     The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
@@ -257,8 +250,10 @@ def prefill_seconds(
             shared = makespan(moved / (chip.l2_rate / active) + t.fill, numbers, chip.cores) - results
             computed = makespan(kinds * work + merge, numbers, chip.cores) + wait + latency_s + min(load, work)
             return blank + max(computed + t.fill + queries, loads, shared) + t.merge + results
-        extra = pipeline(new, load, work, latency_s, plan.depth) - pipeline(new, load, work, 0.0, plan.depth)
-        extra = np.where(new > 0, extra - latency_s, 0.0)
+        # Other cores wait from the start of the transfer that brings a tile; values come in the second half of a load.
+        behind = max(0.0, latency_s - load / 2)
+        extra = pipeline(new, load, work, behind, plan.depth) - pipeline(new, load, work, 0.0, plan.depth)
+        extra = np.where(new > 0, extra - behind, 0.0)
     if plan.ahead:
         computed = makespan(kinds * work + merge + extra, numbers, chip.cores) + latency_s + min(load, work)
         even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
@@ -279,27 +274,33 @@ def waiting_jobs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
-    deal() gives the longest jobs to cores first. Jobs of one round run at the same time, so all of them wait.
+    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. A job that reads a tile as its
+    third new one finds it in the L2 if another job of the round has read the tile as its first.
 
     tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
-    each kind. Returns four arrays, with one or two items for each kind: the kind's index; the tiles for which such a
-    job waits; number of jobs; number of the first of their rounds.
+    each kind. Returns four arrays, with an item for each kind and round: the kind's index; the number of tiles that
+    the job reads one after the other and waits for; number of jobs; number of the round.
     """
-    read, reading, position, found = set[float](), set[float](), 0.0, []
-    for i in np.lexsort((-start, -tiles)):
-        first = position // cores
-        if reading and first > (position - 1) // cores:  # a new round
-            read, reading = read | reading, set()
-        mine = set((start[i] + np.arange(tiles[i])).tolist())
-        together = min(float(count[i]), (first + 1) * cores - position)
-        found.append((i, len(mine - read), together, first))
-        if together < count[i]:  # the rest runs in later rounds
-            read, reading = read | reading | mine, set()
-            found.append((i, 0, count[i] - together, first + 1))
-        reading |= mine
-        position += float(count[i])
-    kind, new, jobs, turn = (np.array(v) for v in zip(*found, strict=True))
-    return kind, new.astype(float), jobs, turn
+    rounds: list[list[tuple[int, float]]] = []  # (kind, number of jobs) of each
+    position = 0.0
+    for i in np.lexsort((-start, -tiles)).tolist():
+        left = float(count[i])
+        while left > 0:
+            turn = int(position // cores)
+            together = min(left, (turn + 1) * cores - position)
+            rounds += [[]] * (turn >= len(rounds))
+            rounds[turn] = [*rounds[turn], (i, together)]
+            left, position = left - together, position + together
+    read, found = set[float](), []
+    for turn, jobs in enumerate(rounds):
+        new = {i: [t for t in (start[i] + np.arange(tiles[i])).tolist() if t not in read] for i, _ in jobs}
+        place: dict[float, int] = {}  # of each tile, the smallest number of new tiles that a job reads until it has it
+        for mine in new.values():
+            place |= {t: min(n, place.get(t, n)) for n, t in enumerate(mine, 1)}
+        found += [(i, max((place[t] for t in new[i]), default=0), together, turn) for i, together in jobs]
+        read |= place.keys()
+    kind, waits, number, turns = (np.array(v) for v in zip(*found, strict=True))
+    return kind, waits.astype(float), number, turns
 
 
 def prefill_jobs(
@@ -341,7 +342,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
     keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
-    cache = keys * h.kv_heads * h.kv_width * h.bits / 8
+    cache = keys * h.kv_heads * h.kv_width * h.bits / 8 * (h.hbm_part(lib) if chip.l2_bytes else 1)
     for rows, pack in ((r, p) for r in sizes for p in packs):
         wanted = AttendPlan(
             rows=max(rows, pack),
@@ -417,7 +418,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
     tiles = np.ceil(keys / fit.keys)
     mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
-    missed = (1 - cached) / (alone if chip.l2_bytes else 1)
+    missed = (1 - cached) / alone * h.hbm_part(lib) if chip.l2_bytes else 1 - cached
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
         merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
@@ -451,8 +452,13 @@ def decode_seconds(
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
     tile_bytes = keys * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
-    memory = max(tile_bytes * active * missed / chip.hbm_rate, tile_bytes * active / chip.l2_rate)
-    load = max(memory, tile_bytes * turns / chip.port_rate)
+    here = 1 - h.hbm_part(lib) if chip.l2_bytes else 0.0  # part of a tile that is in the L2; it is loaded last
+
+    def load_seconds(active: float, turns: float) -> float:
+        base = max(active / chip.l2_rate, turns / chip.port_rate)
+        return tile_bytes * ((1 - here) * max(active * missed / (1 - here) / chip.hbm_rate, base) + here * base)
+
+    load = load_seconds(active, turns)
     widen = widen_seconds(target, h) * turns
     loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
     jobs = float(count.sum()) / chip.cores
@@ -464,6 +470,15 @@ def decode_seconds(
         even = max(1.0, even_makespan(tiles, count, chip.cores))
         loads = pipeline(even, loaded, t.work, latency_s, plan.depth)
         return float(start + max(computed, rounds * (loaded + latency_s + t.work), loads))
+    if lib.activation_bytes >= WIDE:  # in the streams, a core starts `lanes` jobs after all earlier ones have ended
+        full, rest = divmod(round(float(count.sum())), chip.cores)  # jobs of every core; cores that have one more
+        users = [chip.cores] * full + [rest] * (rest > 0)  # of each job of the core with most: cores that run one now
+        mean, total = float(tiles @ count) / float(count.sum()), latency_s + t.blank
+        for first_job in range(0, len(users), plan.lanes):
+            now = users[first_job : first_job + plan.lanes]
+            how = load_seconds(float(np.mean(now)), 1.0) + widen, t.work, latency_s, plan.depth
+            total += t.fill + float(pipeline(mean * len(now), *how)) + t.merge
+        return total
     # A core waits for the first tile of each job, and no conversion overlaps with that.
     first = latency_s + load + widen - loaded
     computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first
