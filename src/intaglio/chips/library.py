@@ -20,11 +20,11 @@ class Protocol:
     """A protocol of a collective library, such as NCCL's LL, LL128 and Simple.
 
     Attributes:
-        name: its name.
+        name: name of the protocol.
         barrier_factor: start-up time of a collective, in multiples of KernelLibrary.barrier_s.
         latency_factor: latency of one step, in multiples of KernelLibrary.link_latency_s.
-        bandwidth_fraction: fraction of the links' bandwidth that it reaches.
-        max_bytes_per_chip: largest payload for which it is used, in bytes; 0: any.
+        bandwidth_fraction: fraction of the links' bandwidth that the protocol reaches.
+        max_bytes_per_chip: largest payload for which the protocol is used, in bytes; 0: any.
     """
 
     name: str
@@ -42,7 +42,7 @@ ALGORITHMS = ("ring", "all")
 class KernelLibrary:
     """Numbers that describe a vendor's kernels on one generation of chips, such as overheads, tiles and efficiencies.
 
-    Together with a ChipSpec they determine the modelled times. It holds no code. Efficiencies are fractions, above 0
+    The modelled times follow from these numbers and from the hardware (ChipSpec). Efficiencies are fractions, above 0
     and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value outside its range.
     """
 
@@ -133,13 +133,17 @@ class KernelLibrary:
         check(self)
 
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
-        """The KernelRecord of the kernel that computes one use of an op: the first whose formats and widths fit.
+        """The first KernelRecord (description of one kernel) in `kernels` that fits a call.
 
-        None if no record fits, or if the library has none; the library's own fields then describe the kernel.
+        None if no record fits. The library's own fields then describe the kernel.
 
-        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
-        its heads. kernel: name of the kernel to use; "": the first that is used by default. Raises ChipError for a name
-        that no record has.
+        Args:
+            op: kind of call, such as "products" or "prefill", one of OPS.
+            format: number format of the weights, or of the keys and values; "": fits only records for all formats.
+            head_dim: columns of an attention head; 0 for other calls.
+            kernel: name that the record must have; "": any name, but only records whose field `default` is True.
+
+        Raises ChipError if `kernel` is a name that no record of the library has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"
@@ -147,9 +151,9 @@ class KernelLibrary:
         return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
 
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
-        """The library reduced to one kernel: a copy with the record's values in its fields, and without records.
+        """A copy of the library that describes one kernel: its fields have the record's values, `kernels` is empty.
 
-        record: None for the kernel that the library's own fields describe.
+        record: the kernel; None: the kernel that the library's own fields describe.
         """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 
@@ -177,10 +181,10 @@ def check(library: KernelLibrary) -> None:
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with new values for the fields `changes`, which then hold for all of its kernels.
+    """A copy of `library` with other values of fields. changes: the new values, by field.
 
-    A kernel record's own value of such a field is dropped. Raises ChipError for an unknown field or a value outside its
-    range.
+    The new values hold for all kernels of the library: a kernel record's own value of such a field is dropped. Raises
+    ChipError for an unknown field or a value outside its range.
     """
     fields = [f.name for f in dataclasses.fields(KernelLibrary)]
     for name in changes:
