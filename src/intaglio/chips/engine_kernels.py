@@ -34,7 +34,7 @@ SCALED = {
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names of the serving engines whose kernels are known, in alphabetical order."""
+    """Names of the serving engines whose kernels are known, as a tuple in alphabetical order."""
     return tuple(sorted(path.stem for path in KERNELS.glob("*.toml")))
 
 
@@ -47,7 +47,7 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
         engine: the engine's name, such as vllm.
         generation: generation of the chip, such as hopper.
         constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
-            was not measured on that generation, its record takes the constants of another one, see merged().
+            was not measured on that generation, its record takes the constants of another generation, see merged().
     """
     path = KERNELS / f"{engine}.toml"
     return tuple(record_of(path, merged(entry, generation, constants)) for entry in entries(engine))
@@ -55,7 +55,7 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
 
 @lru_cache
 def entries(engine: str) -> tuple[dict[str, Any], ...]:
-    """The tables `[[kernels]]` of an engine's file, as a tuple of dicts; () if there is no file.
+    """The tables `[[kernels]]` of the file data/kernels/ENGINE.toml, as a tuple of dicts; () if there is no such file.
 
     Raises ChipError, naming the file, if it cannot be read, is not TOML or has no tables `[[kernels]]`.
     """

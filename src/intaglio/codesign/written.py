@@ -80,7 +80,10 @@ def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) ->
 
 
 def record_lines(record: KernelRecord) -> list[str]:
-    """The lines of a kernel record's table `[[kernels]]` in a library file, as a list, without the heading."""
+    """The lines `field = value` of a kernel record's table `[[kernels]]` in a library file, as a list.
+
+    The heading `[[kernels]]` is not among them.
+    """
     own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "changes"}
     return [f"{name} = {toml(value)}" for name, value in {**own, **dict(record.changes)}.items()]
 

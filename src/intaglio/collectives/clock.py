@@ -149,7 +149,7 @@ def choose(
     """The fastest schedule for a payload of `nbytes` bytes on a topology. Returns (schedule, modelled seconds).
 
     Args:
-        collective: its name.
+        collective: name of the collective, such as "all_reduce".
         topology: the ranks and links.
         nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.
