@@ -87,10 +87,14 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     rows_fit = np.minimum(rows * tm, m) * k * x_bytes < kept  # a block's rows of x stay while all of w streams past
     x_times = np.where(one_fits | rows_fit, 1, np.ceil(gn / columns))
     w_times = np.where(one_fits, 1, np.ceil(gm / rows))
-    x_resident = np.where(heads * x < kept * 0.6, 1.0, 0.0)
     # The L2 holds the latest bytes; of the result, those before have been written back
     written = np.maximum(0, 1 - kept / (heads * (w * w_times + x + out)))
-    return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
+    return heads * x * (x_times - x_resident(target, heads * x)), heads * w * w_times, heads * out * written
+
+
+def x_resident(target: Target, x_bytes: Any) -> Any:
+    """1.0 if the L2 still has all of a product's x, which the op before has written; else 0.0. x_bytes: bytes of x."""
+    return np.where(x_bytes < target.chip.l2_bytes * target.library.l2_usable * 0.6, 1.0, 0.0)
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
@@ -209,10 +213,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     shared = min(chip.l2_rate, chip.hbm_rate) if past_l2 else chip.l2_rate
     port = min(chip.port_rate, shared)
 
-    def load(active: Any, columns: Any) -> tuple[Any, Any]:
+    def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w. rows: of x;
+        0: only w is loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -227,19 +232,31 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     # The end of a tile: pieces are drained to SRAM, then stored
     value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
-    pieces = np.maximum(1, rows / piece)
-    drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
+    piece = np.minimum(piece, rows)
+    pieces = np.ceil(rows / piece)
+    cells = rows * np.minimum(tn, n) / (1 + glu)
+    drain = vector_cycles(chip, cells * (3 if glu else 1), cells * glu) / chip.clock_hz  # as isa.Drain counts them
     active = np.minimum(jobs, cores)
     store = rows * np.minimum(tn, n) * value_bytes * np.maximum(1 / chip.port_rate, np.maximum(
         active / chip.l2_rate, out_hbm / (m * n * heads * out_bytes / (1 + glu)) * active / chip.hbm_rate))  # fmt: skip
     depth_s = chip.array_depth / chip.clock_hz
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
-    def end(tiles: Any, part: Any = 1.0) -> Any:
-        """Seconds to drain and store `tiles` tiles; `part`: the fraction of a full tile's columns that each has."""
-        one, other = drain * part / pieces, store * part / pieces
-        busier = np.maximum(np.maximum(one, other), (one + other + depth_s) / 2)
-        return one + other + depth_s + (tiles * pieces - 1) * busier
+    per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
+
+    def end(part: Any = 1.0) -> tuple[Any, Any]:
+        """Seconds until a tile is drained, and until it is stored; `part`: fraction of a tile's columns that it has.
+
+        A piece is drained while the one before is stored; a third waits until the first is stored. The last is shorter.
+        """
+        one, other = drain * part * piece / rows, store * part * piece / rows
+        last = (rows - (pieces - 1) * piece) / piece
+
+        def stored(count: Any) -> Any:
+            return np.where(count > 0, pipeline(np.maximum(count, 1), one, other, depth_s, 2), 0)
+
+        drained = np.maximum((pieces - 1) * one, stored(pieces - 2)) + one * last + depth_s
+        return drained, np.maximum(drained, stored(pieces - 1)) + other * last
 
     def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
         """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
@@ -250,18 +267,21 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         turns = np.floor((n_steps - 1) / ring)
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
         around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
-        by_work = first_s * np.where(steps > 1, 1, last_part / tk) + wait_s + tiles * job_work
+        by_work = start_s + tiles * job_work
         by_load = tiles * job_steps * load_s + wait_s + last_work
         before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last step is shorter
         found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
     (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
-    first_s = np.maximum(all_load, fill)
+    # Weights are loaded first. If HBM delivers them and the L2 has x, x is loaded during their latency.
+    only_w, _ = load(np.minimum(jobs, cores), mean_n, 0)
+    x_waits = 1 - x_resident(target, heads * m * k * each[0])
+    part = np.where(steps > 1, 1, last_part / tk)
+    start_s = np.maximum(np.maximum(only_w, fill) * part + wait_s, np.maximum(all_load, fill) * part + wait_s * x_waits)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
-        drained = end(1) - store / pieces  # until the accumulators are free
-        per_job = np.maximum(np.maximum(drain, store), (drain + store + np.ceil(pieces) * depth_s) / 2)
-        two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
+        drained, all_end = end()  # the accumulators are free once drained
+        two = np.maximum(np.maximum(job_work, per_tile), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
         bubble = np.where(banks == 2, 0, drained)
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
@@ -269,16 +289,17 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
         around = steps * (all_alone + wait_s + work) / ring + bubble
         period = np.maximum(np.maximum(by_work, by_load), around)
-        last_end = end(1, last_part_n)
+        _, last_end = end(last_part_n)
         seconds = (rounds - 1) * period + product(1, last_load, last_alone) + last_end
-        before = (rounds - 2) * period + product(1, all_load, all_alone) + end(1)
+        before = (rounds - 2) * period + product(1, all_load, all_alone) + all_end
         seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
     else:
         groups = np.ceil(rounds / at_once) - 1  # before the last
         tiles = rounds - groups * at_once  # of the last
         between = (all_load * (tiles - 1) + last_load) / tiles
-        last_end = np.maximum(end(1), end(tiles) - (tiles - 1) * last_work)
-        all_end = np.maximum(end(1), end(at_once) - (at_once - 1) * last_work)
+        _, one_end = end()
+        last_end = one_end + (tiles - 1) * np.maximum(0, per_tile - last_work)
+        all_end = one_end + (at_once - 1) * np.maximum(0, per_tile - last_work)
         seconds = (
             groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
         )
