@@ -186,12 +186,16 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
-    each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
+    # Partial sums are FP32. Streams store all of them, and add them afterwards; in the libraries' kernels, which were
+    # measured, they take no more of HBM than the result does.
+    sums = 4 * split if lib.activation_bytes >= WIDE else out_bytes / (1 + glu)
+    each = x_bits / 8, w_bits / 8, np.where(split > 1, sums, out_bytes / (1 + glu))
     x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm)
     if grouped and grouped.scattered:
         out_hbm = heads * m * n * each[2] + 0 * gn
     read = x_hbm + w_hbm * (not resident)
     hbm = read + out_hbm
+    written = out_hbm / (heads * m * n * each[2])  # the part of the result that leaves the L2
     wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
     stage_mean = (rows * x_bits + n / gn * fetched) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
@@ -238,7 +242,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     drain = vector_cycles(chip, cells * (3 if glu else 1), cells * glu) / chip.clock_hz  # as isa.Drain counts them
     active = np.minimum(jobs, cores)
     store = rows * np.minimum(tn, n) * value_bytes * np.maximum(1 / chip.port_rate, np.maximum(
-        active / chip.l2_rate, out_hbm / (m * n * heads * out_bytes / (1 + glu)) * active / chip.hbm_rate))  # fmt: skip
+        active / chip.l2_rate, written * active / chip.hbm_rate))  # fmt: skip
     depth_s = chip.array_depth / chip.clock_hz
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
@@ -320,10 +324,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         idle = (1.0 if lib.activation_bytes >= WIDE else IN_STEP) * groups * (wait_s + last_work + all_end)
     seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
-    partial = partial_seconds(target, m, n, split, out_bytes, glu)
+    missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
+    partial = partial_seconds(target, m, n, split, out_bytes, glu, missed)
+    hbm = hbm + np.where(split > 1, m * n * each[2] * missed, 0)
     seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
     seconds = np.where(allowed, seconds, np.inf)
-    moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
+    moved = jobs * job_steps * stage_mean + heads * m * n * each[2]
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
             "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
             "at_once": at_once, "banks": banks, "moved": moved,
@@ -340,22 +346,41 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
 
 
-def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
+def missed_sums(target: Target, sums: Any, written: Any) -> Any:
+    """HBM bytes for each byte of partial sums that is read to add them.
+
+    The L2 has evicted the first of them, and evicts others as it fetches these: of every byte that it fetches, it
+    evicts one, which is of sums as often as the L2's bytes are, and is then also written back. sums: their bytes.
+    written: the part of them that was evicted while they were computed.
+    """
+    kept = target.chip.l2_bytes * target.library.l2_usable
+    if not kept:
+        return np.ones_like(written)
+    share = np.minimum(1, sums * (1 - written) / kept)  # of the L2's bytes, those that are sums
+    missed = np.where(share < 1, np.minimum(1, written / np.maximum(1 - share, 1e-9)), written > 0)
+    return missed * (1 + share * (1 - written))
+
+
+def partial_seconds(
+    target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any
+) -> Any:  # fmt: skip
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
     A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. The last part
     of a row counts as whole. n: columns; for a GLU pair, columns of both sides together. out_bytes: bytes of a value of
-    the sum.
+    the sum. missed: as of missed_sums().
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)
     jobs = m * np.ceil(n / sides / width)
     active = np.minimum(jobs, chip.cores)
-    rate = np.minimum(chip.port_rate, (chip.l2_rate if chip.l2_bytes else min(chip.l2_rate, chip.hbm_rate)) / active)
-    latency_s = 0.0 if chip.l2_bytes else chip.constants.hbm_latency_s
+    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
+    load_s = 4 * width * split * sides * np.maximum(1 / rate, missed * active / chip.hbm_rate)
+    store_s = width * out_bytes * np.maximum(1 / rate, (not chip.l2_bytes) * active / chip.hbm_rate)
+    latency_s = chip.constants.hbm_latency_s * np.minimum(1, missed)
     work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
-    added = pipeline(np.ceil(jobs / chip.cores), 4 * width * split * sides / rate, work, latency_s, 2)
-    return added + chip.array_depth / chip.clock_hz + width * out_bytes / rate
+    added = pipeline(np.ceil(jobs / chip.cores), load_s, work, latency_s, 2)
+    return added + chip.array_depth / chip.clock_hz + store_s
 
 
 @lru_cache(maxsize=65536)
