@@ -228,7 +228,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
-    wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
+    block = block_shape(target, gm, gn, tm, tn, split)
+    wide = np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores))  # tiles of w: of a block of many rows
+    if lib.persistent:  # with few rows, all tiles of w are shared evenly by the rounds
+        wide = np.clip(heads * gn * split / rounds, wide, cores)
+    wide = np.minimum(heads * gn * split, wide) if lib.persistent else np.minimum(gn, wide)
     first_bytes = 0.0 if resident else wide * np.minimum(tn, n) * tk * w_bits / 8
     if not chip.l2_bytes:
         first_bytes = np.minimum(jobs, cores) * (rows * x_bits + np.minimum(tn, n) * w_bits) * tk / 8
@@ -262,10 +266,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         drained = np.maximum((pieces - 1) * one, stored(pieces - 2)) + one * last + depth_s
         return drained, np.maximum(drained, stored(pieces - 1)) + other * last
 
-    def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
+    def product(tiles: Any, load_s: Any, alone_s: Any, start_s: Any) -> Any:
         """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
 
-        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone.
+        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone. start_s:
+        seconds until the first matmul can start.
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
@@ -292,10 +297,16 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         stored = rows * n / gn * value_bytes
         by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
         around = steps * (all_alone + wait_s + work) / ring + bubble
-        period = np.maximum(np.maximum(by_work, by_load), around)
+        by_work, by_load = np.maximum(by_work, around), np.maximum(by_load, around)
         _, last_end = end(last_part_n)
-        seconds = (rounds - 1) * period + product(1, last_load, last_alone) + last_end
-        before = (rounds - 2) * period + product(1, all_load, all_alone) + all_end
+
+        def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
+            """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
+            last = product(1, load_s, alone_s, load_s * part + wait_s)
+            return np.maximum(start_s + (rounds - 1) * by_work + job_work, (rounds - 1) * by_load + last)
+
+        seconds = loop(rounds, last_load, last_alone) + last_end
+        before = loop(rounds - 1, all_load, all_alone) + all_end
         seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
     else:
         groups = np.ceil(rounds / at_once) - 1  # before the last
@@ -305,19 +316,28 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         last_end = one_end + (tiles - 1) * np.maximum(0, per_tile - last_work)
         all_end = one_end + (at_once - 1) * np.maximum(0, per_tile - last_work)
         seconds = (
-            groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
+            groups * (product(at_once, all_load, all_alone, start_s) + all_end)
+            + product(tiles, between, all_alone, start_s)
+            + last_end
         )
+    if cores > 1:
         last_end = np.maximum(all_end, last_end)  # so one tile more never takes less time where HBM is the bound
     # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
-    # Stores of all rounds but the last compete with loads, unless SRAM holds the operands of all rounds.
-    competing = (1 - 1 / rounds) * np.clip(rounds * steps / ring - 1, 0, 1) if lib.persistent else 1 - 1 / rounds
+    # Stores compete with loads, except those of the last round, and those that start after the last load.
+    competing = 1 - 1 / rounds
+    if lib.persistent:
+        behind = wait_s + last_work + depth_s  # seconds from a tile's last load to its store, about
+        competing = np.clip(1 - (1 + behind * chip.hbm_rate * rounds / np.maximum(hbm, 1)) / rounds, 0, 1)
     loads = (full * all_load + (rest > 0) * last_load) * job_steps
     from_hbm = (read + out_hbm * competing) / chip.hbm_rate
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
+    # From the load of its first step on, the last tile has all its steps' work left, and their loads
+    loaded = (job_steps - 1) * (last_load if cores == 1 else from_hbm / (rounds * job_steps))
+    later = np.maximum(later, job_work - last_work - loaded)
     # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
     idle = 0.0
     if not lib.persistent:
@@ -333,7 +353,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
             "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
             "at_once": at_once, "banks": banks, "moved": moved,
-            "block": block_shape(target, gm, gn, tm, tn, split)}  # fmt: skip
+            "block": block}  # fmt: skip
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
