@@ -62,7 +62,7 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+                out_bytes: Any, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
     """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
@@ -337,7 +337,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
     # From the load of its first step on, the last tile has all its steps' work left, and their loads
     loaded = (job_steps - 1) * (last_load if cores == 1 else from_hbm / (rounds * job_steps))
-    later = np.maximum(later, job_work - last_work - loaded)
+    later = np.maximum(later, job_work - last_work - loaded) if lib.persistent else later
     # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
     idle = 0.0
     if not lib.persistent:
