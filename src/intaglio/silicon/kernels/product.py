@@ -195,6 +195,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         out_hbm = heads * m * n * each[2] + 0 * gn
     read = x_hbm + w_hbm * (not resident)
     hbm = read + out_hbm
+    w_times = w_hbm / (heads * n * k * each[1])  # how often HBM delivers w
     written = out_hbm / (heads * m * n * each[2])  # the part of the result that leaves the L2
     wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
     stage_mean = (rows * x_bits + n / gn * fetched) * tk / 8
@@ -277,8 +278,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
         around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
         by_work = start_s + tiles * job_work
-        by_load = tiles * job_steps * load_s + wait_s + last_work
-        before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last step is shorter
+        by_load = tiles * job_steps * load_s + last_wait_s + last_work
+        before = (tiles * job_steps - last_part / tk) * load_s + last_wait_s + work + last_work  # the last is shorter
         found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
@@ -287,6 +288,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     only_w, _ = load(np.minimum(jobs, cores), mean_n, 0)
     x_waits = 1 - x_resident(target, heads * m * k * each[0])
     part = np.where(steps > 1, 1, last_part / tk)
+    # Half of the cores load w before x, so the w of a step that others share was requested before the last x is loaded
+    shared_w = (1 - x_waits) * (gm > 1) * (cores > 1)
+    last_wait_s = wait_s - np.minimum(wait_s, all_load - only_w) * shared_w
     start_s = np.maximum(np.maximum(only_w, fill) * part + wait_s, np.maximum(all_load, fill) * part + wait_s * x_waits)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained, all_end = end()  # the accumulators are free once drained
@@ -296,8 +300,19 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
         stored = rows * n / gn * value_bytes
         by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
-        around = steps * (all_alone + wait_s + work) / ring + bubble
-        by_work, by_load = np.maximum(by_work, around), np.maximum(by_load, around)
+        # From one use of a stage to the next. A stage holds each of a tile's steps in turn, so the shorter last one too,
+        # unless the numbers of steps and of stages have a common factor
+        in_turn = np.gcd(steps.astype(int), ring.astype(int)) == 1
+        # The first side of a GLU pair is multiplied while the second arrives
+        aside = np.minimum(work, all_alone) / 2 * glu
+        each_step = np.where(in_turn, (job_steps * all_alone + job_work) / steps, all_alone + work) - aside
+        hit = steps * each_step / ring + bubble
+        around = hit + steps * wait_s / ring
+        # Blocks of rows after the first find w in the L2, if it stays there
+        first = np.minimum(1, w_times * block[0] / gm)
+        by_work, by_load = (
+            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load)
+        )
         _, last_end = end(last_part_n)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
@@ -327,10 +342,22 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     # Stores compete with loads, except those of the last round, and those that start after the last load.
     competing = 1 - 1 / rounds
     if lib.persistent:
-        behind = wait_s + last_work + depth_s  # seconds from a tile's last load to its store, about
+        first_piece = drain * piece / rows + depth_s
+        behind = wait_s + last_work + first_piece  # seconds from a tile's last load to its first store
         competing = np.clip(1 - (1 + behind * chip.hbm_rate * rounds / np.maximum(hbm, 1)) / rounds, 0, 1)
+        # None starts before the first tile is drained, and from then on loads have half of HBM's rate or more
+        first_store = start_s + job_work + first_piece
+        beside = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
+        competing = np.minimum(competing, beside / np.maximum(out_hbm, 1))
+        seconds = np.maximum(seconds, first_store + out_hbm / chip.hbm_rate)
     loads = (full * all_load + (rest > 0) * last_load) * job_steps
     from_hbm = (read + out_hbm * competing) / chip.hbm_rate
+    # HBM serves all cores alike, so those that have a tile of w more than others load it when the others have ended.
+    # Then it takes as long as a stage takes to get free
+    of_w = heads * gn * split
+    alone = np.maximum(job_steps * all_alone, steps * (all_alone + wait_s + work) / ring)
+    over = np.where((of_w > cores) & (of_w % cores > 0), np.maximum(0, alone - from_hbm / of_w * (of_w % cores)), 0)
+    from_hbm = unmixed = from_hbm + over
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
@@ -342,7 +369,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     idle = 0.0
     if not lib.persistent:
         idle = (1.0 if lib.activation_bytes >= WIDE else IN_STEP) * groups * (wait_s + last_work + all_end)
-    seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
+    seconds = np.maximum(seconds, np.maximum(from_hbm, unmixed + idle) + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
     partial = partial_seconds(target, m, n, split, out_bytes, glu, missed)
