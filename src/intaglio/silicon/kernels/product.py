@@ -300,7 +300,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
         stored = rows * n / gn * value_bytes
         by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
-        # From one use of a stage to the next. A stage holds each of a tile's steps in turn, so the shorter last one too,
+        # From one use of a stage to the next. A stage holds all of a tile's steps in turn, also the shorter last one,
         # unless the numbers of steps and of stages have a common factor
         in_turn = np.gcd(steps.astype(int), ring.astype(int)) == 1
         # The first side of a GLU pair is multiplied while the second arrives
