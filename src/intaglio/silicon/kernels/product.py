@@ -278,8 +278,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
         around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
         by_work = start_s + tiles * job_work
-        by_load = tiles * job_steps * load_s + last_wait_s + last_work
-        before = (tiles * job_steps - last_part / tk) * load_s + last_wait_s + work + last_work  # the last is shorter
+        by_load = tiles * job_steps * load_s + wait_s + last_work
+        before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last is shorter
         found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
@@ -288,9 +288,6 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     only_w, _ = load(np.minimum(jobs, cores), mean_n, 0)
     x_waits = 1 - x_resident(target, heads * m * k * each[0])
     part = np.where(steps > 1, 1, last_part / tk)
-    # Half of the cores load w before x, so the w of a step that others share was requested before the last x is loaded
-    shared_w = (1 - x_waits) * (gm > 1) * (cores > 1)
-    last_wait_s = wait_s - np.minimum(wait_s, all_load - only_w) * shared_w
     start_s = np.maximum(np.maximum(only_w, fill) * part + wait_s, np.maximum(all_load, fill) * part + wait_s * x_waits)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained, all_end = end()  # the accumulators are free once drained
