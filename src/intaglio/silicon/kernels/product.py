@@ -344,17 +344,19 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         competing = np.clip(1 - (1 + behind * chip.hbm_rate * rounds / np.maximum(hbm, 1)) / rounds, 0, 1)
         # None starts before the first tile is drained, and from then on loads have half of HBM's rate or more
         first_store = start_s + job_work + first_piece
-        beside = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
-        competing = np.minimum(competing, beside / np.maximum(out_hbm, 1))
+        loading = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
+        competing = np.minimum(competing, loading / np.maximum(out_hbm, 1))
         seconds = np.maximum(seconds, first_store + out_hbm / chip.hbm_rate)
     loads = (full * all_load + (rest > 0) * last_load) * job_steps
     from_hbm = (read + out_hbm * competing) / chip.hbm_rate
-    # HBM serves all cores alike, so those that have a tile of w more than others load it when the others have ended.
-    # Then it takes as long as a stage takes to get free
-    of_w = heads * gn * split
-    alone = np.maximum(job_steps * all_alone, steps * (all_alone + wait_s + work) / ring)
-    over = np.where((of_w > cores) & (of_w % cores > 0), np.maximum(0, alone - from_hbm / of_w * (of_w % cores)), 0)
-    from_hbm = unmixed = from_hbm + over
+    if lib.persistent and chip.l2_bytes:
+        # HBM serves all cores alike, so those that have a tile of w more than others load it when the others have
+        # ended. Then it takes as long as a stage takes to get free
+        of_w = heads * gn * split
+        alone = np.maximum(job_steps * all_alone, steps * (all_alone + wait_s + work) / ring)
+        over = np.maximum(0, alone - from_hbm / of_w * (of_w % cores))
+        from_hbm = from_hbm + np.where((of_w > cores) & (of_w % cores > 0), over, 0)
+    unmixed = from_hbm
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
