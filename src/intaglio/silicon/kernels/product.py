@@ -354,8 +354,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         # ended. Then it takes as long as a stage takes to get free
         of_w = heads * gn * split
         alone = np.maximum(job_steps * all_alone, steps * (all_alone + wait_s + work) / ring)
-        over = np.maximum(0, alone - from_hbm / of_w * (of_w % cores))
-        from_hbm = from_hbm + np.where((of_w > cores) & (of_w % cores > 0), over, 0)
+        every, over = waves(of_w, cores)
+        by_turns = every * np.maximum(from_hbm / of_w * cores, alone)
+        by_turns = by_turns + np.where(over > 0, np.maximum(from_hbm / of_w * over, alone), 0)
+        from_hbm = np.where(of_w > cores, by_turns, from_hbm)
     unmixed = from_hbm
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
