@@ -28,11 +28,11 @@ class Pace:
 
     @classmethod
     def fitted(cls, per_step: float, per_token: float) -> Pace:
-        """The Pace with a replica's fitted step time: seconds per step and per token.
+        """The Pace for a fitted step time: `per_step` seconds a step, plus `per_token` seconds for each token row.
 
-        While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32
-        of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number is above 0,
-        there is no fit, and the result is the default Pace.
+        While the replica has only decoded, at one batch size, the fit has no slope (per_token is 0). A token then
+        counts as 1/32 of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number
+        is above 0, there is no fit, and the result is the default Pace.
         """
         if per_step <= 0 and per_token <= 0:
             return cls()
@@ -81,9 +81,10 @@ class Replica:
         report: its latest LoadReport.
         index: the blocks it has cached.
         jobs: placed jobs by id; only the methods change them.
-        prefill_tokens: prompt tokens to compute of its jobs that have no token yet.
-        prefills: the same by job, in the order of placement.
-        prefill_since: time in seconds at which it began the first of them, as far as the router knows.
+        prefill_tokens: number of prompt tokens that the replica still has to compute, for all jobs in `prefills`.
+        prefills: {id of a job whose first token has not come: prompt tokens to compute}, in the order of placement.
+        prefill_since: time in seconds at which the replica began the first job in `prefills`, as far as the router
+            knows.
         sequences: number of sequences of its jobs: the sum of their `choices`.
         last_placed: number of the router's placement that last chose it; breaks ties, so that equal replicas take
             turns.

@@ -94,7 +94,10 @@ class Router:
         self.replicas[name].report = report
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on a replica. Returns a list of its jobs; the caller may move them by resubmit()."""
+        """Place no more jobs on the replica `name`.
+
+        Returns a list of its jobs; the caller may move them by resubmit().
+        """
         self.replicas[name].state = "draining"
         return list(self.replicas[name].jobs.values())
 
@@ -308,11 +311,17 @@ class Router:
     def _estimates(
         self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
     ) -> list[Estimate]:
-        """The Estimate of a job on each of the replicas, as a list.
+        """A list of the Estimates of a job, one for each of the replicas.
 
-        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first; None: there are none. Where a
-        replica's pace is not known, the fastest known one stands for it: a replica that seemed slow would be given no
-        jobs, and then never be measured.
+        Where a replica's pace is not known, the fastest known one stands for it: a replica that seemed slow would be
+        given no jobs, and then never be measured.
+
+        Args:
+            replicas: the replicas.
+            job: the job.
+            now: the time in seconds.
+            ahead: {replica's name: prompt tokens of waiting jobs that will be placed on it first}; None: there are
+                none.
         """
         fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
         paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)
