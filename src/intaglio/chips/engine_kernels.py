@@ -68,8 +68,9 @@ def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """A copy of the kernel library `base` with a serving engine's kernels before its own, to be chosen by name.
+    """A copy of the kernel library `base` with a serving engine's kernels added at the head of its `kernels`.
 
+    An added kernel is used where a caller asks for it by name, unless its table sets `default` to true.
     Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:

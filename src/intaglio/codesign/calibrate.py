@@ -95,7 +95,7 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 def chosen(sample: Sample, points: int) -> np.ndarray:
     """An array of the indices of `points` rows at even quantiles of the latency.
 
-    The array has all rows, ordered by latency, if `points` is 0 or not below their number.
+    If `points` is 0 or not below the number of rows, the array has the indices of all rows, ordered by latency.
     """
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):

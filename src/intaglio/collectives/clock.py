@@ -29,8 +29,8 @@ def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
     """Modelled seconds until the last step of a schedule has ended on a topology.
 
-    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers waiting for a
-    link get it in schedule order.
+    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers that wait for
+    the same link get the link in schedule order.
 
     Args:
         s: the schedule.

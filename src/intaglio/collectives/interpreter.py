@@ -21,7 +21,8 @@ def execute(
         inputs: one dict per rank: {chunk number: array} for Schedule.inputs(rank).
         order: indices of all steps in execution order; None: schedule order. The result does not depend on it.
 
-    Raises ScheduleError for inputs with other chunks, a step that runs before one it depends on, and a malformed step.
+    Raises ScheduleError if `inputs` has other chunks than Schedule.inputs() says, if a step runs before a step that it
+    depends on, and for a malformed step.
     """
     memory: list[dict[Slot, np.ndarray]] = []
     for rank, chunks in enumerate(inputs):
