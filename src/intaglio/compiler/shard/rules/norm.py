@@ -11,7 +11,9 @@ from intaglio.ops import Moment, Norm
 
 @sharding_rule(Norm)
 def norm(lane: Lane, op: Norm) -> None:
-    """Append a Norm op to one rank's Program. Returns nothing. The first case that fits applies:
+    """Append a Norm op to one rank's Program. Returns nothing.
+
+    The first case that fits applies:
 
     - All operands are split by token rows: the op norms the rank's rows.
     - x is not split by columns, the norm has a residual, or other ops read its result through views (column ranges):
