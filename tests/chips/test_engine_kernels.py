@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from intaglio.chips import CHIPS, Target, engine_library, engine_names, library, target
+from intaglio.chips import CHIPS, ChipError, Target, engine_kernels, engine_library, engine_names, library, target
 from intaglio.chips.engine_kernels import GENERATIONS, engine_records, entries
 
 
@@ -31,6 +33,17 @@ def test_the_engines_are_known() -> None:
 def test_an_engine_without_a_file_changes_nothing() -> None:
     assert engine_library("llama", library("hopper")) is library("hopper")
     assert engine_records("llama", "hopper") == ()
+
+
+@pytest.mark.parametrize(("text", "why"), [("[[kernels", "not TOML"), ("kernels = 3", "kernels=3"), ("", "None")])
+def test_a_broken_file_of_an_engine_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    monkeypatch.setattr(engine_kernels, "KERNELS", tmp_path)
+    file = tmp_path / f"broken{abs(hash(text))}.toml"  # a name of its own, since entries() remembers what it read
+    file.write_text(text)
+    with pytest.raises(ChipError, match=f"^{file}: .*{why}"):
+        engine_library(file.stem, library("hopper"))
 
 
 def test_constants_are_those_of_the_generation_or_of_the_one_asked_for() -> None:

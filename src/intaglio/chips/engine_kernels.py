@@ -7,13 +7,13 @@ engine_library() puts an engine's kernels before those of a chip's own library, 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from functools import lru_cache
 from typing import Any
 
-from intaglio.chips.files import DATA, record_of
+from intaglio.chips.files import DATA, read_toml, record_of
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.chips.library import KernelLibrary
+from intaglio.chips.spec import ChipError
 
 KERNELS = DATA / "kernels"
 GENERATIONS = ("hopper", "blackwell")  # whose kernels were measured
@@ -41,9 +41,17 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
 
 @lru_cache
 def entries(engine: str) -> tuple[dict[str, Any], ...]:
-    """The tables `[[kernels]]` of an engine's file, as a tuple of dicts; () if there is no file."""
+    """The tables `[[kernels]]` of an engine's file, as a tuple of dicts; () if there is no file.
+
+    Raises ChipError, naming the file, if it cannot be read, is not TOML or has no tables `[[kernels]]`.
+    """
     path = KERNELS / f"{engine}.toml"
-    return tuple(tomllib.loads(path.read_text(encoding="utf-8"))["kernels"]) if path.is_file() else ()
+    if not path.is_file():
+        return ()
+    found = read_toml(path).get("kernels")
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ChipError(f"{path}: kernels={found!r}; give a table [[kernels]] for each kernel")
+    return tuple(found)
 
 
 def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:

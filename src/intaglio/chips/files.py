@@ -119,6 +119,16 @@ def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
     return [(m, n) for m, n in pairs if m * n <= entry.get("max_values", m * n)]
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file as a dict. Raises ChipError, naming the file, if it cannot be read or is not TOML in UTF-8."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ChipError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ChipError(f"{path}: not TOML: {error}") from None
+
+
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a chip or library file as a dict. Values that the file lacks come from the file that its key `base` names.
 
@@ -132,12 +142,7 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
         folder: "chips" or "libraries": the shipped files among which a base is looked up, after the file's own folder.
         above: files that have this one as their base, directly or through other files.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ChipError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ChipError(f"{path}: not TOML: {error}") from None
+    table = read_toml(path)
     base = table.pop("base", None)
     if base is None:
         return {"reasons": {}, **table}

@@ -97,7 +97,7 @@ def compare_kernel(on: Target, case: Case) -> KernelAgreement:
     if isinstance(made, ExpertsKernel):
         closed = sum(t.seconds for label, t in made.parts(on, sizes).items() if label not in LEFT_OUT)
     else:
-        closed = made.time(on, sizes, resident=False).seconds
+        closed = made.time(on, sizes, prefetched=False).seconds
     seconds = sum(run.seconds for run in launches) + counted * on.library.launch_s
     return KernelAgreement(case, seconds, closed)
 

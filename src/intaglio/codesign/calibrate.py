@@ -16,7 +16,7 @@ import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
-from intaglio.codesign.table_rows import NEEDED, check_rows
+from intaglio.codesign.table_rows import check_rows, needed
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict
 from intaglio.progress import Progress, silent
 
@@ -492,7 +492,7 @@ def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
             table = table_of(list(rows[0]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        check_rows(path, rows, NEEDED[table], FORMAT)
+        check_rows(path, rows, needed(table, rows), FORMAT)
         for row in rows:
             decode = table == "attention" and int(row["query_len"]) == 1 and int(row["context_len"]) > 0
             phase = f"attention_{'decode' if decode else 'prefill'}" if table == "attention" else table

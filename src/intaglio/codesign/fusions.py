@@ -44,8 +44,8 @@ class FusedKernel(ChipKernel):
         """True if the time of any of the fused kernels depends on the sequences' lengths, not only on token counts."""
         return any(part.by_sequence for part in self.parts)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        times = [part.time(target, sizes, resident) for part in self.parts]
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
+        times = [part.time(target, sizes, prefetched) for part in self.parts]
         whole = sum(times[1:], times[0])
         return replace(whole, seconds=whole.seconds - (len(times) - 1) * target.library.launch_s)
 

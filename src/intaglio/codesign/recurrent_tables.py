@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from intaglio.chips import Target
-from intaglio.codesign.table_rows import integers
+from intaglio.codesign.table_rows import CONVOLUTION, integers
 from intaglio.silicon.kernels.experts import elementwise_seconds
 from intaglio.silicon.timing import Timing
 
@@ -67,4 +67,4 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
 
 def recurrent(on: Target, row: Mapping[str, str]) -> Timing:
     """The Timing of a row's call, by the name of its kernel: a convolution, or the gated delta rule."""
-    return convolution(on, row) if row["kernel"].startswith("causal_conv1d") else delta_rule(on, row)
+    return convolution(on, row) if row["kernel"].startswith(CONVOLUTION) else delta_rule(on, row)

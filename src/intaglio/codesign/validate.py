@@ -22,7 +22,7 @@ from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.conditions import conditions
 from intaglio.codesign.recurrent_tables import recurrent
 from intaglio.codesign.regime import REGIMES, Call
-from intaglio.codesign.table_rows import NEEDED, check_rows, integers
+from intaglio.codesign.table_rows import check_rows, integers, needed
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
@@ -332,7 +332,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
             )
         with path.open(newline="") as f:
             found[name, table] = list(csv.DictReader(f))
-        check_rows(path, found[name, table], NEEDED[table], FORMAT)
+        check_rows(path, found[name, table], needed(table, found[name, table]), FORMAT)
     if not found:
         raise ValueError(f"{folder} holds no <chip>_<table>.csv; tables are {', '.join(TABLES)}")
     return found

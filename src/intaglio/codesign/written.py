@@ -95,8 +95,10 @@ def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
 def new_files(folder: Path, name: str) -> tuple[Path, Path]:
     """(path of the chip's file, path of the library's file): folder/NAME.toml and folder/NAME_library.toml.
 
-    Raises ChipError if one of them exists.
+    Raises ChipError if one of them exists, or if `name` is not the name of a file in the folder.
     """
+    if not name or name != Path(name).name or "\\" in name:
+        raise ChipError(f"--name {name!r}: give a name without folders, such as mine, and the folder with --output")
     paths = folder / f"{name}.toml", folder / f"{name}_library.toml"
     for path in paths:
         if path.exists():

@@ -25,13 +25,13 @@ class Layout:
 
     Attributes:
         tp: number of lanes among which attention heads, the heads or channels of recurrent blocks, and the columns of
-            each expert, are divided. Everything else is divided among all lanes.
+            each expert are divided. Dense MLPs, the embedding and the output head are divided among all tp * ep lanes.
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
         redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
-            then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
-            None: there are no copies, and each group holds consecutive experts.
+            then holds ceil((experts + redundant) / ep) experts, and results do not depend on which experts a group
+            holds. None: there are no copies, and each group holds consecutive experts.
         placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
     Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.

@@ -78,9 +78,17 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 
 
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
-    """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows, with the sources of all parts.
+    """Replace the weights `parts` in `tensors` by one weight `name`, which joins their rows. Returns nothing.
 
-    The new weight is stored under the key `place`, one of `parts`; the other parts are deleted. Returns nothing.
+    The new weight is read from the checkpoint tensors of all parts. It takes the place of one part in the dict, so that
+    tensors keep their order; the caller renames the dict's keys afterwards.
+
+    Args:
+        tensors: {name: Tensor}; changed in place.
+        parts: names of the weights, in the order in which their rows are joined.
+        place: the name in `parts` that stays as the key of the new weight; the other keys are deleted.
+        name: name of the new weight.
+        rows: number of its rows.
     """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)

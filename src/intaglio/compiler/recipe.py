@@ -148,9 +148,19 @@ def build_stages(
 def _sharded(
     program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
 ) -> tuple[Program, ...]:
-    """Run the compiler passes for a whole model (WHOLE) and shard the result. Returns a tuple with a Program per rank.
+    """Compile a whole model with the passes WHOLE, then shard it. Returns a tuple with a Program for each rank.
 
-    The passes for the Program of one rank (EACH) are left to the caller. For arguments and errors see build_mesh().
+    The passes EACH, which run on the Program of one rank, are left to the caller.
+
+    Args:
+        program: as ported.
+        layout: how ranks share the model, such as tp4pp2.
+        weights: format of weights, as for build_mesh().
+        kv_format: format of the K/V cache, as for build_mesh().
+        wire: number format of values that travel between ranks.
+        check: True to verify the Program after every pass.
+
+    Raises FormatError, LayoutError and ProgramError as build_mesh() does.
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     return shard(whole, layout, wire, _coded(program, whole))

@@ -28,7 +28,7 @@ PER_LAYER = ("mlp_layer_types", "no_rope_layers", "layer_rope_theta", "indexer_t
 
 
 class CheckpointError(ValueError):
-    """Raised for a checkpoint that cannot be read. The message names the file, the value and, if any, what to do."""
+    """Raised for a checkpoint that cannot be read. The message names file, value and, if known, remedy."""
 
 
 class PortError(ValueError):
@@ -82,19 +82,21 @@ class Settings(dict[str, Any]):
 
 
 class Config:
-    """config.json with a family's defaults for keys that it leaves out; records which keys are read.
+    """config.json, with a family's defaults for keys that the file leaves out. Records which keys are read.
 
     As in transformers, a key that is null in config.json has no value; it does not take the default.
 
     Attributes:
-        table: the values; ports may set some.
+        table: the values by key: those of the file, the defaults, and values that a port has set.
         given: the keys and values in the file.
         seen: the keys that were read.
-        parts: tables inside the file whose keys are recorded one by one.
+        parts: copies of the nested tables that settings() returned, such as rope_scaling. Each copy records which of
+            its own keys are read.
         replaced: {a key that another one overrides: the reason}.
-        ignored: {prefix of names of tensors that are not read because of this config: the reason}, besides those of the
-            Family.
-        named: {a key as ports read it: the file's own name of it}, where they differ; errors name the latter.
+        ignored: {prefix of tensor names: why this config makes the port ignore such tensors}. Tensors that a family
+            always ignores are listed in its Family instead.
+        named: {a key as ports read it: the file's own name for the key}, where the two names differ. Errors use the
+            file's name.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -223,7 +225,10 @@ class Config:
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0 or {}."""
+        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0, 0.0 or {}.
+
+        A key that is missing or null is accepted too.
+        """
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
                 raise PortError(f"config.json: {self.name(key)}={self.get(key)!r} is not supported: {why}")

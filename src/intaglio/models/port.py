@@ -337,11 +337,17 @@ def _program(
     order: Callable[[str], str] = lambda source: "",
     notes: list[str] | None = None,
 ) -> Program:
-    """The Program that a family's port writes for a config, with `context` positions; None: the default.
+    """The Program that a family's port writes for a config. Raises PortError for what the port refuses.
 
-    layout: function that adapts the Decoder to the checkpoint's tensors. format: function from a tensor's name to the
-    number format it is stored in. order: function from a weight's name to its act-order permutation, or "". notes: list
-    to which warnings are added. Raises PortError for a context out of range and what the port refuses.
+    Args:
+        family: the port.
+        c: the config.
+        context: positions of the Program; None: the model's default. PortError if out of range.
+        name: name of the Program.
+        layout: function that returns a Decoder adapted to the checkpoint's tensors.
+        format: function from a stored tensor's name to its number format.
+        order: function from a weight's name to the name of its act-order permutation (a tensor); "" if it has none.
+        notes: list to which a warning is added if a longer context changes the rope table; None: no warnings.
     """
     usual, limit, differs = lengths(c)
     length = context or usual

@@ -58,8 +58,8 @@ class KvWrite(Op, kind="kv_write"):
     """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
 
     k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x divided
-    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. A cache of keys alone (of
-    choose_keys) is given as both caches, with v = k.
+    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. If only keys are to be
+    stored (for the indexer's op choose_keys), k_cache and v_cache are the same cache, and v is k.
 
     Attributes:
         k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.

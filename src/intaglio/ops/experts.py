@@ -122,10 +122,11 @@ class Route(Op, kind="route"):
         return softmax(logits)
 
     def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """Values whose largest choose a token's experts, f32 [T, E].
+        """The values by which a token's experts are chosen, f32 [T, E]: the experts with the largest values are.
 
-        With a bias they are scores + bias. Without one they are the logits, which have the same order as the scores.
-        If a group of experts is rated by the sum of several values, they are the scores, since sums of logits differ.
+        With a bias the values are scores + bias. Without one they are the logits, which have the same order as the
+        scores. But if a group of experts is rated by a sum of several values, they are the scores: sums of logits have
+        another order than sums of scores.
         """
         if self.bias is not None:
             return scores + array(v, self.bias)
@@ -252,10 +253,11 @@ class Experts(Op, kind="experts"):
         return {self.out: (("T", n * max(1, self.slots)), "f32")}
 
     def _placement(self, experts: int, total: int) -> None:
-        """Raise OpError unless the fields of an expert placement are valid, or are all empty; return nothing.
+        """Raise OpError unless the fields held, copy, copies, rank and ranks (an expert placement) are valid.
 
-        `held` must name different experts of the model, ascending, one for each matrix; `copy` and `copies` must have
-        as many items, with 0 <= copy < copies; and 0 <= rank < ranks.
+        Valid are empty `held`, `copy` and `copies`. Else each of the three must have one item for each matrix in the
+        stacks: `held` different expert numbers, ascending, and 0 <= copy < copies. `rank` and `ranks` must satisfy 0 <=
+        rank < ranks.
 
         experts: number of matrices in the stacks. total: number of experts in the model.
         """
@@ -296,7 +298,16 @@ class Experts(Op, kind="experts"):
         return int(s[0]), int(s[1]), int(s[2])
 
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
-        """Raise OpError unless the biases fit the stacks."""
+        """Raise OpError unless the biases of gate, up and down have the right shapes and plain formats.
+
+        Gate and up must both have a bias, or none. Without a gate matrix, the gate has no bias.
+
+        Args:
+            t: the Program's tensors by name.
+            experts: number of experts in the stacks of matrices.
+            inner: inner width of an expert: biases of gate and up are [experts, inner].
+            n: columns of the result: the bias of down is [experts, n].
+        """
         named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
         both = (self.gate_bias is None) == (self.up_bias is None)
         if self.gate is None:
@@ -377,7 +388,11 @@ def expert(w: Value, e: int) -> Value:
 
 
 def _in_order(x: np.ndarray, v: Mapping[str, Value], order: str | None, e: int) -> np.ndarray:
-    """The columns of x in the order that expert e's weights need (act-order); x itself without an order."""
+    """The columns of x in the order that the weights of expert `e` need (GPTQ's act-order).
+
+    v: values of the tensors by name. order: name of the tensor with the column order of each expert, i32 [E, columns];
+    None: there is no such order, and x itself is returned.
+    """
     return x if order is None else x[:, np.asarray(v[order])[e]]
 
 

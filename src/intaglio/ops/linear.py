@@ -73,8 +73,9 @@ class Linear(Op, kind="linear"):
     integer products are exact within a group.
 
     Attributes:
-        x_format: format to which x is rounded before the product: f32 or bf16 for plain and fp8 weights, also fp8row
-            for fp8; int8 for integer codes, by formats.quantise_rows().
+        x_format: format to which x is rounded before the product. With weights of integer codes: int8 (see
+            formats.quantise_rows()). With E4M3 weights: f32, bf16 or fp8row (E4M3 with one scale per row). With all
+            other weights: f32 or bf16.
         glu: True if the rows of w are [gate; up]; then out = activation(gate) * up, [rows, N / 2].
     """
 

@@ -244,12 +244,14 @@ class Op:
         )
 
     def operands(self, *uses: str, **facts: Any) -> tuple[str, ...]:
-        """Names of the operand tensors that the op uses in one of these ways, as a tuple.
+        """Names of the op's operand tensors that are used in one of the ways `uses`, as a tuple.
 
-        uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them. Tensors come in the order
-        of the uses, then of the op's fields; an optional operand that is None is left out. facts: conditions such as
-        access="read". Each operand's field is declared by a call of operand(); only operands whose call has these
-        arguments are returned.
+        Tensors come in the order of `uses`, then of the op's fields. An optional operand that is None is left out.
+
+        Args:
+            uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them.
+            facts: further conditions, such as access="read": only operands are returned whose field was declared by
+                operand() with these arguments.
         """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)
@@ -337,9 +339,9 @@ class Op:
             self.check(plain, f"{name} is {t[name].format}; vectors stay in a plain format (f32, bf16, f16)")
 
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
-        """The Work of an op with `flops` operations that reads each operand and writes each result once.
+        """The Work of an op that does `flops` operations, reads its operands once and writes its results once.
 
-        State is not counted. leave: names of further tensors that are not counted.
+        The bytes of state are not counted, nor those of the tensors named in `leave`.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):

@@ -41,7 +41,11 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """The logits from which a row is sampled, float32 [vocabulary]: edits applied, and -inf where the mask has a 0."""
+    """The logits from which a row is sampled, float32 [vocabulary]: after penalties, logit bias and grammar mask.
+
+    s.edits holds penalties and logit bias; None: none. s.mask has a bit for each token; a token whose bit is 0 gets
+    -inf.
+    """
     if s.edits is not None:
         at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
         x = logits[at]

@@ -15,7 +15,10 @@ from intaglio.program.verify import verify
 
 
 class Builder:
-    """Builds a Program op by op. The result of an op is named after its site unless `out=` gives another name."""
+    """Builds a Program op by op. The result of an op has the op's site as its name, unless `out=` gives another name.
+
+    A site is the name of an op's place in the model, such as layers.0.attn.q_proj.
+    """
 
     def __init__(self, name: str, context: int) -> None:
         self.name, self.context = name, context
@@ -53,10 +56,17 @@ class Builder:
         return self._add(replace(of, name=name, shape=(of.shape[0], stop - start), view=(base, start)))
 
     def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
-        """Append an op of class `cls` at `site`. Returns the name of its first result, or "" if it has none.
+        """Append an op of class `cls`. Returns the name of its first result, or "" if it has none.
 
-        operands: the required operands in order. role: role of the results. fields: optional operands, attributes, and
-        names of results. Raises OpError if the operands do not fit.
+        Args:
+            cls: class of the op.
+            site: name of the op's place in the model, such as layers.0.attn.q_proj. Its first result gets the same
+                name.
+            operands: names of the required operands, in order.
+            role: role of the results' tensors, temp or output.
+            fields: optional operands, attributes, and names of results.
+
+        Raises OpError if the operands do not fit.
         """
         results = cls.named("result")
         names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}

@@ -34,8 +34,8 @@ class PlacementError(ValueError):
 class ExpertPlacement:
     """The experts that each expert-parallel rank holds, layer by layer.
 
-    layers: by the site of a layer's op `experts`, the expert numbers of each rank, ascending. An expert may be on
-    several ranks, which then compute its tokens in turns.
+    layers: {site (name) of a layer's op `experts`: for each rank, the numbers of its experts, ascending}. If n ranks
+    hold an expert, each of them computes the expert for every n-th token of a step.
     """
 
     layers: Mapping[str, Ranks]
@@ -282,10 +282,14 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
 
 
 def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
-    """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing.
+    """Swap pairs of experts between the most and the least loaded rank, until no swap makes the two loads more equal.
 
-    held: experts of each rank; changed. share: load of one copy of each expert. loads: load of each rank, f64 [ranks];
-    changed.
+    Changes `held` and `loads` in place and returns nothing.
+
+    Args:
+        held: set of experts of each rank.
+        share: load of one copy of each expert, f64 [experts].
+        loads: load of each rank, f64 [ranks].
     """
     while True:
         high, low = int(loads.argmax()), int(loads.argmin())

@@ -83,7 +83,7 @@ class Program:
             whole |= more
 
     def has_window(self, op: Op) -> bool:
-        """True if the op is `kv_write` or `attend` and its caches are in `windows`."""
+        """True if the op is `kv_write` or `attend` and its K cache has a sliding window (see `windows`)."""
         return isinstance(op, Attend | KvWrite) and op.k_cache in self.windows
 
     @property

@@ -344,7 +344,7 @@ class Api:
 
 
 def _relay(request: Request) -> Relay | None:
-    """The fields that a router added to a request it forwarded; None for a request straight from a client over HTTP."""
+    """The Relay (fields that a router adds to a request before it forwards it); None if no router sent this request."""
     relay: Relay | None = request.scope.get("relay")
     return relay
 

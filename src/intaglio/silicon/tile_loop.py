@@ -14,8 +14,7 @@ from math import inf
 
 from intaglio.chips import Target
 
-SIMULATED = 3  # rounds that are followed at most, in depths of the ring; further ones take as long as those between
-STEADY = 1, 2  # these two
+FOLLOWED = 4  # depths of the ring after which a loop repeats itself; of a longer one, these and the last are followed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +72,21 @@ class TileLoop:
         if self.jobs <= 0:
             return 0.0
         full, rest = divmod(self.jobs, target.chip.cores)
-        most = SIMULATED * max(6, self.depth)
-        if full < most or (full == most and not rest):
-            return _Core(self, target, full, rest).run()
-        seconds, period = steady(replace(self, jobs=most * target.chip.cores), target)
-        alone = min(period, self.work_s) if rest else 0.0  # the cores that have one more job share the memories' rates
-        return seconds + (full - most) * period + max(alone, period * rest / target.chip.cores)
+        one, period = replace(self, jobs=0), FOLLOWED * max(6, self.depth)
+        skipped = max(0, full // period - 1)
+        seconds = followed(one, target, full - skipped * period, rest)
+        if skipped:
+            seconds += skipped * (followed(one, target, 2 * period, 0) - followed(one, target, period, 0))
+        return seconds
 
 
-@lru_cache(maxsize=4096)
-def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
-    """Simulate a loop that is long enough to extrapolate: (its seconds, seconds that each further round would add).
+@lru_cache(maxsize=16384)
+def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
+    """Seconds of a loop, found by following one core through all of its jobs.
 
-    A round is one job on every core. loop: has SIMULATED * max(6, depth) rounds; the seconds of a further round are the
-    mean over the loop's middle third.
+    full: number of jobs that every core has. rest: number of cores that have one more job. loop.jobs is not used.
     """
-    core = _Core(loop, target, loop.jobs // target.chip.cores, 0)
-    start, end = (n * max(6, loop.depth) for n in STEADY)
-    seconds = core.run()
-    return seconds, (core.stored_at[end] - core.stored_at[start]) / (end - start)
+    return _Core(loop, target, full, rest).run()
 
 
 class _Core:
@@ -104,7 +99,6 @@ class _Core:
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int) -> None:
         self.loop, self.target, self.full, self.rest = loop, target, full, rest
         self.count = full + (rest > 0)
-        self.stored_at: list[float] = []  # seconds when each job's store has ended
 
     def active(self, job: int) -> int:
         """Number of cores that have a job number `job`. Each core counts its own jobs from 0."""
@@ -174,7 +168,6 @@ class _Core:
                 worked, work_ends = worked + 1, inf
             if store_ends <= now:
                 stored, storing = stored + 1, None
-                self.stored_at.append(now)
         return now
 
 

@@ -26,10 +26,11 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a Share (tuple of one range) for each.
+    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a tuple of one range for each rank.
 
-    Ranges end at multiples of the first of these numbers that divides the columns and gives every rank some: the
-    format's block if that is above 128 values (K-quants: 256), then 128, 64, 32. If none does, they end at any column.
+    Ranges end at multiples of a block size where possible. The block size is the first of 128, 64 and 32 columns that
+    divides the number of columns and leaves at least one block for every rank. If none does, ranges end at any column.
+    For formats with blocks above 128 values (K-quants: 256), that block is tried first.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)

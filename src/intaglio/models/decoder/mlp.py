@@ -150,7 +150,10 @@ def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> st
 
 
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
-    """Add the ops of the shared expert, and join its result with the routed experts'. Returns the joined tensor's name.
+    """Add the ops of the shared expert, and the op that joins its result with the routed experts' result.
+
+    Returns the name of the joined tensor [T, hidden]: y + shared * sigmoid(gate) if the mixture has a gate for the
+    shared expert, else the expression `m.join` (usually the sum).
 
     Args:
         w: writes the ops.

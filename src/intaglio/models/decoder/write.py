@@ -87,10 +87,10 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
+    """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4).
 
-    branch = norm(proj(activation(gate(x)) * the layer's columns of `inputs`)), [T, hidden]. The caller adds it to the
-    residual.
+    Returns the name of the tensor [T, hidden] that holds norm(proj(activation(gate(x)) * the layer's columns of
+    `inputs`)). The caller adds this tensor to the residual.
 
     Args:
         w: writes the ops.
@@ -147,14 +147,15 @@ def _root(w: Writer, width: int, table: str) -> float:
 def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
     """Add the ops of one layer: attention or recurrent block, then the MLP, with their norms and residual additions.
 
-    Returns the name of the result's tensor [T, hidden]. A part that the layer does not have is left out.
+    Returns the name of the tensor [T, hidden] with the layer's result. A part that the layer does not have is left out.
 
     Args:
         w: writes the ops.
         i: number of the layer.
         layer: the layer's description.
         x: name of the tensor that the layer reads.
-        embedded: name of the tensor of embeddings, which a shared block reads; not used without one.
+        embedded: name of the tensor of token embeddings. Only layers that run a block shared by several layers (Zamba2)
+            read it.
     """
     start = read = x
     if layer.attention:

@@ -87,13 +87,15 @@ class Writer:
     def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
         """Add the column orders (GPTQ's act-order) of the experts' matrices as one i32 weight [experts, columns].
 
-        Returns the weight's name; None if the matrices have no such orders. All stacks in `sources` multiply the same
-        input, so their orders must be equal; raises PortError if they differ.
+        Returns the weight's name; None if the matrices have no such orders. All the matrices of an expert named here
+        multiply the same input, so their orders must be equal; raises PortError if they differ.
 
         Args:
             name: the weight's name.
             shape: (experts, columns).
-            sources: the sources of the stacks of matrices, such as those of gate and up, in Llama's names.
+            sources: for each kind of matrix, such as gate and up, a text that names the checkpoint's tensors of all
+                experts, such as "layers.0.mlp.experts.{0..7}.up_proj.weight". The names are Llama's; the port
+                translates them.
         """
         sources = tuple(map(self.d.source, sources))
         runs = [[self.order(n) for n in names(source)] for source in sources]
@@ -142,16 +144,19 @@ class Writer:
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False, shared: str = "") -> str:
-        """Add a linear: x times a module's weight transposed, plus its bias if any. Returns the result's tensor name.
+        """Add a linear: x times a module's weight [rows, cols] transposed, plus its bias if any.
+
+        Returns the name of the result tensor [T, rows].
 
         Args:
             site: name of the op.
             x: name of the input tensor [T, cols].
-            rows: columns of the result.
-            cols: columns of x.
+            rows: rows of the weight.
+            cols: columns of the weight and of x.
             source: name of the module in the checkpoint, in Llama's terms.
             bias: True if the module has a bias.
-            shared: site that names the weight and the bias, if several linears have the same; "": `site`.
+            shared: op name from which the weight and the bias get their names, if several linears use the same ones;
+                "": from `site`.
         """
         w = self.weight(shared or site, "weight", (rows, cols), source)
         b = self.weight(shared or site, "bias", (rows,), source) if bias else None

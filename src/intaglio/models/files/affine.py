@@ -149,15 +149,17 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: (code - zero) * scale.
+    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: value = (code - zero) * scale. {} if none.
 
-    Values that share a scale lie along a row for axis 1, along a column for axis 0. Matrices of axis 0 become bf16 on
-    reading; those of axis 1 stay quantised where groups fit into rows. The grouped matrix is divided into several runs
-    of rows. A word of W_q holds one code from each run, the first run's in the highest bits. {} if nothing is
-    quantised.
+    With HQQ's axis 1 the values that share a scale lie along a row. Such a matrix stays quantised if a group length of
+    at least 32 divides both the number of columns and the number of values that share a scale. All other matrices, such
+    as those of axis 0, become bf16 when read.
 
-    stored: the checkpoint's tensors. q: the quantisation settings. Raises PortError for scales that are quantised too,
-    an incomplete state, and an unknown packing.
+    W_q packs a table of codes, whose rows HQQ divides into equal runs, as many as a word holds codes. A word has one
+    code from each run, the first run's in the highest bits.
+
+    stored: the checkpoint's tensors. q: the quantisation settings; not read. Raises PortError for scales that are
+    quantised too, an incomplete state, and an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):

@@ -33,14 +33,14 @@ class Part:
     each: int = 1
 
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
-        """The part of the stored tensor that some rows of the matrix need, as a view.
+        """A view of the part of a stored tensor from which some rows of the matrix can be decoded.
 
-        That is the whole tensor if the attribute `axis` is None, as every row then needs all of it.
+        An index of the tensor's axis `self.axis` stands for `self.each` rows of the matrix. If self.axis is None, all
+        rows need the whole tensor, and `x` itself is returned.
 
         Args:
             x: the stored tensor.
-            rows: the matrix rows. Start and stop must be multiples of the attribute `each`, the number of matrix rows
-                for an index of that axis; stop may also be the number of rows.
+            rows: the matrix rows. Start and stop must be multiples of self.each; stop may also be the number of rows.
         """
         if self.axis is None:
             return x

@@ -228,8 +228,10 @@ def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: di
         stored: contents of the checkpoint's files.
         base: the module's name.
         s: bits, group size and symmetry.
-        known: column orders found so far, for find_order(), which adds this matrix's order.
-        out: the checkpoint's decoded tensors by name; find_order() adds this matrix's column order.
+        known: {bytes of a tensor g_idx: name of the column order made from it}, of the matrices so far. If this matrix
+            has a new column order, the order is added.
+        out: {name: Coded} of all matrices and column orders of the checkpoint so far. If this matrix has a tensor
+            g_idx, its column order is added.
     """
     bits, group = s.bits, s.group
     packed = base + ".weight_packed" in stored.dtypes

@@ -89,9 +89,10 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
 def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
     """Raise PortError unless all zero points of a matrix of 3-bit codes are 4, as symmetric quantisation gives.
 
-    Only that case is certain in the first version of GPTQ's format. Programs changed the zero points before storing
-    them: AutoGPTQ subtracted 1 from each, GPTQModel subtracted constants from whole 32-bit words. For 3 bits the
-    results differ, and a file does not say which it has. The check accepts words that either program stores for 4.
+    Programs changed zero points before they stored them in the first version of GPTQ's format: AutoGPTQ subtracted 1
+    from each, GPTQModel subtracted constants from whole 32-bit words. For 3 bits the stored words differ, and a file
+    does not say which program wrote it. So only a zero point of 4 can be recognised: each program has one word pattern
+    for it, and this check accepts the two patterns.
 
     Args:
         stored: the checkpoint's tensors.

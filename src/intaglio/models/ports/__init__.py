@@ -17,7 +17,10 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(*families: Family) -> None:
-    """Add rows to the table, replacing rows of the same architecture. Returns nothing."""
+    """Add ports (Families) to the table of ports by architecture. A port of the same architecture is replaced.
+
+    Returns nothing.
+    """
     _FAMILIES.update((family.architecture, family) for family in families)
 
 

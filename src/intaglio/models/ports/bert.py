@@ -67,9 +67,10 @@ def git(c: Config, context: int) -> Decoder:
 
 
 def numbered(c: Config) -> None:
-    """Lower the config's max_position_embeddings by pad_token_id + 1, the number of rows before position 0.
+    """Subtract pad_token_id + 1 from the config's max_position_embeddings. Changes `c` in place and returns nothing.
 
-    Changes `c` in place. Raises PortError if no position is left.
+    For models such as RoBERTa: position 0 has row pad_token_id + 1 of the table of position embeddings, and the rows
+    before it are not used. Raises PortError if no position is left.
     """
     rows, first = c.whole("max_position_embeddings"), int(c.get("pad_token_id", 0)) + 1
     if first >= rows:
@@ -122,9 +123,10 @@ def bert_generation(c: Config, context: int) -> Decoder:
 
 
 def megatron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Megatron-BERT, from config.json: norms before the branches and at the end.
+    """The Decoder that describes Megatron-BERT, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    It has norms before attention, before the MLP and after the last layer. Raises PortError for missing or wrong
+    settings.
     """
     s = encoder(c) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     sources = {**NAMES, "attention_norm": "attention.ln", "mlp_norm": "ln", "norm": "encoder.ln", **CLS_HEAD}
@@ -175,9 +177,11 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tuple (arguments of Decoder without `sources`, `sources`) for models such as RoBERTa, as two dicts.
+    """Two dicts for models such as RoBERTa: (arguments of Decoder, the further argument `sources`).
 
-    Their position ids begin at pad_token_id + 1. Raises PortError for missing or wrong settings.
+    `sources` maps parts of Llama's tensor names to the checkpoint's. Callers add to it, so it is a dict of its own. Its
+    entry for the position embeddings starts at row pad_token_id + 1, where these models have position 0. Raises
+    PortError for missing or wrong settings.
     """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1
@@ -194,9 +198,10 @@ def roberta(c: Config, context: int) -> Decoder:
 
 
 def roberta_prelayernorm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json: norms before the branches and at the end.
+    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json.
 
-    Raises PortError unless the config sets is_decoder.
+    It has norms before attention, before the MLP and after the last layer. Raises PortError unless the config sets
+    is_decoder.
     """
     s, sources = counted(c)
     sources |= {"attention_norm": "attention.LayerNorm", "mlp_norm": "intermediate.LayerNorm", "norm": "LayerNorm"}

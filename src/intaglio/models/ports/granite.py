@@ -99,9 +99,9 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
 
 
 def granite_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite Swash dense, from config.json, for up to `context` positions.
+    """The Decoder that describes the dense model Granite Swash (sliding-window attention), from config.json.
 
-    Raises PortError for missing or wrong settings.
+    context: positions of the Program. Raises PortError for missing or wrong settings.
     """
     kinds = c.table.pop("layer_types", None)
     d = granite(c, context)
@@ -110,9 +110,9 @@ def granite_swa(c: Config, context: int) -> Decoder:
 
 
 def granitemoe_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite Swash with experts, from config.json, for up to `context` positions.
+    """The Decoder that describes the Granite Swash models with experts (sliding-window attention), from config.json.
 
-    Raises PortError for missing or wrong settings.
+    context: positions of the Program. Raises PortError for missing or wrong settings.
     """
     kinds = c.table.pop("layer_types", None)
     d = granitemoeshared(c, context)

@@ -113,9 +113,10 @@ QWEN3_MOE = {
 
 
 def mellum(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mellum 2, from config.json: a rope for layers with a window and one for full ones.
+    """The Decoder that describes Mellum 2, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    Layers with full attention have one rope table, layers with a sliding window another. Raises PortError for missing
+    or wrong settings.
     """
     n = c.whole("num_hidden_layers")
     sparse_layers = c.get("mlp_layer_types") or ["sparse"] * n

@@ -21,7 +21,7 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 
 
 class GrammarError(ValueError):
-    """Raised for a grammar that cannot be compiled or followed, and if the llguidance library is missing."""
+    """Raised if a grammar does not parse, if llguidance gives up on it later, or if llguidance is not installed."""
 
 
 @dataclass
@@ -41,9 +41,10 @@ class Grammars:
         """A GrammarMatcher in the initial state. Raises GrammarError if the grammar cannot be used.
 
         Args:
-            kind: json_schema, regex or lark.
-            source: the grammar in that language.
-            before: a Lark grammar of the whole output, in which `@answer` stands for `source`; empty: `source` is all.
+            kind: language of `source`: json_schema, regex or lark.
+            source: the grammar.
+            before: if the output is more than `source` describes, such as reasoning before the answer: a Lark grammar
+                of the whole output, in which `@answer` stands for `source`. "": `source` describes the whole output.
         """
         key = (kind, source, before)
         with self.lock:

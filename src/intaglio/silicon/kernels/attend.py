@@ -58,7 +58,7 @@ class AttendKernel(ChipKernel):
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
         return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return attend_timing(target, self.heads, sizes.sequences)
 
     @classmethod

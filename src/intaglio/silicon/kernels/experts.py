@@ -79,7 +79,7 @@ class ExpertsKernel(ChipKernel):
         w = formats.element(up.format), bits_per_value(up)
         return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return experts_timing(target, *self.layer(sizes))
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:

@@ -87,7 +87,7 @@ class KvWriteKernel(ChipKernel):
         kv_heads, d, dv = int(keys.shape[2]), int(keys.shape[3]), int(values.shape[3])
         return cls(Heads(kv_heads, kv_heads, d, dv, bits=formats.bits(keys.format)))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return kv_write_timing(target, sizes.tokens, self.heads)
 
     @classmethod

@@ -144,7 +144,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     over K.
 
     - seconds: time of the product, launch included.
-    - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`. moved: bytes between L2 and cores.
+    - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`; if resident, the bytes of weights that
+      `hbm` does not count. moved: bytes between L2 and cores.
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
     - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
@@ -183,10 +184,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     # Bytes
     each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
     x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm)
-    w_hbm = w_hbm * (not resident)
     if grouped and grouped.scattered:
         out_hbm = heads * m * n * each[2] + 0 * gn
-    hbm = x_hbm + w_hbm + out_hbm
+    read = x_hbm + w_hbm * (not resident)
+    hbm = read + out_hbm
     wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
     stage_mean = (rows * x_bits + n / gn * fetched) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
@@ -287,10 +288,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     # Stores of all rounds but the last compete with loads, unless SRAM holds the operands of all rounds.
     competing = (1 - 1 / rounds) * np.clip(rounds * steps / ring - 1, 0, 1) if lib.persistent else 1 - 1 / rounds
     loads = (full * all_load + (rest > 0) * last_load) * job_steps
-    from_hbm = (x_hbm + w_hbm + out_hbm * competing) / chip.hbm_rate
-    short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
+    from_hbm = (read + out_hbm * competing) / chip.hbm_rate
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
+    short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
     # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
     idle = 0.0
@@ -340,21 +341,29 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
     out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
+    prefetched: bool = False,
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
-    counts both sides of a GLU pair. resident: True if the weights were prefetched, so they are not read from HBM.
-    grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+    counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
+    grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
+    HBM delivers the weights during earlier ops. The product then takes the seconds of resident weights, and hbm_bytes
+    counts the weights too. Its choice is the one for which the longer of these seconds and HBM's time for all these
+    bytes is shortest; of several, the one with the fewest seconds.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
-    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped)
-    i = int(np.argmin(w["seconds"]))
+    w = time_choices(
+        target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident or prefetched, heads, grouped
+    )
+    all_hbm = w["hbm"] + w["weights"] * prefetched
+    longer = np.maximum(w["seconds"], all_hbm / chip.hbm_rate) if prefetched else w["seconds"]
+    i = int(np.lexsort((w["seconds"], longer))[0])
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
     jobs, steps = float(w["jobs"][i]), float(w["steps"][i])
-    hbm, moved = float(w["hbm"][i]), float(w["moved"][i])
+    hbm, moved = float(all_hbm[i]), float(w["moved"][i])
     busy = {
         "MXU": jobs * steps * float(w["work"][i]) / cores,
         "VEC": jobs * float(w["drain"][i]) / cores,
@@ -364,7 +373,7 @@ def linear_timing(
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
     if grouped:
         choice = f"{len(grouped.counts)} experts, {choice}"
-    seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
+    seconds, weights = float(w["seconds"][i]), 0.0 if resident else float(w["weights"][i])
     flops = 2.0 * (sum(grouped.counts) if grouped else heads * m) * n * k
     return Timing(seconds, busy, hbm, moved, 0.0, flops, w["run"], weights, choice, jobs=jobs)
 

@@ -133,7 +133,7 @@ class RowsKernel(ChipKernel):
         """Bytes that a core stores for one row; by default `width` values."""
         return float(self.width * library.activation_bytes)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         rows, lib, parts = sizes.rows_of(self.rows), target.library, self.parts()
         if not rows * self.width:
             return Timing(0.0)

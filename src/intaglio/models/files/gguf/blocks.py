@@ -250,9 +250,10 @@ def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
 
 
 def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that dequantises blocks of the GGUF type `kind` (such as Q2_K) to bf16, a few rows at a time.
+    """Make a function that dequantises blocks of the GGUF type `kind` (such as Q2_K) to bf16.
 
-    The function raises PortError if the gguf library is not installed.
+    The returned function takes uint8 blocks [rows, blocks, bytes] and returns bf16 [rows, columns]. It decodes a few
+    rows at a time to save memory, and raises PortError if the gguf library is not installed.
     """
 
     def decode(b: np.ndarray) -> np.ndarray:

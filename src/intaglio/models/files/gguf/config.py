@@ -117,10 +117,11 @@ def experts(m: Metadata) -> dict[str, Any]:
 
 
 def llama(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Llama and models like it.
+    """The keys of config.json, as a dict, for a GGUF file of llama.cpp's architecture llama.
 
-    That is Mixtral if there are experts, or Qwen2 if q, k and v have biases but the output projection has none. Raises
-    CheckpointError for a missing key, PortError if rope rotates only part of each head.
+    The key `architectures` is Mixtral's if the file has experts; Qwen2's if q, k and v have biases but the output
+    projection has none; else Llama's. Raises CheckpointError for a missing key, PortError if rope rotates only part of
+    each head.
     """
     whole_heads(m)
     c = base(m)
@@ -157,7 +158,7 @@ def qwen(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file of dense Qwen2 or Qwen3 into the keys of config.json.
 
     The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
-    supported. model: the architecture's name in the dict.
+    supported. model: value of the dict's key `architectures`, such as Qwen2ForCausalLM.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def granite(model: str) -> Any:
 
     The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: the architecture's name in the dict. Files with a shared expert get GraniteMoeSharedForCausalLM instead.
+    model: value of the dict's key `architectures`. Files with a shared expert get GraniteMoeSharedForCausalLM instead.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -233,10 +234,11 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 def plain(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
-    It is for architectures whose files have only the keys that Llama's have: what differs from Llama is built into
-    their ports. The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    It is for architectures whose files have the same keys as Llama's; their ports know by themselves where they differ
+    from Llama. The returned function raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
 
-    model: the architecture's name in the dict.
+    model: value of the dict's key `architectures`, such as OlmoForCausalLM.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -22,9 +22,11 @@ def common(m: Metadata, model: str) -> dict[str, Any]:
 
 
 def gpt2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-2. Scores are divided by the root of the head's width only.
+    """The keys of config.json, as a dict, for GPT-2.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    GGUF has no key for scale_attn_by_inverse_layer_idx, so the dict leaves it out: attention scores are divided by the
+    root of the head's width, and not by the layer's number as well. Raises CheckpointError for a missing key, PortError
+    for a value that is not supported.
     """
     return common(m, "GPT2LMHeadModel") | {"n_inner": m.whole("feed_forward_length")}
 
@@ -54,8 +56,8 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 def falcon(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
 
-    Files hold no Falcon with ALiBi. Raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    GGUF files of Falcon always use rope, so the key `alibi` is False. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     two, kv = m.has("ln_attn.weight"), m.kv_heads

@@ -186,10 +186,10 @@ def ungated_experts(m: Metadata) -> dict[str, Any]:
 def delta_nets(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file of Qwen3-Next or Qwen3.5 into config.json's keys.
 
-    The function returns a dict. Layers for which the file has a rate of decay get a gated delta net, the others
+    The function returns a dict. Layers for which the file has a tensor A_log (ssm_a) are gated delta nets, the others
     attention. The function raises CheckpointError for a missing key, PortError for an unsupported value.
 
-    model: the architecture's name in the dict.
+    model: value of the dict's key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -61,7 +61,10 @@ class Place:
         return self.start + prod(self.shape[:-1]) * self.row_bytes
 
     def cut(self, first: int, shape: tuple[int, ...]) -> Place:
-        """The Place of the part of shape `shape` that starts at row `first`."""
+        """A Place (file, offset, type, shape) of the part of this tensor with the given shape, from row `first` on.
+
+        The caller sees to it that the part lies inside the tensor; this is not checked.
+        """
         return Place(self.file, self.kind, shape, self.start + first * self.row_bytes)
 
 
