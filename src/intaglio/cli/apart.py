@@ -169,8 +169,8 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
         q: the question that the results answer; the title names its model and lengths.
         on: the chip, for the title.
         found: (prefill layout, decode layout, ApartResult) of each result.
-        by_load: True for a line for each pair of layouts: output tokens/s per chip over those per user. False for a bar
-            for each result: its output tokens/s per chip.
+        by_load: True for a line chart with one line for each pair of layouts: x is output tokens/s per user, y is
+            output tokens/s per chip. False for a bar chart with one bar for each result, its output tokens/s per chip.
     """
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:

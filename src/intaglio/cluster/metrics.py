@@ -38,7 +38,11 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as bytes. Latencies of replicas that were removed are dropped."""
+        """All metrics in Prometheus' text format, as bytes.
+
+        First deletes the latencies of replicas that have been removed from the router, so that they do not appear any
+        more.
+        """
         for pair in [p for p in self._latencies if p[0] and p[0] not in self.backends.router.replicas]:
             self._latency.remove(*pair)
             del self._latencies[pair]

@@ -34,9 +34,16 @@ class Autoscaler:
         self._quiet: float | None = None  # since when one replica less would do
 
     def wanted(self, router: Router, replicas: int, now: float) -> int:
-        """The number of replicas that there should be. replicas: the present number. now: the time in seconds.
+        """The number of replicas that there should be.
 
-        Call this about once a second: the decision depends on how long requests wait, or have not waited.
+        It is always in the allowed range. It rises when requests have waited without a pause for UP_AFTER seconds, and
+        falls by 1 when none has waited for DOWN_AFTER seconds and the others could do the work. Call this about once a
+        second, since it measures these times between its calls.
+
+        Args:
+            router: the router, whose queue and replicas are looked at.
+            replicas: the present number.
+            now: the time in seconds.
         """
         if not self.least <= replicas <= self.most:
             self.why = f"allowed are {self.least} to {self.most}"

@@ -105,7 +105,7 @@ class FairQueue:
         self._forget_idle()
 
     def discard(self, job: Job) -> None:
-        """Remove a job from those that wait, without a charge."""
+        """Remove a job from the queue, if it waits there, without adding its tokens to what its tenant has used."""
         self._remove(job)
         self._forget_idle()
 
@@ -140,7 +140,12 @@ class FairQueue:
         return len(self.tenants[tenant].waiting) if tenant in self.tenants else 0
 
     def _return(self, tenant: Tenant) -> None:
-        """Raise the counter of a tenant without waiting jobs to the lowest of the tenants that have some."""
+        """Take away the credit of a tenant that had no waiting jobs, when it returns with one. Returns nothing.
+
+        Its counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs; if there
+        are none, to the counter at which the last job was taken. A higher counter stays, and so does that of a tenant
+        with waiting jobs.
+        """
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]
             tenant.counter = max(tenant.counter, min(others, default=self._floor))

@@ -81,9 +81,17 @@ class PromptMemory:
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
 
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
-        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens.
+        """Record the length in tokens and the last whole K/V block of each prefix of a prompt's text. Returns nothing.
 
-        keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()).
+        So the router can tell which blocks a later prompt with the same beginning needs. The length of a
+        prefix is an estimate: tokens count as spread evenly over the text.
+
+        Args:
+            keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()). Nothing is recorded without
+                keys.
+            tokens: tokens of the whole prompt.
+            names: names of the prompt's whole blocks, in order.
+            block_size: tokens of a block.
         """
         if not keys:
             return
@@ -118,10 +126,14 @@ class PromptMemory:
 
 
 class CacheIndex:
-    """The router's record of one replica's cache: blocks known from events, and prefixes of prompts sent to it.
+    """The router's record of one replica's K/V cache: blocks that it reported, and prompts that were sent to it.
 
-    `stale` is True if a snapshot is needed: there was none yet, or events were missed. `events` becomes True with the
-    first event or snapshot; until then assumed prefixes do not expire by time.
+    Attributes:
+        incarnation: text that names the replica's cache since its last restart; None before the first report.
+        stale: True if the router needs a snapshot of the cache: there was none yet, or events were missed.
+        events: True once an event or snapshot has come. Before, the prefixes of prompts that were sent to the replica
+            count as cached without a time limit; after, for ASSUMED_SECONDS.
+        names: names of the blocks that the replica reported.
     """
 
     def __init__(self) -> None:
@@ -133,7 +145,10 @@ class CacheIndex:
         self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: until when it counts, seconds
 
     def restarted(self, incarnation: str) -> None:
-        """Record the incarnation of the replica's cache. If it is new, nothing counts as cached and the index is stale.
+        """Forget everything if the replica has restarted, which a new `incarnation` shows. Returns nothing.
+
+        Nothing counts as cached then, and `stale` is True: a snapshot of the cache is needed. If `incarnation` is the
+        same, nothing changes.
 
         incarnation: text that is different for each start of the replica's engine.
         """
@@ -174,13 +189,13 @@ class CacheIndex:
                 self._assumed.clear()
 
     def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
-        """Replace the blocks that are known from the replica's events by the names in a snapshot. Returns nothing.
+        """Replace the blocks that the replica has reported by those in a snapshot of its cache. Returns nothing.
 
-        The prefixes recorded by assume() stay. A snapshot is ignored if an event or snapshot with a higher number of
-        the same incarnation was already applied.
+        A snapshot is ignored if an event or snapshot with a higher number of the same incarnation was already applied.
 
         Args:
-            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
+                recorded is forgotten first. Else the prefixes recorded by assume() stay.
             sequence: number of the last event before the snapshot.
             names: names of all blocks in the cache.
         """
@@ -190,10 +205,11 @@ class CacheIndex:
         self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt was sent to the replica: its prefixes count as cached until the replica reports itself.
+        """Record that a prompt was sent to the replica, so that its prefixes count as cached. Returns nothing.
 
-        An assumed prefix counts until computed() says that events tell of it, at most for ASSUMED_SECONDS, and longer
-        while no events arrive. At most ASSUMED_MAX are kept; the oldest are dropped.
+        A prefix counts until CONFIRMED_SECONDS after computed(), at most for ASSUMED_SECONDS. It counts without a time
+        limit while the replica reports nothing, or `stale` is True. At most ASSUMED_MAX prefixes are kept; the oldest
+        are dropped.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).

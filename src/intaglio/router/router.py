@@ -139,10 +139,10 @@ class Router:
         self.queue.push(job)
 
     def place(self, job: Job, now: float) -> Placement | None:
-        """Place a job at once if no other job of its stage waits and the best replica has room; else queue it.
+        """Place a job at once, if its stage's queue is empty and the best replica has room; else add it to the queue.
 
-        Returns the Placement that submit() and dispatch() would lead to, or None if the job is queued. Raises Refusal
-        as submit() does. now: the time in seconds.
+        A job's stage is "all" or "prefill" (only the prompt is computed). Returns the Placement; None if the job is
+        queued, to be placed by dispatch() later. Raises Refusal if the job is not admitted. now: the time in seconds.
         """
         estimates = self._admit(job, now)
         if not self.queue.jobs_of[job.stage]:
@@ -191,7 +191,8 @@ class Router:
             id: the job's id; one that is not placed is ignored.
             now: the time in seconds.
             tokens: number of tokens of the prompt.
-            names: names of the K/V blocks that hold the prompt.
+            names: names of the K/V blocks that hold the prompt, in order, as the replica's cache reports them; (): not
+                known.
             block_size: tokens of a block.
         """
         if (name := self._where.get(id)) is not None:
@@ -281,7 +282,11 @@ class Router:
         return [r for r in alive if r.role != "prefill"] or alive
 
     def _admit(self, job: Job, now: float) -> list[Estimate]:
-        """The Estimates of a job on the replicas that may be given it, if it is admitted; else raise Refusal."""
+        """A list of Estimates (first token and end, in seconds), one for each replica on which the job can be placed.
+
+        Raises Refusal if the job is not admitted: there is no such replica, the queue is full, or the job would start
+        or end too late. A refusal is also counted by its reason.
+        """
         try:
             return self._check(job, now)
         except Refusal as refusal:

@@ -350,9 +350,9 @@ def _relay(request: Request) -> Relay | None:
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
-    """The response's id: `id`; if the client gave a request_id, the prefix of `id` ("cmpl", "chatcmpl") and request_id.
+    """The id of a response. It is `id`, unless the client gave a request_id: then it is that with the prefix of `id`.
 
-    The engine never sees request_id.
+    For example, `id` "cmpl-17" and request_id "abc" give "cmpl-abc". The engine never sees request_id.
     """
     return f"{id.split('-')[0]}-{body.request_id}" if body.request_id else id
 

@@ -77,9 +77,12 @@ class FrameBuffer:
 
 @asynccontextmanager
 async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddress) -> AsyncIterator[None]:
-    """Async context manager that serves the control channel until the block ends, and logs its address over TCP.
+    """Async context manager that serves the control channel, over which a router sends requests to this replica.
 
-    where: path of a Unix socket that only processes of this user may connect to, or an address with a token. Raises
+    It yields None, and ends the channel when the block ends. For a TCP channel, the bound address is written to the
+    log.
+
+    where: path of a Unix socket that only processes of this user may connect to, or a TCP address with a token. Raises
     OSError if the path or address cannot be bound.
     """
     connections: set[Connection] = set()
@@ -177,7 +180,10 @@ class Connection:
 
 
 class Call:
-    """One call of a router: a request that is passed to the ASGI application as if it had come over HTTP."""
+    """A request that a router has sent over its connection to this replica.
+
+    The request is passed to the ASGI application as if it had come over HTTP.
+    """
 
     def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
         self.connection, self.number, self.body = connection, number, body

@@ -88,10 +88,12 @@ class Prefill:
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
     def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
-        """Number of leading prompt tokens whose K/V blocks another replica can load from the tier.
+        """Number of leading prompt tokens whose K/V blocks another replica can load from the tier (a store of blocks).
 
-        They are tokens of the request's first prompt; their blocks are pinned by the request's lease. 0 without a
-        lease. Waits until the engine's blocks are saved. names: names of the first prompt's full blocks, in order.
+        They are tokens of the request's first prompt. Counted are whole blocks that are stored and that the request's
+        lease protects from eviction; 0 without a lease. Waits until the engine's blocks are saved.
+
+        tier: the store. names: names of the first prompt's full blocks, in order.
         """
         tier.flush()
         blocks = tier.handed(self.lease, names) if self.lease else 0
@@ -121,9 +123,9 @@ class HeldLeases:
             self._working = asyncio.ensure_future(self._work())
 
     async def _work(self) -> None:
-        """Release all leases that are to be released and renew all leases that are due, until none is left.
+        """Release the leases in `_released` and renew those that are due, until nothing is left to do. Returns nothing.
 
-        A task runs it after each update() that finds no such task running. Returns nothing.
+        It runs as a task, which update() starts if none is running.
         """
         now = asyncio.get_running_loop().time
         while self._released or any(due <= now() for due in self._due.values()):

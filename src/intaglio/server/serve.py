@@ -90,7 +90,10 @@ class Connection(HttpToolsProtocol):
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
-        """Close the connection if it is idle; abort it if closing takes longer than `write_timeout` seconds."""
+        """Close the connection if it is idle; if closing takes longer than `write_timeout` seconds, abort it.
+
+        A connection with a request that is being answered is left open, and so is one that is closing already.
+        """
         if self._between and not self.transport.is_closing():
             self.transport.close()
             self.loop.call_later(self.write_timeout, self.transport.abort)

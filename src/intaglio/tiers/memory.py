@@ -54,7 +54,10 @@ class MemoryLeases:
         return True
 
     def release(self, lease: str) -> None:
-        """End a lease now, if it has not ended."""
+        """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
+
+        lease: its id, as take() returned it.
+        """
         with self._lock:
             self._held.pop(lease, None)
 

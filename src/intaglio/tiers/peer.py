@@ -113,7 +113,10 @@ class PeerTier(StoreTier):
                 self._announced.popitem(last=False)
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that load() can probably get, an int: blocks in memory, or announced as at a peer.
+        """How many of the first blocks in `names` load() can probably get, an int: up to the first that is nowhere.
+
+        A block counts if it is in the memory of this process, or if a peer has announced that it holds the block. The
+        peer may have evicted it since.
 
         names: the names of the blocks, each the parent of the next.
         """
@@ -121,9 +124,10 @@ class PeerTier(StoreTier):
         return next(here, len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> PeerLoad:
-        """Begin to read or fetch blocks of `block_bytes` bytes each, and return the PeerLoad.
+        """Begin to load blocks of `block_bytes` bytes each. Returns the PeerLoad, which tells how far loading is.
 
-        After close() nothing is read: the PeerLoad has ended already.
+        Blocks in this process's memory are read from there; the others are fetched from the peers that have announced
+        them. After close() nothing is loaded: the PeerLoad is finished, without blocks.
         """
         return self._begin(PeerLoad(), keys, block_bytes)
 

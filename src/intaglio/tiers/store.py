@@ -139,7 +139,10 @@ class StoreTier:
         self.said, self.lock = set[str](), threading.Lock()
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that can probably be loaded. names: the blocks, each the parent of the next."""
+        """How many of the first blocks in `names` the store has now. They may be evicted before they are loaded.
+
+        names: the names of the blocks, each the parent of the next.
+        """
         return self.stored(names)
 
     def stored(self, names: Sequence[str]) -> int:
@@ -198,10 +201,11 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True; False, and counts it, if it has run out.
+        """Extend a lease, so that it ends `seconds` from now. Returns True, or False if it had run out before.
 
-        Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
-        before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
+        The counter `expired` of `counts` counts the leases that had run out. Raises TimeoutError, counted as an error,
+        if others lock the leases for too long; the lease then goes on as before. Raises ValueError unless 0 < seconds
+        <= leases.LONGEST.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)
@@ -217,10 +221,13 @@ class StoreTier:
         self.store.leases.release(lease)
 
     def handed(self, lease: str, names: Sequence[str]) -> int:
-        """Number of blocks, from the first of `names` on, that the store has and that are pinned by a lease.
+        """How many of the first blocks in `names` another replica can rely on: stored, and protected by `lease`.
 
-        names: the blocks, each the parent of the next. Returns 0 for a lease that has run out, and counts it as
-        expired.
+        A lease protects blocks from eviction for a time. Returns 0 for a lease that has run out, and adds 1 to the
+        counter `expired`. A prefill replica calls this when it has saved a prompt's blocks for the replica that
+        generates.
+
+        names: the names of the blocks, each the parent of the next.
         """
         pinned = self.store.leases.names(lease)
         if pinned is None:
@@ -243,7 +250,10 @@ class StoreTier:
         self.report(what)
 
     def damaged(self, error: BlockFileError) -> None:
-        """Count a block that failed a check, and report the first."""
+        """Count a block that failed a check. The first one is also reported to the operator. Returns nothing.
+
+        error: what the check found.
+        """
         self.counts.corrupt += 1
         self.say("corrupt", f"a K/V block cannot be used and is computed: {error}; further ones are only counted")
 

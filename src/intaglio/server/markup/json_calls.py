@@ -58,8 +58,8 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 def string(s: Source) -> Pieces[bool]:
     """Parse one JSON string and yield its text piece by piece, with its quotes; control characters are escaped.
 
-    A generator that yields None while it waits for more output. Its return value is True if the string is
-    complete, False if the text does not begin with a quote or ends early.
+    A generator that yields None while it waits for more text of the model in `s`. Its return value is True if the
+    string is complete, False if the text does not begin with a quote or ends early.
     """
     if not (yield from some(s)) or s.held[0] != '"':
         return False

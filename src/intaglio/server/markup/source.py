@@ -56,7 +56,7 @@ class Source:
         self.held, self.taken, self.last = "", "", False
 
     def take(self, n: int) -> str:
-        """Consume the first `n` characters and return them."""
+        """Consume the first `n` characters of the text received so far, and return them; fewer if fewer have come."""
         text, self.held = self.held[:n], self.held[n:]
         self.taken += text
         return text
@@ -154,10 +154,10 @@ def first(s: Source, *marks: str) -> str | None:
 
 
 def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
-    """Run the parser `steps`, which yields text, and append each piece to the list `into`.
+    """Run the parser `steps`, which yields pieces of text, and append each piece to the list `into`.
 
-    Returns a generator that yields None where `steps` waits for more output. Its return value is the return value of
-    `steps`.
+    Returns a generator. It yields None whenever `steps` yields None, which means that more text of the model must come
+    first. Its return value is the return value of `steps`.
     """
     while True:
         try:

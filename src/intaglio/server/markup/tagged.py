@@ -95,9 +95,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
     """Consume the opening tag of the next tool call, and find the set of tags to which it belongs.
 
-    Some formats have calls without an opening tag. A generator; its return value is the set of `ways` whose
-    opening tag was read. If there was no tag, the value is the first of `ways` without an opening tag, or None if all
-    have one.
+    A generator that yields None while it waits for more text of the model in `s`. Its return value is the set in `ways`
+    whose opening tag was read. Some formats have calls without an opening tag: if no tag was read, the return value is
+    the first set without an opening tag, or None if every set has one.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
