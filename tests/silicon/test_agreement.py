@@ -20,22 +20,22 @@ from intaglio.silicon.kernels.rows import RowsKernel
 from intaglio.silicon.memory import Region, dense
 from intaglio.silicon.sizes import BatchSizes, sizes_of
 
-BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "route", "sinusoid", "sample")
+BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample")
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
-    """On any chip, within 5 % if the operands fit the L2; otherwise its evictions are approximated."""
+    """On any chip, within 3 % if nothing is evicted from the L2.
+
+    Otherwise the model lets all cores wait for the same accesses; cores whose loads hit may run ahead of the others.
+    """
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
         op, tensors = a.case.op, a.case.tensors
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
-        assert (0.3 < a.ratio < 3) if fits.hbm_bytes else abs(a.ratio - 1) < 0.05, (
-            on.chip.name,
-            a.ratio,
-            a.case.words,
-        )
+        evicts = on.chip.l2_bytes and fits.hbm_bytes
+        assert (0.3 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.03, (on.chip.name, a.ratio, a.case.words)
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
@@ -43,7 +43,7 @@ def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
     op = Embed(site="embed", tokens="t", w="w", out="y")
     tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, 1360), "bf16", "weight")]
     for rows in (1, 27, 600):
-        assert 0.3 < compare_kernel(target("mi355x"), case(op, tensors, batch_of([(rows, 0)]), "")).ratio < 3
+        assert 0.9 < compare_kernel(target("mi355x"), case(op, tensors, batch_of([(rows, 0)]), "")).ratio < 1.1
 
 
 @pytest.mark.parametrize("chip", ["a100_sxm", "h100_sxm", "b200_sxm", "tpu_v5e", "tpu_v7", "mi300x", "gaudi3"])

@@ -25,15 +25,15 @@ def engine_names() -> tuple[str, ...]:
 
 
 def engine_records(engine: str, generation: str, constants: str = "") -> tuple[KernelRecord, ...]:
-    """The KernelRecords of a serving engine's kernels on one generation of chips, as a tuple.
+    """A tuple with one KernelRecord (facts and fitted constants of a kernel) for each kernel of a serving engine.
 
-    () if the kernels of this engine are not known. Raises ChipError for a wrong file.
+    The tuple is empty if there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:
-        engine: the engine's name.
+        engine: the engine's name, such as vllm.
         generation: generation of the chip, such as hopper.
-        constants: generation whose fitted constants the records get; "": `generation`. A kernel that was measured on
-            one generation only has the constants of that one.
+        constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
+            was not measured on that generation, its record takes the constants of another one, see merged().
     """
     path, wanted = KERNELS / f"{engine}.toml", constants or generation
     return tuple(record_of(path, merged(entry, wanted)) for entry in entries(engine))
@@ -55,9 +55,11 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
 
 
 def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:
-    """A table `[[kernels]]` as one flat dict: its facts, and its constants for a generation of chips.
+    """Flatten a table `[[kernels]]` of an engine's file into one dict {field: value} and return it.
 
-    A kernel that was measured on one generation only has that one's constants for any other.
+    The dict has the kernel's facts (fields that hold on every chip) and its fitted constants for `generation`. If the
+    table has no constants for `generation`, it has those of the first of GENERATIONS that the table covers. The field
+    `default` is False unless the table sets it.
     """
     of_each = {g: entry[g] for g in GENERATIONS if g in entry}
     own = of_each.get(generation, next(iter(of_each.values()), {}))
@@ -66,10 +68,14 @@ def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """The kernel library `base` with a serving engine's kernels added, to be chosen by name.
+    """A copy of the kernel library `base` with a serving engine's kernels before its own, to be chosen by name.
 
-    Returns `base` itself for an engine whose kernels are not known. constants: see engine_records(). Raises ChipError
-    for a wrong file.
+    Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
+
+    Args:
+        engine: the engine's name, such as vllm.
+        base: the chip's own kernel library.
+        constants: generation of chips from which the fitted constants are taken; "": base.generation.
     """
     records = engine_records(engine, base.generation, constants)
     if not records:

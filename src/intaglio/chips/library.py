@@ -133,13 +133,17 @@ class KernelLibrary:
         check(self)
 
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
-        """The KernelRecord of the kernel that computes one use of an op: the first whose formats and widths fit.
+        """The first KernelRecord (description of one kernel) in `kernels` that fits a call.
 
-        None if no record fits, or if the library has none; the library's own fields then describe the kernel.
+        None if no record fits. The library's own fields then describe the kernel.
 
-        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
-        its heads. kernel: name of the kernel to use; "": the first that is used by default. Raises ChipError for a name
-        that no record has.
+        Args:
+            op: kind of call, such as "products" or "prefill", one of OPS.
+            format: number format of the weights, or of the keys and values; "": fits only records for all formats.
+            head_dim: columns of an attention head; 0 for other calls.
+            kernel: name that the record must have; "": any name, but only records whose field `default` is True.
+
+        Raises ChipError if `kernel` is a name that no record of the library has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"
@@ -147,9 +151,9 @@ class KernelLibrary:
         return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
 
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
-        """The library reduced to one kernel: a copy with the record's values in its fields, and without records.
+        """A copy of the library that describes one kernel: its fields have the record's values, `kernels` is empty.
 
-        record: None for the kernel that the library's own fields describe.
+        record: the kernel; None: the kernel that the library's own fields describe.
         """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 

@@ -52,10 +52,10 @@ LIBRARY: dict[str, Range] = {
 
 
 def outside(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
-    """Error text for the first of `values` that is NaN, outside its range or an empty tuple; "" if none is.
+    """Error text for the first of `values` that is NaN, outside its range or an empty tuple; "" if all are allowed.
 
-    values: a number, or a tuple of numbers, by name. ranges: (least, most) by name. Values without a range are not
-    checked; a range without a value raises KeyError.
+    values: {name: a number, or a tuple of numbers}. ranges: {name: (least, most)}. Values without a range are not
+    checked. A range without a value raises KeyError.
     """
     for name, (least, most) in ranges.items():
         value = values[name]

@@ -132,8 +132,8 @@ class ChipSpec:
     def runs_as(self, format: str) -> str:
         """The format in which the matrix array multiplies values of `format`: `format` itself, or a wider one.
 
-        It is the narrowest that the array has and that represents all values of `format` exactly. Raises ChipError if
-        there is none.
+        The result is `format` if the array takes it. Otherwise it is the narrowest format that the array takes and
+        that represents all values of `format` exactly. Raises ChipError if there is none.
         """
         rates = dict(self.macs)
         for candidate in (format, *WIDER.get(format, ())):
@@ -212,9 +212,10 @@ def part_of(name: str) -> str | None:
 
 
 def replace(spec: ChipSpec, **changes: Any) -> ChipSpec:
-    """A copy of `spec` with fields changed. Fields of its Constants, Links and Energy are given by their own names.
+    """A copy of `spec` with fields changed. changes: the new values, by field.
 
-    Raises ChipError for an unknown field, and for an invalid chip.
+    Fields inside spec.constants, spec.links and spec.energy are given by their own names, such as bytes_per_s. Raises
+    ChipError for an unknown field, and for values that ChipSpec refuses.
     """
     own = {f.name for f in dataclasses.fields(ChipSpec)}
     changed: dict[str, Any] = {name: value for name, value in changes.items() if name in own}

@@ -67,23 +67,27 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A target whose library holds only the constants of the kernel that computes an op.
+        """A target that describes only the kernel that computes a call: its library has this kernel's field values.
 
-        A library may have records of kernels with values of their own for some fields. The result's library has the
-        values of the one record that fits the call. Without records the result is this target itself.
-        See also reduced().
+        A library may have records: descriptions of single kernels, with other values for some fields. The first record
+        that fits the call gives the values, see KernelLibrary.record() and reduced(). If none fits, the library's own
+        values stay. If the library has no records at all, the result is this target itself, whatever `name` is.
 
-        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
-        its heads. name: name of the kernel; "": the one used by default. Raises ChipError if the library has records,
-        and none of this name.
+        Args:
+            op: kind of call, such as "products" or "prefill".
+            format: number format of the weights, or of the keys and values.
+            head_dim: columns of an attention head; 0 for other calls.
+            name: name of the kernel to use; "": the first that fits among those used by default.
+
+        Raises ChipError if the library has records, but none called `name`.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A target whose library describes only one kernel: its fields have the record's values. Cached.
+        """A target that describes only one kernel: its library has the record's values and no other records. Cached.
 
         The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor; products above 1
-        become 1.
+        become 1. The result's memory_factor is 1.
 
         record: one of the library's `kernels`; None: the kernel that the library's own fields describe.
         """
@@ -131,7 +135,7 @@ class Target:
         raise ChipError(f"{name}={text}; wanted {wanted(kind)}, such as {example(self.get(name))}")
 
     def changed(self, changes: Mapping[str, Any]) -> Target:
-        """A copy of the target with other values of fields, given by names such as `library.launch_s`.
+        """A copy of the target with other values of fields. changes: {name such as `library.launch_s`: new value}.
 
         Raises ChipError for an unknown name, and for values that are invalid.
         """
@@ -144,18 +148,20 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """A target whose library holds only the constants of the kernel that computes an op; see Target.kernel(). Cached.
+    """A target that describes only the kernel that computes a call. Cached; it does the work of Target.kernel().
 
-    on: the target. op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and
-    the width of its heads. name: name of the kernel; "": the one used by default. Raises ChipError for a name that no
-    record of the library has.
+    on: the target. op, format, head_dim, name: as in Target.kernel(). Raises ChipError if no record of the library has
+    the name `name`; "" is no name, and never raises.
     """
     return reduced_target(on, on.library.record(op, format, head_dim, name))
 
 
 @lru_cache(maxsize=4096)
 def reduced_target(on: Target, record: KernelRecord | None) -> Target:
-    """Target.reduced(), cached: the target `on` with only the kernel of `record`."""
+    """A target that describes only one kernel of the target `on`. Cached; it does the work of Target.reduced().
+
+    record: the kernel, one of on.library.kernels; None: the kernel that the library's own fields describe.
+    """
     reduced = on.library.with_record(record)
     factor, own = reduced.memory_factor, on.chip.constants
     if factor == 1:
@@ -182,9 +188,9 @@ def example(value: Any) -> str:
 
 
 def split(name: str) -> tuple[str, str]:
-    """(part, field) of a name `chip.FIELD` or `library.FIELD`; part is "chip" or "library".
+    """Split a name `chip.FIELD` or `library.FIELD` into (part, field); part is "chip" or "library".
 
-    Raises ChipError for any other text, and for a field that the part does not have.
+    Raises ChipError for any other text, and for a field that the chip or library does not have.
     """
     part, dot, field = name.partition(".")
     if not dot:

@@ -58,7 +58,7 @@ class Apart:
 
     @property
     def crosses_nodes(self) -> bool:
-        """True if K/V travels between nodes."""
+        """True if K/V travels between nodes: one network of links cannot connect all chips, and another joins nodes."""
         links = self.prefill.target.chip.links
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
@@ -126,11 +126,15 @@ class ApartRun:
 
 
 def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
-    """Serve requests in virtual time, and return the ApartRun.
+    """Serve requests on disaggregated servers (some prefill, the others decode) in virtual time. Returns the ApartRun.
 
-    arrivals: seconds at which the first requests are sent. Each later request is sent when an earlier one has ended.
-    Raises ValueError for a request that a cache cannot hold, for one with fewer than two output tokens, and for an
-    unknown route.
+    Args:
+        apart: the servers. Its field `route` names how a router chooses among them.
+        requests: at least one request, in the order in which they are sent.
+        arrivals: seconds at which the first requests are sent. Each later request is sent when an earlier one ends.
+
+    Raises ValueError for a request that a server's K/V cache cannot hold, for a request with fewer than two output
+    tokens, and if apart.route is not one of codesign.fleet.ROUTES.
     """
     if min(r.output for r in requests) < 2:
         raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")

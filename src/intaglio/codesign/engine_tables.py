@@ -95,19 +95,19 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
 def read_rows(
     path: Path, table: str, min_us: float = 0.0, split: str | None = None
 ) -> tuple[list[dict[str, str]], int]:
-    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows in other formats).
+    """Read a CSV file of an engine's kernel latencies. Returns (rows, number of rows in unknown number formats).
 
-    translated() gives the rows the columns of this project; rows in number formats that it does not know are left out.
-    Each row has a column `split`. If the file lacks it, rows of the same kernel and format get "fit" and "test" in
-    turn.
+    The rows are a list of dicts {column: text}, with the column names of validate.TABLES and a column `split`. If the
+    file has no column `split`, rows of the same kernel and number format get "fit" and "test" in turn. A row whose
+    number format is not one of FORMATS is only counted.
 
     Args:
         path: the file.
-        table: name of the table, such as gemm.
-        min_us: the list has only rows that took at least so many microseconds.
-        split: the list has only rows of this half, "fit" or "test"; None: rows of both.
+        table: name of the engine's table, a key of COLUMNS, such as gemm.
+        min_us: rows that took fewer microseconds are left out of the list.
+        split: "fit" or "test": the list has only rows with this value of `split`; None: all rows.
 
-    Raises TableError for rows that check_rows() refuses.
+    Raises TableError, a ValueError, for rows that check_rows() refuses.
     """
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
@@ -131,8 +131,8 @@ def parts_of(path: Path) -> tuple[str, str]:
 def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
     """Find the CSV files CHIP/ENGINE_TABLE.csv of measured kernel latencies in a folder.
 
-    Returns a list of (file, chip, engine, name of the table), sorted by path. Files of other chips or engines are left
-    out. Raises ValueError if no file remains.
+    Returns a list of (file, chip, engine, name of the table), sorted by path. A file is left out if CHIP is not a known
+    chip or ENGINE is not one of ENGINES. Raises ValueError if no file remains.
     """
     paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and parts_of(p)[0] in ENGINES]
     if not paths:
@@ -141,7 +141,10 @@ def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (kernel, number format), as a dict in the order of the names."""
+    """Group rows by kernel. Returns {(kernel, number format): list of rows}, sorted by kernel and format.
+
+    rows: dicts {column: text} with a column `kernel`.
+    """
     out: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda r: (r["kernel"], dtype_of(r))):
         out.setdefault((row["kernel"], dtype_of(row)), []).append(row)
@@ -151,8 +154,13 @@ def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 def engine_target(chip: str, engine: str, constants: str = "") -> Target:
     """The Target of a chip, whose kernel library is the chip's own with the kernels of a serving engine added.
 
-    constants: generation of chips whose fitted constants the engine's kernels get, such as hopper; "": the chip's own.
-    For an engine whose kernels are not known, the library is the chip's own alone.
+    If the engine's kernels are not known, nothing is added. Raises ChipError for an unknown chip.
+
+    Args:
+        chip: name or file of the chip.
+        engine: the engine's name, such as vllm.
+        constants: generation of chips whose fitted constants the engine's kernels get, such as hopper; "": the
+            generation of this chip.
     """
     on = target(chip)
     return Target(on.chip, engine_library(engine, on.library, constants))
@@ -208,21 +216,22 @@ def is_engine_table(path: Path) -> bool:
 def calibrate_kernels(
     base: Target, paths: Sequence[Path], points: int, min_us: float, seed: int = 0, progress: Progress = silent
 ) -> tuple[Target, list[Fitted]]:
-    """Fit a serving engine's kernels on a chip to a few rows of each. Returns (the target with them, errors).
+    """Fit a serving engine's kernels on a chip to a few measured rows of each kernel. Returns (Target, errors).
 
-    The target's library is that of `base`, with the fitted kernels before its own. The errors are those of the rows
-    that were not used, a Fitted for each kernel and number format; kernels with one row are left out.
+    The Target's library is that of `base`, with the fitted kernels before its own. The errors are a list with a Fitted
+    for each kernel and number format: its errors on the rows that were not used for the fit. A kernel of which only one
+    row is left (see min_us) is not fitted.
 
     Args:
         base: the chip with its own library.
-        paths: tables of one engine, <engine>_<table>.csv.
+        paths: tables of one engine, files <engine>_<table>.csv.
         points: maximum number of rows of a kernel to fit to, see kernel_fit.calibrate_kernel().
         min_us: rows that took fewer microseconds are left out.
-        seed: of the confidence intervals.
+        seed: seed of the random resamples that give the errors' confidence intervals.
         progress: called before each kernel.
 
-    Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form covers,
-    and if no kernel has two rows.
+    Raises ValueError if a file is not an engine's table, if the files are of several engines, if a table is not in
+    COLUMNS, and if no kernel has two rows; TableError, a ValueError, for rows that check_rows() refuses.
     """
     engines = {parts_of(path)[0] for path in paths}
     if len(engines) != 1 or not all(is_engine_table(path) for path in paths):

@@ -18,10 +18,13 @@ STATE_BYTES = 4  # of a value of the state
 
 
 def convolution(on: Target, row: Mapping[str, str]) -> Timing:
-    """The Timing of a causal convolution over some tokens, or of one step of it for each decoding sequence.
+    """The modelled Timing of a short causal convolution, as in state-space layers, which a row of a table describes.
 
-    A step also reads and writes the state, the last inputs of each channel. Some kernels process prompts row by row: a
-    channel of a sequence at a time, which takes a core library.row_cycles.
+    In phase "context" the call processes prompts. If the library's row_cycles is above 0, one core processes one
+    channel of one sequence at a time, which takes row_cycles cycles or more. In phase "generation" the call processes
+    one token of each decoding sequence; it also reads and writes the state, the last inputs of each channel.
+
+    row: {column: text} with phase, batch (sequences), tokens (of all sequences), channels and conv_width.
     """
     tokens, channels, width = integers(row, "tokens", "channels", "conv_width")
     moved = 4.0 * tokens * channels
@@ -35,11 +38,13 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
 
 
 def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
-    """The Timing of a call of the gated delta rule (Yang et al. 2025) that a row of a table describes.
+    """The modelled Timing of a call of the gated delta rule (Yang et al. 2025), which a row of a table describes.
 
-    It is a step of decoding if the row's `phase` is "generation". Otherwise the call processes prompts in chunks of
-    CHUNK tokens. The chunks of one head and sequence run one after another, since each needs the state after the one
-    before.
+    In phase "generation" the call processes one token of each decoding sequence. In phase "context" it processes
+    prompts in chunks of CHUNK tokens. The chunks of one head of a sequence run one after another, since each chunk
+    starts from the state that the previous chunk leaves.
+
+    row: {column: text} with phase, batch, tokens, n_k_heads, head_k_dim, n_v_heads and head_v_dim.
     """
     batch, tokens, k_heads, dk, heads, dv = integers(
         row, "batch", "tokens", "n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim"
@@ -66,5 +71,8 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
 
 
 def recurrent(on: Target, row: Mapping[str, str]) -> Timing:
-    """The Timing of a row's call, by the name of its kernel: a convolution, or the gated delta rule."""
+    """The modelled Timing of a call of a recurrent layer's kernel, which a row of a table describes.
+
+    The column `kernel` decides: convolution() if its text begins with "causal_conv1d", otherwise delta_rule().
+    """
     return convolution(on, row) if row["kernel"].startswith(CONVOLUTION) else delta_rule(on, row)

@@ -35,12 +35,12 @@ class TableError(ValueError):
 
 
 def integers(row: Mapping[str, str], *names: str) -> list[int]:
-    """The values of the columns `names` of a row, as a list of ints."""
+    """The values of the columns `names` of a row, as a list of ints. row: {column: text}, checked by check_rows()."""
     return [int(row[name]) for name in names]
 
 
 def needed(table: str, rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """Names of the columns that a table's rows need, beside `us`.
+    """Names of the columns that the rows of a table must have, besides `us` (measured microseconds), as a tuple.
 
     They are NEEDED[table]. In a table of recurrent kernels, HEADS are needed too, unless all rows are of convolutions.
     """
@@ -49,9 +49,10 @@ def needed(table: str, rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
 
 
 def fault(column: str, value: str, formats: Collection[str]) -> str:
-    """What values a column allows, as text; "" if it allows this one.
+    """Check one value of a column of a table. Returns "" if it is allowed, otherwise the allowed values as text.
 
-    formats: allowed number formats; empty: all.
+    The text completes an error message, such as "a whole number of at least 1". formats: names of number formats that
+    a column of formats (its name ends in dtype) allows; empty: all.
     """
     if column.endswith("dtype"):
         return f"one of {', '.join(formats)}" if formats and value not in formats else ""
@@ -81,8 +82,9 @@ def check_rows(
     Args:
         path: the file, for the message.
         rows: the rows.
-        columns: the columns that are needed, beside `us`.
-        formats: number formats that columns of formats allow; empty: all.
+        columns: names of the columns to check. The column `us` (measured microseconds) is always checked too. Each must
+            be there; the values in other columns are not checked.
+        formats: names of number formats that columns of formats (names that end in dtype) allow; empty: all.
     """
     wanted = (*columns, "us")
     if rows and (missing := [c for c in wanted if c not in rows[0]]):

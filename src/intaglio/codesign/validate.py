@@ -48,8 +48,8 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 def matmul(on: Target, row: Row) -> Timing:
     """The Timing of the matrix product that a row describes.
 
-    With 8-bit weights the Timing includes the kernels that quantise bf16 activations. Raises ChipError if the chip's
-    arrays do not take the row's format.
+    If the row's format has activations of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16.
+    Raises ChipError if the chip's arrays do not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format, x_format, w_bits = formats_of(row)
@@ -84,7 +84,12 @@ def quantised(on: Target, row: Row) -> Timing:
 
 
 def bmm(on: Target, row: Row) -> Timing:
-    """The Timing of the products that a row describes, one a head, of queries by DeepSeek-V3's key up-projection."""
+    """The modelled Timing of a batched matrix product of DeepSeek-V3, with the sizes in a row of a measured table.
+
+    For each head, queries [tokens, 128] are multiplied by the head's key up-projection [128, 512]. If the row's format
+    has queries of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16. row: {column: text} with
+    dtype, tokens and n_heads. Raises ChipError if the chip's arrays do not take the row's format.
+    """
     tokens, heads = integers(row, "tokens", "n_heads")
     format, x_format, w_bits = formats_of(row)
     width, latent = MLA_PROMPT[1], MLA_LATENT[1]
@@ -112,9 +117,11 @@ def attention(on: Target, row: Row) -> Timing:
 
 
 def cast(on: Target, values: float, bits: int) -> Timing:
-    """The Timing of a kernel that converts cached keys and values to bf16 before attention; 0 s if there is none.
+    """The modelled Timing of a kernel that converts cached keys and values to bf16 before attention.
 
-    values: cached keys and values that attention reads. bits: of each.
+    The Timing is 0 s if no such kernel runs: because the library's kv_cast_bytes is 0, the cached values have more than
+    8 bits, or there are none. values: number of cached elements of keys and values that attention reads. bits: bits of
+    one such element.
     """
     moved = values * on.library.kv_cast_bytes
     if not moved or bits > 8:
@@ -211,9 +218,10 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
 
 
 def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
-    """The KernelRecord of the kernel that a row's column `kernel` names; None if it names none that the library has.
+    """The KernelRecord (description of one kernel) that a measured row's column `kernel` names.
 
-    table: name of the row's table, a key of TABLES.
+    None if the row names no kernel, or if the library of `on` has no record with this name that fits the row's number
+    format and head width. table: name of the row's table, a key of TABLES.
     """
     if not (name := row.get("kernel", "")):
         return None
@@ -222,9 +230,10 @@ def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
 
 
 def timing(on: Target, table: str, row: Row) -> Timing:
-    """The Timing of a row's call, by the kernel that the row names, or else by the library's default kernels.
+    """The modelled Timing of the call that a measured row describes.
 
-    table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run the call.
+    The call runs the kernel that the row names if the library has it, see record_of_row(), and otherwise the library's
+    default kernels. table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run the call.
     """
     record = record_of_row(on, table, row)
     return TABLES[table](on.reduced(record) if record else on, row)
@@ -295,7 +304,8 @@ class Worst:
 class Record(Errors):
     """Errors of the modelled times for one chip, table (or kernel) and number format.
 
-    The inherited fields (rows, median, mean, bias) are for all rows of the table in this format, in per cent.
+    The fields inherited from Errors are for all rows of the table in this format: `rows` is the number of rows,
+    `median` and `mean` are those of the absolute errors in per cent, and `bias` is the mean of the signed errors.
 
     Attributes:
         chip: name of the chip.
@@ -339,9 +349,9 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row as text: its column dtype, or else kv_dtype.
+    """The number format of a row as text: its column dtype, or else its column kv_dtype.
 
-    A row of a collective has neither column, only a number of bytes. The text is then "two bytes".
+    For a row with neither column, such as a collective's, the text is "two bytes": values of such tables have 16 bits.
     """
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 

@@ -60,13 +60,14 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
     """The text of a library file (TOML) for the library `new`, which builds on the library file `base`.
 
-    The text sets the fields in which `new` differs from `old`. If any kernel record differs, it has all kernel records
-    of `new`, since records of a file are preferred to those of its base file.
+    The text sets the fields in which `new` differs from `old`. If the kernel records differ, it has all records of
+    `new`, not only those that differ: the first record that fits a call is used, and a file's own records come before
+    those of its base, so the order of the records matters.
 
     Args:
         new: the library to write.
         old: the library in the file `base`.
-        base: name of that file.
+        base: name of the library file that `old` was read from.
         why: the reason, which is written for each changed field.
     """
     changed = differences(new, old)

@@ -59,12 +59,12 @@ class ScheduleClock:
 
     Attributes:
         chunks: number of chunks of the payload.
-        needs: for each step, a list of what it occupies: a link by its number, or a rank r as -1 - r, each with its
-            bytes per second.
+        needs: for each step, a list of (number, bytes per second) of the links or the rank that the step occupies. The
+            number of a link is its index in topology.links; the number of rank r is -1 - r.
         arrival: for each step, the latency of its route in ticks: from the last byte sent until the step ends.
         waits: number of unmet dependencies of each step.
         busy: the tick at which a link or a rank becomes free, by the same numbers as in `needs`.
-        held: ticks for which a chunk occupies a link or rank, by (bytes of the chunk, bytes per second).
+        held: cache {(bytes of a chunk, bytes per second): ticks for which the chunk occupies a link or rank}.
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
