@@ -326,6 +326,8 @@ class Router:
             alive: the replicas that may be given jobs of the stage; at least one.
             stage: "all" or "prefill", see Job.
         """
+        if not self.queue.tokens_of[stage]:
+            return 0.0
         found = self.paces()
         return self.queue.tokens_of[stage] / sum(1 / max(found[r.name].per_token, 1e-9) for r in alive)
 

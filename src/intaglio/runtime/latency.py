@@ -102,6 +102,10 @@ class LatencyEstimator:
         self.steps = self.steps.with_step(tokens, seconds)
         self.mean_sampled += (sampled - self.mean_sampled) / self.steps.weight
 
+    def forget_steps(self) -> None:
+        """Forget all steps so far, as if none had been observed. What is known of requests stays. Returns nothing."""
+        self.steps, self.mean_sampled = StepFit(), 0.0
+
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
         """Estimated seconds to prefill `prefill_tokens` tokens and then sample `output_tokens` for each sequence.
 
