@@ -20,7 +20,7 @@ GENERATIONS = ("hopper", "blackwell")  # whose kernels were measured
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names of the serving engines whose kernels are known, in alphabetical order."""
+    """Names of the serving engines whose kernels are known, as a tuple in alphabetical order."""
     return tuple(sorted(path.stem for path in KERNELS.glob("*.toml")))
 
 
@@ -33,7 +33,7 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
         engine: the engine's name, such as vllm.
         generation: generation of the chip, such as hopper.
         constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
-            was not measured on that generation, its record takes the constants of another one, see merged().
+            was not measured on that generation, its record takes the constants of another generation, see merged().
     """
     path, wanted = KERNELS / f"{engine}.toml", constants or generation
     return tuple(record_of(path, merged(entry, wanted)) for entry in entries(engine))
@@ -41,7 +41,7 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
 
 @lru_cache
 def entries(engine: str) -> tuple[dict[str, Any], ...]:
-    """The tables `[[kernels]]` of an engine's file, as a tuple of dicts; () if there is no file.
+    """The tables `[[kernels]]` of the file data/kernels/ENGINE.toml, as a tuple of dicts; () if there is no such file.
 
     Raises ChipError, naming the file, if it cannot be read, is not TOML or has no tables `[[kernels]]`.
     """
@@ -68,8 +68,9 @@ def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """A copy of the kernel library `base` with a serving engine's kernels before its own, to be chosen by name.
+    """A copy of the kernel library `base` with a serving engine's kernels added at the head of its `kernels`.
 
+    An added kernel is used where a caller asks for it by name, unless its table sets `default` to true.
     Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:

@@ -194,9 +194,9 @@ def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "
 
 
 def typed(what: str, value: Any, kind: Any) -> Any:
-    """A TOML value as a value of the type `kind`: a list becomes a tuple, and an integer a float where `kind` is float.
+    """Convert a TOML value to the type `kind` and return it: lists become tuples, and integers floats where wanted.
 
-    what: name of the value, for the error. Raises ChipError if the type does not fit.
+    what: name of the value, for the error. Raises ChipError if the value's type does not fit `kind`.
     """
     if kind is Any:
         return value

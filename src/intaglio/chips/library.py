@@ -20,11 +20,11 @@ class Protocol:
     """A protocol of a collective library, such as NCCL's LL, LL128 and Simple.
 
     Attributes:
-        name: its name.
+        name: name of the protocol.
         barrier_factor: start-up time of a collective, in multiples of KernelLibrary.barrier_s.
         latency_factor: latency of one step, in multiples of KernelLibrary.link_latency_s.
-        bandwidth_fraction: fraction of the links' bandwidth that it reaches.
-        max_bytes_per_chip: largest payload for which it is used, in bytes; 0: any.
+        bandwidth_fraction: fraction of the links' bandwidth that the protocol reaches.
+        max_bytes_per_chip: largest payload for which the protocol is used, in bytes; 0: any.
     """
 
     name: str
@@ -42,7 +42,7 @@ ALGORITHMS = ("ring", "all")
 class KernelLibrary:
     """Numbers that describe a vendor's kernels on one generation of chips, such as overheads, tiles and efficiencies.
 
-    Together with a ChipSpec they determine the modelled times. It holds no code. Efficiencies are fractions, above 0
+    The modelled times follow from these numbers and from the hardware (ChipSpec). Efficiencies are fractions, above 0
     and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value outside its range.
     """
 
@@ -181,10 +181,10 @@ def check(library: KernelLibrary) -> None:
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with new values for the fields `changes`, which then hold for all of its kernels.
+    """A copy of `library` with other values of fields. changes: the new values, by field.
 
-    A kernel record's own value of such a field is dropped. Raises ChipError for an unknown field or a value outside its
-    range.
+    The new values hold for all kernels of the library: a kernel record's own value of such a field is dropped. Raises
+    ChipError for an unknown field or a value outside its range.
     """
     fields = [f.name for f in dataclasses.fields(KernelLibrary)]
     for name in changes:

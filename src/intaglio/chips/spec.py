@@ -37,25 +37,28 @@ class Constants:
 class Links:
     """Links of one chip to other chips.
 
-    Values of `topology`:
+    Chips that one network of links connects are a node. A second network, with one adapter per chip, may join nodes.
 
-    - switch: every pair of chips at full rate.
-    - k44: complete bipartite, each of four chips linked to the four of the other side.
-    - mesh: every pair of chips linked, all pairs by equally many links.
-    - torus: neighbours in two dimensions.
-    - pcie_tree: chips that share the PCIe bridges of one host.
-    - none: no links.
-
-    Chips that one such network connects are a node. A second network, with one adapter a chip, may join nodes.
+    Attributes:
+        count: number of links of the chip.
+        bytes_per_s: bandwidth of one link, in each direction.
+        topology: how the links connect the chips of a node: "switch" (every pair of chips at full rate), "k44"
+            (complete bipartite: each of four chips is linked to each of four others), "mesh" (every pair of chips is
+            linked, all pairs by equally many links), "torus" (neighbours in two dimensions), "pcie_tree" (the chips
+            share the PCIe bridges of one host) or "none" (no links).
+        max_chips: largest number of chips of a node.
+        node_bytes_per_s: bandwidth of a chip's adapter to other nodes, in each direction; 0: nothing joins nodes.
+        node_latency_s: seconds of latency of one step of a collective between nodes.
+        host_links: for a pcie_tree, number of links at full rate that the host's bridges carry together.
     """
 
     count: int
-    bytes_per_s: float  # of one link, in each direction
+    bytes_per_s: float
     topology: str
-    max_chips: int  # that one network connects
-    node_bytes_per_s: float = 0.0  # of a chip's adapter to chips of other nodes, each way; 0: nothing joins nodes
-    node_latency_s: float = 0.0  # of one step of a collective between nodes
-    host_links: float = 0.0  # of a pcie_tree: links at full rate that the host's bridges carry together
+    max_chips: int
+    node_bytes_per_s: float = 0.0
+    node_latency_s: float = 0.0
+    host_links: float = 0.0
 
     @property
     def chip_bytes_per_s(self) -> float:
@@ -158,7 +161,7 @@ class ChipSpec:
 
     @property
     def l2_rate(self) -> float:
-        """Bandwidth of the L2 (without one: of the on-chip network) that long streams reach, in bytes/s."""
+        """Bandwidth that long streams from the L2 reach, in bytes/s; without an L2, that of the on-chip network."""
         return self.l2_bytes_per_cycle * self.clock_hz * self.constants.l2_efficiency
 
     @property

@@ -61,8 +61,8 @@ class Target:
     def with_library(self, **changes: Any) -> Target:
         """A copy of the target with fields of the library changed. changes: the new values, by field.
 
-        They hold for all kernels of the library. Raises ChipError for an unknown field, a value outside its range, and
-        a library that does not fit the chip.
+        The new values hold for all kernels of the library. Raises ChipError for an unknown field, a value outside its
+        range, and a library that does not fit the chip.
         """
         return Target(self.chip, replace_library(self.library, **changes))
 
@@ -106,10 +106,11 @@ class Target:
         return getattr(getattr(self.chip, inside) if inside else self.chip, field)
 
     def parse(self, name: str, text: str) -> Any:
-        """The value that `text` stands for, in the type of the field `name`; changed() takes it.
+        """Convert text to a value of the type of one field, such as changed() needs. Returns the value.
 
-        The text is a number such as 8e12, true or false, a word, numbers with commas, or a TOML list. Raises ChipError
-        for an unknown field, for a field that is a table, and for text that does not fit the field's type.
+        name: `chip.FIELD` or `library.FIELD`. text: a number such as 8e12, true or false, a word, numbers with commas,
+        or a TOML list. Raises ChipError for an unknown field, for a field that is a table, and for text that does not
+        fit the field's type.
         """
         part, field = split(name)
         if part == "chip" and field in PARTS:
@@ -218,7 +219,8 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 def register_chip(on: Target) -> Target:
     """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
 
-    Plugins call it. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
+    Plugins call this function. The library becomes the chip's default library. Raises ChipError if a different chip or
+    library already has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

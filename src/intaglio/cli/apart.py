@@ -28,7 +28,7 @@ def apart_table(
     question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
     budget: int, as_json: bool, plot: Path | None = None, chips: int = 0,
 ) -> None:  # fmt: skip
-    """Print latencies and rates of each pair of prefill and decode layouts at each concurrency, and a bar for each.
+    """Print latencies and rates of each pair of a prefill and a decode layout, at each concurrency, as a table.
 
     Args:
         question: the model and its load.

@@ -38,8 +38,8 @@ def calibrate(
 ) -> None:
     """Fit a chip and its kernel library to a few measured kernel times; write files for --chip and --library.
 
-    With tables of one serving engine (<engine>_<table>.csv, with a column kernel_source), that engine's kernels are
-    fitted. With other tables, the chip and its library are.
+    With tables of one serving engine (<engine>_<table>.csv, with a column kernel_source), only the kernels of that
+    engine are fitted.
     """
     from intaglio.codesign.calibrate import by_table, samples
     from intaglio.codesign.calibrate import calibrate as run

@@ -88,7 +88,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 def modelled(program: Program, chip_name: str = "sohu") -> str:
     """Two lines in one text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
 
-    The prompt has 256 tokens, or one token less than the context if that is shorter.
+    The prompt has 256 tokens, or one token less than the context if that is shorter. chip_name: the chip, such as sohu.
     """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes

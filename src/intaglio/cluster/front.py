@@ -172,6 +172,8 @@ class Front:
 
         Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers, 408
         if the body comes too slowly, and 413 if it is too large; ClientDisconnected if the client disconnects.
+
+        headers: the request's headers, with names in lower case; the replica gets some of them.
         """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]

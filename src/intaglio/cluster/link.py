@@ -83,9 +83,9 @@ class Call:
 
 
 class Link(asyncio.Protocol):
-    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it ends.
+    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it is lost.
 
-    A protocol, not a pair of streams: these would take two more turns of the event loop for each frame.
+    It is an asyncio.Protocol, since asyncio's streams would take two more turns of the event loop for each frame.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,10 @@ MODELS_MAX = 64  # different values of the label `model`, which clients choose
 
 
 class RouterMetrics:
-    """The router's Prometheus metrics: request counts and latencies, rendered with those of RouterCollector."""
+    """The router's Prometheus metrics: request counts and latencies.
+
+    The method render() also gives the metrics of RouterCollector, which are read at each scrape.
+    """
 
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()

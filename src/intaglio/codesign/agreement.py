@@ -70,7 +70,7 @@ def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
     """Bring a call's operands into the simulated L2, where the op before the call would have left them.
 
     The first row of every region is read, then the second row of every region, and so on: no operand is older in the
-    L2 than the others. Returns nothing. memory: the simulated memories. regions: where the operands lie in its HBM.
+    L2 than the others. Returns nothing. memory: the simulated memories. regions: the operands' places in simulated HBM.
     """
     for row in range(max((r.rows for r in regions), default=0)):
         for region in regions:

@@ -79,8 +79,8 @@ class Sample:
 def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
     """A list of Samples, one for each table and number format, with the rows of at least `min_us` microseconds.
 
-    tables: rows by table. Of collectives all rows are kept, since short ones show the start-up time. A table and format
-    without such rows gives no Sample.
+    tables: {name of a table: its rows}. Rows of collectives are all kept, since short ones show the start-up time. A
+    table and format without such rows gives no Sample.
     """
     out = []
     for table, rows in tables.items():
@@ -95,7 +95,7 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 def chosen(sample: Sample, points: int) -> np.ndarray:
     """An array of the indices of `points` rows at even quantiles of the latency.
 
-    The array has all rows, ordered by latency, if `points` is 0 or not below their number.
+    If `points` is 0 or not below the number of rows, the array has the indices of all rows, ordered by latency.
     """
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
@@ -188,7 +188,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """A list of the names of the constants that change the predictions of some sample, in the order of fitting."""
+        """Names of the constants on which predicted times of the samples depend, as a list in the order of fitting."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -229,8 +229,8 @@ class Search:
         """Make `other` the best target so far if it has a lower cost than `self.on`. Returns True if that is so.
 
         The cost is the samples' negative log-likelihood plus the constants' negative log-prior. It must be lower by at
-        least `least`. numbers: indices of the samples to compare. prior: log-prior part of the difference. common: True
-        if all kernels share the constant that changed, see weight().
+        least `least`. numbers: indices of the samples to compare. prior: the negative log-prior of `other` minus that
+        of self.on. common: True if all kernels share the constant that changed, see weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -241,7 +241,7 @@ class Search:
         return True
 
     def fit_constant(self, name: str, step: float) -> None:
-        """Improve the constant `name` of the target `self.on`, which is replaced by the best one. Returns nothing.
+        """Improve the constant `name` of self.on (a Target), which becomes the best target found. Returns nothing.
 
         The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as it falls.
         """

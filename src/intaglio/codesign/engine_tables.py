@@ -178,12 +178,13 @@ def validate_engines(
         folder: holds `<chip>/<engine>_<table>.csv`.
         min_us: rows that took fewer microseconds are left out.
         worst: how many rows with the largest errors a Record lists.
-        split: "fit" or "test", only rows of this half, see read_rows(); None: all rows.
-        library_name: "engine": each row by the engine's kernel of its name, or else by the chip's own library; "chip":
-            all by the chip's own library; otherwise name or file of a library that is taken for all chips.
+        split: "fit" or "test": only rows of this half, see read_rows(); None: all rows.
+        library_name: what models the rows. "engine": the engine's kernel that the row names if it is known, otherwise
+            the chip's own library. "chip": the chip's own library. Any other text: the library of this name or file,
+            on all chips.
 
-    Raises ValueError if the folder has no such file; ChipError if a chip cannot run a row's call, and for an unknown
-    library.
+    Raises ValueError if the folder has no such file; TableError, a ValueError, for rows that check_rows() refuses;
+    ChipError if a chip cannot run a row's call, and for an unknown library.
     """
     records, left = list[Record](), list[str]()
     for path, chip, engine, table in tables_of(folder):

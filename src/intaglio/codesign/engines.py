@@ -57,8 +57,8 @@ class EngineProfile:
         recipes: dicts of profile fields with other values for some servers, such as options with which published
             benchmarks start them. The keys `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens
             of a request's prompt) say for which servers; a key left out matches all. For disaggregated servers,
-            `layout` is the layout of one prefill server. If several set a field, the last one counts. `why` is the
-            source.
+            `layout` is the layout of one prefill server. If several recipes set a field, the last one counts. `why` is
+            the source.
         apart: {field: value}, which replace the profile's on disaggregated servers (separate prefill and decode).
         older: {field: value}, which replace the profile's in older releases of the engine. A release is older if its
             number is below that in the key `before`, such as 0.14.

@@ -50,11 +50,11 @@ class Member:
     """One replica of the fleet in virtual time.
 
     Attributes:
-        number: its number, from 0.
-        queue: its Queue of requests.
+        number: number of the replica, from 0.
+        queue: the replica's Queue of requests.
         next: time in seconds at which the replica must be simulated further, by take(); see look_ahead(). NEVER
             (infinity) if no request is open.
-        given: number of requests that the router gave it.
+        given: number of requests that the router gave the replica.
     """
 
     def __init__(self, number: int, queue: Queue) -> None:

@@ -52,7 +52,10 @@ class Case:
 
 
 def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
-    """A random multiple of `step` between `low` and `high`, at least `step`; its logarithm is evenly distributed."""
+    """A random number from `low` to `high`, rounded down to a multiple of `step`; at least `step`.
+
+    The logarithm of the number is evenly distributed before the rounding.
+    """
     return max(step, int(low * (high / low) ** rng.uniform()) // step * step)
 
 
@@ -245,7 +248,7 @@ def permute(rng: np.random.Generator, on: Target) -> Case:
 
 
 def concat(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the op Concat, which puts the columns of two tensors side by side."""
+    """A random Case (one call to be timed) of the op Concat, which puts the columns of two tensors side by side."""
     left, right = (power(rng, 128, widest(on, 8192, 3), 16) for _ in "ab")
     batch, op = tokens(rng, 2048), Concat(site="concat", a="a", b="b", out="y")
     return case(op, [temp("a", left), temp("b", right)], batch, f"m={len(batch.tokens)} widths={left}+{right}")

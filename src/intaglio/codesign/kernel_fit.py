@@ -239,7 +239,7 @@ class KernelSearch:
         """Improve one constant of one case, in place: its value in self.values[number]. Returns nothing.
 
         The value is multiplied by 1 + step as long as the case's cost falls by 0.02 or more, then divided by 1 + step
-        as long as the cost falls so. An efficiency stays at most 1.
+        as long as the cost falls by that much. An efficiency stays at most 1.
 
         number: index of the case. name: name of the constant.
         """

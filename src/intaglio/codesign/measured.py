@@ -283,9 +283,10 @@ def times(
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a measured row's load in virtual time, and return the Compared: the row with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. profile: the serving engine. closed_form: True to
-    compute the latencies with steady.estimate() for the mean lengths, in about a tenth of the time. Rows of
-    disaggregated servers are always simulated.
+    If the row cannot be modelled, the result's field `refused` says why, and its latencies are 0.
+
+    profile: profile of the row's serving engine. closed_form: True to compute the latencies with steady.estimate() for
+    the mean lengths of the requests, in about a tenth of the time. Rows of disaggregated servers are always simulated.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -364,7 +365,7 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the model on the measured rows of one engine and group: (modelled - measured) / measured latency.
+    """Errors of modelled latencies on the rows of one engine and group; an error is modelled / measured - 1.
 
     Attributes:
         engine: name of the engine, or "all".

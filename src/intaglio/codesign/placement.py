@@ -30,7 +30,8 @@ class Placement:
         experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
         replicas: number of servers, which share nothing.
 
-    Raises LayoutError if the layout of the experts does not have as many chips as the copies together.
+    Raises LayoutError if there are several copies but no layout of the experts, and if the layout of the experts has
+    pipeline stages, sequence parallelism, or another number of chips than a pipeline stage of all copies together.
     """
 
     attention: Layout

@@ -25,7 +25,8 @@ class QueueSettings:
     """How a server's engine is run. Times are in seconds.
 
     Attributes:
-        kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
+        kv_tokens: number of tokens that the K/V cache can hold. A request is admitted if there is room for its prompt
+            and whole response.
         max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
             longer prompt is prefilled in chunks.
         max_sequences: maximum sequences that run at once, on all DP ranks together.
@@ -35,9 +36,10 @@ class QueueSettings:
             sequences evenly, and their hosts work in parallel.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
-        admission_steps: steps that a request waits for before it is admitted.
-        poll_steps: decode steps between two looks for new requests, if sequences run; after a step with prompts the
-            engine looks at once. 0 or 1: it looks before every step.
+        admission_steps: number of decode steps that a request waits before it is admitted. The simulated queue does not
+            wait for them; their time is added to each request's latencies.
+        poll_steps: number of decode steps after which the engine looks for new requests again, while sequences decode.
+            After a step with prompts it looks at once. 0 or 1: it looks before every step.
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it; above 1 with speculative decoding.
     """
 

@@ -44,8 +44,8 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 class Ranked:
     """The recommended and the best measured way to serve one model, engine and chip.
 
-    A point is a way to serve: a layout, a number of open requests and, if rows of other engines or lengths are compared
-    too, these. Rows of a benchmark give each point's measured and modelled output tokens/s per chip.
+    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
+    also differ in other columns, such as the engine, the values in these columns belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only

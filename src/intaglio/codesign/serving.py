@@ -176,8 +176,11 @@ class ServingResult:
 def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings) -> StateSpec:
     """The StateSpec of the largest K/V cache that fits beside weights and activations on every chip.
 
-    It has no more blocks than `max_sequences` whole contexts need, and two slots of recurrent state for each sequence
-    if the model has such state. stages: one rank's Program of each pipeline stage. Raises ChipError if no block fits.
+    The StateSpec says how many K/V blocks and slots of recurrent state a chip has. There are at most as many blocks as
+    settings.max_sequences sequences of the model's full context need. There are two slots for each sequence if the
+    model has recurrent state, and otherwise none. Raises ChipError if no block fits.
+
+    stages: one rank's Program of each pipeline stage.
     """
     hbm, slots = int(target.chip.hbm_bytes * settings.memory_share), 0
     if any(t.shape[0] == "N" for p in stages for t in p.of_role("state")):

@@ -121,8 +121,8 @@ class Design:
         tokens_per_s: output tokens per second of all replicas.
         watts: mean power of all chips.
         weight_bytes: bytes of weights on the chip that has the most.
-        kv_bytes: bytes of K/V on that chip when every open request has half of its response.
-        kv_tokens: tokens of K/V that one server holds.
+        kv_bytes: bytes of K/V on the chip that has the most, when every open request has half of its response.
+        kv_tokens: number of tokens whose K/V one server can hold.
         confirmed: True if the figures come from a simulation of the requests, False if from the formula estimate().
         within: True if `ttft` and `tpot` are within the limits that were asked for.
     """
@@ -326,10 +326,13 @@ class Candidate:
 def candidates(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """Compile the model for each layout, and pair it with each chip. Returns (Candidates, refusals), two lists.
+    """Compile a model for each layout, and pair each layout with each chip. Returns (Candidates, refusals), two lists.
 
-    A refusal is (chip, layout, reason) of a pair that cannot hold the model. Raises LayoutError for a text that is no
-    layout, FormatError for an unknown format.
+    A Candidate is a pair whose steps can be timed. A refusal is (name of the chip, layout, reason) of a pair that
+    cannot hold or run the model. Raises LayoutError for a text that is no layout, FormatError for an unknown format.
+
+    question: the model, its number formats and its load. targets: chips with kernel libraries. layouts: texts such as
+    tp8.
     """
     out: list[Candidate] = []
     refused: list[tuple[str, str, str]] = []

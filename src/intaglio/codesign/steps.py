@@ -41,9 +41,10 @@ class Formats:
     """Number formats of a served model, as `intaglio simulate` takes them.
 
     Attributes:
-        weights: format of weight matrices.
-        kv: format of the K/V cache.
-        activations: auto, fp8, or "weights": the format of the weights, where the chip's arrays multiply it.
+        weights: format of weight matrices; "auto": as stored.
+        kv: format of the K/V cache; "auto": it follows from `weights`, see compiler.weights.set_weight_formats().
+        activations: format of activations in matrix products. "auto": as the model's Program says. "fp8": fp8 for
+            weights in fp8. "weights": the format of the weights, where the chip's arrays multiply it.
         experts: format of the matrices of routed experts; "": as `weights` says.
     """
 
@@ -111,7 +112,7 @@ class Server:
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
         states: int = 2,
     ) -> int:  # fmt: skip
-        """Number of tokens whose K/V one server holds, beside weights and activations: the sum over its DP ranks.
+        """Number of tokens whose K/V one server can hold, beside weights and activations: the sum over its DP ranks.
 
         A DP rank is a data-parallel copy of the attention layers, with sequences and a K/V cache of its own.
 
@@ -279,10 +280,10 @@ class StepTimes:
         A kernel of a matrix product or of experts is copied. In the copy, weights in nvfp4 (e2m1 codes with scales) are
         e2m1. Any other kernel is returned itself. The format of the activations depends on self.server.activations:
 
-        - "auto": it stays.
-        - "weights": it becomes that of the weights, for e4m3, e2m1 and int8 weights that the chip's arrays multiply. If
-          the arrays do not, and for int4 weights, it becomes bf16. For all other weights f32 becomes bf16, and any
-          other format stays.
+        - "auto": the activations keep their format.
+        - "weights": beside e4m3, e2m1 and int8 weights, activations get the format of the weights if the chip's arrays
+          multiply it, and otherwise bf16. Beside int4 weights, they get bf16. Beside all other weights, f32 becomes
+          bf16, and any other format stays.
 
         Raises ChipError if the arrays do not take the weights' format.
         """

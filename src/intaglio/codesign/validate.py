@@ -46,7 +46,7 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 
 
 def matmul(on: Target, row: Row) -> Timing:
-    """The Timing of the matrix product that a row describes.
+    """The modelled Timing of the matrix product that a row of a measured table describes.
 
     If the row's format has activations of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16.
     Raises ChipError if the chip's arrays do not take the row's format.
@@ -66,9 +66,10 @@ def formats_of(row: Row) -> tuple[str, str, float]:
 
 
 def quantise(on: Target, m: int, k: int) -> Timing:
-    """The Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
+    """The modelled Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
 
-    The kernel library's quantise_launches, quantise_bytes and row_cycles describe them. 0 s if quantise_launches is 0.
+    The kernel library's quantise_launches, quantise_bytes and row_cycles describe these kernels. The Timing is 0 s if
+    quantise_launches is 0.
     """
     if not on.library.quantise_launches:
         return Timing(0.0)
@@ -79,7 +80,7 @@ def quantise(on: Target, m: int, k: int) -> Timing:
 
 
 def quantised(on: Target, row: Row) -> Timing:
-    """The Timing of quantising activations [m, k]; the row of the table has m and k."""
+    """The modelled Timing of quantising activations [m, k]. row: a row of a measured table, with columns m and k."""
     return quantise(on, *integers(row, "m", "k"))
 
 
@@ -98,7 +99,9 @@ def bmm(on: Target, row: Row) -> Timing:
 
 
 def attention(on: Target, row: Row) -> Timing:
-    """The Timing of the attention call that a row describes, with the write of its keys and values.
+    """The modelled Timing of the attention call that a row of a measured table describes.
+
+    The write of the new keys and values to the K/V cache is included.
 
     Raises ChipError if the chip's arrays do not take the row's format.
     """
@@ -131,10 +134,10 @@ def cast(on: Target, values: float, bits: int) -> Timing:
 
 
 def latent_attention(on: Target, row: Row) -> Timing:
-    """The Timing of the attention call of DeepSeek-V3 (MLA) that a row describes, with the write of its latents.
+    """The modelled Timing of the attention call of DeepSeek-V3 (MLA) that a row of a measured table describes.
 
-    With one query per sequence, all heads attend to the cached latents. With more (prompts), each query head has a key
-    head and a value head of its own, in bf16.
+    The write of the new latents to the cache is included. With one query per sequence, all heads attend to the cached
+    latents. With more queries (prompts), each query head has a key head and a value head of its own, in bf16.
     """
     batch, q, before, heads = integers(row, "batch", "query_len", "context_len", "n_heads")
     bits = 8 if row["kv_dtype"] == "fp8" else 16
@@ -150,16 +153,18 @@ def latent_attention(on: Target, row: Row) -> Timing:
 
 
 def collective(on: Target, row: Row) -> Timing:
-    """The Timing of the collective that a row describes.
+    """The modelled Timing of the collective that a row of a measured table describes.
 
-    Raises ChipError if the chip cannot run it.
+    Raises ChipError if the chip cannot run the collective.
     """
     n, moved = integers(row, "n_chips", "bytes")
     return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved)
 
 
 def experts(on: Target, row: Row) -> Timing:
-    """The Timing of the layer of routed experts that a table's row describes, on the rank that gets the most tokens.
+    """The modelled Timing of the layer of routed experts that a row of a measured table describes.
+
+    It is the time on the rank that gets the most tokens.
 
     Raises ChipError if the chip's arrays do not take the row's format.
     """
@@ -261,7 +266,7 @@ FAMILY = {  # table -> the op of the kernel records that describe its kernels
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors 100 * (predicted - measured) / measured of some rows, in per cent.
+    """Statistics of the errors 100 * (predicted - measured) / measured of some rows, in per cent.
 
     Attributes:
         rows: number of rows.

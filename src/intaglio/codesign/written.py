@@ -80,7 +80,10 @@ def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) ->
 
 
 def record_lines(record: KernelRecord) -> list[str]:
-    """The lines of a kernel record's table `[[kernels]]` in a library file, as a list, without the heading."""
+    """The lines `field = value` of a kernel record's table `[[kernels]]` in a library file, as a list.
+
+    The heading `[[kernels]]` is not among them.
+    """
     own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "changes"}
     return [f"{name} = {toml(value)}" for name, value in {**own, **dict(record.changes)}.items()]
 
@@ -96,7 +99,7 @@ def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
 def new_files(folder: Path, name: str) -> tuple[Path, Path]:
     """(path of the chip's file, path of the library's file): folder/NAME.toml and folder/NAME_library.toml.
 
-    Raises ChipError if one of them exists, or if `name` is not the name of a file in the folder.
+    Raises ChipError if one of them exists, or if `name` is empty or has a folder in it.
     """
     if not name or name != Path(name).name or "\\" in name:
         raise ChipError(f"--name {name!r}: give a name without folders, such as mine, and the folder with --output")

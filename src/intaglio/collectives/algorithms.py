@@ -34,9 +34,9 @@ def output_slot(rank: int, chunk: int) -> Slot:
 
 
 def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a direct reduce-scatter: every rank sends each owner its chunks, and the owner adds them.
+    """Add to `w` a direct reduce-scatter: for each chunk, every rank sends its contribution to the chunk's owner.
 
-    The owner of a chunk is the rank that gets its sum. The owner adds the contributions in the order of the group.
+    The owner of a chunk is the rank that gets the chunk's sum. It adds the contributions in the order of the group.
 
     Args:
         w: builder of the schedule.
@@ -339,7 +339,7 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
     algorithm is one of:
 
     - direct: one transfer for each pair of ranks.
-    - ring: from rank to rank along the ring, in the shorter direction.
+    - ring: a chunk goes from rank to rank along the ring, in the shorter direction.
     - two_step: the ranks are two sides of h ranks. Chunks for the opposite side go directly. Chunks for a rank's own
       side go in h parts; the k-th rank of the opposite side relays the k-th part.
 

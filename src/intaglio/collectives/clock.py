@@ -29,8 +29,8 @@ def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
     """Modelled seconds until the last step of a schedule has ended on a topology.
 
-    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers waiting for a
-    link get it in schedule order.
+    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers that wait for
+    the same link get the link in schedule order.
 
     Args:
         s: the schedule.
@@ -149,7 +149,7 @@ def choose(
     """The fastest schedule for a payload of `nbytes` bytes on a topology. Returns (schedule, modelled seconds).
 
     Args:
-        collective: its name.
+        collective: name of the collective, such as "all_reduce".
         topology: the ranks and links.
         nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.

@@ -81,9 +81,10 @@ class Topology:
         return self._distances[goal]
 
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
-        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if they are one rank.
+        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if `src` is `dst`.
 
-        Where n links lead on equally well, number (src + dst) % n is taken, so that pairs of ranks use different links.
+        Where n links are equally short ways on, the one with index (src + dst) % n is taken, so that different pairs of
+        ranks use different links.
         """
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()

@@ -64,9 +64,10 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """A copy of this layout with the placement of experts in the file `path`; without a placement if it is missing.
+        """A copy of this layout with the placement of experts that the file `path` holds.
 
-        Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
+        If there is no such file, the copy has no placement. Raises LayoutError for a layout without redundant experts,
+        and PlacementError for a file that holds no placement.
         """
         if self.redundant is None:
             raise LayoutError(
@@ -75,7 +76,10 @@ class Layout:
         return replace(self, placement=ExpertPlacement.read(path))
 
     def check_moves_experts(self) -> None:
-        """Raise LayoutError if no experts can be moved between the ranks of this layout. Returns nothing."""
+        """Raise LayoutError if experts cannot be moved between the ranks while the model runs. Returns nothing.
+
+        They can be moved if `redundant` is set, even to 0. If it is None, each group holds fixed, consecutive experts.
+        """
         if self.redundant is None:
             other = f"{self}r0, or {self}r2 with two redundant experts" if self.ep > 1 else "one such as ep2r0 or ep4r8"
             raise LayoutError(

@@ -25,8 +25,8 @@ class Pass(NamedTuple):
 
     Attributes:
         name: name of the pass.
-        run: function from a Program to one that computes the same. For set_weight_formats() it also takes the formats
-            of weights and of K/V, as text.
+        run: function from a Program to a Program that computes the same results. For set_weight_formats() it also takes
+            the formats of weights and of K/V, as text.
         why: the reason for the pass, as text.
     """
 
@@ -167,9 +167,10 @@ def _sharded(
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """Names of the quantised weights that have the same format in both Programs, so keep their checkpoint's codes.
+    """A set of the names of the quantised weights that have the same format in both Programs.
 
-    ported: the Program as the port made it, with the checkpoint's formats. whole: the same after set_weight_formats().
+    Such weights keep the codes of the checkpoint. ported: the Program as the port made it, with the checkpoint's
+    formats. whole: the same Program after set_weight_formats().
     """
     kept = ((t, ported.tensors.get(t.name)) for t in whole.of_role("weight"))
     return {t.name for t, was in kept if was and was.format == t.format and formats.get(t.format).grouped}

@@ -19,11 +19,11 @@ WORTH = 0.05  # share of the longest stage: stages stay equal for less, since a 
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """The number of each op's pipeline stage, from 0, as a list. A stage has a run of layers, see _runs().
+    """A list of the number of each op's pipeline stage, from 0. A stage has a run of consecutive layers, see _runs().
 
-    Ops before all layers are in the first stage, ops after them in the last. A layer that reads positions chosen in an
-    earlier layer, or an earlier layer's K/V cache, is in that layer's stage, as are the layers between, because stages
-    send only activations. Raises LayoutError if a stage would have no layers.
+    Ops before all layers are in the first stage, ops after them in the last. Stages send each other only activations.
+    So if a layer reads the K/V cache of an earlier layer, or positions that an earlier layer has chosen, the two layers
+    and all layers between them are in one stage. Raises LayoutError if a stage would have no layers.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1

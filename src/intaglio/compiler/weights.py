@@ -87,7 +87,9 @@ def _table_formats(p: Program, name: str) -> dict[str, str]:
 
 
 def _output_heads(p: Program, products: list[Op]) -> set[str]:
-    """Names of the weights that compute the logits, and of the embedding tables, to which an output head may be tied.
+    """A set of the names of the weights that compute the logits and of the embedding tables.
+
+    An embedding table is included since the output head may be tied to it.
 
     products: the ops whose weights get a format.
     """
@@ -126,9 +128,9 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """The Program with the inputs of linears that have FP8 weights rounded to FP8, if `activations` is "fp8".
+    """A copy of the Program in which linears with FP8 weights round their input to FP8 too, if `activations` is "fp8".
 
-    These inputs get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with
+    The inputs get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with
     "fp8" if no linear has FP8 weights.
     """
     if activations == "auto":

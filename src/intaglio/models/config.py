@@ -140,8 +140,8 @@ class Config:
     def either(self, *keys: str) -> str:
         """The name of the first of these keys that has a value in the config (not null); the last name if none has one.
 
-        For a value that config files name differently. All the keys count as read. Raises PortError if the file gives
-        several of them unlike values.
+        Called where config files use different keys for the same setting. All the keys count as read. Raises PortError
+        if the file gives several of them unlike values.
         """
         valued = [key for key in keys if self.get(key) is not None]
         told = [key for key in valued if key in self.given]
@@ -173,7 +173,7 @@ class Config:
     def settings(self, key: str, inner: str = "") -> Settings:
         """A Settings copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
 
-        Reads of the copy's keys are recorded, too. Raises PortError if the value is not a table.
+        The copy records which of its keys are read. Raises PortError if the value is not a table.
         """
         value = self.get(key, {})
         at = key
@@ -234,7 +234,10 @@ class Config:
                 raise PortError(f"config.json: {self.name(key)}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
-        """Name of the activation function, in the names that ops use. Raises PortError for an unknown one."""
+        """Name of the activation function, as ops call it. Raises PortError for an unknown one.
+
+        key: the key of config.json that has the function's name.
+        """
         value = self.get(key)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise PortError(
@@ -243,7 +246,10 @@ class Config:
         return ACTIVATIONS[value]
 
     def need_silu(self, why: str, key: str = "hidden_act") -> None:
-        """Raise PortError unless the activation function is silu. why: the end of the message."""
+        """Raise PortError unless the activation function is silu. Returns nothing.
+
+        why: the end of the message. key: the key of config.json that has the function's name.
+        """
         if self.activation(key) != "silu":
             raise PortError(f"config.json: {self.name(key)}={self.get(key)!r}; {why}")
 
@@ -252,9 +258,13 @@ class Config:
     ) -> list[str]:
         """The attention type of each layer, as a list: the value of the key `layer_types`, or a default.
 
-        The default is `usual`. If that is not given, each `every`-th layer has full attention and the others a sliding
-        window; with every=0 all layers have full attention. Raises PortError for a type that is not in `known`, and for
-        another number of types than num_hidden_layers.
+        Args:
+            every: for the default: each `every`-th layer has full attention and the others a sliding window; 0: all
+                layers have full attention.
+            usual: the default itself; None: the one that `every` gives.
+            known: the types that are allowed.
+
+        Raises PortError for a type that is not in `known`, and for another number of types than num_hidden_layers.
         """
         n = self.whole("num_hidden_layers")
         usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]

@@ -211,7 +211,7 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
-    """Say of every key of the quantisation settings whether it was used or ignored, and why. Returns a list of Fates.
+    """A list of Fates: for each key of the quantisation settings, whether it was used or ignored, and why.
 
     Args:
         q: the settings, which know the keys that were read.

@@ -112,9 +112,16 @@ def port(
 def port_checkpoint(
     checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
 ) -> Ported:
-    """Port a checkpoint, with the arguments of port(). Returns a Ported: the Program with a report of keys and tensors.
+    """Port a checkpoint. Returns a Ported: the Program with a report of keys and tensors.
 
-    Issues no warning; the report has the notes. Raises PortError and CheckpointError as port() does.
+    The arguments are those of port(). Issues no warning; the report has the notes instead. Raises PortError and
+    CheckpointError as port() does.
+
+    Args:
+        checkpoint: the open checkpoint.
+        context: positions to compile for; None: the default of port().
+        name: name of the Program; None: the folder's name.
+        family: port to use; None: the one for the checkpoint's architecture.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -251,9 +258,11 @@ def _prefix(family: Family, names: Any) -> str:
 
 
 def _config(family: Family, config: Mapping[str, Any]) -> Config:
-    """The Config of the text model: the keys of text_config if there is one, otherwise all keys.
+    """The Config of the text model: the keys of text_config if `config` has that table, otherwise all its keys.
 
     tie_word_embeddings is also read outside text_config. The family's aliases and its function `prepare` are applied.
+
+    config: the contents of config.json.
     """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:
@@ -471,7 +480,10 @@ def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
 
 
 def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """A list of the name prefixes of the multi-token prediction layers, which follow the last layer of the model."""
+    """A list of the prefixes that names of multi-token prediction layers may have. Programs do not use such layers.
+
+    config: config.json, which has their number. prefix: prefix of the names of the decoder's tensors, such as "model.".
+    """
     n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
     return [*(f"{prefix}layers.{i}." for i in range(n, n + more)), "mtp.", "model.mtp."]
 

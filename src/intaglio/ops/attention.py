@@ -16,9 +16,9 @@ CACHE_FORMATS = ("f32", "bf16", "int8row", "e4m3")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
-    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim].
+    """(heads, head_dim) of the K or V cache `name`, a state tensor [P, B, heads, head_dim].
 
-    Raises OpError for another shape or format.
+    Raises OpError, which names the op, for another shape or format. t: the Program's tensors by name.
     """
     s = t[name]
     fixed = all(isinstance(d, int) for d in s.shape[2:])
@@ -229,7 +229,8 @@ class Attend(Op, kind="attend"):
     def _weights(self, score: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
         """Softmax of `score` [heads, queries, keys] over the keys, in the same shape.
 
-        If the op has attention sinks, exp(sink) of each head is added to the denominator.
+        If the op has attention sinks, exp(sink) of each head is added to the denominator. v: values of the op's
+        operands by name.
         """
         top = score.max(axis=-1, keepdims=True)
         if self.sinks is None:

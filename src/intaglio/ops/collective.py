@@ -157,10 +157,10 @@ class AllGather(Collective, kind="all_gather"):
 class ReduceScatter(Collective, kind="reduce_scatter"):
     """Op that sums x over the ranks of `group` and gives each rank one run of token rows of the sum.
 
-    x f32 [T, width] on every rank. out f32 [T:share/n, width] on rank number `share` of the n ranks: T:share/n is the
-    number of rows in its run; runs are near-equal (batch.shared_rows()). The values are summed in the order of `group`,
-    as in all_reduce. `wire` is the format to which each x is rounded before it is sent, and then the sum: f32, bf16 or
-    f16.
+    x f32 [T, width] on every rank. The T rows are divided into n near-equal runs for n ranks (batch.shared_rows()). out
+    f32 [T:share/n, width] on the rank whose place in `group` is `share`; T:share/n stands for the number of rows in its
+    run. The values are summed in the order of `group`, as in all_reduce. `wire` is the format to which each x is
+    rounded before it is sent, and then the sum: f32, bf16 or f16.
     """
 
     x: str = operand()
@@ -231,7 +231,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """A list with the dimension of each of `ranks` ranks: its run of the T token rows, such as "T:0/4" for rank 0."""
+    """A list of texts for the runs into which token rows are divided, one for each rank: "T:0/4" for rank 0 of 4."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 

@@ -291,7 +291,7 @@ class Experts(Op, kind="experts"):
         return i if here else -1
 
     def _sizes(self, t: Tensors, name: str) -> tuple[int, int, int]:
-        """(experts, rows, columns) of a stack of matrices. Raises OpError for another shape."""
+        """(experts, rows, columns) of the stack of matrices `name`. Raises OpError for another shape."""
         s = t[name].shape
         ok = len(s) == 3 and all(isinstance(d, int) for d in s)
         self.check(ok, f"{name} is {t[name].type}; wanted a stack of matrices [experts, rows, columns]")
@@ -348,7 +348,14 @@ class Experts(Op, kind="experts"):
     def _part(self, v: Mapping[str, Value], x: np.ndarray, name: str, bias: str | None, e: int) -> np.ndarray:
         """Multiply rows x by expert e's matrix of the stack `name`, and add the expert's bias if there is one.
 
-        Returns float32 [rows of x, rows of the matrix]. bias: name of the stack of biases, or None.
+        Returns float32 [rows of x, rows of the matrix].
+
+        Args:
+            v: values of the op's operands by name.
+            x: float32 [rows, columns].
+            name: name of the stack of matrices.
+            bias: name of the stack of biases; None: no bias.
+            e: number of the expert's matrix in the stack.
         """
         y = product(x, expert(v[name], int(e)), self.x_format)
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
@@ -366,7 +373,8 @@ class Experts(Op, kind="experts"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one step.
 
-        Weights count for the experts that random routing is expected to touch: E * (1 - (1 - top / E)^T).
+        The weights of some experts are not read in a step. Counted are as many experts as random routing of T tokens is
+        expected to reach: E * (1 - (1 - top / E)^T).
         """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.up].shape[0])

@@ -36,7 +36,7 @@ def dim_known(dim: Dim) -> bool:
 class OpError(ValueError):
     """Raised for an op whose operands or attributes do not fit.
 
-    The message has the site, the value and what is allowed.
+    The message has the op's site (name), the value and what is allowed.
     """
 
 
@@ -199,7 +199,10 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit."""
+        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit.
+
+        t: the Program's tensors by name.
+        """
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -304,7 +307,7 @@ class Op:
         return replace(self, **change) if change else self
 
     def check(self, ok: bool, what: str) -> None:
-        """Raise OpError with this op's site and the text `what` unless `ok`; return nothing."""
+        """Raise OpError with this op's site (name) and the text `what` unless `ok`; return nothing."""
         if not ok:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 

@@ -32,7 +32,12 @@ class Builder:
     def weight(self, name: str, shape: Shape, source: str | Sequence[str], format: str = "f32") -> str:
         """Declare a weight. Returns its name.
 
-        source: the source of the weight (see program/source.py), or several to be joined along dimension 0.
+        Args:
+            name: the weight's name.
+            shape: its shape.
+            source: the checkpoint tensors from which it is read (see program/source.py); if there are several sources,
+                they are joined along dimension 0.
+            format: name of its number format.
         """
         names = (source,) if isinstance(source, str) else tuple(source)
         return self._add(Tensor(name, tuple(shape), format, "weight", source=names))
@@ -43,7 +48,10 @@ class Builder:
         return self._add(Tensor(name, (len(values),), "f32", "const", values=rounded))
 
     def cache(self, name: str, heads: int, head_dim: int, format: str) -> str:
-        """Declare a K or V cache: state [P pages, B tokens per page, heads, head_dim]. Returns its name."""
+        """Declare a K or V cache: state [P pages, B tokens per page, heads, head_dim]. Returns its name.
+
+        format: name of its number format, such as bf16.
+        """
         return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
 
     def state(self, name: str, *shape: int) -> str:
@@ -51,7 +59,10 @@ class Builder:
         return self._add(Tensor(name, ("N", *shape), "f32", "state"))
 
     def view(self, name: str, base: str, start: int, stop: int) -> str:
-        """Declare a view of columns start..stop - 1 of the temp `base`, without a copy. Returns its name."""
+        """Declare a view of columns start..stop - 1 of the intermediate result `base`, without a copy.
+
+        Returns the view's name.
+        """
         of = self.tensors[base]
         return self._add(replace(of, name=name, shape=(of.shape[0], stop - start), view=(base, start)))
 

@@ -185,12 +185,12 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
     """Apply the steps of a source to a tensor x, and return the result; without a copy where possible.
 
     A quantised x stays quantised if possible. It becomes a float32 array in three cases: a step would split a group
-    (values that share a scale); a step divides the rows into matrices ("h16"); or exactly one of x.turned (x is stored
-    transposed) and a step "T" is there. If both are there, they cancel out.
+    (values that share a scale); a step divides the rows into matrices ("h16"); or x is stored transposed (x.turned)
+    without a step "T" that turns it back, or is not stored transposed and has such a step.
 
-    steps: texts, applied in order: "T" transposes, "r0:1/2" keeps rows 0 to 1 - 1 of every 2, "h16" divides the rows
-    into a stack of 16 matrices of consecutive rows; for the others see this file's docstring. Raises ProgramError for a
-    step that does not fit.
+    steps: texts, applied in order: "T" transposes, "r0:1/2" keeps row 0 of every 2 rows (rA:B/N: rows A to B - 1 of
+    every N), "h16" divides the rows into a stack of 16 matrices of consecutive rows; for the others see this file's
+    docstring. Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -205,8 +205,8 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """Apply the steps of a source to the codes and scales of x. Returns a Quantised; None if that is impossible.
 
     It is impossible in three cases: a step would split a group (values that share a scale); a step divides the rows
-    into matrices ("h16"); or exactly one of x.turned (x is stored transposed) and a step "T" (transpose) is there. If
-    both are there, they cancel out.
+    into matrices ("h16"); or x is stored transposed (x.turned) without a step "T" (transpose) that turns it back, or is
+    not stored transposed and has such a step.
 
     steps: texts such as "r0:1/2", see take(). Raises ProgramError for a step that does not fit.
     """
@@ -321,11 +321,14 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
     """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
 
-    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to each; a piece may be left
-    out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a stack of
-    matrices ("h16"); so is a quantised matrix that a step transposes.
+    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to every piece; a piece may
+    be left out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a
+    stack of matrices ("h16"), or if it is a matrix and a step transposes it.
 
-    read: function from a name to the whole tensor. runs: function from a name to an iterator over the tensor's pieces.
+    Args:
+        source: text that names checkpoint tensors and steps (see this file's docstring).
+        read: function from a name to the whole tensor.
+        runs: function from a name to an iterator over the tensor's pieces.
     """
     for name, steps in expand(source):
         at = 0

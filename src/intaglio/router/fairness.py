@@ -128,8 +128,8 @@ class FairQueue:
     def share(self, tenant: str, total: int) -> int:
         """Number of the `total` places in the queue that the tenant may hold, at least 1.
 
-        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one more of weight 1
-        that may come.
+        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one place-holder of
+        weight 1 for a tenant that may come next.
         """
         own = self._tenant(tenant).weight
         others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)
@@ -142,9 +142,9 @@ class FairQueue:
     def _return(self, tenant: Tenant) -> None:
         """Take away the credit of a tenant that had no waiting jobs, when it returns with one. Returns nothing.
 
-        Its counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs; if there
-        are none, to the counter at which the last job was taken. A higher counter stays, and so does that of a tenant
-        with waiting jobs.
+        The tenant's counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs;
+        if there are none, to the counter at which the last job was taken. A counter that is higher already stays as it
+        is. A tenant that has waiting jobs is left alone.
         """
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]

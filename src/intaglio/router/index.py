@@ -83,8 +83,8 @@ class PromptMemory:
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
         """Record the length in tokens and the last whole K/V block of each prefix of a prompt's text. Returns nothing.
 
-        So the router can tell which blocks a later prompt with the same beginning needs. The length of a
-        prefix is an estimate: tokens count as spread evenly over the text.
+        With this record the router can tell which blocks a later prompt with the same beginning needs. The length of a
+        prefix is an estimate: the prompt's tokens count as spread evenly over its text.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()). Nothing is recorded without
@@ -164,7 +164,8 @@ class CacheIndex:
         forgotten, and `stale` stays True until a snapshot comes.
 
         Args:
-            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
+                recorded is forgotten first.
             sequence: number of the event in its incarnation, from 1.
             event: blocks that were stored or removed, or that the cache was emptied.
         """

@@ -25,8 +25,10 @@ class Estimate:
     Attributes:
         replica: the replica.
         pace: step times that the estimate is based on.
-        cached, uncached: prompt tokens that are cached there, and those to compute.
-        first_token, end: seconds from now until the job's first token, and until its end.
+        cached: prompt tokens that the replica has cached.
+        uncached: prompt tokens that the replica has to compute.
+        first_token: seconds from now until the job's first token.
+        end: seconds from now until the job's end.
     """
 
     replica: Replica

@@ -59,9 +59,10 @@ class Replica:
         report: its latest LoadReport.
         index: the blocks it has cached.
         jobs: placed jobs by id; only the methods change them.
-        prefill_tokens: prompt tokens to compute of its jobs that have no token yet.
-        prefills: the same by job, in the order of placement.
-        prefill_since: time in seconds at which it began the first of them, as far as the router knows.
+        prefill_tokens: number of prompt tokens that the replica still has to compute, for all jobs in `prefills`.
+        prefills: {id of a job whose first token has not come: prompt tokens to compute}, in the order of placement.
+        prefill_since: time in seconds at which the replica began the first job in `prefills`, as far as the router
+            knows.
         sequences: number of sequences of its jobs: the sum of their `choices`.
         last_placed: number of the router's placement that last chose it; breaks ties, so that equal replicas take
             turns.

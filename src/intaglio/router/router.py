@@ -96,7 +96,10 @@ class Router:
         self.replicas[name].report, self._paces = report, None
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on a replica. Returns a list of its jobs; the caller may move them by resubmit()."""
+        """Place no more jobs on the replica `name`.
+
+        Returns a list of its jobs; the caller may move them by resubmit().
+        """
         self.replicas[name].state = "draining"
         return list(self.replicas[name].jobs.values())
 
@@ -334,9 +337,14 @@ class Router:
     def _estimates(
         self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
     ) -> list[Estimate]:
-        """The Estimate of a job on each of the replicas, as a list.
+        """A list of the Estimates of a job, one for each of the replicas.
 
-        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first; None: there are none.
+        Args:
+            replicas: the replicas.
+            job: the job.
+            now: the time in seconds.
+            ahead: {replica's name: prompt tokens of waiting jobs that will be placed on it first}; None: there are
+                none.
         """
         found, ahead = self.paces(), ahead or {}
         return [estimate(r, job, self.memory, now, found[r.name], ahead.get(r.name, 0)) for r in replicas]

@@ -350,9 +350,10 @@ def _relay(request: Request) -> Relay | None:
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
-    """The id of a response. It is `id`, unless the client gave a request_id: then it is that with the prefix of `id`.
+    """The id that a response has: `id`, or one with the client's request_id if the client gave one.
 
-    For example, `id` "cmpl-17" and request_id "abc" give "cmpl-abc". The engine never sees request_id.
+    In the second case the beginning is that of `id`: "cmpl-17" and request_id "abc" give "cmpl-abc". The engine never
+    sees request_id.
     """
     return f"{id.split('-')[0]}-{body.request_id}" if body.request_id else id
 

@@ -252,13 +252,18 @@ class Call:
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
     """A dict for the router about a model's engine: queue, rates, and what its K/V cache has gained or lost.
 
-    The changes are the events of K/V blocks with numbers above `after`. If the router has followed another cache, or
-    the events are no longer kept, the dict has a snapshot of all blocks instead. It has neither if the engine does not
-    answer within ENGINE_WAIT seconds.
+    The changes of the cache are the events of K/V blocks with numbers above `after`. If the router has followed another
+    cache, or the events are no longer kept, the dict has a snapshot of all blocks instead. If the engine does not
+    answer within ENGINE_WAIT seconds, the dict has no events and no snapshot.
 
-    incarnation: id of the K/V cache that the router has followed, new at each start of an engine; None: it has followed
-    none. step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
-    ended.
+    Args:
+        model: the model.
+        incarnation: id of the K/V cache that the router has followed, new at each start of an engine; None: it has
+            followed none.
+        after: number of the last event that the router knows.
+        step_timeout: seconds of a step after which the engine is reported as failed.
+
+    Raises Refused if the engine has ended.
     """
     snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
     own = engine.pool.events.incarnation

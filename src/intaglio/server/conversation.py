@@ -309,7 +309,11 @@ def _open_final_message(text: str, message: Message) -> str:
 
 
 def _check_roles(messages: Sequence[Message], text: str) -> None:
-    """Raise Problem if a message has a role outside OpenAI's five and its text does not appear in the prompt `text`."""
+    """Raise Problem if the chat template has left out a message with an unknown role. Returns nothing.
+
+    Unknown are roles outside OpenAI's five. A message counts as left out if a text of it does not appear in the prompt
+    `text`.
+    """
     for i, m in enumerate(messages):
         if m.role in ("system", "developer", "user", "assistant", "tool"):
             continue

@@ -256,8 +256,13 @@ class Snapshot:
 class Driver:
     """Runs an engine in its own thread and exchanges messages with the event loop.
 
-    `watch` is called on the event loop with the new updates and the latest step's record, or None before the first
-    step. `ended` is set when the thread has ended; `crash` is the exception that ended it, or None.
+    Attributes:
+        engine: the engine.
+        watch: function that is called on the event loop with the new updates and the latest step's record; the record
+            is None before the first step.
+        crash: the exception that ended the engine's thread; None if there was none.
+        ended: asyncio event that is set when the thread has ended.
+        snapshot: the engine's state after its last step or message.
     """
 
     def __init__(self, engine: Engine, watch: Callable[[list[Update], StepRecord | None], None]) -> None:
@@ -382,7 +387,11 @@ class Driver:
             self._updates.append((submission, Admitted()))
 
     def _add(self, request: Request, choices: list[SuspendedChoice]) -> None:
-        """Queue a request in the engine; as a Resumption if some of its choices already have output or have ended."""
+        """Queue a request in the engine. Returns nothing.
+
+        If the request began on another engine, so that some of its choices have output or have ended already, it is
+        queued as a Resumption, with the tokens that `choices` hold.
+        """
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)
         else:

@@ -80,7 +80,8 @@ def prepare_completion(
 
     A Prepared holds the engine's request; a Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
+    id: id of the response, from which the ids of the engine's requests are made. settings: what the server adds to
+    every request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     prompts = _prompts(body.prompt)
     if body.max_tokens == 0 and not body.echo:
@@ -142,7 +143,8 @@ def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tu
 
     The Prepared holds the engine's request; the Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
+    id: id of the response, from which the id of the engine's request is made. settings: what the server adds to every
+    request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     tools = body.tools or []
     forced = _forced(body, tools)
@@ -213,10 +215,11 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """A list of the prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
+    """A list of the prompt's token ids `ids`, cut to as many tokens as the body's truncate_prompt_tokens says.
 
-    -1 means as many as leave room for the output in the context, at least 1. The end of the prompt is kept; with
-    truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
+    With -1, as many tokens are kept as leave room for the output in the context, at least 1. The end of the prompt is
+    kept or, with truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem
+    if it is 0.
 
     asked: number of output tokens that the request asks for; None: no number, room for one token is left.
     """

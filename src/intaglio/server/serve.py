@@ -112,14 +112,21 @@ async def serve(
     llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
     signals: bool = True, control: Path | TcpAddress | None = None,
 ) -> int:  # fmt: skip
-    """Serve the models, by name, until a signal or a failure. Returns the exit code.
-
-    `announce` is called once requests are accepted. `signals`: True to handle SIGTERM and SIGINT. `control`: Unix
-    socket or address for a router (see control.py), or None. Raises OSError if it cannot be bound.
+    """Serve models until a signal or a failure. Returns the process's exit code.
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can
     serve requests any more.
+
+    Args:
+        llms: the models by the names that clients use.
+        options: options of the server.
+        listener: socket on which HTTP is served.
+        announce: called with the Service once requests are accepted.
+        signals: True to handle SIGTERM and SIGINT.
+        control: Unix socket or TCP address at which a router may connect (see control.py); None: no router.
+
+    Raises OSError if `control` cannot be bound.
     """
     service = Service(llms, options)
     timeouts = {"write_timeout": options.write_timeout, "read_timeout": options.read_timeout}

@@ -163,10 +163,11 @@ class BlockDirectory:
         return found
 
     def evict(self) -> int:
-        """Delete the least recently used files if all together exceed the budget, but none that is pinned.
+        """If all files together exceed the budget, delete the least recently used, but none that a lease protects.
 
-        Returns the number deleted. Raises OSError if the folder of leases cannot be locked: TimeoutError if others
-        lock it for LOCK_WAIT seconds, such as a process that was stopped while it evicted.
+        It stops when 1 / ROOM of the budget is free. Returns the number of files deleted. Raises OSError if the folder
+        of leases cannot be locked: TimeoutError if others lock it for LOCK_WAIT seconds, such as a process that was
+        stopped while it evicted.
         """
         with self.leases.locked():
             return self._evict()

@@ -17,9 +17,10 @@ from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
-    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers. Ops' sharding rules call it.
+    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers.
 
-    A lane's share of a tensor is the runs of columns, heads or experts that the lane holds.
+    run() calls the sharding rule of each op, a function that adds the op to this Program by the other methods. A lane's
+    share of a tensor is the runs of columns, heads or experts that the lane holds.
 
     Attributes:
         p: the whole Program.
@@ -172,11 +173,11 @@ class Lane:
         return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
-        """Add a lane's part of a weight of `op` to the Program of this lane (one rank); returns its name there.
+        """Add this lane's part of a weight of `op` to the lane's Program. Returns the part's name in that Program.
 
         If other ops read the weight too, the name is made from the op's site (its name), since their parts may differ;
-        else it is `name`. shares: the indices along `axis` that each lane holds. Raises LayoutError if the cut would
-        split a group of a quantised weight.
+        else it is `name`. shares: for each lane (rank), the indices along `axis` that it holds. Raises LayoutError if
+        the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
@@ -228,15 +229,22 @@ class Lane:
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         """Append an all_gather that joins the columns of `x`, which are split among lanes, in `out`. Returns nothing.
 
-        site: site (name) of the new op. shares: the columns that each lane (rank) holds, a list with an item a lane.
-        width: number of columns of `out`.
+        Args:
+            site: site (name) of the new op.
+            x: name of the tensor of which each lane (rank) holds some columns.
+            out: name of the joined tensor.
+            shares: for each lane, the columns that it holds.
+            width: number of columns of `out`.
         """
         group = partners(shares, self.lane)
         assert is_partition(shares, width), f"{x} cannot be gathered from {shares}"
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
-        """Append the op to the Program of this lane (one rank) with whole operands: every lane computes all of it."""
+        """Append the op to the Program of this lane (one rank) with whole operands: every lane computes all of it.
+
+        Returns nothing.
+        """
         self.add(op.rename({name: self.whole(name) for name in op.inputs}))
 
     def add_split(self, op: Op, shares: list[Share]) -> None:
@@ -252,8 +260,10 @@ class Lane:
     def add_gathered(self, op: Op, shares: list[Share]) -> None:
         """Append an op whose result is split by columns among the lanes (ranks), and an all_gather of the whole result.
 
-        The gathered result has the name of the op's result, and the split one that name with ".part". shares: the
-        columns that each lane computes, a list with an item a lane. Returns nothing.
+        The gathered result has the name of the op's result, and the split one has this name with ".part". Returns
+        nothing.
+
+        shares: for each lane, the columns that it computes.
         """
         (out,) = op.outputs
         self.add(op.rename({out: f"{out}.part"}), shares)

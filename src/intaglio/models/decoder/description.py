@@ -114,7 +114,7 @@ class AltUp:
 
     Attributes:
         streams: number of streams.
-        active: number of the stream that layers compute.
+        active: index, from 0, of the one stream that layers compute.
         scaled: True if the active stream is multiplied by learned factors before the branch of per-layer inputs.
     """
 

@@ -53,10 +53,10 @@ def write_dense(
 
 
 def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
-    """Add the ops that compute the value below which a gate's values are set to 0. Returns its tensor's name [rows, 1].
+    """Add the ops that compute, for each row, the limit below which a gate's values are set to 0.
 
-    It is mean + n * standard deviation of each row, with n the standard normal quantile of `sparsity` (gaussian top-k,
-    Gemma 3n).
+    The limit is mean + n * standard deviation of the row, with n the standard normal quantile of `sparsity` (gaussian
+    top-k, Gemma 3n). Returns the name of the tensor [rows, 1] with the limits.
 
     Args:
         w: writes the ops.

@@ -374,7 +374,7 @@ def convolved(
         bias: True if the convolution has a bias.
         part: (first channel, number of channels that the module has in all), if only a part of the module's channels
             is used; None: all.
-        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
+        sources: texts that name the tensors that hold the weight (see program/source.py); (): the module's weight.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -396,7 +396,7 @@ def short_conv(
         bias: True if the convolution has a bias.
         part: (first channel, number of channels that the module has in all), if only a part of the module's channels
             is used; None: all.
-        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
+        sources: texts that name the tensors that hold the weight (see program/source.py); (): the module's weight.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     found = sources or [f"{source}.weight|m" + (f"|r{cut}" if cut else "")]

@@ -196,29 +196,33 @@ def _check_numbers(kind: str, p: Settings) -> None:
 def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
     """theta^(2i / dim) for each i < dim / 2, as a float32 array [dim / 2], correctly rounded.
 
-    It is within 1 ulp of torch's float32 result.
+    It is within 1 ulp of torch's float32 result. p: rope settings, as parameters() returns them; theta is rope_theta.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (float(p["rope_theta"]) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim)."""
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim).
+
+    p: rope settings; theta is rope_theta. c and context are not used: all functions for rope types have the same
+    arguments.
+    """
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor) of linear scaling, which divides frequencies by a factor.
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of linear scaling, which divides frequencies by a factor.
 
-    The frequencies are the unscaled ones divided by p["factor"]. The attention factor is 1.0.
+    The frequencies are the unscaled ones divided by p["factor"]. p: rope settings. c and context are not used.
     """
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 
 def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of dynamic NTK for sequences of `context` tokens.
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of dynamic NTK for sequences of `context` tokens.
 
-    Beyond max_position_embeddings the base is larger.
+    If `context` is above max_position_embeddings, the base is larger than the config's. p: rope settings.
     """
     length, factor = c.whole("max_position_embeddings"), float(p["factor"])
     stretch = factor * max(context, length) / length - (factor - 1)
@@ -226,9 +230,10 @@ def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of Llama 3's scaling.
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of Llama 3's scaling.
 
-    Low frequencies are divided by the scaling factor, high ones kept, those between interpolated.
+    Low frequencies are divided by the scaling factor, high ones are kept, and those between are interpolated. p: rope
+    settings. c and context are not used.
     """
     plain = np.float32(1) / powers(p, dim)
     factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -249,10 +254,11 @@ def mscale(factor: float, by: float = 1.0) -> float:
 
 
 def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
+    """(rope frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
 
-    Low frequencies are interpolated, high ones kept, those between two limits blended linearly. The limits are numbers
-    of rotations within the pretrained length (beta_fast 32, beta_slow 1).
+    Low frequencies are divided by the scaling factor, high ones are kept, and those between two limits are blended
+    linearly. The limits are numbers of rotations within the pretrained length; by default 32 (beta_fast) and 1
+    (beta_slow). p: rope settings. context is not used.
     """
     pretrained, base = p["original_max_position_embeddings"], float(p["rope_theta"])
     factor = float(p["factor"] or c.whole("max_position_embeddings") / pretrained)
@@ -276,11 +282,12 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
 
 
 def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024), with a divisor per pair of columns.
+    """(rope frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024).
 
-    Divisors are the config's long_factor if `context` exceeds the pretrained length, else its short_factor. The
-    attention factor is the config's; by default sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1.
-    Raises PortError for a wrong number of divisors.
+    The frequency of each pair of columns is divided by a number of its own. These divisors are the config's long_factor
+    if `context` exceeds the pretrained length, else its short_factor. The attention factor is the config's; by default
+    sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1. p: rope settings. Raises PortError for a wrong
+    number of divisors.
     """
     pretrained = p["original_max_position_embeddings"]
     short, long = p["short_factor"], p["long_factor"]

@@ -73,10 +73,10 @@ def adapted(w: Writer, site: str, y: str, x: str, rows: int, cols: int, rank: in
         site: prefix of the ops' names in the Program.
         y: name of the result to which the adapter adds [T, rows].
         x: name of the input tensor [T, cols].
-        rows: columns of y.
-        cols: columns of x.
-        rank: columns between the adapter's two linears.
-        source: name in the checkpoint of the module that holds them, as 0 and 1.
+        rows: number of columns of y, and of rows of B.
+        cols: number of columns of x, and of A.
+        rank: number of rows of A, and of columns of B.
+        source: name in the checkpoint of the module that holds A and B, as 0 and 1.
     """
     if not rank:
         return y

@@ -178,7 +178,7 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of its tensor.
+    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the sum's tensor name.
 
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
 
@@ -239,8 +239,8 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
 def _head(w: Writer, x: str) -> None:
     """Add the ops from the last layer to the sampled tokens: final norm, output head, softcap and sampling.
 
-    Models with a dense layer before the head get its ops too. Returns nothing; the outputs are named logits,
-    next_tokens and logprobs.
+    If the model has a dense layer before the head, the layer's ops are added too. Returns nothing; the outputs are
+    named logits, next_tokens and logprobs.
 
     Args:
         w: writes the ops.

@@ -133,7 +133,9 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Add a tensor [rows of x, 1] whose rows all hold the one value of a checkpoint tensor. Returns its name.
+        """Add a tensor [rows of x, 1] that repeats the one value of a checkpoint tensor in every row.
+
+        Returns the name of the new tensor.
 
         Args:
             site: name of the op.
@@ -164,12 +166,14 @@ class Writer:
         return self.b.op(Linear, site, x, w, bias=b, x_format=self.x_format(w))
 
     def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
-        """Add a linear whose weight is joined from parts of one module's weight. Returns the result's tensor name.
+        """Add a linear whose weight is joined from parts of one module's weight.
+
+        Returns the name of the result tensor [T, rows].
 
         Args:
             site: name of the op.
             x: name of the input tensor [T, hidden].
-            rows: rows of all parts together: columns of the result.
+            rows: number of rows of all parts together.
             sources: the parts, in the notation of program/source.py.
         """
         found = [self.d.source(source) for source in sources]
@@ -211,7 +215,7 @@ class Writer:
             width: number of the norm's weights.
             source: name of the norm's module in the checkpoint.
             group: columns of each group that is normed by itself; 0: the whole row.
-            shared: site that names the weight, if several norms have the same; "": `site`.
+            shared: op name from which the weight gets its name, if several norms use the same weight; "": from `site`.
         """
         d, held = self.d, shared or site
         w = self.weight(held, "weight", (width,), source) if d.norm_weight else None

@@ -50,7 +50,7 @@ def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of an MLX checkpoint, embedding tables included, as {name: Coded}.
 
     weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no
-    biases. All keep their codes; those of 2 and 3 bits take 4 in memory, and those of 5 and 6 bits 8.
+    biases. All matrices keep their codes. In memory, codes of 2 and 3 bits take 4 bits, codes of 5 and 6 bits take 8.
 
     q: the quantisation settings; settings of single modules are in a table under the module's name. Raises PortError
     for other types or sizes, and for an unknown mode.

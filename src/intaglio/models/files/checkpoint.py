@@ -252,9 +252,9 @@ class Checkpoint:
         return name in self.coded or self.dtype(name) in DTYPES
 
     def equal(self, a: str, b: str) -> bool:
-        """True if two tensors hold equal values, whatever their types. Quantised ones never count as equal.
+        """True if the tensors named `a` and `b` hold equal values, whatever their types.
 
-        The tensors are read in runs, up to the first difference.
+        Quantised tensors never count as equal. The tensors are read in runs, up to the first difference.
         """
         if a in self.coded or b in self.coded or self.shape(a) != self.shape(b):
             return False

@@ -25,7 +25,7 @@ def register_family(*families: Family) -> None:
 
 
 def families() -> dict[str, Family]:
-    """A dict from an architecture's name in config.json to its Family, those of plugins included.
+    """A dict from an architecture's name in config.json to its Family (port). Families of plugins are included.
 
     Raises PluginError for a plugin that cannot be imported.
     """

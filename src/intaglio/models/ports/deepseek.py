@@ -151,9 +151,10 @@ def deepseek_v32(c: Config, context: int) -> Decoder:
 
 
 def glm_dsa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-5, from config.json: some layers share the indexer of a layer before them.
+    """The Decoder that describes GLM-5, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    It has the sparse attention of DeepSeek-V3.2, but some layers use the indexer of a layer before them. Raises
+    PortError for settings that are not ported.
     """
     found = c.get("indexer_types") or c.get("index_topk_pattern")
     if found is None:
@@ -174,9 +175,10 @@ def youtu(c: Config, context: int) -> Decoder:
 
 
 def minicpm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniCPM3: latent attention, scaled embeddings, residual branches and logits.
+    """The Decoder that describes MiniCPM3, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It has latent attention. Embeddings, the results of attention and MLP, and logits are multiplied by factors. Raises
+    PortError for missing or wrong settings.
     """
     if c.get("v_head_dim") is None:
         c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
@@ -190,9 +192,9 @@ def minicpm3(c: Config, context: int) -> Decoder:
 
 
 def axk1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes A.X K1: DeepSeek-V3 with a norm after each mixture of experts.
+    """The Decoder that describes A.X K1, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It is DeepSeek-V3 with a norm after each mixture of experts. Raises PortError for missing or wrong settings.
     """
     n, first, every = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1)), c.get("moe_layer_freq", 1)
     kinds = c.get("mlp_layer_types") or ["sparse" if i >= first and i % every == 0 else "dense" for i in range(n)]

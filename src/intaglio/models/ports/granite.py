@@ -78,9 +78,11 @@ def granitemoeshared(c: Config, context: int) -> Decoder:
 
 
 def swash(c: Config, d: Decoder, context: int) -> Decoder:
-    """A copy of a Granite Decoder with attention sinks, windows by layer, and a rope base by layer (0: no rope).
+    """A copy of a Granite Decoder with attention sinks, and with its own window and rope base in each layer.
 
-    Raises PortError for missing or wrong settings.
+    A layer whose base is 0 has no rope. Raises PortError for missing or wrong settings of `c`.
+
+    d: the Decoder. context: positions of the Program.
     """
     n = c.whole("num_hidden_layers")
     kinds = c.layer_types(usual=["sliding_attention" if i % 4 else "full_attention" for i in range(n)])

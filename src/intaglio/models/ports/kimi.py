@@ -18,7 +18,7 @@ KINDS = ("linear_attention", "full_attention")
 
 
 def kimi_linear(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Kimi Linear, from config.json; `context` does not change it, for it has no rope.
+    """The Decoder that describes Kimi Linear, from config.json. It has no rope, so `context` changes nothing.
 
     Raises PortError for missing or wrong settings.
     """

@@ -92,9 +92,10 @@ def read_files(path: Path) -> TokenizerFiles:
 
 
 def read_ends(path: Path) -> tuple[int, ...]:
-    """Ids that end a sequence, from a checkpoint folder's generation_config.json or else its config.json.
+    """A tuple of the ids that end a sequence, from the file generation_config.json of a checkpoint folder.
 
-    () if neither file names any. Raises CheckpointError as end_ids() does.
+    If that file does not have the key eos_token_id, config.json is read; () if neither has it. Raises CheckpointError
+    for a file that is not JSON, and for a value that is neither an id nor a list of ids.
     """
     for file in (path / "generation_config.json", path / "config.json"):
         table = _optional(file)
@@ -163,7 +164,8 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """{name: text} of the named special tokens, such as bos_token, from tokenizer_config.json.
 
     If that file has no added_tokens_decoder (before transformers 4.33), the names in special_tokens_map.json take
-    precedence. Raises TokenizerError for a token without text.
+    precedence. path: the folder. config: contents of tokenizer_config.json. Raises TokenizerError for a token without
+    text.
     """
     held = {k: config[k] for k in NAMED if config.get(k)}
     if "added_tokens_decoder" not in config:
@@ -173,9 +175,9 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text(path: Path, name: str, token: Any) -> str:
-    """The text of a special token, which files write as a string or as an object with `content`.
+    """The text of a special token, which files write as a string or as an object with the key `content`.
 
-    Raises TokenizerError for anything else.
+    path: the file or folder, and name: the key, for the error. Raises TokenizerError for any other token.
     """
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str):
@@ -275,15 +277,16 @@ def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[d
 
 
 def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """{name: chat template} of a checkpoint folder.
+    """{name: chat template} of a checkpoint folder; {} if it has none.
 
-    They are read from the first of these places that has any:
+    The templates are read from the first of these places that has any:
 
     - chat_template.jinja and the files of additional_chat_templates;
     - tokenizer_config.json (one template, or a list with names);
     - an old processor's chat_template.json.
 
-    {} if none has. Raises TokenizerError for a template without a name or a text.
+    path: the folder. config: contents of tokenizer_config.json. Raises TokenizerError for a template without a name or
+    a text.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():

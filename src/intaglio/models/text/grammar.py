@@ -130,7 +130,7 @@ class GrammarMatcher:
         return GrammarMatcher(self.inner.deep_copy(), self.vocabulary)
 
     def advance(self, token: int) -> bool:
-        """Accept one token. Returns True; False, leaving the state unchanged, if it is not allowed."""
+        """Accept one token. Returns True, or False if the token is not allowed; the state then stays as it was."""
         return bool(self.inner.try_consume_tokens([token]) == 1)
 
     def rollback(self, n: int) -> None:

@@ -81,7 +81,10 @@ class SentencePiece:
 
 
 def read_model(path: Path) -> SentencePiece:
-    """Read a model file as a SentencePiece. Raises SentencePieceError if it is none, or is neither BPE nor Unigram."""
+    """Read a model file as a SentencePiece.
+
+    Raises SentencePieceError if the file is no SentencePiece model, or a model of another kind than BPE and Unigram.
+    """
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:400]):
         raise SentencePieceError(f"{path} is a tiktoken file, not a SentencePiece model: download tokenizer.json")

@@ -44,8 +44,8 @@ class Thinking:
     Attributes:
         begin: delimiter before the reasoning.
         end: delimiter after the reasoning.
-        dropped: delimiters around the final answer, which are removed from the content: an opening one, its closing
-            one, and so on.
+        dropped: delimiters around the final answer, such as <answer> and </answer>, which are removed from the content.
+            They come in pairs: an opening one, then its closing one.
     """
 
     begin: str

@@ -315,8 +315,8 @@ def known_types() -> str:
 def decode_rows(kind: str, raw: np.ndarray) -> Value:
     """Decode rows of a block-quantised GGUF matrix to a Quantised, or to a bf16 array [rows, values].
 
-    The result is an array for types that no quantised format here can hold, such as Q2_K (in BLOCKS, those of format
-    bf16). Raises KeyError for a type that is not in BLOCKS.
+    The result is an array for the types that BLOCKS lists with format bf16, such as Q2_K: no quantised format can hold
+    their values. Raises KeyError for a type that is not in BLOCKS.
 
     Args:
         kind: the GGUF type.

@@ -17,11 +17,15 @@ SIGMOID = 2  # expert_gating_func
 
 
 def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> dict[str, Any]:
-    """A dict of the config keys that all families share.
+    """A dict of the config keys that all families have in common.
 
-    norm: "rms" or "layer", the normalisation whose epsilon the file has. width, kv_heads: the inner width of an MLP and
-    the number of K/V heads, if they differ between layers; 0: as in the metadata. Raises CheckpointError for a missing
-    key, PortError for a scaling of rope that is not supported.
+    Args:
+        m: the metadata.
+        norm: "rms" or "layer", the normalisation whose epsilon the file has.
+        width: inner width of an MLP, if it differs between layers; 0: as in the metadata.
+        kv_heads: number of K/V heads, if it differs between layers; 0: as in the metadata.
+
+    Raises CheckpointError for a missing key, PortError for a scaling of rope that is not supported.
     """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
@@ -94,7 +98,10 @@ def partial(m: Metadata) -> dict[str, Any]:
 
 
 def whole_heads(m: Metadata) -> None:
-    """Raise PortError if rope rotates only part of each head, for families whose port rotates all of it."""
+    """Raise PortError if rope rotates only part of each head. Returns nothing.
+
+    It is called for families whose port rotates whole heads.
+    """
     turned = m.whole("rope.dimension_count", m.head_dim)
     if turned != m.head_dim:
         raise PortError(

@@ -13,9 +13,9 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def common(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys that the models of this module share. model: the architecture's name.
+    """A dict of the config keys that the models of this module share.
 
-    Raises CheckpointError for a missing key.
+    model: value of the dict's key `architectures`. Raises CheckpointError for a missing key.
     """
     c = base(m, norm="layer")
     return c | {"architectures": [model], "llama_names": True, "layer_norm_epsilon": c["layer_norm_eps"]}
@@ -78,9 +78,10 @@ def phi2(m: Metadata) -> dict[str, Any]:
 
 
 def stablelm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StableLM. If layers have one norm, both branches read it.
+    """The keys of config.json, as a dict, for StableLM.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    In a layer with one norm, attention and MLP both read its result. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     c = common(m, "StableLmForCausalLM") | partial(m)
     return c | {

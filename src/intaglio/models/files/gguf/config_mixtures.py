@@ -178,9 +178,8 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 def afmoe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for AFMoE.
 
-    mup_enabled, by which embeddings are multiplied by sqrt(hidden size), is always True, as in llama.cpp.
-
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The key mup_enabled (embeddings are multiplied by sqrt(hidden size)) is always True, as in llama.cpp. Raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
@@ -227,10 +226,10 @@ def indexed(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
     It is for DeepSeek-V3.2 and GLM-5, whose sparse attention has an indexer. `indexer_types` of the dict is "full" for
-    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function
-    raises CheckpointError for a missing key, PortError for a value that is not supported.
+    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The returned
+    function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: name of the architecture in config.json.
+    model: value of the dict's key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -50,9 +50,9 @@ class Metadata:
         return self.file.get(key, default)
 
     def one(self, key: str, default: Any = None) -> Any:
-        """The value of a key that may be stored per layer; `default` if the file does not have it.
+        """The value of a key that files may store for each layer, if all layers have the same value.
 
-        Raises PortError if the layers have different values.
+        `default` if the file does not have the key. Raises PortError if the layers have different values.
         """
         value = self.get(key, default)
         if not isinstance(value, list):

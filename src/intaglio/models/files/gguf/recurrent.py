@@ -18,10 +18,10 @@ from intaglio.models.files.gguf.tensors import Place, Tables
 def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
     """Add the tensor A_log of a Mamba block to `tables`. It is the logarithm of -A, since a GGUF file stores A.
 
-    A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads].
+    A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads]. Returns nothing.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata; not read.
         name: the tensor's name in transformers.
         p: where the file has A.
@@ -39,7 +39,7 @@ def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
     """Add a tensor that the file holds as a matrix, D [heads, 1] or a norm [groups, columns], to `tables` as a vector.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata; not read.
         name: the tensor's name in transformers.
         p: where the file has the matrix.
@@ -82,12 +82,12 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_b and in_proj_a of Qwen3-Next to `tables`. Files have both in one matrix, grouped by key head.
+    """Add in_proj_b and in_proj_a of Qwen3-Next to `tables`. The file has both in one matrix, grouped by key head.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata, which has the numbers of heads.
-        name: the matrix's name in transformers, which ends with in_proj_ba.weight.
+        name: name of the file's matrix in transformers, which ends with in_proj_ba.weight.
         p: where the file has the matrix.
 
     Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
@@ -141,14 +141,14 @@ def tiled(m: Metadata, width: int) -> np.ndarray:
 
 
 def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a tensor of Qwen3.5 to `tables` with its value heads in transformers' order (see tiled()).
+    """Add a tensor of Qwen3.5 to `tables` with its value heads in transformers' order, grouped by key head.
 
-    The tensor is a matrix whose last rows are those of the value heads, or a vector with one value for each. Rows
-    before them, of queries and keys, keep their order. A tensor A_log becomes the logarithm of the file's negated
-    values.
+    The file has the first value head of every key head, then the second of every key head. The tensor is a matrix whose
+    last rows are those of the value heads, or a vector with one value for each. Rows before them, of queries and keys,
+    keep their order. A tensor A_log becomes the logarithm of the file's negated values.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata, which has the numbers and sizes of heads.
         name: the tensor's name in transformers.
         p: where the file has the tensor.

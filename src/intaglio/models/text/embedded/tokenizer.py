@@ -215,7 +215,8 @@ def _sentencepiece(v: _Vocabulary, merges: list[tuple[str, str]] | None = None) 
 def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """A list of the BPE merges of a SentencePiece vocabulary: every split of a token into two tokens, best first.
 
-    Ordered by the token's score; for equal scores the longest left part comes first, then the longest right part.
+    They are ordered by the score of the whole token; for equal scores the longest left part comes first, then the
+    longest right part.
     """
     found = []
     for token, i in known.items():
