@@ -94,6 +94,7 @@ class Config:
         replaced: {a key that another one overrides: the reason}.
         ignored: {prefix of names of tensors that are not read because of this config: the reason}, besides those of the
             Family.
+        mlp_types: the values that the list mlp_layer_types may have; a port whose layers have others sets them.
         named: {a key as ports read it: the file's own name of it}, where they differ; errors name the latter.
     """
 
@@ -105,6 +106,7 @@ class Config:
         self.replaced: dict[str, str] = {}
         self.ignored: dict[str, str] = {}
         self.named: dict[str, str] = {}
+        self.mlp_types: tuple[str, ...] = MLP_TYPES
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default` if it has none.
@@ -118,8 +120,8 @@ class Config:
             raise PortError(f"config.json: {self.name(key)}={value!r}; wanted {wanted}")
         if key in PER_LAYER and value:
             self.check_length(key, value)
-        if key == "mlp_layer_types" and (unknown := sorted({*(value or ())} - {*MLP_TYPES})):
-            raise PortError(f"config.json: {key} has {unknown[0]!r}; wanted {' or '.join(MLP_TYPES)}")
+        if key == "mlp_layer_types" and (unknown := sorted({*(value or ())} - {*self.mlp_types})):
+            raise PortError(f"config.json: {key} has {unknown[0]!r}; wanted {' or '.join(self.mlp_types)}")
         return default if value is None else value
 
     def check_length(self, key: str, values: Sequence[Any]) -> None:

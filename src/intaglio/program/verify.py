@@ -156,6 +156,15 @@ def state_kept(p: Program) -> Iterator[str]:
         written.update(op.writes_state)
 
 
+def windows_kept(p: Program) -> Iterator[str]:
+    """Yield a message for each cache that an op of two tables reads through a window, and another op without one."""
+    for op in p.ops:
+        for name in op.reads_state if op.two_tables else ():
+            if op.reach(name) and name not in p.windows:
+                others = ", ".join(o.site for o in p.ops if name in o.inputs and o is not op)
+                yield f"{op.site} ({op.kind}) reads {name} through a window, but not all others do: {others}"
+
+
 def buffers_apart(p: Program) -> Iterator[str]:
     """Yield a message for each temp that overwrites a temp of the same buffer which a later op still reads."""
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
@@ -195,6 +204,7 @@ RULES: tuple[Rule, ...] = (
     written_before_read,
     views_inside,
     state_kept,
+    windows_kept,
     buffers_apart,
     collectives_placed,
 )
