@@ -70,7 +70,7 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
         glu={"limit": limit, "alpha": 1.0, "shift": 0.0},
     )  # fmt: skip
     return Decoder(
-        **s, ropes={name: ropes[name] for name in {layer.rope for layer in layers}}, layers=layers,
+        **s, ropes={name: t for name, t in ropes.items() if name in {layer.rope for layer in layers}}, layers=layers,
         norms={"attn.norm": "attn_norm", "mlp.norm": "ffn_norm"}, mixture=mixture, glu_limit=limit, head="head",
         compressed=Compressed(c.whole("q_lora_rank"), groups, c.whole("o_lora_rank"), index),
         hyper=Hyper(c.whole("hc_mult"), c.whole("hc_sinkhorn_iters"), c.real("hc_eps")),
