@@ -129,6 +129,10 @@ def state_spec(
         granted = max(0, granted - (running + kept) * slot)
         slots = running + kept
         max_sequences = running // 2
-    tokens = min(max(mesh.last.context, KV_TOKENS), granted * page_tokens // max(1, page)) if kv_tokens is None else kv_tokens
+    tokens = (
+        min(max(mesh.last.context, KV_TOKENS), granted * page_tokens // max(1, page))
+        if kv_tokens is None
+        else kv_tokens
+    )
     pages = tokens // page_tokens if kv_tokens is None else -(-tokens // page_tokens)
     return StateSpec(max(1, pages), page_tokens, slots), max_sequences

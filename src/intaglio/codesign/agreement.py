@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from intaglio import formats
+from intaglio.batch import Sizes
 from intaglio.chips import Target
 from intaglio.codesign.kernel_cases import CASES, Case
 from intaglio.ops import Attend, Linear, Tensor

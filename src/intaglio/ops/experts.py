@@ -110,7 +110,11 @@ class Route(Op, kind="route"):
             ids, weights = sparsemixer(logits, self.top, self.jitter)
         else:
             scores = self._scores(logits)
-            ids = best(self._open(self._key(logits, scores, v)), self.top) if self.table is None else self._listed(v, batch)
+            ids = (
+                best(self._open(self._key(logits, scores, v)), self.top)
+                if self.table is None
+                else self._listed(v, batch)
+            )
             weights = np.take_along_axis(logits if self.score == "chosen" else scores, ids, axis=-1)
             if self.score == "chosen":
                 weights = softmax(weights)

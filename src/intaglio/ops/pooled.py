@@ -1,4 +1,4 @@
-"""Ops of compressed attention (DeepSeek-V4): pool_keys pools runs of tokens into entries, attend_pooled attends to them.
+"""Ops of compressed attention (DeepSeek-V4): pool_keys pools runs of tokens into entries, which attend_pooled reads.
 
 An entry is a key that is its own value, pooled from a run of `every` tokens. Its cache [P, B/every, 1, head_dim] has
 pages for the same blocks as other K/V caches, with fewer rows: entry w is in the block of the last token of its run,
@@ -60,13 +60,14 @@ class PoolKeys(Op, kind="pool_keys"):
     then entry / sqrt(mean(entry^2) + eps) * weight. Then rope of style interleaved rotates the last columns by the
     position of the run's first token (DeepSeek-V4, 2026, section 2.3).
 
-    value_cache, gate_cache [P, B, s, head_dim], as kv_write stores them; s is 1, or 2 with `overlap`. entries [P, B/every, 1,
-    head_dim]; bias [every, s * head_dim]; weight [head_dim]; frequencies [rotated columns / 2], a const.
+    value_cache, gate_cache [P, B, s, head_dim], as kv_write stores them; s is 1, or 2 with `overlap`. entries [P,
+    B/every, 1, head_dim]; bias [every, s * head_dim]; weight [head_dim]; frequencies [rotated columns / 2], a const.
 
     Attributes:
         every: tokens in a run.
-        overlap: True if the run before is pooled with the run. Its tokens take the first head of values and
-            gates and the first half of the biases; the tokens of the run itself take the second ones. There is none before the sequence's first run.
+        overlap: True if the run before is pooled with the run. Its tokens take the first head of values and gates and
+            the first half of the biases; the tokens of the run itself take the second ones. Nothing is before the
+            sequence's first run.
         eps: added to the mean of squares.
         factor: scales cos and sin of rope.
     """
@@ -86,8 +87,8 @@ class PoolKeys(Op, kind="pool_keys"):
     def shapes(self, t: Tensors) -> Results:
         self.check(self.every >= 2, f"every={self.every}; wanted 2 or more tokens in a run")
         _, head_dim = pooled_head(self, t, self.value_cache, 1, 1 + self.overlap)
-        same = (t[self.gate_cache].shape, t[self.gate_cache].format) == (t[self.value_cache].shape, t[self.value_cache].format)
-        self.check(same, f"{self.gate_cache} is {t[self.gate_cache].type} but {self.value_cache} is {t[self.value_cache].type}")
+        values, gates = t[self.value_cache], t[self.gate_cache]
+        self.check(gates.type == values.type, f"{self.gate_cache} is {gates.type} but {self.value_cache} {values.type}")
         _, width = pooled_head(self, t, self.entries, self.every)
         self.check(width == head_dim, f"{self.entries} has heads of {width} but {self.value_cache} of {head_dim}")
         wanted = (self.every, (1 + self.overlap) * head_dim)
@@ -109,7 +110,8 @@ class PoolKeys(Op, kind="pool_keys"):
             taken = np.arange(max(0, at + 1 - n * self.every), at + 1)
             half = np.where(taken > at - self.every, n - 1, 0)
             where = table[s, taken // size], taken % size, half
-            value, gate = (np.asarray(v[name])[where].astype(np.float64) for name in (self.value_cache, self.gate_cache))
+            value = np.asarray(v[self.value_cache])[where].astype(np.float64)
+            gate = np.asarray(v[self.gate_cache])[where].astype(np.float64)
             gate += bias[taken % self.every, half]
             p = np.exp(gate - gate.max(axis=0))
             y = (p / p.sum(axis=0) * value).sum(axis=0)
@@ -134,12 +136,9 @@ class PoolKeys(Op, kind="pool_keys"):
 
 def closers(batch: Batch, every: int) -> list[tuple[int, int]]:
     """(sequence, token row) of each token of the step that is the last of a run of `every` tokens, as a list."""
-    return [
-        (s, first + i)
-        for s, (first, n) in enumerate(zip(batch.first_row.tolist(), batch.q_len.tolist(), strict=True))
-        for i in range(n)
-        if (int(batch.positions[first + i]) + 1) % every == 0
-    ]
+    rows = np.flatnonzero((batch.positions + 1) % every == 0)
+    sequences = np.searchsorted(batch.first_row, rows, side="right") - 1
+    return list(zip(sequences.tolist(), rows.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

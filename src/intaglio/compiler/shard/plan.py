@@ -5,7 +5,21 @@ from __future__ import annotations
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.recurrent import Recurrence, plan_recurrence
 from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled
-from intaglio.ops import Attend, AttendPooled, Embed, HeadLinear, KvWrite, Linear, Moment, Norm, Op, Permute, Rope, Sample, ShortConv
+from intaglio.ops import (
+    Attend,
+    AttendPooled,
+    Embed,
+    HeadLinear,
+    KvWrite,
+    Linear,
+    Moment,
+    Norm,
+    Op,
+    Permute,
+    Rope,
+    Sample,
+    ShortConv,
+)
 from intaglio.program import Program
 
 

@@ -8,6 +8,8 @@ each before the output projection.
 
 from __future__ import annotations
 
+from typing import Any
+
 from intaglio.models.decoder.description import Compressed, Indexer, Layer
 from intaglio.models.decoder.writer import Writer
 from intaglio.ops import Attend, AttendPooled, ChooseKeys, HeadLinear, KvWrite, Norm, PoolKeys, Rope
@@ -47,10 +49,12 @@ def write_compressed(w: Writer, m: Compressed, i: int, layer: Layer, x: str) -> 
         a = b.op(Attend, at + "attend", q, cache, cache, sinks=sinks, heads=d.heads, scale=d.scale, window=layer.window)
     turn = d.ropes[layer.rope]
     back = w.constant(f"{layer.rope}.backward", [-f for f in turn.frequencies])
-    how = {"head_dim": n, "style": turn.style, "factor": turn.factor, "trailing": True}
+    how: dict[str, Any] = {"head_dim": n, "style": turn.style, "factor": turn.factor, "trailing": True}
     a = b.op(Rope, at + "unrope", a, "positions", back, **how)
     groups = (m.groups, m.rank, d.heads * n // m.groups)
-    a = b.op(HeadLinear, at + "o_a_proj", a, w.tensor(at + "o_a", groups, f"{source}wo_a.weight|h{m.groups}", plain=True))
+    a = b.op(
+        HeadLinear, at + "o_a_proj", a, w.tensor(at + "o_a", groups, f"{source}wo_a.weight|h{m.groups}", plain=True)
+    )
     return w.linear(at + "o_b_proj", a, d.hidden, m.groups * m.rank, source + "wo_b")
 
 

@@ -59,7 +59,7 @@ class Layer:
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
         sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
             n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
-        pooled: tokens in each run that compressed attention pools into an entry; 0: the layer attends to its window only.
+        pooled: tokens in each run that compressed attention pools into an entry; 0: it attends to its window only.
         indexed: True if runs are pooled with the run before, and an indexer chooses the entries (see Compressed).
         hashed: True if a table lists the experts of each token id (see Mixture.table).
         shared: (owner, use) if the layer runs a shared block before its mixer (Zamba2, see Decoder.shared), else None.

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def spread(w: Writer, h: Hyper, x: str) -> str:
-    """Add the ops that start every residual stream as a copy of the embeddings `x`. Returns the streams' tensor name."""
+    """Add the ops that start each residual stream as a copy of the embeddings `x`. Returns the streams' tensor name."""
     streams = x
     for k in range(1, h.streams):
         streams = w.b.op(Concat, f"hyper.start{k}", streams, x)

@@ -109,7 +109,9 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
     hashed = w.d.layers[i].hashed
     chosen = m.correction if not hashed else ""
     bias = w.tensor(at + "router.correction", (m.count,), source + chosen) if chosen else None
-    table = b.weight(at + "route.table", (w.d.vocabulary, m.top), w.d.source(source + m.table), "i32") if hashed else None
+    table = (
+        b.weight(at + "route.table", (w.d.vocabulary, m.top), w.d.source(source + m.table), "i32") if hashed else None
+    )
     factors = w.tensor(at + "router.factors", (m.count,), source + m.factors) if m.factors else None
     ids = at + "route.ids"
     how = {"bias": bias, "factors": factors, "table": table, "ids": ids, "top": m.top, **m.route}

@@ -19,9 +19,9 @@ SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "he
 RATES = {SLIDING: 0, SPARSE: 4, HEAVY: 128}
 SCORES = {"sqrtsoftplus": "sqrt_softplus", "softmax": "softmax", "sigmoid": "sigmoid"}
 DEFAULTS = {
-    "vocab_size": 129280, "hidden_size": 4096, "moe_intermediate_size": 2048, "num_hidden_layers": 43,
+    "vocab_size": 129280, "hidden_size": 4096, "num_hidden_layers": 43,
     "num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512, "q_lora_rank": 1024,
-    "num_experts_per_tok": 6, "n_routed_experts": 256, "n_shared_experts": 1, "scoring_func": "sqrtsoftplus",
+    "num_experts_per_tok": 6, "n_shared_experts": 1, "scoring_func": "sqrtsoftplus",
     "routed_scaling_factor": 1.5, "max_position_embeddings": 1048576, "rope_theta": 10000.0,
     "compress_rope_theta": 160000.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "swiglu_limit": 10.0,
     "sliding_window": 128, "o_groups": 8, "o_lora_rank": 1024, "index_n_heads": 64, "index_head_dim": 128,
@@ -35,8 +35,9 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
     Raises PortError for missing or wrong settings, and for settings that are not ported.
     """
     c.refuse("attention_bias", "mlp_bias", why="transformers' DeepSeek-V4 has no biases in released models")
-    c.table["intermediate_size"] = width = c.whole("moe_intermediate_size")
-    s, n, limit = sizes(c), c.whole("num_hidden_layers"), c.real("swiglu_limit")
+    width = c.whole(c.either("moe_intermediate_size", "intermediate_size"), 2048)  # two names of one key
+    c.table["intermediate_size"] = width
+    s, limit = sizes(c), c.real("swiglu_limit")
     groups, heads, window = c.whole("o_groups"), s["heads"], c.whole("sliding_window")
     if s["kv_heads"] != 1 or heads % groups:
         raise PortError(
@@ -45,6 +46,8 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
         )
     if (score := c.get("scoring_func")) not in SCORES:
         raise PortError(f"config.json: scoring_func={score!r} is not ported; known are {', '.join(SCORES)}")
+    if c.get("norm_topk_prob") is False:
+        raise PortError("config.json: norm_topk_prob=False; DeepSeek-V4 divides the weights by their sum, always")
     kinds, mlps, rates = layer_types(c), mlp_types(c), compress_rates(c)
     ropes = {"main": rope(c, "main", context), "compress": rope(c, "compress", context)}
     layers = tuple(
@@ -64,8 +67,8 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
                 f"{2 * len(ropes['compress'].frequencies)} columns that rope turns"
             )
     mixture = Mixture(
-        count=c.whole("n_routed_experts"), top=c.whole("num_experts_per_tok"), width=width, sources=NUMBERED,
-        block="ffn", correction="gate.bias", table="gate.tid2eid", shared=width,
+        count=c.whole(c.either("n_routed_experts", "num_local_experts"), 256), top=c.whole("num_experts_per_tok"),
+        width=width, sources=NUMBERED, block="ffn", correction="gate.bias", table="gate.tid2eid", shared=width,
         route={"score": SCORES[score], "normalise": True, "scale": c.real("routed_scaling_factor")},
         glu={"limit": limit, "alpha": 1.0, "shift": 0.0},
     )  # fmt: skip
@@ -90,7 +93,9 @@ def layer_types(c: Config) -> list[str]:
     if ratios is not None and c.get("layer_types") is None:
         known = {rate: kind for kind, rate in RATES.items()}
         if not isinstance(ratios, list | tuple) or unknown(ratios, known):
-            raise PortError(f"config.json: compress_ratios={ratios!r}; wanted a list of 0, 4 and 128, one for each layer")
+            raise PortError(
+                f"config.json: compress_ratios={ratios!r}; wanted a list of 0, 4 and 128, one for each layer"
+            )
         usual = [known[ratio] for ratio in ratios][:n]
         c.check_length("compress_ratios", usual)
     return c.layer_types(usual=usual, known=tuple(RATES))
@@ -102,10 +107,11 @@ def unknown(values: object, known: Mapping[int, str]) -> bool:
 
 
 def mlp_types(c: Config) -> list[str]:
-    """"hash_moe" for each layer whose experts are chosen by token id, else "moe": the key mlp_layer_types, a list.
+    """How each layer's experts are chosen, as a list: "hash_moe" is by token id, "moe" by score.
 
-    Older files have num_hash_layers, 3 by default: the first so many layers. Raises PortError for other types, and for
-    another number of them than num_hidden_layers.
+    It is the value of the key mlp_layer_types. Older files have num_hash_layers: the experts of the first so many
+    layers, 3 by default, are chosen by token id. Raises PortError for other types, and for another number of them than
+    num_hidden_layers.
     """
     c.mlp_types = ("hash_moe", "moe")
     n, hashed, kinds = c.whole("num_hidden_layers"), c.get("num_hash_layers", 3), c.get("mlp_layer_types")
@@ -141,11 +147,12 @@ def rope(c: Config, which: str, context: int) -> Table:
         p = c.settings("rope_parameters", which)
     else:
         p = (c.settings("rope_scaling") or given) if which == "compress" else c.settings("rope_parameters", "none")
-    part = c.get("partial_rotary_factor")
+    bases = {name: c.real(key) for name, key in (("main", "rope_theta"), ("compress", "compress_rope_theta"))}
+    part, columns = c.get("partial_rotary_factor"), c.whole("qk_rope_head_dim", max(2, head_dim // 8))
     if part is None:
-        part = c.whole("qk_rope_head_dim", max(2, head_dim // 8)) / head_dim
+        part = columns / head_dim
     if not nested:
-        p["rope_theta"], p["partial_rotary_factor"] = c.real("compress_rope_theta" if which == "compress" else "rope_theta"), part
+        p["rope_theta"], p["partial_rotary_factor"] = bases[which], part
     p.setdefault("partial_rotary_factor", 1.0)
     p.setdefault("rope_type", p.get("type", "default"))
     if p["rope_type"] == "yarn" and not nested:
