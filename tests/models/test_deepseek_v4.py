@@ -39,9 +39,15 @@ def test_text_form_and_caches(tmp_path):
     "overrides",
     [
         {**TWO, "scoring_func": "sigmoid", "hc_mult": 1, "hc_sinkhorn_iters": 1, "tie_word_embeddings": True},
-        {**TWO, "scoring_func": "softmax", "hc_mult": 4, "o_groups": 4, "index_topk": 64, "sliding_window": 1},
+        {**TWO, "hc_mult": 4, "o_groups": 4, "index_topk": 64, "sliding_window": 1},
         {**TWO, "rope_parameters": None, "partial_rotary_factor": 0.25, "routed_scaling_factor": 2.5, "hc_eps": 1e-3},
-        {**TWO, "compress_rates": {SPARSE: 2, HEAVY: 70}, "head_dim": 40, "index_head_dim": 16, "swiglu_limit": 0.1},
+        {
+            **TWO,
+            "compress_rates": {SPARSE: 2, HEAVY: 70},
+            "head_dim": 40,
+            "index_head_dim": 16,
+            "partial_rotary_factor": 0.25,
+        },
     ],
 )
 def test_variants(tmp_path, overrides):
@@ -82,7 +88,7 @@ def test_names_and_keys_of_released_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"scoring_func": "tanh"}, "scoring_func='tanh' is not ported; known are sqrtsoftplus, softmax, sigmoid"),
+        ({"scoring_func": "tanh"}, "scoring_func='tanh' is not ported; known are sqrtsoftplus, sigmoid"),
         ({"o_groups": 3}, "num_key_value_heads=1 and o_groups=3 for 4 heads; wanted 1 and a divisor"),
         ({"compress_rates": {SPARSE: 1}}, "wanted runs of 2 tokens or more"),
         ({"mlp_layer_types": ["moe", "dense"]}, "mlp_layer_types has 'dense'; wanted hash_moe or moe"),

@@ -17,7 +17,7 @@ from intaglio.models.ports.family import Family
 
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 RATES = {SLIDING: 0, SPARSE: 4, HEAVY: 128}
-SCORES = {"sqrtsoftplus": "sqrt_softplus", "softmax": "softmax", "sigmoid": "sigmoid"}
+SCORES = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
 DEFAULTS = {
     "vocab_size": 129280, "hidden_size": 4096, "num_hidden_layers": 43,
     "num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512, "q_lora_rank": 1024,
