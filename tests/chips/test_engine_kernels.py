@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from intaglio.chips import CHIPS, Target, engine_library, engine_names, library, target
-from intaglio.chips.engine_kernels import GENERATIONS, engine_records, entries
+from intaglio.chips import CHIPS, ChipError, Target, engine_kernels, engine_library, engine_names, library, target
+from intaglio.chips.engine_kernels import CONSTANTS, GENERATIONS, engine_records, entries
 
 
 @pytest.mark.parametrize("engine", engine_names())
@@ -33,6 +35,17 @@ def test_an_engine_without_a_file_changes_nothing() -> None:
     assert engine_records("llama", "hopper") == ()
 
 
+@pytest.mark.parametrize(("text", "why"), [("[[kernels", "not TOML"), ("kernels = 3", "kernels=3"), ("", "None")])
+def test_a_broken_file_of_an_engine_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    monkeypatch.setattr(engine_kernels, "KERNELS", tmp_path)
+    file = tmp_path / f"broken{abs(hash(text))}.toml"  # a name of its own, since entries() remembers what it read
+    file.write_text(text)
+    with pytest.raises(ChipError, match=f"^{file}: .*{why}"):
+        engine_library(file.stem, library("hopper"))
+
+
 def test_constants_are_those_of_the_generation_or_of_the_one_asked_for() -> None:
     both = [(e, k) for e in engine_names() for k in entries(e) if all(g in k for g in GENERATIONS)]
     assert both
@@ -42,12 +55,26 @@ def test_constants_are_those_of_the_generation_or_of_the_one_asked_for() -> None
             own = dict(engine_records(engine, generation)[number].changes)
             other = next(g for g in GENERATIONS if g != generation)
             lent = dict(engine_records(engine, generation, constants=other)[number].changes)
-            for found, values in ((own, entry[generation]), (lent, entry[other])):
-                assert all(found[name] == value for name, value in values.items() if not isinstance(value, list))
+            names = CONSTANTS[entry["op"]]
+            assert all(own[name] == entry[generation][name] and lent[name] == entry[other][name] for name in names)
+            assert {n: v for n, v in own.items() if n not in names} == {n: v for n, v in lent.items() if n not in names}
     single = [(e, k, g) for e in engine_names() for k in entries(e) for g in GENERATIONS if g not in k]
     for engine, entry, missing in single:
         number = entries(engine).index(entry)
         assert engine_records(engine, missing)[number].changes == engine_records(engine, "ada")[number].changes
+
+
+def test_constants_of_links_that_another_generation_lends_follow_the_links() -> None:
+    base, lent = library("blackwell"), library("hopper")
+    for engine in engine_names():
+        for entry, record in zip(entries(engine), engine_library(engine, base, "hopper").kernels, strict=False):
+            if entry["op"] == "collectives":
+                found, given = dict(record.changes), entry["hopper"]
+                assert found["barrier_s"] == pytest.approx(given["barrier_s"] * base.barrier_s / lent.barrier_s)
+                assert found["small_reduce_efficiency"] == given["small_reduce_efficiency"]
+                assert found["link_efficiency"] == min(1, given["link_efficiency"] * base.link_efficiency)
+    own = engine_library("vllm", base)
+    assert own.kernels[: len(entries("vllm"))] == engine_records("vllm", "blackwell")
 
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))

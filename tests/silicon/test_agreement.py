@@ -12,30 +12,31 @@ from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.agreement import compare_kernel
 from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
-from intaglio.ops import Embed, Linear, Tensor, Value
+from intaglio.ops import Attend, Embed, Linear, Tensor, Value
 from intaglio.silicon.cache import LINE, Cache, lines_of
 from intaglio.silicon.kernels import kernel_class
+from intaglio.silicon.kernels.attend_plan import waiting_jobs
 from intaglio.silicon.kernels.product import time_choices
 from intaglio.silicon.kernels.rows import RowsKernel
 from intaglio.silicon.memory import Region, dense
 from intaglio.silicon.sizes import BatchSizes, sizes_of
 
-BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "route", "sinusoid", "sample")
+BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample")
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
-    """On any chip, within 5 % if the operands fit the L2; otherwise its evictions are approximated."""
+    """On any chip, within 3 % if nothing is evicted from the L2.
+
+    Otherwise the model lets all cores wait for the same accesses; cores whose loads hit may run ahead of the others.
+    """
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
         op, tensors = a.case.op, a.case.tensors
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
-        assert (0.3 < a.ratio < 3) if fits.hbm_bytes else abs(a.ratio - 1) < 0.05, (
-            on.chip.name,
-            a.ratio,
-            a.case.words,
-        )
+        evicts = on.chip.l2_bytes and fits.hbm_bytes
+        assert (0.3 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.03, (on.chip.name, a.ratio, a.case.words)
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
@@ -43,10 +44,10 @@ def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
     op = Embed(site="embed", tokens="t", w="w", out="y")
     tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, 1360), "bf16", "weight")]
     for rows in (1, 27, 600):
-        assert 0.3 < compare_kernel(target("mi355x"), case(op, tensors, batch_of([(rows, 0)]), "")).ratio < 3
+        assert 0.9 < compare_kernel(target("mi355x"), case(op, tensors, batch_of([(rows, 0)]), "")).ratio < 1.1
 
 
-@pytest.mark.parametrize("chip", ["a100_sxm", "h100_sxm", "b200_sxm", "tpu_v5e", "tpu_v7", "mi300x", "gaudi3"])
+@pytest.mark.parametrize("chip", ["a100_sxm", "h100_sxm", "b200_sxm", "tpu_v5e", "tpu_v7", "mi300x", "gaudi3", "sohu"])
 @pytest.mark.parametrize("kind", ["attend", "kv_write"])
 def test_closed_form_and_machine_agree_on_attention(chip: str, kind: str, rng: np.random.Generator) -> None:
     """Prompts, decoding sequences, windows and latent attention; see docs/accuracy.md for every chip."""
@@ -54,6 +55,41 @@ def test_closed_form_and_machine_agree_on_attention(chip: str, kind: str, rng: n
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(4)]
     assert all(0.7 < a.ratio < 1.4 for a in found), [(a.ratio, a.case.words) for a in found]
     assert np.median([abs(a.ratio - 1) for a in found]) < 0.12, [(a.ratio, a.case.words) for a in found]
+
+
+@pytest.mark.parametrize("keys,window", [(899, 332), (1794, 488), (828, 0)])
+def test_prompts_wait_for_keys_that_no_earlier_job_has_read(keys: int, window: int) -> None:
+    """Each round of jobs in a window reads new keys. The closed form let the first round alone wait: 2.03 times."""
+    op = Attend(site="a", q="q", k_cache="k", v_cache="v", out="y", heads=6, scale=0.125, window=window)
+    caches = [Tensor(name, ("P", "B", 3, 64), "bf16", "state") for name in ("k", "v")]
+    call = case(op, [temp("q", 6 * 64), *caches], batch_of([(828, keys - 828)]), "")
+    assert 0.9 < compare_kernel(target("sohu"), call).ratio < 1.1
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), cores=st.integers(1, 9))
+def test_jobs_that_wait_are_those_of_a_round_by_round_simulation(data: st.DataObject, cores: int) -> None:
+    """Against jobs listed one by one, each round reading its tiles at once."""
+    kinds = data.draw(
+        st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(1, 7)), min_size=1, max_size=6)
+    )
+    tiles, start, count = (np.array(v, float) for v in zip(*kinds, strict=True))
+    order = sorted(range(len(kinds)), key=lambda i: (-tiles[i], -start[i], i))
+    jobs = [i for i in order for _ in range(int(count[i]))]
+    wanted, read = dict[tuple[int, int], float](), set[int]()
+    for first in range(0, len(jobs), cores):
+        now = [(i, [t for t in range(int(start[i]), int(start[i] + tiles[i])) if t not in read])
+               for i in jobs[first : first + cores]]  # fmt: skip
+        for i, mine in now:  # a job has a tile at the step in which the first job of the round reads it
+            steps = [min(other.index(t) for _, other in now if t in other) + 1 for t in mine]
+            key = i, max(steps, default=0)
+            wanted[key] = wanted.get(key, 0.0) + 1
+        read = read.union(*(mine for _, mine in now))
+    kind, waits, number, _ = waiting_jobs(tiles, start, count, cores)
+    got = dict[tuple[int, int], float]()
+    for i, n, c in zip(kind.tolist(), waits.tolist(), number.tolist(), strict=True):
+        got[i, int(n)] = got.get((i, int(n)), 0.0) + c
+    assert got == wanted
 
 
 def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:

@@ -112,6 +112,9 @@ def test_the_command_writes_files_that_give_the_fitted_target(tmp_path: Path, rn
     assert on.library.name == "b200_sxm_calibrated_library" and on.library.generation == "blackwell"
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 2 and "exists; remove it, or choose another --name" in again.output
+    for name in ("../mine", "folder/mine", str(tmp_path / "mine")):
+        refused = CliRunner().invoke(app, [*words, "--name", name])
+        assert refused.exit_code == 2 and "give a name without folders" in " ".join(refused.output.split()), name
 
 
 @pytest.mark.parametrize(("text", "why"), [("m,n\n1,2\n", "wanted those of a table"), ("m,n,k,us\n", "has no rows")])
@@ -153,6 +156,19 @@ def test_a_bad_row_is_named(tmp_path: Path, text: str, why: str) -> None:
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 2 and done.stderr.startswith(f"error: {file}: ") and why in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_recurrent_table_needs_the_heads_of_the_delta_rule(tmp_path: Path) -> None:
+    """Rows of convolutions alone do without them."""
+    file, columns = tmp_path / "h100_sxm_recurrent.csv", "phase,kernel,batch,tokens,channels,conv_width"
+    file.write_text(f"{columns},us\ncontext,causal_conv1d_fn,1,64,128,4,30\n")
+    assert CliRunner().invoke(app, ["validate", str(tmp_path)]).exit_code == 0
+    file.write_text(f"{columns},us\ncontext,chunk_gated_delta_rule,1,64,128,4,30\n")
+    done = CliRunner().invoke(app, ["validate", str(tmp_path)])
+    assert done.exit_code == 2 and "column n_k_heads, head_k_dim, n_v_heads, head_v_dim is missing" in done.stderr
+    heads = "n_k_heads,head_k_dim,n_v_heads,head_v_dim"
+    file.write_text(f"{columns},{heads},us\ncontext,chunk_gated_delta_rule,1,64,128,4,2,64,2,64,30\n")
+    assert CliRunner().invoke(app, ["validate", str(tmp_path)]).exit_code == 0
 
 
 def test_fewer_rows_than_folds_are_refused(rng: np.random.Generator) -> None:

@@ -94,7 +94,7 @@ def test_a_work_kernel_is_timed_by_the_ops_work(square: type[Op]) -> None:
     t, on = tensors("x", "y", "z"), target("h100_sxm")
     kernel = kernel_class(first).of(first, t)
     assert kernel == kernel_class(second).of(second, t)
-    took = kernel.time(on, SIZES, resident=False)
+    took = kernel.time(on, SIZES, prefetched=False)
     moved = 2 * 67 * 48 * 4
     wanted = on.library.launch_s + on.chip.constants.hbm_latency_s + moved / on.chip.hbm_rate
     assert took.seconds == pytest.approx(wanted) and took.hbm_bytes == moved

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from intaglio.chips import target
+from intaglio.chips import Target, target
 from intaglio.codesign.physics import all_cards, draw, over_peak, sizes, timelines, violations
 from intaglio.codesign.simulate import ported, stages
+from intaglio.silicon.kernels.product import linear_timing
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -33,6 +36,26 @@ def test_prefetched_weights_share_hbm_with_the_rows_of_their_op() -> None:
     assert on.library.prefetches_weights and not on.chip.l2_bytes
     for line in timelines(stages(ported("llama-3-8b", None), "tp1", "auto", "auto", "auto"), on, sizes(27, 716, 1009)):
         assert over_peak(on, line) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    chip=st.sampled_from(["sohu", "tpu_v5e", "tpu_v6e", "tpu_v7"]), m=st.integers(1, 4096), n=st.integers(1, 512),
+    k=st.integers(1, 128), rate=st.floats(0.3, 3),
+)  # fmt: skip
+def test_seconds_and_bytes_of_a_prefetched_product_are_of_one_choice(
+    chip: str, m: int, n: int, k: int, rate: float
+) -> None:
+    """They once were of two: a higher HBM rate, or one row more, could make a step faster or slower by some percent."""
+    on = target(chip).with_chip(hbm_bytes_per_s=target(chip).chip.hbm_bytes_per_s * rate)
+    faster = on.with_chip(hbm_bytes_per_s=on.chip.hbm_bytes_per_s * 2)
+
+    def seconds(on: Target, m: int) -> float:
+        t = linear_timing(on, m, 32 * n, 64 * k, prefetched=True)
+        return max(t.seconds, t.hbm_bytes / on.chip.hbm_rate)
+
+    took = seconds(on, m)
+    assert seconds(faster, m) <= took * (1 + 1e-9) and took <= seconds(on, m + 1) * (1 + 1e-9)
 
 
 def test_a_violation_is_named() -> None:

@@ -7,63 +7,125 @@ engine_library() puts an engine's kernels before those of a chip's own library, 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from functools import lru_cache
 from typing import Any
 
-from intaglio.chips.files import DATA, record_of
+from intaglio.chips.files import DATA, read_library, read_toml, record_of
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.chips.library import KernelLibrary
+from intaglio.chips.spec import ChipError
 
 KERNELS = DATA / "kernels"
 GENERATIONS = ("hopper", "blackwell")  # whose kernels were measured
+SHARED = ("launch_s", "memory_factor")
+CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants of each generation; the rest are facts
+    "products": ("mxu_efficiency", *SHARED),
+    "prefill": ("mxu_efficiency", *SHARED),
+    "decode": ("mxu_efficiency", *SHARED),
+    "experts": ("grouped_mxu_efficiency", *SHARED),
+    "recurrent": ("mxu_efficiency", *SHARED),
+    "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
+}
+# Constants that follow the chip's links -> field of the chip's own library by which another chip's value is scaled
+SCALED = {
+    "small_reduce_s": "barrier_s", "barrier_s": "barrier_s", "link_latency_s": "link_latency_s",
+    "link_efficiency": "link_efficiency",
+}  # fmt: skip
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names of the serving engines whose kernels are known, in alphabetical order."""
+    """Names of the serving engines whose kernels are known, as a tuple in alphabetical order."""
     return tuple(sorted(path.stem for path in KERNELS.glob("*.toml")))
 
 
 def engine_records(engine: str, generation: str, constants: str = "") -> tuple[KernelRecord, ...]:
-    """The KernelRecords of a serving engine's kernels on one generation of chips, as a tuple.
+    """A tuple with one KernelRecord (facts and fitted constants of a kernel) for each kernel of a serving engine.
 
-    () if the kernels of this engine are not known. Raises ChipError for a wrong file.
+    The tuple is empty if there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:
-        engine: the engine's name.
+        engine: the engine's name, such as vllm.
         generation: generation of the chip, such as hopper.
-        constants: generation whose fitted constants the records get; "": `generation`. A kernel that was measured on
-            one generation only has the constants of that one.
+        constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
+            was not measured on that generation, its record takes the constants of another generation, see merged().
     """
-    path, wanted = KERNELS / f"{engine}.toml", constants or generation
-    return tuple(record_of(path, merged(entry, wanted)) for entry in entries(engine))
+    path = KERNELS / f"{engine}.toml"
+    return tuple(record_of(path, merged(entry, generation, constants)) for entry in entries(engine))
 
 
 @lru_cache
 def entries(engine: str) -> tuple[dict[str, Any], ...]:
-    """The tables `[[kernels]]` of an engine's file, as a tuple of dicts; () if there is no file."""
-    path = KERNELS / f"{engine}.toml"
-    return tuple(tomllib.loads(path.read_text(encoding="utf-8"))["kernels"]) if path.is_file() else ()
+    """The tables `[[kernels]]` of the file data/kernels/ENGINE.toml, as a tuple of dicts; () if there is no such file.
 
-
-def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:
-    """A table `[[kernels]]` as one flat dict: its facts, and its constants for a generation of chips.
-
-    A kernel that was measured on one generation only has that one's constants for any other.
+    Raises ChipError, naming the file, if it cannot be read, is not TOML or has no tables `[[kernels]]`.
     """
-    of_each = {g: entry[g] for g in GENERATIONS if g in entry}
-    own = of_each.get(generation, next(iter(of_each.values()), {}))
+    path = KERNELS / f"{engine}.toml"
+    if not path.is_file():
+        return ()
+    found = read_toml(path).get("kernels")
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ChipError(f"{path}: kernels={found!r}; give a table [[kernels]] for each kernel")
+    return tuple(found)
+
+
+def lender(entry: dict[str, Any], wanted: str) -> str:
+    """The generation of chips whose constants a table `[[kernels]]` gives where those of `wanted` are asked for.
+
+    It is `wanted` itself, or the first of GENERATIONS that the table covers if it lacks `wanted`; "" if it covers none.
+    """
+    having = [g for g in GENERATIONS if g in entry]
+    return wanted if wanted in having else next(iter(having), "")
+
+
+def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[str, Any]:
+    """Flatten a table `[[kernels]]` of an engine's file into one dict {field: value} and return it.
+
+    The dict has the kernel's facts (fields that hold on every chip, and those of `generation`) and its fitted
+    constants. If the table lacks a generation, the first of GENERATIONS that the table covers takes its place. The
+    field `default` is False unless the table sets it.
+
+    Args:
+        entry: the table.
+        generation: generation of the chip, such as hopper.
+        constants: generation of chips from which the constants are taken; "": `generation`.
+    """
+    own, lent = (entry.get(lender(entry, g), {}) for g in (generation, constants or generation))
+    names = CONSTANTS.get(entry.get("op", ""), ())
     facts = {name: value for name, value in entry.items() if name not in GENERATIONS}
-    return {"default": False, **facts, **own}
+    found = {"default": False, **facts, **own}
+    return found | {name: lent[name] for name in names if name in lent}
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """The kernel library `base` with a serving engine's kernels added, to be chosen by name.
+    """A copy of the kernel library `base` with a serving engine's kernels added at the head of its `kernels`.
 
-    Returns `base` itself for an engine whose kernels are not known. constants: see engine_records(). Raises ChipError
-    for a wrong file.
+    An added kernel is used where a caller asks for it by name, unless its table sets `default` to true.
+    Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
+
+    Args:
+        engine: the engine's name, such as vllm.
+        base: the chip's own kernel library.
+        constants: generation of chips from which the fitted constants are taken; "": base.generation. Constants of
+            links (SCALED) that come from another generation are multiplied by the ratio of the fields of `base` to
+            those of the other generation's own library.
     """
-    records = engine_records(engine, base.generation, constants)
+    found = zip(entries(engine), engine_records(engine, base.generation, constants), strict=True)
+    records = tuple(scaled(r, base, lender(entry, constants or base.generation)) for entry, r in found)
     if not records:
         return base
     return dataclasses.replace(base, name=f"{base.name}+{engine}", engine=engine, kernels=records + base.kernels)
+
+
+def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
+    """A record with its constants of links scaled from the chips of generation `lent` to those of the library `base`.
+
+    It is the record itself if they are of the same generation, and for ops other than collectives.
+    """
+    if record.op != "collectives" or lent in ("", base.generation):
+        return record
+    other, changes = read_library(DATA / "libraries" / f"{lent}.toml"), dict(record.changes)
+    for name, field in SCALED.items():
+        if name in changes:
+            value = changes[name] * getattr(base, field) / getattr(other, field)
+            changes[name] = min(value, 1.0) if name.endswith("efficiency") else value
+    return dataclasses.replace(record, changes=tuple(changes.items()))

@@ -23,10 +23,14 @@ SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 
 
 
 def read_chip(path: Path) -> tuple[ChipSpec, str]:
-    """Read a chip file. Returns (ChipSpec, name or file of the chip's default kernel library).
+    """Read a chip file (TOML). Returns (ChipSpec, the chip's default kernel library as text).
 
-    Raises ChipError, which names the file, for a file or base that cannot be read, an unknown key, a wrong type, values
-    that ChipSpec refuses, a missing `library`, or a peak rate that differs by more than 1 % from `[sheet_flops]`.
+    The text is the name of a library, or the path of a library file if it ends in .toml. The key `base` of a chip file
+    may name another chip file, from which missing values are taken.
+
+    Raises ChipError, naming the file, if it or its base cannot be read, for an unknown key, a wrong type, values that
+    ChipSpec refuses, or a missing `library`, and if a peak rate differs by more than 1 % from the one in
+    `[sheet_flops]`, the rates of the data sheet.
     """
     table = merged(path, "chips")
     sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
@@ -47,10 +51,11 @@ def read_chip(path: Path) -> tuple[ChipSpec, str]:
 
 
 def read_library(path: Path) -> KernelLibrary:
-    """Read a kernel library file and return the KernelLibrary.
+    """Read a kernel library file (TOML) and return the KernelLibrary.
 
-    Raises ChipError, which names the file, for a file or base that cannot be read, an unknown key, a wrong type, or
-    values that KernelLibrary refuses.
+    The key `base` of a library file may name another library file, from which missing values are taken. Raises
+    ChipError, naming the file, if it or its base cannot be read, for an unknown key, a wrong type, and for values that
+    KernelLibrary refuses.
     """
     table = merged(path, "libraries")
     protocols = table.get("protocols")
@@ -64,10 +69,11 @@ def read_library(path: Path) -> KernelLibrary:
 
 
 def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
-    """The KernelRecord of one table `[[kernels]]` of a library file.
+    """The KernelRecord (description of one kernel) in one table `[[kernels]]` of a library file.
 
-    entry: fields of KernelRecord, and fields of KernelLibrary whose values differ for this kernel. Raises ChipError for
-    an unknown field, a missing one, a wrong type, or a field that a kernel cannot change (FIXED).
+    path: the file, for errors. entry: the table as a dict. It has fields of KernelRecord, and those fields of
+    KernelLibrary in which this kernel differs from the library. Raises ChipError for an unknown or missing field, a
+    wrong type, or a field that a kernel cannot change (FIXED).
     """
     own = {f.name for f in dataclasses.fields(KernelRecord)} - {"changes"}
     hints = get_type_hints(KernelLibrary)
@@ -119,6 +125,16 @@ def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
     return [(m, n) for m, n in pairs if m * n <= entry.get("max_values", m * n)]
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file as a dict. Raises ChipError, naming the file, if it cannot be read or is not TOML in UTF-8."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ChipError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ChipError(f"{path}: not TOML: {error}") from None
+
+
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a chip or library file as a dict. Values that the file lacks come from the file that its key `base` names.
 
@@ -130,14 +146,9 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
     Args:
         path: the file.
         folder: "chips" or "libraries": the shipped files among which a base is looked up, after the file's own folder.
-        above: files that have this one as their base, directly or through other files.
+        above: files that have `path` as their base, directly or through other files.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ChipError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ChipError(f"{path}: not TOML: {error}") from None
+    table = read_toml(path)
     base = table.pop("base", None)
     if base is None:
         return {"reasons": {}, **table}
@@ -162,10 +173,10 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "") -> Any:
-    """An instance of the dataclass `kind` with the values of a file's table.
+    """An instance of the dataclass `kind`, with the values of a table of a TOML file.
 
-    inside: prefix of the fields' names in errors, such as "links.". Raises ChipError, naming the file, for an unknown
-    or missing field, a wrong type, or values that `kind` refuses.
+    path: the file, for errors. table: {field: value}. inside: prefix of the fields' names in errors, such as "links.".
+    Raises ChipError, naming the file, for an unknown or missing field, a wrong type, or values that `kind` refuses.
     """
     hints = get_type_hints(kind)
     required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
@@ -183,9 +194,9 @@ def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "
 
 
 def typed(what: str, value: Any, kind: Any) -> Any:
-    """A TOML value as a value of the type `kind`: a list becomes a tuple, and an integer a float where `kind` is float.
+    """Convert a TOML value to the type `kind` and return it: lists become tuples, and integers floats where wanted.
 
-    what: name of the value, for the error. Raises ChipError if the type does not fit.
+    what: name of the value, for the error. Raises ChipError if the value's type does not fit `kind`.
     """
     if kind is Any:
         return value

@@ -20,13 +20,13 @@ class KernelRecord:
 
     Attributes:
         op: kind of the calls, one of OPS.
-        kernel: name of the kernel in profilers and measured tables.
+        kernel: name of the kernel, as in profilers and measured tables.
         why: source of the values, or the reason for them.
         changes: pairs (field of KernelLibrary, this kernel's value).
         formats: formats of weights, or of keys and values, that the kernel takes; (): every format.
         head_dims: (smallest, largest) head width that the kernel takes.
-        default: True if calls of `op` with these formats and head widths may use the kernel without asking for it;
-            False: it is used only if it is asked for by name.
+        default: True if the kernel may be chosen for every call of `op` with these formats and head widths; False: it
+            is chosen only if the caller of KernelLibrary.record() or Target.kernel() gives its name.
     """
 
     op: str

@@ -20,11 +20,11 @@ class Protocol:
     """A protocol of a collective library, such as NCCL's LL, LL128 and Simple.
 
     Attributes:
-        name: its name.
+        name: name of the protocol.
         barrier_factor: start-up time of a collective, in multiples of KernelLibrary.barrier_s.
         latency_factor: latency of one step, in multiples of KernelLibrary.link_latency_s.
-        bandwidth_fraction: fraction of the links' bandwidth that it reaches.
-        max_bytes_per_chip: largest payload for which it is used, in bytes; 0: any.
+        bandwidth_fraction: fraction of the links' bandwidth that the protocol reaches.
+        max_bytes_per_chip: largest payload for which the protocol is used, in bytes; 0: any.
     """
 
     name: str
@@ -42,7 +42,7 @@ ALGORITHMS = ("ring", "all")
 class KernelLibrary:
     """Numbers that describe a vendor's kernels on one generation of chips, such as overheads, tiles and efficiencies.
 
-    Together with a ChipSpec they determine the modelled times. It holds no code. Efficiencies are fractions, above 0
+    The modelled times follow from these numbers and from the hardware (ChipSpec). Efficiencies are fractions, above 0
     and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value outside its range.
     """
 
@@ -58,6 +58,8 @@ class KernelLibrary:
     dual_batch_overlap: bool = False  # a batch may run as two halves that overlap compute and links, if that is faster
     # Multiple of the chip's hbm_efficiency and l2_efficiency that kernels reach; at most peak.
     memory_factor: float = 1.0
+    # Bytes that a core moves a cycle at most, in kernels without products that are bound by their instructions; 0: any
+    core_bytes_per_cycle: float = 0.0
     activation_bytes: int = 2  # bytes of a value between ops; kernels keep it in bf16
     l2_usable: float = 0.8  # fraction of the L2 that can hold an op's operands
     l2_multicast: float = 1.0  # cores that get a line for each read of the L2, if they need the same; part of its rate
@@ -72,6 +74,9 @@ class KernelLibrary:
     quantise_launches: int = 3  # kernels that quantise bf16 activations before an 8-bit product: maximum, scale, round
     quantise_bytes: float = 8.0  # bytes that they move for each value of the activations
     row_cycles: float = 0.0  # cycles that a core takes at least for a row, if they (or convolutions) work row by row
+
+    # Recurrent state
+    scan_kernels: int = 6  # of the chunked delta rule: decays, keys, inverse, two for states, outputs; 1: all in one
 
     # Attention
     key_tile: int = 64  # keys in a tile; the last tile of a context is loaded whole
@@ -106,6 +111,8 @@ class KernelLibrary:
     vector_load_values: int = 16  # rows of expert weights must be a multiple of it to be read by vector loads
     unaligned_row_cost: float = 4.0  # bytes moved for each byte of other rows
     experts_native: bool = True  # 8-bit experts with 8-bit activations are multiplied as such; False: in bf16
+    expert_permute: bool = False  # a kernel copies the rows of x into the order of experts before the products
+    w4_dequant_ops: float = 0.0  # operations to convert a 4-bit expert weight to BF16; 0: hidden behind the products
     fp8_dequant_ops: int = 3  # operations to convert an FP8 expert weight to BF16, if the product is in BF16
     fp8_load_bytes_per_cycle: float = 0.0  # of such weights, that a core loads at most; 0: as fast as they arrive
     fp8_overfetch: float = 1.0  # bytes moved from the L2 for each byte of such weights
@@ -133,13 +140,17 @@ class KernelLibrary:
         check(self)
 
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
-        """The KernelRecord of the kernel that computes one use of an op: the first whose formats and widths fit.
+        """The first KernelRecord (description of one kernel) in `kernels` that fits a call.
 
-        None if no record fits, or if the library has none; the library's own fields then describe the kernel.
+        None if no record fits. The library's own fields then describe the kernel.
 
-        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
-        its heads. kernel: name of the kernel to use; "": the first that is used by default. Raises ChipError for a name
-        that no record has.
+        Args:
+            op: kind of call, such as "products" or "prefill", one of OPS.
+            format: number format of the weights, or of the keys and values; "": fits only records for all formats.
+            head_dim: columns of an attention head; 0 for other calls.
+            kernel: name that the record must have; "": any name, but only records whose field `default` is True.
+
+        Raises ChipError if `kernel` is a name that no record of the library has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"
@@ -147,9 +158,9 @@ class KernelLibrary:
         return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
 
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
-        """The library reduced to one kernel: a copy with the record's values in its fields, and without records.
+        """A copy of the library that describes one kernel: its fields have the record's values, `kernels` is empty.
 
-        record: None for the kernel that the library's own fields describe.
+        record: the kernel; None: the kernel that the library's own fields describe.
         """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 
@@ -177,10 +188,10 @@ def check(library: KernelLibrary) -> None:
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with new values for the fields `changes`, which then hold for all of its kernels.
+    """A copy of `library` with other values of fields. changes: the new values, by field.
 
-    A kernel record's own value of such a field is dropped. Raises ChipError for an unknown field or a value outside its
-    range.
+    The new values hold for all kernels of the library: a kernel record's own value of such a field is dropped. Raises
+    ChipError for an unknown field or a value outside its range.
     """
     fields = [f.name for f in dataclasses.fields(KernelLibrary)]
     for name in changes:

@@ -22,19 +22,20 @@ for _path in sorted((DATA / "chips").glob("*.toml")):
 
 
 def chip(name: str) -> ChipSpec:
-    """The ChipSpec called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
+    """The ChipSpec of the chip called `name`.
 
-    Raises ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails
-    to load.
+    name: a chip that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
+    ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails to
+    load.
     """
     return chip_with_library(name)[0]
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(ChipSpec, name or file of its default kernel library) of the chip called `name`.
+    """(ChipSpec, default kernel library) of the chip called `name`; the library is the text of its name or file.
 
-    name: a name, shipped or of a plugin, or a file that ends in .toml. Raises ChipError for an unknown name and for an
-    invalid file, PluginError if a plugin fails to load.
+    name: a chip that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
+    ChipError for an unknown name and for an invalid file, PluginError if a plugin fails to load.
     """
     if name.endswith(".toml"):
         return read_chip(Path(name))
@@ -45,10 +46,11 @@ def chip_with_library(name: str) -> tuple[ChipSpec, str]:
 
 
 def library(name: str) -> KernelLibrary:
-    """The KernelLibrary called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
+    """The KernelLibrary called `name`.
 
-    Raises ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails
-    to load.
+    name: a library that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
+    ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails to
+    load.
     """
     if name.endswith(".toml"):
         return read_library(Path(name))

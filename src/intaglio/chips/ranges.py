@@ -36,7 +36,7 @@ LIBRARY: dict[str, Range] = {
             "activation_bytes", "burst_bytes", "tiles", "split_k", "matmul_stages", "key_tile", "query_tiles",
             "fused_query_tiles", "min_query_rows", "kv_splits", "decode_jobs", "decode_stages", "window_min_keys",
             "expert_rows", "expert_columns", "expert_stages", "vector_load_values", "l2_multicast",
-            "attention_launches", "prefill_window_keys", "pack_most",
+            "attention_launches", "prefill_window_keys", "pack_most", "scan_kernels",
         ),
         NATURAL,
     ),
@@ -44,7 +44,7 @@ LIBRARY: dict[str, Range] = {
         (  "half_burst_cost", "kv_dequant_ops", "kv_row_cycles", "kv_quant_cycles", "unaligned_row_cost",
             "fp8_dequant_ops", "fp8_load_bytes_per_cycle", "fp8_overfetch",
             "routing_launches", "routing_ops", "switch_reduce_min_chips", "quantise_launches", "quantise_bytes",
-            "row_cycles", "kv_cast_bytes",
+            "row_cycles", "kv_cast_bytes", "core_bytes_per_cycle", "w4_dequant_ops",
         ),
         AMOUNT,
     ),
@@ -52,10 +52,10 @@ LIBRARY: dict[str, Range] = {
 
 
 def outside(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
-    """Error text for the first of `values` that is NaN, outside its range or an empty tuple; "" if none is.
+    """Error text for the first of `values` that is NaN, outside its range or an empty tuple; "" if all are allowed.
 
-    values: a number, or a tuple of numbers, by name. ranges: (least, most) by name. Values without a range are not
-    checked; a range without a value raises KeyError.
+    values: {name: a number, or a tuple of numbers}. ranges: {name: (least, most)}. Values without a range are not
+    checked. A range without a value raises KeyError.
     """
     for name, (least, most) in ranges.items():
         value = values[name]

@@ -37,25 +37,28 @@ class Constants:
 class Links:
     """Links of one chip to other chips.
 
-    Values of `topology`:
+    Chips that one network of links connects are a node. A second network, with one adapter per chip, may join nodes.
 
-    - switch: every pair of chips at full rate.
-    - k44: complete bipartite, each of four chips linked to the four of the other side.
-    - mesh: every pair of chips linked, all pairs by equally many links.
-    - torus: neighbours in two dimensions.
-    - pcie_tree: chips that share the PCIe bridges of one host.
-    - none: no links.
-
-    Chips that one such network connects are a node. A second network, with one adapter a chip, may join nodes.
+    Attributes:
+        count: number of links of the chip.
+        bytes_per_s: bandwidth of one link, in each direction.
+        topology: how the links connect the chips of a node: "switch" (every pair of chips at full rate), "k44"
+            (complete bipartite: each of four chips is linked to each of four others), "mesh" (every pair of chips is
+            linked, all pairs by equally many links), "torus" (neighbours in two dimensions), "pcie_tree" (the chips
+            share the PCIe bridges of one host) or "none" (no links).
+        max_chips: largest number of chips of a node.
+        node_bytes_per_s: bandwidth of a chip's adapter to other nodes, in each direction; 0: nothing joins nodes.
+        node_latency_s: seconds of latency of one step of a collective between nodes.
+        host_links: for a pcie_tree, number of links at full rate that the host's bridges carry together.
     """
 
     count: int
-    bytes_per_s: float  # of one link, in each direction
+    bytes_per_s: float
     topology: str
-    max_chips: int  # that one network connects
-    node_bytes_per_s: float = 0.0  # of a chip's adapter to chips of other nodes, each way; 0: nothing joins nodes
-    node_latency_s: float = 0.0  # of one step of a collective between nodes
-    host_links: float = 0.0  # of a pcie_tree: links at full rate that the host's bridges carry together
+    max_chips: int
+    node_bytes_per_s: float = 0.0
+    node_latency_s: float = 0.0
+    host_links: float = 0.0
 
     @property
     def chip_bytes_per_s(self) -> float:
@@ -132,8 +135,8 @@ class ChipSpec:
     def runs_as(self, format: str) -> str:
         """The format in which the matrix array multiplies values of `format`: `format` itself, or a wider one.
 
-        It is the narrowest that the array has and that represents all values of `format` exactly. Raises ChipError if
-        there is none.
+        The result is `format` if the array takes it. Otherwise it is the narrowest format that the array takes and
+        that represents all values of `format` exactly. Raises ChipError if there is none.
         """
         rates = dict(self.macs)
         for candidate in (format, *WIDER.get(format, ())):
@@ -158,7 +161,7 @@ class ChipSpec:
 
     @property
     def l2_rate(self) -> float:
-        """Bandwidth of the L2 (without one: of the on-chip network) that long streams reach, in bytes/s."""
+        """Bandwidth that long streams from the L2 reach, in bytes/s; without an L2, that of the on-chip network."""
         return self.l2_bytes_per_cycle * self.clock_hz * self.constants.l2_efficiency
 
     @property
@@ -212,9 +215,10 @@ def part_of(name: str) -> str | None:
 
 
 def replace(spec: ChipSpec, **changes: Any) -> ChipSpec:
-    """A copy of `spec` with fields changed. Fields of its Constants, Links and Energy are given by their own names.
+    """A copy of `spec` with fields changed. changes: the new values, by field.
 
-    Raises ChipError for an unknown field, and for an invalid chip.
+    Fields inside spec.constants, spec.links and spec.energy are given by their own names, such as bytes_per_s. Raises
+    ChipError for an unknown field, and for values that ChipSpec refuses.
     """
     own = {f.name for f in dataclasses.fields(ChipSpec)}
     changed: dict[str, Any] = {name: value for name, value in changes.items() if name in own}

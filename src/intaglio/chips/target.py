@@ -61,29 +61,33 @@ class Target:
     def with_library(self, **changes: Any) -> Target:
         """A copy of the target with fields of the library changed. changes: the new values, by field.
 
-        They hold for all kernels of the library. Raises ChipError for an unknown field, a value outside its range, and
-        a library that does not fit the chip.
+        The new values hold for all kernels of the library. Raises ChipError for an unknown field, a value outside its
+        range, and a library that does not fit the chip.
         """
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A target whose library holds only the constants of the kernel that computes an op.
+        """A target that describes only the kernel that computes a call: its library has this kernel's field values.
 
-        A library may have records of kernels with values of their own for some fields. The result's library has the
-        values of the one record that fits the call. Without records the result is this target itself.
-        See also reduced().
+        A library may have records: descriptions of single kernels, with other values for some fields. The first record
+        that fits the call gives the values, see KernelLibrary.record() and reduced(). If none fits, the library's own
+        values stay. If the library has no records at all, the result is this target itself, whatever `name` is.
 
-        op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and the width of
-        its heads. name: name of the kernel; "": the one used by default. Raises ChipError if the library has records,
-        and none of this name.
+        Args:
+            op: kind of call, such as "products" or "prefill".
+            format: number format of the weights, or of the keys and values.
+            head_dim: columns of an attention head; 0 for other calls.
+            name: name of the kernel to use; "": the first that fits among those used by default.
+
+        Raises ChipError if the library has records, but none called `name`.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A target whose library describes only one kernel: its fields have the record's values. Cached.
+        """A target that describes only one kernel: its library has the record's values and no other records. Cached.
 
         The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor; products above 1
-        become 1.
+        become 1. The result's memory_factor is 1.
 
         record: one of the library's `kernels`; None: the kernel that the library's own fields describe.
         """
@@ -102,10 +106,11 @@ class Target:
         return getattr(getattr(self.chip, inside) if inside else self.chip, field)
 
     def parse(self, name: str, text: str) -> Any:
-        """The value that `text` stands for, in the type of the field `name`; changed() takes it.
+        """Convert text to a value of the type of one field, such as changed() needs. Returns the value.
 
-        The text is a number such as 8e12, true or false, a word, numbers with commas, or a TOML list. Raises ChipError
-        for an unknown field, for a field that is a table, and for text that does not fit the field's type.
+        name: `chip.FIELD` or `library.FIELD`. text: a number such as 8e12, true or false, a word, numbers with commas,
+        or a TOML list. Raises ChipError for an unknown field, for a field that is a table, and for text that does not
+        fit the field's type.
         """
         part, field = split(name)
         if part == "chip" and field in PARTS:
@@ -131,7 +136,7 @@ class Target:
         raise ChipError(f"{name}={text}; wanted {wanted(kind)}, such as {example(self.get(name))}")
 
     def changed(self, changes: Mapping[str, Any]) -> Target:
-        """A copy of the target with other values of fields, given by names such as `library.launch_s`.
+        """A copy of the target with other values of fields. changes: {name such as `library.launch_s`: new value}.
 
         Raises ChipError for an unknown name, and for values that are invalid.
         """
@@ -144,18 +149,20 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """A target whose library holds only the constants of the kernel that computes an op; see Target.kernel(). Cached.
+    """A target that describes only the kernel that computes a call. Cached; it does the work of Target.kernel().
 
-    on: the target. op, format, head_dim: the op ("products", "prefill", ...), the number format of its operands, and
-    the width of its heads. name: name of the kernel; "": the one used by default. Raises ChipError for a name that no
-    record of the library has.
+    on: the target. op, format, head_dim, name: as in Target.kernel(). Raises ChipError if no record of the library has
+    the name `name`; "" is no name, and never raises.
     """
     return reduced_target(on, on.library.record(op, format, head_dim, name))
 
 
 @lru_cache(maxsize=4096)
 def reduced_target(on: Target, record: KernelRecord | None) -> Target:
-    """Target.reduced(), cached: the target `on` with only the kernel of `record`."""
+    """A target that describes only one kernel of the target `on`. Cached; it does the work of Target.reduced().
+
+    record: the kernel, one of on.library.kernels; None: the kernel that the library's own fields describe.
+    """
     reduced = on.library.with_record(record)
     factor, own = reduced.memory_factor, on.chip.constants
     if factor == 1:
@@ -182,9 +189,9 @@ def example(value: Any) -> str:
 
 
 def split(name: str) -> tuple[str, str]:
-    """(part, field) of a name `chip.FIELD` or `library.FIELD`; part is "chip" or "library".
+    """Split a name `chip.FIELD` or `library.FIELD` into (part, field); part is "chip" or "library".
 
-    Raises ChipError for any other text, and for a field that the part does not have.
+    Raises ChipError for any other text, and for a field that the chip or library does not have.
     """
     part, dot, field = name.partition(".")
     if not dot:
@@ -212,7 +219,8 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 def register_chip(on: Target) -> Target:
     """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
 
-    Plugins call it. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
+    Plugins call this function. The library becomes the chip's default library. Raises ChipError if a different chip or
+    library already has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

@@ -30,7 +30,7 @@ benches = typer.Typer(cls=Bench, help="Measure a model's prefill and decode, or 
 
 
 def show_version(value: bool) -> None:
-    """Callback of --version: prints the version and exits."""
+    """Callback of --version: if `value` is True, print the version and raise typer.Exit; else do nothing."""
     if value:
         print(f"intaglio {__version__}")
         raise typer.Exit

@@ -28,7 +28,7 @@ def apart_table(
     question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
     budget: int, as_json: bool, plot: Path | None = None, chips: int = 0,
 ) -> None:  # fmt: skip
-    """Print latencies and rates of each pair of prefill and decode layouts at each concurrency, and a bar for each.
+    """Print latencies and rates of each pair of a prefill and a decode layout, at each concurrency, as a table.
 
     Args:
         question: the model and its load.
@@ -169,8 +169,8 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
         q: the question that the results answer; the title names its model and lengths.
         on: the chip, for the title.
         found: (prefill layout, decode layout, ApartResult) of each result.
-        by_load: True for a line for each pair of layouts: output tokens/s per chip over those per user. False for a bar
-            for each result: its output tokens/s per chip.
+        by_load: True for a line chart with one line for each pair of layouts: x is output tokens/s per user, y is
+            output tokens/s per chip. False for a bar chart with one bar for each result, its output tokens/s per chip.
     """
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:

@@ -38,7 +38,8 @@ def calibrate(
 ) -> None:
     """Fit a chip and its kernel library to a few measured kernel times; write files for --chip and --library.
 
-    From tables of engines (<engine>_<table>.csv, with a column kernel_source), the kernels of that engine are fitted.
+    With tables of one serving engine (<engine>_<table>.csv, with a column kernel_source), only the kernels of that
+    engine are fitted.
     """
     from intaglio.codesign.calibrate import by_table, samples
     from intaglio.codesign.calibrate import calibrate as run
@@ -96,7 +97,18 @@ def calibrate_engine(
 ) -> None:
     """Fit the kernels of one serving engine to its tables, print the errors, and write a chip and a library file.
 
-    The arguments are those of calibrate(). Raises ValueError if the tables are of several engines, or lack columns.
+    Args:
+        tables: the CSV files.
+        chip_name: name or file of the chip where the fit starts.
+        library_name: name or file of its kernel library; None: the chip's own.
+        points: rows of each table and format to fit to; 0: all.
+        min_us: rows that took fewer microseconds are left out.
+        name: name of the files to write; None: the chip's name with _calibrated.
+        output: folder of the files.
+        seed: seed of the random choice of rows.
+        as_json: True to print JSON instead of a table.
+
+    Raises ValueError if the tables are of several engines, or lack columns; ChipError as check_base() does.
     """
     from intaglio.codesign.engine_tables import calibrate_kernels
     from intaglio.codesign.written import new_files, write
@@ -117,7 +129,11 @@ def calibrate_engine(
 
 
 def check_base(chip_name: str, output: Path) -> None:
-    """Raise ChipError if the chip is a file outside the folder `output`, where new files would not find their base."""
+    """Raise ChipError if the chip is a file in another folder than `output`, the folder of the files to be written.
+
+    The new files name the chip as their base, and a base is looked for in the folder of the file that names it. A chip
+    that is given by its name, not by a file NAME.toml, is always accepted.
+    """
     if chip_name.endswith(".toml") and Path(chip_name).parent.resolve() != output.resolve():
         raise ChipError(f"the new files name {chip_name} as their base; write them beside it, with --output")
 

@@ -53,9 +53,10 @@ def port(
 
 
 def _show_automatic(made: AutoPort, output: Path | None) -> None:
-    """Print the report of an automatic port. A verified port's source is printed too, or written to `output`.
+    """Print the report of an automatic port, and the port's source if the port is verified.
 
-    Raises typer.Exit with code 1 if the port is not verified.
+    output: file to which the source is written instead; None: it is printed. Raises typer.Exit with code 1 if the port
+    is not verified.
     """
     for line in str(made).splitlines():
         say(line)

@@ -49,6 +49,6 @@ def quantity(name: str, value: Any) -> str:
 
 
 def scaled(value: float, unit: str) -> str:
-    """Text of a value with an SI prefix and up to six significant digits: 232448 B becomes 232.448 kB."""
+    """Text of a value with an SI prefix and `unit`, up to six significant digits: 232448 B becomes 232.448 kB."""
     prefix = next((prefix for prefix, size in PREFIXES.items() if abs(value) >= size), "p" if value else "")
     return f"{value / PREFIXES[prefix]:.6g} {prefix}{unit}"

@@ -12,10 +12,10 @@ from intaglio.devices import DeviceError
 
 
 class Group(TyperGroup):
-    """Command group that prints an error which a user can act on as one line, and exits with code 2.
+    """Command group that prints a user's error as one line on stderr, instead of a traceback, and exits with code 2.
 
-    Such errors are ValueError, DeviceError and OSError; with --debug they are raised as they are. Ctrl-C exits with
-    code 130, a closed pipe with 141.
+    Such errors are ValueError, DeviceError and OSError. With --debug they are raised. Ctrl-C exits with code 130, a
+    closed pipe with 141.
     """
 
     def invoke(self, ctx: Any) -> Any:

@@ -44,7 +44,10 @@ def agent(
     token_file: TokenFile = None,
     once: Annotated[bool, typer.Option("--once", help="End when the launcher is gone, instead of waiting.")] = False,
 ) -> None:
-    """Run ranks on this host for `intaglio launch` on another, until it is stopped."""
+    """Run this host's ranks of a command that `intaglio launch` runs on another host.
+
+    It runs until it is stopped, and serves one launch after another; with --once it ends with the first.
+    """
     from intaglio.devices.processes.agent import Agent
 
     Agent(read_address(rendezvous), read_token(token_file)).serve(once)

@@ -24,7 +24,8 @@ def open_llm(
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
-    no_cache: True to neither use nor keep packed weights on disk. For the other arguments, and the errors, see LLM.
+    All arguments but `no_cache` are those of the class LLM. model: path or hub id; None: the bundled model. no_cache:
+    True to neither use nor keep packed weights on disk. Raises the errors of LLM.
     """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
@@ -39,7 +40,8 @@ def open_llm(
 def find(model: Path, revision: str | None = None) -> Path:
     """The path of a checkpoint; one named by a hub id is downloaded first, with a progress bar.
 
-    Raises HubError if there is neither such a path nor such a repository.
+    revision: branch, tag or commit of a hub repository; None: main. Raises HubError if there is neither such a path nor
+    such a repository.
     """
     from intaglio.models.hub import locate
 
@@ -79,8 +81,8 @@ def compile_rank(
 ) -> Program:  # fmt: skip
     """The Program of rank number `rank` of a layout: as sharded if `raw`, else compiled.
 
-    layout: such as tp4pp2. For the other arguments see compile_model(). Raises ValueError if the layout has no
-    such rank, LayoutError if the layout does not fit the model.
+    layout: such as tp4pp2. The other arguments are those of compile_model(); None has the same meaning as there. Raises
+    ValueError if the layout has no such rank, LayoutError if the layout does not fit the model.
     """
     from intaglio.compiler import build_mesh, shard
 

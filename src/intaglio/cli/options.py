@@ -36,10 +36,13 @@ def parse_size(text: str) -> int:
 
 
 def checked_by(read: Callable[[str], object], others: str = "") -> Callable[[typer.CallbackParam, Any], Any]:
-    """A callback of an option that returns its text unchanged; None if the option is not given.
+    """Make a callback of an option that returns the option's text unchanged; None if the option is not given.
 
-    The callback raises ValueError, naming the option, for a text for which `read` raises ValueError. others: further
-    allowed texts, named at the end of that message.
+    The callback calls `read` with the text. If `read` raises ValueError, so does the callback, with a message that
+    names the option.
+
+    others: end of that message, such as ", or auto", to name values that are allowed besides. The callback itself does
+    not accept them: `read` must.
     """
 
     def callback(param: typer.CallbackParam, text: str | None) -> str | None:

@@ -51,7 +51,10 @@ def no_chart(path: Path) -> None:
 
 
 def ticks(most: float) -> list[float]:
-    """A list of round numbers at equal distances, from 0 to the first one at or above `most`, about TICKS of them."""
+    """A list of about TICKS round numbers at equal distances, from 0 to the first one that is at least `most`.
+
+    [0.0, 1.0] if `most` is not a finite number above 0.
+    """
     if not 0 < most < math.inf:
         return [0.0, 1.0]
     raw = most / TICKS

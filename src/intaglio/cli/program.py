@@ -146,7 +146,10 @@ def show_account(folder: Path, context: int | None, as_json: bool) -> None:
 
 
 def _every_architecture(as_json: bool) -> None:
-    """Print each decoder architecture of transformers, and whether it is ported or why it is refused."""
+    """Print each decoder architecture of transformers, and whether it is ported or why it is refused.
+
+    as_json: True to print JSON instead of a table.
+    """
     from intaglio.models import families
 
     data = json.loads(ARCHITECTURES.read_text())

@@ -44,9 +44,13 @@ def say(text: str) -> None:
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, style: str = "") -> Table:
     """A rich table that fits 80 columns.
 
-    A header may have a second line with the unit, after a newline. words: number of columns, from the first, that hold
-    text and are wrapped. The others hold numbers, which are not wrapped. If `words` is 2 or more, names of at most
-    LONGEST_NAME characters in the first column are not wrapped either.
+    Args:
+        headers: a text for each column; a second line, after a newline, may have the unit.
+        rows: a text for each column of each row.
+        words: number of columns, from the first, that hold text and are wrapped. The others hold numbers, which are not
+            wrapped. If `words` is 2 or more, names of at most LONGEST_NAME characters in the first column are not
+            wrapped either.
+        style: rich's style of the whole table; "": none.
     """
     rows = list(rows)
     names = words > 1 and all(len(row[0]) <= LONGEST_NAME and " " not in row[0] for row in rows)

@@ -86,9 +86,9 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
-    """Two lines of text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
+    """Two lines in one text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
 
-    The prompt has 256 tokens, or one token less than the context if that is shorter.
+    The prompt has 256 tokens, or one token less than the context if that is shorter. chip_name: the chip, such as sohu.
     """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes
@@ -123,9 +123,10 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
+    """Three texts such as "43%": the shares of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
 
-    The FLOP/s are of all chips together. HBM and link bandwidth are of the slowest pipeline stage.
+    They are the cells of the table columns USED. The FLOP/s are of all chips together. HBM and link bandwidth are of
+    the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
@@ -204,9 +205,10 @@ def simulate(
     helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state.
+    """Time a model's serving steps on a chip: prefill, decode, and a step that mixes the two.
 
-    With --concurrency or --find: latencies, rates and power of whole servers under load.
+    In the mixed step, --batch requests start, and all running requests decode one token each. With
+    --concurrency or --find: latencies, rates and power of whole servers under load.
     """
     from intaglio.codesign.simulate import Serving, Simulation, compare_layouts, ported, stages, what_helps
     from intaglio.compiler import Layout
@@ -435,7 +437,7 @@ def validate(
     ] = "engine",
     as_json: o.Json = False,
 ) -> None:
-    """Compare predicted with measured kernel times of real chips: by kernel, by regime, and the worst calls."""
+    """Compare predicted with measured kernel times of real chips: by kernel, by bottleneck, and the worst calls."""
     from intaglio.codesign.engine_tables import validate_engines
     from intaglio.codesign.regime import BUSY_SHARE, LAUNCH_SHARE, REGIMES
     from intaglio.codesign.validate import SERVING, as_dict

@@ -212,7 +212,11 @@ def cost_per_million(done: ServingResult, price: float) -> float:
 
 
 def chart(title: str, done: ServingResult) -> str:
-    """A chart as SVG text: requests that wait and that decode, and the used share of the K/V cache, over the run."""
+    """A chart as SVG text, with three lines over the time of the run.
+
+    The lines are the number of requests that wait, the number that decode, and the percentage of the K/V cache that
+    decoding requests fill. title: title of the chart.
+    """
     series = {
         "waiting": [(m.at, float(m.waiting), "") for m in done.moments],
         "decoding": [(m.at, float(m.decoding), "") for m in done.moments],

@@ -43,7 +43,7 @@ def validate_serving(
 ) -> None:
     """Simulate the loads of measured servers, and compare modelled with measured latencies.
 
-    The errors are listed by serving engine and class of model.
+    The errors are listed by serving engine and kind of server: dense model, mixture of experts, or disaggregated.
     """
     from intaglio.codesign import measured
     from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, MODEL_CHIP_LENGTHS, rankings

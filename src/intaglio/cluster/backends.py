@@ -19,11 +19,11 @@ from intaglio.router import (
     CacheIndex,
     Job,
     LoadReport,
-    Pace,
     Placement,
     Refusal,
     Router,
 )
+from intaglio.runtime import StepFit
 
 log = logging.getLogger("intaglio.cluster")
 POLL = 0.2  # seconds between load reports of a replica
@@ -101,7 +101,7 @@ class Backends:
         self.pump()
 
     def drain(self, name: str) -> int:
-        """Place nothing more on a replica, and move its requests if another replica can take them.
+        """Place nothing more on the replica `name`, and move its requests if another replica can take them.
 
         Returns how many requests it has, moved or not.
         """
@@ -204,9 +204,10 @@ class Backends:
                 waiter.set_result(placement)
 
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
-        """Tell the router that a job's first token has come, and end the lease on blocks handed over for the job.
+        """Tell the router that a job's first token has come. Returns nothing.
 
-        The router then knows that the prompt has been computed, and which K/V blocks it has.
+        The router then knows that the prompt has been computed, and which K/V blocks the replica has. If blocks were
+        handed over for the job, the lease that protects them from eviction is ended.
 
         Args:
             job: the job.
@@ -229,7 +230,10 @@ class Backends:
                 self.released.setdefault(replica, []).append(lease)
 
     def _forget_leases(self, name: str) -> None:
-        """Forget the leases on K/V blocks that a lost replica renewed. They run out by themselves."""
+        """Forget the leases (protection of K/V blocks from eviction) that the lost replica `name` renewed.
+
+        Without renewal they run out by themselves. Returns nothing.
+        """
         self.released.pop(name, None)
         for id in [id for id, (replica, _) in self.leases.items() if replica == name]:
             del self.leases[id]
@@ -267,8 +271,7 @@ def read_report(load: dict[str, Any]) -> LoadReport:
         "running", "waiting", "kv_usage", "draining", "max_sequences", "max_batch_tokens", "prompt_tokens",
         "cached_tokens", "output_tokens",
     )  # fmt: skip
-    pace = Pace.fitted(load["per_step"], load["per_token"])
-    return LoadReport(pace=pace, tier=load["tier"], **{name: load[name] for name in names})
+    return LoadReport(steps=StepFit(*load["steps"]), tier=load["tier"], **{name: load[name] for name in names})
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:

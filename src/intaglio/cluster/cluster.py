@@ -54,9 +54,10 @@ class Cluster:
         backends.on_lost = self._lost
 
     async def start(self, replicas: Mapping[Role, int]) -> None:
-        """Start replicas and wait until all serve. replicas: how many of each role.
+        """Start replicas and wait until all serve. Returns nothing. To be called once, before all other methods.
 
-        Raises ReplicaFailed if one does not start.
+        replicas: how many of each role. Raises ReplicaFailed if one does not start; the others then keep running until
+        stop().
         """
         self.roles = tuple(replicas)
         self.backends.start()

@@ -130,10 +130,13 @@ class Front:
         raise Problem(404, f"{method} {path}: there is no such path")
 
     def _tenant(self, path: str, headers: dict[str, str]) -> str:
-        """The name of a request's tenant: key0, key1, ... by its API key if one is needed, else header x-tenant-id.
+        """The name of the tenant that a request counts for.
 
-        "" without that header. Raises Problem 401 without a valid key, 429 if too many requests are open. Neither
-        applies to the paths in PUBLIC.
+        - If API keys are set: key0, key1, ... for the first, second, ... key.
+        - Else, and for the paths in PUBLIC: the value of the header x-tenant-id; "" without that header.
+
+        Raises Problem 401 for a missing or wrong key, and 429 if too many requests are open. Requests for the paths in
+        PUBLIC, such as /health, are never refused.
         """
         keys = self.options.keys
         tenant = headers.get(TENANT, "")
@@ -169,6 +172,8 @@ class Front:
 
         Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers, 408
         if the body comes too slowly, and 413 if it is too large; ClientDisconnected if the client disconnects.
+
+        headers: the request's headers, with names in lower case; the replica gets some of them.
         """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]

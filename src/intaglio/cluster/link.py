@@ -83,9 +83,9 @@ class Call:
 
 
 class Link(asyncio.Protocol):
-    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it ends.
+    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it is lost.
 
-    A protocol, not a pair of streams: these would take two more turns of the event loop for each frame.
+    It is an asyncio.Protocol, since asyncio's streams would take two more turns of the event loop for each frame.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,12 @@ class Link(asyncio.Protocol):
 
     @classmethod
     def _over(cls, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> Link:
-        """The Link over a connection from whose streams nothing is to be read any more."""
+        """Make a Link that takes over an open connection after its handshake.
+
+        From then on the Link receives what arrives; nobody may read from the streams any more.
+
+        streams: the reader and writer of the connection.
+        """
         link, (_, writer) = cls(), streams
         link._streams = streams  # a writer that nobody refers to closes its connection
         writer.transport.set_protocol(link)
@@ -127,7 +132,11 @@ class Link(asyncio.Protocol):
         return link
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
-        """Send a call and return it as a Call. Raises LinkLost if the connection has ended."""
+        """Send a call to the replica, and return a Call from which the answer can be read as it arrives.
+
+        header: a JSON object with the key `do`, which names what the replica should do, and its arguments. body: bytes
+        sent after the header. Raises LinkLost if the connection has ended.
+        """
         if self.lost or self._transport.is_closing():
             raise LinkLost("the connection to the replica has ended")
         self._numbers += 1

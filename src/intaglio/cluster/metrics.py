@@ -22,7 +22,10 @@ MODELS_MAX = 64  # different values of the label `model`, which clients choose
 
 
 class RouterMetrics:
-    """The router's Prometheus metrics: request counts and latencies, rendered with those of RouterCollector."""
+    """The router's Prometheus metrics: request counts and latencies.
+
+    The method render() also gives the metrics of RouterCollector, which are read at each scrape.
+    """
 
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()
@@ -38,7 +41,11 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as bytes. Latencies of replicas that were removed are dropped."""
+        """All metrics in Prometheus' text format, as bytes.
+
+        First deletes the latencies of replicas that have been removed from the router, so that they do not appear any
+        more.
+        """
         for pair in [p for p in self._latencies if p[0] and p[0] not in self.backends.router.replicas]:
             self._latency.remove(*pair)
             del self._latencies[pair]

@@ -77,12 +77,13 @@ async def _computed(
     The answer is a dict with the keys:
 
     - tokens: number of tokens of the prompt.
-    - handed: number of these whose K/V other replicas can load.
+    - handed: number of the prompt's tokens whose K/V other replicas can load.
     - whole: number that would be handed if all blocks had been kept.
     - lease: the lease on the blocks; "" if none are handed.
     - peer: address at which other replicas fetch the blocks; "" if they find them in a folder.
 
-    Raises LinkLost if the replica is lost, Moved if it is being drained.
+    header: header of the call. raw: body of the HTTP request. Raises LinkLost if the replica is lost, Moved if it is
+    being drained.
     """
     link = backends.links.get(replica)
     if link is None:

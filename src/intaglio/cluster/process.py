@@ -116,10 +116,14 @@ class ReplicaProcess:
         return await self._launch(str(socket), {}, connect)
 
     async def listen(self, host: str, token: str) -> TcpAddress:
-        """Start the process with its control channel over TCP, at `host`. Returns its address once it serves.
+        """Start the process with its control channel over TCP. Returns the channel's address once the process serves.
 
-        token: secret of at least 16 bytes that a client must know. Raises ReplicaFailed, with the end of the log, if
-        the process ends first or does not serve within STARTING seconds.
+        Args:
+            host: address of this machine at which the channel listens; the system chooses the port.
+            token: secret of at least 16 bytes that a client must know.
+
+        Raises ReplicaFailed, with the end of the log, if the process ends first or does not serve within STARTING
+        seconds.
         """
 
         async def found() -> TcpAddress | None:

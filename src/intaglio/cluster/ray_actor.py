@@ -33,10 +33,13 @@ class ReplicaActor:
         self.process = ReplicaProcess(name, words, cluster_folder(cluster))
 
     async def listen(self, token: str) -> dict[str, Any]:
-        """Start the process, with its control channel at this node's address. token: secret that a client must know.
+        """Start the replica's server process, with its control channel at the address of this Ray node.
 
-        Returns a dict once the process serves, with the keys host, port, pid, node and log. If it does not start, the
-        dict has one key, failed, with the reason.
+        Returns a dict once the process serves: host and port of the control channel, node (id of the Ray node), pid (of
+        the process) and log (path of its log file). If the process does not start, the dict has one key, failed, with
+        the reason.
+
+        token: secret that a client must know.
         """
         try:
             address = await self.process.listen(ray.util.get_node_ip_address(), token)

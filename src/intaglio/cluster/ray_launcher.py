@@ -100,10 +100,12 @@ class RayLauncher:
         return self.replicas[name]
 
     def choose_node(self, name: str, nodes: Sequence[Mapping[str, Any]]) -> str:
-        """Id of the node with the fewest of this cluster's replicas that has enough CPUs; "" if there is none.
+        """Id of the node on which to start a replica; "" if no node has enough CPUs.
 
-        So two replicas share a node only if they must. name: name of the replica to place, which itself does not count.
-        nodes: the answer of ray.nodes().
+        Of the nodes with enough CPUs, it is the one on which the fewest replicas of this cluster run. So two replicas
+        share a node only if they must.
+
+        name: name of the replica to place, which itself does not count. nodes: the answer of ray.nodes().
         """
         used = Counter(r.node_id for r in self.replicas.values() if r.name != name)
         fitting = [n for n in nodes if n["Alive"] and n["Resources"].get("CPU", 0.0) >= self.cpus]

@@ -76,10 +76,11 @@ class RelayedRequest:
             self.backends.ended(self.job, self.output_tokens)
 
     async def _prefill(self) -> bool:
-        """Have a prefill replica compute the prompt, if the router wants that. Returns True if the job has been placed.
+        """Have a prefill replica compute the prompt, if the router decides so.
 
-        A job that has been placed, even on a replica that failed, is not admitted a second time. Raises Problem if the
-        router refuses the job.
+        Returns True if the router placed the job on a prefill replica, even if that replica then failed; else False.
+        After True the caller must not have the job admitted a second time. Raises Problem if the router refuses the
+        job.
         """
         try:
             made = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
@@ -133,10 +134,10 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call that sends the request to a replica, a dict.
+        """The header of the call that sends this request to a replica, as a dict.
 
-        It holds the deltas that the client has already been sent, so that the replica only generates the tokens after
-        them.
+        Keys: do, method, path, headers (of the HTTP request) and relay (fields of a Relay). The relay has the output
+        that the client has already been sent, so that the replica only generates the tokens after it.
 
         prefill: True if the replica should compute only the K/V of the prompt.
         """
@@ -150,10 +151,16 @@ class RelayedRequest:
         return {"do": "request", "method": "POST", "path": self.path, "headers": headers, "relay": relay}
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
-        """Pass a replica's frames on to the client.
+        """Pass the frames of a replica's answer on to the client, as they arrive.
 
-        Returns True once the response is sent, False if another replica has to take the request. Raises LinkLost if the
-        replica fails, Moved if it is drained, Problem if too many replicas have refused.
+        Returns True once the whole response, or an error, has been sent. Returns False if the replica refuses the
+        request or ends it for a reason that does not concern other replicas, such as being full. Raises LinkLost if the
+        replica fails, Moved if it is drained, and Problem if replicas have refused too often. After False, LinkLost and
+        Moved another replica can take the request.
+
+        Args:
+            call: the call whose answer is passed on.
+            send: ASGI's function that sends to the client.
         """
         start: dict[str, Any] | None = None
         while True:
@@ -230,8 +237,8 @@ class RelayedRequest:
     def _count_refusal(self, why: str, code: str) -> None:
         """Count a refusal by a replica. Raises Problem 503 if the request is not to be tried again.
 
-        Normally MAX_REFUSALS refusals are allowed. If the client has already been sent output, the replica was only
-        busy, and the request has a deadline, any number is allowed until the deadline.
+        There are two limits. A request that has a deadline and of which the client has been sent output may be refused
+        by busy replicas until its deadline. In all other cases MAX_REFUSALS refusals are allowed.
 
         Args:
             why: message of the replica's error.

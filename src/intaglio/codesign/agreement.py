@@ -29,7 +29,13 @@ LEFT_OUT = (ROUNDING, ROUTING)  # labels of launches that are not compared
 
 @dataclass(frozen=True)
 class KernelAgreement:
-    """Modelled seconds of one call, launch overhead included: by the simulator (`machine`) and by the closed form."""
+    """Modelled seconds of one call, launch overhead included, by two models of time.
+
+    Attributes:
+        case: the call.
+        machine: seconds by the simulator, which times the instruction streams.
+        closed: seconds by the closed form of the op's chip kernel.
+    """
 
     case: Case
     machine: float
@@ -63,7 +69,11 @@ def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
 
 
 def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
-    """Read operands into the simulated L2, row by row, as if the op before had just written them together."""
+    """Bring a call's operands into the simulated L2, where the op before the call would have left them.
+
+    The first row of every region is read, then the second row of every region, and so on: no operand is older in the
+    L2 than the others. Returns nothing. memory: the simulated memories. regions: the operands' places in simulated HBM.
+    """
     for row in range(max((r.rows for r in regions), default=0)):
         for region in regions:
             if row < region.rows:
@@ -99,13 +109,17 @@ def compare_kernel(on: Target, case: Case) -> KernelAgreement:
     if isinstance(made, ExpertsKernel):
         closed = sum(t.seconds for label, t in made.parts(on, sizes).items() if label not in LEFT_OUT)
     else:
-        closed = made.time(on, sizes, resident=False).seconds
+        closed = made.time(on, sizes, prefetched=False).seconds
     seconds = sum(run.seconds for run in launches) + counted * on.library.launch_s
     return KernelAgreement(case, seconds, closed)
 
 
 def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: int) -> list[KernelAgreement]:
-    """A list of KernelAgreements, one for each of `count` random calls of an op. kind: the op, a key of CASES."""
+    """Time `count` random calls of an op by the simulator and by the closed form. Returns a list of KernelAgreements.
+
+    Each KernelAgreement has one call and the modelled seconds of both. rng: draws the calls. on: chip and kernel
+    library. kind: the op, a key of CASES.
+    """
     return [compare_kernel(on, CASES[kind](rng, on)) for _ in range(count)]
 
 

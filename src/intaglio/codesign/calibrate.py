@@ -16,7 +16,7 @@ import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
-from intaglio.codesign.table_rows import NEEDED, check_rows
+from intaglio.codesign.table_rows import check_rows, needed
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict
 from intaglio.progress import Progress, silent
 
@@ -79,8 +79,8 @@ class Sample:
 def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
     """A list of Samples, one for each table and number format, with the rows of at least `min_us` microseconds.
 
-    tables: rows by table. Of collectives all rows are kept, since short ones show the start-up time. A table and format
-    without such rows gives no Sample.
+    tables: {name of a table: its rows}. Rows of collectives are all kept, since short ones show the start-up time. A
+    table and format without such rows gives no Sample.
     """
     out = []
     for table, rows in tables.items():
@@ -95,7 +95,7 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 def chosen(sample: Sample, points: int) -> np.ndarray:
     """An array of the indices of `points` rows at even quantiles of the latency.
 
-    The array has all rows, ordered by latency, if `points` is 0 or not below their number.
+    If `points` is 0 or not below the number of rows, the array has the indices of all rows, ordered by latency.
     """
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
@@ -121,9 +121,9 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
     Args:
         on: the target.
         name: chip.FIELD, library.FIELD, or FAMILY.FIELD for a field of all kernels of a family, such as prefill.
-        value: the new value. If CONSTANTS has the FAMILY.FIELD, kernels keep their ratios: each kernel's value is
-            multiplied by value / value_of(on, name), and a product above 1 becomes 1.
-        format: for FAMILY.FIELD, only kernels for calls in this number format change; "": all.
+        value: the new value. For a FAMILY.FIELD in CONSTANTS, such as prefill.mxu_efficiency, each kernel's value is
+            multiplied by value / value_of(on, name), so that kernels keep their ratios; products above 1 become 1.
+        format: for FAMILY.FIELD, only kernels for calls in this number format change; "": kernels of all formats.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -152,7 +152,7 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
 
 
 def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """The `changes` of a kernel record with `field` set to `value`, as a tuple of (field, value)."""
+    """The pairs (field, value) of record.changes, with `field` set to `value`, as a tuple; `record` stays as it is."""
     return tuple({**dict(record.changes), field: value}.items())
 
 
@@ -188,7 +188,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """A list of the names of the constants that change the predictions of some sample, in the order of fitting."""
+        """Names of the constants on which predicted times of the samples depend, as a list in the order of fitting."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -212,26 +212,25 @@ class Search:
         families share, such as launch overhead, changes all samples except collectives.
         """
         family = next(f for f, many in CONSTANTS.items() if name in many)
-        return [
-            i for i, s in enumerate(self.data)
-            if (FAMILY[s.table] == family if family else FAMILY[s.table] != "collectives")
-        ]  # fmt: skip
+        families = [FAMILY[s.table] for s in self.data]
+        return [i for i, f in enumerate(families) if (f == family if family else f != "collectives")]
 
     def weight(self, number: int, common: bool) -> float:
-        """Factor by which a sample's change of cost counts when a constant is chosen: PRODUCTS_WEIGHT or 1.
+        """Weight of one sample in attempt(): PRODUCTS_WEIGHT for matrix products if `common` is True, otherwise 1.
 
-        number: the sample's index in `data`. common: True if all kernels share the constant; matrix products then count
-        PRODUCTS_WEIGHT times, because their times are modelled best. All other changes count once.
+        number: the sample's index in `data`. common: True if the constant that changed is one that all kernels share.
+        Matrix products then decide most, because their times are modelled best.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
     def attempt(
         self, other: Target, numbers: Sequence[int], prior: float = 0.0, least: float = 1e-6, common: bool = False
     ) -> bool:
-        """Make `other` the best target so far if its cost is lower by more than `least`. Returns True if it does.
+        """Make `other` the best target so far if it has a lower cost than `self.on`. Returns True if that is so.
 
-        The cost is the negative log-likelihood of the samples with the indices `numbers`, plus `prior`: the change of
-        the constants' negative log-prior. common: True if all kernels share the constant that changed.
+        The cost is the samples' negative log-likelihood plus the constants' negative log-prior. It must be lower by at
+        least `least`. numbers: indices of the samples to compare. prior: the negative log-prior of `other` minus that
+        of self.on. common: True if all kernels share the constant that changed, see weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -241,8 +240,11 @@ class Search:
             self.costs[i] = cost
         return True
 
-    def constant(self, name: str, step: float) -> None:
-        """Increase, then decrease, constant `name` by factors 1 + step while the cost falls. self.on gets the best."""
+    def fit_constant(self, name: str, step: float) -> None:
+        """Improve the constant `name` of self.on (a Target), which becomes the best target found. Returns nothing.
+
+        The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as it falls.
+        """
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -260,12 +262,12 @@ class Search:
                 self.prior[name] = prior
 
     def choose_facts(self) -> None:
-        """Try other properties of kernels, such as tiles, and keep those that the samples make clearly more likely.
+        """Try other values of the kernels' discrete properties (FACTS), and keep those that are clearly more likely.
 
-        For each kernel family of the samples (attention and experts: each number format, too), the properties in FACTS
-        first all get the values of a shipped library, one library after another. Then single properties get each of
-        their values. A trial is kept, in `on` and `facts`, if the log-likelihood rises by FACT_GAIN, or by twice
-        FACT_GAIN where several properties change.
+        This is done for each kernel family of the samples; for attention and experts, for each number format. First,
+        all properties together get the values of one shipped library, for each library. Then each single property gets
+        each of its values in FACTS. A trial is kept, in self.on and self.facts, if the log-likelihood rises by
+        FACT_GAIN, or by twice FACT_GAIN where several properties change. Returns nothing.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -297,16 +299,17 @@ class Search:
                     self.facts |= changed
 
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
-        """Search, in one round for each step size in STEPS, and return the most likely target found.
+        """Search for the target that makes the samples most likely, in one round for each of STEPS, and return it.
 
-        facts: True to choose the kernels' properties in FACTS too. name: description for `progress`.
+        Constants are fitted. facts: True to choose the kernels' discrete properties (FACTS) too. progress: called
+        before each round, with the description `name`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
             if facts and number < len(STEPS) - 1:
                 self.choose_facts()
             for constant in self.parameters():
-                self.constant(constant, step)
+                self.fit_constant(constant, step)
         return self.on
 
 
@@ -355,18 +358,15 @@ def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.rando
     """
     size = np.abs(np.expm1(errors)) * 100
     draws = np.median(size[rng.integers(0, len(size), (1000, len(size)))], axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = map(float, np.percentile(draws, [2.5, 97.5]))
     first = float(np.median(np.abs(np.expm1(before))) * 100)
-    return Fitted(
-        sample.table, sample.dtype, len(size), first, float(np.median(size)), float(low), float(high),
-        float(size.mean()),
-    )  # fmt: skip
+    return Fitted(sample.table, sample.dtype, len(size), first, float(np.median(size)), low, high, float(size.mean()))
 
 
 def calibrate(
     start: Target, data: Sequence[Sample], points: int = 24, folds: int = 4, seed: int = 0, progress: Progress = silent
 ) -> Calibration:
-    """Fit a target to measured samples. Returns a Calibration.
+    """Fit a target to measured latencies. Returns a Calibration.
 
     Constants, such as latencies and efficiencies, are fitted. Facts, such as tiles or native 8-bit kernels, are chosen
     among the alternatives in FACTS. Of three results, the one that predicts left-out rows best is kept: the start
@@ -374,13 +374,13 @@ def calibrate(
 
     Args:
         start: chip and kernel library to start from.
-        data: the measurements.
-        points: maximum number of rows that are used of each sample; 0: all rows.
-        folds: parts for the cross-validation.
-        seed: seed of the random division into parts.
+        data: the measurements. Each Sample has the measured rows (calls) of one table and number format.
+        points: maximum number of rows of each Sample to fit to; 0: all rows.
+        folds: number of parts into which these rows are divided for cross-validation.
+        seed: seed of all random choices, such as the division into parts.
         progress: called before each round of the search.
 
-    Raises ValueError if fewer rows of a sample are used than there are folds.
+    Raises ValueError if a Sample gives fewer rows to the fit than there are folds.
     """
     rng = np.random.default_rng(seed)
     numbers = [chosen(s, points) for s in data]
@@ -391,9 +391,7 @@ def calibrate(
     turns = [rng.permutation(len(s.rows)) % folds for s in used]
     before = [s.errors(start) for s in used]
     trials: dict[bool | None, tuple[list[np.ndarray], list[Target]]] = {None: (before, [start])}
-    for facts in (False, True):
-        trials[facts] = left_out(start, used, turns, folds, facts, progress)
-    # What generalises best: the start as it is, fitted constants, or fitted constants and facts
+    trials |= {facts: left_out(start, used, turns, folds, facts, progress) for facts in (False, True)}
     best = min(trials, key=lambda t: sum(len(e) * log(spread(e)) for e in trials[t][0]))
     errors, others = trials[best]
     search = Search(start, used)
@@ -431,11 +429,12 @@ def left_out(
 
 
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
-    """Calls that should be measured next, as a list of (table, call as text, standard deviation in per cent).
+    """Calls that should be measured next, as a list of (table, call as text, spread in per cent).
 
-    For each sample (rows of one table), up to 20 calls are made up at random: each has the columns of one measured row
-    and the size (m, tokens, batch or bytes) of another row. The list gets the up to three of them whose times differ
-    most as predicted by `fits` (targets fitted to different choices of the rows). A sample of one row gives none.
+    For each sample (measured rows of one table), up to 20 calls are made up at random. Each has the columns of one row
+    and the size (m, tokens, batch or bytes) of another. `fits` are targets fitted to different parts of the rows; a
+    call's spread is the standard deviation of the times that they predict. The list has the three calls of each sample
+    with the largest spread, or fewer if fewer were made up; none for a sample of one row.
     """
     out = []
     for s in data:
@@ -479,10 +478,11 @@ def table_of(columns: Sequence[str]) -> str:
 
 
 def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
-    """The rows of all files as a dict from table, a key of FAMILY, to rows. files: rows by path.
+    """Collect the rows of all files by table. Returns {name of a table, a key of FAMILY: its rows}.
 
-    Attention rows with one new token a sequence and a context are attention_decode, others attention_prefill. Raises
-    ValueError for a file without rows, with other columns, or with rows that check_rows() refuses.
+    The columns of a file tell its table. Attention rows with one new token per sequence, and keys before it, go to
+    attention_decode, other attention rows to attention_prefill. files: {path: rows}. Raises ValueError for a file
+    without rows or with the columns of no table; TableError, a ValueError, for rows that check_rows() refuses.
     """
     out: dict[str, list[Row]] = {}
     for path, rows in files.items():
@@ -492,7 +492,7 @@ def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
             table = table_of(list(rows[0]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        check_rows(path, rows, NEEDED[table], FORMAT)
+        check_rows(path, rows, needed(table, rows), FORMAT)
         for row in rows:
             decode = table == "attention" and int(row["query_len"]) == 1 and int(row["context_len"]) > 0
             phase = f"attention_{'decode' if decode else 'prefill'}" if table == "attention" else table

@@ -20,12 +20,13 @@ class Conditions:
     """How a published benchmark measured its kernel latencies on one generation of chips.
 
     Attributes:
-        weight_copies: number of copies of a product's weights, which are used in turn.
-        warm_cache: True if keys and values are in the L2, as far as they fit.
-        older_experts: True for the benchmark's older version. There every expert has a gate. The numbers of token rows
-            per expert are rounded; rows that are then missing go to the experts with the largest rounded numbers.
-        expert_kernels: {number format: name of the library's kernel that ran experts in it}, for formats in which
-            this was not the library's default kernel.
+        weight_copies: number of copies of a matrix product's weights; repeated calls use the copies in turn.
+        warm_cache: True if keys and values are in the L2 when attention starts, as far as they fit.
+        older_experts: True for the benchmark's older version. That version ran the experts of every model with a gate
+            projection. It rounded each expert's number of token rows, and gave the rows that rounding left over to the
+            experts with the largest rounded numbers.
+        expert_kernels: {number format: name of the kernel, in the chip's kernel library, that ran the experts}. It has
+            only the formats in which this was not the library's default kernel.
     """
 
     weight_copies: int
@@ -41,10 +42,12 @@ def table() -> dict[str, Any]:
 
 
 def conditions(library: KernelLibrary) -> Conditions:
-    """How the benchmark's tables were measured for chips of this library's generation, as Conditions.
+    """The Conditions under which the shipped tables of kernel latencies were measured on a generation of chips.
 
-    They come from the section `default` of data/benchmarks.toml. The section of the generation, if there is one,
-    replaces some of its values.
+    Conditions say, for example, whether the L2 was warm. They are read from data/benchmarks.toml: the values of the
+    section `default`, replaced by those of the section for library.generation, such as hopper, if there is one.
+
+    library: the chip's kernel library.
     """
     found = table()
     return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

@@ -48,8 +48,8 @@ class Apart:
         """Seconds from the end of a prompt's prefill until its K/V is on the decode server.
 
         tokens: length of the prompt. The result is the link latency plus the K/V bytes of one chip over the rate of one
-        chip's links: all chips that hold the prompt's K/V send their parts at the same time. If crosses_nodes, latency
-        and rate are those of a chip's network adapter.
+        chip's links: all chips that hold the prompt's K/V send their parts at the same time. If crosses_nodes is True,
+        latency and rate are those of a chip's network adapter.
         """
         links, apart = self.prefill.target.chip.links, self.crosses_nodes
         latency = links.node_latency_s if apart else self.prefill.target.library.link_latency_s
@@ -58,7 +58,7 @@ class Apart:
 
     @property
     def crosses_nodes(self) -> bool:
-        """True if K/V travels between nodes."""
+        """True if K/V travels between nodes: one network of links cannot connect all chips, and another joins nodes."""
         links = self.prefill.target.chip.links
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
@@ -79,16 +79,19 @@ class Apart:
 
 @dataclass(frozen=True)
 class ApartResult:
-    """Means over the middle of a load, without its start and end. Times are in seconds.
+    """Figures of a disaggregated deployment under a load. Times are in seconds.
+
+    `ttft`, `tpot` and `tokens_per_s` leave out the requests that end first and last; `watts` and the busy fractions are
+    for the whole load.
 
     Attributes:
         concurrency: requests open at once.
         ttft: mean time to the first token.
         tpot: mean time per token after the first.
         tokens_per_s: output tokens per second of all servers together.
-        watts: power of all chips together.
-        prefill_busy: fraction of the time in which the prefill servers compute.
-        decode_busy: fraction of the time in which the decode servers compute.
+        watts: mean power of all chips together.
+        prefill_busy: fraction of the time in which a prefill server computes, mean over these servers.
+        decode_busy: fraction of the time in which a decode server computes, mean over these servers.
         chips: number of chips of all servers.
     """
 
@@ -117,7 +120,7 @@ class ApartRun:
     Attributes:
         prefill: queue of each prefill server.
         decode: queue of each decode server.
-        ended: (end, TTFT, TPOT) of each request in seconds, in the order in which they ended.
+        ended: (end, TTFT, TPOT) of each request in seconds, not exactly in the order of the ends.
     """
 
     prefill: list[Queue]
@@ -126,11 +129,15 @@ class ApartRun:
 
 
 def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
-    """Serve requests in virtual time, and return the ApartRun.
+    """Serve requests on disaggregated servers (some prefill, the others decode) in virtual time. Returns the ApartRun.
 
-    arrivals: seconds at which the first requests are sent. Each later request is sent when an earlier one has ended.
-    Raises ValueError for a request that a cache cannot hold, for one with fewer than two output tokens, and for an
-    unknown route.
+    Args:
+        apart: the servers. Its field `route` names how a router chooses among them.
+        requests: at least one request, in the order in which they are sent.
+        arrivals: seconds at which the first requests are sent. Each later request is sent when an earlier one ends.
+
+    Raises ValueError for a request that a server's K/V cache cannot hold, for a request with fewer than two output
+    tokens, and if apart.route is not one of codesign.fleet.ROUTES.
     """
     if min(r.output for r in requests) < 2:
         raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")

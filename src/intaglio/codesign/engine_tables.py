@@ -60,12 +60,12 @@ NAMED = {"context_mla": "MLA", "generation_mla": "MLA", "computescale": "scale",
 NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts that these benchmarks ran without a gate
 
 
-def translated(table: str, row: Row) -> dict[str, str] | None:
+def translated(table: str, row: Row, engine: str = "") -> dict[str, str] | None:
     """Translate a row of an engine's table to the column names of validate.TABLES. Returns the new row, a dict.
 
     Its column `kernel` has the name of the row's kernel. Returns None if the row's number format is not one of FORMATS.
 
-    table: name of the engine's table, a key of COLUMNS.
+    table: name of the engine's table, a key of COLUMNS. engine: name of the engine; "": any.
     """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}
@@ -75,7 +75,9 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
     elif COLUMNS[table][0] == "recurrent":
         keys = ("n_k_heads", "head_k_dim") if "n_k_heads" in out else ("groups", "state")
         inputs = 2 * prod(integers(out, *keys))  # queries and keys
-        out["channels"] = str(inputs + prod(integers(out, "n_v_heads", "head_v_dim")))
+        values = prod(integers(out, "n_v_heads", "head_v_dim"))
+        keys_only = engine == "trtllm" and table == "gdn" and kernel == "causal_conv1d_fn"  # what its benchmark runs
+        out["channels"] = str(inputs // 2 if keys_only else inputs + values)
     elif dtype_of(out) not in FORMATS:
         return None
     if out.get("n_kv_heads") == "0":  # as many as query heads
@@ -95,26 +97,26 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
 def read_rows(
     path: Path, table: str, min_us: float = 0.0, split: str | None = None
 ) -> tuple[list[dict[str, str]], int]:
-    """Read a CSV file of an engine's kernel latencies. Returns (list of rows, number of rows in other formats).
+    """Read a CSV file of an engine's kernel latencies. Returns (rows, number of rows in unknown number formats).
 
-    translated() gives the rows the columns of this project; rows in number formats that it does not know are left out.
-    Each row has a column `split`. If the file lacks it, rows of the same kernel and format get "fit" and "test" in
-    turn.
+    The rows are a list of dicts {column: text}, with the column names of validate.TABLES and a column `split`. If the
+    file has no column `split`, rows of the same kernel and number format get "fit" and "test" in turn. A row whose
+    number format is not one of FORMATS is only counted.
 
     Args:
         path: the file.
-        table: name of the table, such as gemm.
-        min_us: the list has only rows that took at least so many microseconds.
-        split: the list has only rows of this half, "fit" or "test"; None: rows of both.
+        table: name of the engine's table, a key of COLUMNS, such as gemm.
+        min_us: rows that took fewer microseconds are left out of the list.
+        split: "fit" or "test": the list has only rows with this value of `split`; None: all rows.
 
-    Raises TableError for rows that check_rows() refuses.
+    Raises TableError, a ValueError, for rows that check_rows() refuses.
     """
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
     check_rows(path, rows, (*COLUMNS[table][1].values(), "kernel_source"))
     out, number = list[dict[str, str]](), Counter[tuple[str, str]]()
     for row in rows:
-        found = translated(table, row)
+        found = translated(table, row, parts_of(path)[0])
         if found is not None:
             kind = found["kernel"], dtype_of(found)
             out.append({**found, "split": row.get("split") or ("fit", "test")[number[kind] % 2]})
@@ -131,8 +133,8 @@ def parts_of(path: Path) -> tuple[str, str]:
 def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
     """Find the CSV files CHIP/ENGINE_TABLE.csv of measured kernel latencies in a folder.
 
-    Returns a list of (file, chip, engine, name of the table), sorted by path. Files of other chips or engines are left
-    out. Raises ValueError if no file remains.
+    Returns a list of (file, chip, engine, name of the table), sorted by path. A file is left out if CHIP is not a known
+    chip or ENGINE is not one of ENGINES. Raises ValueError if no file remains.
     """
     paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and parts_of(p)[0] in ENGINES]
     if not paths:
@@ -141,7 +143,10 @@ def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (kernel, number format), as a dict in the order of the names."""
+    """Group rows by kernel and number format. Returns {(kernel, number format): list of rows}, sorted by the two names.
+
+    rows: dicts {column: text} with a column `kernel`.
+    """
     out: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda r: (r["kernel"], dtype_of(r))):
         out.setdefault((row["kernel"], dtype_of(row)), []).append(row)
@@ -151,8 +156,13 @@ def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 def engine_target(chip: str, engine: str, constants: str = "") -> Target:
     """The Target of a chip, whose kernel library is the chip's own with the kernels of a serving engine added.
 
-    constants: generation of chips whose fitted constants the engine's kernels get, such as hopper; "": the chip's own.
-    For an engine whose kernels are not known, the library is the chip's own alone.
+    If the engine's kernels are not known, nothing is added. Raises ChipError for an unknown chip.
+
+    Args:
+        chip: name or file of the chip.
+        engine: the engine's name, such as vllm.
+        constants: generation of chips whose fitted constants the engine's kernels get, such as hopper; "": the
+            generation of this chip.
     """
     on = target(chip)
     return Target(on.chip, engine_library(engine, on.library, constants))
@@ -170,12 +180,13 @@ def validate_engines(
         folder: holds `<chip>/<engine>_<table>.csv`.
         min_us: rows that took fewer microseconds are left out.
         worst: how many rows with the largest errors a Record lists.
-        split: "fit" or "test", only rows of this half, see read_rows(); None: all rows.
-        library_name: "engine": each row by the engine's kernel of its name, or else by the chip's own library; "chip":
-            all by the chip's own library; otherwise name or file of a library that is taken for all chips.
+        split: "fit" or "test": only rows of this half, see read_rows(); None: all rows.
+        library_name: what models the rows. "engine": the engine's kernel that the row names if it is known, otherwise
+            the chip's own library. "chip": the chip's own library. Any other text: the library of this name or file,
+            on all chips.
 
-    Raises ValueError if the folder has no such file; ChipError if a chip cannot run a row's call, and for an unknown
-    library.
+    Raises ValueError if the folder has no such file; TableError, a ValueError, for rows that check_rows() refuses;
+    ChipError if a chip cannot run a row's call, and for an unknown library.
     """
     records, left = list[Record](), list[str]()
     for path, chip, engine, table in tables_of(folder):
@@ -208,21 +219,22 @@ def is_engine_table(path: Path) -> bool:
 def calibrate_kernels(
     base: Target, paths: Sequence[Path], points: int, min_us: float, seed: int = 0, progress: Progress = silent
 ) -> tuple[Target, list[Fitted]]:
-    """Fit a serving engine's kernels on a chip to a few rows of each. Returns (the target with them, errors).
+    """Fit a serving engine's kernels on a chip to a few measured rows of each kernel. Returns (Target, errors).
 
-    The target's library is that of `base`, with the fitted kernels before its own. The errors are those of the rows
-    that were not used, a Fitted for each kernel and number format; kernels with one row are left out.
+    The Target's library is that of `base`, with the fitted kernels before its own. The errors are a list with a Fitted
+    for each kernel and number format: its errors on the rows that were not used for the fit. A kernel of which only one
+    row is left (see min_us) is not fitted.
 
     Args:
         base: the chip with its own library.
-        paths: tables of one engine, <engine>_<table>.csv.
+        paths: tables of one engine, files <engine>_<table>.csv.
         points: maximum number of rows of a kernel to fit to, see kernel_fit.calibrate_kernel().
         min_us: rows that took fewer microseconds are left out.
-        seed: of the confidence intervals.
+        seed: seed of the random resamples that give the errors' confidence intervals.
         progress: called before each kernel.
 
-    Raises ValueError for a file that is no table of an engine, or of another engine, or that no closed form covers,
-    and if no kernel has two rows.
+    Raises ValueError if a file is not an engine's table, if the files are of several engines, if a table is not in
+    COLUMNS, and if no kernel has two rows; TableError, a ValueError, for rows that check_rows() refuses.
     """
     engines = {parts_of(path)[0] for path in paths}
     if len(engines) != 1 or not all(is_engine_table(path) for path in paths):

@@ -36,7 +36,7 @@ class EngineProfile:
         sequence_s: the host's time for each sequence of a step. Each DP rank has a host process for its sequences.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
-        admission_steps: steps that a request waits for before it is admitted.
+        admission_steps: number of steps that a request waits before it is admitted.
         poll_steps: pairs (n, steps), with ascending n. A server with n or more open requests looks for new ones after
             every `steps` decode steps; the largest n that fits counts. If none fits, or for (): before every step.
         decode_sequences: pairs (n, sequences), with ascending n, for disaggregated servers. With n or more requests
@@ -57,13 +57,15 @@ class EngineProfile:
         recipes: dicts of profile fields with other values for some servers, such as options with which published
             benchmarks start them. The keys `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens
             of a request's prompt) say for which servers; a key left out matches all. For disaggregated servers,
-            `layout` is the layout of one prefill server. If several set a field, the last one counts. `why` is the
-            source.
-        apart: profile fields with other values on disaggregated servers (prefill and decode on separate servers).
-        older: profile fields with other values in older releases. `before` is the first newer release, such as 0.14.
+            `layout` is the layout of one prefill server. If several recipes set a field, the last one counts. `why` is
+            the source.
+        apart: {field: value}, which replace the profile's on disaggregated servers (separate prefill and decode).
+        older: {field: value}, which replace the profile's in older releases of the engine. A release is older if its
+            number is below that in the key `before`, such as 0.14.
         reasons: source of each field's value.
 
-    Raises ValueError for a value out of range or an unknown fusion, ChipError for a wrong `older`.
+    Raises ValueError for a value out of range, an unknown fusion or an unknown route; ChipError, a ValueError, for
+    unknown fields in `recipes`, `apart` or `older`, and for an `older` without a release in `before`.
     """
 
     name: str
@@ -141,11 +143,11 @@ class EngineProfile:
     ) -> EngineProfile:
         """A copy of this profile with the values that hold for one server; `recipes`, `apart` and `older` are empty.
 
-        Values are replaced in this order: by `self.apart` if the argument `apart` is True, otherwise by `self.older` if
-        is_older(release); then by each recipe that matches the server.
+        First, the values in `self.apart` are used for a disaggregated server, and those in `self.older` for any other
+        server whose release is older, see is_older(). Then the values of each matching recipe are used, in order.
 
         Args:
-            release: the engine's release, such as 0.17.0; "": not known, which counts as older.
+            release: the engine's release, such as 0.17.0; "": not known, and taken as an older release.
             card: name of the model's card (its shipped config).
             layout: text of the server's Placement, such as tp8; for disaggregated servers, the text of one prefill
                 server's.
@@ -164,11 +166,12 @@ class EngineProfile:
     def on(self, target: Target, experts: str = "") -> Target:
         """A copy of `target` whose kernel library has this engine's values for some fields.
 
-        The values come from self.library, then from self.generations and self.experts for the library's generation. If
-        there are none, returns `target` itself. Raises ChipError for an unknown field of a library, or a value out of
-        range.
+        The values are those of self.library. They are overridden by those of self.generations for the generation of
+        chips (such as hopper) that target.library is for, and these by those of self.experts for the generation and the
+        format `experts`. If the engine has no values, the result is `target` itself.
 
-        experts: format of the weights of routed experts, such as nvfp4; "": the model has none.
+        experts: format of the weights of routed experts, such as nvfp4; "": the model has none. Raises ChipError for an
+        unknown field of a library, or a value out of range.
         """
         generation = target.library.generation
         own = self.experts.get(generation, {}).get(experts, {})
@@ -178,13 +181,14 @@ class EngineProfile:
     def settings(
         self, kv_tokens: int, copies: int = 1, concurrency: int = 1, decodes: bool = False
     ) -> QueueSettings:  # fmt: skip
-        """The QueueSettings of one server of this engine.
+        """The QueueSettings (limits and host times for simulating a queue) of one server of this engine.
 
         Args:
-            kv_tokens: tokens that the server's K/V cache holds.
-            copies: data-parallel copies of the attention layers (DP ranks) in the server; each runs max_sequences.
-            concurrency: requests open at once on the server, or on all disaggregated servers together. The fields
-                poll_steps and decode_sequences depend on it.
+            kv_tokens: number of tokens that the server's K/V cache can hold.
+            copies: data-parallel copies of the attention layers (DP ranks) in the server. Each runs up to
+                self.max_sequences sequences, or self.decode_sequences if `decodes` is True.
+            concurrency: number of requests open at once on the server; for a disaggregated server, on all servers
+                together. It selects the values in self.poll_steps and self.decode_sequences.
             decodes: True for a disaggregated server that decodes.
         """
         sequences = of_load(self.decode_sequences, concurrency, self.max_sequences) if decodes else self.max_sequences
@@ -196,9 +200,10 @@ class EngineProfile:
 
 
 class EngineTimes:
-    """Step times of a server under one serving engine: modelled times of kernels, changed as its profile says.
+    """Step times of a server under one serving engine: the modelled times of its kernels, multiplied by a factor.
 
-    The profile gives the launch overhead of CUDA graphs in steps that only decode, and a factor for each kind of step.
+    The engine's profile has a factor for steps with prompts, and one for steps that only decode. For the latter, it may
+    have another launch overhead of kernels (that of CUDA graphs).
 
     times: the server's StepTimes. profile: the engine's profile.
     """
@@ -241,7 +246,7 @@ def numbers(release: str) -> tuple[int, ...]:
 
 
 def engines() -> dict[str, Path]:
-    """A dict from name to file of the profiles that ship with the package."""
+    """{name of a serving engine: TOML file of its profile} for the profiles that ship with the package."""
     return {path.stem: path for path in sorted(ENGINES.glob("*.toml"))}
 
 

@@ -50,36 +50,40 @@ class Member:
     """One replica of the fleet in virtual time.
 
     Attributes:
-        number: its number, from 0.
-        queue: its Queue of requests.
-        next: seconds at which its current run of equal steps ends, see Queue.next_event(). A request that arrives
-            before then ends the run sooner. NEVER if no request is open.
-        given: number of requests that the router gave it.
+        number: number of the replica, from 0.
+        queue: the replica's Queue of requests.
+        next: time in seconds at which the replica must be simulated further, by take(); see look_ahead(). NEVER
+            (infinity) if no request is open.
+        given: number of requests that the router gave the replica.
     """
 
     def __init__(self, number: int, queue: Queue) -> None:
         self.number, self.queue, self.next, self.given = number, queue, NEVER, 0
 
     def look_ahead(self) -> None:
-        """Admit waiting requests, and set `next` to the end of the next run of steps; NEVER if no request is open."""
+        """Admit waiting requests, then set the attribute `next`. Returns nothing.
+
+        `next` becomes the time in seconds at which the following run of decode steps would end if no request arrived.
+        It is the current time if a prompt is being computed, and NEVER (infinity) if no request is open.
+        """
         self.queue.admit()
         self.next = self.queue.next_event() if self.queue.open else NEVER
 
     def take(self, until: float = NEVER) -> None:
-        """Simulate one run of the replica's steps, then set `next` to the time at which the following run would end.
+        """Simulate the replica's next run of steps, then set `next` by look_ahead(). Returns nothing.
 
-        A run is one step with a prompt, or several decode steps. Decode steps stop when a response ends, when the
+        A run is one step with a prompt, or one or more decode steps. Decode steps stop when a response ends, when the
         engine looks for new requests, or when the next step would begin at or after `until` seconds, the time of
-        another event of the simulation. A run has at least one step; none if no request is admitted. Returns nothing.
+        another event of the simulation. If no request is admitted, no step is simulated.
         """
         self.queue.take_steps(until)
         self.look_ahead()
 
     def give(self, request: LoadRequest) -> None:
-        """Add a request to the replica's queue at the time request.at.
+        """Add a request to the replica's queue at the time request.at, and admit it if there is room.
 
-        The replica's steps that begin before that time are simulated first. Raises ValueError if its K/V cache cannot
-        hold the request.
+        The replica's steps that begin before that time are simulated first. Raises ValueError if the replica's K/V
+        cache cannot hold the request.
         """
         while self.queue.open and self.queue.now < request.at:
             self.take(request.at)
@@ -87,10 +91,15 @@ class Member:
         self.look_ahead()
 
     def put(self, request: LoadRequest, at: float, start: float) -> None:
-        """Add a request, which the replica gets at `at` seconds, to its queue; the clock of an idle one moves up to it.
+        """Add a request to the replica's queue, without simulating anything. Returns nothing.
 
-        Nothing is simulated. start: seconds from which the request's times count. Raises ValueError if the replica's
-        K/V cache cannot hold the request.
+        Args:
+            request: the request.
+            at: time in seconds at which the replica gets the request. If the replica has no open request and its clock
+                is earlier, the clock is set to `at`.
+            start: time in seconds from which the request's latencies count.
+
+        Raises ValueError if the replica's K/V cache cannot hold the request.
         """
         if not self.queue.open:
             self.queue.now = max(self.queue.now, at)
@@ -99,15 +108,15 @@ class Member:
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:
-    """The replica with the fewest open requests. Among equals, the replica that was given the fewest requests so far.
+    """The Member (replica) with the fewest open requests. Among equals, the one that was given the fewest so far.
 
-    number: number of the arrival; not used.
+    number: number of the arriving request; not used.
     """
     return min(members, key=lambda m: (m.queue.open, m.given, m.number))
 
 
 def in_turn(members: Sequence[Member], number: int) -> Member:
-    """The replica that is next in round-robin order. number: number of the arrival, from 0."""
+    """The Member (replica) that is next in round-robin order. number: number of the arriving request, from 0."""
     return members[number % len(members)]
 
 
@@ -115,9 +124,12 @@ Choice = Callable[[Sequence[Member], int], Member]
 
 
 def choice(route: str) -> Choice:
-    """The function choose(replicas, number of the arrival) by which a router chooses a replica; it returns the Member.
+    """The function choose(members, number) by which a router chooses a replica for an arriving request.
 
-    route: name of the function, one of ROUTES. Raises ValueError for another name.
+    `members` are the replicas, as Members; `number` counts the requests in order of arrival, from 0. The function
+    returns one of the members.
+
+    route: "least-open" or "round-robin" (ROUTES). Raises ValueError for another text.
     """
     if route not in ROUTES:
         raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
@@ -128,13 +140,21 @@ def serve_fleet(
     times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], replicas: int, route: str = "least-open",
     progress: Progress = silent,
 ) -> FleetResult:  # fmt: skip
-    """Serve a load on equal replicas. Returns the FleetResult.
+    """Serve a load on equal replicas in virtual time. Returns the FleetResult.
 
-    The router sees a replica's open requests as they were when its last step ended. Each replica serves the requests
-    that it is given like serve().
+    A router gives each request to one replica when the request arrives. The route "least-open" counts the requests that
+    are open then; for a replica in a step with prompts, those that are open at the end of that step. Each replica works
+    as queue.serve() does for a single server.
 
-    times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
-    of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.
+    Args:
+        times: step times of one replica.
+        settings: settings of one replica's engine.
+        requests: the load, ordered by time of arrival.
+        replicas: number of replicas, 1 or more.
+        route: how the router chooses a replica, one of ROUTES.
+        progress: called every REPORT requests.
+
+    Raises ValueError for an unknown route, and for a request that a replica's K/V cache cannot hold.
     """
     choose = choice(route)
     members = [Member(i, Queue(times, settings)) for i in range(replicas)]

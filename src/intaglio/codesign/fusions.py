@@ -44,8 +44,8 @@ class FusedKernel(ChipKernel):
         """True if the time of any of the fused kernels depends on the sequences' lengths, not only on token counts."""
         return any(part.by_sequence for part in self.parts)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        times = [part.time(target, sizes, resident) for part in self.parts]
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
+        times = [part.time(target, sizes, prefetched) for part in self.parts]
         whole = sum(times[1:], times[0])
         return replace(whole, seconds=whole.seconds - (len(times) - 1) * target.library.launch_s)
 
@@ -53,9 +53,10 @@ class FusedKernel(ChipKernel):
 def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
     """The chip kernels that an engine launches for a Program's ops, in order, as a list of ChipKernels.
 
-    Ops `experts` are left out: the caller times them with the tokens of all chips. fusions: names in FUSIONS, for ops
-    that the engine fuses, splits or replaces. Raises ValueError for another name, ChipError for an op without a chip
-    kernel.
+    Ops of routed experts are left out: the caller times them with the tokens of all chips.
+
+    fusions: names in FUSIONS, each a way in which the engine fuses, splits or replaces ops; (): one kernel for each op.
+    Raises ValueError for another name, ChipError for an op without a chip kernel.
     """
     if unknown := sorted(set(fusions) - set(FUSIONS)):
         raise ValueError(f"unknown fusion {', '.join(unknown)}; there are {', '.join(FUSIONS)}")
@@ -109,7 +110,11 @@ def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
 
 
 def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
-    """A list with a tuple for each layer with rotary embeddings: (rope ops, write to the K/V cache or None)."""
+    """Find the rotary embeddings of each layer. Returns a list with a tuple for each layer that has some.
+
+    The tuple is (list of the layer's Rope ops, the op that writes to the layer's K/V cache); None stands for a missing
+    write.
+    """
     layers: dict[str, tuple[list[Rope], list[KvWrite]]] = {}
     for op in ops:
         if isinstance(op, Rope | KvWrite):
@@ -124,13 +129,18 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """Make norms run without gathering their rows. Returns (sites of ops not launched, {site of an op: new kernel}).
+    """Find norms that an engine computes while the columns of their rows are divided over the chips.
 
-    A site is an op's name in the Program. If only a norm over whole rows reads a gathered tensor, each chip instead
-    sums the squares of its own columns, and all chips exchange these sums. In each layer one all_reduce in float32
-    carries the sums of all such norms: it replaces the first gather, and the other gathers are not launched.
+    Such a norm needs no all-gather before it. This is possible if a norm over whole rows is the only reader of the
+    all-gather's result. Each chip then sums the squares of its own columns, and one all_reduce in float32 adds up these
+    sums over the chips, for all such norms of a layer. The Program stays as it is.
 
-    users: for each tensor name, the ops that read it.
+    Returns (sites of ops that are not launched, {site of an op: kernel that replaces its own}); a site is the name of
+    an op's place in the model. The first all-gather of a layer is replaced by the all_reduce, and the layer's other
+    all-gathers are not launched. Each norm is replaced by a norm over one chip's columns. Both results are empty if
+    no norm qualifies.
+
+    program: the Program of one rank. ops: its ops, without experts. users: {tensor name: list of ops that read it}.
     """
     layers: dict[str, list[tuple[AllGather, Norm]]] = {}
     for op in ops:

@@ -11,6 +11,7 @@ from intaglio.batch import Batch, Chunk, bind
 from intaglio.chips import Target
 from intaglio.ops import (
     Attend,
+    Concat,
     Embed,
     Experts,
     HeadLinear,
@@ -51,7 +52,10 @@ class Case:
 
 
 def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
-    """A random multiple of `step` between `low` and `high`, at least `step`; its logarithm is evenly distributed."""
+    """A random number from `low` to `high`, rounded down to a multiple of `step`; at least `step`.
+
+    The logarithm of the number is evenly distributed before the rounding.
+    """
     return max(step, int(low * (high / low) ** rng.uniform()) // step * step)
 
 
@@ -75,9 +79,13 @@ def tokens(rng: np.random.Generator, most: int) -> Batch:
 
 
 def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
-    """The Case of an op on a batch.
+    """Make the Case (one call to be timed) of an op on a batch. Tensors for the op's results are added to its operands.
 
-    tensors: the op's operands; tensors of its results are added. words: the call's sizes as text.
+    Args:
+        op: the op.
+        tensors: the op's operands.
+        batch: the tokens and sequences of the step.
+        words: the call's sizes as text, such as "m=64 width=4096", which reports show.
     """
     table = {t.name: t for t in tensors}
     table |= {n: Tensor(n, shape, fmt, "temp") for n, (shape, fmt) in op.shapes(table).items()}
@@ -85,7 +93,10 @@ def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
 
 
 def temp(name: str, width: int, format: str = "f32", rows: str = "T") -> Tensor:
-    """A Tensor of activations [rows, width]."""
+    """A temporary Tensor (role "temp") of shape [rows, width], which holds activations.
+
+    rows: symbolic dimension: "T" for the tokens of the step, "R" for the rows whose logits are wanted.
+    """
     return Tensor(name, (rows, width), format, "temp")
 
 
@@ -100,7 +111,10 @@ def weight_format(rng: np.random.Generator, on: Target) -> tuple[str, str]:
 
 
 def linear(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of a matrix product: 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192."""
+    """A random Case (one call to be timed) of a matrix product.
+
+    The result has 1 to 2,048 rows and 128 to 8,192 columns. The inner dimension K is 256 to 8,192.
+    """
     x_format, w_format = weight_format(rng, on)
     n, k, batch = power(rng, 128, 8192, 16), power(rng, 256, 8192, 64), tokens(rng, 2048)
     op = Linear(site="linear", x="x", w="w", out="y", x_format=x_format)
@@ -109,7 +123,10 @@ def linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def head_linear(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the op head_linear: 4 to 128 heads of x are each multiplied by the head's own matrix."""
+    """A random Case (one call to be timed) of the op HeadLinear, which multiplies each head of x by its own matrix.
+
+    There are 4 to 128 heads.
+    """
     heads, n, k, batch = power(rng, 4, 128), power(rng, 64, 512, 16), power(rng, 64, 512, 64), tokens(rng, 512)
     op = HeadLinear(site="head_linear", x="x", w="w", out="y")
     words = f"m={len(batch.tokens)} heads={heads} n={n} k={k}"
@@ -117,7 +134,7 @@ def head_linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def experts(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the op Experts, with 8 to 64 experts; each token is routed to 1 to 8 of them."""
+    """A random Case (one call to be timed) of the op Experts, with 8 to 64 experts, of which each token gets 1 to 8."""
     x_format, w_format = weight_format(rng, on)
     n, hidden, inner = power(rng, 8, 64), power(rng, 256, 2048, 128), power(rng, 128, 2048, 128)
     top, batch = min(n, power(rng, 1, 8)), tokens(rng, 512)
@@ -132,7 +149,7 @@ def experts(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of attention: a prompt, or sequences that decode.
+    """A random Case (one call to be timed) of attention: a prompt, or sequences that decode.
 
     There are 1 to 4 K/V heads, each with 1 to 8 query heads; heads are 64 or 128 wide. One case in four has a sliding
     window, one in eight latent attention with 4 to 32 heads.
@@ -161,7 +178,7 @@ def attend(rng: np.random.Generator, on: Target) -> Case:
 
 
 def kv_write(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the write of keys and values of 1 to 16 heads to the K/V cache."""
+    """A random Case (one call to be timed) of the write of keys and values of 1 to 16 heads to the K/V cache."""
     heads, d, batch = power(rng, 1, 16), int(rng.choice([64, 128])), tokens(rng, 2048)
     op = KvWrite(site="kv_write", k="k", v="v", k_cache="kc", v_cache="vc")
     caches = [Tensor(n, ("P", "B", heads, d), "bf16", "state") for n in ("kc", "vc")]
@@ -170,12 +187,16 @@ def kv_write(rng: np.random.Generator, on: Target) -> Case:
 
 
 def widest(on: Target, most: int, tiles: int) -> int:
-    """The largest number of columns, up to `most`, with which a core's SRAM holds `tiles` + 1 tiles of one FP32 row."""
+    """The largest number of columns, at most `most`, for which a kernel's rows fit the SRAM of one core.
+
+    The kernel keeps `tiles` FP32 rows of so many columns in SRAM; room for one more row is left free. The result is 0
+    if not even one column fits.
+    """
     return min(most, on.chip.sram_bytes // (4 * tiles + 4))
 
 
 def norm(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of an RMS norm, which has a residual with probability 1/2."""
+    """A random Case (one call to be timed) of an RMS norm, which has a residual with probability 1/2."""
     width, batch, residual = power(rng, 256, widest(on, 16384, 4), 16), tokens(rng, 2048), rng.random() < 0.5
     op = Norm(site="norm", x="x", out="y", weight="w", residual="r" if residual else None, norm="rms")
     tensors = [temp("x", width), temp("r", width), Tensor("w", (width,), "f32", "weight")]
@@ -183,7 +204,7 @@ def norm(rng: np.random.Generator, on: Target) -> Case:
 
 
 def rope(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of rotary position embedding of 1 to 64 heads."""
+    """A random Case (one call to be timed) of rotary position embedding of 1 to 64 heads."""
     heads, d, batch = power(rng, 1, 64), int(rng.choice([64, 128])), tokens(rng, 2048)
     op = Rope(site="rope", x="x", positions="p", frequencies="f", out="y", head_dim=d)
     tensors = [temp("x", heads * d), Tensor("p", ("T",), "i32", "input"), Tensor("f", (d // 2,), "f32", "const")]
@@ -191,7 +212,7 @@ def rope(rng: np.random.Generator, on: Target) -> Case:
 
 
 def elementwise(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of an elementwise expression over one to three tensors."""
+    """A random Case (one call to be timed) of an elementwise expression over one to three tensors."""
     expr = MAPS[rng.integers(len(MAPS))]
     width, batch = power(rng, 256, 28672, 16), tokens(rng, 2048)
     given = ["a", *(n for n in "bc" if f" {n}" in expr or f"({n})" in expr)]
@@ -200,7 +221,7 @@ def elementwise(rng: np.random.Generator, on: Target) -> Case:
 
 
 def embed(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of an embedding from a table of 32,000 rows."""
+    """A random Case (one call to be timed) of an embedding from a table of 32,000 rows."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Embed(site="embed", tokens="t", w="w", out="y")
     tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, width), "bf16", "weight")]
@@ -208,7 +229,10 @@ def embed(rng: np.random.Generator, on: Target) -> Case:
 
 
 def select(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the op Select: the batch has 1 to 512 sequences of one token, and every row is selected."""
+    """A random Case (one call to be timed) of the op Select, which picks rows of a tensor.
+
+    The batch has 1 to 512 sequences of one token, and every row is picked.
+    """
     width, batch = power(rng, 256, widest(on, 16384, 1), 16), batch_of([(1, 0)] * power(rng, 1, 512))
     op = Select(site="select", x="x", rows="rows", out="y")
     tensors = [temp("x", width), Tensor("rows", ("R",), "i32", "input")]
@@ -216,22 +240,32 @@ def select(rng: np.random.Generator, on: Target) -> Case:
 
 
 def permute(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the op Permute, which puts the columns of a tensor in another order."""
+    """A random Case (one call to be timed) of the op Permute, which puts the columns of a tensor in another order."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Permute(site="permute", x="x", order="o", out="y")
     tensors = [temp("x", width), Tensor("o", (width,), "i32", "weight")]
     return case(op, tensors, batch, f"m={len(batch.tokens)} width={width}")
 
 
+def concat(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op Concat, which puts the columns of two tensors side by side."""
+    left, right = (power(rng, 128, widest(on, 8192, 3), 16) for _ in "ab")
+    batch, op = tokens(rng, 2048), Concat(site="concat", a="a", b="b", out="y")
+    return case(op, [temp("a", left), temp("b", right)], batch, f"m={len(batch.tokens)} widths={left}+{right}")
+
+
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of routing: the choice of 1 to 8 experts out of 8 to 256 by softmax."""
+    """A random Case (one call to be timed) of routing: the choice of 1 to 8 experts out of 8 to 256 by softmax."""
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
     op = Route(site="route", logits="x", weights="w", ids="i", top=min(n, power(rng, 1, 8)), score="softmax")
     return case(op, [temp("x", n)], batch, f"m={len(batch.tokens)} experts={n} top={op.top}")
 
 
 def sinusoid(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of the sines and cosines of 64 to 2,048 frequencies."""
+    """A random Case (one call to be timed) of the op Sinusoid: sines and cosines of 1 to 2,048 positions.
+
+    Each position has 64 to 2,048 frequencies.
+    """
     n, batch = power(rng, 64, 2048), tokens(rng, 2048)
     op = Sinusoid(site="sinusoid", positions="p", frequencies="f", out="y")
     tensors = [Tensor("p", ("T",), "i32", "input"), Tensor("f", (n,), "f32", "const")]
@@ -239,7 +273,7 @@ def sinusoid(rng: np.random.Generator, on: Target) -> Case:
 
 
 def sample(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case of greedy sampling from a vocabulary of 4,096 to 131,072 tokens."""
+    """A random Case (one call to be timed) of greedy sampling from a vocabulary of 4,096 to 131,072 tokens."""
     n, batch = power(rng, 4096, widest(on, 131072, 1), 64), batch_of([(1, 0)] * power(rng, 1, 256))
     op = Sample(site="sample", logits="x", tokens="t", logprobs="p")
     return case(op, [temp("x", n, rows="R")], batch, f"m={len(batch.tokens)} vocabulary={n}")
@@ -248,5 +282,5 @@ def sample(rng: np.random.Generator, on: Target) -> Case:
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
-    "route": route, "sinusoid": sinusoid, "sample": sample,
+    "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample,
 }  # fmt: skip

@@ -17,25 +17,18 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
+from intaglio.chips.engine_kernels import CONSTANTS
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
 
-SHARED = ("launch_s", "memory_factor")
-CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants of each chip
-    "products": ("mxu_efficiency", *SHARED),
-    "prefill": ("mxu_efficiency", *SHARED),
-    "decode": ("mxu_efficiency", *SHARED),
-    "experts": ("grouped_mxu_efficiency", *SHARED),
-    "recurrent": ("mxu_efficiency", *SHARED),
-    "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
-}
 FLAG = (False, True)
 CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
+CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     "products": {
-        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (3.0, 5.0, 8.0, 12.0),
-        "row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
+        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (2.0, 3.0, 5.0, 8.0, 12.0),
+        "row_cycles": (0.0, 350.0, 500.0, 1000.0, 1500.0, 2000.0), "core_bytes_per_cycle": CORE_RATES,
         "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
     },
     "prefill": {
@@ -55,12 +48,16 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     },
     "experts": {
         "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
-        "expert_all_rows": FLAG, "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
+        "expert_all_rows": FLAG, "expert_permute": FLAG, "w4_dequant_ops": (0.0, 1.0, 2.0, 4.0, 8.0),
+        "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
         "expert_rows": ((16, 32, 64, 128, 256), (16, 32, 64), (64, 128), (128,), (64,)),
         "expert_columns": ((64, 128, 256), (128,), (64,)),
     },
     "collectives": {"switch_reduce_min_chips": (2, 4, 8, 16)},
-    "recurrent": {"row_cycles": (0.0, 30.0, 60.0, 100.0, 150.0)},
+    "recurrent": {
+        "scan_kernels": (1, 6), "row_cycles": (0.0, 60.0, 100.0, 150.0, 200.0, 8e3, 16e3, 32e3),
+        "core_bytes_per_cycle": CORE_RATES,
+    },
 }  # fmt: skip
 STARTS = ("", "hopper", "blackwell")  # libraries whose facts a search starts from; "": the chip's own
 MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known kernels, from which a search starts too
@@ -68,6 +65,7 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"tiles": CUTLASS, "split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0},
         {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "row_cycles": 1500.0},
         {"quantise_launches": 1, "quantise_bytes": 3.0},
+        {"persistent": True},
     ),
     "prefill": (  # Triton's kernels: no packing, and each product waits for the softmax before it
         {"query_tiles": (64,), "key_tile": 64, "pack_gqa": False, "softmax_overlap": 0.0, "kv_native": False},
@@ -79,15 +77,18 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"expert_tiles": "best", "expert_fused_activation": True, "expert_all_rows": False, "routing_launches": 3},
     ),
     "collectives": (),
-    "recurrent": (),
+    "recurrent": ({"scan_kernels": 1, "row_cycles": 16e3},),
 }  # fmt: skip
 FACT_ROUNDS = 2  # of the search that also try facts
+LEAST_GAIN = 0.02  # log-likelihood that another value of a constant, or of a fact that differs already, must gain
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain
 CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
+ATTENTION_CHIP_GAIN = 8.0  # the same in attention, whose kernels are other ones on each generation more often
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 WIDTH_ROWS = 10  # least number of rows of such a range
-PRIOR_WIDTH = 0.5  # standard deviation of the logarithm of a constant about its start
+PRIOR_WIDTH = 0.25  # standard deviation of the logarithm of a constant about its start
+TIME_WIDTH = 0.5  # that of seconds: benchmarks without a CUDA graph count the host's time of a launch
 STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
 LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
 LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
@@ -119,16 +120,18 @@ class Case:
 
     @property
     def op(self) -> str:
-        """The op of the kernel's record, such as prefill."""
+        """Kind of the kernel's calls, one of kernel_record.OPS, such as "products" or "prefill"."""
         return FAMILY[self.table]
 
     def start(self, library: str = "") -> Values:
-        """The values from which a fit starts: {name: value} for all CONSTANTS and FACTS of the op.
+        """The values from which a fit starts: {name: value} for all constants and facts of this kind of kernel.
 
-        Constants come from the chip's own library, facts from `library`, in both cases from the kernel that the library
-        uses by default for this case's first row. The fact "tiles" starts as None.
+        Constants (CONSTANTS) are numbers such as efficiencies. They start with the values of the chip's own library.
+        Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`. Each of the
+        two libraries gives the values of its default kernel for the call in the first row. The fact "tiles" starts as
+        None: the value of the chip's own library.
 
-        library: name of a library; "": the chip's own.
+        library: name of a shipped library; "": the chip's own.
         """
         row = self.rows[0]
         how = FORMAT.get(dtype_of(row), ""), int(row.get("head_dim", 0))
@@ -140,10 +143,10 @@ class Case:
         return out | {name: None if name == "tiles" else getattr(facts, name) for name in FACTS[self.op]}
 
     def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = ANY_WIDTH) -> KernelRecord:
-        """Make a KernelRecord for the kernel and the number format of this case's rows.
+        """Make a KernelRecord (description of one kernel) for the kernel and the number format of this case's rows.
 
         Args:
-            values: {field: value}. A field with the value None is left out, so that the chip's own value holds.
+            values: {field: value}. A field with the value None is left out, so that the library's own value holds.
             head_dims: least and largest head width for which the record holds.
         """
         format = FORMAT.get(dtype_of(self.rows[0]))
@@ -154,27 +157,41 @@ class Case:
         )  # fmt: skip
 
     def target(self, values: Mapping[str, Any]) -> Target:
-        """The chip with a library whose kernel of the rows' name has these values of fields, see record()."""
+        """A Target with this case's chip, whose library has a single kernel record: that of record(values).
+
+        The record has the kernel name of this case's rows, so predictions of these rows use `values`: {field: value}.
+        """
         return Target(self.on.chip, dataclasses.replace(self.on.library, kernels=(self.record(values),)))
 
     def errors(self, values: Mapping[str, Any]) -> np.ndarray:
-        """log(predicted / measured) of each row, with these values of the kernel's fields, as an array [rows]."""
+        """log(predicted / measured) of the microseconds of each row, as an array [rows].
+
+        values: {field: value} of the kernel with which the times are predicted.
+        """
         found = np.maximum(predict(self.target(values), self.table, self.rows), LEAST_US)
         return np.log(found / measured(self.rows))
 
     def cost(self, values: Mapping[str, Any]) -> float:
-        """Negative log-likelihood of the rows, whose errors follow a distribution of unknown spread."""
+        """Negative log-likelihood of the rows, up to a constant; lower is better.
+
+        The logarithmic errors are taken to follow a distribution whose spread is estimated from the errors themselves.
+        values: {field: value} of the kernel with which the times are predicted. Raises ChipError if they do not fit the
+        chip.
+        """
         size = np.abs(self.errors(values))
         spread = LEAST_SPREAD + (float(np.median(size)) + 2 * float(np.minimum(size, MOST_ERROR).mean())) / 3
         return len(size) * log(spread)
 
 
 class KernelSearch:
-    """A search for the facts and constants of one kernel that make the rows of all cases most likely.
+    """A search for the properties of one kernel that make its measured rows on all chips most likely.
+
+    Facts are discrete properties, such as tile sizes; they are the same on all chips. Constants are numbers such as
+    efficiencies; each chip has its own.
 
     Attributes:
         cases: a Case (measured rows on one chip) for each chip.
-        values: a dict {name of a constant or fact: best value so far} for each case. All have the same facts.
+        values: for each case, a dict {name of a constant or fact: best value so far}.
     """
 
     def __init__(self, cases: Sequence[Case], values: Sequence[Values]) -> None:
@@ -182,9 +199,13 @@ class KernelSearch:
         self.costs = [self.cost(i, v) for i, v in enumerate(self.values)]
 
     def cost(self, number: int, values: Values) -> float:
-        """Negative log-posterior of case `number` with these values."""
+        """Negative log-posterior of one case: Case.cost() plus the negative log-prior of its constants.
+
+        number: index of the case. values: {name of a constant or fact: value}.
+        """
         case, begun = self.cases[number], self.begun[number]
-        moved = [log(values[n] / begun[n]) / PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0]
+        widths = {n: TIME_WIDTH if n.endswith("_s") else PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0}
+        moved = [log(values[n] / begun[n]) / width for n, width in widths.items()]
         return case.cost(values) + sum(m * m for m in moved) / 2
 
     def attempt(self, changes: Values, numbers: Sequence[int], least: float) -> bool:
@@ -216,17 +237,33 @@ class KernelSearch:
         for field, values in FACTS[self.cases[0].op].items():
             yield from ({field: value} for value in values)
 
-    def constant(self, number: int, name: str, step: float) -> None:
-        """Move a constant of case `number` up or down in relative steps of `step`, for as long as the cost falls."""
+    def fit_constant(self, number: int, name: str, step: float) -> None:
+        """Improve one constant of one case, in place: its value in self.values[number]. Returns nothing.
+
+        The value is multiplied by 1 + step as long as the case's cost falls by 0.02 or more, then divided by 1 + step
+        as long as the cost falls by that much. An efficiency stays at most 1.
+
+        number: index of the case. name: name of the constant.
+        """
         for factor in (1 + step, 1 / (1 + step)):
             while True:
                 now = self.values[number][name]
                 value = min(now * factor, 1.0) if name.endswith("efficiency") else now * factor
-                if value == now or not self.attempt({name: value}, [number], 0.02):
+                if value == now or not self.attempt({name: value}, [number], LEAST_GAIN):
                     break
 
+    def fit_constants(self, step: float) -> None:
+        """Move each constant of each case in relative steps of `step`, for as long as the cost falls."""
+        for i, case in enumerate(self.cases):
+            for name in CONSTANTS[case.op]:
+                self.fit_constant(i, name, step)
+
     def drop_facts(self, own: Values) -> float:
-        """Set each fact back to its value in `own` if that costs less than DROP_COST. Returns the cost."""
+        """Set facts (discrete properties) of the kernel back to the values in `own` where that hardly matters.
+
+        A fact is set back, in all cases, if the sum of the cases' costs then rises by at most DROP_COST. Returns the
+        sum of the cases' costs after that. own: {name of a fact: value}, such as the chip's own library has.
+        """
         for field, value in own.items():
             if any(values[field] != value for values in self.values):
                 self.attempt({field: value}, range(len(self.cases)), -DROP_COST)
@@ -235,15 +272,16 @@ class KernelSearch:
     def run(self, facts: bool = True) -> float:
         """Search for better values, in one round for each step size in STEPS, and keep them in `values`.
 
-        Returns the sum of the cases' costs (negative log-posteriors, see cost()). facts: False to fit constants only.
+        Returns the sum of the cases' costs (negative log-posteriors, see cost()). facts: True to try other values of
+        the kernel's discrete properties (FACTS) too, in the first FACT_ROUNDS rounds; False to fit constants only.
         """
         for number, step in enumerate(STEPS):
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
                 if any(self.values[0][f] != v for f, v in changes.items()):
-                    self.attempt(changes, range(len(self.cases)), FACT_GAIN)
-            for i, case in enumerate(self.cases):
-                for name in CONSTANTS[case.op]:
-                    self.constant(i, name, step)
+                    # A fact that differs already adds no parameter if it takes a third value
+                    known = all(self.values[0][f] == self.begun[0][f] for f in changes)
+                    self.attempt(changes, range(len(self.cases)), FACT_GAIN if known else LEAST_GAIN)
+            self.fit_constants(step)
         return sum(self.costs)
 
 
@@ -252,7 +290,7 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
 
     Returns (cost, list with {name of a constant or fact: value} for each case). The cost is a negative log-posterior:
     lower is better. Facts (discrete properties such as tile sizes) are the same in all cases, unless separate facts for
-    each case are clearly better: then engines have different kernels of this name on these chips.
+    each case are clearly better. Then the engine has different kernels of this name on these chips.
 
     cases: the rows, one Case for each chip.
     """
@@ -260,16 +298,19 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     if len(cases) < 2:
         return together
     alone = [fit_together([case]) for case in cases]
-    cost = sum(c for c, _ in alone) + CHIP_GAIN * (len(cases) - 1)
+    least = ATTENTION_CHIP_GAIN if cases[0].op in ("prefill", "decode") else CHIP_GAIN
+    cost = sum(c for c, _ in alone) + least * (len(cases) - 1)
     return (cost, [values[0] for _, values in alone]) if cost < together[0] else together
 
 
 def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     """Fit one kernel to its rows on one or more chips, with the same facts (discrete properties) on all chips.
 
-    Returns (cost, list with {name of a constant or fact: value} for each case); a lower cost is better. One search
-    starts from the facts of each library in STARTS and each kernel in MENUS. The result with the lowest cost is
-    returned.
+    Returns (cost, list with {name of a constant or fact: value} for each case); a lower cost is better.
+
+    There is one search for each set of facts to start from: those of each library in STARTS, and those of each kernel
+    in MENUS. The result of the search that ends with the lowest cost is returned. cases: the rows, one Case for each
+    chip, at least one.
     """
     best: tuple[float, list[Values]] | None = None
     tried, op = list[Values](), cases[0].op
@@ -283,6 +324,8 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
             search = KernelSearch(cases, [values | facts for values in begun])
         except ChipError:
             continue
+        if menu:  # constants that suit its facts, before other facts are tried
+            search.fit_constants(STEPS[0])
         search.run()
         found = search.drop_facts({f: v for f, v in cases[0].start().items() if f in facts})
         if best is None or found < best[0]:
@@ -292,13 +335,16 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
 
 
 def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str, Values]]]:
-    """Fit a kernel, and where that is clearly better, each range of head widths on its own, as kernels differ by width.
+    """Fit a kernel to its measured rows, separately for each range of head widths if that is clearly better.
 
-    Returns a list of (range of head widths, values by chip's name), see fit_kernel(). Without head widths in the rows
-    there is one range.
+    Returns a list of (range, values). A range is (least, largest) head width. The values are
+    {name of a chip: {name of a constant or fact: value}}, for the chips that have rows in the range. The list has one
+    range, of all widths, if separate fits are not clearly better or the rows have no column head_dim.
+
+    cases: the rows, one Case for each chip.
     """
     cost, whole = fit_kernel(cases)
-    found = [(ANY_WIDTH, named(cases, whole))]
+    found = [(ANY_WIDTH, by_chip(cases, whole))]
     ranges = width_ranges(cases)
     if len(ranges) < 2:
         return found
@@ -308,17 +354,21 @@ def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str,
         mine = [c for c in mine if c.rows]
         part, values = fit_kernel(mine)
         split += part + SPLIT_GAIN * len(mine)
-        parts.append(((least, most), named(mine, values)))
+        parts.append(((least, most), by_chip(mine, values)))
     return parts if split - SPLIT_GAIN * len(cases) < cost else found
 
 
-def named(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
-    """The values of each case by its chip's name, as a dict."""
+def by_chip(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
+    """{name of a chip: values of its case}. values: for each case, in the same order, {constant or fact: value}."""
     return {c.on.chip.name: v for c, v in zip(cases, values, strict=True)}
 
 
 def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
-    """Ranges (least, largest) of head widths with at least WIDTH_ROWS rows each, as a list; they cover all widths."""
+    """Divide the head widths from 0 to WIDEST into ranges. Returns a list of (least, largest), both included.
+
+    In each range, the cases together have at least WIDTH_ROWS rows with such a head_dim. If there are fewer rows in
+    all, or none with a column head_dim, the list has one range.
+    """
     counts = Counter(int(r["head_dim"]) for c in cases for r in c.rows if "head_dim" in r)
     ends, rows = list[int](), 0
     for width in sorted(counts):
@@ -330,9 +380,12 @@ def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
 
 
 def engine_values(case: Case, on: Target) -> Values:
-    """Values of CONSTANTS and FACTS of the engine's kernel that the first row names; the chip's own if it has none.
+    """The constants and facts of a serving engine's kernel, as a dict {name: value}.
 
-    on: the chip with a library that has the engine's kernels, see engine_tables.engine_target().
+    The kernel is the one that the first row of `case` names. If the library of `on` has no such kernel, the result is
+    case.start(): the values of the chip's own default kernel.
+
+    on: the chip, with a library that has the engine's kernels, see engine_tables.engine_target().
     """
     record = record_of_row(on, case.table, case.rows[0])
     if record is None:
@@ -344,18 +397,22 @@ def engine_values(case: Case, on: Target) -> Values:
 def calibrate_kernel(
     case: Case, on: Target, points: int = 24, seed: int = 0
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
-    """Fit the engine's kernel to a few of its rows. Returns (records of the fitted kernel, errors of the other rows).
+    """Fit a serving engine's kernel to a few of its measured rows. Returns (KernelRecords, errors of the other rows).
 
-    If the library has a kernel of the name in the rows, only its constants (such as efficiencies) are fitted, from
-    their values in the library; its facts (discrete properties such as tile sizes) stay. If not, the fit starts from
-    the chip's own kernel, and facts change where that is clearly better. There is a record for each range of head
-    widths that the engine's kernel has. The errors are None if all rows are used for the fit.
+    If the library of `on` has the kernel that a row names, only the kernel's constants (such as efficiencies) are
+    fitted, and its facts (discrete properties such as tile sizes) stay. If not, the fit starts from the chip's own
+    default kernel, and facts change where that is clearly better. There is one KernelRecord, with the fitted values,
+    for each range of head widths for which the library describes the kernel.
+
+    The errors are a Fitted: percentages before and after the fit, with a confidence interval. They are None if the case
+    has a single row, which the fit uses.
 
     Args:
-        case: the rows.
+        case: the rows, at least one.
         on: the chip with a library that has the engine's kernels.
-        points: largest number of rows to fit to, at even quantiles of the latency; at most half of the rows are used.
-        seed: of the bootstrap samples of the confidence interval.
+        points: largest number of rows to fit to, at even quantiles of the latency. At most half of the rows are used,
+            but at least one.
+        seed: seed of the random resamples that give the confidence interval.
     """
     sample = Sample(case.table, dtype_of(case.rows[0]), case.rows, measured(case.rows))
     used = chosen(sample, max(1, min(points, len(case.rows) // 2)))

@@ -134,9 +134,10 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, general: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: `general` with what differs for its chip, release, model and layout.
+        """The EngineProfile of the server on which the row was measured: see EngineProfile.of().
 
-        Raises LayoutError if the row's sizes do not fit each other.
+        It is a copy of `general`, the profile of the row's engine, with the values for the row's chip, engine release,
+        model, layout and prompt length. Raises LayoutError if the row's numbers of chips do not fit each other.
         """
         apart = self.group == "disaggregated"
         layout = str(replace(self.placement("prefill_"), replicas=1) if apart else self.placement())
@@ -144,10 +145,11 @@ class Row:
         return general.of(release, self.card or "", layout, apart, system, self.number("isl"))
 
     def placement(self, phase: str = "") -> Placement:
-        """How the chips share the model, as a Placement.
+        """The Placement of the measured servers: how their chips share the model, and how many servers there are.
 
-        phase: "prefill_" or "decode_" for those servers of a disaggregated row (mode disagg); "" for other rows. Raises
-        LayoutError if the row's sizes do not fit each other.
+        phase: for a disaggregated row (prefill and decode on separate servers), "prefill_" for its prefill servers or
+        "decode_" for its decode servers; "" for any other row. Raises LayoutError if the row's numbers of chips do not
+        fit each other.
         """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
@@ -188,7 +190,7 @@ class Compared:
     Attributes:
         row: the measured row.
         ttft: modelled mean time to the first token, in seconds.
-        tpot: modelled mean time per token after it, in seconds.
+        tpot: modelled mean time per token after the first, in seconds.
         refused: why the row was not modelled; "" if it was.
         draft_tokens: draft tokens that each step verifies, as the engine's profile says for the row; 0: none.
     """
@@ -211,8 +213,9 @@ class Compared:
 def rows(path: Path) -> list[Row]:
     """Read a CSV file of measured servers. Returns a list of Rows, one for each line, in the order of the file.
 
-    If a line leaves out its numbers of servers, completed() fills them in where it can. Raises ValueError if the file
-    has no lines or lacks a column.
+    Some disaggregated lines leave out their numbers of prefill and decode servers. Such a Row gets the numbers of
+    another line of the same measurement if the file has one, see completed(). Raises ValueError if the file has no
+    lines below the header or lacks a column.
     """
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
@@ -247,10 +250,11 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """A tuple of texts that is equal for two rows if they are entries of one experiment; used as a key of a dict.
+    """A key, a tuple of texts, that is equal for two rows of a table that report the same measurement.
 
-    It holds the name of the model's card and "column=value" for all columns, the measured latencies included. Left out
-    are the model's path and the columns of the servers, which start with prefill_ or decode_.
+    completed() uses it: a published table may list a measurement twice, once without its numbers of servers. So the key
+    leaves out the columns of the servers, whose names start with prefill_ or decode_, and the path of the model. It has
+    the name of the model's shipped config and "column=value" for all other columns, measured latencies included.
     """
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
@@ -279,9 +283,10 @@ def times(
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a measured row's load in virtual time, and return the Compared: the row with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. profile: the serving engine. closed_form: True to
-    compute the latencies with steady.estimate() for the mean lengths, in about a tenth of the time. Rows of
-    disaggregated servers are always simulated.
+    If the row cannot be modelled, the result's field `refused` says why, and its latencies are 0.
+
+    profile: profile of the row's serving engine. closed_form: True to compute the latencies with steady.estimate() for
+    the mean lengths of the requests, in about a tenth of the time. Rows of disaggregated servers are always simulated.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -306,10 +311,14 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Model of the server that a benchmark row was measured on, as (EngineTimes, QueueSettings).
+    """Model the server that a row was measured on. Returns (EngineTimes, which time its steps; its QueueSettings).
 
-    EngineTimes gives the time of a step. phase: "prefill_" or "decode_" for those servers of a disaggregated row (mode
-    disagg); "" for other rows. Raises ChipError or LayoutError if the model does not fit.
+    Args:
+        row: the measured row; it must be one that refusal() does not refuse.
+        profile: the engine's profile for the row, see Row.profile().
+        phase: "prefill_" or "decode_" for the prefill or the decode servers of a disaggregated row; "" for other rows.
+
+    Raises ChipError or LayoutError if the model does not fit.
     """
     assert row.card
     how = row.formats(profile)
@@ -321,9 +330,9 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The prefill and decode servers of a disaggregated row (mode disagg), as an Apart.
+    """The prefill servers and decode servers of a disaggregated row, as an Apart.
 
-    Raises ChipError or LayoutError if the model does not fit.
+    profile: the engine's profile for the row. Raises ChipError or LayoutError if the model does not fit.
     """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two, profile.route)
@@ -335,8 +344,8 @@ def compare_all(
 ) -> Iterator[Compared]:  # fmt: skip
     """Compare all rows, and yield a Compared (the row, with its modelled latencies) for each.
 
-    They do not come in the order of `found`: rows of one model and server follow each other, so that the server is
-    compiled once.
+    The results do not come in the order of `found`: rows of one model and server follow each other, so that the server
+    is compiled once.
 
     Args:
         found: the measured rows.
@@ -356,7 +365,7 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the model on the measured rows of one engine and group: (modelled - measured) / measured latency.
+    """Errors of modelled latencies on the rows of one engine and group; an error is modelled / measured - 1.
 
     Attributes:
         engine: name of the engine, or "all".
@@ -383,10 +392,13 @@ class Agreement:
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
-    """Statistics of the model's errors, as a list of Agreements; an empty list if no row was compared.
+    """Statistics of the errors of modelled against measured latencies, as a list of Agreements.
 
-    The first ones are for each pair of an engine and a group of rows (dense, mixture, disaggregated; see Row.group)
-    that has rows. The last ones are for each group with the rows of all engines. Rows that were refused are left out.
+    First comes an Agreement for each pair of an engine and a group (dense, mixture or disaggregated, see Row.group).
+    Then comes one for each group, over the rows of all engines. Pairs and groups without rows are left out. The list is
+    empty if no row was modelled.
+
+    compared: rows with modelled latencies. Rows that could not be modelled (Compared.refused) are left out.
     """
     out = []
     good = [c for c in compared if not c.refused]

@@ -44,15 +44,16 @@ class Draw:
 
     Attributes:
         on: chip and kernel library.
-        model: name of the model.
-        layout: how chips share the model.
+        model: name of the model, or its sizes in words.
+        layout: how chips share the model, such as tp2.
         programs: the Program of one rank of each pipeline stage.
-        whole: the same model on one chip.
-        decoding: number of decoding sequences.
-        keys: keys of each decoding sequence.
-        prompt: tokens of the one prompt.
-        precision: formats of weights, K/V and rows, in words.
-        changes: (field, value) of each field of the chip that differs from the preset, except its size of HBM.
+        whole: the Program of the same model on a single chip, as a tuple of one.
+        decoding: number of decoding sequences in the step.
+        keys: number of keys (tokens in the K/V cache) of each decoding sequence.
+        prompt: number of tokens of the one prompt in the step; 0: no prompt.
+        precision: number formats of weights, K/V cache and activations, in words.
+        changes: pairs (name such as chip.vec_lanes, value) of the chip's fields that differ from those of the preset,
+            except the size of HBM.
     """
 
     on: Target
@@ -138,7 +139,10 @@ def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
 
 
 def timelines(programs: Sequence[Program], on: Target, load: BatchSizes) -> list[Timeline]:
-    """A list with the Timeline of each pipeline stage for one step. programs: one for each stage."""
+    """Simulate one step. Returns a list with the Timeline of each pipeline stage.
+
+    programs: one rank's Program of each stage. load: sizes of the step.
+    """
     return [plan.run(load) for plan in Plan.of(programs, on)]
 
 
@@ -148,7 +152,10 @@ def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """A list with a text for each rate of a step (FLOP/s, HBM, L2, links) that is above the data sheet's rate."""
+    """A list with a text for each rate of a step (FLOP/s, HBM, L2, links) that is above the data sheet's; [] if none.
+
+    t: the Timeline of one pipeline stage.
+    """
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
     total = t.totals()

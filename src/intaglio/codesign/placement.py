@@ -30,7 +30,8 @@ class Placement:
         experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
         replicas: number of servers, which share nothing.
 
-    Raises LayoutError if the layout of the experts does not have as many chips as the copies together.
+    Raises LayoutError if there are several copies but no layout of the experts, and if the layout of the experts has
+    pipeline stages, sequence parallelism, or another number of chips than a pipeline stage of all copies together.
     """
 
     attention: Layout
@@ -105,9 +106,11 @@ class Placement:
 def placements(chips: int, routed: bool) -> list[Placement]:
     """A list of all Placements of `chips` chips: every division into replicas, pipeline stages and tensor parallel.
 
-    routed: True for a model with routed experts. It adds servers whose chips share the experts whole (ep), with one or
-    several copies of attention, and no pipeline stages. A model may not fit some of them. Raises ValueError for less
-    than one chip.
+    A model may not fit some of them. Raises ValueError for less than one chip.
+
+    routed: True for a model with routed experts. The list then has expert-parallel servers (ep) too. In such a server
+    each expert lies whole on one chip, and the experts are spread over all chips. There are one or more copies of the
+    attention layers, each divided by tensor parallelism, and no pipeline stages.
     """
     if chips < 1:
         raise ValueError(f"{chips} chips; give 1 or more")

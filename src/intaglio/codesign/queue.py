@@ -25,7 +25,8 @@ class QueueSettings:
     """How a server's engine is run. Times are in seconds.
 
     Attributes:
-        kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
+        kv_tokens: number of tokens that the K/V cache can hold. A request is admitted if there is room for its prompt
+            and whole response.
         max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
             longer prompt is prefilled in chunks.
         max_sequences: maximum sequences that run at once, on all DP ranks together.
@@ -35,9 +36,10 @@ class QueueSettings:
             sequences evenly, and their hosts work in parallel.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
-        admission_steps: steps that a request waits for before it is admitted.
-        poll_steps: decode steps between two looks for new requests, if sequences run; after a step with prompts the
-            engine looks at once. 0 or 1: it looks before every step.
+        admission_steps: number of decode steps that a request waits before it is admitted. The simulated queue does not
+            wait for them; their time is added to each request's latencies.
+        poll_steps: number of decode steps after which the engine looks for new requests again, while sequences decode.
+            After a step with prompts it looks at once. 0 or 1: it looks before every step.
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it; above 1 with speculative decoding.
     """
 
@@ -99,8 +101,9 @@ class Queue:
     Args:
         times: seconds and joules of steps.
         settings: settings of the engine.
-        prefills: False for a decode server. It gets requests whose prompts another server has computed; they decode
-            once they are admitted, and this is the time of their first token.
+        prefills: True for a server that computes prompts. False for a decode server, which gets requests whose prompts
+            another server has computed. Such a request starts to decode when it is admitted, and its first token counts
+            from the time of its admission.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
@@ -118,9 +121,9 @@ class Queue:
         return len(self.waiting) + len(self.prefilling) + len(self.running)
 
     def add(self, request: LoadRequest, start: float) -> None:
-        """Add a request, sent at `start` seconds, to those that wait.
+        """Add a request, sent at `start` seconds, to the waiting requests.
 
-        Raises ValueError if its prompt and response do not fit the K/V cache.
+        Raises ValueError if its prompt and whole response do not fit into the empty K/V cache.
         """
         if request.prompt + request.output > self.settings.kv_tokens:
             raise ValueError(
@@ -130,10 +133,12 @@ class Queue:
         self.waiting.append(Queued(request, start))
 
     def admit(self) -> None:
-        """Admit waiting requests in order, up to settings.max_sequences admitted ones and as far as the K/V cache fits.
+        """Admit waiting requests in order of arrival. Returns nothing.
 
-        The engine looks for new requests at intervals; a request that came after its last look is not admitted yet.
-        Admitted requests start prefill, or decoding if `prefills` is False.
+        Admission stops when settings.max_sequences requests are admitted and have not ended, or when the K/V cache has
+        no room for the prompt and whole response of the next request. A request that came since the engine last looked
+        for new ones (see QueueSettings.poll_steps) is not admitted yet. Admitted requests start prefill; if `prefills`
+        is False, they start to decode.
         """
         s = self.settings
         if self.unlooked >= s.poll_steps or not self.running:
@@ -153,8 +158,8 @@ class Queue:
         """Advance the clock by one step if a prompt is being computed, otherwise by 1 to LEAP decode steps.
 
         The decode steps stop at the first of these: a response ends, the engine looks for waiting requests, the next
-        step would begin at or after `until` seconds. There is at least one. All are timed as long as the middle one,
-        since a step's time grows linearly with the keys. If no request is admitted, nothing happens.
+        step would begin at or after `until` seconds. Every step takes the time of the middle step, since a step's time
+        grows linearly with the keys in the cache. If no request is admitted, nothing happens. Returns nothing.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -169,10 +174,11 @@ class Queue:
         self._advance(n, *self._mean_cost(count), count)
 
     def next_event(self) -> float:
-        """Time in seconds, on this queue's clock, at which the caller should look at the queue again.
+        """Time in seconds, on this queue's clock, up to which nothing changes in the queue unless a request arrives.
 
-        While sequences decode, it is the end of the run of decode steps that take_steps() would take if no request
-        arrives. If a prompt is being computed, or nothing runs, it is the current time `now`.
+        While sequences decode, the result is the end of the decode steps that one call of take_steps() would take. If
+        a prompt is being computed, or no sequence decodes, it is the current time `now`: the caller may call
+        take_steps() at once.
         """
         if self.prefilling or not self.running:
             return self.now
@@ -225,9 +231,9 @@ class Queue:
             self.start_decoding(one)
 
     def start_decoding(self, one: Queued) -> None:
-        """Move a request whose prompt is computed to decoding, and record the current time as that of its first token.
+        """Let a request whose prompt is computed start to decode. The current time becomes that of its first token.
 
-        A request that asks for one token ends here: it gets its Outcome and does not decode.
+        A request that asks for one token ends here: its Outcome is added to `done`. Returns nothing.
         """
         one.first = self.now
         if one.planned.output == 1:

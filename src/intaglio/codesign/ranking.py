@@ -44,8 +44,8 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 class Ranked:
     """The recommended and the best measured way to serve one model, engine and chip.
 
-    A point is a way to serve: a layout and a number of open requests. Rows of a benchmark give each point's measured
-    and modelled output tokens/s per chip.
+    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
+    also differ in other columns, such as the engine, the values in these columns belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only
@@ -74,18 +74,18 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
-    """Compare the layouts that the model recommends with the layouts that measured best: a Ranked for each case.
+    """Compare the ways to serve that the model recommends with those that measured best. Returns a list of Ranked.
 
-    A case is a set of measured rows that answer one question, such as the same model, chip and engine. Its points are
-    the layouts and numbers of open requests in these rows. Refused rows are left out. The list is ordered by the cases'
-    column values; it is empty if no case has enough points.
+    Measured rows with equal values in the columns `same`, such as model, chip and engine, form a case; each case gives
+    one Ranked. A case consists of points, the ways to serve that were measured. Rows of one point have the same layout,
+    the same number of open requests, and equal values in those columns of SAME that are not in `same`. Rows that the
+    model could not time are left out. The list is ordered by the values in `same`; it is empty if no case qualifies.
 
     Args:
         compared: measured and modelled latencies of the rows.
         at_one_load: True to make a case of its own for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: names of columns. Rows with different values in one of these columns are in different cases. Rows that
-            differ in a column of SAME that `same` does not name may be in one case, as different points.
+        same: names of the columns in which the rows of a case are equal.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
         apart: True to compare rows of disaggregated servers too. Their layout names prefill and decode servers.
     """
@@ -109,14 +109,16 @@ def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """The Ranked of one case: the point that the model recommends, and the point that measured best.
+    """Compare the way to serve that the model recommends with the one that measured best. Returns the Ranked.
 
-    Rows with equal layout, number of open requests and columns `others` are one point; its rate is their mean.
+    The rows are grouped into points, the ways to serve. Rows of one point have the same layout, the same number of open
+    requests and equal values in the columns `others`. A point's rate, in output tokens/s per chip, is the mean of its
+    rows' rates.
 
     Args:
-        asked: what the rows have in common; it becomes Ranked.question.
-        mine: the rows of the case, at least one.
-        others: names of columns in which rows of different points may differ.
+        asked: values that all rows have in common, such as model and chip; they become Ranked.question.
+        mine: the rows, at least one.
+        others: names of further columns that tell points apart.
     """
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:

@@ -99,10 +99,12 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 
 
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
-    """The largest number of requests with which one decode server's steps take at most `tpot` seconds; 0 if none does.
+    """The largest number of requests that one decode server can decode at once with steps of at most `tpot` seconds.
 
-    A step is timed with half of every response in the cache. The engine's sequences and K/V cache limit the number too.
-    input, output: tokens of each request's prompt and response.
+    The result is 0 if even a step with one request takes longer. It is also limited by the engine's maximum number of
+    sequences and by the size of the K/V cache. A step is timed with half of every response in the cache.
+
+    kind: the server. input, output: tokens of each request's prompt and response.
     """
     high = min(kind.settings.max_sequences, kind.settings.kv_tokens // (input + output))
     low = 0
@@ -115,25 +117,31 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
     return low
 
 
-def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Ratio | None:
-    """Divide `chips` chips into prefill and decode servers: the Ratio with the highest estimated requests per second.
+def best_ratio(prefill: Kind, decode: Kind, question: Question, chips: int) -> Ratio | None:
+    """Divide chips into prefill and decode servers. Returns the Ratio with the highest estimated requests per second.
 
     The estimate loads prefill servers with PREFILL_LOAD of their full rate. It gives each decode server as many
-    requests as most_decoding() allows, and times its steps with half of every response in the cache. None if no numbers
-    of servers use all chips, or if a prompt alone or a step that decodes one sequence breaks a limit.
+    requests as most_decoding() allows, and times its steps with half of every response in the cache.
 
-    first, second: kinds of prefill and decode servers.
+    Returns None if no numbers of servers use all chips, if one prompt takes longer than the limit of TTFT, or if
+    most_decoding() is 0: a decode server cannot hold one request, or its step takes longer than the limit of TPOT.
+
+    Args:
+        prefill: step times and settings of one prefill server.
+        decode: step times and settings of one decode server.
+        question: lengths of the requests, and limits of their latencies.
+        chips: number of chips that all servers together have, exactly.
     """
-    rate, full_s = prompt_rate(first, question.input)
-    n = most_decoding(second, question.input, question.output, question.limits.tpot)
-    if not n or prompt_seconds(first, question.input) > question.limits.ttft:
+    rate, full_s = prompt_rate(prefill, question.input)
+    n = most_decoding(decode, question.input, question.output, question.limits.tpot)
+    if not n or prompt_seconds(prefill, question.input) > question.limits.ttft:
         return None
     prompt_s = min(full_s, question.limits.ttft)  # that a prompt may wait and be computed
-    step = second.times.cost(n, question.input + question.output / 2)[0]
+    step = decode.times.cost(n, question.input + question.output / 2)[0]
     each = n / (max(1, question.output - 1) * step)  # requests/s of a decode server with n open
     best: Ratio | None = None
-    for a in range(1, chips // first.chips + 1):
-        b, rest = divmod(chips - a * first.chips, second.chips)
+    for a in range(1, chips // prefill.chips + 1):
+        b, rest = divmod(chips - a * prefill.chips, decode.chips)
         if rest or b < 1:
             continue
         reached = min(PREFILL_LOAD * a * rate, b * each)
@@ -146,15 +154,16 @@ def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Rat
 def kinds(
     question: Question, on: Target, layouts: Sequence[str], budget: int, sequences: int
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
-    """Compile one server for each layout. Returns ({layout: Kind}, [(layout, reason)]).
+    """Compile the model for one server of each layout. Returns ({layout: Kind}, [(layout, reason)]).
 
-    The list has the refused layouts, each with the reason: the model and one prompt do not fit the chips, the model
-    cannot be divided this way, or the chip's links do not connect so many chips.
+    A Kind has the step times and settings of such a server. The list has the refused layouts, each with the reason as
+    text: the model and one prompt do not fit the chips, the model cannot be divided this way, or the chip's links do
+    not connect so many chips.
 
     Args:
         question: the model, its number formats and its load.
         on: chip and kernel library.
-        layouts: such as tp8 or dp8/ep8.
+        layouts: texts such as tp8 or dp8/ep8.
         budget: maximum tokens of a step on one data-parallel copy of the attention layers (DP rank).
         sequences: maximum sequences of a step on one DP rank.
 
@@ -189,8 +198,8 @@ def search(
 
     Args:
         question: the load and its limits.
-        prefill: a server for each prefill layout, see kinds().
-        decode: a server for each decode layout.
+        prefill: {layout: step times and settings of one prefill server}, see kinds().
+        decode: {layout: step times and settings of one decode server}.
         chips: number of chips that all servers together have, exactly.
         progress: called before each pair.
 
@@ -209,13 +218,19 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """Simulate prefill and decode servers until latencies keep the limits: returns that run's ApartResult, or None.
+    """Simulate prefill and decode servers with a load that keeps the latency limits. Returns the ApartResult, or None.
 
     The first run has found.concurrency open requests. While the mean TTFT or TPOT is above the question's limits, the
-    run is repeated with 15 % fewer. None if no run keeps them: after TRIES runs, or with one open request.
+    run is repeated with 15 % fewer open requests. The result is None if the limits are broken in TRIES runs, or in a
+    run with one open request.
 
-    first, second: the prefill and the decode server. found: number of servers of each kind, and of open requests.
-    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
+    Args:
+        first: step times and settings of one prefill server.
+        second: step times and settings of one decode server.
+        found: numbers of prefill and decode servers, and of open requests.
+        question: lengths of the requests, and limits of their latencies.
+
+    Raises ValueError for a request that a K/V cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

@@ -99,12 +99,13 @@ class Moment:
 
 
 def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -> tuple[Moment, ...]:
-    """A tuple of `count` Moments at equal distances from the beginning of a load to its last response.
+    """The state of a served load at `count` equally spaced times, as a tuple of Moments; () without outcomes.
 
-    () without outcomes.
+    A Moment has the numbers of waiting and of decoding requests, and the used share of the K/V caches. The first is at
+    the beginning of the load, the last at the end of the last response. The tokens of a response are assumed to come at
+    equal intervals. Requests that failed before their first token count as waiting until their end.
 
-    The tokens of a response are assumed to come at equal intervals. Requests that failed count as waiting
-    until their end. kv_tokens: tokens that the K/V caches of all servers hold.
+    outcomes: results of all requests. kv_tokens: number of tokens that all servers' K/V caches together can hold.
     """
     if not outcomes:
         return ()
@@ -123,18 +124,18 @@ def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -
 
 @dataclass(frozen=True)
 class ServingResult:
-    """The outcome of a load in virtual time.
+    """Results of serving a load in virtual time.
 
     Attributes:
         summary: latencies and rates.
-        chips: number of chips that served it.
-        within_limits: fraction of all requests that met the limits.
-        goodput: requests per second that met the limits.
+        chips: number of chips that served the load.
+        within_limits: fraction of all requests whose time to first token and time per token met the given limits.
+        goodput: requests per second that met these limits.
         joules: estimated energy of all chips during steps and between them.
         steps: number of engine steps.
         preemptions: times that a sequence was preempted because the K/V cache was full.
-        kv_tokens: tokens that the K/V cache holds.
-        moments: queue and cache over the time of the load, see moments().
+        kv_tokens: number of tokens that the K/V cache of one server can hold.
+        moments: waiting and decoding requests, and use of the K/V caches, over the time of the load; see moments().
     """
 
     summary: Summary
@@ -175,8 +176,11 @@ class ServingResult:
 def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings) -> StateSpec:
     """The StateSpec of the largest K/V cache that fits beside weights and activations on every chip.
 
-    It has no more blocks than `max_sequences` whole contexts need, and two slots of recurrent state for each sequence
-    if the model has such state. stages: one rank's Program of each pipeline stage. Raises ChipError if no block fits.
+    The StateSpec says how many K/V blocks and slots of recurrent state a chip has. There are at most as many blocks as
+    settings.max_sequences sequences of the model's full context need. There are two slots for each sequence if the
+    model has recurrent state, and otherwise none. Raises ChipError if no block fits.
+
+    stages: one rank's Program of each pipeline stage.
     """
     hbm, slots = int(target.chip.hbm_bytes * settings.memory_share), 0
     if any(t.shape[0] == "N" for p in stages for t in p.of_role("state")):
@@ -196,10 +200,10 @@ def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings
 
 
 def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) -> list[LoadRequest]:
-    """The requests with new arrival times, as a list: the first `concurrency` evenly over `seconds`.
+    """Copies of the requests with other arrival times, as a list in the same order.
 
-    The others arrive at the end of that time. Requests of one length that all start at once would otherwise stay in
-    step with each other.
+    The first `concurrency` requests arrive at 0 s and then at equal intervals before `seconds`; all others arrive at
+    `seconds`. Requests of one length that all started at once would stay in step with each other.
     """
     return [replace(r, at=seconds * min(1.0, i / concurrency)) for i, r in enumerate(requests)]
 

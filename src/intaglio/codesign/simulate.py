@@ -39,7 +39,7 @@ CHANGES: dict[str, dict[str, float]] = {  # changes that what_helps() tries: fie
 
 
 def cards() -> dict[str, Path]:
-    """A dict from name to path of the model configs (config.json) that ship with the package."""
+    """{name: path} of the model configs (config.json) that ship with the package."""
     return {path.stem: path for path in sorted(CARDS.glob("*.json"))}
 
 
@@ -96,9 +96,10 @@ class Serving:
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step that computes `batch` prompts and decodes one token for each running sequence.
+        """BatchSizes of a step of the steady load: it computes `batch` prompts and decodes one token for each sequence.
 
-        There are batch * (output - 1) running sequences, see decode().
+        There are batch * (output - 1) decoding sequences, because `batch` requests start in every step, and each
+        decodes for output - 1 steps.
         """
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
@@ -198,9 +199,10 @@ class Simulation:
         return max(used, key=lambda use: use.total)
 
     def largest_batch(self, s: Serving) -> int:
-        """The largest batch smaller than `s.batch` with which the chips can hold the load; 0 if there is none.
+        """The largest batch below `s.batch` for which the chips have enough memory; 0 if there is none.
 
-        The search is a bisection, since memory grows with the batch.
+        check() calls this for a load whose own batch does not fit. s: the load. The search is a bisection, since memory
+        grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
@@ -257,9 +259,10 @@ class Simulation:
 
 
 def main_format(plans: Sequence[Plan]) -> str:
-    """Name of the format in which the plans do most of their FLOPs when one token is decoded.
+    """Name of the number format in which a step that decodes one token does most of its FLOPs.
 
-    Fractions of peak FLOP/s are taken of the chip's peak in this format.
+    The chip's peak FLOP/s in this format is 100 % where a share of peak FLOP/s is reported. plans: how each pipeline
+    stage is timed.
     """
     total: dict[str, float] = {}
     for plan in plans:
@@ -304,9 +307,10 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """The layout, its Phase's figures (see Phase.as_dict), and the best change as one dict for JSON.
+        """All fields as one dict for JSON.
 
-        The keys are layout, those of the Phase, helps_most (name of the change) and gain (its speed-up).
+        The keys are `layout`, all keys of Phase.as_dict() for the field `mixed`, `helps_most` (the field `change`) and
+        `gain`.
         """
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 

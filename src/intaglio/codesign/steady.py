@@ -52,11 +52,11 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
 
     times, s: step times and settings of the server. Raises ValueError if not one request fits the K/V cache.
 
-    The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Every
-    decoding sequence has half of its response in the cache. Steps with prompts take longer than steps that only decode;
-    with `s.mixed` False they decode nothing. As many prompts start as responses end, which gives the fraction of steps
-    with prompts. If prompts could not keep up even with a prompt in every step, fewer sequences decode. The time that
-    the remaining requests wait follows from Little's law.
+    The model: at most s.max_sequences requests, and no more than fit the K/V cache, are prefilled or decoded at a time.
+    The others wait; Little's law gives their waiting time. Every decoding request has half of its response in the
+    cache. Steps with prompts take longer than steps that only decode. If `s.mixed` is False, a step with prompts
+    decodes nothing. The fraction of steps with prompts follows from the balance: as many prompts start as responses
+    end. If even a prompt in every step could not balance them, fewer requests decode.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:
@@ -121,8 +121,8 @@ class Design:
         tokens_per_s: output tokens per second of all replicas.
         watts: mean power of all chips.
         weight_bytes: bytes of weights on the chip that has the most.
-        kv_bytes: bytes of K/V on that chip when every open request has half of its response.
-        kv_tokens: tokens of K/V that one server holds.
+        kv_bytes: bytes of K/V on the chip that has the most, when every open request has half of its response.
+        kv_tokens: number of tokens whose K/V one server can hold.
         confirmed: True if the figures come from a simulation of the requests, False if from the formula estimate().
         within: True if `ttft` and `tpot` are within the limits that were asked for.
     """
@@ -158,7 +158,11 @@ class Design:
         return 1 / self.tpot if self.tpot else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: the fields, with the placement as text, and figures per chip, user and joule."""
+        """A dict for JSON: the fields, and rates derived from them.
+
+        The placement stands as text in the key `layout`. Added are the number of chips, tokens/s per chip and per user
+        (per response, after its first token), tokens per joule, and watts per chip.
+        """
         own = {name: value for name, value in vars(self).items() if name != "placement"}
         return {
             **own, "layout": str(self.placement), "chips": self.placement.chips,
@@ -169,7 +173,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Question:
-    """The question of a search for designs: the model, its load, the limits, and the engine's overheads.
+    """What a search for designs is asked: the model, its load, the latency limits, and the engine's overheads.
 
     Attributes:
         program: the whole model.
@@ -206,7 +210,7 @@ class Candidate:
     """One kind of chip and one placement of the model on such chips, whose rates and latencies are computed.
 
     Attributes:
-        question: the load and its limits.
+        question: the model, its load and the latency limits.
         server: one server of the placement, compiled.
         on: chip and kernel library.
         times: the server's StepTimes.
@@ -246,22 +250,24 @@ class Candidate:
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
-        """The Design with figures from the formula estimate(); queued() simulates the requests instead.
+        """The Design (a deployment with its figures) with figures from the formula estimate(), without a simulation.
 
-        concurrency: requests open on each server. budget: maximum tokens a step on each DP rank. Raises ValueError if
-        not one request fits the K/V cache, ChipError if no K/V block fits.
+        concurrency: requests open on each server. budget: maximum tokens of a step on each DP rank (data-parallel copy
+        of attention). Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         seen = estimate(self.times, settings, q.input, q.output, concurrency)
         return self.design(concurrency, settings, seen, confirmed=False)
 
     def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
-        """The Design with figures from a simulation of one server's requests, event by event, in virtual time.
+        """The Design (a deployment with its figures) with figures from a simulation of one server's requests.
+
+        The simulation is event by event, in virtual time.
 
         Args:
             concurrency: requests open on each server.
-            budget: maximum tokens of a step on each DP rank.
-            turns: requests to serve, as a multiple of `concurrency`.
+            budget: maximum tokens of a step on each DP rank (data-parallel copy of attention).
+            turns: number of requests to serve, as a multiple of `concurrency`.
 
         Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
@@ -287,11 +293,16 @@ class Candidate:
         return self.design(concurrency, settings, seen, confirmed=True)
 
     def largest(self, budget: int, most: int) -> Design | None:
-        """The estimated Design with the largest load that keeps the limits; None if one open request alone breaks them.
+        """The estimated Design with the most open requests whose mean TTFT and TPOT keep the limits of `question`.
 
-        budget: maximum tokens of a step. most: largest number of open requests to try. Found by bisection, since
-        latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
-        only wait. Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
+        None if a single open request breaks a limit. The search is a bisection, since latencies grow with the number of
+        open requests. It stops where more requests add less than 1 % to the rate, because they would only wait.
+
+        Args:
+            budget: maximum tokens of a step on each DP rank (data-parallel copy of attention).
+            most: largest number of open requests to try on one server.
+
+        Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         best, low, high = None, 0, 1
         while high <= most:
@@ -315,10 +326,13 @@ class Candidate:
 def candidates(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """Compile the model for each layout, and pair it with each chip. Returns (Candidates, refusals), two lists.
+    """Compile a model for each layout, and pair each layout with each chip. Returns (Candidates, refusals), two lists.
 
-    A refusal is (chip, layout, reason) of a pair that cannot hold the model. Raises LayoutError for a text that is no
-    layout, FormatError for an unknown format.
+    A Candidate is a pair whose steps can be timed. A refusal is (name of the chip, layout, reason) of a pair that
+    cannot hold or run the model. Raises LayoutError for a text that is no layout, FormatError for an unknown format.
+
+    question: the model, its number formats and its load. targets: chips with kernel libraries. layouts: texts such as
+    tp8.
     """
     out: list[Candidate] = []
     refused: list[tuple[str, str, str]] = []
@@ -346,13 +360,14 @@ def find(
 ) -> list[Design]:  # fmt: skip
     """Find the best Design of each candidate: the step size and the load with the most output per watt or per chip.
 
-    Figures come from the formula estimate(); the best `keep` designs are then simulated, see confirm(). Returns a list:
-    simulated designs that keep the latency limits of their candidate's question, then estimates, then simulated designs
-    that break a limit. The first two parts are ordered, the best first.
+    A candidate (a chip and a placement of the model) also has the latency limits that a Design must keep. The search
+    uses the formula estimate(), and only estimates that keep the limits count. The best `keep` designs are then
+    simulated, see confirm(). Returns a list in this order: simulated designs that keep the limits, the best first; the
+    estimates that were not simulated, the best first; simulated designs that break a limit.
 
     Args:
-        asked: the candidates. One without room for a request, or that breaks a limit even with one open request, has no
-            Design in the list.
+        asked: the candidates. A candidate has no Design in the list if it has no room for a request, or breaks a limit
+            even with one open request.
         budgets: values to try for the maximum number of tokens of a step on a DP rank.
         by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
         keep: how many of the best estimates are simulated.

@@ -41,9 +41,10 @@ class Formats:
     """Number formats of a served model, as `intaglio simulate` takes them.
 
     Attributes:
-        weights: format of weight matrices.
-        kv: format of the K/V cache.
-        activations: auto, fp8, or "weights": the format of the weights, where the chip's arrays multiply it.
+        weights: format of weight matrices; "auto": as stored.
+        kv: format of the K/V cache; "auto": it follows from `weights`, see compiler.weights.set_weight_formats().
+        activations: format of activations in matrix products. "auto": as the model's Program says. "fp8": fp8 for
+            weights in fp8. "weights": the format of the weights, where the chip's arrays multiply it.
         experts: format of the matrices of routed experts; "": as `weights` says.
     """
 
@@ -59,21 +60,21 @@ class Server:
 
     Attributes:
         program: the whole model.
-        placement: how the chips share it.
-        stages: a Program for each pipeline stage; all its ops are timed, except routed experts.
-        experts: a Program for each pipeline stage whose routed experts are timed. The same as `stages`, unless experts
-            have their own layout or format.
-        rows: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the weights,
-            if the chip's arrays multiply it; see StepTimes._kernel().
-        rooms: cache of results of kv_tokens(), by its arguments.
+        placement: how the chips share the model.
+        stages: a Program for each pipeline stage. Its ops are timed, except those of routed experts.
+        experts: a Program for each pipeline stage. Only its ops of routed experts are timed. The tuple is `stages`
+            itself, unless experts have a layout or number format of their own.
+        activations: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the
+            weights, if the chip's arrays multiply it; see StepTimes._kernel().
+        kv_sizes: cache {arguments of kv_tokens(): its result}.
     """
 
     program: Program
     placement: Placement
     stages: tuple[Program, ...]
     experts: tuple[Program, ...]
-    rows: str = "auto"
-    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
+    activations: str = "auto"
+    kv_sizes: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
@@ -86,7 +87,7 @@ class Server:
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
         own = stages(program, str(placement.attention), how.weights, how.kv, plain)
-        rows = "weights" if how.activations == "weights" else "auto"
+        activations = "weights" if how.activations == "weights" else "auto"
         routed = any(isinstance(op, Experts) for op in program.ops)
         if placement.experts is not None and not routed:
             raise ChipError(
@@ -95,8 +96,8 @@ class Server:
         layout = placement.attention if placement.experts is None else replace(placement.experts, pp=len(own))
         weights = how.experts or how.weights
         if not routed or (layout, weights) == (placement.attention, how.weights):
-            return cls(program, placement, own, own, rows)
-        return cls(program, placement, own, stages(program, str(layout), weights, how.kv, "auto"), rows)
+            return cls(program, placement, own, own, activations)
+        return cls(program, placement, own, stages(program, str(layout), weights, how.kv, "auto"), activations)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -111,7 +112,7 @@ class Server:
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
         states: int = 2,
     ) -> int:  # fmt: skip
-        """Number of tokens whose K/V one server holds, beside weights and activations: the sum over its DP ranks.
+        """Number of tokens whose K/V one server can hold, beside weights and activations: the sum over its DP ranks.
 
         A DP rank is a data-parallel copy of the attention layers, with sequences and a K/V cache of its own.
 
@@ -129,8 +130,8 @@ class Server:
         """
         hbm = int(target.chip.hbm_bytes * share)
         asked = hbm, max_tokens, max_sequences, open_sequences, states
-        if asked in self.rooms:
-            return self.rooms[asked]
+        if asked in self.kv_sizes:
+            return self.kv_sizes[asked]
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
         slots = states * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
         pages = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
@@ -143,8 +144,8 @@ class Server:
                     "be used. Use more chips, a smaller format or fewer tokens a step"
                 )
             pages = min(pages, fit)
-        self.rooms[asked] = pages * BLOCK * self.placement.copies
-        return self.rooms[asked]
+        self.kv_sizes[asked] = pages * BLOCK * self.placement.copies
+        return self.kv_sizes[asked]
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
@@ -154,7 +155,10 @@ class Server:
 
 
 def weights_of(p: Program, of_experts: bool) -> set[str]:
-    """Names of the weights that ops `experts` read; with `of_experts` False, names of all other weights."""
+    """Names of some weights of a Program, as a set. of_experts: True for those of routed experts, False for all others.
+
+    The weights of routed experts are those that ops of class Experts read. The router's weights are not among them.
+    """
     routed = {n for op in p.ops if isinstance(op, Experts) for n in op.inputs if p.tensors[n].role == "weight"}
     return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
 
@@ -199,11 +203,12 @@ class StepTimes:
         fusions: names in FUSIONS. Each is a way in which the engine fuses, splits or replaces ops of the Program.
         queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
-        overlaps: True if the library prefetches weights or hides collectives, so that a step takes less than the sum
-            of its kernels. Steps are then timed by the property `plans`. With fusions, or experts with a layout, format
-            or activation format of their own, kernels are always summed.
-        tables: cache of exact() results by (decoding, context, chunks).
-        others: cache of the StepTimes that on() has made, by target.
+        overlaps: True if the kernel library prefetches weights or hides collectives, so that a step takes less time
+            than the sum of its kernels. The Plans in `plans` then time the step. The times of the kernels are summed
+            nevertheless if there are fusions, if routed experts have a layout or weight format of their own, or if the
+            model has routed experts and server.activations is not "auto".
+        tables: cache {(decoding, context, chunks): result of exact()}.
+        others: cache {target: StepTimes that on() has made}.
 
     Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
@@ -251,7 +256,8 @@ class StepTimes:
     def plans(self) -> tuple[Plan, ...]:
         """The Plan of each pipeline stage, as a tuple. A Plan times steps in which ops overlap.
 
-        Used only if `overlaps` is True. For other libraries the times of kernels are summed, which is faster.
+        The Plans are made, and used, only if `overlaps` is True. Otherwise a step's time is the sum of the times of its
+        kernels, which takes less computation.
         """
         return Plan.of(self.server.stages, self.target)
 
@@ -269,23 +275,28 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel with the number formats in which this server's chips run it: a copy for matrix products, experts.
+        """The kernel with the number formats in which this server's chips run it.
 
-        Weights in nvfp4 (e2m1 codes with scales) become e2m1. Activations keep their format if the server's `rows` is
-        "auto". If `rows` is "weights", activations get the format of e4m3, e2m1 or int8 weights if the chip's matrix
-        arrays multiply that format, and bf16 if not. Beside int4 weights they become bf16, and beside other weights
-        only f32 becomes bf16. Kernels of other ops are returned unchanged. Raises ChipError if the arrays do not take
-        the weights' format.
+        A kernel of a matrix product or of experts is copied. In the copy, weights in nvfp4 (e2m1 codes with scales) are
+        e2m1. Any other kernel is returned itself. The format of the activations depends on self.server.activations:
+
+        - "auto": the activations keep their format.
+        - "weights": beside e4m3, e2m1 and int8 weights, activations get the format of the weights if the chip's arrays
+          multiply it, and otherwise bf16. Beside int4 weights, they get bf16. Beside all other weights, f32 becomes
+          bf16, and any other format stays.
+
+        Raises ChipError if the arrays do not take the weights' format.
         """
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
             return kernel
         w = "e2m1" if kernel.w_format == "nvfp4" else kernel.w_format
         x = kernel.x_format
-        if self.server.rows == "weights" and w in ("e4m3", "e2m1", "int8"):
+        narrow = self.server.activations == "weights"
+        if narrow and w in ("e4m3", "e2m1", "int8"):
             x = w if w in dict(self.target.chip.macs) else "bf16"
-        elif self.server.rows == "weights" and w == "int4":
+        elif narrow and w == "int4":
             x = "bf16"  # only the weights are narrow
-        elif self.server.rows == "weights" and x == "f32":
+        elif narrow and x == "f32":
             x = "bf16"  # routers: only their sums are in float32
         self.target.chip.runs_as(w)  # raises ChipError if the arrays do not take the format
         return replace(kernel, w_format=w, x_format=x)
@@ -366,7 +377,7 @@ class StepTimes:
         if (
             self.overlaps
             and self.server.stages is self.server.experts
-            and not (self.width and self.server.rows != "auto")
+            and not (self.width and self.server.activations != "auto")
             and not self.fusions
         ):
             return self.plans[i].cost(own)
@@ -420,9 +431,10 @@ class StepTimes:
 def around(x: float, step: int) -> tuple[int, int, float]:
     """Find the grid points for interpolation at x: (point at or below x, next point, fraction of the way to the next).
 
-    Step times are computed only for sizes on this grid, and interpolated between them. The grid has all whole numbers
-    from 1 to `step`, then multiples of `step`. From PER_OCTAVE * 2 * `step` on, it has PER_OCTAVE points, equally
-    spaced, between each number and its double. For x below 1 the result is (1, 2, 0.0).
+    Step times are computed only for sizes on a grid, and interpolated between its points. Up to `step` the points are
+    1 apart. From there to 2 * PER_OCTAVE * `step` they are `step` apart. After that, the distance doubles each time
+    that the numbers double: it is 2 * `step` up to 4 * PER_OCTAVE * `step`, and so on. For x below 1 the result is
+    (1, 2, 0.0).
     """
     if x <= step:
         low = max(1, math.floor(x))
@@ -435,9 +447,9 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """Round x to the nearest number for which step times are computed, as an int. A tie goes to the lower number.
+    """Round x to the nearest size for which step times are computed. Returns an int, at least 1.
 
-    These numbers are 1, 2, ... `step`, and then up to PER_OCTAVE between each number and its double; see around().
+    These sizes are the grid points of around(x, step). A tie goes to the lower one.
     """
     low, high, way = around(x, step)
     return high if way > 0.5 else low

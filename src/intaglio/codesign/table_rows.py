@@ -22,6 +22,8 @@ NEEDED: dict[str, tuple[str, ...]] = {  # table of validate.py -> columns that i
     "mla_prefill": MLA,
     "mla_decode": MLA,
 }
+HEADS = ("n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim")  # that rows of the gated delta rule need too
+CONVOLUTION = "causal_conv1d"  # kernels of recurrent tables whose names begin so are convolutions
 TEXTS = ("op", "kernel", "kernel_source", "load", "distribution", "phase")  # and all columns of formats
 LOADS = re.compile(r"balanced|power_law_[0-9]+(\.[0-9]+)?")
 PHASES = ("context", "generation")
@@ -33,14 +35,24 @@ class TableError(ValueError):
 
 
 def integers(row: Mapping[str, str], *names: str) -> list[int]:
-    """The values of the columns `names` of a row, as a list of ints."""
+    """The values of the columns `names` of a row, as a list of ints. row: {column: text}, checked by check_rows()."""
     return [int(row[name]) for name in names]
 
 
-def fault(column: str, value: str, formats: Collection[str]) -> str:
-    """What values a column allows, as text; "" if it allows this one.
+def needed(table: str, rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Names of the columns that the rows of a table must have, besides `us` (measured microseconds), as a tuple.
 
-    formats: allowed number formats; empty: all.
+    They are NEEDED[table]. In a table of recurrent kernels, HEADS are needed too, unless all rows are of convolutions.
+    """
+    heads = table == "recurrent" and any(not (r.get("kernel") or "").startswith(CONVOLUTION) for r in rows)
+    return NEEDED[table] + (HEADS if heads else ())
+
+
+def fault(column: str, value: str, formats: Collection[str]) -> str:
+    """Check one value of a column of a table. Returns "" if it is allowed, otherwise the allowed values as text.
+
+    The text completes an error message, such as "a whole number of at least 1". formats: names of number formats that
+    a column of formats (its name ends in dtype) allows; empty: all.
     """
     if column.endswith("dtype"):
         return f"one of {', '.join(formats)}" if formats and value not in formats else ""
@@ -70,19 +82,20 @@ def check_rows(
     Args:
         path: the file, for the message.
         rows: the rows.
-        columns: the columns that are needed, beside `us`.
-        formats: number formats that columns of formats allow; empty: all.
+        columns: names of the columns to check. The column `us` (measured microseconds) is always checked too. Each must
+            be there; the values in other columns are not checked.
+        formats: names of number formats that columns of formats (names that end in dtype) allow; empty: all.
     """
-    needed = (*columns, "us")
-    if rows and (missing := [c for c in needed if c not in rows[0]]):
-        raise TableError(f"{path}: column {', '.join(missing)} is missing; needed are {', '.join(needed)}")
+    wanted = (*columns, "us")
+    if rows and (missing := [c for c in wanted if c not in rows[0]]):
+        raise TableError(f"{path}: column {', '.join(missing)} is missing; needed are {', '.join(wanted)}")
     for number, row in enumerate(rows, 1):
         if None in row:
             raise TableError(f"{path}: row {number} below the header has more values than the header; remove them")
         for column, value in row.items():
             if value is None:
                 raise TableError(f"{path}: row {number} below the header ends before column {column}; add its value")
-        for column in needed:
+        for column in wanted:
             if allowed := fault(column, row[column], formats):
                 raise TableError(
                     f"{path}: row {number} below the header: {column} is {row[column]!r}; allowed: {allowed}; "

@@ -22,7 +22,7 @@ from intaglio.chips.kernel_record import KernelRecord
 from intaglio.codesign.conditions import conditions
 from intaglio.codesign.recurrent_tables import recurrent
 from intaglio.codesign.regime import REGIMES, Call
-from intaglio.codesign.table_rows import NEEDED, check_rows, integers
+from intaglio.codesign.table_rows import check_rows, integers, needed
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
@@ -46,10 +46,10 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 
 
 def matmul(on: Target, row: Row) -> Timing:
-    """The Timing of the matrix product that a row describes.
+    """The modelled Timing of the matrix product that a row of a measured table describes.
 
-    With 8-bit weights the Timing includes the kernels that quantise bf16 activations. Raises ChipError if the chip's
-    arrays do not take the row's format.
+    If the row's format has activations of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16.
+    Raises ChipError if the chip's arrays do not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format, x_format, w_bits = formats_of(row)
@@ -66,9 +66,10 @@ def formats_of(row: Row) -> tuple[str, str, float]:
 
 
 def quantise(on: Target, m: int, k: int) -> Timing:
-    """The Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
+    """The modelled Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
 
-    The kernel library's quantise_launches, quantise_bytes and row_cycles describe them. 0 s if quantise_launches is 0.
+    The kernel library's quantise_launches, quantise_bytes and row_cycles describe these kernels. The Timing is 0 s if
+    quantise_launches is 0.
     """
     if not on.library.quantise_launches:
         return Timing(0.0)
@@ -79,21 +80,33 @@ def quantise(on: Target, m: int, k: int) -> Timing:
 
 
 def quantised(on: Target, row: Row) -> Timing:
-    """The Timing of quantising activations [m, k]; the row of the table has m and k."""
+    """The modelled Timing of quantising activations [m, k]. row: a row of a measured table, with columns m and k."""
     return quantise(on, *integers(row, "m", "k"))
 
 
 def bmm(on: Target, row: Row) -> Timing:
-    """The Timing of the products that a row describes, one a head, of queries by DeepSeek-V3's key up-projection."""
+    """The modelled Timing of a batched matrix product of DeepSeek-V3, with the sizes in a row of a measured table.
+
+    For each head, queries [tokens, 128] are multiplied by the head's key up-projection [128, 512]. If the row's format
+    has queries of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16. row: {column: text} with
+    dtype, tokens and n_heads. Raises ChipError if the chip's arrays do not take the row's format.
+    """
     tokens, heads = integers(row, "tokens", "n_heads")
     format, x_format, w_bits = formats_of(row)
     width, latent = MLA_PROMPT[1], MLA_LATENT[1]
-    product = linear_timing(on, tokens, latent, width, x_format, format, w_bits, heads=heads)
+    values = tokens * heads * (width * formats.bits(x_format) / 8 + latent * 2.0)  # bytes of x and of the result
+    copies = conditions(on.library).weight_copies * heads * latent * width * w_bits / 8
+    outgrown = copies + values > on.chip.l2_bytes * on.library.l2_usable
+    product = linear_timing(
+        on, tokens, latent, width, x_format, format, w_bits, resident=not outgrown, heads=heads, streamed=outgrown
+    )
     return product if formats.bits(x_format) >= 16 else product + quantise(on, tokens * heads, width)
 
 
 def attention(on: Target, row: Row) -> Timing:
-    """The Timing of the attention call that a row describes, with the write of its keys and values.
+    """The modelled Timing of the attention call that a row of a measured table describes.
+
+    The write of the new keys and values to the K/V cache is included.
 
     Raises ChipError if the chip's arrays do not take the row's format.
     """
@@ -112,9 +125,11 @@ def attention(on: Target, row: Row) -> Timing:
 
 
 def cast(on: Target, values: float, bits: int) -> Timing:
-    """The Timing of a kernel that converts cached keys and values to bf16 before attention; 0 s if there is none.
+    """The modelled Timing of a kernel that converts cached keys and values to bf16 before attention.
 
-    values: cached keys and values that attention reads. bits: of each.
+    The Timing is 0 s if no such kernel runs: because the library's kv_cast_bytes is 0, the cached values have more than
+    8 bits, or there are none. values: number of cached elements of keys and values that attention reads. bits: bits of
+    one such element.
     """
     moved = values * on.library.kv_cast_bytes
     if not moved or bits > 8:
@@ -124,10 +139,10 @@ def cast(on: Target, values: float, bits: int) -> Timing:
 
 
 def latent_attention(on: Target, row: Row) -> Timing:
-    """The Timing of the attention call of DeepSeek-V3 (MLA) that a row describes, with the write of its latents.
+    """The modelled Timing of the attention call of DeepSeek-V3 (MLA) that a row of a measured table describes.
 
-    With one query per sequence, all heads attend to the cached latents. With more (prompts), each query head has a key
-    head and a value head of its own, in bf16.
+    The write of the new latents to the cache is included. With one query per sequence, all heads attend to the cached
+    latents. With more queries (prompts), each query head has a key head and a value head of its own, in bf16.
     """
     batch, q, before, heads = integers(row, "batch", "query_len", "context_len", "n_heads")
     bits = 8 if row["kv_dtype"] == "fp8" else 16
@@ -143,16 +158,18 @@ def latent_attention(on: Target, row: Row) -> Timing:
 
 
 def collective(on: Target, row: Row) -> Timing:
-    """The Timing of the collective that a row describes.
+    """The modelled Timing of the collective that a row of a measured table describes.
 
-    Raises ChipError if the chip cannot run it.
+    Raises ChipError if the chip cannot run the collective.
     """
     n, moved = integers(row, "n_chips", "bytes")
     return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved)
 
 
 def experts(on: Target, row: Row) -> Timing:
-    """The Timing of the layer of routed experts that a table's row describes, on the rank that gets the most tokens.
+    """The modelled Timing of the layer of routed experts that a row of a measured table describes.
+
+    It is the time on the rank that gets the most tokens.
 
     Raises ChipError if the chip's arrays do not take the row's format.
     """
@@ -211,9 +228,10 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
 
 
 def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
-    """The KernelRecord of the kernel that a row's column `kernel` names; None if it names none that the library has.
+    """The KernelRecord (description of one kernel) that a measured row's column `kernel` names.
 
-    table: name of the row's table, a key of TABLES.
+    None if the row names no kernel, or if the library of `on` has no record with this name that fits the row's number
+    format and head width. table: name of the row's table, a key of TABLES.
     """
     if not (name := row.get("kernel", "")):
         return None
@@ -222,9 +240,10 @@ def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
 
 
 def timing(on: Target, table: str, row: Row) -> Timing:
-    """The Timing of a row's call, by the kernel that the row names, or else by the library's default kernels.
+    """The modelled Timing of the call that a measured row describes.
 
-    table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run the call.
+    The call runs the kernel that the row names if the library has it, see record_of_row(), and otherwise the library's
+    default kernels. table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run the call.
     """
     record = record_of_row(on, table, row)
     return TABLES[table](on.reduced(record) if record else on, row)
@@ -252,7 +271,7 @@ FAMILY = {  # table -> the op of the kernel records that describe its kernels
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors 100 * (predicted - measured) / measured of some rows, in per cent.
+    """Statistics of the errors 100 * (predicted - measured) / measured of some rows, in per cent.
 
     Attributes:
         rows: number of rows.
@@ -295,7 +314,8 @@ class Worst:
 class Record(Errors):
     """Errors of the modelled times for one chip, table (or kernel) and number format.
 
-    The inherited fields (rows, median, mean, bias) are for all rows of the table in this format, in per cent.
+    The fields inherited from Errors are for all rows of the table in this format: `rows` is the number of rows,
+    `median` and `mean` are those of the absolute errors in per cent, and `bias` is the mean of the signed errors.
 
     Attributes:
         chip: name of the chip.
@@ -332,16 +352,16 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
             )
         with path.open(newline="") as f:
             found[name, table] = list(csv.DictReader(f))
-        check_rows(path, found[name, table], NEEDED[table], FORMAT)
+        check_rows(path, found[name, table], needed(table, found[name, table]), FORMAT)
     if not found:
         raise ValueError(f"{folder} holds no <chip>_<table>.csv; tables are {', '.join(TABLES)}")
     return found
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row as text: its column dtype, or else kv_dtype.
+    """The number format of a row as text: its column dtype, or else its column kv_dtype.
 
-    A row of a collective has neither column, only a number of bytes. The text is then "two bytes".
+    For a row with neither column, such as a collective's, the text is "two bytes": values of such tables have 16 bits.
     """
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 

@@ -60,13 +60,14 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
     """The text of a library file (TOML) for the library `new`, which builds on the library file `base`.
 
-    The text sets the fields in which `new` differs from `old`. If any kernel record differs, it has all kernel records
-    of `new`, since records of a file are preferred to those of its base file.
+    The text sets the fields in which `new` differs from `old`. If the kernel records differ, it has all records of
+    `new`, not only those that differ: the first record that fits a call is used, and a file's own records come before
+    those of its base, so the order of the records matters.
 
     Args:
         new: the library to write.
         old: the library in the file `base`.
-        base: name of that file.
+        base: name of the library file that `old` was read from.
         why: the reason, which is written for each changed field.
     """
     changed = differences(new, old)
@@ -79,7 +80,10 @@ def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) ->
 
 
 def record_lines(record: KernelRecord) -> list[str]:
-    """The lines of a kernel record's table `[[kernels]]` in a library file, as a list, without the heading."""
+    """The lines `field = value` of a kernel record's table `[[kernels]]` in a library file, as a list.
+
+    The heading `[[kernels]]` is not among them.
+    """
     own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "changes"}
     return [f"{name} = {toml(value)}" for name, value in {**own, **dict(record.changes)}.items()]
 
@@ -95,8 +99,10 @@ def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
 def new_files(folder: Path, name: str) -> tuple[Path, Path]:
     """(path of the chip's file, path of the library's file): folder/NAME.toml and folder/NAME_library.toml.
 
-    Raises ChipError if one of them exists.
+    Raises ChipError if one of them exists, or if `name` is empty or has a folder in it.
     """
+    if not name or name != Path(name).name or "\\" in name:
+        raise ChipError(f"--name {name!r}: give a name without folders, such as mine, and the folder with --output")
     paths = folder / f"{name}.toml", folder / f"{name}_library.toml"
     for path in paths:
         if path.exists():

@@ -18,19 +18,25 @@ Place = Callable[[int, int], Slot]  # (rank, chunk) -> slot of the chunk on that
 
 
 def input_slot(rank: int, chunk: int) -> Slot:
-    """The Slot in which `chunk` lies before the collective, on any rank."""
+    """The Slot that holds chunk number `chunk` before a collective starts: Slot("in", chunk), the same on every rank.
+
+    `rank` is not used. It is there because scatter_ring() and its like call src(rank, chunk) to find a chunk.
+    """
     return Slot("in", chunk)
 
 
 def output_slot(rank: int, chunk: int) -> Slot:
-    """The Slot in which `chunk` lies after the collective, on any rank."""
+    """The Slot that holds chunk number `chunk` after a collective has ended: Slot("out", chunk), on every rank.
+
+    `rank` is not used. It is there because scatter_ring() and its like call dst(rank, chunk) to place a chunk.
+    """
     return Slot("out", chunk)
 
 
 def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a direct reduce-scatter: every rank sends each owner its chunks, and the owner adds them.
+    """Add to `w` a direct reduce-scatter: for each chunk, every rank sends its contribution to the chunk's owner.
 
-    The owner of a chunk is the rank that gets its sum. The owner adds the contributions in the order of the group.
+    The owner of a chunk is the rank that gets the chunk's sum. It adds the contributions in the order of the group.
 
     Args:
         w: builder of the schedule.
@@ -52,13 +58,13 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
     """Add to `w` the steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... Returns nothing.
 
-    A single part is copied.
+    A single part is copied to `dst`.
 
     Args:
-        w: builds the schedule.
+        w: builder of the schedule.
         rank: number of the rank.
-        chunk: number of the chunk of the tensor to which all these values belong.
-        parts: slots of the values to add.
+        chunk: number of the chunk that is summed.
+        parts: slots of the values to add, at least one. Each holds one rank's contribution, or a sum of several.
         dst: slot of the result.
     """
     if len(parts) == 1:
@@ -71,10 +77,12 @@ def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: 
 
 
 def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a direct all-gather: every rank sends its chunks to all others, beginning with its successor.
+    """Add to `w` a direct all-gather: every rank sends its own chunks to all other ranks. Returns nothing.
 
-    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
-    that rank, before and after the all-gather.
+    Each rank sends first to its successor in the group, then to the rank after the successor, and so on.
+
+    group: the ranks. own(i): numbers of the chunks that the group's i-th rank has at the start. src(rank, chunk): the
+    Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
     """
     for k in range(1, len(group)):
         for i, sender in enumerate(group):
@@ -85,10 +93,10 @@ def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place
 
 
 def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` copies of each rank's own chunks from their source to their destination slots, where these differ.
+    """Add to `w` steps that copy each rank's own chunks from slot src(rank, chunk) to slot dst(rank, chunk).
 
-    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> source and
-    destination Slot on that rank.
+    A chunk whose two slots are the same gets no step. group: the ranks. own(i): numbers of the chunks that the group's
+    i-th rank owns. src, dst: functions (rank, chunk) -> Slot.
     """
     for i, rank in enumerate(group):
         for c in own(i):
@@ -125,8 +133,8 @@ def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, 
     In the first round a rank sends its own chunks to the next rank. In each later round it sends on the chunks that it
     received in the round before.
 
-    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
-    that rank, before and after the all-gather.
+    group: the ranks. own(i): numbers of the chunks that the group's i-th rank has at the start. src(rank, chunk): the
+    Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
     """
     n = len(group)
     for k in range(n - 1):
@@ -140,8 +148,8 @@ def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, 
 def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a recursive-halving reduce-scatter: log2 P rounds for P ranks, P a power of two.
 
-    In each round two partners exchange the halves that they will not own. The distance between partners halves each
-    round. A sum takes the lower rank's operand first.
+    In each round every rank halves the chunks that it still sums: it keeps one half, and sends its sums of the other
+    half to its partner. The distance between partners halves each round. A sum takes the lower rank's operand first.
 
     group: the ranks. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the Slot with the rank's own
     contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
@@ -149,10 +157,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
 
-    def mine(i: int, distance: int) -> list[int]:
-        """All chunks that are owned by ranks in the same block as the group's i-th rank, as a list.
+    def block_chunks(i: int, distance: int) -> list[int]:
+        """Numbers of the chunks that the ranks of one block own, as a list: what the i-th rank still sums in a round.
 
-        The group consists of blocks of `distance` ranks each.
+        The group is cut into blocks of `distance` consecutive ranks. The block is the one with the group's i-th rank.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -162,7 +170,7 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
         before = dict(held)
         for i, receiver in enumerate(group):
             sender = group[i ^ distance]
-            for c in mine(i, distance):
+            for c in block_chunks(i, distance):
                 came, into = w.temp(receiver), dst(receiver, c) if distance == 1 else w.temp(receiver)
                 w.move(c, sender, before.get((sender, c), src(sender, c)), receiver, came)
                 had = before.get((receiver, c), src(receiver, c))
@@ -176,10 +184,11 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a recursive-doubling all-gather: log2 P rounds for P ranks, P a power of two.
 
-    In each round two partners exchange all they have. The distance between partners doubles each round.
+    In each round two partners send each other all the chunks that they have. The distance between partners doubles each
+    round.
 
-    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
-    that rank, before and after the all-gather.
+    group: the ranks. own(i): numbers of the chunks that the group's i-th rank has at the start. src(rank, chunk): the
+    Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
     """
     copy_own(w, group, own, src, dst)
     distance = 1
@@ -226,11 +235,11 @@ def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pl
 def gather_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` an all-gather for two sides of h ranks, each rank linked only to the ranks of the other side.
 
-    Each rank sends its h chunks to all ranks of the opposite side. The k-th of these forwards the k-th chunk to the
-    other ranks of the sender's side.
+    Each rank sends its h chunks to all ranks of the other side. The k-th rank of that side forwards the k-th chunk to
+    the other ranks of the sender's side.
 
-    group: the ranks, one side after the other. own(i): chunks of the group's i-th rank. src, dst: functions
-    (rank, chunk) -> Slot of the chunk on that rank, before and after the all-gather.
+    group: the ranks, one side after the other. own(i): numbers of the h chunks that the group's i-th rank has at the
+    start. src(rank, chunk): the Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -330,7 +339,7 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
     algorithm is one of:
 
     - direct: one transfer for each pair of ranks.
-    - ring: from rank to rank along the ring, in the shorter direction.
+    - ring: a chunk goes from rank to rank along the ring, in the shorter direction.
     - two_step: the ranks are two sides of h ranks. Chunks for the opposite side go directly. Chunks for a rank's own
       side go in h parts; the k-th rank of the opposite side relays the k-th part.
 
@@ -424,7 +433,9 @@ def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
 
 @cache
 def schedule(collective: str, algorithm: str, ranks: int, node: int = 0) -> Schedule:
-    """The Schedule of `collective` with `algorithm` for `ranks` ranks. node: ranks in a node, for "hierarchical".
+    """The Schedule of `collective` with `algorithm` for `ranks` ranks. Cached.
+
+    node: ranks in a node, which only the algorithm "hierarchical" uses; 0: no nodes.
 
     Raises ScheduleError for ranks below 1, an unknown collective, and an algorithm that does not support these ranks.
     """

@@ -29,8 +29,8 @@ def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
     """Modelled seconds until the last step of a schedule has ended on a topology.
 
-    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers waiting for a
-    link get it in schedule order.
+    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers that wait for
+    the same link get the link in schedule order.
 
     Args:
         s: the schedule.
@@ -59,12 +59,12 @@ class ScheduleClock:
 
     Attributes:
         chunks: number of chunks of the payload.
-        needs: for each step, a list of what it occupies: a link by its number, or a rank r as -1 - r, each with its
-            bytes per second.
+        needs: for each step, a list of (number, bytes per second) of the links or the rank that the step occupies. The
+            number of a link is its index in topology.links; the number of rank r is -1 - r.
         arrival: for each step, the latency of its route in ticks: from the last byte sent until the step ends.
         waits: number of unmet dependencies of each step.
         busy: the tick at which a link or a rank becomes free, by the same numbers as in `needs`.
-        held: ticks for which a chunk occupies a link or rank, by (bytes of the chunk, bytes per second).
+        held: cache {(bytes of a chunk, bytes per second): ticks for which the chunk occupies a link or rank}.
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
@@ -149,7 +149,7 @@ def choose(
     """The fastest schedule for a payload of `nbytes` bytes on a topology. Returns (schedule, modelled seconds).
 
     Args:
-        collective: its name.
+        collective: name of the collective, such as "all_reduce".
         topology: the ranks and links.
         nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.

@@ -21,7 +21,8 @@ def execute(
         inputs: one dict per rank: {chunk number: array} for Schedule.inputs(rank).
         order: indices of all steps in execution order; None: schedule order. The result does not depend on it.
 
-    Raises ScheduleError for inputs with other chunks, a step that runs before one it depends on, and a malformed step.
+    Raises ScheduleError if `inputs` has other chunks than Schedule.inputs() says, if a step runs before a step that it
+    depends on, and for a malformed step.
     """
     memory: list[dict[Slot, np.ndarray]] = []
     for rank, chunks in enumerate(inputs):
@@ -56,8 +57,8 @@ def execute(
 def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
     """Cut x along its last axis. Returns a list of `parts` views, whose widths differ by at most 1.
 
-    Views are empty if there are more parts than columns. The number of rows has no influence on the part to which a
-    value belongs, so the order in which a collective sums values does not depend on it.
+    If there are more parts than columns, some views are empty. A value's part depends only on its column and on the
+    number of columns. So the order in which a collective sums values does not depend on the number of rows.
     """
     n = x.shape[-1]
     return [x[..., n * i // parts : n * (i + 1) // parts] for i in range(parts)]
@@ -87,7 +88,7 @@ def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.nd
 
 
 def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Run an all_gather schedule on one array per rank, of any shapes. Returns a list: for each rank, all arrays.
+    """Run an all_gather schedule on one array per rank, of any shapes. Returns, for each rank, a list of all arrays.
 
     Raises ScheduleError for a malformed schedule.
     """

@@ -38,10 +38,10 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
 
     Rules:
 
-    - No two sends, and no two recvs, have one tag.
-    - Each send has a recv with its tag later in the schedule, and each recv has such a send before it.
-    - A send and its recv have the same chunk, and name each other's ranks as peers.
-    - The recvs between two ranks are in the order of their sends.
+    - No two sends have the same tag. No two recvs have the same tag.
+    - Each send has a recv with the same tag later in the schedule. Each recv has a send with the same tag before it.
+    - A send and the recv with its tag have the same chunk, and each names the other's rank as its peer.
+    - The recvs of one rank from another are in the order of the other's sends.
     """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
@@ -101,7 +101,7 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
     Rules:
 
     - A step that reads a slot waits for the last write of the slot.
-    - A step that writes a slot waits for the last write of the slot, and for the reads after it.
+    - A step that writes a slot waits for the last write of the slot, and for all reads since that write.
     - A slot that is read holds an input of the rank, or has been written.
     - A step waits only for earlier steps of its own rank.
     """
@@ -148,9 +148,10 @@ def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
 
 
 def contributors(s: Schedule, chunk: int) -> range:
-    """The ranks whose inputs are summed in output chunk `chunk`, as a range.
+    """Numbers of the ranks whose inputs are summed in output chunk `chunk`, as a range.
 
-    In a collective without sums it is the one rank from which the chunk comes.
+    In a collective that sums nothing, such as all_gather, the range has one number: the rank that has the chunk at the
+    start.
     """
     if s.collective in ("all_reduce", "reduce_scatter"):
         return range(s.ranks)

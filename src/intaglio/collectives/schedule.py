@@ -60,7 +60,10 @@ class Step(NamedTuple):
     after: tuple[int, ...] = ()
 
     def reads(self) -> Iterator[Slot]:
-        """Yield the slots that the step reads: `src`, and for a reduce `add`."""
+        """Yield each Slot that the step reads: its fields `src` and `add`, in this order, without those that are None.
+
+        So a reduce (dst = src + add) yields two slots, a copy or send one, and a recv none.
+        """
         yield from (slot for slot in (self.src, self.add) if slot)
 
     def __str__(self) -> str:
@@ -117,10 +120,15 @@ class Schedule:
 class ScheduleBuilder:
     """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
 
-    collective, algorithm: names for the Schedule, such as "all_reduce" and "ring". ranks, chunks: number of ranks, and
-    number of chunks of the payload.
+    A step reads and writes slots. A slot is storage for one chunk of the payload on one rank. The builder finds each
+    step's dependencies (Step.after) by itself: a step waits for the earlier steps of its rank that wrote a slot it
+    reads, or that read or wrote the slot it writes.
 
-    The dependencies of each step follow from the slots that the steps read and write.
+    Args:
+        collective: name of the collective, such as "all_reduce".
+        algorithm: name of the algorithm, such as "ring".
+        ranks: number of ranks.
+        chunks: number of chunks into which the payload is split.
     """
 
     def __init__(self, collective: str, algorithm: str, ranks: int, chunks: int) -> None:

@@ -81,9 +81,10 @@ class Topology:
         return self._distances[goal]
 
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
-        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if they are one rank.
+        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if `src` is `dst`.
 
-        Where n links lead on equally well, number (src + dst) % n is taken, so that pairs of ranks use different links.
+        Where n links are equally short ways on, the one with index (src + dst) % n is taken, so that different pairs of
+        ranks use different links.
         """
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()
@@ -105,27 +106,32 @@ def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -
 
 
 def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A ring topology: each rank linked to the next, the last to the first.
+    """A ring topology: each rank has links in both directions to the next rank, the last rank to the first.
 
-    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
+    bandwidth: bytes/s of a link, in each direction. latency: seconds. Raises TopologyError if a link would have
+    bandwidth <= 0 or latency < 0. A single rank has no links.
     """
     pairs = [(i, (i + 1) % ranks) for i in range(ranks if ranks > 2 else ranks - 1)]
     return Topology(f"ring({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def full(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A fully connected topology: a link between any two ranks.
+    """A fully connected topology: links in both directions between any two ranks.
 
-    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
+    bandwidth: bytes/s of a link, in each direction. latency: seconds. Raises TopologyError if a link would have
+    bandwidth <= 0 or latency < 0. A single rank has no links.
     """
     pairs = [(i, j) for i in range(ranks) for j in range(i)]
     return Topology(f"full({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A complete bipartite topology: each rank of the first half linked to each rank of the second half.
+    """A complete bipartite topology: each rank of the first half has links in both directions to each of the second.
 
-    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
+    If the number of ranks is odd, the second half has one rank more. A single rank has no links.
+
+    bandwidth: bytes/s of a link, in each direction. latency: seconds. Raises TopologyError if a link would have
+    bandwidth <= 0 or latency < 0.
     """
     half = ranks // 2
     pairs = [(i, j) for i in range(half) for j in range(half, ranks)]
@@ -133,9 +139,11 @@ def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology:
-    """A 2-D torus topology: a grid with wrap-around links. The rank at (row, column) is row * columns + column.
+    """A 2-D torus topology: a grid of ranks with wrap-around links, all in both directions.
 
-    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
+    The rank at (row, column) has the number row * columns + column. bandwidth: bytes/s of a link, in each direction.
+    latency: seconds. Raises TopologyError if a link would have bandwidth <= 0 or latency < 0. A single rank has no
+    links.
     """
     at = [[i * columns + j for j in range(columns)] for i in range(rows)]
     across = [(at[i][j], at[i][(j + 1) % columns]) for i in range(rows) for j in range(columns if columns > 1 else 0)]
@@ -144,10 +152,10 @@ def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology
 
 
 def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A topology with one non-blocking switch and one port per rank.
+    """A topology with one non-blocking switch, to which every rank has links in both directions (a port).
 
-    bandwidth: bytes/s of one port. latency: seconds from rank to rank. Raises TopologyError unless bandwidth > 0 and
-    latency >= 0.
+    bandwidth: bytes/s of a port, in each direction. latency: seconds from rank to rank. Raises TopologyError if
+    bandwidth <= 0 or latency < 0.
     """
     return Topology(f"switch({ranks})", ranks, _links([(i, ranks) for i in range(ranks)], bandwidth, latency / 2))
 
@@ -155,9 +163,9 @@ def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
 def nodes(count: int, ranks: int, inside: tuple[float, float], across: tuple[float, float]) -> Topology:
     """A topology of `count` nodes with `ranks` ranks each, which two kinds of switches connect.
 
-    Each node has a switch of its own, and every rank has one port to a switch that connects all nodes. inside,
-    across: (bandwidth in bytes/s, latency in seconds from rank to rank) in a node and between nodes. Raises
-    TopologyError unless bandwidths > 0 and latencies >= 0.
+    Each node has a switch that connects its ranks. One more switch connects the ranks of all nodes. Every rank has one
+    port to each of these two switches. inside, across: (bytes/s of a port in each direction, seconds of latency from
+    rank to rank) in a node and between nodes. Raises TopologyError for a bandwidth <= 0 or a latency < 0.
     """
     total = count * ranks
     local = _links([(i, total + 1 + i // ranks) for i in range(total)], inside[0], inside[1] / 2)

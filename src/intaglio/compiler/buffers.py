@@ -12,11 +12,12 @@ from intaglio.program import Program
 
 
 def plan_buffers(p: Program) -> Program:
-    """The Program with a buffer assigned to each temp, by one linear scan over the ops (as register allocation does).
+    """A copy of the Program with a buffer assigned to each temp (result of an op that is no output of the Program).
 
-    A temp takes the narrowest free buffer that is wide enough, else the widest free one, which is widened, else a new
-    one. A view uses the buffer of its base. An op's results never share a buffer with its operands. Temps of T rows and
-    of R rows have separate buffers, since the two counts vary independently.
+    The assignment is one linear scan over the ops, as in register allocation. A temp takes the narrowest free buffer
+    that is wide enough, else the widest free one, which is widened, else a new one. A view uses the buffer of its base.
+    An op's results never share a buffer with its operands. Temps of T rows and of R rows have separate buffers, since
+    the two counts vary independently.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []
@@ -41,13 +42,13 @@ def plan_buffers(p: Program) -> Program:
 
 
 def planned(p: Program) -> bool:
-    """True if some temp of the Program has a buffer, which plan_buffers() assigns."""
+    """True if plan_buffers() has assigned a buffer to any temp (intermediate result) of the Program."""
     return any(t.buffer is not None for t in p.tensors.values())
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Size of a buffer for temps: rows times bytes per row.
+    """Size of a buffer in which a device keeps temps (intermediate results): rows times bytes per row.
 
     Attributes:
         rows: a number, or the symbol of a batch size such as T.
@@ -61,7 +62,7 @@ class Buffer:
 def buffers(p: Program) -> dict[str | int, Buffer]:
     """The size of each buffer of a Program, as a dict from its number to a Buffer.
 
-    A temp to which no buffer is assigned is in the dict by its name, with its own size.
+    A temp (intermediate result) to which no buffer is assigned is in the dict by its name, with its own size.
     """
     sizes: dict[str | int, Buffer] = {}
     for t in p.of_role("temp"):
@@ -78,5 +79,5 @@ def bytes_per_row(p: Program) -> int:
 
 
 def _row_bytes(t: Tensor) -> int:
-    """Bytes of one row of the temp `t`."""
+    """Bytes of one row of the tensor `t`, an intermediate result."""
     return prod(int(d) for d in t.shape[1:]) * formats.get(t.format).bits // 8

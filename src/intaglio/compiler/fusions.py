@@ -20,7 +20,7 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """Fuse each linear with the op `map` after it that computes activation(gate) * up. Returns the Program.
+    """Fuse each linear with the op `map` after it that computes activation(gate) * up. Returns the new Program.
 
     gate and up are the two halves of the linear's result. A fused linear has the attributes `glu` and `activation`, and
     the op `map` is gone.
@@ -31,18 +31,18 @@ def fuse_glu(p: Program) -> Program:
 def fuse_epilogues(p: Program) -> Program:
     """Fuse each linear with the scale, activation or residual addition that an op `map` after it does.
 
-    Returns the Program.
+    Returns the new Program.
     """
     return _fuse_maps(p, _epilogue)
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """Fuse each norm with the op `map` after it that adds a residual to the norm's result. Returns the Program."""
+    """Fuse each norm with the op `map` after it that adds a residual to the norm's result. Returns the new Program."""
     return _fuse_maps(p, _residual_norm)
 
 
 def fuse_residual_experts(p: Program) -> Program:
-    """Fuse each experts op with the op `map` after it that adds a residual to its result. Returns the Program."""
+    """Fuse each experts op with the op `map` after it that adds a residual to its result. Returns the new Program."""
     return _fuse_maps(p, _residual_experts)
 
 
@@ -63,9 +63,10 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     renamed: dict[str, str] = {}
 
     def fused(m: Map) -> tuple[str, Op] | None:
-        """Fuse `m` into the op that computes one of its operands, if `absorb` allows it.
+        """Fuse the map `m` into the op that computes one of its operands.
 
-        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`), or None.
+        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`). None if no
+        operand is an intermediate result that only `m` reads, or if the function `absorb` of _fuse_maps() returns None.
         """
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
@@ -97,7 +98,11 @@ def _base(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
-    """Update `tensors` after a fusion: delete the result `old` with its views, rename the result `out` to `keep`."""
+    """Update `tensors` in place after a fusion. Returns nothing.
+
+    The result `old`, which is no longer stored, is deleted with its views. The result `out` of the map is renamed to
+    `keep`.
+    """
     for t in [t for t in tensors.values() if t.view]:
         if t.view and t.view[0] == old:
             del tensors[t.name]

@@ -25,13 +25,13 @@ class Layout:
 
     Attributes:
         tp: number of lanes among which attention heads, the heads or channels of recurrent blocks, and the columns of
-            each expert, are divided. Everything else is divided among all lanes.
+            each expert are divided. Dense MLPs, the embedding and the output head are divided among all tp * ep lanes.
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
         redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
-            then holds ceil((experts + redundant) / ep) experts, and results are the same whichever experts it holds.
-            None: there are no copies, and each group holds consecutive experts.
+            then holds ceil((experts + redundant) / ep) experts, and results do not depend on which experts a group
+            holds. None: there are no copies, and each group holds consecutive experts.
         placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
     Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
@@ -64,9 +64,10 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """A copy of this layout with the placement of experts in the file `path`; without a placement if it is missing.
+        """A copy of this layout with the placement of experts that the file `path` holds.
 
-        Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
+        If there is no such file, the copy has no placement. Raises LayoutError for a layout without redundant experts,
+        and PlacementError for a file that holds no placement.
         """
         if self.redundant is None:
             raise LayoutError(
@@ -75,7 +76,10 @@ class Layout:
         return replace(self, placement=ExpertPlacement.read(path))
 
     def check_moves_experts(self) -> None:
-        """Raise LayoutError if no experts can be moved between the ranks of this layout. Returns nothing."""
+        """Raise LayoutError if experts cannot be moved between the ranks while the model runs. Returns nothing.
+
+        They can be moved if `redundant` is set, even to 0. If it is None, each group holds fixed, consecutive experts.
+        """
         if self.redundant is None:
             other = f"{self}r0, or {self}r2 with two redundant experts" if self.ep > 1 else "one such as ep2r0 or ep4r8"
             raise LayoutError(

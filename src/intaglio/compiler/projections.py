@@ -32,9 +32,10 @@ def merge_projections(p: Program) -> Program:
 
 
 def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
-    """True if the linear may be merged with others.
+    """True if the linear `op` may be merged with others.
 
-    Its weight and bias are read by no other op, nothing is fused into it, and its result is a temp.
+    That is so if no other op reads its weight and bias, nothing is fused into it, and its result is a temp (no output
+    of the Program). reads: {tensor's name: number of operands of the Program's ops that are this tensor}.
     """
     own = all(reads[n] == 1 and p.tensors[n].role == "weight" for n in (op.w, op.bias) if n is not None)
     bare = op.residual is None and not op.activation and not op.glu
@@ -52,7 +53,10 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
     """Merge the linears of `group` into one, which is returned. Updates `tensors` accordingly.
 
     In `tensors`, one joined weight replaces the group's weights, and one bias its biases, if there are any. The group's
-    results become views of the new linear's result. sites: sites of all ops; the new op's site differs from them.
+    results become views (ranges of columns) of the new linear's result.
+
+    tensors: the Program's tensors by name; changed in place. sites: sites (names) of all ops; the new op's site differs
+    from them.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
@@ -78,9 +82,17 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 
 
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
-    """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows, with the sources of all parts.
+    """Replace the weights `parts` in `tensors` by one weight `name`, which joins their rows. Returns nothing.
 
-    The new weight is stored under the key `place`, one of `parts`; the other parts are deleted. Returns nothing.
+    The new weight is read from the checkpoint tensors of all parts. It takes the place of one part in the dict, so that
+    tensors keep their order; the caller renames the dict's keys afterwards.
+
+    Args:
+        tensors: {name: Tensor}; changed in place.
+        parts: names of the weights, in the order in which their rows are joined.
+        place: the name in `parts` that stays as the key of the new weight; the other keys are deleted.
+        name: name of the new weight.
+        rows: number of its rows.
     """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)
@@ -91,10 +103,14 @@ def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: st
 
 
 def _joint(block: str, leaves: Sequence[str], taken: set[str]) -> str:
-    """The site (name of the op's place) for merged linears, such as BLOCK.qkv_proj for q_proj, k_proj and v_proj.
+    """A site (name of the op's place in the model) for merged linears: BLOCK.qkv_proj for q_proj, k_proj and v_proj.
 
-    "_merged" is appended until the names of site, weight and bias are free. leaves: last parts of the linears' sites.
-    taken: names in use.
+    "_merged" is appended until the names of site, weight and bias are free.
+
+    Args:
+        block: site of the block, which the linears' sites begin with; "": none.
+        leaves: last parts of the linears' sites, such as q_proj.
+        taken: names in use.
     """
     stems = [leaf.removesuffix("_proj") for leaf in leaves]
     tail = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""

@@ -25,8 +25,8 @@ class Pass(NamedTuple):
 
     Attributes:
         name: name of the pass.
-        run: function from a Program to one that computes the same. For set_weight_formats() it also takes the formats
-            of weights and of K/V, as text.
+        run: function from a Program to a Program that computes the same results. For set_weight_formats() it also takes
+            the formats of weights and of K/V, as text.
         why: the reason for the pass, as text.
     """
 
@@ -148,18 +148,29 @@ def build_stages(
 def _sharded(
     program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
 ) -> tuple[Program, ...]:
-    """Run the compiler passes for a whole model (WHOLE) and shard the result. Returns a tuple with a Program per rank.
+    """Compile a whole model with the passes WHOLE, then shard it. Returns a tuple with a Program for each rank.
 
-    The passes for the Program of one rank (EACH) are left to the caller. For arguments and errors see build_mesh().
+    The passes EACH, which run on the Program of one rank, are left to the caller.
+
+    Args:
+        program: as ported.
+        layout: how ranks share the model, such as tp4pp2.
+        weights: format of weights, as for build_mesh().
+        kv_format: format of the K/V cache, as for build_mesh().
+        wire: number format of values that travel between ranks.
+        check: True to verify the Program after every pass.
+
+    Raises FormatError, LayoutError and ProgramError as build_mesh() does.
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     return shard(whole, layout, wire, _coded(program, whole))
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """Names of the quantised weights that have the same format in both Programs, so keep their checkpoint's codes.
+    """A set of the names of the quantised weights that have the same format in both Programs.
 
-    ported: the Program as the port made it, with the checkpoint's formats. whole: the same after set_weight_formats().
+    Such weights keep the codes of the checkpoint. ported: the Program as the port made it, with the checkpoint's
+    formats. whole: the same Program after set_weight_formats().
     """
     kept = ((t, ported.tensors.get(t.name)) for t in whole.of_role("weight"))
     return {t.name for t, was in kept if was and was.format == t.format and formats.get(t.format).grouped}

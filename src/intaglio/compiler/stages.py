@@ -19,11 +19,11 @@ WORTH = 0.05  # share of the longest stage: stages stay equal for less, since a 
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """The number of each op's pipeline stage, from 0, as a list. A stage has a run of layers, see _runs().
+    """A list of the number of each op's pipeline stage, from 0. A stage has a run of consecutive layers, see _runs().
 
-    Ops before all layers are in the first stage, ops after them in the last. A layer that reads positions chosen in an
-    earlier layer, or an earlier layer's K/V cache, is in that layer's stage, as are the layers between, because stages
-    send only activations. Raises LayoutError if a stage would have no layers.
+    Ops before all layers are in the first stage, ops after them in the last. Stages send each other only activations.
+    So if a layer reads the K/V cache of an earlier layer, or positions that an earlier layer has chosen, the two layers
+    and all layers between them are in one stage. Raises LayoutError if a stage would have no layers.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
@@ -55,11 +55,16 @@ def stage_of(p: Program, stages: int) -> list[int]:
 
 
 def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
-    """The time of the ops after all layers, most of it the output head's, as a number of layers.
+    """How many average layers take as much time as the ops after the last layer, most of it the output head's: a float.
 
-    By the elements of weights that products read, over the mean of a layer. Half of the quotient: when sequences are
-    decoded, the head runs for every token; in a prefill, for one of each prompt. numbers: the layer of each op, or
-    None. last: the number of the last op that has a layer.
+    Estimate: the number of weight elements that products read after the last layer, divided by the mean number in a
+    layer, and halved. It is halved because the head runs for every token only when sequences are decoded; in a prefill
+    it runs for one token of each prompt. 0.0 if layers have no such weights.
+
+    Args:
+        p: the Program.
+        numbers: for each op, the number of its layer; None: it belongs to none.
+        last: index of the last op that has a layer.
     """
     sizes = [sum(prod(map(int, p.tensors[w].shape)) for w in op.operands(*WEIGHT_MATRICES)) for op in p.ops]
     layers = len({n for n in numbers if n is not None})
@@ -68,10 +73,15 @@ def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
 
 
 def _runs(layers: int, stages: int, head: float) -> list[int]:
-    """The pipeline stage of each of so many layers, as a list. head: as _layers_worth().
+    """A list of the pipeline stage of each layer, from 0, ascending.
 
-    Stages have near-equal numbers of layers. But the last one, which has the head, has fewer if that makes the longest
-    stage shorter by WORTH or more.
+    Stages have near-equal numbers of layers, with one exception: the last stage, which also has the output head, gets
+    fewer layers if that makes the longest stage at least 5 % (WORTH) shorter.
+
+    Args:
+        layers: number of layers.
+        stages: number of pipeline stages.
+        head: time of the output head, as a number of layers.
     """
     equal = [n * stages // max(layers, 1) for n in range(layers)]
     if stages == 1 or layers <= stages:

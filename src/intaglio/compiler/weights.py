@@ -17,11 +17,13 @@ HEAD = "int8g128"  # the narrowest format of the output head, whose error goes s
 
 
 def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto") -> Program:
-    """The Program with weight matrices in the format `weights`, x_format to match, and K/V caches in `kv_format`.
+    """A copy of the Program in which weight matrices have the format `weights` and K/V caches the format `kv_format`.
 
     - weights="auto" leaves weights as stored.
+    - x_format, to which a product's activations are rounded, becomes the one that fits the weight's new format.
     - kv_format="auto" follows `weights`. With weights "f32", K/V caches become f32. With "auto" or "f16", they keep the
-      port's format. With other weights they become bf16, except e4m3 caches, which only a checkpoint asks for.
+      format that they have in `p`. With other weights they become bf16; only e4m3 caches, which a checkpoint asked for,
+      stay.
     - Scales of caches (k_scale, v_scale) stay in ops whose cache is e4m3, and are removed from others.
     - Short names (int8, int4, fp8) choose groups that fit each weight. A q4_k weight whose rows are not whole blocks of
       256 becomes int4g32, which has as many bits.
@@ -64,9 +66,11 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """The op with scales (k_scale, v_scale) only for caches in e4m3; the scale of any other cache is set to None.
+    """A copy of a kv_write or attend op without the scales (k_scale, v_scale) of caches that are not in e4m3.
 
-    A copy for kv_write and attend; other ops are returned unchanged. tensors: the tensors by name, for their formats.
+    Such a scale is set to None. The scale of an e4m3 cache stays as it is. Any other op is returned unchanged.
+
+    tensors: the Program's tensors by name, whose formats are read.
     """
     if not isinstance(op, (KvWrite, Attend)):
         return op
@@ -83,7 +87,9 @@ def _table_formats(p: Program, name: str) -> dict[str, str]:
 
 
 def _output_heads(p: Program, products: list[Op]) -> set[str]:
-    """Names of the weights that compute the logits, and of the embedding tables, to which an output head may be tied.
+    """A set of the names of the weights that compute the logits and of the embedding tables.
+
+    An embedding table is included since the output head may be tied to it.
 
     products: the ops whose weights get a format.
     """
@@ -122,9 +128,9 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """The Program with the inputs of linears that have FP8 weights rounded to FP8, if `activations` is "fp8".
+    """A copy of the Program in which linears with FP8 weights round their input to FP8 too, if `activations` is "fp8".
 
-    These inputs get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with
+    The inputs get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with
     "fp8" if no linear has FP8 weights.
     """
     if activations == "auto":

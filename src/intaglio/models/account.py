@@ -172,12 +172,12 @@ def account(path: str | Path, context: int | None = None) -> Account:
 
 
 def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """What the stored tensors of a checkpoint become. Returns two dicts, whose keys are names of stored tensors.
+    """Two dicts that say which weights of the Program each stored tensor of a checkpoint becomes.
 
-    - First dict: a list of the names of the Program's weights that are made from the tensor.
-    - Second dict: the number format that the first of those weights has in the Program.
+    The keys of both are names of stored tensors. A stored tensor from which no weight is made is in neither dict.
 
-    A tensor that nothing is made from is in neither.
+    - Values of the first dict: a list of the names of the weights that are made from the stored tensor.
+    - Values of the second dict: the number format of the first weight in that list.
     """
     used: dict[str, list[str]] = {}
     formats: dict[str, str] = {}
@@ -220,7 +220,10 @@ def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate
 
 
 def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate for each tensor in the files of a folder."""
+    """Yield a TensorFate (which weights a stored tensor becomes, or why it is ignored) for each tensor in the files.
+
+    checkpoint: the open checkpoint. ported: the Program that a port made of the checkpoint.
+    """
     used, formats = _uses(checkpoint, ported)
     whole = {part: name for name, coded in checkpoint.coded.items() for part in coded.parts}
     for name, e in sorted(checkpoint.entries.items()):

@@ -28,7 +28,7 @@ PER_LAYER = ("mlp_layer_types", "no_rope_layers", "layer_rope_theta", "indexer_t
 
 
 class CheckpointError(ValueError):
-    """Raised for a checkpoint that cannot be read. The message names the file, the value and, if any, what to do."""
+    """Raised for a checkpoint that cannot be read. The message names file, value and, if known, remedy."""
 
 
 class PortError(ValueError):
@@ -82,20 +82,22 @@ class Settings(dict[str, Any]):
 
 
 class Config:
-    """config.json with a family's defaults for keys that it leaves out; records which keys are read.
+    """config.json, with a family's defaults for keys that the file leaves out. Records which keys are read.
 
     As in transformers, a key that is null in config.json has no value; it does not take the default.
 
     Attributes:
-        table: the values; ports may set some.
+        table: the values by key: those of the file, the defaults, and values that a port has set.
         given: the keys and values in the file.
         seen: the keys that were read.
-        parts: tables inside the file whose keys are recorded one by one.
+        parts: copies of the nested tables that settings() returned, such as rope_scaling. Each copy records which of
+            its own keys are read.
         replaced: {a key that another one overrides: the reason}.
-        ignored: {prefix of names of tensors that are not read because of this config: the reason}, besides those of the
-            Family.
-        mlp_types: the values that the list mlp_layer_types may have; a port whose layers have others sets them.
-        named: {a key as ports read it: the file's own name of it}, where they differ; errors name the latter.
+        mlp_types: the values that the list mlp_layer_types may have; a port whose layers have other values sets them.
+        ignored: {prefix of tensor names: why this config makes the port ignore such tensors}. Tensors that a family
+            always ignores are listed in its Family instead.
+        named: {a key as ports read it: the file's own name for the key}, where the two names differ. Errors use the
+            file's name.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -140,8 +142,8 @@ class Config:
     def either(self, *keys: str) -> str:
         """The name of the first of these keys that has a value in the config (not null); the last name if none has one.
 
-        For a value that config files name differently. All the keys count as read. Raises PortError if the file gives
-        several of them unlike values.
+        Called where config files use different keys for the same setting. All the keys count as read. Raises PortError
+        if the file gives several of them unlike values.
         """
         valued = [key for key in keys if self.get(key) is not None]
         told = [key for key in valued if key in self.given]
@@ -173,7 +175,7 @@ class Config:
     def settings(self, key: str, inner: str = "") -> Settings:
         """A Settings copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
 
-        Reads of the copy's keys are recorded, too. Raises PortError if the value is not a table.
+        The copy records which of its keys are read. Raises PortError if the value is not a table.
         """
         value = self.get(key, {})
         at = key
@@ -225,13 +227,19 @@ class Config:
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0 or {}."""
+        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0, 0.0 or {}.
+
+        A key that is missing or null is accepted too.
+        """
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
                 raise PortError(f"config.json: {self.name(key)}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
-        """Name of the activation function, in the names that ops use. Raises PortError for an unknown one."""
+        """Name of the activation function, as ops call it. Raises PortError for an unknown one.
+
+        key: the key of config.json that has the function's name.
+        """
         value = self.get(key)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise PortError(
@@ -240,7 +248,10 @@ class Config:
         return ACTIVATIONS[value]
 
     def need_silu(self, why: str, key: str = "hidden_act") -> None:
-        """Raise PortError unless the activation function is silu. why: the end of the message."""
+        """Raise PortError unless the activation function is silu. Returns nothing.
+
+        why: the end of the message. key: the key of config.json that has the function's name.
+        """
         if self.activation(key) != "silu":
             raise PortError(f"config.json: {self.name(key)}={self.get(key)!r}; {why}")
 
@@ -249,9 +260,13 @@ class Config:
     ) -> list[str]:
         """The attention type of each layer, as a list: the value of the key `layer_types`, or a default.
 
-        The default is `usual`. If that is not given, each `every`-th layer has full attention and the others a sliding
-        window; with every=0 all layers have full attention. Raises PortError for a type that is not in `known`, and for
-        another number of types than num_hidden_layers.
+        Args:
+            every: for the default: each `every`-th layer has full attention and the others a sliding window; 0: all
+                layers have full attention.
+            usual: the default itself; None: the one that `every` gives.
+            known: the types that are allowed.
+
+        Raises PortError for a type that is not in `known`, and for another number of types than num_hidden_layers.
         """
         n = self.whole("num_hidden_layers")
         usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]

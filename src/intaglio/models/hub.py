@@ -46,7 +46,7 @@ def locate(name: str | Path, revision: str | None = None, progress: Progress = s
 
     Args:
         name: a path, or a hub id: owner/name, or owner/name:TAG for the GGUF file of the quantisation TAG (Q4_K_M).
-        revision: branch, tag or commit of the repository; by default main.
+        revision: branch, tag or commit of the repository; None: main.
         progress: called as progress(bytes done, bytes in all, what).
 
     Raises:
@@ -88,7 +88,7 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
     Args:
         repo: name of the repository in errors.
         files: all its files, by their paths in it.
-        tag: quantisation in the name of a GGUF file.
+        tag: quantisation in the name of a GGUF file; None: any format.
         read: reads a JSON file of the repository.
 
     Raises:
@@ -117,9 +117,9 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
     """A list of the safetensors files to download, with the index if there is one; [] if there are none.
 
-    Only files in the repository's top folder count. read: function from the name of a JSON file of the repository to
-    its contents. Raises HubError if the repository lacks a file that config.json or the index names, or if several
-    files have no index.
+    Only files in the repository's top folder count. repo: name of the repository, for errors. files: all its files.
+    read: function from the name of a JSON file of the repository to its contents. Raises HubError if the repository
+    lacks a file that config.json or the index names, or if several files have no index.
     """
     decides = deciding_file(read("config.json"), files.__contains__, read)
     if decides is not None:
@@ -138,9 +138,9 @@ def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> lis
 
 
 def _gguf_models(files: list[str]) -> dict[str, list[str]]:
-    """The GGUF models of a repository, as {path of the first part: list of the paths of all parts}.
+    """The GGUF models of a repository, as {path of a model's first part: list of the paths of all its parts}.
 
-    Files that only accompany a model, such as mmproj files, are left out.
+    files: all files of the repository. Files that only accompany a model, such as mmproj files, are left out.
     """
     models: dict[str, list[str]] = {}
     for f in files:
@@ -232,9 +232,9 @@ class _Repository:
         return {s.rfilename: s.size or 0 for s in info.siblings or ()}
 
     def _cached(self, tag: str | None) -> Path:
-        """The folder or GGUF file that fetch() would return, from the cache alone.
+        """The folder or GGUF file that fetch() would return, from the cache alone, for use without a network.
 
-        Raises HubError if files are missing.
+        tag: quantisation to choose among GGUF files; None: DEFAULT_TAG. Raises HubError if files are missing.
         """
         from huggingface_hub import errors, snapshot_download
 

@@ -180,19 +180,18 @@ class Fate:
 
 
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
-    """Say of every key in config.json whether the port used or ignored it, and why. Returns a list of Fates.
+    """A list of Fates: for each key in config.json, whether the port used or ignored the key, and why.
 
     Keys of nested tables that the port reads, such as rope_parameters, have a Fate too.
 
     Args:
         c: the Config of the text model, which knows the keys that were read.
-        family: the port.
+        family: the port. Its attribute `fixed` lists, for some keys, the only values that the port implements.
         config: config.json.
         file: the file's name, for the Fates.
 
-    Raises PortError for a value that the port does not implement (`family.fixed` has those that it does). If the model
-    brings code of its own (`auto_map`), also raises it for a key that nothing reads and whose name suggests that it
-    changes results.
+    Raises PortError in two cases: a key of `family.fixed` has a value that is not listed there; or the model brings
+    code of its own (auto_map), and the port does not read a key whose name suggests that it changes results.
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)
@@ -212,7 +211,7 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
-    """Say of every key of the quantisation settings whether it was used or ignored, and why. Returns a list of Fates.
+    """A list of Fates: for each key of the quantisation settings, whether it was used or ignored, and why.
 
     Args:
         q: the settings, which know the keys that were read.

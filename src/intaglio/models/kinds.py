@@ -70,7 +70,7 @@ CHECKS = {key: (kind, check) for kind, (check, keys) in KINDS.items() for key in
 
 
 def kind_wanted(key: str, value: Any) -> str:
-    """The kind of value that a key of config.json must have, such as "a list of names"; "" if `value` is of it.
+    """The kind of value that a key of config.json must have, such as "a list of names"; "" if `value` is of this kind.
 
     null is of every kind, and every value is right for a key that KINDS does not list.
     """

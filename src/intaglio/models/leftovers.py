@@ -31,7 +31,10 @@ LIMIT = 1 << 24  # values of a tensor that are looked at
 
 
 def judge_tensor(checkpoint: Checkpoint, name: str) -> str:
-    """The reason why an unread tensor cannot change results; "" if it might."""
+    """The reason why a tensor that no port reads cannot change results, as text; "" if it might change them.
+
+    name: the tensor's name in the checkpoint.
+    """
     for pattern, why in BY_NAME.items():
         if re.search(pattern, name):
             return why

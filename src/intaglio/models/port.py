@@ -112,9 +112,16 @@ def port(
 def port_checkpoint(
     checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
 ) -> Ported:
-    """Port a checkpoint, with the arguments of port(). Returns a Ported: the Program with a report of keys and tensors.
+    """Port a checkpoint. Returns a Ported: the Program with a report of keys and tensors.
 
-    Issues no warning; the report has the notes. Raises PortError and CheckpointError as port() does.
+    The arguments are those of port(). Issues no warning; the report has the notes instead. Raises PortError and
+    CheckpointError as port() does.
+
+    Args:
+        checkpoint: the open checkpoint.
+        context: positions to compile for; None: the default of port().
+        name: name of the Program; None: the folder's name.
+        family: port to use; None: the one for the checkpoint's architecture.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -251,9 +258,11 @@ def _prefix(family: Family, names: Any) -> str:
 
 
 def _config(family: Family, config: Mapping[str, Any]) -> Config:
-    """The Config of the text model: the keys of text_config if there is one, otherwise all keys.
+    """The Config of the text model: the keys of text_config if `config` has that table, otherwise all its keys.
 
     tie_word_embeddings is also read outside text_config. The family's aliases and its function `prepare` are applied.
+
+    config: the contents of config.json.
     """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:
@@ -337,11 +346,17 @@ def _program(
     order: Callable[[str], str] = lambda source: "",
     notes: list[str] | None = None,
 ) -> Program:
-    """The Program that a family's port writes for a config, with `context` positions; None: the default.
+    """The Program that a family's port writes for a config. Raises PortError for what the port refuses.
 
-    layout: function that adapts the Decoder to the checkpoint's tensors. format: function from a tensor's name to the
-    number format it is stored in. order: function from a weight's name to its act-order permutation, or "". notes: list
-    to which warnings are added. Raises PortError for a context out of range and what the port refuses.
+    Args:
+        family: the port.
+        c: the config.
+        context: positions of the Program; None: the model's default. PortError if out of range.
+        name: name of the Program.
+        layout: function that returns a Decoder adapted to the checkpoint's tensors.
+        format: function from a stored tensor's name to its number format.
+        order: function from a weight's name to the name of its act-order permutation (a tensor); "" if it has none.
+        notes: list to which a warning is added if a longer context changes the rope table; None: no warnings.
     """
     usual, limit, differs = lengths(c)
     length = context or usual
@@ -465,7 +480,10 @@ def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
 
 
 def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """A list of the name prefixes of the multi-token prediction layers, which follow the last layer of the model."""
+    """A list of the prefixes that names of multi-token prediction layers may have. Programs do not use such layers.
+
+    config: config.json, which has their number. prefix: prefix of the names of the decoder's tensors, such as "model.".
+    """
     n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
     return [*(f"{prefix}layers.{i}." for i in range(n, n + more)), "mtp.", "model.mtp."]
 

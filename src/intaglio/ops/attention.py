@@ -16,9 +16,9 @@ CACHE_FORMATS = ("f32", "bf16", "int8row", "e4m3")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
-    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim].
+    """(heads, head_dim) of the K or V cache `name`, a state tensor [P, B, heads, head_dim].
 
-    Raises OpError for another shape or format.
+    Raises OpError, which names the op, for another shape or format. t: the Program's tensors by name.
     """
     s = t[name]
     fixed = all(isinstance(d, int) for d in s.shape[2:])
@@ -58,8 +58,8 @@ class KvWrite(Op, kind="kv_write"):
     """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
 
     k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x divided
-    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. A cache of keys alone (of
-    choose_keys) is given as both caches, with v = k.
+    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. If only keys are to be
+    stored (for the indexer's op choose_keys), k_cache and v_cache are the same cache, and v is k.
 
     Attributes:
         k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
@@ -232,7 +232,8 @@ class Attend(Op, kind="attend"):
     def _weights(self, score: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
         """Softmax of `score` [heads, queries, keys] over the keys, in the same shape.
 
-        If the op has attention sinks, exp(sink) of each head is added to the denominator.
+        If the op has attention sinks, exp(sink) of each head is added to the denominator. v: values of the op's
+        operands by name.
         """
         top = score.max(axis=-1, keepdims=True)
         if self.sinks is None:

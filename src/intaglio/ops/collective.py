@@ -63,12 +63,16 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 class AllReduce(Collective, kind="all_reduce"):
     """Op that sums over ranks: out on every rank of `group` = ((x0 + x1) + x2) + ..., in the order of `group`.
 
-    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32. Each x is rounded to `wire` before it is
-    added, and the sum before it is sent to the ranks.
+    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32.
 
-    slots: number of column blocks of `width` columns. Above 1, the summed blocks are then added to each other in their
-    order: (s0 + s1) + s2 ... If only one rank has a block and the others have zeros, the result does not depend on
-    which rank has it. Experts with a placement are summed like this.
+    Attributes:
+        group: numbers of the ranks.
+        wire: number format in which values travel between ranks: each x is rounded to it before the sum, and the sum
+            before it is sent back.
+        slots: number of blocks of `width` columns that x has. After the sum over ranks, the blocks are added to each
+            other in their order: (s0 + s1) + s2 ... If for each block only one rank has values and the others have
+            zeros, `out` has the same bits whichever rank it is; so the results of experts are summed if experts may
+            move between ranks. 1: x is as wide as out.
     """
 
     x: str = operand()
@@ -119,8 +123,8 @@ class AllGather(Collective, kind="all_gather"):
     x f32 [rows, c], where c may differ from rank to rank; out f32 [rows, width], where `width` is the sum of c over the
     ranks. `wire` is the format to which values are rounded before they are sent: f32, bf16 or f16.
 
-    If `tokens` is True, the op joins token rows instead: each of n ranks has its run of the T rows, out f32 [T, width].
-    A dimension written T:i/n is the number of rows in the i-th rank's run, so its x is f32 [T:i/n, width].
+    If `tokens` is True, the op joins token rows instead: rank i of n has x f32 [T:i/n, width], where T:i/n stands for
+    the number of token rows in the rank's run. Every rank gets out f32 [T, width], the runs of all ranks in order.
     """
 
     x: str = operand()
@@ -153,10 +157,10 @@ class AllGather(Collective, kind="all_gather"):
 class ReduceScatter(Collective, kind="reduce_scatter"):
     """Op that sums x over the ranks of `group` and gives each rank one run of token rows of the sum.
 
-    x f32 [T, width] on every rank. out f32 [T:share/n, width] on rank number `share` of the n ranks: T:share/n is the
-    number of rows in its run; runs are near-equal (batch.shared_rows()). The values are summed in the order of `group`,
-    as in all_reduce. `wire` is the format to which each x is rounded before it is sent, and then the sum: f32, bf16 or
-    f16.
+    x f32 [T, width] on every rank. The T rows are divided into n near-equal runs for n ranks (batch.shared_rows()). out
+    f32 [T:share/n, width] on the rank whose place in `group` is `share`; T:share/n stands for the number of rows in its
+    run. The values are summed in the order of `group`, as in all_reduce. `wire` is the format to which each x is
+    rounded before it is sent, and then the sum: f32, bf16 or f16.
     """
 
     x: str = operand()
@@ -178,9 +182,10 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
         return [self.carried(rows) for rows in split_rows(total, len(parts))]
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """The Work (FLOPs and bytes) of one rank.
+        """The Work (FLOPs and bytes) of one of the p ranks.
 
-        Link bytes are the bytes that the rank receives: its rows of x from the p-1 other ranks, (p-1)/p of x in all.
+        Link bytes are the bytes that the rank receives: from each of the p - 1 other ranks, the token rows of x whose
+        sum it computes. Together that is (p - 1) / p of the size of x.
         """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
@@ -191,9 +196,10 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 class AllToAll(Collective, kind="all_to_all"):
     """Op that exchanges parts among ranks: each rank has some columns of all rows, and gets all columns of some rows.
 
-    x f32 [T, c] on every rank of `group`, where c may differ from rank to rank. out f32 [T:share/n, width] on rank
-    number `share` of the n ranks: its run of token rows, T:share/n of them (batch.shared_rows()), with the columns of
-    all ranks' x side by side, `width` in all. `wire` is the format to which values are rounded before they are sent.
+    x f32 [T, c] on every rank of `group`, where c may differ from rank to rank. The T token rows are divided into n
+    runs for n ranks (batch.shared_rows()). out f32 [T:share/n, width] on the rank whose place in `group` is `share`:
+    its run of rows, with the columns of all ranks' x side by side, `width` in all. T:share/n stands for the number of
+    rows in that run. `wire` is the format to which values are rounded before they are sent.
     """
 
     x: str = operand()
@@ -225,7 +231,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """A list with the dimension of each of `ranks` ranks: its run of the T token rows, such as "T:0/4" for rank 0."""
+    """A list of texts for the runs into which token rows are divided, one for each rank: "T:0/4" for rank 0 of 4."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 

@@ -18,7 +18,7 @@ class ShortConv(Op, kind="short_conv"):
 
     out[t, c] = bias[c] + the sum over j < k of w[c, j] * x[t - k + 1 + j, c]; x is 0 before the sequence's start.
     x, out f32 [T, channels]; w [channels, k], k >= 2; bias [channels]. The state of a sequence is its last k - 1
-    rows of x, oldest first: state f32 [N, k - 1, channels]. In Mamba (Gu & Dao 2023), LFM2 and gated delta nets.
+    rows of x, oldest first: state f32 [N, k - 1, channels]. Used in Mamba (Gu & Dao 2023), LFM2 and gated delta nets.
     """
 
     x: str = operand()

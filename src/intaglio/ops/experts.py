@@ -140,10 +140,11 @@ class Route(Op, kind="route"):
         return softmax(logits)
 
     def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """Values whose largest choose a token's experts, f32 [T, E].
+        """The values by which a token's experts are chosen, f32 [T, E]: the experts with the largest values are.
 
-        With a bias they are scores + bias. Without one they are the logits, which have the same order as the scores.
-        If a group of experts is rated by the sum of several values, they are the scores, since sums of logits differ.
+        With a bias the values are scores + bias. Without one they are the logits, which have the same order as the
+        scores. But if a group of experts is rated by a sum of several values, they are the scores: sums of logits have
+        another order than sums of scores.
         """
         if self.bias is not None:
             return scores + array(v, self.bias)
@@ -272,10 +273,11 @@ class Experts(Op, kind="experts"):
         return {self.out: (("T", n * max(1, self.slots)), "f32")}
 
     def _placement(self, experts: int, total: int) -> None:
-        """Raise OpError unless the fields of an expert placement are valid, or are all empty; return nothing.
+        """Raise OpError unless the fields held, copy, copies, rank and ranks (an expert placement) are valid.
 
-        `held` must name different experts of the model, ascending, one for each matrix; `copy` and `copies` must have
-        as many items, with 0 <= copy < copies; and 0 <= rank < ranks.
+        Valid are empty `held`, `copy` and `copies`. Else each of the three must have one item for each matrix in the
+        stacks: `held` different expert numbers, ascending, and 0 <= copy < copies. `rank` and `ranks` must satisfy 0 <=
+        rank < ranks.
 
         experts: number of matrices in the stacks. total: number of experts in the model.
         """
@@ -309,14 +311,23 @@ class Experts(Op, kind="experts"):
         return i if here else -1
 
     def _sizes(self, t: Tensors, name: str) -> tuple[int, int, int]:
-        """(experts, rows, columns) of a stack of matrices. Raises OpError for another shape."""
+        """(experts, rows, columns) of the stack of matrices `name`. Raises OpError for another shape."""
         s = t[name].shape
         ok = len(s) == 3 and all(isinstance(d, int) for d in s)
         self.check(ok, f"{name} is {t[name].type}; wanted a stack of matrices [experts, rows, columns]")
         return int(s[0]), int(s[1]), int(s[2])
 
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
-        """Raise OpError unless the biases fit the stacks."""
+        """Raise OpError unless the biases of gate, up and down have the right shapes and plain formats.
+
+        Gate and up must both have a bias, or none. Without a gate matrix, the gate has no bias.
+
+        Args:
+            t: the Program's tensors by name.
+            experts: number of experts in the stacks of matrices.
+            inner: inner width of an expert: biases of gate and up are [experts, inner].
+            n: columns of the result: the bias of down is [experts, n].
+        """
         named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
         both = (self.gate_bias is None) == (self.up_bias is None)
         if self.gate is None:
@@ -357,7 +368,14 @@ class Experts(Op, kind="experts"):
     def _part(self, v: Mapping[str, Value], x: np.ndarray, name: str, bias: str | None, e: int) -> np.ndarray:
         """Multiply rows x by expert e's matrix of the stack `name`, and add the expert's bias if there is one.
 
-        Returns float32 [rows of x, rows of the matrix]. bias: name of the stack of biases, or None.
+        Returns float32 [rows of x, rows of the matrix].
+
+        Args:
+            v: values of the op's operands by name.
+            x: float32 [rows, columns].
+            name: name of the stack of matrices.
+            bias: name of the stack of biases; None: no bias.
+            e: number of the expert's matrix in the stack.
         """
         y = product(x, expert(v[name], int(e)), self.x_format)
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
@@ -375,7 +393,8 @@ class Experts(Op, kind="experts"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one step.
 
-        Weights count for the experts that random routing is expected to touch: E * (1 - (1 - top / E)^T).
+        The weights of some experts are not read in a step. Counted are as many experts as random routing of T tokens is
+        expected to reach: E * (1 - (1 - top / E)^T).
         """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.up].shape[0])
@@ -397,7 +416,11 @@ def expert(w: Value, e: int) -> Value:
 
 
 def _in_order(x: np.ndarray, v: Mapping[str, Value], order: str | None, e: int) -> np.ndarray:
-    """The columns of x in the order that expert e's weights need (act-order); x itself without an order."""
+    """The columns of x in the order that the weights of expert `e` need (GPTQ's act-order).
+
+    v: values of the tensors by name. order: name of the tensor with the column order of each expert, i32 [E, columns];
+    None: there is no such order, and x itself is returned.
+    """
     return x if order is None else x[:, np.asarray(v[order])[e]]
 
 

@@ -73,8 +73,9 @@ class Linear(Op, kind="linear"):
     integer products are exact within a group.
 
     Attributes:
-        x_format: format to which x is rounded before the product: f32 or bf16 for plain and fp8 weights, also fp8row
-            for fp8; int8 for integer codes, by formats.quantise_rows().
+        x_format: format to which x is rounded before the product. With weights of integer codes: int8 (see
+            formats.quantise_rows()). With E4M3 weights: f32, bf16 or fp8row (E4M3 with one scale per row). With all
+            other weights: f32 or bf16.
         glu: True if the rows of w are [gate; up]; then out = activation(gate) * up, [rows, N / 2].
     """
 
@@ -131,9 +132,9 @@ class Linear(Op, kind="linear"):
 class HeadLinear(Op, kind="head_linear"):
     """Op that multiplies each head of x by a matrix of its own: out[t, h] = w[h] @ x[t, h, :K].
 
-    The head's columns beyond K follow unchanged. x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain format,
-    out f32 [T, heads * (N + rest)]. Maps queries of latent attention into the latent space, and attention results
-    out of it (DeepSeek-V2, 2.1.2). Sums in float32 or wider.
+    The head's columns beyond K are copied behind the product. x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain
+    format, out f32 [T, heads * (N + rest)]. Latent attention uses the op for queries, into the latent space, and for
+    attention results, out of it (DeepSeek-V2, 2.1.2). Sums are in float32 or wider.
     """
 
     x: str = operand()

@@ -17,9 +17,9 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 class Decay(Op, kind="decay"):
     """Op that computes the step sizes and log decays of a recurrence.
 
-    step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step. x f32 [T, width], bias [width], rate [heads],
-    width a multiple of heads: the columns of a head lie side by side. step and decay f32 [T, width]. Mamba-2 (Dao &
-    Gu 2024), where x is dt and rate A_log; gated delta nets (Yang et al. 2024).
+    step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step. x f32 [T, width], bias [width], rate [heads].
+    width is a multiple of heads: the columns of a head lie side by side. step and decay f32 [T, width]. Used in Mamba-2
+    (Dao & Gu 2024), where x is dt and rate A_log, and in gated delta nets (Yang et al. 2024).
 
     Attributes:
         low: steps below it become `low`.
@@ -78,8 +78,12 @@ class LinearAttention(Op, kind="linear_attention"):
     instead `rates` [heads], the same for all tokens), beta f32 [T, heads], skip [heads], state f32 [N, heads, K, V],
     out f32 [T, heads * V]. Head h reads group h // (heads / groups) of q and k.
 
-    Mamba-2 (Dao & Gu 2024): q is C, k is B, v is x, beta the step, skip D. Gated delta rule (Yang et al. 2024): delta;
-    Kimi delta attention: delta with a decay per key column. Lightning attention (Qin et al. 2024): rates.
+    Four kinds of models use the op:
+
+    - Mamba-2 (Dao & Gu 2024): q is its C, k its B, v its x, beta its step, skip its D.
+    - Gated delta nets (Yang et al. 2024): with `delta`.
+    - Kimi delta attention: with `delta` and a decay per key column.
+    - Lightning attention (Qin et al. 2024): with `rates`.
     """
 
     q: str = operand()

@@ -53,7 +53,7 @@ def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
 class OpError(ValueError):
     """Raised for an op whose operands or attributes do not fit.
 
-    The message has the site, the value and what is allowed.
+    The message has the op's site (name), the value and what is allowed.
     """
 
 
@@ -220,7 +220,10 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit."""
+        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit.
+
+        t: the Program's tensors by name.
+        """
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -269,12 +272,14 @@ class Op:
         )
 
     def operands(self, *uses: str, **facts: Any) -> tuple[str, ...]:
-        """Names of the operand tensors that the op uses in one of these ways, as a tuple.
+        """Names of the op's operand tensors that are used in one of the ways `uses`, as a tuple.
 
-        uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them. Tensors come in the order
-        of the uses, then of the op's fields; an optional operand that is None is left out. facts: conditions such as
-        access="read". Each operand's field is declared by a call of operand(); only operands whose call has these
-        arguments are returned.
+        Tensors come in the order of `uses`, then of the op's fields. An optional operand that is None is left out.
+
+        Args:
+            uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them.
+            facts: further conditions, such as access="read": only operands are returned whose field was declared by
+                operand() with these arguments.
         """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)
@@ -327,7 +332,7 @@ class Op:
         return replace(self, **change) if change else self
 
     def check(self, ok: bool, what: str) -> None:
-        """Raise OpError with this op's site and the text `what` unless `ok`; return nothing."""
+        """Raise OpError with this op's site (name) and the text `what` unless `ok`; return nothing."""
         if not ok:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 
@@ -362,9 +367,9 @@ class Op:
             self.check(plain, f"{name} is {t[name].format}; vectors stay in a plain format (f32, bf16, f16)")
 
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
-        """The Work of an op with `flops` operations that reads each operand and writes each result once.
+        """The Work of an op that does `flops` operations, reads its operands once and writes its results once.
 
-        State is not counted. leave: names of further tensors that are not counted.
+        The bytes of state are not counted, nor those of the tensors named in `leave`.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):

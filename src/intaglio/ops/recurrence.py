@@ -21,10 +21,12 @@ def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
 
 
 def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (token rows, state) of each sequence: a slice of the step's tokens, and a float32 array.
+    """Yield (token rows, state) of each sequence in the batch: a slice of the step's tokens, and a float32 array.
 
-    The array is a copy of the sequence's state, or zeros if it has none yet. The caller changes it in place to the new
-    state, which is then written to the sequence's slot `state_to`.
+    The array is a copy of the sequence's state, or zeros if it has none yet. The caller changes the array in place to
+    the new state, which is then written to the sequence's slot `state_to`.
+
+    v: values of the op's operands by name. name: name of the state tensor, an array with one item per slot.
     """
     held = v[name]
     assert isinstance(held, np.ndarray), f"state {name} is a plain array"
@@ -36,7 +38,7 @@ def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple
 
 
 def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
-    """Bytes of state read and written in a step: for each sequence one slot is read and one is written."""
+    """Bytes of the state tensor `name` that a step reads and writes: one slot is read and one written per sequence."""
     return 2 * len(batch.q_len) * t[name].nbytes({"N": 1})
 
 

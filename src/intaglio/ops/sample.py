@@ -41,7 +41,11 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """The logits from which a row is sampled, float32 [vocabulary]: edits applied, and -inf where the mask has a 0."""
+    """The logits from which a row is sampled, float32 [vocabulary]: after penalties, logit bias and grammar mask.
+
+    s.edits holds penalties and logit bias; None: none. s.mask has a bit for each token; a token whose bit is 0 gets
+    -inf.
+    """
     if s.edits is not None:
         at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
         x = logits[at]
@@ -56,10 +60,11 @@ def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
     """The token id sampled from float32 logits [vocabulary] with the Sampling `s`; -1 if the logits are unusable.
 
-    They are unusable if one of them is NaN, or if the largest is infinite before or after edits and mask.
+    The logits are unusable if one of them is NaN, or if the largest is infinite, before or after edits and mask.
 
-    Greedy sampling (temperature 0) takes the lower id of equal largest logits. Otherwise the result is the id at which
-    the cumulative mass, in ascending order of id, passes uniform(seed, position) of the total.
+    Greedy sampling (temperature 0) takes the lower id of equal largest logits. Otherwise the ids' sampling weights are
+    added up in ascending order of id, and the result is the first id at which the sum passes the fraction uniform(seed,
+    position) of the total.
     """
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return -1

@@ -68,7 +68,7 @@ class RgLru(Op, kind="rg_lru"):
     h = a * h + sqrt(1 - a^2) * x * sigmoid(input_gate + input_bias); out = h.
 
     At position 0 the factor sqrt(1 - a^2) is 1. x, input_gate, decay_gate, out f32 [T, channels]; rate, input_bias,
-    decay_bias [channels]; the state h f32 [N, channels].
+    decay_bias [channels]. h is kept in `state` f32 [N, channels], with one of N slots for each sequence.
     """
 
     x: str = operand()

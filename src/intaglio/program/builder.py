@@ -15,7 +15,10 @@ from intaglio.program.verify import verify
 
 
 class Builder:
-    """Builds a Program op by op. The result of an op is named after its site unless `out=` gives another name."""
+    """Builds a Program op by op. The result of an op has the op's site as its name, unless `out=` gives another name.
+
+    A site is the name of an op's place in the model, such as layers.0.attn.q_proj.
+    """
 
     def __init__(self, name: str, context: int) -> None:
         self.name, self.context = name, context
@@ -29,7 +32,12 @@ class Builder:
     def weight(self, name: str, shape: Shape, source: str | Sequence[str], format: str = "f32") -> str:
         """Declare a weight. Returns its name.
 
-        source: the source of the weight (see program/source.py), or several to be joined along dimension 0.
+        Args:
+            name: the weight's name.
+            shape: its shape.
+            source: the checkpoint tensors from which it is read (see program/source.py); if there are several sources,
+                they are joined along dimension 0.
+            format: name of its number format.
         """
         names = (source,) if isinstance(source, str) else tuple(source)
         return self._add(Tensor(name, tuple(shape), format, "weight", source=names))
@@ -42,6 +50,7 @@ class Builder:
     def cache(self, name: str, heads: int, head_dim: int, format: str, every: int = 1) -> str:
         """Declare a K or V cache: state [P pages, B tokens per page, heads, head_dim]. Returns its name.
 
+        format: name of its number format, such as bf16.
         every: above 1, a page has a row for each run of so many tokens (see ops/pooled.py).
         """
         rows = "B" if every == 1 else f"B/{every}"
@@ -52,15 +61,25 @@ class Builder:
         return self._add(Tensor(name, ("N", *shape), "f32", "state"))
 
     def view(self, name: str, base: str, start: int, stop: int) -> str:
-        """Declare a view of columns start..stop - 1 of the temp `base`, without a copy. Returns its name."""
+        """Declare a view of columns start..stop - 1 of the intermediate result `base`, without a copy.
+
+        Returns the view's name.
+        """
         of = self.tensors[base]
         return self._add(replace(of, name=name, shape=(of.shape[0], stop - start), view=(base, start)))
 
     def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
-        """Append an op of class `cls` at `site`. Returns the name of its first result, or "" if it has none.
+        """Append an op of class `cls`. Returns the name of its first result, or "" if it has none.
 
-        operands: the required operands in order. role: role of the results. fields: optional operands, attributes, and
-        names of results. Raises OpError if the operands do not fit.
+        Args:
+            cls: class of the op.
+            site: name of the op's place in the model, such as layers.0.attn.q_proj. Its first result gets the same
+                name.
+            operands: names of the required operands, in order.
+            role: role of the results' tensors, temp or output.
+            fields: optional operands, attributes, and names of results.
+
+        Raises OpError if the operands do not fit.
         """
         results = cls.named("result")
         names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}

@@ -34,18 +34,25 @@ class PlacementError(ValueError):
 class ExpertPlacement:
     """The experts that each expert-parallel rank holds, layer by layer.
 
-    layers: by the site of a layer's op `experts`, the expert numbers of each rank, ascending. An expert may be on
-    several ranks, which then compute its tokens in turns.
+    layers: {site (name) of a layer's op `experts`: for each rank, the numbers of its experts, ascending}. If n ranks
+    hold an expert, each of them computes the expert for every n-th token of a step.
     """
 
     layers: Mapping[str, Ranks]
 
     @classmethod
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-        """The placement used before any tokens are counted: balance() with equal loads, the same at all `sites`.
+        """The placement used before any tokens are counted: the result of balance() for equal loads, in each layer.
 
         Experts are dealt to the ranks in turn, so that with 8 experts and 4 ranks rank 1 holds (1, 5). Each rank holds
         ceil((experts + redundant) / ranks) experts; the places left over get further copies of the experts from 0 on.
+
+        Args:
+            sites: sites (names) of the layers' ops `experts`.
+            experts: number of different experts of a layer.
+            ranks: number of expert-parallel ranks.
+            redundant: number of further copies of experts in a layer.
+
         Raises PlacementError if a rank would hold more than `experts`.
         """
         return cls(dict.fromkeys(sites, balance(np.ones(experts), ranks, slots_of(experts, ranks, redundant))))
@@ -54,8 +61,8 @@ class ExpertPlacement:
     def parse(cls, text: str) -> ExpertPlacement:
         """The placement of a JSON text {site: [[expert, ...] of each rank]}.
 
-        Raises PlacementError for any other text, for an expert that is not an integer of 0 or more, and for a site that
-        is written twice.
+        A site is the name of a layer's op `experts`. Raises PlacementError for any other text, for an expert that is
+        not an integer of 0 or more, and for a site that is written twice.
         """
         form = "an expert placement is JSON such as {site: [[0, 1], [1, 2]]}"
         try:
@@ -158,7 +165,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ranks(site: str, found: Any) -> Ranks:
-    """The Ranks in a layer's JSON value. Raises PlacementError if it is not a list of lists of integers from 0."""
+    """The expert numbers of each rank, as a tuple of tuples of ints, from a layer's JSON value `found`.
+
+    site: name of the layer's op, for the error. Raises PlacementError if it is not a list of lists of integers from 0.
+    """
     if not isinstance(found, list) or not all(isinstance(own, list) for own in found):
         raise PlacementError(
             f"{site} is {reprlib.repr(found)}; wanted a list with a list of experts for each rank, such as "
@@ -191,9 +201,14 @@ def turns(held: Ranks, rank: int) -> dict[str, Any]:
 
 
 def slots_of(experts: int, ranks: int, redundant: int) -> int:
-    """Number of experts of a layer that each rank holds, copies included.
+    """Number of experts of a layer that each rank holds, copies included: ceil((experts + redundant) / ranks).
 
-    Raises PlacementError if that is above `experts`, the number of different ones.
+    Args:
+        experts: number of different experts.
+        ranks: number of expert-parallel ranks.
+        redundant: number of further copies of experts, on all ranks together.
+
+    Raises PlacementError if the result is above `experts`.
     """
     each = -(-(experts + redundant) // ranks)
     if each > experts:
@@ -204,10 +219,14 @@ def slots_of(experts: int, ranks: int, redundant: int) -> int:
 
 
 def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
-    """Choose the number of copies of each expert, i64 [experts], `slots` in all, so that copies have near-equal loads.
+    """Choose how many copies each expert gets, so that all copies have near-equal loads. Returns i64 [experts].
 
-    Every expert has one copy. Each further copy goes to the expert whose copies have the largest load each. load:
-    tokens of each expert, f64 [experts]. most: maximum number of copies of one expert.
+    Every expert has at least one copy. Each further copy goes to the expert whose copies have the largest load each.
+
+    Args:
+        load: tokens of each expert, f64 [experts].
+        slots: number of copies of all experts together.
+        most: maximum number of copies of one expert.
     """
     copies = np.ones(len(load), np.int64)
     for _ in range(slots - len(load)):
@@ -282,10 +301,14 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
 
 
 def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
-    """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing.
+    """Swap pairs of experts between the most and the least loaded rank, until no swap makes the two loads more equal.
 
-    held: experts of each rank; changed. share: load of one copy of each expert. loads: load of each rank, f64 [ranks];
-    changed.
+    Changes `held` and `loads` in place and returns nothing.
+
+    Args:
+        held: set of experts of each rank.
+        share: load of one copy of each expert, f64 [experts].
+        loads: load of each rank, f64 [ranks].
     """
     while True:
         high, low = int(loads.argmax()), int(loads.argmin())

@@ -97,9 +97,10 @@ class CollectiveMatcher:
                 yield f"rank {sender} sends at {ops[0].site} what rank {receiver} never receives"
 
     def advance(self, rank: int) -> str | None:
-        """Run the next collective of `rank`, if its peers have come to it. Returns "" if it has run without fault.
+        """Run the next collective of `rank`, which must have one left, if its peers have come to it.
 
-        Returns None if it must wait for a peer. A mismatch is returned as a message that names ranks and sites.
+        Returns "" if it has run, None if it must wait for a peer, and an error message that names ranks and sites if
+        the ranks do not agree about it.
         """
         op = self.queues[rank][0]
         if isinstance(op, Send):
@@ -122,9 +123,10 @@ class CollectiveMatcher:
         return _shape_mismatch(members)
 
     def receive(self, rank: int, op: Recv) -> str | None:
-        """Match `op` of `rank` with the oldest message sent to it. Returns "" if they fit.
+        """Match the op `op` of `rank`, a Recv, with the oldest tensor that rank `op.peer` has sent to `rank`.
 
-        Returns None if there is no message yet. A mismatch is returned as a message that names ranks and sites.
+        Returns "" if the two ops fit, None if nothing has been sent yet, and an error message that names ranks and
+        sites if they do not fit.
         """
         messages = self.messages.get((op.peer, rank))
         if not messages:
@@ -154,7 +156,11 @@ def _terms(p: Program, op: Collective) -> Hashable:
 
 
 def _shape_mismatch(members: list[tuple[Program, Grouped]]) -> str:
-    """A message if the inputs and outputs of a collective's ranks do not make up one tensor; "" if they do."""
+    """An error message if what the ranks hold of a collective's tensor does not fit together; "" if it does.
+
+    Checked are the columns: together the ranks must give as many as the op joins. Checked are the token rows, if the
+    tensor is split by them: rank i of n must have share T:i/n. members: (Program, its op) of each rank.
+    """
     op, inputs = members[0][1], [p.tensors[head.x].shape for p, head in members]
     if isinstance(op, AllToAll) or (isinstance(op, AllGather) and not op.tokens):
         widths = [int(shape[1]) for shape in inputs]

@@ -15,7 +15,10 @@ from intaglio.program.text import BARE
 
 
 class _Parser:
-    """Parser of the text form, line by line. The current section is put before names that begin with a dot."""
+    """Parser of a Program's text form, line by line.
+
+    A name that begins with a dot belongs to the current section, such as layers.3, whose name is put in front of it.
+    """
 
     def __init__(self) -> None:
         self.section = ""

@@ -42,7 +42,7 @@ class Program:
         return self.text()
 
     def text(self, fold: bool = False) -> str:
-        """The text form, which `parse_program` reads back.
+        """The text form of the Program, which parse_program() reads back.
 
         fold: True to print equal layers only once. Such text is for people and cannot be parsed.
         """
@@ -112,7 +112,7 @@ class Program:
         return self._writers.get(self.base(name))
 
     def views(self, base: str) -> list[tuple[int, str]]:
-        """A list of (first column, name) of the views of `base`, in order."""
+        """A list of (first column, name) of the views (column ranges) of `base`, ascending; [] if there are none."""
         return self._views.get(base, [])
 
     @cached_property
@@ -136,5 +136,5 @@ class Program:
         return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
-        """{site: Work} of every op for one step: its FLOPs and bytes."""
+        """{site: Work} of every op for one step: its FLOPs and bytes. A site is the name of the op."""
         return {op.site: op.work(self.tensors, batch) for op in self.ops}

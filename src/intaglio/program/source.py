@@ -94,21 +94,31 @@ def restacked(
 
 
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
-    """A list of the sources of consecutive parts of `source`, with these sizes along its rows or columns.
+    """A list of texts for consecutive parts of a checkpoint tensor, such as "qkv.weight|r0:4/12" for rows 0 to 3 of 12.
 
-    axis: "r" for rows, "c" for columns. If the axis is n times as long as the sum of the sizes, it consists of n
-    blocks. All blocks are divided alike, and each source has its part of every block.
+    The parts have the sizes `sizes` and together make up the tensor. If the tensor's axis is n times as long as the sum
+    of the sizes, it is taken as n equal blocks: each part has its rows or columns of every block, one block after
+    another.
+
+    Args:
+        source: name of the tensor, perhaps with steps that reshape it (see this file's docstring).
+        sizes: rows or columns of each part.
+        axis: "r" for rows, "c" for columns.
     """
     starts, of = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
 
 
 def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
-    """Number of rows of each of `sources`, as a list, if they are cuts of rows.
+    """How many rows of a weight each of its sources gives, as a list; None if the sources do not say.
 
-    They are parts of one tensor, as parts_of() makes them, or runs of rows of several tensors. None if they are
-    neither, or if `length`, the number of rows of all of them together, does not fit their cuts. The tensors may have
-    further parts.
+    Sources are texts; one with a cut of rows ends with |rA:B/N, rows A to B - 1 of every N rows. Two cases are known:
+
+    - All sources are cuts of rows, and their B - A add up to `length`: these are the numbers of rows.
+    - All sources are cuts of the same tensor with the same N, as parts_of() makes them, and `length` is a multiple of
+      the sum of their B - A: the numbers are multiplied by the same factor, as the tensor has several runs of N rows.
+
+    length: number of rows of the weight.
     """
     cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
     sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
@@ -174,10 +184,13 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 def take(x: Value, steps: tuple[str, ...]) -> Value:
     """Apply the steps of a source to a tensor x, and return the result; without a copy where possible.
 
-    steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
-    matrices). A quantised x stays quantised if possible. It becomes a float32 array if a step would split a group
-    (values that share a scale), if a step is of the kind "h", or if only one of two things is true: x is stored
-    transposed (x.turned), and the steps have a "T". Raises ProgramError for a step that does not fit.
+    A quantised x stays quantised if possible. It becomes a float32 array in three cases: a step would split a group
+    (values that share a scale); a step divides the rows into matrices ("h16"); or x is stored transposed (x.turned)
+    without a step "T" that turns it back, or is not stored transposed and has such a step.
+
+    steps: texts, applied in order: "T" transposes, "r0:1/2" keeps row 0 of every 2 rows (rA:B/N: rows A to B - 1 of
+    every N), "h16" divides the rows into a stack of 16 matrices of consecutive rows; for the others see this file's
+    docstring. Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -189,11 +202,13 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """Apply the steps of a source to the codes and scales of x, and return the Quantised; None if that is impossible.
+    """Apply the steps of a source to the codes and scales of x. Returns a Quantised; None if that is impossible.
 
-    It is impossible if a step splits a group (values that share a scale), if a step divides the rows into a stack of
-    matrices ("h16"), or if only one of two things is true: x is stored transposed (x.turned), and the steps have a "T"
-    (transpose). Raises ProgramError for a step that does not fit.
+    It is impossible in three cases: a step would split a group (values that share a scale); a step divides the rows
+    into matrices ("h16"); or x is stored transposed (x.turned) without a step "T" (transpose) that turns it back, or is
+    not stored transposed and has such a step.
+
+    steps: texts such as "r0:1/2", see take(). Raises ProgramError for a step that does not fit.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -214,7 +229,10 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
 
 
 def _unit_run(x: Quantised) -> int:
-    """Number of neighbouring columns of x that share one value of x.units: 256, or the length of a whole row."""
+    """Number of neighbouring columns of x that share one value of x.units, a second level of scales.
+
+    256 for the formats q4_k, q5_k and q6_k, the length of a whole row for others.
+    """
     return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
 
 
@@ -253,11 +271,12 @@ def _cut_columns(x: Quantised, step: str) -> Quantised:
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
     """Find which scales belong to a range of columns of a quantised matrix, with one scale for `group` columns.
 
-    A step "cA:B/N" takes the columns A to B (without B) of N. Returns a tuple with the step that takes their scales:
-    with group 32, "c96:192/384" gives ("c3:6/12",). Returns () if a group is the whole row, so that all scales are
-    needed. Returns None if the range begins or ends inside a group.
+    A step "cA:B/N" takes the columns A to B (without B) of every N. Returns a tuple with the step that takes their
+    scales: with group 32, "c96:192/384" gives ("c3:6/12",). Returns () if a group is the whole row, so that all scales
+    are needed. Returns None if the range begins or ends inside a group.
 
-    step: the range of columns as text. length: number of columns. Raises ProgramError for a step that does not fit.
+    step: the range of columns as text. length: number of columns of the matrix. Raises ProgramError for a step that
+    does not fit.
     """
     _, first, last, of = _cut(step, length)
     if group >= length:
@@ -302,11 +321,14 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
     """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
 
-    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to each; a piece may be left
-    out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a stack of
-    matrices ("h16"); so is a quantised matrix that a step transposes.
+    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to every piece; a piece may
+    be left out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a
+    stack of matrices ("h16"), or if it is a matrix and a step transposes it.
 
-    read: function from a name to the whole tensor. runs: function from a name to an iterator over the tensor's pieces.
+    Args:
+        source: text that names checkpoint tensors and steps (see this file's docstring).
+        read: function from a name to the whole tensor.
+        runs: function from a name to an iterator over the tensor's pieces.
     """
     for name, steps in expand(source):
         at = 0
@@ -340,9 +362,13 @@ def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
 
 
 def read(source: str, reader: Reader) -> Iterator[tuple[str, Value]]:
-    """Yield (tensor name, values) of each checkpoint tensor in a source, with the source's steps applied.
+    """Yield (name, values) of each checkpoint tensor that a source names, cut and reshaped as the source says.
 
-    reader: function from a name to a tensor.
+    Args:
+        source: a text such as "experts.{0..7}.w1.weight|T", see this file's docstring.
+        reader: function from a tensor's name to its values. Whatever it raises for a missing tensor is passed on.
+
+    Raises ProgramError for a step of the source that does not fit the tensor.
     """
     for name, steps in expand(source):
         yield name, take(reader(name), steps)

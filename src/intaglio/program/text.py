@@ -104,7 +104,8 @@ def _sections(ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[str, list[s
 def print_text(head: str, ops: Sequence[Op], tensors: Tensors, fold: bool = False) -> str:
     """The text form of a Program, with `head` as its first line.
 
-    fold: True to print equal layers only once. Such text is for people and cannot be parsed.
+    ops: the ops, in order. tensors: all tensors by name. fold: True to print equal layers only once. Such text is for
+    people and cannot be parsed.
     """
     out = [head]
     alike: list[str] = []

@@ -92,9 +92,10 @@ def shapes_agree(p: Program) -> Iterator[str]:
 
 
 def written_before_read(p: Program) -> Iterator[str]:
-    """Yield a message for each temp or output that is read before it is written, or not written exactly once.
+    """Yield a message for each temp (intermediate result) or output that is read before it is written.
 
-    An op's result that is a view, or neither a temp nor an output, is reported too.
+    Also yield one for each temp or output that is not written exactly once, and for each result of an op that is a
+    view, or neither a temp nor an output.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -117,8 +118,8 @@ def written_before_read(p: Program) -> Iterator[str]:
 def views_inside(p: Program) -> Iterator[str]:
     """Yield a message for each invalid view. A view is a range of columns of another tensor, without a copy.
 
-    A view is valid if it is of a temp that is not a view itself, has the temp's format and number of rows, and lies
-    inside the temp's columns.
+    A view is valid if it is of a temp (intermediate result) that is not a view itself, has the temp's format and number
+    of rows, and lies inside the temp's columns.
     """
     for t in p.tensors.values():
         if t.view:
@@ -167,7 +168,10 @@ def windows_kept(p: Program) -> Iterator[str]:
 
 
 def buffers_apart(p: Program) -> Iterator[str]:
-    """Yield a message for each temp that overwrites a temp of the same buffer which a later op still reads."""
+    """Yield a message for each temp that overwrites a temp of the same buffer which a later op still reads.
+
+    A temp is an intermediate result; several may have one memory buffer, one after another.
+    """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     holder: dict[int, str] = {}
     for i, op in enumerate(p.ops):

@@ -8,7 +8,9 @@ slower on the rest.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from intaglio.router.pace import Pace
 from intaglio.router.replica import Replica
 from intaglio.router.router import Router
 
@@ -32,9 +34,16 @@ class Autoscaler:
         self._quiet: float | None = None  # since when one replica less would do
 
     def wanted(self, router: Router, replicas: int, now: float) -> int:
-        """The number of replicas that there should be. replicas: the present number. now: the time in seconds.
+        """The number of replicas that there should be.
 
-        Call this about once a second: the decision depends on how long requests wait, or have not waited.
+        It is always in the allowed range. It rises when requests have waited without a pause for UP_AFTER seconds, and
+        falls by 1 when none has waited for DOWN_AFTER seconds and the others could do the work. Call this about once a
+        second, since it measures these times between its calls.
+
+        Args:
+            router: the router, whose queue and replicas are looked at.
+            replicas: the present number.
+            now: the time in seconds.
         """
         if not self.least <= replicas <= self.most:
             self.why = f"allowed are {self.least} to {self.most}"
@@ -43,7 +52,7 @@ class Autoscaler:
         waiting = len(router.queue)
         self._busy = (now if self._busy is None else self._busy) if waiting else None
         idle = not waiting and not any(r.report.waiting for r in serving)
-        quiet = idle and len(serving) == replicas and self._enough_without_one(serving)
+        quiet = idle and len(serving) == replicas and self._enough_without_one(serving, router.paces())
         self._quiet = (now if self._quiet is None else self._quiet) if quiet else None
         if self._busy is not None and now - self._busy >= UP_AFTER and replicas < self.most:
             seconds = router.queue_seconds()
@@ -59,17 +68,17 @@ class Autoscaler:
         self._busy = self._quiet = None
         return replicas
 
-    def _enough_without_one(self, serving: list[Replica]) -> bool:
+    def _enough_without_one(self, serving: list[Replica], paces: Mapping[str, Pace]) -> bool:
         """True if one of the replicas could be removed.
 
         That is so if the remaining replicas can hold all sequences, and a mean step would take at most SLOWER times as
         long as a mean step now. False for fewer than two replicas.
 
-        serving: the replicas that serve now.
+        serving: the replicas that serve now. paces: their Pace by name.
         """
         n, sequences = len(serving), sum(r.sequences for r in serving)
         if n < 2 or sequences > sum(r.report.max_sequences for r in serving) * (n - 1) / n:
             return False
-        per_step = sum(r.report.pace.per_step for r in serving) / n
-        per_token = sum(r.report.pace.per_token for r in serving) / n
+        per_step = sum(paces[r.name].per_step for r in serving) / n
+        per_token = sum(paces[r.name].per_token for r in serving) / n
         return per_step + per_token * sequences / (n - 1) <= SLOWER * (per_step + per_token * sequences / n)

@@ -50,7 +50,7 @@ class FairQueue:
         self.jobs_of, self.tokens_of = Counter[str](), Counter[str]()  # by stage: waiting jobs, and their prompt tokens
         self._entries: dict[str, Entry] = {}  # of the waiting jobs, by id
         self._arrivals = 0
-        self._floor = 0.0  # counter at which the last job was taken
+        self._floor = 0.0  # highest counter at which a job was taken
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -105,7 +105,7 @@ class FairQueue:
         self._forget_idle()
 
     def discard(self, job: Job) -> None:
-        """Remove a job from those that wait, without a charge."""
+        """Remove a job from the queue, if it waits there, without adding its tokens to what its tenant has used."""
         self._remove(job)
         self._forget_idle()
 
@@ -128,8 +128,8 @@ class FairQueue:
     def share(self, tenant: str, total: int) -> int:
         """Number of the `total` places in the queue that the tenant may hold, at least 1.
 
-        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one more of weight 1
-        that may come.
+        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one place-holder of
+        weight 1 for a tenant that may come next.
         """
         own = self._tenant(tenant).weight
         others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)
@@ -140,7 +140,12 @@ class FairQueue:
         return len(self.tenants[tenant].waiting) if tenant in self.tenants else 0
 
     def _return(self, tenant: Tenant) -> None:
-        """Raise the counter of a tenant without waiting jobs to the lowest of the tenants that have some."""
+        """Take away the credit of a tenant that had no waiting jobs, when it returns with one. Returns nothing.
+
+        The tenant's counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs;
+        if there are none, to the highest counter at which a job was ever taken. A counter that is higher already stays
+        as it is. A tenant that has waiting jobs is left alone.
+        """
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]
             tenant.counter = max(tenant.counter, min(others, default=self._floor))

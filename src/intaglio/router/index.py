@@ -5,7 +5,8 @@ The index has two sources, both bounded:
 - Confirmed: block names from the replica's events (stored, removed, cleared), which carry the incarnation of the
   replica's cache and a sequence number. After a gap the confirmed set is discarded until a snapshot arrives.
 - Assumed: prefixes of the prompts that the router itself sent to the replica. They cover the time until the events
-  arrive, and are the only source while the index is stale. They expire.
+  arrive, and are the only source while the index is stale. They expire, soon after the prompt has been computed, since
+  from then on the events also tell which of its blocks have been evicted.
 
 If a prefix is known or cached, so are the shorter ones: a replica evicts a block before its parent, and what is dropped
 here is dropped from the longest prefix on. So the longest cached prefix is found by bisection, not by a walk over all
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 
 from intaglio.router.prefix import CHUNK_BYTES
 
-ASSUMED_SECONDS = 10.0  # how long an assumed prefix counts where events confirm what is cached
+ASSUMED_SECONDS = 60.0  # how long the prefixes of a prompt count as cached that waits or is being computed
+CONFIRMED_SECONDS = 1.0  # the same once the prompt has been computed: events arrive with the next load reports
 ASSUMED_MAX = 1 << 14  # prefix keys that are assumed for one replica; the oldest are dropped
 MEMORY_MAX = 1 << 17  # prefix keys whose block names are known
 TOKENS_PER_CHUNK = CHUNK_BYTES / 4.0  # until the first prompt's true length is known
@@ -79,9 +81,17 @@ class PromptMemory:
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
 
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
-        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens.
+        """Record the length in tokens and the last whole K/V block of each prefix of a prompt's text. Returns nothing.
 
-        keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()).
+        With this record the router can tell which blocks a later prompt with the same beginning needs. The length of a
+        prefix is an estimate: the prompt's tokens count as spread evenly over its text.
+
+        Args:
+            keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()). Nothing is recorded without
+                keys.
+            tokens: tokens of the whole prompt.
+            names: names of the prompt's whole blocks, in order.
+            block_size: tokens of a block.
         """
         if not keys:
             return
@@ -116,10 +126,14 @@ class PromptMemory:
 
 
 class CacheIndex:
-    """The router's record of one replica's cache: blocks known from events, and prefixes of prompts sent to it.
+    """The router's record of one replica's K/V cache: blocks that it reported, and prompts that were sent to it.
 
-    `stale` is True if a snapshot is needed: there was none yet, or events were missed. `events` becomes True with the
-    first event or snapshot; until then assumed prefixes do not expire by time.
+    Attributes:
+        incarnation: text that names the replica's cache since its last restart; None before the first report.
+        stale: True if the router needs a snapshot of the cache: there was none yet, or events were missed.
+        events: True once an event or snapshot has come. Before, the prefixes of prompts that were sent to the replica
+            count as cached without a time limit; after, for ASSUMED_SECONDS.
+        names: names of the blocks that the replica reported.
     """
 
     def __init__(self) -> None:
@@ -128,10 +142,13 @@ class CacheIndex:
         self.stale = True
         self.events = False
         self.names: set[str] = set()
-        self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: when it was sent, seconds
+        self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: until when it counts, seconds
 
     def restarted(self, incarnation: str) -> None:
-        """Record the incarnation of the replica's cache. If it is new, nothing counts as cached and the index is stale.
+        """Forget everything if the replica has restarted, which a new `incarnation` shows. Returns nothing.
+
+        Nothing counts as cached then, and `stale` is True: a snapshot of the cache is needed. If `incarnation` is the
+        same, nothing changes.
 
         incarnation: text that is different for each start of the replica's engine.
         """
@@ -147,7 +164,8 @@ class CacheIndex:
         forgotten, and `stale` stays True until a snapshot comes.
 
         Args:
-            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
+                recorded is forgotten first.
             sequence: number of the event in its incarnation, from 1.
             event: blocks that were stored or removed, or that the cache was emptied.
         """
@@ -172,13 +190,13 @@ class CacheIndex:
                 self._assumed.clear()
 
     def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
-        """Replace the blocks that are known from the replica's events by the names in a snapshot. Returns nothing.
+        """Replace the blocks that the replica has reported by those in a snapshot of its cache. Returns nothing.
 
-        The prefixes recorded by assume() stay. A snapshot is ignored if an event or snapshot with a higher number of
-        the same incarnation was already applied.
+        A snapshot is ignored if an event or snapshot with a higher number of the same incarnation was already applied.
 
         Args:
-            incarnation: names the replica's cache since its last restart. A new one empties the record first.
+            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
+                recorded is forgotten first. Else the prefixes recorded by assume() stay.
             sequence: number of the last event before the snapshot.
             names: names of all blocks in the cache.
         """
@@ -188,20 +206,35 @@ class CacheIndex:
         self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt was sent to the replica: its prefixes count as cached until the replica reports itself.
+        """Record that a prompt was sent to the replica, so that its prefixes count as cached. Returns nothing.
 
-        An assumed prefix counts for ASSUMED_SECONDS, and longer while no events arrive. At most ASSUMED_MAX are kept;
-        the oldest are dropped.
+        A prefix counts until CONFIRMED_SECONDS after computed(), at most for ASSUMED_SECONDS. It counts without a time
+        limit while the replica reports nothing, or `stale` is True. At most ASSUMED_MAX prefixes are kept; the oldest
+        are dropped.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
             now: time at which the prompt was sent, in seconds.
         """
         for key in reversed(keys):  # the longest prefix first, so that it is dropped first
-            self._assumed[key] = now
+            self._assumed[key] = now + ASSUMED_SECONDS
             self._assumed.move_to_end(key)
         while len(self._assumed) > ASSUMED_MAX:
             self._assumed.popitem(last=False)
+
+    def computed(self, keys: Sequence[bytes], now: float) -> None:
+        """Record that a prompt has been computed: its assumed prefixes now count for CONFIRMED_SECONDS more.
+
+        After that, only the replica's events say whether its blocks are cached. Assumed prefixes would hide that blocks
+        are evicted where the K/V cache is too small for its requests.
+
+        Args:
+            keys: the prefix keys of the prompt's text.
+            now: the time in seconds.
+        """
+        for key in keys:
+            if key in self._assumed:
+                self._assumed[key] = min(self._assumed[key], now + CONFIRMED_SECONDS)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
         """Estimated number of a prompt's leading tokens whose K/V this replica has cached, an int; 0 if it has none.
@@ -235,8 +268,8 @@ class CacheIndex:
             now: the time in seconds.
         """
         known = memory.find(key)
-        sent = self._assumed.get(key)
-        if sent is not None and (self.stale or not self.events or now - sent <= ASSUMED_SECONDS):
+        until = self._assumed.get(key)
+        if until is not None and (self.stale or not self.events or now <= until):
             return known.tokens if known else int(number * memory.tokens_per_chunk)
         if known is None or self.stale:
             return None

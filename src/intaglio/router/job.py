@@ -10,16 +10,18 @@ from typing import Literal
 class Job:
     """A request to place on a replica.
 
+    Times are in seconds, on the clock of the argument `now` of the Router's methods.
+
     Attributes:
         id: a text that is unique among live requests.
         keys: prefix keys of the prompt (see prefix_keys()).
         prompt_tokens: tokens of the prompt, estimated from its length.
         output_tokens: expected tokens of one choice's output, at most max_tokens.
-        choices: sequences that the request runs.
+        choices: number of sequences that the request runs.
         tenant: name of the tenant that is charged for the request.
         priority: a lower number is placed first.
-        deadline: time in seconds by which it must have ended; None: no limit.
-        start_by: time in seconds by which it must have been placed; None: no limit.
+        deadline: time by which the request must have ended; None: no limit.
+        start_by: time by which the request must have been placed; None: no limit.
         stage: "all": the request runs on the replica it is placed on; "prefill": only its prompt is computed there.
         handed: prompt tokens whose K/V another replica has computed, and which every replica can load.
     """

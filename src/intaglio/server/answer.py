@@ -199,10 +199,12 @@ def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
 
 
 def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
-    """A list with vLLM's prompt_logprobs: one entry per prompt token; None for the first, which has no score.
+    """A list in the form of vLLM's prompt_logprobs, with an entry for each prompt token.
 
-    scores: log-probabilities of the prompt's tokens from the second on. An entry maps token ids, as text, to logprob,
-    rank and text. It has the `n` likeliest tokens and the prompt's own token.
+    The first entry is None, as the first token has no score. Every other entry is a dict from token ids, as text, to
+    logprob, rank and text, for the `n` likeliest tokens and the prompt's own token.
+
+    scores: log-probabilities of the prompt's tokens from the second on.
     """
 
     def entry(id: int, logprob: float, rank: int | None) -> dict[str, Any]:
@@ -345,7 +347,10 @@ class Envelope:
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
         """One chunk of a stream, as a dict. The first chunk also has the fields given to the constructor as `first`.
 
-        with_usage: include the field `usage`, even if it is None (null in JSON).
+        Args:
+            choices: the chunk's choices.
+            usage: OpenAI's `usage` object; None: null in JSON.
+            with_usage: True to include the field `usage`.
         """
         name = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
         body = {**self.head, "object": name, "choices": choices, **self.first}
@@ -353,7 +358,10 @@ class Envelope:
         return {**body, "usage": usage} if with_usage else body
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """The response body, a dict, of a request that is not streamed. `more`: further fields."""
+        """The response body, a dict, of a request that is not streamed.
+
+        choices: the complete choices. usage: OpenAI's `usage` object. more: further fields.
+        """
         return {**self.head, "choices": choices, "usage": usage, **more}
 
 
@@ -384,12 +392,12 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """A dict of the modelled times of a finished request on simulated chips. by: name of the chips.
+    """A dict of the modelled times of a finished request on simulated chips.
 
-    - by: as given.
-    - time_to_first_token_seconds: that of the earliest choice.
-    - time_per_output_token_seconds: the mean over all tokens after the first of their choice.
-    - seconds: time until the latest choice ended.
+    - by: the argument `by`, the name of the chips.
+    - time_to_first_token_seconds: time from arrival to the first token of any choice.
+    - time_per_output_token_seconds: the mean over all tokens except the first one of each choice.
+    - seconds: time from arrival until the latest choice ended.
 
     A time is None if too few tokens were generated.
     """

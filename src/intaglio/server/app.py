@@ -344,15 +344,16 @@ class Api:
 
 
 def _relay(request: Request) -> Relay | None:
-    """The fields that a router added to a request it forwarded; None for a request straight from a client over HTTP."""
+    """The Relay (fields that a router adds to a request before it forwards it); None if no router sent this request."""
     relay: Relay | None = request.scope.get("relay")
     return relay
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
-    """The response's id: `id`; if the client gave a request_id, the prefix of `id` ("cmpl", "chatcmpl") and request_id.
+    """The id that a response has: `id`, or one with the client's request_id if the client gave one.
 
-    The engine never sees request_id.
+    In the second case the beginning is that of `id`: "cmpl-17" and request_id "abc" give "cmpl-abc". The engine never
+    sees request_id.
     """
     return f"{id.split('-')[0]}-{body.request_id}" if body.request_id else id
 

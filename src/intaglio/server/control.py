@@ -21,6 +21,7 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,12 @@ class FrameBuffer:
 
 @asynccontextmanager
 async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddress) -> AsyncIterator[None]:
-    """Async context manager that serves the control channel until the block ends, and logs its address over TCP.
+    """Async context manager that serves the control channel, over which a router sends requests to this replica.
 
-    where: path of a Unix socket that only processes of this user may connect to, or an address with a token. Raises
+    It yields None, and ends the channel when the block ends. For a TCP channel, the bound address is written to the
+    log.
+
+    where: path of a Unix socket that only processes of this user may connect to, or a TCP address with a token. Raises
     OSError if the path or address cannot be bound.
     """
     connections: set[Connection] = set()
@@ -176,7 +180,10 @@ class Connection:
 
 
 class Call:
-    """One call of a router: a request that is passed to the ASGI application as if it had come over HTTP."""
+    """A request that a router has sent over its connection to this replica.
+
+    The request is passed to the ASGI application as if it had come over HTTP.
+    """
 
     def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
         self.connection, self.number, self.body = connection, number, body
@@ -245,13 +252,18 @@ class Call:
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
     """A dict for the router about a model's engine: queue, rates, and what its K/V cache has gained or lost.
 
-    The changes are the events of K/V blocks with numbers above `after`. If the router has followed another cache, or
-    the events are no longer kept, the dict has a snapshot of all blocks instead. It has neither if the engine does not
-    answer within ENGINE_WAIT seconds.
+    The changes of the cache are the events of K/V blocks with numbers above `after`. If the router has followed another
+    cache, or the events are no longer kept, the dict has a snapshot of all blocks instead. If the engine does not
+    answer within ENGINE_WAIT seconds, the dict has no events and no snapshot.
 
-    incarnation: id of the K/V cache that the router has followed, new at each start of an engine; None: it has followed
-    none. step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
-    ended.
+    Args:
+        model: the model.
+        incarnation: id of the K/V cache that the router has followed, new at each start of an engine; None: it has
+            followed none.
+        after: number of the last event that the router knows.
+        step_timeout: seconds of a step after which the engine is reported as failed.
+
+    Raises Refused if the engine has ended.
     """
     snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
     own = engine.pool.events.incarnation
@@ -260,8 +272,7 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
         "draining": snapshot.gauges.draining, "failed": model.broken or model.hanging(step_timeout),
         "max_batch_tokens": admission.max_batch_tokens, "max_sequences": engine.scheduler.max_sequences,
         "prompt_tokens": snapshot.counts.prompt_tokens, "cached_tokens": snapshot.counts.cached_tokens,
-        "output_tokens": snapshot.counts.output_tokens, "per_step": engine.latency.seconds_per_step,
-        "per_token": engine.latency.seconds_per_token, "incarnation": own,
+        "output_tokens": snapshot.counts.output_tokens, "steps": astuple(engine.latency.steps), "incarnation": own,
         "tier": dict(vars(model.llm.tier.counts)) if model.llm.tier else {},
     }  # fmt: skip
 

@@ -37,7 +37,13 @@ To call one, answer with a line <tool_call>{{"name": NAME, "arguments": {{...}}}
 
 @dataclass
 class Rendered:
-    """A rendered prompt (`text`), the OutputStyle to parse its output with, and the names of fields without effect."""
+    """A prompt that the chat template has rendered from a request.
+
+    Attributes:
+        text: the prompt.
+        style: the OutputStyle with which the model's output is parsed.
+        ignored: names of request fields that had no effect, since the template does not read them.
+    """
 
     text: str
     style: OutputStyle
@@ -90,15 +96,17 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
     """A dict of variables for the chat template: those of chat_template_kwargs, `documents`, and hints.
 
-    A hint is a field of the request that may stay without effect, such as reasoning_effort.
+    A hint is a field of the request that may stay without effect, such as reasoning_effort. If the template does not
+    read reasoning_effort but does read enable_thinking, the hint becomes enable_thinking: False for
+    reasoning_effort="none", True for any other value. A variable that chat_template_kwargs has is not replaced by a
+    hint.
 
     Args:
         template: text of the chat template.
         body: the request.
         wishes: hints by name; None for a hint that the request does not give.
-        out: the names of hints that the template does not read are added to out.ignored.
+        out: the names of hints without effect are added to out.ignored.
 
-    A template that reads enable_thinking but not reasoning_effort gets enable_thinking: False for "none", else True.
     Raises Problem if chat_template_kwargs has a variable that the server sets or that the template does not read.
     """
     given: dict[str, Any] = dict(body.chat_template_kwargs or {})
@@ -217,13 +225,14 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
     """The form in which a chat template takes a message's content: "text", "parts" or "none".
 
-    It is found by rendering a test message in both forms, and cached per template.
+    It is found by rendering a test message in both forms, first as a string, and cached per template.
 
-    - "text": the template writes the content if it is a string, or it refused a test message and the form is not known.
+    - "text": the template writes the content if it is a string. Also if neither form worked and the template refused a
+      test message with an error, so that the form stays unknown.
     - "parts": it writes the content only if it is a list of typed parts.
     - "none": it leaves out the content in both forms.
 
-    variables: only `tools` is passed to the template.
+    variables: variables of the template, of which only `tools` is used.
     """
     if template not in _formats:
         _formats[template] = _probe(tokenizer, {"tools": variables["tools"]} if "tools" in variables else {})
@@ -300,7 +309,11 @@ def _open_final_message(text: str, message: Message) -> str:
 
 
 def _check_roles(messages: Sequence[Message], text: str) -> None:
-    """Raise Problem if a message has a role outside OpenAI's five and its text does not appear in the prompt `text`."""
+    """Raise Problem if the chat template has left out a message with an unknown role. Returns nothing.
+
+    Unknown are roles outside OpenAI's five. A message counts as left out if a text of it does not appear in the prompt
+    `text`.
+    """
     for i, m in enumerate(messages):
         if m.role in ("system", "developer", "user", "assistant", "tool"):
             continue

@@ -229,12 +229,18 @@ class Submission:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of an engine after its last step or message: gauges, counters, and `active`, the number of its requests.
+    """State of an engine after its last step or message.
 
-    `beat`: time.monotonic() when the engine's thread took the snapshot; an old value of an engine that is not idle
-    means that a step hangs. `idle`: True if the engine has no work. `experts`: the load of each layer's experts, by
-    site. `expert_moves`: layers whose experts were moved between ranks. `expert_failure`: why experts cannot be moved,
-    or "".
+    Attributes:
+        gauges: the engine's gauges.
+        counts: the engine's counters.
+        beat: time.monotonic() when the engine's thread took the snapshot. If it is long ago and the engine is not idle,
+            a step hangs.
+        idle: True if the engine has no work.
+        active: number of the engine's requests.
+        experts: {site (name) of a layer's op `experts`: the load of the layer's experts}.
+        expert_moves: number of times that a layer's experts were moved between ranks.
+        expert_failure: why experts cannot be moved; "" if they can.
     """
 
     gauges: Gauges
@@ -250,8 +256,13 @@ class Snapshot:
 class Driver:
     """Runs an engine in its own thread and exchanges messages with the event loop.
 
-    `watch` is called on the event loop with the new updates and the latest step's record, or None before the first
-    step. `ended` is set when the thread has ended; `crash` is the exception that ended it, or None.
+    Attributes:
+        engine: the engine.
+        watch: function that is called on the event loop with the new updates and the latest step's record; the record
+            is None before the first step.
+        crash: the exception that ended the engine's thread; None if there was none.
+        ended: asyncio event that is set when the thread has ended.
+        snapshot: the engine's state after its last step or message.
     """
 
     def __init__(self, engine: Engine, watch: Callable[[list[Update], StepRecord | None], None]) -> None:
@@ -356,8 +367,8 @@ class Driver:
     def _submit(self, submission: Submission) -> None:
         """Add all prompts of a submission to the engine, or none if the engine refuses one.
 
-        The outcome, Admitted or the error, is queued as an update for the event loop. Prompts all of whose choices have
-        ended on another engine already (submission.earlier) are left out.
+        The outcome, Admitted or the error, is queued as an update for the event loop. If the submission began on
+        another engine, prompts whose choices have all ended there are not added.
         """
         n = submission.n
         try:
@@ -376,7 +387,11 @@ class Driver:
             self._updates.append((submission, Admitted()))
 
     def _add(self, request: Request, choices: list[SuspendedChoice]) -> None:
-        """Queue a request in the engine; as a Resumption if some of its choices already have output or have ended."""
+        """Queue a request in the engine. Returns nothing.
+
+        If the request began on another engine, so that some of its choices have output or have ended already, it is
+        queued as a Resumption, with the tokens that `choices` hold.
+        """
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)
         else:
@@ -422,7 +437,8 @@ class Driver:
     def _publish(self) -> None:
         """Store a new snapshot of the engine, and hand pending updates to the event loop.
 
-        If the engine launched a step and has more work, the updates wait for its next launch, which hands them over.
+        If the engine launched a step and has more work, the updates are kept for now: _before_launch() hands them over
+        at the next launch, so that the event loop works while the device computes.
         """
         before, self.snapshot = self.snapshot, self._take_snapshot()
         if (why := self.snapshot.expert_failure) and not before.expert_failure:

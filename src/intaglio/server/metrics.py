@@ -211,7 +211,10 @@ class EngineCollector(Collector):
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
 
     def _experts(self, seen: Sequence[tuple[ModelMetrics, Snapshot]]) -> Iterator[Metric]:
-        """Yield the metrics of mixtures of experts; none if no model has counted tokens of experts."""
+        """Yield the metrics of mixtures of experts; none if no model has counted tokens of experts.
+
+        seen: for each model, its ModelMetrics and its engine's latest Snapshot.
+        """
         mixtures = [(m, s) for m, s in seen if s.experts]
         if not mixtures:
             return
@@ -234,7 +237,7 @@ class EngineCollector(Collector):
         yield failed
 
     def _tiers(self) -> Iterator[Metric]:
-        """Yield the metrics of the tiers that keep K/V blocks; none if no model has a tier."""
+        """Yield the metrics of the tiers (stores in which engines keep K/V blocks); none if no model has a tier."""
         tiers = [(m, m.tier) for m in self.models if m.tier]
         if not tiers:
             return

@@ -23,13 +23,14 @@ RENEWAL = LEASE / 4  # seconds between renewals of a lease
 class Prefill:
     """ASGI response to a request whose prompts are computed here, while another replica generates the output.
 
-    The engine saves each full K/V block to its tier. All blocks of the prompts are pinned by a lease, which is renewed
-    while they are computed and saved. When all blocks are saved, a response of JSON is sent:
+    The engine saves each full K/V block to its tier, a store of blocks. A lease protects all blocks of the prompts from
+    eviction; it is renewed while they are computed and saved. When all blocks are saved, a response of JSON is sent:
 
     - tokens: number of tokens of the first prompt.
-    - whole: number of these in full K/V blocks, which are all that can be handed over; 0 if nothing is computed.
-    - handed: number of these whose blocks are in the tier and pinned; less than `whole` if a block could not be saved
-      or the lease has run out.
+    - whole: number of the first prompt's tokens that lie in full K/V blocks; only full blocks can be handed over. 0 if
+      nothing is computed.
+    - handed: number of the first prompt's tokens whose blocks are in the tier and protected. It is less than `whole` if
+      a block could not be saved or the lease has run out.
     - lease: the lease, which the router renews for as long as the blocks are wanted; "" if no tokens are handed.
     - peer: the address at which the other replica fetches the blocks; "" if it finds them in a folder that both use.
 
@@ -82,16 +83,21 @@ class Prefill:
                 await asyncio.to_thread(tier.renew, self.lease, LEASE)
 
     def _names(self, *requests: Request) -> list[str]:
-        """A list of the names of the full blocks of these requests' prompts, each once; by default of all prompts."""
+        """A list of the names of the full K/V blocks of the prompts of `requests`, each name once.
+
+        requests: if none are given, all requests of this response count.
+        """
         names = self.model.driver.engine.block_names
         chosen = requests or [p.request for p in self.prompts]
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
     def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
-        """Number of leading prompt tokens whose K/V blocks another replica can load from the tier.
+        """Number of leading prompt tokens whose K/V blocks another replica can load from the tier (a store of blocks).
 
-        They are tokens of the request's first prompt; their blocks are pinned by the request's lease. 0 without a
-        lease. Waits until the engine's blocks are saved. names: names of the first prompt's full blocks, in order.
+        They are tokens of the request's first prompt. Counted are whole blocks that are stored and that the request's
+        lease protects from eviction; 0 without a lease. Waits until the engine's blocks are saved.
+
+        tier: the store. names: names of the first prompt's full blocks, in order.
         """
         tier.flush()
         blocks = tier.handed(self.lease, names) if self.lease else 0
@@ -113,7 +119,10 @@ class HeldLeases:
         self._working: asyncio.Task[None] | None = None
 
     def update(self, held: Iterable[str], released: Iterable[str]) -> None:
-        """Replace the leases to renew by `held`, and end the leases `released`. Returns at once."""
+        """Replace the leases to renew by `held`, and end the leases `released`. Returns at once, before that is done.
+
+        A lease protects K/V blocks from eviction for a time. held, released: ids of leases.
+        """
         now = asyncio.get_running_loop().time()
         self._due = {lease: self._due.get(lease, now) for lease in held}
         self._released += released
@@ -121,9 +130,10 @@ class HeldLeases:
             self._working = asyncio.ensure_future(self._work())
 
     async def _work(self) -> None:
-        """Release all leases that are to be released and renew all leases that are due, until none is left.
+        """End the leases in `_released` and renew the leases that are due, until nothing is left to do.
 
-        A task runs it after each update() that finds no such task running. Returns nothing.
+        Returns nothing. A lease protects K/V blocks from eviction for a time. This runs as a task, which update()
+        starts if none is running.
         """
         now = asyncio.get_running_loop().time
         while self._released or any(due <= now() for due in self._due.values()):

@@ -80,7 +80,8 @@ def prepare_completion(
 
     A Prepared holds the engine's request; a Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
+    id: id of the response, from which the ids of the engine's requests are made. settings: what the server adds to
+    every request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     prompts = _prompts(body.prompt)
     if body.max_tokens == 0 and not body.echo:
@@ -112,10 +113,19 @@ def prepare_completion(
 
 
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
-    """(text, prefix) for `echo`: the prompt's text, and how many of its first tokens have no text in it.
+    """(text, count) for `echo`: the prompt's text, and the number of leading prompt tokens that stand for none of it.
 
-    Those are special tokens that the tokenizer puts before a prompt, such as a beginning of sequence. ("", 0) if the
-    request does not ask for echo. Raises Problem if the model has no tokenizer to decode token ids.
+    Counted are special tokens that the tokenizer puts before a prompt, such as a beginning of sequence. The count is 0
+    if the prompt was given as token ids, or was cut: its text is then decoded from `ids` and shows special tokens too.
+    ("", 0) if the request does not ask for echo.
+
+    Args:
+        llm: the model.
+        body: the request.
+        prompt: the prompt as given, a text or token ids.
+        ids: token ids of the prompt.
+
+    Raises Problem if the model has no tokenizer to decode token ids.
     """
     if not body.echo:
         return "", 0
@@ -133,7 +143,8 @@ def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tu
 
     The Prepared holds the engine's request; the Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
+    id: id of the response, from which the id of the engine's request is made. settings: what the server adds to every
+    request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     tools = body.tools or []
     forced = _forced(body, tools)
@@ -204,10 +215,13 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """A list of the prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
+    """A list of the prompt's token ids `ids`, cut to as many tokens as the body's truncate_prompt_tokens says.
 
-    -1 means as many as leave room for `asked` output tokens in the context. The end of the prompt is kept; with
-    truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
+    With -1, as many tokens are kept as leave room for the output in the context, at least 1. The end of the prompt is
+    kept or, with truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem
+    if it is 0.
+
+    asked: number of output tokens that the request asks for; None: no number, room for one token is left.
     """
     most = body.truncate_prompt_tokens
     if most is None:
@@ -270,9 +284,10 @@ def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) 
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
-    """The body's `prompt` as a list of prompts, each a text or a list of token ids.
+    """A list of the request's prompts, each a text or a list of token ids.
 
-    Raises Problem if there are too many.
+    prompt: the body's `prompt`, which validation has checked: one prompt, or a list of prompts that is not empty.
+    Raises Problem if there are more than MAX_PROMPTS.
     """
     prompts: list[str | list[int]] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if len(prompts) > MAX_PROMPTS:

@@ -219,7 +219,7 @@ class Tool(Body):
 
 
 class Named(Body):
-    """An object with the name of a function."""
+    """The object {"name": ...} in a tool_choice that forces the call of one function."""
 
     name: Text
 

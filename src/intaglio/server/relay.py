@@ -63,11 +63,12 @@ class Relay:
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """Copies of the prompts for this replica, as a list.
+        """A list of copies of the prompts, changed for this replica.
 
-        Their timeouts are shortened by the seconds that the request has waited elsewhere (self.waited). queue_timeout
-        is None if output has begun. A prompt without a seed gets one made from the router's (self.seed), another for
-        each prompt.
+        - Timeouts are shortened by the seconds that the request has waited elsewhere (self.waited).
+        - queue_timeout becomes None if the client has been sent output: such a request may wait.
+        - A prompt without a seed gets one, made from self.seed and the prompt's number. So every replica draws the same
+          tokens.
 
         engine: ServedModel.identity of this replica. Raises Problem 503 if another replica began the output
         (self.made_by) and its identity differs: this replica could then not continue the output bit for bit.

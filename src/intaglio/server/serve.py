@@ -90,7 +90,10 @@ class Connection(HttpToolsProtocol):
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
-        """Close the connection if it is idle; abort it if closing takes longer than `write_timeout` seconds."""
+        """Close the connection if it is idle; if closing takes longer than `write_timeout` seconds, abort it.
+
+        A connection with a request that is being answered is left open, and so is one that is closing already.
+        """
         if self._between and not self.transport.is_closing():
             self.transport.close()
             self.loop.call_later(self.write_timeout, self.transport.abort)
@@ -109,14 +112,21 @@ async def serve(
     llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
     signals: bool = True, control: Path | TcpAddress | None = None,
 ) -> int:  # fmt: skip
-    """Serve the models, by name, until a signal or a failure. Returns the exit code.
-
-    `announce` is called once requests are accepted. `signals`: True to handle SIGTERM and SIGINT. `control`: Unix
-    socket or address for a router (see control.py), or None. Raises OSError if it cannot be bound.
+    """Serve models until a signal or a failure. Returns the process's exit code.
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can
     serve requests any more.
+
+    Args:
+        llms: the models by the names that clients use.
+        options: options of the server.
+        listener: socket on which HTTP is served.
+        announce: called with the Service once requests are accepted.
+        signals: True to handle SIGTERM and SIGINT.
+        control: Unix socket or TCP address at which a router may connect (see control.py); None: no router.
+
+    Raises OSError if `control` cannot be bound.
     """
     service = Service(llms, options)
     timeouts = {"write_timeout": options.write_timeout, "read_timeout": options.read_timeout}

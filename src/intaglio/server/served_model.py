@@ -59,7 +59,7 @@ class ServedModel:
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
     def announce(self, requests: Sequence[Request], peer: str) -> None:
-        """Have the full K/V blocks of these prompts fetched from a peer when they are needed. Returns nothing.
+        """Have the full K/V blocks of these requests' prompts fetched from a peer when needed. Returns nothing.
 
         peer: text of the peer's address. Nothing is done if the model fetches no blocks, or is the peer itself. Raises
         ValueError for a wrong text.
@@ -72,7 +72,7 @@ class ServedModel:
 
     @property
     def saves_blocks(self) -> bool:
-        """True if the engine saves K/V blocks to a tier."""
+        """True if the engine saves K/V blocks to a tier (a store from which they can be loaded later)."""
         return self.driver.engine.offload.connector is not None
 
     def hanging(self, seconds: float) -> str | None:
@@ -95,7 +95,10 @@ class ServedModel:
         return None
 
     def card(self, created: int) -> dict[str, Any]:
-        """This model's object, a dict, in the list that GET /v1/models returns."""
+        """This model's object, a dict, in the list that GET /v1/models returns.
+
+        created: Unix time in seconds that the object states.
+        """
         model = self.llm.model
         facts = {"id": self.name, "object": "model", "created": created, "owned_by": "intaglio"}
         return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}

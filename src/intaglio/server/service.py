@@ -73,7 +73,7 @@ class Service:
             model.driver.start()
 
     async def prepare(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run `work` in the thread that prepares requests and return its result."""
+        """Call work(*arguments) in the thread that prepares requests, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *arguments)
 
     def drain(self) -> None:

@@ -42,9 +42,10 @@ class Tracing:
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
         """Context manager that records the span of a request. It yields nothing.
 
-        Spans that are recorded inside it, such as those of span(), become its children. headers: headers of the HTTP
-        request, with names in lower case. The span's parent is the one that the header `traceparent` names, if there is
-        one.
+        Spans that are recorded inside the block, such as those of span(), become its children. The span's parent is the
+        one that the header `traceparent` names, if there is one.
+
+        name: the span's name. headers: headers of the HTTP request, with names in lower case.
         """
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -65,7 +66,8 @@ class Tracing:
 def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
     """Context manager that records the span of an HTTP request if its path generates text. It yields nothing.
 
-    It does nothing for other paths, or if `tracing` is None. headers: the request's headers, with names in lower case.
+    It does nothing for other paths, or if `tracing` is None. method, path: of the request; they make the span's name.
+    headers: the request's headers, with names in lower case.
     """
     if tracing is None or path not in GENERATE:
         return nullcontext()
@@ -73,9 +75,9 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
 
 
 def span(name: str, **attributes: str | int) -> AbstractContextManager[Any]:
-    """Context manager that records a child of the current span; outside a traced request it does nothing.
+    """Context manager that records a span as a child of the current one; outside a traced request it does nothing.
 
-    An exception that leaves the block is noted in the span.
+    An exception that leaves the block is noted in the span. name: the span's name. attributes: its attributes.
     """
     tracer = _active.get()
     return nullcontext() if tracer is None else tracer.start_as_current_span(name, attributes=attributes)

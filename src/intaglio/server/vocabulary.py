@@ -31,7 +31,10 @@ class Vocabulary:
         self.piece = lru_cache(1 << 16)(self._piece)
 
     def name(self, id: int) -> str:
-        r"""The token's text; if its bytes are not whole characters, OpenAI's form of them, such as bytes:\xf0\x9f."""
+        r"""The token's text.
+
+        A token whose bytes are not whole characters is named as OpenAI does, such as bytes:\xf0\x9f.
+        """
         text, raw = self.piece(id)
         try:
             raw.decode()

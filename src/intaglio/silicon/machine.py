@@ -13,6 +13,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import ge
 
 import numpy as np
 
@@ -71,6 +72,7 @@ class Core:
         stream: the core's Stream.
         memory: the memory spaces that the core addresses.
         queues: a list of each engine's instructions, in order.
+        engines: numbers of the engines that have an instruction.
         started: number of instructions started.
         finished: number of instructions whose result is visible.
         busy: True while the engine runs an instruction.
@@ -82,6 +84,7 @@ class Core:
     stream: Stream
     memory: CoreMemory
     queues: list[list[Instruction]]
+    engines: list[int]
     started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
     finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
     busy: list[bool] = field(default_factory=lambda: [False] * len(ENGINES))
@@ -90,12 +93,13 @@ class Core:
     last_finished: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Transfer:
     """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link.
 
     Attributes:
         core: number of the core.
+        chip: number of the core's chip.
         engine: number of the engine that runs the instruction.
         cost: the instruction's Cost.
         bytes_left: bytes still to move.
@@ -106,6 +110,7 @@ class Transfer:
     """
 
     core: int
+    chip: int
     engine: int
     cost: Cost
     bytes_left: float
@@ -127,15 +132,17 @@ class Machine:
         hbm: the HBM of each chip, by chip number; None: instructions are timed but no values are computed.
         spans: True if the result shall list every executed instruction.
         l2: the L2 of each chip, by chip number, as earlier runs left it; None: empty.
+        checks: False to run streams without check(), for streams that are timed many times.
 
     Raises ChipError if the chip's extra_instructions names anything but optional instructions.
     """
 
     def __init__(
         self, target: Target, hbm: Mapping[int, Memory] | None = None, spans: bool = False,
-        l2: MutableMapping[int, Cache] | None = None,
+        l2: MutableMapping[int, Cache] | None = None, checks: bool = True,
     ) -> None:  # fmt: skip
         check_extra_instructions(target.chip)
+        self.checks = checks
         self.target, self.chip, self.hbm, self.record_spans = target, target.chip, hbm, spans
         self.l2 = l2 if l2 is not None else defaultdict(lambda: l2_of(target))
 
@@ -149,7 +156,7 @@ class Machine:
         most = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
         if most > self.chip.cores:
             raise MachineError(f"{most} streams for one chip; {self.chip.name} has {self.chip.cores} cores")
-        for stream in {id(s): s for s in streams}.values():
+        for stream in {id(s): s for s in streams}.values() if self.checks else ():
             check(self.target, stream)
         self.shared: dict[int, SharedHbm] = defaultdict(SharedHbm)  # by chip
         self.cores = [self._core(c, s) for c, s in enumerate(streams)]
@@ -185,7 +192,7 @@ class Machine:
                     "them, so give the bytes to one core or make it two runs"
                 )
 
-        return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
+        return Core(stream, CoreMemory(hbm, sram, acc, watch), queues, [e for e, q in enumerate(queues) if q])
 
     def _other_user(self, core: int, region: Region, writes: bool) -> str:
         """Text for an error that names another core which has accessed `region`, and the instruction that did it.
@@ -212,9 +219,9 @@ class Machine:
         for t, r in zip(self.transfers, rates, strict=True):
             t.bytes_left -= (then - self.now) * r
         self.now = then
-        finished = [t for t, end in zip(self.transfers, ends, strict=True) if end <= then * (1 + 1e-12)]
-        self.transfers = [t for t in self.transfers if t not in finished]
-        for t in finished:
+        limit, running = then * (1 + 1e-12), self.transfers
+        self.transfers = [t for t, end in zip(running, ends, strict=True) if end > limit]
+        for t in (t for t, end in zip(running, ends, strict=True) if end <= limit):
             self._end(t.core, t.engine, t.start, t.cost, t.ready)
         while self.events and self.events[0][0] <= self.now:
             _, _, core, engine, visible = heapq.heappop(self.events)
@@ -239,18 +246,18 @@ class Machine:
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
-            chip = self.cores[t.core].stream.chip
-            users[t.cost.resource, chip] += 1
-            users["missed", chip] += t.hbm_bytes > 0
+            users[t.cost.resource, t.chip] += 1
+            users["missed", t.chip] += t.hbm_bytes > 0
+        shares = {  # of each (resource, chip)
+            (of, chip): min(self.chip.port_rate, self.chip.l2_rate / n) if of == "hbm"
+            else (self.chip.links.chip_bytes_per_s if of == "link" else self.chip.hbm_rate) / max(1, n)
+            for (of, chip), n in users.items()
+        }  # fmt: skip
         out = []
         for t in self.transfers:
-            chip = self.cores[t.core].stream.chip
-            if t.cost.resource == "link":
-                out.append(self.chip.links.chip_bytes_per_s / users["link", chip])
-                continue
-            rate = min(self.chip.port_rate, self.chip.l2_rate / users["hbm", chip])
+            rate = shares[t.cost.resource, t.chip]
             if t.hbm_bytes:
-                rate = min(rate, self.chip.hbm_rate / users["missed", chip] * t.cost.bytes / t.hbm_bytes)
+                rate = min(rate, shares["missed", t.chip] * t.cost.bytes / t.hbm_bytes)
             if t.cost.cycles:
                 rate = min(rate, t.cost.bytes * self.chip.clock_hz / t.cost.cycles)
             out.append(rate)
@@ -303,11 +310,12 @@ class Machine:
         A Receive also needs its message to have arrived.
         """
         core = self.cores[c]
-        for engine, queue in enumerate(core.queues):
+        for engine in core.engines:
+            queue = core.queues[engine]
             if core.busy[engine] or core.started[engine] >= len(queue):
                 continue
             i = queue[core.started[engine]]
-            if all(core.finished[e] >= n for e, n in enumerate(i.wait)) and self._message_arrived(core, i):
+            if all(map(ge, core.finished, i.wait)) and self._message_arrived(core, i):
                 self._start(c, engine, i)
 
     def _message_arrived(self, core: Core, i: Instruction) -> bool:
@@ -346,7 +354,7 @@ class Machine:
             if cost.resource == "hbm":
                 missed, part, ready = self._through_l2(core, i, cost)
                 cost = replace(cost, latency_s=cost.latency_s * part)
-            self.transfers.append(Transfer(c, engine, cost, cost.bytes, self.now, missed, ready))
+            self.transfers.append(Transfer(c, core.stream.chip, engine, cost, cost.bytes, self.now, missed, ready))
         else:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 

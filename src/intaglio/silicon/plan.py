@@ -45,7 +45,8 @@ class Schedule:
     """When each op of one step ends.
 
     Attributes:
-        timings: the Timing of each distinct kernel of the Plan, as if it ran alone.
+        timings: the Timing of each distinct kernel of the Plan. If weights are prefetched, its seconds do not count
+            their transfer.
         ends: seconds from the start of the step to the end of each op.
         stalled: for each op, True if it waited for its weights.
     """
@@ -126,29 +127,29 @@ class Plan:
         delivers the weights once for both.
         """
         chip, library = self.target.chip, self.target.library
-        prefetches = library.prefetches_weights
-        alone = tuple(self.timings(sizes))
-        parts = [self.timings(part, prefetches) for part in halves or (sizes,)]
+        whole = tuple(self.timings(sizes))
+        parts = [self.timings(part) for part in halves] or [list(whole)]
         by_kernel = [sum(t.seconds for t in each) for each in zip(*parts, strict=True)]
         seconds = [by_kernel[n] for n in self.numbers]
         if halves:
             first, second = ([t.seconds for t in part] for part in parts)
-            collective = [t.link_bytes > 0 for t in alone]
+            collective = [t.link_bytes > 0 for t in whole]
             exposed = _native.exposed_seconds(self.numbers, first, second, collective)
             seconds = [
                 exposed[i] if collective[n] else taken
                 for i, (n, taken) in enumerate(zip(self.numbers, seconds, strict=True))
             ]
-        if not prefetches:
-            return Schedule(alone, tuple(accumulate(seconds)), (False,) * len(seconds))
+        if not library.prefetches_weights:
+            return Schedule(whole, tuple(accumulate(seconds)), (False,) * len(seconds))
         # Weights are prefetched at most this many seconds ahead: as many as the L2 can hold.
         ahead = chip.l2_bytes * library.l2_usable / chip.hbm_rate
         # HBM also moves the rows of an op with weights, before the next op's weights.
-        weights_s = [t.hbm_bytes / chip.hbm_rate if t.weight_bytes else 0.0 for t in alone]
-        other_s = [0.0 if t.weight_bytes else t.hbm_bytes / chip.hbm_rate for t in alone]
+        weights_s = [t.hbm_bytes / chip.hbm_rate if t.weight_bytes else 0.0 for t in whole]
+        other_s = [0.0 if t.weight_bytes else t.hbm_bytes / chip.hbm_rate for t in whole]
         ends, stalled = _native.prefetched_ends(self.numbers, seconds, weights_s, other_s, ahead)
-        return Schedule(alone, tuple(ends), tuple(stalled))
+        return Schedule(whole, tuple(ends), tuple(stalled))
 
-    def timings(self, sizes: BatchSizes, resident: bool = False) -> list[Timing]:
-        """A list of the Timing of each distinct kernel, if it ran alone. resident: True if weights were prefetched."""
-        return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, resident) for k in self.kernels]
+    def timings(self, sizes: BatchSizes) -> list[Timing]:
+        """A list of the Timing of each distinct kernel, with weights prefetched if the library does so."""
+        prefetched = self.target.library.prefetches_weights
+        return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, prefetched) for k in self.kernels]

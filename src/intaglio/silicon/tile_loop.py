@@ -7,15 +7,14 @@ repeats itself, so the rest of a long loop is extrapolated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
+from typing import Literal
 
 from intaglio.chips import Target
 
-SIMULATED = 3  # rounds that are followed at most, in depths of the ring; further ones take as long as those between
-STEADY = 1, 2  # these two
+FOLLOWED = 4  # depths of the ring after which a loop repeats itself; of a longer one, these and the last are followed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +25,13 @@ class TileLoop:
         jobs: number of jobs, of all cores together.
         load: bytes that a job loads.
         work_s: seconds that a job computes on the vector lanes.
+        read_s: the first part of work_s, after which the job's tile may be loaded again; 0: all of work_s.
         store: bytes that a job stores.
         depth: number of a core's tiles for loads, and of its tiles for results. It is also the largest number of jobs
             that overlap on a core.
         once: bytes that each core loads before its first job, in addition to its jobs' bytes.
+        pieces: parts of a job's bytes that are loaded, computed and stored one after the other, each from a ring of its
+            own; they sum to 1.
         in_place: True if a tile is stored from where it was loaded, so that it is free only after its store.
         load_missed: bytes that HBM moves for each loaded byte.
         store_missed: bytes that HBM moves for each stored byte.
@@ -42,208 +44,227 @@ class TileLoop:
     store: float
     depth: int = 2
     once: float = 0.0
+    pieces: tuple[float, ...] = (1.0,)
     in_place: bool = False
+    read_s: float = 0.0
     load_missed: float = 0.0
     store_missed: float = 0.0
     store_s: float = 0.0
-
-    def in_parts(self, target: Target, parts: Sequence[LoopPart]) -> float:
-        """Seconds of the loop if its jobs run as these LoopParts, one part after the other.
-
-        The parts' values replace load_missed and store_missed; their fractions sum to 1.
-        """
-        loops = [replace(self, load_missed=p.load, store_missed=p.store) for p in parts]
-        first = loops[0].seconds(target)
-        pairs = list(zip(loops, parts, strict=True))[1:]
-        return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
-
-    def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds by which the loop's last jobs make it longer: its seconds minus the seconds of a loop without them.
-
-        fraction: number of these last jobs / number of all jobs, 0 to 1. If it does not give a whole number of jobs,
-        the result is interpolated between the two nearest numbers.
-        """
-        jobs = self.jobs * (1 - fraction)
-        low = int(jobs)
-        a, b = (replace(self, jobs=n).seconds(target) for n in (low, min(low + 1, self.jobs)))
-        return self.seconds(target) - a - (b - a) * (jobs - low)
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
         if self.jobs <= 0:
             return 0.0
         full, rest = divmod(self.jobs, target.chip.cores)
-        most = SIMULATED * max(6, self.depth)
-        if full < most or (full == most and not rest):
-            return _Core(self, target, full, rest).run()
-        seconds, period = steady(replace(self, jobs=most * target.chip.cores), target)
-        alone = min(period, self.work_s) if rest else 0.0  # the cores that have one more job share the memories' rates
-        return seconds + (full - most) * period + max(alone, period * rest / target.chip.cores)
+        one, period = replace(self, jobs=0), FOLLOWED * max(6, self.depth)
+        skipped = max(0, full // period - 1)
+        seconds = followed(one, target, full - skipped * period, rest)
+        if skipped:
+            seconds += skipped * (followed(one, target, 2 * period, 0) - followed(one, target, period, 0))
+        return seconds
+
+    def through_l2(self, target: Target, l2: L2) -> tuple[float, float]:
+        """(seconds, bytes that HBM moves) of the loop if `l2` says which accesses miss the L2.
+
+        The seconds are from the first load to the last store, without launch overhead. load_missed and store_missed are
+        not used. Every job of one core is followed. `l2` changes: afterwards it is the L2 at the end of the loop.
+        """
+        if self.jobs <= 0:
+            return 0.0, 0.0
+        core = _Core(self, target, *divmod(self.jobs, target.chip.cores), l2)
+        return core.run(), core.hbm_bytes
 
 
-@lru_cache(maxsize=4096)
-def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
-    """Simulate a loop that is long enough to extrapolate: (its seconds, seconds that each further round would add).
+@lru_cache(maxsize=16384)
+def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
+    """Seconds of a loop, found by following one core through all of its jobs.
 
-    A round is one job on every core. loop: has SIMULATED * max(6, depth) rounds; the seconds of a further round are the
-    mean over the loop's middle third.
+    full: number of jobs that every core has. rest: number of cores that have one more job. loop.jobs is not used.
     """
-    core = _Core(loop, target, loop.jobs // target.chip.cores, 0)
-    start, end = (n * max(6, loop.depth) for n in STEADY)
-    seconds = core.run()
-    return seconds, (core.stored_at[end] - core.stored_at[start]) / (end - start)
+    return _Core(loop, target, full, rest).run()
+
+
+class L2:
+    """Content of the L2 during a loop, in bytes. The least recently used bytes are evicted first.
+
+    All cores access a tile each at the same time, so an access is counted for all of them together.
+
+    reads: bytes of all operands. capacity: bytes of the L2, above 0. source: where operands are before the loop:
+
+    - "l2": the op before has just written them there. As long as nothing is evicted, loads hit. Once it is full, each
+      result evicts the operand bytes that are loaded next, so that all later loads miss.
+    - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
+    - "gathered": read by index. All loads count as misses, and bring nothing into the L2.
+    """
+
+    def __init__(
+        self, reads: float, writes: float, capacity: float, source: Literal["l2", "hbm", "gathered"] = "l2"
+    ) -> None:
+        self.capacity, self.gathered = capacity, source == "gathered"
+        self.unread = min(reads, capacity) if source == "l2" else 0.0  # bytes of operands that no load has read yet
+        self.misses = source != "l2" or reads > capacity  # True if loads miss
+        self.held = self.unread
+        self.written_part = writes / (writes + reads * (not self.gathered))  # of the bytes that the loop accesses
+        self.ahead = 0.0  # bytes of the loop that are evicted before any that a store has written
+        self.stores = False  # True if a store has begun
+
+    def load(self, size: float, stored: float) -> tuple[float, float, float]:
+        """Record that cores load `size` bytes together: (fraction of the loads that miss, bytes read, bytes written).
+
+        The last two are bytes that HBM moves. stored: bytes that the cores store at the same time: they may evict what
+        some of them load.
+        """
+        if self.gathered:
+            return 1.0, size, 0.0
+        missed = 1.0
+        if not self.misses:
+            missed = min(1.0, max(0.0, self.held + stored - self.capacity) / stored) if stored else 0.0
+            self.unread -= min(self.unread, (1 - missed) * size)
+        self.ahead += size * (not self.stores)
+        self.held += missed * size
+        return missed, missed * size, self.evict()
+
+    def store(self, size: float) -> float:
+        """Record that cores store `size` bytes together. Returns the bytes that HBM writes for it."""
+        self.held, self.stores = self.held + size, True
+        return self.evict()
+
+    def evict(self) -> float:
+        """Evict bytes until the rest fits. Returns how many of them a store had written, which HBM writes now."""
+        over = max(0.0, self.held - self.capacity)
+        self.held -= over
+        if over and self.unread:
+            self.misses = True
+            taken = min(self.unread, over)
+            self.unread, over = self.unread - taken, over - taken
+        clean = min(self.ahead, over)
+        self.ahead -= clean
+        return (over - clean) * self.written_part
 
 
 class _Core:
     """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
 
-    Jobs are counted from 0 on each core. full: number of jobs that every core has. rest: number of cores that have one
-    more job.
+    The pieces of all jobs are counted from 0 on each core, and called jobs here. full: number of jobs of the loop that
+    every core has. rest: number of cores that have one more job. l2: says which accesses miss the L2; None:
+    loop.load_missed and loop.store_missed say it.
     """
 
-    def __init__(self, loop: TileLoop, target: Target, full: int, rest: int) -> None:
-        self.loop, self.target, self.full, self.rest = loop, target, full, rest
-        self.count = full + (rest > 0)
-        self.stored_at: list[float] = []  # seconds when each job's store has ended
+    def __init__(self, loop: TileLoop, target: Target, full: int, rest: int, l2: L2 | None = None) -> None:
+        self.loop, self.target, self.full, self.rest, self.l2 = loop, target, full, rest, l2
+        self.count = (full + (rest > 0)) * len(loop.pieces)
+        self.hbm_bytes = 0.0  # of all cores, counted if there is an L2
 
     def active(self, job: int) -> int:
         """Number of cores that have a job number `job`. Each core counts its own jobs from 0."""
-        return self.target.chip.cores if job < self.full else self.rest
+        return self.target.chip.cores if job < self.full * len(self.loop.pieces) else self.rest
 
-    def rates(self, load: int | None, store: int | None) -> tuple[float, float]:
+    def piece(self, job: int) -> float:
+        """The part of a job's bytes that job number `job` has."""
+        return self.loop.pieces[job % len(self.loop.pieces)]
+
+    def begin_load(self, job: int, storing: int | None) -> _Flow:
+        """The _Flow of the load of a job's tile. storing: number of a job whose store begins at the same time."""
+        loop, users = self.loop, self.active(job)
+        own = loop.load * self.piece(job)
+        size = own + (0 if job else loop.once)
+        if self.l2 is None:
+            return _Flow(size, users, users * (loop.load_missed > 0), loop.load_missed)
+        stored = self.active(storing) * loop.store * self.piece(storing) if storing is not None else 0.0
+        missed, read, written = self.l2.load(users * own, stored)  # what cores load once is always there
+        self.hbm_bytes += read + written
+        if not missed:
+            return _Flow(size, users)
+        return _Flow(size, users, missed * users, (read + written) / (missed * users * size))
+
+    def begin_store(self, job: int) -> _Flow:
+        """The _Flow of the store of a job's result."""
+        loop, users = self.loop, self.active(job)
+        size = loop.store * self.piece(job)
+        if self.l2 is None:
+            return _Flow(size, users, users * (loop.store_missed > 0), loop.store_missed)
+        written = self.l2.store(users * size)
+        self.hbm_bytes += written
+        return _Flow(size, users, users * (written > 0), written / (users * size))
+
+    def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
         """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
 
-        The model lets all cores with a job of the same number load or store at the same time. load, store: number of
-        the job whose tile is loaded, or stored, now; None: the core has no load, or no store, and this rate is 0.
+        The model lets all cores with a job of the same number load or store at the same time. load, store: the
+        transfers; None: the core has no load, or no store, and this rate is 0.
         """
         chip, loop = self.target.chip, self.loop
-        flows = [(job, missed) for job, missed in ((load, loop.load_missed), (store, loop.store_missed))]
-        users = sum(self.active(job) for job, _ in flows if job is not None)
-        missing = sum(self.active(job) for job, missed in flows if job is not None and missed > 0)
-        out = []
-        for job, missed in flows:
-            if job is None:
-                out.append(0.0)
-                continue
-            rate = min(chip.port_rate, chip.l2_rate / users)
-            out.append(min(rate, chip.hbm_rate / missing / missed) if missed > 0 else rate)
-        return out[0], min(out[1], loop.store / loop.store_s) if loop.store_s else out[1]
+        flows = [flow for flow in (load, store) if flow is not None]
+        users, missing = sum(flow.users for flow in flows), sum(flow.missing for flow in flows)
+        rate = min(chip.port_rate, chip.l2_rate / users) if users else 0.0
+        share = chip.hbm_rate / missing if missing else inf
+        load_rate, store_rate = (
+            0.0 if flow is None else min(rate, share / flow.missed) if flow.missed else rate for flow in (load, store)
+        )
+        return load_rate, min(store_rate, loop.store / loop.store_s) if loop.store_s else store_rate
 
     def run(self) -> float:
         """Seconds until the core's last store has ended."""
         loop, count, now = self.loop, self.count, 0.0
-        latency = self.target.chip.constants.hbm_latency_s * min(1.0, loop.load_missed)
+        depth = loop.depth * len(loop.pieces)
+        latency_s = self.target.chip.constants.hbm_latency_s
         next_load = next_work = next_store = 0  # number of the next job of each engine
         visible: list[float] = []  # when the tile of each loaded job can be used
         load_left = store_left = 0.0  # bytes of the transfers that run; 0 if none does
-        loading: int | None = None
-        storing: int | None = None
-        work_ends = inf
-        worked = stored = 0
-        known: dict[tuple[int, ...], tuple[float, float]] = {}  # rates() by which transfers run, of how many cores
+        load: _Flow | None = None
+        store: _Flow | None = None
+        load_rate = store_rate = 0.0
+        work_ends = read_ends = inf
+        read = worked = stored = 0
+        changed = True  # True if a transfer has begun or ended
         while stored < count:
-            if loading is None and next_load < count:
-                free = stored if loop.in_place else worked
-                if next_load < loop.depth or free > next_load - loop.depth:
-                    loading = next_load
-                    load_left = loop.load + (0 if next_load else loop.once)
-                    next_load += 1
+            begins = store is None and next_store < worked  # a store
+            changed |= begins
+            if load is None and next_load < count:
+                free = stored if loop.in_place else read
+                if next_load < depth or free > next_load - depth:
+                    load = self.begin_load(next_load, next_store if begins else None)
+                    load_left, next_load, changed = load.size, next_load + 1, True
             ready = next_work < len(visible) and visible[next_work] <= now
-            room = loop.in_place or next_work < loop.depth or stored > next_work - loop.depth
+            room = loop.in_place or next_work < depth or stored > next_work - depth
             if work_ends == inf and ready and room:
-                work_ends = now + loop.work_s
+                work_ends, read_ends = now + loop.work_s, now + (loop.read_s or loop.work_s)
                 next_work += 1
-            if storing is None and next_store < worked:
-                storing, store_left = next_store, loop.store
-                next_store += 1
-            state = tuple(0 if job is None else 1 + (job < self.full) for job in (loading, storing))
-            if state not in known:
-                known[state] = self.rates(loading, storing)
-            load_rate, store_rate = known[state]
-            load_ends = now + load_left / load_rate if loading is not None else inf
-            store_ends = now + store_left / store_rate if storing is not None else inf
+            if begins:
+                store = self.begin_store(next_store)
+                store_left, next_store = store.size, next_store + 1
+            if changed:
+                load_rate, store_rate = self.rates(load, store)
+                changed = False
+            load_ends = now + load_left / load_rate if load is not None else inf
+            store_ends = now + store_left / store_rate if store is not None else inf
             waits = visible[next_work] if next_work < len(visible) and visible[next_work] > now else inf
-            then = min(load_ends, store_ends, work_ends, waits)
+            then = min(load_ends, store_ends, work_ends, read_ends, waits)
             load_left -= (then - now) * load_rate
             store_left -= (then - now) * store_rate
             now = then
-            if load_ends <= now and loading is not None:
-                visible.append(now + latency)
-                loading = None
+            if load_ends <= now and load is not None:
+                arrives = now + latency_s * min(1.0, load.missed)
+                visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
+                load, changed = None, True
+            if read_ends <= now:
+                read, read_ends = read + 1, inf
             if work_ends <= now:
                 worked, work_ends = worked + 1, inf
             if store_ends <= now:
-                stored, storing = stored + 1, None
-                self.stored_at.append(now)
+                stored, store, changed = stored + 1, None, True
         return now
 
 
 @dataclass(frozen=True)
-class LoopPart:
-    """Consecutive jobs of a TileLoop for which HBM moves the same bytes.
+class _Flow:
+    """A transfer of one core, which other cores make at the same time.
 
-    Attributes:
-        part: number of these jobs / number of all jobs of the loop, 0 to 1.
-        load: bytes that HBM moves for each loaded byte: 0 if loads hit the L2, 1 if they miss, above 1 if lines are
-            also written back for them.
-        store: bytes that HBM moves for each stored byte.
+    size: bytes of the core. users: cores that make the transfer. missing: those of them for which HBM moves bytes.
+    missed: bytes that HBM moves for each byte of one of these; the followed core is one of them, if there are any.
     """
 
-    part: float
-    load: float
-    store: float
-
-
-def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
-    """Divide a loop into LoopParts by what HBM moves: a list of one to three, in the order in which they run.
-
-    The op before has just written the operands to the L2. The L2 evicts the least recently used lines.
-
-    1. Loads hit the L2, unless the operands alone exceed the L2.
-    2. Once the L2 is full, each result evicts operands that no job has read yet, so loads miss.
-    3. Once no such operands are left in the L2, results are also written back to HBM.
-
-    Without an L2, HBM moves all bytes.
-
-    Args:
-        reads: bytes of all operands.
-        writes: bytes of all results.
-        capacity: bytes of the L2; 0: none.
-        ahead: bytes that are loaded before the first result is stored.
-    """
-    each = reads + writes
-    if not capacity:
-        return [LoopPart(1.0, 1.0, 1.0)]
-    if each <= capacity:
-        return [LoopPart(1.0, 0.0, 0.0)]
-    hits = 0.0
-    if reads < capacity:
-        hits = min(1.0, (capacity - reads) / writes + ahead / max(reads, 1.0))
-    stale = (1 - hits) * reads if reads < capacity else capacity  # bytes of operands that will be evicted unread
-    clean = min(1 - hits, stale / each)
-    back = writes / each
-    parts = [LoopPart(hits, 0.0, 0.0), LoopPart(clean, 1.0, 0.0), LoopPart(1 - hits - clean, 1.0 + back, back)]
-    return [p for p in parts if p.part > 0]
-
-
-def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
-    """Divide a loop that reads rows by index into LoopParts by what HBM moves: a list of one or two.
-
-    All loads count as misses of the L2. Results stay in the L2 until they fill it; later results are written to HBM.
-
-    writes: bytes of all results. capacity: bytes of the L2; 0: none.
-    """
-    held = min(1.0, capacity / writes) if writes else 1.0
-    return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1.0, 1.0)) if p.part > 0]
-
-
-def past_l2_parts(reads: float, writes: float, capacity: float) -> list[LoopPart]:
-    """Divide a loop whose operands are in HBM, not in the L2, into LoopParts by what HBM moves: a list of one or two.
-
-    All loads miss the L2. Operands and results fill it; each later byte evicts one, which is written back if it is of a
-    result.
-
-    reads, writes: bytes of all operands, and of all results; not both 0. capacity: bytes of the L2; 0: none.
-    """
-    held, back = min(1.0, capacity / (reads + writes)), writes / (reads + writes)
-    return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1 + back, back)) if p.part > 0]
+    size: float
+    users: int
+    missing: float = 0.0
+    missed: float = 0.0

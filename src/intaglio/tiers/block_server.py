@@ -164,13 +164,13 @@ class BlockClient:
         self.socket.sendall(COUNT.pack(len(names)) + b"".join(map(bytes.fromhex, names)))
 
     def answers(self, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield a pair (bytes, their number) for each block asked for, in order, up to the first that the server lacks.
+        """Yield (contents, size) for each block asked for, in order, up to the first that the server lacks.
 
-        The first item is the block's file, uint8 [size]. If the server announces another number of bytes than `sizes`
-        has, the pair is (uint8 [0], the announced number). Nothing of the block is then received, and the connection
-        cannot be used any more. Raises OSError if the connection fails.
+        contents is the block's file, uint8 [size]. If the server announces another size than `sizes` says, the pair is
+        (uint8 [0], the announced size). The block is then not received, and the connection cannot be used any more.
+        Raises OSError if the connection fails.
 
-        sizes: bytes that each block's file must have.
+        sizes: number of bytes that each block's file must have.
         """
         for wanted in sizes:
             [size] = SIZE.unpack(self._receive(SIZE.size).tobytes())

@@ -44,7 +44,7 @@ class NoRoom(Exception):
 class BlockDirectory:
     """The K/V block files of a folder, with LRU eviction. The folder is made at the first write, for this user only.
 
-    One thread writes; any thread may read. A block that a lease in `leases` pins is not evicted.
+    One thread writes; any thread may read. The attribute `leases` (a Leases) protects blocks from eviction for a time.
 
     Args:
         folder: the folder; several processes may use the same one.
@@ -77,11 +77,14 @@ class BlockDirectory:
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
-        parent: name of the block before it. If the parent has a file, the new block counts as used just before the
-        parent was; else as used now.
+        Returns the number of files deleted. Raises OSError if the file cannot be written or evict() fails, and NoRoom
+        if the budget is still exceeded after that. After an error nothing is left of the file.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written, or evict() fails. Raises
-        NoRoom if the budget is still exceeded after that. In both cases nothing is left of the file.
+        Args:
+            name: name of the block.
+            parts: contents of the file, in pieces.
+            parent: name of the block before it in the prompt; "": none. If the parent has a file, the new file gets a
+                slightly older time of last use, so that it is evicted before the parent. Else it counts as used now.
         """
         if self.held is None:
             self.scan()
@@ -137,7 +140,10 @@ class BlockDirectory:
                 os.utime(self.file(name), ns=(now, now - DEPTH * depth))
 
     def _date(self, file: Path, parent: str) -> None:
-        """Set a new file's time of last use to just before its parent's, if the parent has a file."""
+        """Make a block's new file look a little older than that of its parent, so that the new file is evicted first.
+
+        parent: name of the block before it in the prompt. If the parent has no file, nothing changes. Returns nothing.
+        """
         with suppress(OSError):  # no parent, or deleted meanwhile
             used = os.stat(self.file(parent)).st_mtime_ns - DEPTH
             os.utime(file, ns=(used, used))
@@ -157,10 +163,11 @@ class BlockDirectory:
         return found
 
     def evict(self) -> int:
-        """Delete the least recently used files if all together exceed the budget, but none that is pinned.
+        """If all files together exceed the budget, delete the least recently used, but none that a lease protects.
 
-        Returns the number deleted. Raises OSError if the folder of leases cannot be locked: TimeoutError if others
-        lock it for LOCK_WAIT seconds, such as a process that was stopped while it evicted.
+        It stops when 1 / ROOM of the budget is free. Returns the number of files deleted. Raises OSError if the folder
+        of leases cannot be locked: TimeoutError if others lock it for LOCK_WAIT seconds, such as a process that was
+        stopped while it evicted.
         """
         with self.leases.locked():
             return self._evict()

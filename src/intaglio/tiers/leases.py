@@ -59,10 +59,10 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True.
+        """Let a lease protect its blocks until `seconds` from now. Returns True.
 
-        Returns False, and renews nothing, if it has run out already or its file cannot be changed. Raises ValueError
-        unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
+        Returns False, and extends nothing, if the lease has run out already or its file cannot be changed. Raises
+        ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
         """
         check_seconds(seconds)
         try:
@@ -78,7 +78,10 @@ class Leases:
         return True
 
     def release(self, lease: str) -> None:
-        """End a lease now, if it has not ended."""
+        """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
+
+        lease: its id, as take() returned it.
+        """
         with suppress(OSError, ValueError):
             self._file(lease).unlink()
 
@@ -123,7 +126,10 @@ class Leases:
             os.close(file)
 
     def _file(self, lease: str) -> Path:
-        """The path of a lease's file. Raises ValueError for what is no id of a lease, such as a path."""
+        """The path of the file of the lease with the id `lease`.
+
+        Raises ValueError for a text that is no id, such as a path.
+        """
         if not re.fullmatch(r"[0-9a-f]{32}", lease, re.ASCII):
             raise ValueError(f"{lease[:40]!r} is no lease; allowed: 32 hexadecimal digits")
         return self.folder / f"{lease}{SUFFIX}"

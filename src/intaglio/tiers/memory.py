@@ -41,9 +41,9 @@ class MemoryLeases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True; False, changing nothing, if it has run out.
+        """Let a lease protect its blocks until `seconds` from now.
 
-        Raises ValueError unless 0 < seconds <= LONGEST.
+        Returns True, or False if the lease had run out before. Raises ValueError unless 0 < seconds <= LONGEST.
         """
         check_seconds(seconds)
         with self._lock:
@@ -54,7 +54,10 @@ class MemoryLeases:
         return True
 
     def release(self, lease: str) -> None:
-        """End a lease now, if it has not ended."""
+        """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
+
+        lease: its id, as take() returned it.
+        """
         with self._lock:
             self._held.pop(lease, None)
 
@@ -75,8 +78,8 @@ class MemoryLeases:
 class BlockMemory:
     """K/V blocks in memory, each held as the bytes that its file would have. Any thread may use it.
 
-    To make room for a block, the least recently used ones are evicted, but none that a lease in `leases` pins. budget:
-    most bytes of all blocks together.
+    To make room for a block, the least recently used ones are evicted, except those that the attribute `leases` (a
+    MemoryLeases) protects for a time. budget: largest number of bytes of all blocks together.
     """
 
     def __init__(self, budget: int) -> None:

@@ -113,7 +113,10 @@ class PeerTier(StoreTier):
                 self._announced.popitem(last=False)
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that load() can probably get, an int: blocks in memory, or announced as at a peer.
+        """How many of the first blocks in `names` load() can probably get: up to the first that has no known place.
+
+        A block has one if it is in the memory of this process, or if announce() has named a peer that has it. The peer
+        may have evicted the block since.
 
         names: the names of the blocks, each the parent of the next.
         """
@@ -121,9 +124,10 @@ class PeerTier(StoreTier):
         return next(here, len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> PeerLoad:
-        """Begin to read or fetch blocks of `block_bytes` bytes each, and return the PeerLoad.
+        """Begin to load blocks of `block_bytes` bytes each. Returns the PeerLoad, which tells how far loading is.
 
-        After close() nothing is read: the PeerLoad has ended already.
+        Blocks in this process's memory are read from there; the others are fetched from the peers that announce() has
+        named for them. After close() nothing is loaded: the PeerLoad is finished, without blocks.
         """
         return self._begin(PeerLoad(), keys, block_bytes)
 
@@ -163,7 +167,14 @@ class PeerTier(StoreTier):
     def _fetched(
         self, load: PeerLoad, address: TcpAddress, keys: Sequence[BlockKey], block_bytes: int
     ) -> Iterator[np.ndarray]:
-        """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check."""
+        """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check.
+
+        Args:
+            load: the load to which the blocks belong; if it is cancelled, no more blocks are fetched.
+            address: the peer's address.
+            keys: the blocks, in order.
+            block_bytes: bytes of a block's contents; each is yielded as uint8 [block_bytes].
+        """
         names, sizes = [key.name for key in keys], [file_size(self.scope, key, block_bytes) for key in keys]
         client, got, received, began = None, 0, 0, time.monotonic()
         try:

@@ -58,13 +58,17 @@ class BlockLeases(Protocol):
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True; False if it has run out already.
+        """Let a lease protect its blocks until `seconds` from now.
 
-        Raises ValueError unless 0 < seconds <= leases.LONGEST, TimeoutError if others lock the leases for too long.
+        Returns True, or False if the lease had run out before. Raises ValueError unless 0 < seconds <=
+        leases.LONGEST, TimeoutError if others lock the leases for too long.
         """
 
     def release(self, lease: str) -> None:
-        """End a lease now, if it has not ended."""
+        """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
+
+        lease: its id, as take() returned it.
+        """
 
     def names(self, lease: str) -> frozenset[str] | None:
         """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
@@ -107,7 +111,7 @@ class BlockStore(Protocol):
         """
 
     def remove(self, name: str) -> None:
-        """Delete a block, if it is here and may be deleted."""
+        """Delete the block `name`. Does nothing if the block is not here or cannot be deleted."""
 
     def touch(self, names: Sequence[str]) -> None:
         """Mark blocks as just used, so that others are evicted first. Blocks that are not here are skipped.
@@ -139,17 +143,23 @@ class StoreTier:
         self.said, self.lock = set[str](), threading.Lock()
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that can probably be loaded. names: the blocks, each the parent of the next."""
+        """How many of the first blocks in `names` the store has now. They may be evicted before they are loaded.
+
+        names: the names of the blocks, each the parent of the next.
+        """
         return self.stored(names)
 
     def stored(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that the store has. names: the blocks, each the parent of the next."""
+        """How many of the first blocks in `names` the store has: up to the first that it lacks.
+
+        names: the names of the blocks, each the parent of the next.
+        """
         return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> StoreLoad:
-        """Begin to read blocks of `block_bytes` bytes each, and return the StoreLoad.
+        """Begin to read blocks of `block_bytes` bytes each. Returns the StoreLoad, which tells how far reading is.
 
-        After close() nothing is read: the StoreLoad has ended already.
+        After close() nothing is read: the StoreLoad is finished, without blocks.
         """
         return self._begin(StoreLoad(), keys, block_bytes)
 
@@ -163,9 +173,10 @@ class StoreTier:
         return load
 
     def save(self, key: BlockKey, content: np.ndarray) -> bool:
-        """Queue a block to be written later. Returns True; False if it is dropped.
+        """Queue a block to be written later. Returns True, or False if the block is not queued.
 
-        It is dropped if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has failed.
+        It is not queued if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has
+        failed.
         """
         with self.lock:
             if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
@@ -198,10 +209,11 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` from now. Returns True; False, and counts it, if it has run out.
+        """Let a lease protect its blocks until `seconds` from now.
 
-        Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
-        before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
+        Returns True, or False if the lease had run out before. The counter `expired` of `counts` counts the leases
+        that had run out. Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease
+        then goes on as before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)
@@ -217,10 +229,13 @@ class StoreTier:
         self.store.leases.release(lease)
 
     def handed(self, lease: str, names: Sequence[str]) -> int:
-        """Number of blocks, from the first of `names` on, that the store has and that are pinned by a lease.
+        """How many of the first blocks in `names` another replica can rely on: stored, and protected by `lease`.
 
-        names: the blocks, each the parent of the next. Returns 0 for a lease that has run out, and counts it as
-        expired.
+        A lease protects blocks from eviction for a time. Returns 0 for a lease that has run out, and adds 1 to the
+        counter `expired`. A prefill replica calls this when it has saved a prompt's blocks for the replica that
+        generates.
+
+        names: the names of the blocks, each the parent of the next.
         """
         pinned = self.store.leases.names(lease)
         if pinned is None:
@@ -243,7 +258,10 @@ class StoreTier:
         self.report(what)
 
     def damaged(self, error: BlockFileError) -> None:
-        """Count a block that failed a check, and report the first."""
+        """Count a block that failed a check. The first one is also reported to the operator. Returns nothing.
+
+        error: what the check found.
+        """
         self.counts.corrupt += 1
         self.say("corrupt", f"a K/V block cannot be used and is computed: {error}; further ones are only counted")
 

@@ -17,9 +17,10 @@ from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
-    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers. Ops' sharding rules call it.
+    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers.
 
-    A lane's share of a tensor is the runs of columns, heads or experts that the lane holds.
+    run() calls the sharding rule of each op, a function that adds the op to this Program by the other methods. A lane's
+    share of a tensor is the runs of columns, heads or experts that the lane holds.
 
     Attributes:
         p: the whole Program.
@@ -63,8 +64,8 @@ class Lane:
     def add(self, op: Op, shares: list[Share] | None = None) -> None:
         """Append an op, its results and their views to the Program of this lane (one rank). Returns nothing.
 
-        shares: the columns of the op's only result that each lane holds, a list with an item a lane; None: results are
-        whole.
+        shares: if each lane computes only some columns of the op's result: a list with the columns of each lane. The op
+        must then have one result. None: this lane computes all columns of the results.
         """
         self.ops.append(op)
         for name, (shape, format) in op.shapes(self.tensors).items():
@@ -127,10 +128,11 @@ class Lane:
 
         Args:
             name: name of the stack.
-            stacks: indices of the matrices that this lane takes; empty: all.
+            stacks: numbers of the matrices that this lane takes; empty: all.
             parts: how each matrix is cut along `axis`: the rows or columns of every part. Empty: it is not cut.
             part: index in `parts` of the part that this lane takes.
-            axis: axis of the stack along which the matrices are cut.
+            axis: the axis of the whole stack along which its matrices are cut: 1 for rows, 2 for columns. Not used if
+                `parts` is empty.
 
         Raises LayoutError if a cut would split a group of a quantised weight.
         """
@@ -171,20 +173,23 @@ class Lane:
         return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
-        """Add a lane's part of a weight of `op` to the Program of this lane (one rank); returns its name there.
+        """Add this lane's part of a weight of `op` to the lane's Program. Returns the part's name in that Program.
 
         If other ops read the weight too, the name is made from the op's site (its name), since their parts may differ;
-        else it is `name`. shares: the indices along `axis` that each lane holds. Raises LayoutError if the cut would
-        split a group of a quantised weight.
+        else it is `name`. shares: for each lane (rank), the indices along `axis` that it holds. Raises LayoutError if
+        the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
 
     def whole(self, name: str) -> str:
-        """Make the whole operand `name` available to the Program of this lane (one rank); returns its name there.
+        """Make all columns and rows of the tensor `name` available to the Program of this lane (one rank).
 
-        For an operand that is split among the lanes, an all_gather into a new tensor is added, at the first call only.
-        A weight is added to the Program whole. Any other operand has its own name.
+        Returns the name under which ops of this lane read the whole tensor:
+
+        - Split among the lanes: an all_gather into the new tensor NAME.whole is added, at the first call only.
+        - A weight: it is added to this lane's Program; returns `name`.
+        - Anything else is whole on every lane already; returns `name`.
         """
         t = self.p.tensors[name]
         if t.role == "weight":
@@ -210,7 +215,8 @@ class Lane:
             x: name of the partial result.
             out: name of the sum.
             group: numbers of the lanes.
-            slots: number of column blocks of `x` that are also added to each other, see AllReduce.
+            slots: `x` has this many blocks of columns, each as wide as `out`; after the sum over ranks, the all_reduce
+                adds the blocks to each other. 1: `x` is as wide as `out`.
         """
         t = self.p.tensors[out]
         if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
@@ -223,15 +229,22 @@ class Lane:
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         """Append an all_gather that joins the columns of `x`, which are split among lanes, in `out`. Returns nothing.
 
-        site: site (name) of the new op. shares: the columns that each lane (rank) holds, a list with an item a lane.
-        width: number of columns of `out`.
+        Args:
+            site: site (name) of the new op.
+            x: name of the tensor of which each lane (rank) holds some columns.
+            out: name of the joined tensor.
+            shares: for each lane, the columns that it holds.
+            width: number of columns of `out`.
         """
         group = partners(shares, self.lane)
         assert is_partition(shares, width), f"{x} cannot be gathered from {shares}"
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
-        """Append the op to the Program of this lane (one rank) with whole operands: every lane computes all of it."""
+        """Append the op to the Program of this lane (one rank) with whole operands: every lane computes all of it.
+
+        Returns nothing.
+        """
         self.add(op.rename({name: self.whole(name) for name in op.inputs}))
 
     def add_split(self, op: Op, shares: list[Share]) -> None:
@@ -247,8 +260,10 @@ class Lane:
     def add_gathered(self, op: Op, shares: list[Share]) -> None:
         """Append an op whose result is split by columns among the lanes (ranks), and an all_gather of the whole result.
 
-        The gathered result has the name of the op's result, and the split one that name with ".part". shares: the
-        columns that each lane computes, a list with an item a lane. Returns nothing.
+        The gathered result has the name of the op's result, and the split one has this name with ".part". Returns
+        nothing.
+
+        shares: for each lane, the columns that it computes.
         """
         (out,) = op.outputs
         self.add(op.rename({out: f"{out}.part"}), shares)
@@ -307,11 +322,11 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = Fal
         share: the runs of indices along `axis` that the lane holds.
         axis: the axis that is cut.
         length: size of that axis.
-        each: only for a weight that is joined from several sources. True: `axis` is not the axis along which they are
-            joined, so every source is cut. False: `axis` is that axis.
+        each: only for a weight that is joined from several sources. True: they are joined along another axis than
+            `axis`, so every source is cut. False: they are joined along `axis`.
 
-    Raises LayoutError for a cut inside a block of the weight's format; and for several sources if `each` is False,
-    except for a cut of rows if the sources are parts of one tensor.
+    Raises LayoutError in two cases: the cut splits a block of the weight's format; or the sources are joined along
+    `axis` and cannot be divided. Only sources that are ranges of rows (see part_sizes()) can be divided.
     """
     if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
         ends, found = list(accumulate(rows)), list[str]()

@@ -106,14 +106,18 @@ def plan_heads(p: Program, op: Attend | AttendPooled, layout: Layout, plan: Plan
 
 
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
-    """Split the linears from which `x` is computed by columns: add their results to `plan` with `shares`.
+    """Add to `plan` a split by columns of the linears from which `x` is computed. Returns nothing.
 
     Each lane (rank) then computes only its own columns of `x`. The linears and `x` may be separated by ops that work on
     each column alone: elementwise ops, short convolutions, Permute and Moment. Nothing is added if `x` depends on
     results of any other op, if a linear's result is in the plan already or has another width than `x`, or if `x` has
-    fewer columns than there are lanes. Returns nothing.
+    fewer columns than there are lanes.
 
-    plan: {result: columns of each lane}; changed. shares: a list with the columns of each lane.
+    Args:
+        p: the whole Program.
+        x: name of the tensor.
+        shares: the columns of `x` that each lane computes.
+        plan: {name of a result: columns of each lane}; changed in place.
     """
     found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
@@ -136,10 +140,16 @@ def roots(
 
 
 def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
-    """Names of the linears' results from which tensor `name` is computed, as a set; None if roots() returns None.
+    """Compute the result of roots() for a tensor that is not in `found` yet.
 
-    roots() calls it for a tensor that is not in `found` yet; see there. found: results of roots() for tensors already
-    visited; new ones are added.
+    Returns the names of the linears' results from which the tensor is computed, as a set. None if it also depends on
+    the result of an op that is no linear, not elementwise and of none of the types `through`, or if no op computes it.
+
+    Args:
+        p: the Program.
+        name: name of the tensor.
+        through: types of ops, besides elementwise ones, whose operands are followed back.
+        found: results of roots() for tensors already visited; new ones are added.
     """
     op = p.producer(name)
     if isinstance(op, Linear):
@@ -159,9 +169,12 @@ def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
     """Make `plan` consistent for `out`, a linear's result that other ops read through views (ranges of its columns).
 
-    plan: {result: columns of each lane (rank)}; changed. If all views are in it, the views cover `out`, and no op reads
-    `out` itself, then `out` is added: each lane gets the columns that it has of the views. Otherwise `out` and its
-    views are removed, so that all of them stay whole. Nothing changes for a result without views.
+    If every view is in the plan, the views together cover `out`, and no op reads `out` itself, then `out` is added: a
+    lane (rank) computes those columns of `out` that its columns of the views stand for. If any of this is not so, `out`
+    and its views are removed from the plan, so that each lane computes all their columns. A result without views
+    changes nothing.
+
+    plan: {name of a result: columns of each lane}; changed in place. Returns nothing.
     """
     views = p.views(out)
     shares = joint(p, out, plan)

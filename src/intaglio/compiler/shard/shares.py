@@ -15,10 +15,10 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 
 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
-    """Divide `width` columns among lanes. Returns a list: for each lane, in order, a Share of one near-equal run.
+    """Divide `width` columns among `lanes` ranks. Returns a list with a tuple of one near-equal range for each rank.
 
-    Runs end at multiples of the first of `blocks` that divides `width` and gives every lane at least one block. If no
-    block does, runs end at any column.
+    Ranges end at multiples of the first of `blocks` that divides `width` and gives every rank at least one block. If no
+    block does, ranges end at any column.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [width // block * i // lanes * block for i in range(lanes + 1)]
@@ -26,17 +26,18 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a Share (tuple of one range) for each.
+    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a tuple of one range for each rank.
 
-    Ranges end at multiples of the first of these numbers that divides the columns and gives every rank some: the
-    format's block if that is above 128 values (K-quants: 256), then 128, 64, 32. If none does, they end at any column.
+    Ranges end at multiples of a block size where possible. The block size is the first of 128, 64 and 32 columns that
+    divides the number of columns and leaves at least one block for every rank. If none does, ranges end at any column.
+    For formats with blocks above 128 values (K-quants: 256), that block is tried first.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """The columns of shares of heads: a list with a Share (runs of column numbers) for each Share of head numbers.
+    """Convert shares of heads (tuples of ranges) to shares of columns. Returns a list with one share for each.
 
     by: columns of a head.
     """

@@ -29,10 +29,10 @@ def start_streams(w: Writer, altup: AltUp, x: str) -> list[str]:
 
 
 def end_streams(w: Writer, streams: list[str]) -> str:
-    """Add the ops that take the mean of the residual streams before the head. Returns its tensor's name [R, hidden].
+    """Add the ops that take the mean of the residual streams before the head. Returns the name of the mean [R, hidden].
 
-    Only rows whose logits are wanted are computed. Streams after the first are first projected, and scaled to the first
-    one's root mean square.
+    Only rows whose logits are wanted are computed. Every stream but the first is projected, and scaled so that it has
+    the root mean square of the first stream.
 
     Args:
         w: writes the ops.

@@ -120,7 +120,7 @@ class AltUp:
 
     Attributes:
         streams: number of streams.
-        active: number of the stream that layers compute.
+        active: index, from 0, of the one stream that layers compute.
         scaled: True if the active stream is multiplied by learned factors before the branch of per-layer inputs.
     """
 
@@ -205,15 +205,15 @@ class Hyper:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """A mixture of `count` experts of inner width `width`, of which each token uses `top`.
+    """A mixture of experts: sizes of the experts and the router, and names of their tensors in the checkpoint.
 
     Attributes:
         count: number of experts.
         top: experts per token.
         width: inner width of an expert.
-        sources: templates of the sources of gate, up and down, for source(); "" for the gate if experts have none, and
-            compute down(activation(up(x))).
-        biases: templates of the sources of their biases, or None.
+        sources: templates for source(): where the checkpoint has the weights of gate, up and down. The first is "" if
+            experts have no gate; an expert then computes down(activation(up(x))).
+        biases: templates for source(): where the checkpoint has the biases of gate, up and down; None: no biases.
         block: name of the module that holds the experts.
         router: name of the router's linear.
         router_bias: True if the router has a bias.
@@ -221,16 +221,17 @@ class Mixture:
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
         table: name of the table of the experts of each token id, for layers with `hashed`; they have no correction.
         route: further attributes of the op Route, by name.
-        glu: further attributes of the op Experts, by name, such as those of its activation.
+        glu: further attributes of the op Experts, by name, such as the limits of its gated activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
-        join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b).
-        latent: columns of x between the linears fc1_latent_proj and fc2_latent_proj, in which the routed experts
-            compute; 0: they compute on the columns of the residual.
-        latent_bias: True if these linears have biases.
-        factors: name of a vector with a factor for the weight of each expert; "": none.
+        join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b). Not used
+            if shared_gate is set: then the join is a + b * sigmoid(gate).
+        latent: width at which the routed experts compute: the linear fc1_latent_proj takes x to this width before them,
+            fc2_latent_proj takes their result back to `hidden` columns. 0: no such linears; the experts read x.
+        latent_bias: True if these two linears have biases.
+        factors: name of a vector [count] by which the router's weights of chosen experts are multiplied; "": none.
         beside: True if layers with experts have the dense MLP too. The two results, each normed, are added; the experts
             read the residual with a norm of their own, and the router reads it normed with the weight `router_scale`
             and divided by sqrt(hidden).
@@ -262,12 +263,13 @@ class Mixture:
     router_scale: str = ""
 
     def source(self, template: str) -> str:
-        """A text that says which checkpoint tensors hold the experts' weights, and how to cut them.
+        """Text that says where the checkpoint has the experts' weights: tensor names, and slices where needed.
 
-        program/source.py explains such texts. This one is the template with three marks replaced: `{run}` by the range
-        of expert numbers, such as `{0..7}`; `{i}` by the inner width of an expert; `{2i}` by twice that width.
+        The notation is explained in program/source.py. The result is `template` with three marks replaced. `{run}`
+        becomes the range of expert numbers, such as `{0..7}`. `{i}` becomes the inner width of an expert and `{2i}`
+        twice that width: bounds of slices, for checkpoints that store gate and up in one tensor.
 
-        template: one of `sources` or `biases`, such as "experts.{run}.up_proj.weight".
+        template: one of the attributes `sources` or `biases`, such as "experts.{run}.up_proj.weight".
         """
         run = f"{{0..{self.count - 1}}}"
         return template.replace("{run}", run).replace("{i}", str(self.width)).replace("{2i}", str(2 * self.width))
@@ -388,7 +390,11 @@ class Decoder:
 
     @property
     def head_source(self) -> str:
-        """Name of the output head's module in the checkpoint."""
+        """Name of the output head's module, such as lm_head, as a checkpoint that stores the head calls it.
+
+        A model whose head is tied to the embedding has the same name here, though its checkpoint may not have the
+        tensor.
+        """
         outer = "" if self.prefix.startswith("model.") else self.prefix.removesuffix("model.")
         return self.head or outer + "lm_head"
 
@@ -455,10 +461,15 @@ def window(c: Config, kind: str) -> int:
 
 
 def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """The arguments `layers` and `ropes` of Decoder, as a dict, for a model whose layers share one rope table.
+    """A dict {"layers": a tuple of Layers, "ropes": {"rope": the rope table}} of arguments for Decoder.
 
-    s: arguments of Decoder, as sizes() returns them. Windows follow the key layer_types. Raises PortError for settings
-    that are not supported.
+    All layers use the same rope table. A layer has an attention window if the config's key layer_types
+    says so. Raises PortError for settings that are not supported.
+
+    Args:
+        c: the config.
+        s: arguments of Decoder, as sizes() returns them; only head_dim is read.
+        context: positions of the Program.
     """
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
     return {"ropes": ropes, "layers": tuple(Layer(window=window(c, kind)) for kind in c.layer_types())}

@@ -107,14 +107,16 @@ class DeltaMixer:
             "fused": q, k, v and gate (z) in in_proj_qkvz, and b and a in in_proj_ba, each grouped by key head
             (Qwen3-Next). "separate": q_proj, k_proj and v_proj, each with a convolution of its own (q_conv1d), and
             g_proj (the gate), b_proj, a_proj and o_proj.
-        conv_rows: rows of the tensors q_conv1d, k_conv1d and v_conv1d, if a file divides the channels among them in
-            another way than q, k and v do; (): as q, k and v do. Only for stored="separate".
-        beta: factor of beta after the sigmoid; 2 lets a token overshoot what the state holds for its key.
+        conv_rows: numbers of rows of the tensors q_conv1d, k_conv1d and v_conv1d, if they differ from the numbers of
+            columns of q, k and v; (): they are equal. Only for stored="separate".
+        beta: factor of beta after the sigmoid. With 2, beta may exceed 1; the state's old value for a key then
+            enters the update with the opposite sign.
         gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
         by_key: True if each key column has a decay (f_proj), False if each head has one (a_proj).
         rank: columns between the two linears of the gate and of the decay (g_a_proj and g_b_proj, f_a_proj and
             f_b_proj; Kimi); 0: one linear each. Needs by_key.
-        floor: the least log decay, which a sigmoid then bounds (see Decay); 0: none.
+        floor: below 0: the log decay is floor * sigmoid(...), never below this value (see the op Decay); 0: it has no
+            lower bound.
         block: name of the block's module in a layer of the checkpoint.
     """
 

@@ -57,10 +57,10 @@ def write_dense(
 
 
 def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
-    """Add the ops that compute the value below which a gate's values are set to 0. Returns its tensor's name [rows, 1].
+    """Add the ops that compute, for each row, the limit below which a gate's values are set to 0.
 
-    It is mean + n * standard deviation of each row, with n the standard normal quantile of `sparsity` (gaussian top-k,
-    Gemma 3n).
+    The limit is mean + n * standard deviation of the row, with n the standard normal quantile of `sparsity` (gaussian
+    top-k, Gemma 3n). Returns the name of the tensor [rows, 1] with the limits.
 
     Args:
         w: writes the ops.
@@ -160,7 +160,10 @@ def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> st
 
 
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
-    """Add the ops of the shared expert, and join its result with the routed experts'. Returns the joined tensor's name.
+    """Add the ops of the shared expert, and the op that joins its result with the routed experts' result.
+
+    Returns the name of the joined tensor [T, hidden]: y + shared * sigmoid(gate) if the mixture has a gate for the
+    shared expert, else the expression `m.join` (usually the sum).
 
     Args:
         w: writes the ops.

@@ -334,21 +334,23 @@ def decay(
     w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0, width: int = 0,
     floor: float = 0.0,
 ) -> tuple[str, str]:  # fmt: skip
-    """Add the op Decay, which computes a recurrent block's step sizes dt and log decays -exp(A_log) * dt.
+    """Add the op Decay: dt = clamp(softplus(x + dt_bias)) and log decay = -exp(A_log) * dt, for a recurrent block.
 
-    Returns the names of both results' tensors, (dt, log decays), each [T, heads] or [T, width]. A_log and dt_bias are
-    read from the checkpoint.
+    Returns the names of two tensors, (dt, log decay). Both are as wide as x. A_log and dt_bias are read from the
+    checkpoint.
 
     Args:
         w: writes the op.
         at: prefix of the op's name in the Program.
         source: prefix of the tensors' names in the checkpoint.
-        step: name of the input tensor [T, heads]; dt is softplus(input + dt_bias).
+        step: name of x: [T, heads], or [T, width] if `width` is given.
         heads: number of heads.
         low: smallest dt; smaller ones become `low`.
         high: largest dt; larger ones become `high`; 0: no limit.
-        width: columns of the input, if the heads have several each; 0: one each. Then A_log may have any shape.
-        floor: the least log decay, below 0, which a sigmoid bounds; 0: none.
+        width: columns of x, if each head has several; 0: each head has one. With a width, A_log may have any shape of
+            `heads` values.
+        floor: if below 0, the log decay is floor * sigmoid(exp(A_log) * (x + dt_bias)) instead, which is never below
+            `floor`. 0: the formula above.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log" + ("|f" if width else ""), plain=True)
     bias = w.tensor(at + "dt_bias", (width or heads,), source + "dt_bias", plain=True)
@@ -372,7 +374,7 @@ def convolved(
         bias: True if the convolution has a bias.
         part: (first channel, number of channels that the module has in all), if only a part of the module's channels
             is used; None: all.
-        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
+        sources: texts that name the tensors that hold the weight (see program/source.py); (): the module's weight.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -394,7 +396,7 @@ def short_conv(
         bias: True if the convolution has a bias.
         part: (first channel, number of channels that the module has in all), if only a part of the module's channels
             is used; None: all.
-        sources: the tensors that hold the weight, in the notation of program/source.py; (): that of the module.
+        sources: texts that name the tensors that hold the weight (see program/source.py); (): the module's weight.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     found = sources or [f"{source}.weight|m" + (f"|r{cut}" if cut else "")]

@@ -37,17 +37,20 @@ class Table:
 
 
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
-    """The rope settings of layers of one attention type, as a Settings table in the form of the key `rope_parameters`.
+    """The rope settings of layers of one attention type, as a Settings table in the form of `rope_parameters`.
 
-    Older files have a key for the base and `rope_scaling` instead. If rope_scaling is set, it replaces rope_parameters,
-    as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling overrides single keys of the
-    table.
+    The settings come from rope_parameters and, in older files, from rope_scaling and a key for the base. If both tables
+    are there, transformers 5 is followed:
+
+    - rope_parameters is one table for all layers: rope_scaling replaces the whole table.
+    - rope_parameters has a table per attention type: the keys of rope_scaling override equal keys of the table of
+      `kind`.
 
     Args:
         c: the config.
         kind: the attention type, such as sliding_attention; "" if the config has the same settings for all layers.
-        theta: the config's key of the base in older files.
-        scaled: False if rope_scaling does not apply to these layers.
+        theta: the key under which older files have the base.
+        scaled: False if rope_scaling does not apply to these layers; it is then not used.
 
     Raises PortError for settings that are missing or wrong.
     """
@@ -128,11 +131,12 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 
 
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
-    """The rope Table for a Program of `context` positions.
+    """The rope Table (frequencies and attention factor) for a Program of `context` positions.
 
-    LongRoPE's long factors are chosen if `context` exceeds the pretrained length; dynamic NTK's base is that of a
-    sequence of `context` tokens. transformers chooses by the longest sequence in the batch. Then a sequence's logits
-    would depend on the batch, and keys written earlier would have other frequencies than later ones.
+    LongRoPE's long factors are chosen if `context` exceeds the pretrained length. Dynamic NTK's base is the base for a
+    sequence of `context` tokens. Here transformers differs: it chooses by the longest sequence in the batch. That
+    choice would make a sequence's logits depend on the batch, and would give earlier keys other frequencies than later
+    ones.
 
     Args:
         c: the config.
@@ -170,9 +174,11 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
 
 
 def _check_numbers(kind: str, p: Settings) -> None:
-    """Raise PortError for a setting that is no number above 0, or no list of them where a list is wanted.
+    """Raise PortError unless each rope setting is a finite number above 0, or for some keys a list of such numbers.
 
-    A setting that may be left out may also be null or 0, as in transformers.
+    A missing key passes. So does null or 0 for a number that the rope type does not need, as in transformers.
+
+    kind: the rope type, such as yarn. p: the rope settings.
     """
     needed = {"rope_theta", "partial_rotary_factor", *(NEEDED if kind in NEEDS else ())}
     for key in (key for key in ("rope_theta", "partial_rotary_factor", *NEEDED, *OPTIONAL, *LISTS) if key in p):
@@ -190,29 +196,33 @@ def _check_numbers(kind: str, p: Settings) -> None:
 def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
     """theta^(2i / dim) for each i < dim / 2, as a float32 array [dim / 2], correctly rounded.
 
-    It is within 1 ulp of torch's float32 result.
+    It is within 1 ulp of torch's float32 result. p: rope settings, as parameters() returns them; theta is rope_theta.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (float(p["rope_theta"]) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim)."""
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim).
+
+    p: rope settings; theta is rope_theta. c and context are not used: all functions for rope types have the same
+    arguments.
+    """
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor) of linear scaling, which divides frequencies by a factor.
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of linear scaling, which divides frequencies by a factor.
 
-    The frequencies are the unscaled ones divided by p["factor"]. The attention factor is 1.0.
+    The frequencies are the unscaled ones divided by p["factor"]. p: rope settings. c and context are not used.
     """
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 
 def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of dynamic NTK for sequences of `context` tokens.
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of dynamic NTK for sequences of `context` tokens.
 
-    Beyond max_position_embeddings the base is larger.
+    If `context` is above max_position_embeddings, the base is larger than the config's. p: rope settings.
     """
     length, factor = c.whole("max_position_embeddings"), float(p["factor"])
     stretch = factor * max(context, length) / length - (factor - 1)
@@ -220,9 +230,10 @@ def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of Llama 3's scaling.
+    """(rope frequencies f32 [dim / 2], attention factor 1.0) of Llama 3's scaling.
 
-    Low frequencies are divided by the scaling factor, high ones kept, those between interpolated.
+    Low frequencies are divided by the scaling factor, high ones are kept, and those between are interpolated. p: rope
+    settings. c and context are not used.
     """
     plain = np.float32(1) / powers(p, dim)
     factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -243,10 +254,11 @@ def mscale(factor: float, by: float = 1.0) -> float:
 
 
 def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
+    """(rope frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
 
-    Low frequencies are interpolated, high ones kept, those between two limits blended linearly. The limits are numbers
-    of rotations within the pretrained length (beta_fast 32, beta_slow 1).
+    Low frequencies are divided by the scaling factor, high ones are kept, and those between two limits are blended
+    linearly. The limits are numbers of rotations within the pretrained length; by default 32 (beta_fast) and 1
+    (beta_slow). p: rope settings. context is not used.
     """
     pretrained, base = p["original_max_position_embeddings"], float(p["rope_theta"])
     factor = float(p["factor"] or c.whole("max_position_embeddings") / pretrained)
@@ -270,11 +282,12 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
 
 
 def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024), with a divisor per pair of columns.
+    """(rope frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024).
 
-    Divisors are the config's long_factor if `context` exceeds the pretrained length, else its short_factor. The
-    attention factor is the config's; by default sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1.
-    Raises PortError for a wrong number of divisors.
+    The frequency of each pair of columns is divided by a number of its own. These divisors are the config's long_factor
+    if `context` exceeds the pretrained length, else its short_factor. The attention factor is the config's; by default
+    sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1. p: rope settings. Raises PortError for a wrong
+    number of divisors.
     """
     pretrained = p["original_max_position_embeddings"]
     short, long = p["short_factor"], p["long_factor"]
@@ -290,9 +303,10 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
 
 def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor 1) of Gemma 4's rope: only the first pairs of columns rotate.
+    """Frequencies and attention factor of Gemma 4's rope, as (f32 [dim / 2], 1.0).
 
-    Frequencies are computed for the whole width of a head and divided by the config's factor; the other pairs have 0.
+    Pair i of columns has the usual frequency base ** (-2 i / dim), divided by the setting `factor` (1 if missing). Only
+    the first partial_rotary_factor * dim / 2 pairs rotate; the other pairs have frequency 0.
     """
     turned = int(p["partial_rotary_factor"] * dim // 2)
     frequencies = np.float32(1) / powers(p, dim) / np.float32(p.get("factor") or 1.0)

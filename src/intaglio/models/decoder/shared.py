@@ -8,15 +8,18 @@ from intaglio.ops import Attend, Concat, KvWrite, Map
 
 
 def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
-    """Add the ops of the shared block before the mixer of layer `i`. Returns the name of x plus its result [T, hidden].
+    """Add the ops of the shared block (attention and MLP) that runs before the mixer of layer `i` (Zamba2).
+
+    Returns the name of the tensor [T, hidden] that holds x + the block's result.
 
     Args:
         w: writes the ops.
         s: description of the block.
         i: number of the layer.
-        layer: the layer's description, whose `shared` says which block and which use this is.
+        layer: the layer's description. Its attribute `shared` must be set: (layer whose names the block's weights have
+            in the checkpoint, number of earlier layers that run a shared block).
         x: name of the layer's input.
-        embedded: name of the tensor of embeddings, of the same shape.
+        embedded: name of the tensor of token embeddings, of the same shape as x.
     """
     assert layer.shared
     d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
@@ -70,10 +73,10 @@ def adapted(w: Writer, site: str, y: str, x: str, rows: int, cols: int, rank: in
         site: prefix of the ops' names in the Program.
         y: name of the result to which the adapter adds [T, rows].
         x: name of the input tensor [T, cols].
-        rows: columns of y.
-        cols: columns of x.
-        rank: columns between the adapter's two linears.
-        source: name in the checkpoint of the module that holds them, as 0 and 1.
+        rows: number of columns of y, and of rows of B.
+        cols: number of columns of x, and of A.
+        rank: number of rows of A, and of columns of B.
+        source: name in the checkpoint of the module that holds A and B, as 0 and 1.
     """
     if not rank:
         return y

@@ -108,10 +108,10 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4). Returns its tensor's name.
+    """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4).
 
-    branch = norm(proj(activation(gate(x)) * the layer's columns of `inputs`)), [T, hidden]. The caller adds it to the
-    residual.
+    Returns the name of the tensor [T, hidden] that holds norm(proj(activation(gate(x)) * the layer's columns of
+    `inputs`)). The caller adds this tensor to the residual.
 
     Args:
         w: writes the ops.
@@ -168,14 +168,15 @@ def _root(w: Writer, width: int, table: str) -> float:
 def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
     """Add the ops of one layer: attention or recurrent block, then the MLP, with their norms and residual additions.
 
-    Returns the name of the result's tensor [T, hidden]. A part that the layer does not have is left out.
+    Returns the name of the tensor [T, hidden] with the layer's result. A part that the layer does not have is left out.
 
     Args:
         w: writes the ops.
         i: number of the layer.
         layer: the layer's description.
         x: name of the tensor that the layer reads.
-        embedded: name of the tensor of embeddings, which a shared block reads; not used without one.
+        embedded: name of the tensor of token embeddings. Only layers that run a block shared by several layers (Zamba2)
+            read it.
     """
     start = read = x
     if layer.attention:
@@ -198,7 +199,7 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of its tensor.
+    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the sum's tensor name.
 
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
 
@@ -261,8 +262,8 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
 def _head(w: Writer, x: str) -> None:
     """Add the ops from the last layer to the sampled tokens: final norm, output head, softcap and sampling.
 
-    Models with a dense layer before the head get its ops too. Returns nothing; the outputs are named logits,
-    next_tokens and logprobs.
+    If the model has a dense layer before the head, the layer's ops are added too. Returns nothing; the outputs are
+    named logits, next_tokens and logprobs.
 
     Args:
         w: writes the ops.

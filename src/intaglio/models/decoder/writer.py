@@ -87,13 +87,15 @@ class Writer:
     def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
         """Add the column orders (GPTQ's act-order) of the experts' matrices as one i32 weight [experts, columns].
 
-        Returns the weight's name; None if the matrices have no such orders. All stacks in `sources` multiply the same
-        input, so their orders must be equal; raises PortError if they differ.
+        Returns the weight's name; None if the matrices have no such orders. All the matrices of an expert named here
+        multiply the same input, so their orders must be equal; raises PortError if they differ.
 
         Args:
             name: the weight's name.
             shape: (experts, columns).
-            sources: the sources of the stacks of matrices, such as those of gate and up, in Llama's names.
+            sources: for each kind of matrix, such as gate and up, a text that names the checkpoint's tensors of all
+                experts, such as "layers.0.mlp.experts.{0..7}.up_proj.weight". The names are Llama's; the port
+                translates them.
         """
         sources = tuple(map(self.d.source, sources))
         runs = [[self.order(n) for n in names(source)] for source in sources]
@@ -131,7 +133,9 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Add a tensor [rows of x, 1] whose rows all hold the one value of a checkpoint tensor. Returns its name.
+        """Add a tensor [rows of x, 1] that repeats the one value of a checkpoint tensor in every row.
+
+        Returns the name of the new tensor.
 
         Args:
             site: name of the op.
@@ -142,16 +146,19 @@ class Writer:
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False, shared: str = "") -> str:
-        """Add a linear: x times a module's weight transposed, plus its bias if any. Returns the result's tensor name.
+        """Add a linear: x times a module's weight [rows, cols] transposed, plus its bias if any.
+
+        Returns the name of the result tensor [T, rows].
 
         Args:
             site: name of the op.
             x: name of the input tensor [T, cols].
-            rows: columns of the result.
-            cols: columns of x.
+            rows: rows of the weight.
+            cols: columns of the weight and of x.
             source: name of the module in the checkpoint, in Llama's terms.
             bias: True if the module has a bias.
-            shared: site that names the weight and the bias, if several linears have the same; "": `site`.
+            shared: op name from which the weight and the bias get their names, if several linears use the same ones;
+                "": from `site`.
         """
         w = self.weight(shared or site, "weight", (rows, cols), source)
         b = self.weight(shared or site, "bias", (rows,), source) if bias else None
@@ -159,12 +166,14 @@ class Writer:
         return self.b.op(Linear, site, x, w, bias=b, x_format=self.x_format(w))
 
     def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
-        """Add a linear whose weight is joined from parts of one module's weight. Returns the result's tensor name.
+        """Add a linear whose weight is joined from parts of one module's weight.
+
+        Returns the name of the result tensor [T, rows].
 
         Args:
             site: name of the op.
             x: name of the input tensor [T, hidden].
-            rows: rows of all parts together: columns of the result.
+            rows: number of rows of all parts together.
             sources: the parts, in the notation of program/source.py.
         """
         found = [self.d.source(source) for source in sources]
@@ -206,7 +215,7 @@ class Writer:
             width: number of the norm's weights.
             source: name of the norm's module in the checkpoint.
             group: columns of each group that is normed by itself; 0: the whole row.
-            shared: site that names the weight, if several norms have the same; "": `site`.
+            shared: op name from which the weight gets its name, if several norms use the same weight; "": from `site`.
         """
         d, held = self.d, shared or site
         w = self.weight(held, "weight", (width,), source) if d.norm_weight else None

@@ -50,7 +50,7 @@ def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of an MLX checkpoint, embedding tables included, as {name: Coded}.
 
     weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no
-    biases. All keep their codes; those of 2 and 3 bits take 4 in memory, and those of 5 and 6 bits 8.
+    biases. All matrices keep their codes. In memory, codes of 2 and 3 bits take 4 bits, codes of 5 and 6 bits take 8.
 
     q: the quantisation settings; settings of single modules are in a table under the module's name. Raises PortError
     for other types or sizes, and for an unknown mode.
@@ -149,15 +149,17 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: (code - zero) * scale.
+    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: value = (code - zero) * scale. {} if none.
 
-    Values that share a scale lie along a row for axis 1, along a column for axis 0. Matrices of axis 0 become bf16 on
-    reading; those of axis 1 stay quantised where groups fit into rows. The grouped matrix is divided into several runs
-    of rows. A word of W_q holds one code from each run, the first run's in the highest bits. {} if nothing is
-    quantised.
+    With HQQ's axis 1 the values that share a scale lie along a row. Such a matrix stays quantised if a group length of
+    at least 32 divides both the number of columns and the number of values that share a scale. All other matrices, such
+    as those of axis 0, become bf16 when read.
 
-    stored: the checkpoint's tensors. q: the quantisation settings. Raises PortError for scales that are quantised too,
-    an incomplete state, and an unknown packing.
+    HQQ packs the codes into the words of W_q. It divides the rows of its table of codes into n equal runs, where n is
+    the number of codes in a word. A word has one code from each run, the first run's in the highest bits.
+
+    stored: the checkpoint's tensors. q: the quantisation settings; not read. Raises PortError for scales that are
+    quantised too, an incomplete state, and an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):

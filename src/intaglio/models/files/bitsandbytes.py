@@ -35,8 +35,9 @@ def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of a bitsandbytes checkpoint, as {name of the weight: Coded}.
 
     LLM.int8: I8 codes [N, K] times SCB / 127 of the row, kept as int8rowf32. NF4 and FP4: codes are kept, in format
-    nf4gN or fp4gN with groups of N values. A matrix becomes bf16, rounded to nearest, in two cases: its codebook is not
-    the usual one, or no group length fits both its rows and its blocks (see run_within()).
+    nf4gN or fp4gN with groups of N values. An NF4 or FP4 matrix becomes bf16, rounded to nearest, in two cases: its
+    codes stand for other values than the usual ones, or no group length of at least 32 divides both the number of
+    columns and the number of values that share a scale.
 
     Args:
         stored: contents of the checkpoint's files.

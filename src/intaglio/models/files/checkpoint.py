@@ -69,9 +69,10 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """A list with a note for the user if decoded matrices take much more memory than the files; else [].
+    """A list with one note for the user if decoding makes matrices at least 1 GiB larger than in the files; else [].
 
-    These are matrices whose codes no format here holds, so that they become f32, f16 or bf16.
+    Counted are the quantised matrices that become f32, f16 or bf16 when read, because Intaglio has no number format for
+    their codes.
     """
     wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
     stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})
@@ -93,10 +94,10 @@ class Checkpoint:
 
     Attributes:
         path: the folder or GGUF file.
-        config: config.json, or the metadata of a GGUF file in its form.
-        entries: each tensor's place in the files.
-        coded: quantised matrices, by the name they have without quantisation.
-        taken: names of the entries that quantised matrices are made of.
+        config: the contents of config.json; for a GGUF file, its metadata translated into the keys of config.json.
+        entries: {name of a stored tensor: its place in the files}.
+        coded: {name that a quantised matrix has without quantisation: how it is stored and decoded}.
+        taken: names of the stored tensors that belong to quantised matrices, such as their codes and scales.
         found: which files were read and which were not.
         quantisation: settings that say how matrices are quantised.
         quantised_by: the file and key that have these settings; "": none.
@@ -157,7 +158,10 @@ class Checkpoint:
 
     @property
     def unlisted(self) -> list[str]:
-        """A list of the names of the weight files in the folder that are not read."""
+        """A sorted list of the names of the folder's *.safetensors files that are not read.
+
+        A file is not read if the index, or whatever else decides which files are read, does not name it.
+        """
         return self.found.unlisted
 
     @property
@@ -185,7 +189,10 @@ class Checkpoint:
         return self.entry(name).dtype
 
     def format(self, name: str) -> str:
-        """The number format of a tensor after reading; "" if there is none for its stored type."""
+        """The number format of the value that read() returns, such as bf16 or a quantised format.
+
+        "" if the file stores a type that cannot be read. Raises CheckpointError if there is no tensor of that name.
+        """
         return self.coded[name].format if name in self.coded else PLAIN.get(self.dtype(name), "")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -201,7 +208,11 @@ class Checkpoint:
         return self.coded[name].order if name in self.coded else ""
 
     def read(self, name: str) -> Value:
-        """The tensor as a read-only view of the file; a quantised matrix as codes and scales, or decoded to bf16.
+        """The values of a tensor.
+
+        - Not quantised: a read-only view of the file.
+        - Quantised, and Intaglio has a format for its codes: a Quantised with codes and scales.
+        - Any other quantised matrix: a decoded array, usually bf16. The method format() tells the format.
 
         Raises CheckpointError if there is no such tensor, or its type cannot be read.
         """
@@ -241,9 +252,9 @@ class Checkpoint:
         return name in self.coded or self.dtype(name) in DTYPES
 
     def equal(self, a: str, b: str) -> bool:
-        """True if two tensors hold equal values, whatever their types. Quantised ones never count as equal.
+        """True if the tensors named `a` and `b` hold equal values, whatever their types.
 
-        The tensors are read in runs, up to the first difference.
+        Quantised tensors never count as equal. The tensors are read in runs, up to the first difference.
         """
         if a in self.coded or b in self.coded or self.shape(a) != self.shape(b):
             return False

@@ -33,14 +33,14 @@ class Part:
     each: int = 1
 
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
-        """The part of the stored tensor that some rows of the matrix need, as a view.
+        """A view of the part of a stored tensor from which some rows of the matrix can be decoded.
 
-        That is the whole tensor if the attribute `axis` is None, as every row then needs all of it.
+        An index of the tensor's axis `self.axis` stands for `self.each` rows of the matrix. If self.axis is None, all
+        rows need the whole tensor, and `x` itself is returned.
 
         Args:
             x: the stored tensor.
-            rows: the matrix rows. Start and stop must be multiples of the attribute `each`, the number of matrix rows
-                for an index of that axis; stop may also be the number of rows.
+            rows: the matrix rows. Start and stop must be multiples of self.each; stop may also be the number of rows.
         """
         if self.axis is None:
             return x
@@ -55,10 +55,11 @@ class Coded:
         format: number format of the decoded matrix.
         shape: shape of the decoded matrix.
         parts: the stored tensors by name, and how each maps to the rows.
-        decode: function from a Reader to decoded rows. The Reader gives, for each part, the values of the same rows.
+        decode: function that returns some rows, decoded. Its argument is a function from the name of a part to the
+            part's values for these rows.
         turned: True if the arrays stand for the transposed matrix, as in formats.Quantised.
         whole: number of rows that can only be decoded together.
-        order: name of the act-order permutation of the columns (g_idx), or "".
+        order: name of the act-order permutation of the columns (g_idx); "": none.
     """
 
     format: str
@@ -71,7 +72,7 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """Number of rows such that a partial read must start and stop at multiples of it, or at the matrix's end."""
+        """A number of rows: a partial read must start and stop at multiples of this number, or at the matrix's end."""
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
@@ -108,9 +109,12 @@ def bases(stored: Stored, suffix: str) -> list[str]:
 
 
 def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
-    """(scales broadcast to [..., N, groups], group size) for a format with one scale per row.
+    """(scales broadcast to [..., N, groups], number of values in a group) for a format with one scale per row.
 
-    scales: one per row, or one for the whole matrix.
+    Args:
+        scales: one per row, or one for the whole matrix.
+        shape: shape of the matrix, [..., N, K].
+        format: name of the format.
     """
     group = formats.get(format).group_of(shape[-1])
     by_row = (
@@ -198,7 +202,13 @@ def words_of(count: int, bits: int) -> tuple[int, ...]:
 
 
 def scaled_format(kind: str, group: int, dtype: str) -> str:
-    """Name of the integer format `kind` with groups of `group` and scales stored as `dtype`."""
+    """Name of an integer format, such as int4g32f16 for kind int4, group 32 and scales in F16.
+
+    Args:
+        kind: name of the codes' format, such as int4 or uint8.
+        group: columns that share a scale; -1: the whole row.
+        dtype: stored type of the scales.
+    """
     run = "row" if group == ROW else f"g{group}"
     return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
 
@@ -215,7 +225,7 @@ def run_within(columns: int, block: int) -> int:
 
 
 def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales by block, repeated to scales by group of columns: an array [N, K / group].
+    """Convert scales of blocks to scales of groups of columns, by repeating them. Returns an array [N, K / group].
 
     Args:
         values: a scale (or zero) for each block of `block` consecutive values of the flattened matrix, in order.

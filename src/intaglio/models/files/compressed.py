@@ -65,9 +65,9 @@ class Scheme:
 
     @classmethod
     def read(cls, name: str, group: Mapping[str, Any]) -> Scheme | None:
-        """The Scheme of an entry of config_groups; None if it quantises no weights.
+        """The Scheme of an entry of config_groups; None if the entry quantises no weights.
 
-        Raises PortError if it is not supported.
+        name: the entry's name, for errors. group: its settings. Raises PortError if they are not supported.
         """
         at = f"config.json: quantization_config.config_groups.{name}"
         if not isinstance(group, Mapping):
@@ -105,7 +105,8 @@ class Scheme:
 def _usual_strategy(w: Mapping[str, Any]) -> str:
     """The strategy of a scheme that names none, chosen as compressed-tensors' QuantizationArgs does.
 
-    "block" with a block_structure; "tensor" without a group_size; "group" for a group_size above 0; "channel" for -1.
+    It is "block" if there is a block_structure; otherwise "tensor" without a group_size, "group" for a group_size above
+    0, and "channel" for -1. w: the settings for weights of an entry of config_groups.
     """
     group = w.get("group_size")
     return "block" if w.get("block_structure") else "tensor" if group is None else "group" if group > 0 else "channel"
@@ -148,7 +149,10 @@ def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _check(q: Mapping[str, Any]) -> None:
-    """Raise PortError for settings that change the meaning of codes in a way that is not supported; return nothing."""
+    """Raise PortError for settings that change the meaning of codes in a way that is not supported. Returns nothing.
+
+    q: the quantisation settings.
+    """
     named = str(q.get("format") or "")
     if named.startswith(UNREAD_FORMATS):
         raise PortError(
@@ -196,8 +200,8 @@ def _mxfp4_rows(stored: Stored, base: str) -> Coded:
 def _mxfp6_rows(stored: Stored, base: str) -> Coded:
     """The MXFP6 matrix (Coded) of module `base`, kept as FP8: E4M3 can represent each value of E2M3.
 
-    weight_packed U8 [N, 3 K / 4] has four E2M3 codes in three bytes, weight_scale U8 [N, K / 32] exponents of powers of
-    two.
+    Two stored tensors make it up: weight_packed U8 [N, 3 K / 4], with four E2M3 codes in three bytes, and weight_scale
+    U8 [N, K / 32], with exponents of powers of two.
     """
     packed, scale = base + ".weight_packed", base + ".weight_scale"
     n, bytes = stored.shapes[packed]
@@ -228,8 +232,10 @@ def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: di
         stored: contents of the checkpoint's files.
         base: the module's name.
         s: bits, group size and symmetry.
-        known: column orders found so far, for find_order(), which adds this matrix's order.
-        out: the checkpoint's decoded tensors by name; find_order() adds this matrix's column order.
+        known: {bytes of a tensor g_idx: name of the column order made from it}, of the matrices so far. If this matrix
+            has a new column order, the order is added.
+        out: {name: Coded} of all matrices and column orders of the checkpoint so far. If this matrix has a tensor
+            g_idx, its column order is added.
     """
     bits, group = s.bits, s.group
     packed = base + ".weight_packed" in stored.dtypes

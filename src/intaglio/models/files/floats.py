@@ -97,9 +97,10 @@ def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: b
 
 
 def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
-    """The MXFP4 matrix (Coded) of `codes`, U8 [N, K / 2] with two E2M1 a byte, and `scale`, [N, K / 32] powers of 2.
+    """The MXFP4 matrix (Coded) whose codes and scales are the stored tensors named `codes` and `scale`.
 
-    Raises PortError for other shapes of the scales.
+    codes: U8 [N, K / 2], two E2M1 codes in each byte. scale: [N, K / 32], powers of two. Raises PortError for other
+    shapes of the scales.
     """
     n, half = stored.shapes[codes]
     if stored.shapes[scale] != (n, -(-half // 16)):

@@ -32,10 +32,10 @@ class Found:
     """The tensors of a folder, and the files that they come from.
 
     Attributes:
-        entries: each tensor's place, by name.
+        entries: {name of a tensor: its place}.
         said_by: name of the file that decided which files are read: an index, or the only file.
-        unlisted: weight files that are not read.
-        absent: tensors that an index lists and no file holds, with the file that it names for them.
+        unlisted: names of *.safetensors files that are not read.
+        absent: {name of a tensor that the index lists but no file holds: the file that the index names for it}.
         copies: the places of further equal copies of tensors, as (name, place).
         notes: notes for the user about ignored or unusual files.
     """
@@ -74,11 +74,11 @@ def find_files(path: Path, config: Mapping[str, Any]) -> Found:
 def deciding_file(
     config: Mapping[str, Any], has: Callable[[str], bool], read: Callable[[str], Mapping[str, Any]]
 ) -> str | None:
-    """Name of the file that holds the tensors, or of the index (*.index.json) that lists the files that do.
+    """Name of the file that holds the tensors, or of the index (*.index.json) that lists the files that hold them.
 
-    transformers' order: the file that `transformers_weights` of the config names; model.safetensors, unless the index
-    lists it as one of several shards; the index model.safetensors.index.json. None if none of them is there;
-    find_files() then takes the only safetensors file.
+    It is the first of these that the checkpoint has, as in transformers: the file that `transformers_weights` of the
+    config names; model.safetensors, unless the index lists it as one of several shards; model.safetensors.index.json.
+    None if it has none; find_files() then takes the only safetensors file.
 
     Args:
         config: the checkpoint's config.json.

@@ -91,9 +91,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, name: str, item: Any, base: int, size: int) -> Entry:
-    """The Entry of one item of a header. Raises CheckpointError if it is damaged or lies outside the file.
+    """The Entry (place, dtype and shape) of one tensor in a header.
 
-    base: file offset of the data. size: bytes of the file.
+    Args:
+        path: the file.
+        name: name of the tensor, for errors.
+        item: the header's value for the tensor.
+        base: offset in the file at which the tensors' data begin.
+        size: bytes of the file.
+
+    Raises CheckpointError if the item is damaged or its data lie outside the file.
     """
     try:
         dtype, shape = str(item["dtype"]), tuple(int(d) for d in item["shape"])

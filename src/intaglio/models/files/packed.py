@@ -46,8 +46,13 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
     qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G, N];
     g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4.
 
-    q: the quantisation settings; its key `dynamic` overrides bits and group_size for modules whose names match a
-    pattern. extra: settings of single modules, as in AutoRound's extra_config. Raises PortError for other layouts.
+    Args:
+        stored: contents of the checkpoint's files.
+        q: the quantisation settings; its key `dynamic` overrides bits and group_size for modules whose names match a
+            pattern.
+        extra: settings of single modules, as in AutoRound's extra_config; None: none.
+
+    Raises PortError for other layouts.
     """
     version = q.get("checkpoint_format") or q.get("format") or "gptq"
     version = "marlin" if q.get("is_marlin_format") else version
@@ -89,9 +94,10 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
 def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
     """Raise PortError unless all zero points of a matrix of 3-bit codes are 4, as symmetric quantisation gives.
 
-    Only that case is certain in the first version of GPTQ's format. Programs changed the zero points before storing
-    them: AutoGPTQ subtracted 1 from each, GPTQModel subtracted constants from whole 32-bit words. For 3 bits the
-    results differ, and a file does not say which it has. The check accepts words that either program stores for 4.
+    Programs changed zero points before they stored them in the first version of GPTQ's format: AutoGPTQ subtracted 1
+    from each, GPTQModel subtracted constants from whole 32-bit words. For 3 bits the stored words differ, and a file
+    does not say which program wrote it. So only a zero point of 4 can be recognised: each program has one word pattern
+    for it, and this check accepts the two patterns.
 
     Args:
         stored: the checkpoint's tensors.
@@ -171,8 +177,14 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
     """The AWQ matrices of a checkpoint, as {name: Coded}: 4- or 8-bit codes packed along N into int32 words.
 
     Codes in a word are ordered by AWQ_ORDERS. qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16 [G,
-    N]. q: the quantisation settings. extra: settings of single modules, as in AutoRound's extra_config. Raises
-    PortError for a layout that is not supported.
+    N].
+
+    Args:
+        stored: contents of the checkpoint's files.
+        q: the quantisation settings.
+        extra: settings of single modules, as in AutoRound's extra_config; None: none.
+
+    Raises PortError for a layout that is not supported.
     """
     usual, version = q.get("bits") or q.get("w_bit"), str(q.get("version") or "gemm")
     if version.lower() not in AWQ_VERSIONS or q.get("zero_point") is False:
@@ -256,6 +268,8 @@ def _add(
 ) -> None:  # fmt: skip
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
+    Returns nothing.
+
     Args:
         stored: contents of the checkpoint's files.
         base: the module's name.
@@ -265,8 +279,9 @@ def _add(
         codes: function from a Reader to the codes.
         zeros: function from a Reader to the zeros.
         parts: the stored tensors that these functions read, by the ends of their names.
-        known: column orders found so far, for find_order(), which adds this matrix's order.
-        out: the checkpoint's decoded tensors by name.
+        known: {bytes of a tensor g_idx: name of the column order made from it}, of the matrices so far; a new one is
+            added.
+        out: {name: Coded} of all matrices and column orders so far; this matrix and its column order are added.
 
     Raises PortError for a column order with groups of other sizes.
     """

@@ -67,9 +67,9 @@ def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, 
 
 
 def method_of(q: Settings, where: str) -> str:
-    """The quantisation method: one of METHODS, or "modelopt"; "" if no matrices are quantised.
+    """The quantisation method of the settings `q`: one of METHODS, or "modelopt"; "" if no matrices are quantised.
 
-    Raises PortError, naming the method, for any other.
+    Raises PortError, naming the method, for any other. where: file and key of the settings, for the error.
     """
     if not q:
         return ""

@@ -17,12 +17,15 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(*families: Family) -> None:
-    """Add rows to the table, replacing rows of the same architecture. Returns nothing."""
+    """Add ports (Families) to the table of ports by architecture. A port of the same architecture is replaced.
+
+    Returns nothing.
+    """
     _FAMILIES.update((family.architecture, family) for family in families)
 
 
 def families() -> dict[str, Family]:
-    """A dict from an architecture's name in config.json to its Family, those of plugins included.
+    """A dict from an architecture's name in config.json to its Family (port). Families of plugins are included.
 
     Raises PluginError for a plugin that cannot be imported.
     """

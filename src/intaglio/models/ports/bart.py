@@ -57,7 +57,7 @@ def sinusoid(width: int) -> tuple[float, ...]:
 def bart(c: Config, context: int) -> Decoder:
     """The Decoder that describes BART's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     return Decoder(**fields(c))
 
@@ -65,7 +65,7 @@ def bart(c: Config, context: int) -> Decoder:
 def mvp(c: Config, context: int) -> Decoder:
     """The Decoder that describes MVP's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for settings that are not ported.
+    Raises PortError for settings that are not ported. context: positions of the Program.
     """
     c.refuse("use_prompt", why="prompts that precede the keys of each layer are not ported")
     return bart(c, context)
@@ -74,7 +74,7 @@ def mvp(c: Config, context: int) -> Decoder:
 def trocr(c: Config, context: int) -> Decoder:
     """The Decoder that describes TrOCR's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for settings that are not ported.
+    Raises PortError for settings that are not ported. context: positions of the Program.
     """
     if not c.flag("use_learned_position_embeddings"):
         raise PortError(
@@ -87,17 +87,19 @@ def trocr(c: Config, context: int) -> Decoder:
 
 
 def blenderbot_small(c: Config, context: int) -> Decoder:
-    """The Decoder for Blenderbot-Small, from config.json: embeddings are normed before positions are added.
+    """The Decoder that describes Blenderbot-Small's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Embeddings are normed before positions are added. Raises PortError for missing or wrong settings. context: positions
+    of the Program.
     """
     return Decoder(**fields(c, offset=0), embed_norm_first=True)
 
 
 def marian(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Marian, from config.json: sinusoids, no norm of the embeddings.
+    """The Decoder that describes Marian's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    It has sinusoidal positions, and no norm of the embeddings. Raises PortError for missing or wrong settings. context:
+    positions of the Program.
     """
     s = fields(c) | {"positions": 0, "embed_norm": ""}
     s["vocabulary"] = c.whole("decoder_vocab_size", s["vocabulary"])
@@ -105,7 +107,7 @@ def marian(c: Config, context: int) -> Decoder:
 
 
 def before(c: Config, offset: int = 0) -> dict[str, Any]:
-    """Arguments of Decoder, as a dict, for models with norms before the branches and at the end.
+    """Arguments of Decoder, as a dict, for models with norms before attention, before the MLP and after the last layer.
 
     Their embeddings are not normed. offset: row of position 0 in the table of learned positions. Raises PortError for a
     model with an encoder.
@@ -118,7 +120,7 @@ def before(c: Config, offset: int = 0) -> dict[str, Any]:
 def mbart(c: Config, context: int) -> Decoder:
     """The Decoder that describes mBART's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     return Decoder(**before(c, OFFSET) | {"embed_norm": "layernorm_embedding"})
 
@@ -126,7 +128,7 @@ def mbart(c: Config, context: int) -> Decoder:
 def blenderbot(c: Config, context: int) -> Decoder:
     """The Decoder that describes Blenderbot's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     return Decoder(**before(c))
 
@@ -134,7 +136,7 @@ def blenderbot(c: Config, context: int) -> Decoder:
 def pegasus(c: Config, context: int) -> Decoder:
     """The Decoder that describes Pegasus's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     s = before(c) | {"positions": 0}
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
@@ -143,7 +145,7 @@ def pegasus(c: Config, context: int) -> Decoder:
 def bigbird_pegasus(c: Config, context: int) -> Decoder:
     """The Decoder that describes BigBird-Pegasus's decoder, from config.json, without attention to an encoder.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     bias = c.flag("use_bias")
     s = before(c) | {"qkv_bias": bias, "o_bias": bias}

@@ -57,9 +57,9 @@ def encoder(c: Config) -> dict[str, Any]:
 
 
 def git(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GIT: a BERT without token types that is always causal; images are not ported.
+    """The Decoder that describes GIT's text decoder, from config.json: a causal BERT without token types.
 
-    Raises PortError for missing or wrong settings.
+    Images are not ported. Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     c.table["is_decoder"] = True
     s = encoder(c) | {"head_dense": 0, "token_types": 0}
@@ -67,9 +67,10 @@ def git(c: Config, context: int) -> Decoder:
 
 
 def numbered(c: Config) -> None:
-    """Lower the config's max_position_embeddings by pad_token_id + 1, the number of rows before position 0.
+    """Subtract pad_token_id + 1 from the config's max_position_embeddings. Changes `c` in place and returns nothing.
 
-    Changes `c` in place. Raises PortError if no position is left.
+    For models such as RoBERTa: position 0 has row pad_token_id + 1 of the table of position embeddings, and the rows
+    before it are not used. Raises PortError if no position is left.
     """
     rows, first = c.whole("max_position_embeddings"), int(c.get("pad_token_id", 0)) + 1
     if first >= rows:
@@ -114,17 +115,19 @@ def big_bird(c: Config, context: int) -> Decoder:
 
 
 def bert_generation(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BertGeneration, from config.json: no token types, no dense layer before the head.
+    """The Decoder that describes BertGeneration, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It is a BERT without token types, and without a dense layer before the head. Raises PortError for missing or wrong
+    settings.
     """
     return Decoder(**encoder(c) | {"head_dense": 0, "token_types": 0}, head=LM, sources={**NAMES, **AFTER, **LM_HEAD})
 
 
 def megatron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Megatron-BERT, from config.json: norms before the branches and at the end.
+    """The Decoder that describes Megatron-BERT, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It has norms before attention, before the MLP and after the last layer. Raises PortError for missing or wrong
+    settings.
     """
     s = encoder(c) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     sources = {**NAMES, "attention_norm": "attention.ln", "mlp_norm": "ln", "norm": "encoder.ln", **CLS_HEAD}
@@ -134,7 +137,7 @@ def megatron(c: Config, context: int) -> Decoder:
 def electra(c: Config, context: int) -> Decoder:
     """The Decoder that describes Electra's generator, whose embeddings may be narrower than the model.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     s, width = encoder(c), c.whole("embedding_size")
     s |= {"head_dense": width, "head_activation": "gelu", "embed_width": width if width != s["hidden"] else 0}
@@ -146,9 +149,10 @@ def electra(c: Config, context: int) -> Decoder:
 
 
 def rembert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RemBERT, from config.json: embedding and head have widths of their own.
+    """The Decoder that describes RemBERT, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    The embedding and the output head are of other widths than the layers. Raises PortError for missing or wrong
+    settings.
     """
     s = encoder(c) | {"embed_width": c.whole("input_embedding_size"), "head_dense": c.whole("output_embedding_size")}
     sources = {
@@ -159,9 +163,10 @@ def rembert(c: Config, context: int) -> Decoder:
 
 
 def roformer(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoFormer, from config.json: queries and keys are rotated, pairs interleaved.
+    """The Decoder that describes RoFormer, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    It has rope on queries and keys (style interleaved) in place of learned positions. Raises PortError for settings
+    that are not ported.
     """
     c.refuse("rotary_value", why="values are not rotated here")
     s, width = encoder(c) | {"positions": 0}, c.get("embedding_size") or c.whole("hidden_size")
@@ -175,9 +180,11 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tuple (arguments of Decoder without `sources`, `sources`) for models such as RoBERTa, as two dicts.
+    """Two dicts for models such as RoBERTa: (arguments of Decoder, the further argument `sources`).
 
-    Their position ids begin at pad_token_id + 1. Raises PortError for missing or wrong settings.
+    `sources` maps parts of Llama's tensor names to the checkpoint's. Callers add to it, so it is a dict of its own. Its
+    entry for the position embeddings starts at row pad_token_id + 1, where these models have position 0. Raises
+    PortError for missing or wrong settings.
     """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1
@@ -194,9 +201,10 @@ def roberta(c: Config, context: int) -> Decoder:
 
 
 def roberta_prelayernorm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json: norms before the branches and at the end.
+    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json, for up to `context` positions.
 
-    Raises PortError unless the config sets is_decoder.
+    It has norms before attention, before the MLP and after the last layer. Raises PortError unless the config sets
+    is_decoder.
     """
     s, sources = counted(c)
     sources |= {"attention_norm": "attention.LayerNorm", "mlp_norm": "intermediate.LayerNorm", "norm": "LayerNorm"}
@@ -204,9 +212,10 @@ def roberta_prelayernorm(c: Config, context: int) -> Decoder:
 
 
 def xlm_roberta_xl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XLM-RoBERTa-XL: norms before the branches and a final one, but none on embeddings.
+    """The Decoder that describes XLM-RoBERTa-XL, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It has norms before attention, before the MLP and after the last layer, but none on the embeddings. Raises PortError
+    for missing or wrong settings.
     """
     s, sources = counted(c)
     sources |= {

@@ -25,8 +25,9 @@ MPT = {
 def slopes(heads: int) -> tuple[float, ...]:
     """A tuple of each head's ALiBi slope, as BLOOM and Falcon order them.
 
-    They are a geometric series if the number of heads is a power of 2. Otherwise the series of the next lower power is
-    followed by every second slope of the next higher one's. Computed in float32, as transformers does.
+    For n heads, n a power of 2, the slopes are the geometric series of n values with ratio and first value 2 ** (-8 /
+    n). For another number of heads the tuple has the series of the next lower power of 2, then every second value of
+    the series of the next higher power of 2, as many as are missing. Computed in float32, as transformers does.
     """
     whole = 2 ** math.floor(math.log2(heads))
 

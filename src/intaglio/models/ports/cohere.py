@@ -52,7 +52,7 @@ def cohere2_moe(c: Config, context: int) -> Decoder:
 
     Layers with a window have rope, those with full attention have none. If the config's
     prefix_dense_sliding_window_pattern is 1, the layers with a dense MLP have rope as well. Raises PortError for
-    settings that are not ported.
+    settings that are not ported. context: positions of the Program.
     """
     n, dense = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 0))
     prefix, every = c.whole("prefix_dense_sliding_window_pattern"), c.whole("sliding_window_pattern")
@@ -91,7 +91,8 @@ def cohere2_moe(c: Config, context: int) -> Decoder:
 def compass(c: Config, context: int) -> Decoder:
     """The Decoder for the text model of Cohere's vision models.
 
-    Layers whose type has no rope_parameters have no rope. Raises PortError for missing or wrong settings.
+    Layers whose type has no rope_parameters have no rope. Raises PortError for missing or wrong settings. context:
+    positions of the Program.
     """
     if c.get("layer_types") is None:
         c.table["layer_types"] = ["full_attention"] * c.whole("num_hidden_layers")

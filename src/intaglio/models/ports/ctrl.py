@@ -48,9 +48,9 @@ def ctrl(c: Config, context: int) -> Decoder:
 
 
 def xglm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XGLM, whose position i has the sinusoids of i + 2.
+    """The Decoder that describes XGLM, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    Positions are sinusoidal; position i has the sinusoids of i + 2. Raises PortError for settings that are not ported.
     """
     c.table["layer_norm_epsilon"] = 1e-5  # torch's default
     pad = int(c.get("pad_token_id", 0))

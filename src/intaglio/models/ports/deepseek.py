@@ -33,7 +33,8 @@ del V3["topk_method"]
 def latent(c: Config, context: int, style: str) -> dict[str, Any]:
     """Arguments of Decoder for a model with latent attention, as a dict: sizes, rope table and attention scale.
 
-    With yarn the scale is multiplied by the square of mscale. num_key_value_heads and head_dim are set to None in `c`.
+    With yarn the scale is multiplied by the square of mscale. Sets num_key_value_heads and head_dim of `c` to None,
+    since latent attention has no separate K/V heads.
 
     Args:
         c: the config.
@@ -57,7 +58,11 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
 
 
 def latent_sizes(c: Config) -> Latent:
-    """The sizes of latent attention, from config.json. Raises PortError for missing or wrong ones."""
+    """A Latent (ranks of the query and K/V latents, columns of a head) with the sizes in config.json.
+
+    q_lora_rank may be missing; the rank is then 0. Raises PortError for other sizes that are missing, and for wrong
+    ones.
+    """
     ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
     return Latent(*ranks, c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"), c.whole("v_head_dim"))
 
@@ -107,10 +112,15 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
 
 
 def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Decoder:
-    """The Decoder that describes a DeepSeek-V3 with an indexer, for up to `context` positions.
+    """The Decoder that describes a DeepSeek-V3 with an indexer, from config.json.
 
-    style: style of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
-    PortError for settings that are not ported.
+    Args:
+        c: the config.
+        context: positions of the Program.
+        style: how the indexer's rope pairs columns, "half" or "interleaved".
+        shared: for each layer, True if the layer uses the indexer of a layer before it. The first must be False.
+
+    Raises PortError for settings that are not ported.
     """
     c.whole("q_lora_rank")  # the indexer reads the queries of this rank
     d, n = deepseek_v3(c, context), c.whole("num_hidden_layers")
@@ -141,9 +151,10 @@ def deepseek_v32(c: Config, context: int) -> Decoder:
 
 
 def glm_dsa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-5, from config.json: some layers share the indexer of a layer before them.
+    """The Decoder that describes GLM-5, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    It has the sparse attention of DeepSeek-V3.2, but some layers use the indexer of a layer before them. Raises
+    PortError for settings that are not ported.
     """
     found = c.get("indexer_types") or c.get("index_topk_pattern")
     if found is None:
@@ -164,9 +175,10 @@ def youtu(c: Config, context: int) -> Decoder:
 
 
 def minicpm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniCPM3: latent attention, scaled embeddings, residual branches and logits.
+    """The Decoder that describes MiniCPM3, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It has latent attention. Embeddings, the results of attention and MLP, and logits are multiplied by factors. Raises
+    PortError for missing or wrong settings.
     """
     if c.get("v_head_dim") is None:
         c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
@@ -180,9 +192,9 @@ def minicpm3(c: Config, context: int) -> Decoder:
 
 
 def axk1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes A.X K1: DeepSeek-V3 with a norm after each mixture of experts.
+    """The Decoder that describes A.X K1, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It is DeepSeek-V3 with a norm after each mixture of experts. Raises PortError for missing or wrong settings.
     """
     n, first, every = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1)), c.get("moe_layer_freq", 1)
     kinds = c.get("mlp_layer_types") or ["sparse" if i >= first and i % every == 0 else "dense" for i in range(n)]

@@ -27,7 +27,7 @@ MOE = {
 def common(c: Config, context: int) -> dict[str, Any]:
     """A dict of arguments for Decoder that ERNIE 4.5's dense and MoE models share.
 
-    Raises PortError for settings that are not ported.
+    Raises PortError for settings that are not ported. context: positions of the Program.
     """
     c.refuse("layer_types", "sliding_window", why="ERNIE 4.5 has full attention in every layer")
     s, bias = sizes(c), c.flag("use_bias")

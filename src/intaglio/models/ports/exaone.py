@@ -29,7 +29,7 @@ MOE = {
 def common(c: Config, context: int) -> dict[str, Any]:
     """A dict of arguments for Decoder that EXAONE 4 and K-EXAONE share.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     s = sizes(c)
     slides = bool(c.get("sliding_window"))

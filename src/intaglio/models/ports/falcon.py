@@ -19,8 +19,8 @@ DEFAULTS = {
 def falcon(c: Config, context: int) -> Decoder:
     """The Decoder that describes Falcon, from config.json, for up to `context` positions.
 
-    It has ALiBi or rope, and one, a few or all heads of keys and values, as config.json says.
-    Raises PortError for missing or wrong settings.
+    config.json says whether the model has ALiBi or rope, and whether attention is multi-query, grouped-query or
+    multi-head. Raises PortError for missing or wrong settings.
     """
     new, bias = c.flag("new_decoder_architecture"), c.flag("bias")
     one = c.flag("multi_query") and not new

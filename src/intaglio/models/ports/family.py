@@ -14,7 +14,7 @@ OTHER_PART = "a part of the model that is not ported"  # why a tensor of another
 
 @dataclass(frozen=True)
 class Family:
-    """One ported architecture: a row of the table.
+    """One ported architecture: an entry of the table of ports.
 
     Attributes:
         architecture: its name in config.json.
@@ -25,12 +25,12 @@ class Family:
         ignored: prefixes of the names of tensors that are not read, such as a vision tower's; * matches any text.
         writer: class that writes linears, norms and other common parts; a family with ops of its own gives a subclass.
         model_types: values of model_type in config.json for which transformers uses this architecture.
-        fixed: keys that describe() need not read, with the only values that it implements.
-        aliases: this family's names of config keys, by the names that Llama has for them.
-        prepare: function that changes values of the Config before the context length is read from it, or None.
+        fixed: {key that describe() need not read: the only values that the port implements}.
+        aliases: {Llama's name of a config key: this family's name of it}.
+        prepare: function that changes values of the Config before the context length is read from it; None: none.
         tops: names of modules, such as embed_tokens, that show which of `prefixes` a checkpoint has: the first prefix
             for which a tensor PREFIX + MODULE + ".weight" exists.
-        adapt: function (Decoder, {tensor's name: shape}) -> Decoder, or None. It changes the Decoder if a checkpoint
+        adapt: function (Decoder, {tensor's name: shape}) -> Decoder; None: none. It changes the Decoder if a checkpoint
             names or divides tensors in another way than other checkpoints with the same config. The Decoder that it
             gets has its `prefix` set.
     """

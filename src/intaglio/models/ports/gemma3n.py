@@ -73,9 +73,17 @@ def _altup(c: Config) -> AltUp:
 
 
 def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
-    """The values of a key that has one for all layers or a list with one for each of `n` layers, as a list.
+    """A list of a setting's value in each of the `n` layers.
 
-    usual: used if the key has no value. Raises PortError for a list of another length.
+    In config.json the key has one value, which then holds for all layers, or a list.
+
+    Args:
+        c: the config.
+        key: the setting's key.
+        n: number of layers.
+        usual: one value or a list, used if the key has no value.
+
+    Raises PortError for a list whose length is not the config's number of layers.
     """
     value = c.get(key, usual)
     values = list(value) if isinstance(value, list | tuple) else [value] * n

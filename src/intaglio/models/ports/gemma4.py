@@ -76,9 +76,9 @@ def gemma4(c: Config, context: int) -> Decoder:
 
 
 def with_experts(c: Config, d: Decoder) -> Decoder:
-    """A copy of a Gemma 4 Decoder whose layers have experts beside their dense MLP.
+    """A copy of `d`, a Decoder of Gemma 4 without experts, to which experts beside each layer's dense MLP are added.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings of `c`, the config.
     """
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("top_k_experts"), width=c.whole("moe_intermediate_size"),

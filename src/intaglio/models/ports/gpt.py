@@ -108,9 +108,10 @@ def gpt_bigcode(c: Config, context: int) -> Decoder:
 
 
 def gpt_neo(c: Config, context: int) -> Decoder:
-    """The Decoder for GPT-Neo, from config.json: windows in every second layer by default, scores not scaled.
+    """The Decoder that describes GPT-Neo, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    By default every second layer has a window. Attention scores are not divided by the root of the head's width. Raises
+    PortError for settings that are not ported.
     """
     blocks = c.get("attention_types", [])
     if not all(isinstance(b, list | tuple) and len(b) == 2 and isinstance(b[1], int) for b in blocks):
@@ -134,8 +135,8 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 def rotary(c: Config, s: dict[str, Any], context: int) -> dict[str, Any]:
     """A dict of further arguments for Decoder, with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
 
-    s: the arguments that are known already, of which head_dim is read; they are not in the result. Raises PortError
-    for missing or wrong settings.
+    s: the arguments that are known already, of which head_dim is read; they are not in the result. Raises PortError for
+    missing or wrong settings. context: positions of the Program.
     """
     rope, turned = parameters(c), c.whole("rotary_dim")
     rope["partial_rotary_factor"] = (turned + 0.5) / s["head_dim"]  # table() rounds down to rotary_dim
@@ -160,9 +161,10 @@ def gptj(c: Config, context: int) -> Decoder:
 
 
 def codegen(c: Config, context: int) -> Decoder:
-    """The Decoder that describes CodeGen, from config.json: q, v and k of four groups of heads in one tensor.
+    """The Decoder that describes CodeGen, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    The checkpoint has q, v and k of four groups of heads in one tensor. Raises PortError for settings that are not
+    ported.
     """
     s = common(c)
     if s["heads"] % 4:
@@ -208,9 +210,9 @@ def gpt_neox_japanese(c: Config, context: int) -> Decoder:
 
 
 def openai_gpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the first GPT, from config.json: norms after each addition, none at the end.
+    """The Decoder that describes the first GPT, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It has norms after each addition, and none after the last layer. Raises PortError for missing or wrong settings.
     """
     if c.get("hidden_act") == "gelu":
         c.table["hidden_act"] = "gelu_new"  # as transformers reads it here

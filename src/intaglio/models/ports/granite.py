@@ -78,9 +78,11 @@ def granitemoeshared(c: Config, context: int) -> Decoder:
 
 
 def swash(c: Config, d: Decoder, context: int) -> Decoder:
-    """A copy of a Granite Decoder with attention sinks, windows by layer, and a rope base by layer (0: no rope).
+    """A copy of a Granite Decoder with attention sinks, and with its own window and rope base in each layer.
 
-    Raises PortError for missing or wrong settings.
+    A layer whose base is 0 has no rope. Raises PortError for missing or wrong settings of `c`.
+
+    d: the Decoder. context: positions of the Program.
     """
     n = c.whole("num_hidden_layers")
     kinds = c.layer_types(usual=["sliding_attention" if i % 4 else "full_attention" for i in range(n)])
@@ -99,9 +101,9 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
 
 
 def granite_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite Swash dense, from config.json, for up to `context` positions.
+    """The Decoder that describes the dense model Granite Swash (sliding-window attention), from config.json.
 
-    Raises PortError for missing or wrong settings.
+    context: positions of the Program. Raises PortError for missing or wrong settings.
     """
     kinds = c.table.pop("layer_types", None)
     d = granite(c, context)
@@ -110,9 +112,9 @@ def granite_swa(c: Config, context: int) -> Decoder:
 
 
 def granitemoe_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite Swash with experts, from config.json, for up to `context` positions.
+    """The Decoder that describes the Granite Swash models with experts (sliding-window attention), from config.json.
 
-    Raises PortError for missing or wrong settings.
+    context: positions of the Program. Raises PortError for missing or wrong settings.
     """
     kinds = c.table.pop("layer_types", None)
     d = granitemoeshared(c, context)

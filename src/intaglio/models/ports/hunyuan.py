@@ -24,7 +24,7 @@ SOURCES = {
 def common(c: Config, context: int) -> dict[str, Any]:
     """A dict of arguments for Decoder that HunYuan's dense and MoE models share.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     s, rope, bias = sizes(c), parameters(c), c.flag("attention_bias")
     if rope["rope_type"] == "dynamic" and rope.get("alpha") and rope["rope_theta"]:  # a larger base for all lengths
@@ -44,9 +44,11 @@ def dense(c: Config, context: int) -> Decoder:
 
 
 def same(c: Config, key: str) -> int:
-    """The value of a count, an integer, that the config may also list by layer.
+    """The value of a count, an integer, for which the config may also have a list with a value for each layer.
 
-    Such a list must have equal items; in `c` it is replaced by one of them. Raises PortError if layers differ.
+    The values in a list must be equal; in `c` the list is replaced by this one value. Raises PortError if they differ.
+
+    key: the key of the count.
     """
     value = c.get(key)
     if isinstance(value, list):
@@ -72,8 +74,8 @@ def moe(c: Config, context: int) -> Decoder:
 def hy_v3(c: Config, context: int) -> Decoder:
     """The Decoder that describes Hy3, from config.json, for up to `context` positions.
 
-    Norms on each head of q and k before rope; experts routed by sigmoid with a bias.
-    Raises PortError for missing or wrong settings.
+    Each head of q and k is normed before rope. A sigmoid scores the experts, with a bias for their choice. Raises
+    PortError for missing or wrong settings.
     """
     n, bias, width = c.whole("num_hidden_layers"), c.flag("attention_bias"), c.whole("moe_intermediate_size")
     kinds = c.get("mlp_layer_types") or ["dense"] + ["sparse"] * (n - 1)

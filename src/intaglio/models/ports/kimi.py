@@ -18,7 +18,7 @@ KINDS = ("linear_attention", "full_attention")
 
 
 def kimi_linear(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Kimi Linear, from config.json; `context` does not change it, for it has no rope.
+    """The Decoder that describes Kimi Linear, from config.json. It has no rope, so `context` changes nothing.
 
     Raises PortError for missing or wrong settings.
     """
@@ -70,10 +70,10 @@ def bailing_hybrid(c: Config, context: int) -> Decoder:
 
 
 def hybrid(c: Config, layer: Layer, mixer: DeltaMixer, usual: Sequence[str], dense: int) -> tuple[Layer, ...]:
-    """The layers of a model with Kimi delta attention, from config.json: `layer` with what differs between layers.
+    """A tuple with a Layer for each layer of a model with Kimi delta attention: copies of `layer`, some changed.
 
     Args:
-        c: the config.
+        c: the config, whose layer_types and mlp_layer_types say what each layer has.
         layer: a layer with latent attention and a dense MLP.
         mixer: the block that layers of type linear_attention have in place of attention.
         usual: the attention type of each layer, for a config without layer_types.

@@ -56,9 +56,9 @@ def lfm2(c: Config, context: int) -> Decoder:
 
 
 def lfm2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM2-MoE, from config.json: experts in layers from num_dense_layers on.
+    """The Decoder that describes LFM2-MoE, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    Layers from num_dense_layers on have experts. Raises PortError for missing or wrong settings.
     """
     d = lfm2(c, context)
     m = Mixture(
@@ -73,9 +73,10 @@ def lfm2_moe(c: Config, context: int) -> Decoder:
 
 
 def lfm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM3, from config.json: LFM2 with windows, post-norms and a gate of each head.
+    """The Decoder that describes LFM3, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It is LFM2 with attention windows and, if the config asks for them, with norms after attention and MLP and a gate
+    for each attention head. Raises PortError for missing or wrong settings.
     """
     c.table["hidden_act"] = "silu"
     s, n = sizes(c, eps="norm_eps"), c.whole("num_hidden_layers")

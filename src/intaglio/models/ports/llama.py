@@ -76,10 +76,10 @@ def cwm(c: Config, context: int) -> Decoder:
 
 
 def mllama(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Llama 3.2 Vision: layers that attend to an image are skipped where there is none.
+    """The Decoder that describes the text model of Llama 3.2 Vision, from config.json, for up to `context` positions.
 
-    The embedding has 8 rows more than the vocabulary, of tokens that stand for images.
-    Raises PortError for missing or wrong settings.
+    Layers that attend to an image are left out. The checkpoint's embedding has 8 more rows than the vocabulary, for
+    tokens that stand for images; they are not read. Raises PortError for missing or wrong settings.
     """
     crossing, n = c.get("cross_attention_layers", [3, 8, 13, 18, 23, 28, 33, 38]), c.whole("num_hidden_layers")
     kept = [i for i in range(n) if i not in crossing]

@@ -13,7 +13,7 @@ from intaglio.models.ports.family import Family
 def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
     """The Decoder of a model whose layers have only the recurrent block `mixer`, without attention or MLP.
 
-    Raises PortError for another activation than silu.
+    Raises PortError for another activation than silu. context: positions of the Program.
     """
     c.need_silu("Mamba is ported with silu")
     hidden = c.whole("hidden_size")
@@ -104,9 +104,9 @@ def mamba(c: Config, context: int) -> Decoder:
 
 
 def falcon_mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FalconMamba, from config.json: Mamba with norms, without weights, of dt, B and C.
+    """The Decoder that describes FalconMamba, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    It is Mamba with norms of dt, B and C; the norms have no weights. Raises PortError for missing or wrong settings.
     """
     return plain(c, context, scan(c, eps=c.real("mixer_rms_eps")))
 

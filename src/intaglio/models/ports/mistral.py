@@ -42,7 +42,7 @@ def ministral(c: Config, context: int) -> Decoder:
 def ministral3(c: Config, context: int) -> Decoder:
     """The Decoder that describes Ministral 3: queries are scaled by a temperature that grows with the position.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: positions of the Program.
     """
     if c.get("rope_parameters") is None and c.get("rope_scaling") is None:
         c.table["rope_parameters"] = YARN

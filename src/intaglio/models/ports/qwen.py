@@ -64,7 +64,7 @@ def mixture(c: Config, **shared: Any) -> Mixture:
 
 
 def place_experts(c: Config, d: Decoder) -> Decoder:
-    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer, except those of mlp_only_layers.
+    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer that is not in mlp_only_layers.
 
     Raises PortError for missing or wrong settings.
     """
@@ -113,9 +113,10 @@ QWEN3_MOE = {
 
 
 def mellum(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mellum 2, from config.json: a rope for layers with a window and one for full ones.
+    """The Decoder that describes Mellum 2, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    Layers with full attention have one rope table, layers with a sliding window another. Raises PortError for missing
+    or wrong settings.
     """
     n = c.whole("num_hidden_layers")
     sparse_layers = c.get("mlp_layer_types") or ["sparse"] * n
@@ -134,8 +135,8 @@ def mellum(c: Config, context: int) -> Decoder:
 def flint(c: Config, context: int) -> Decoder:
     """The Decoder that describes Flint, from config.json, for up to `context` positions.
 
-    Attention sinks; rope in layers with a window only; experts routed by sigmoid.
-    Raises PortError for missing or wrong settings.
+    It has attention sinks. Only layers with a window have rope. A sigmoid scores the experts. Raises PortError for
+    missing or wrong settings.
     """
     n = c.whole("num_hidden_layers")
     if not c.get("layer_types"):

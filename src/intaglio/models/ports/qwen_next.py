@@ -87,9 +87,9 @@ def qwen3_next(c: Config, context: int) -> Decoder:
 
 
 def qwen3_5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3.5 dense, from config.json; for text its rope has one position per token.
+    """The Decoder that describes Qwen3.5 dense, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    Only text is ported, for which rope has one position per token. Raises PortError for missing or wrong settings.
     """
     return describe(c, context, fused=False)
 

@@ -79,8 +79,9 @@ def bamba(c: Config, context: int) -> Decoder:
 
 
 def granite_hybrid(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 4, from config.json: experts beside a shared MLP, or that MLP alone.
+    """The Decoder that describes Granite 4, from config.json, for up to `context` positions.
 
+    Layers have Mamba-2 or attention, then a shared MLP; beside it they have experts if num_local_experts is above 0.
     Raises PortError for missing or wrong settings.
     """
     width, count = c.whole("shared_intermediate_size"), int(c.get("num_local_experts", 0))
@@ -135,9 +136,10 @@ def falcon_h1(c: Config, context: int) -> Decoder:
 
 
 def jamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jamba: Mamba blocks, attention without positions, and experts in some layers.
+    """The Decoder that describes Jamba, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    Layers have a Mamba block, or attention without rope. Some layers have experts. Raises PortError for missing or
+    wrong settings.
     """
     s, n = sizes(c), c.whole("num_hidden_layers")
     c.need_silu(SILU)
@@ -161,9 +163,10 @@ def jamba(c: Config, context: int) -> Decoder:
 
 
 def nemotron_h(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Nemotron-H: each layer is a Mamba-2 block, attention without positions, or an MLP.
+    """The Decoder that describes Nemotron-H, from config.json, for up to `context` positions.
 
-    Raises PortError for settings that are not ported.
+    A layer is one of four: a Mamba-2 block, attention without rope, an MLP, or experts. Raises PortError for settings
+    that are not ported.
     """
     pattern = c.get("hybrid_override_pattern")
     letters = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}

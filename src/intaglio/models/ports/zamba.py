@@ -89,12 +89,15 @@ def block_kinds(c: Config) -> list[str]:
 
 
 def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
-    """The value of Layer.shared: (layer that holds the weights, number of the use), or None for a layer without block.
+    """The tuple for the attribute `shared` of a Layer, or None for a layer that runs no shared block.
+
+    The tuple is (number of the first layer that runs the same block, number of earlier layers that run any shared
+    block).
 
     Args:
         i: number of the layer.
-        hybrid: numbers of the layers that have a block.
-        blocks: number of different blocks, which these layers have in turn.
+        hybrid: numbers of the layers that run a shared block, ascending.
+        blocks: number of different blocks. The layers in `hybrid` use the blocks in turn.
     """
     if i not in hybrid:
         return None
@@ -103,7 +106,11 @@ def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
 
 
 def names(hybrid: list[int]) -> dict[str, str]:
-    """Rules for Decoder.sources, by number: in layers with a shared block the mixer is inside mamba_decoder."""
+    """A dict {part of Llama's tensor name: the checkpoint's name}, with entries for Decoder.sources.
+
+    In the checkpoint, layers with a shared block have their own mixer inside a module mamba_decoder. The dict has two
+    entries for each such layer, the mixer and its input norm. hybrid: numbers of the layers with a shared block.
+    """
     rules = {}
     for i in hybrid:
         for part in ("mamba", "input_layernorm"):

@@ -35,7 +35,7 @@ class TokenizerFiles:
     """Contents of a folder's tokenizer and config files.
 
     Attributes:
-        inner: the tokenizer with all its tokens.
+        inner: the tokenizer of the `tokenizers` library, with all added tokens.
         special: texts of the named special tokens, by name such as bos_token.
         templates: chat templates by name.
         model: keys of config.json, overridden by generation_config.json.
@@ -92,9 +92,10 @@ def read_files(path: Path) -> TokenizerFiles:
 
 
 def read_ends(path: Path) -> tuple[int, ...]:
-    """Ids that end a sequence, from a checkpoint folder's generation_config.json or else its config.json.
+    """A tuple of the ids that end a sequence, from the file generation_config.json of a checkpoint folder.
 
-    () if neither file names any. Raises CheckpointError as end_ids() does.
+    If that file does not have the key eos_token_id, config.json is read; () if neither has it. Raises CheckpointError
+    for a file that is not JSON, and for a value that is neither an id nor a list of ids.
     """
     for file in (path / "generation_config.json", path / "config.json"):
         table = _optional(file)
@@ -104,13 +105,14 @@ def read_ends(path: Path) -> tuple[int, ...]:
 
 
 def end_ids(file: Path, table: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a sequence: the eos_token_id of a configuration, which may be one id, a list, null or missing.
+    """A tuple of the ids that end a sequence, as a configuration's eos_token_id names them.
 
-    An id may be beyond the vocabulary, as in some published models. Raises CheckpointError for another value.
+    eos_token_id may be one id or a list; () if it is null or missing. An id beyond the vocabulary, as in some published
+    models, is kept. Raises CheckpointError for any other value.
 
     Args:
-        file: what the error names as the file.
-        table: its keys and values.
+        file: the file that has the configuration, for the error.
+        table: the configuration's keys and values.
     """
     named = table.get("eos_token_id")
     if wanted := kind_wanted("eos_token_id", named):
@@ -126,9 +128,17 @@ def _rebuilt(
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Rebuild the tokenizer of tokenizer.model. Returns (the tokenizer, the tokenizer_config.json to use with it).
 
-    In the returned config, added tokens match the text before it is normalised, where that matters. The model's unk,
-    bos and eos tokens are added to `special` where no file names them. Raises SentencePieceError for a file that is no
-    such model, or of a kind that is not read.
+    If SentencePiece puts a space before the text, the returned config is a copy that marks added tokens as not
+    normalised: otherwise the space before each run of text would keep them from being found. Else it is `config`
+    itself.
+
+    Args:
+        path: the folder with tokenizer.model.
+        config: contents of tokenizer_config.json.
+        special: {name such as bos_token: its text}. The model's unk, bos and eos tokens are added if they are not
+            there.
+
+    Raises SentencePieceError for a file that is no SentencePiece model, or a kind of model that is not read.
     """
     model = read_model(path / SENTENCEPIECE)
     for name, text in model.special.items():
@@ -154,7 +164,8 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """{name: text} of the named special tokens, such as bos_token, from tokenizer_config.json.
 
     If that file has no added_tokens_decoder (before transformers 4.33), the names in special_tokens_map.json take
-    precedence. Raises TokenizerError for a token without text.
+    precedence. path: the folder. config: contents of tokenizer_config.json. Raises TokenizerError for a token without
+    text.
     """
     held = {k: config[k] for k in NAMED if config.get(k)}
     if "added_tokens_decoder" not in config:
@@ -164,9 +175,9 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text(path: Path, name: str, token: Any) -> str:
-    """The text of a special token, which files write as a string or as an object with `content`.
+    """The text of a special token, which files write as a string or as an object with the key `content`.
 
-    Raises TokenizerError for anything else.
+    path: the file or folder, and name: the key, for the error. Raises TokenizerError for any other token.
     """
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str):
@@ -217,13 +228,28 @@ def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, An
 
 
 def _texts(path: Path, tokens: Any) -> list[str]:
-    """A list of the texts of extra special tokens, from a list of tokens or an object {name: token}."""
+    """A list of the texts of extra special tokens.
+
+    Args:
+        path: the file that has them, for the error.
+        tokens: a list of tokens, or an object {name: token}. A token is a string or an object with the key `content`.
+
+    Raises TokenizerError for any other token.
+    """
     held = tokens.values() if isinstance(tokens, Mapping) else tokens
     return [_text(path, "extra_special_tokens", t) for t in held]
 
 
 def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[dict[int, tokenizers.AddedToken], str]:
-    """({id: added token}, name of the file that lists them). `special`: texts to be marked as special tokens.
+    """The added tokens that a folder's files list: ({id: added token}, name of the file that lists them).
+
+    The file is tokenizer_config.json if it has the key added_tokens_decoder, else added_tokens.json. If neither lists
+    any, the result is ({}, "added_tokens.json").
+
+    Args:
+        path: the folder.
+        config: contents of tokenizer_config.json.
+        special: texts that become special tokens if added_tokens.json lists them.
 
     Raises TokenizerError for an entry without id or text.
     """
@@ -251,15 +277,16 @@ def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[d
 
 
 def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """{name: chat template} of a checkpoint folder.
+    """{name: chat template} of a checkpoint folder; {} if it has none.
 
-    They are read from the first of these places that has any:
+    The templates are read from the first of these places that has any:
 
     - chat_template.jinja and the files of additional_chat_templates;
     - tokenizer_config.json (one template, or a list with names);
     - an old processor's chat_template.json.
 
-    {} if none has. Raises TokenizerError for a template without a name or a text.
+    path: the folder. config: contents of tokenizer_config.json. Raises TokenizerError for a template without a name or
+    a text.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():

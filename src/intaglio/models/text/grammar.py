@@ -21,7 +21,7 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 
 
 class GrammarError(ValueError):
-    """Raised for a grammar that cannot be compiled or followed, and if the llguidance library is missing."""
+    """Raised if a grammar does not parse, if llguidance gives up on it later, or if llguidance is not installed."""
 
 
 @dataclass
@@ -41,9 +41,10 @@ class Grammars:
         """A GrammarMatcher in the initial state. Raises GrammarError if the grammar cannot be used.
 
         Args:
-            kind: json_schema, regex or lark.
-            source: the grammar in that language.
-            before: a Lark grammar of the whole output, in which `@answer` stands for `source`; empty: `source` is all.
+            kind: language of `source`: json_schema, regex or lark.
+            source: the grammar.
+            before: if the output is more than `source` describes, such as reasoning before the answer: a Lark grammar
+                of the whole output, in which `@answer` stands for `source`. "": `source` describes the whole output.
         """
         key = (kind, source, before)
         with self.lock:
@@ -84,7 +85,8 @@ class Grammars:
 def _brief(report: str) -> str:
     """The first line of the library's report, and its line that begins with `error:` if it has one.
 
-    At most LONGEST characters; the first line is cut to make room. The other lines show the library's state.
+    The other lines show the library's state and are left out. The result has at most LONGEST characters; the first line
+    is cut if it would have more.
     """
     first, *more = report.strip().splitlines() or [""]
     reason = next((f" {line}" for line in more if line.startswith("error:")), "")[:LONGEST]
@@ -129,7 +131,7 @@ class GrammarMatcher:
         return GrammarMatcher(self.inner.deep_copy(), self.vocabulary)
 
     def advance(self, token: int) -> bool:
-        """Accept one token. Returns True; False, leaving the state unchanged, if it is not allowed."""
+        """Accept one token. Returns True, or False if the token is not allowed; the state then stays as it was."""
         return bool(self.inner.try_consume_tokens([token]) == 1)
 
     def rollback(self, n: int) -> None:

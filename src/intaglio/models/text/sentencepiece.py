@@ -81,7 +81,10 @@ class SentencePiece:
 
 
 def read_model(path: Path) -> SentencePiece:
-    """Read a model file as a SentencePiece. Raises SentencePieceError if it is none, or is neither BPE nor Unigram."""
+    """Read a model file as a SentencePiece.
+
+    Raises SentencePieceError if the file is no SentencePiece model, or a model of another kind than BPE and Unigram.
+    """
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:400]):
         raise SentencePieceError(f"{path} is a tiktoken file, not a SentencePiece model: download tokenizer.json")
@@ -156,12 +159,16 @@ def _signed(value: int) -> int:
 
 
 def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a SentencePiece model. config: tokenizer_config.json.
+    """The tokenizer (of the `tokenizers` library) of a SentencePiece model.
 
-    added_tokens_decoder of the config names pieces. Its key `legacy` says where a space is put: true, in front of each
-    run of text between added tokens; false, in front of the first run only, unless that begins with a space. The
-    default is true, but false for the tokenizer classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
-    tokenizer class that numbers its tokens otherwise.
+    Args:
+        model: the SentencePiece model.
+        config: tokenizer_config.json. Two keys are read besides the class. `added_tokens_decoder` gives pieces (such as
+            unused ones) another text. `legacy` says where a space is put: true, in front of each run of text between
+            added tokens; false, in front of the first run only, unless the run begins with a space. Without `legacy`,
+            it is false for the tokenizer classes in LLAMA and true for others, as in transformers 5.
+
+    Raises SentencePieceError for a tokenizer class whose token ids are not the numbers of the pieces.
     """
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if named.removesuffix("Tokenizer") in RENUMBERED:
@@ -244,9 +251,9 @@ def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model
 
 
 def _normalizer(model: SentencePiece, prepend: bool) -> normalizers.Normalizer:
-    """A Normalizer with SentencePiece's steps in its order: character map, white space, then the prefix of spaces.
+    """A Normalizer with SentencePiece's steps in its order: character map, white space, then one space before the text.
 
-    prepend: False to leave out the prefix.
+    prepend: False to leave out the space before the text. It is also left out if the model does not ask for it.
     """
     steps: list[normalizers.Normalizer] = []
     if charsmap := model.normalizer.get(2):

@@ -143,7 +143,10 @@ class Tokenizer:
         return Stream(self, seen, len(seen), max(0, len(seen) - 6), hidden)
 
     def with_template(self, source: str) -> Tokenizer:
-        """A copy of the tokenizer with only this chat template. Raises TokenizerError if it does not parse."""
+        """A copy of the tokenizer with `source` (Jinja) as its only chat template.
+
+        Raises TokenizerError if the template does not parse.
+        """
         try:
             _compiled(source)
         except jinja2.TemplateError as e:

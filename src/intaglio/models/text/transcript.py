@@ -10,18 +10,19 @@ from intaglio.models.text.tokenizer import Tokenizer
 class Transcript:
     """Decodes the tokens of one output to text, up to the first stop string.
 
-    Attributes: `text`, the output so far; without a tokenizer it stays empty. `matched`, the stop string that ended the
-    output, or None.
+    Attributes:
+        text: the output so far; "" without a tokenizer.
+        matched: the stop string that ended the output; None if none has.
 
     Args:
         tokenizer: decodes the tokens; None: there is no text.
         prompt: token ids before the output.
-        stops: stop strings. A special token that leaves no text may be one; the output then ends at the token's id.
-        kept: special tokens whose text stays in the output. Those not listed leave no text; None: all stay.
+        stops: stop strings. If one is a special token that leaves no text (see `kept`), the output ends at that token.
+        kept: special tokens whose text stays in the output; all other special tokens leave no text. None: all stay.
         include_stop: True if the text ends after the stop string, instead of before it.
-        min_tokens: stop strings do not end the output before it has more than this number of tokens.
+        min_tokens: stop strings do not end the output while it has this number of tokens or fewer.
 
-    Raises ValueError for a stop string that contains a special token and other text, which could never match.
+    Raises ValueError for a stop string that contains such a special token and other text: it could never match.
     """
 
     def __init__(

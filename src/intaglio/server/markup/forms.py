@@ -44,8 +44,8 @@ class Thinking:
     Attributes:
         begin: delimiter before the reasoning.
         end: delimiter after the reasoning.
-        dropped: delimiters around the final answer, which are removed from the content: an opening one, its closing
-            one, and so on.
+        dropped: delimiters around the final answer, such as <answer> and </answer>, which are removed from the content.
+            They come in pairs: an opening one, then its closing one.
     """
 
     begin: str
@@ -143,7 +143,10 @@ def form_of(template: str | None) -> Form | None:
 
 
 def takes_tools(template: str | None) -> bool:
-    """True if a chat template reads the variable `tools`, so that it writes them into the prompt itself."""
+    """True if a chat template reads the variable `tools`, so that the template writes the tools into the prompt itself.
+
+    False if there is no template (None).
+    """
     return template is not None and re.search(r"\btools\b", template) is not None
 
 

@@ -97,9 +97,10 @@ def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
 
 
 def after_analysis(special: Mapping[str, int]) -> str:
-    """A Lark grammar, as text, for harmony output: messages on the channel analysis, then a final one with @answer.
+    """A Lark grammar, as text, for harmony output: any number of messages on the channel analysis, then one on `final`.
 
-    The term @answer stands for the grammar of the answer. special: ids of the tokenizer's special tokens by text.
+    The text of the final message is the term @answer. It is not defined here: the caller of the grammar library gives
+    the grammar of the answer under this name. special: ids of the tokenizer's special tokens by text.
     """
     m = {text: _mark(text, special) for text in harmony.MARKS}
     channel, message, start = m[harmony.CHANNEL], m[harmony.MESSAGE], m[harmony.START]

@@ -16,8 +16,8 @@ MARKS = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 def harmony(s: Source, tools: Tools) -> Steps[None]:
     """Parse a whole output in gpt-oss's harmony format, and yield it as Parts: text, starts of calls, arguments.
 
-    The output may begin inside a message whose header is in the prompt. A generator that yields None while it waits for
-    more output. tools: the tools that the request offers; without any, calls are yielded as text.
+    The output may begin inside a message whose header is in the prompt. This generator yields None while it waits for
+    more text of the model. tools: the tools that the request offers; without any, calls are yielded as text.
     """
     role: Role = "content"
     while True:
@@ -40,8 +40,8 @@ def harmony(s: Source, tools: Tools) -> Steps[None]:
 def _header(s: Source) -> Generator[None, None, str | None]:
     """Consume a message's header (channel, recipient) up to and including <|message|>.
 
-    A generator that yields None while it waits for more output. Its return value is the header's text; None
-    if the output ends inside the header, which is then dropped.
+    This generator yields None while it waits for more text of the model. Its return value is the header's text; None if
+    the output ends inside the header, which is then dropped.
     """
     while MESSAGE not in s.held and not s.last:
         yield None
@@ -55,8 +55,10 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 def _call(s: Source, recipient: str) -> Steps[bool]:
     """Parse the body of a message to a function as a tool call, and yield it as Parts.
 
-    A generator. Its return value is True; False, with nothing consumed, if the body does not begin with JSON
-    arguments. recipient: the function's name in the header, such as functions.NAME.
+    This generator also yields None while it waits for more text of the model. Its return value is True, or False if the
+    body does not begin with JSON arguments; then nothing is consumed.
+
+    recipient: the function's name in the header, such as functions.NAME.
     """
     s.mark()
     began, _ = yield from called(arguments(s), CallStart(recipient.removeprefix("functions.")))
@@ -72,7 +74,7 @@ def _call(s: Source, recipient: str) -> Steps[bool]:
 def _body(s: Source, role: Role) -> Steps[None]:
     """Yield a message's text as TextDeltas of the given role, piece by piece, and consume the message's end mark.
 
-    A generator that yields None while it waits for more output.
+    This generator yields None while it waits for more text of the model.
     """
     while True:
         found = first(s, *ENDS)

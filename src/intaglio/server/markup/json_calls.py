@@ -34,7 +34,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 def value(s: Source, depth: int = 0) -> Pieces[bool]:
     """Parse one JSON value and yield its text piece by piece, with one space after `,` and `:`. A generator.
 
-    It yields None while it waits for more output. Its return value is True if the JSON value is complete,
+    It yields None while it waits for more text of the model. Its return value is True if the JSON value is complete,
     and False if the text is not JSON, ends early or is nested deeper than MAX_DEPTH. depth: levels around this value.
     """
     if not (yield from blanks(s)) or depth > MAX_DEPTH:
@@ -58,8 +58,8 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 def string(s: Source) -> Pieces[bool]:
     """Parse one JSON string and yield its text piece by piece, with its quotes; control characters are escaped.
 
-    A generator that yields None while it waits for more output. Its return value is True if the string is
-    complete, False if the text does not begin with a quote or ends early.
+    A generator that yields None while it waits for more text of the model in `s`. Its return value is True if the
+    string is complete, False if the text does not begin with a quote or ends early.
     """
     if not (yield from some(s)) or s.held[0] != '"':
         return False
@@ -89,8 +89,9 @@ def _escape(text: str) -> str:
 def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
     """Parse a JSON object or list between the brackets `begin` and `end`, and yield its text piece by piece.
 
-    The opening bracket is held back until the first member is known to be valid. A generator; its return value
-    is True if the object or list is complete, else False. depth: levels around it.
+    The opening bracket is held back until the first member is known to be valid. This generator also yields None while
+    it waits for more text of the model. Its return value is True if the object or list is complete, else False. depth:
+    levels around it.
     """
     pending = s.take(1)
     if not (yield from blanks(s)):
@@ -133,8 +134,8 @@ def call(s: Source, known: Tools | None = None) -> Steps[bool]:
     """Parse one tool call, {"name": ..., "arguments": ...}, and yield it as Parts.
 
     known: tools that the call may name; another name, or a key that calls do not have, ends the parse. None: any name
-    is accepted, and other keys are skipped. A generator; its return value is True if a call was begun, even
-    if its arguments are cut off.
+    is accepted, and other keys are skipped. This generator also yields None while it waits for more text of the model.
+    Its return value is True if a call was begun, even if its arguments are cut off.
     """
     if not (yield from blanks(s)) or s.held[0] != "{":
         return False
@@ -211,7 +212,8 @@ def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool
     """Parse one tool call or a JSON list of calls, and yield them as Parts.
 
     known: tools that a call may name; None: any. joined: separator of calls outside a list; "": only one call is
-    parsed. A generator; its return value is True if at least one call was begun.
+    parsed. This generator also yields None while it waits for more text of the model. Its return value is True if at
+    least one call was begun.
     """
     if not (yield from blanks(s)):
         return False
@@ -238,7 +240,7 @@ def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool
 def _next(s: Source, joined: str) -> Generator[None, None, bool]:
     """Consume the separator `joined` and the blanks around it, if `{` follows; otherwise consume nothing.
 
-    A generator that yields None while it waits for more output. Its return value is True if `{` follows.
+    This generator yields None while it waits for more text of the model. Its return value is True if `{` follows.
     """
     while not s.last and re.fullmatch(rf"\s*({re.escape(joined)}\s*)?", s.held):
         yield None
@@ -256,8 +258,8 @@ def _text(text: str) -> Pieces[bool]:
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse JSON tool calls that have no delimiters around them, and yield them as Parts.
 
-    The calls are JSON objects separated by `;`, or a JSON list. A generator; its return value is True
-    if a call was begun.
+    The calls are JSON objects separated by `;`, or a JSON list. This generator also yields None while it waits for more
+    text of the model. Its return value is True if a call was begun.
 
     s: the output. opener: the delimiter in front of the calls, already consumed; "": none, and then a call must name
     one of `tools`, since other JSON may be meant as text.
@@ -268,8 +270,8 @@ def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 def enclosed(end: str, *more: str) -> Reading:
     """Make a parser (Reading) of JSON tool calls up to one of the delimiters `end` and `more`, or the output's end.
 
-    The parser is a generator function of (Source, opener, tools) that yields Parts; its return value is True
-    if a call was begun.
+    The parser is a generator function of (Source, opener, tools). The generator yields Parts, and None while it waits
+    for more text of the model; its return value is True if a call was begun.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
@@ -286,7 +288,7 @@ def enclosed(end: str, *more: str) -> Reading:
 def peek_call(s: Source) -> Generator[None, None, bool]:
     """Consume the spaces, line breaks and commas before another JSON call; nothing if no call follows.
 
-    A generator that yields None while it waits for more output. Its return value is True if a call follows.
+    This generator yields None while it waits for more text of the model. Its return value is True if a call follows.
     """
     while not s.last and not s.held.lstrip(" \n,"):
         yield None

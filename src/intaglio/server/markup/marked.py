@@ -27,8 +27,8 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     - a JSON list of calls, after an opener or without one;
     - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each opener.
 
-    A generator; its return value is True if a call was begun. opener: the delimiter that was consumed before
-    the calls; "": none, and then a call must name one of `tools`.
+    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
+    begun. opener: the delimiter that was consumed before the calls; "": none, and then a call must name one of `tools`.
     """
     if not (yield from blanks(s)):
         return False
@@ -58,8 +58,8 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse DeepSeek's tool calls, and yield them as Parts.
 
     V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`. <sep> is
-    the special token DEEPSEEK["sep"]. This is a generator; its return value is True if a call was begun, even if it is
-    cut off.
+    the special token DEEPSEEK["sep"]. This generator also yields None while it waits for more text of the model. Its
+    return value is True if a call was begun, even if it is cut off.
 
     s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
     """
@@ -85,8 +85,9 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
 
-    All text before <sep>, the special token KIMI["sep"], is the call's id; NAME is the function's name. A generator;
-    its return value is True if a call was begun, even if it is cut off.
+    All text before <sep>, the special token KIMI["sep"], is the call's id; NAME is the function's name. This generator
+    also yields None while it waits for more text of the model. Its return value is True if a call was begun, even if it
+    is cut off.
 
     s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
     """

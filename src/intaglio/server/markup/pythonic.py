@@ -38,7 +38,8 @@ def pythonic(*ends: str) -> Reading:
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse tool calls written as Python, in a bracketed list or one per line, and yield them as Parts.
 
-    A generator; its return value is True if a call was begun, even if it is cut off.
+    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
+    begun, even if it is cut off.
 
     s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "":
     none, and then a call must name one of `tools`.
@@ -66,8 +67,8 @@ def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 def _call(s: Source, known: Tools | None) -> Steps[bool]:
     """Parse one tool call in Python syntax, and yield it as Parts: each argument when it is complete.
 
-    A generator; its return value is True if the call was begun. known: tools that the call may name; None:
-    any.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the call was
+    begun. known: tools that the call may name; None: any.
     """
     while re.fullmatch(r"[A-Za-z_][\w.-]*", s.held) and not s.last:
         yield None
@@ -97,7 +98,7 @@ def _call(s: Source, known: Tools | None) -> Steps[bool]:
 
 
 def _argument_end(text: str) -> int | None:
-    """Index of the top-level comma or `)` that ends the first argument of a call; None if it is incomplete."""
+    """Index in `text` of the top-level comma or `)` that ends a call's first argument; None if there is none yet."""
     open: list[str] = []
     quote = ""
     at = 0

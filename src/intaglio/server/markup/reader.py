@@ -81,7 +81,10 @@ class Reader:
         return out
 
     def _append(self, out: list[Part], part: Part) -> None:
-        """Append a part to `out`. Text of the same role, and call arguments, are merged with the part before."""
+        """Append a part to the list `out`, or merge it with the last part there; an empty text is dropped.
+
+        Text is merged with text of the same role, call arguments with call arguments.
+        """
         match part, out[-1] if out else None:
             case ((TextDelta(text="") | CallArguments(text="")), _):
                 return
@@ -109,7 +112,8 @@ class Reader:
     def _reasoning(self) -> Steps[bool]:
         """Parse reasoning at the beginning of the output, and yield it as TextDeltas.
 
-        A generator; its return value is True if there was reasoning, else False.
+        This generator also yields None while it waits for more text of the model. Its return value is True if there was
+        reasoning, else False.
         """
         s, thinking = self.source, self.style.thinking
         assert thinking
@@ -175,7 +179,8 @@ class Reader:
         """Parse the tool calls behind the delimiter `opener`, which is consumed already, and yield them as Parts.
 
         opener: "" for calls at the beginning of the text. If no call was begun, the text consumed becomes content, or
-        is dropped if a call is forced. A generator; its return value is True if a call was begun.
+        is dropped if a call is forced. This generator also yields None while it waits for more text of the model. Its
+        return value is True if a call was begun.
         """
         s = self.source
         if not opener:

@@ -56,7 +56,7 @@ class Source:
         self.held, self.taken, self.last = "", "", False
 
     def take(self, n: int) -> str:
-        """Consume the first `n` characters and return them."""
+        """Consume the first `n` characters of the text received so far, and return them; fewer if fewer have come."""
         text, self.held = self.held[:n], self.held[n:]
         self.taken += text
         return text
@@ -88,9 +88,10 @@ Reading = Callable[[Source, str, Tools], Steps[bool]]  # parses calls after an o
 
 
 def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
-    """Wait until `n` characters of output are there that nothing has consumed.
+    """Wait until the text not yet consumed (`held`) has `n` characters.
 
-    A generator that yields None while it waits. Its return value is True; False if the output ends earlier.
+    This generator yields None while it waits for more text of the model. Its return value is True, or False if the
+    output ends earlier.
     """
     while len(s.held) < n and not s.last:
         yield None
@@ -100,7 +101,7 @@ def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
 def blanks(s: Source) -> Generator[None, None, bool]:
     """Consume white space.
 
-    A generator that yields None while it waits for more output. Its return value is True if other text
+    This generator yields None while it waits for more text of the model. Its return value is True if other text
     follows, False if the output ends.
     """
     while True:
@@ -113,8 +114,8 @@ def blanks(s: Source) -> Generator[None, None, bool]:
 def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
     """Consume the longest of the delimiters `marks` that the text begins with, and characters of `over` before it.
 
-    A generator that yields None while it waits for more output. Its return value is the delimiter. If the text begins
-    with none of the delimiters, its return value is None and nothing is consumed.
+    This generator yields None while it waits for more text of the model. Its return value is the delimiter. If the text
+    begins with none of the delimiters, its return value is None and nothing is consumed.
     """
     while True:
         text = s.held.lstrip(over)
@@ -130,7 +131,7 @@ def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None,
 def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None]]:
     """Consume the text up to and including the first of the delimiters `marks`; all remaining text if none comes.
 
-    A generator that yields None while it waits for more output. Its return value is (text before the
+    This generator yields None while it waits for more text of the model. Its return value is (text before the
     delimiter, delimiter), or (all remaining text, None).
     """
     while True:
@@ -145,19 +146,19 @@ def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None
 
 
 def first(s: Source, *marks: str) -> str | None:
-    """The one of the delimiters `marks` that occurs first in the held text; None if none occurs.
+    """The delimiter of `marks` that occurs first in the text not yet consumed (`held`); None if none occurs.
 
-    If several begin at that position, the longest.
+    If several begin at the same position, the longest of them is returned.
     """
     places = [(at, -len(m), m) for m in marks if (at := s.held.find(m)) >= 0]
     return min(places)[2] if places else None
 
 
 def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
-    """Run the parser `steps`, which yields text, and append each piece to the list `into`.
+    """Run the parser `steps`, which yields pieces of text, and append each piece to the list `into`.
 
-    Returns a generator that yields None where `steps` waits for more output. Its return value is the return value of
-    `steps`.
+    Returns a generator. It yields None whenever `steps` yields None, which means that more text of the model must come
+    first. Its return value is the return value of `steps`.
     """
     while True:
         try:
@@ -174,8 +175,9 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
     """Yield the Parts of a tool call: `start`, then a CallArguments for each piece of text that `steps` yields.
 
-    `start` is yielded just before the first piece. Each None of `steps` is passed on. This is a generator; its return
-    value is a pair: a bool, True if `start` has been yielded here or by the caller, and the return value of `steps`.
+    `start` is yielded just before the first piece. Each None of `steps` is passed on: it means that more text of the
+    model must come first. The return value of this generator is a pair: a bool, True if `start` has been yielded here
+    or by the caller, and the return value of `steps`.
 
     Args:
         steps: parser of the call's arguments. It yields their text piece by piece, and None when it needs more input.

@@ -95,9 +95,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
     """Consume the opening tag of the next tool call, and find the set of tags to which it belongs.
 
-    Some formats have calls without an opening tag. A generator; its return value is the set of `ways` whose
-    opening tag was read. If there was no tag, the value is the first of `ways` without an opening tag, or None if all
-    have one.
+    A generator that yields None while it waits for more text of the model in `s`. Its return value is the set in `ways`
+    whose opening tag was read. Some formats have calls without an opening tag: if no tag was read, the return value is
+    the first set without an opening tag, or None if every set has one.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
@@ -108,8 +108,8 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
     """Parse one tool call in the format `way`, and yield it as Parts.
 
     Where calls have no opening tag (GLM), the name ends at a line break, the first argument, or the end of the call,
-    and must be the name of one of `tools`. A generator; its return value is True if a call was begun, even
-    if it is cut off. end: delimiter after the last call.
+    and must be the name of one of `tools`. This generator also yields None while it waits for more text of the model.
+    Its return value is True if a call was begun, even if it is cut off. end: delimiter after the last call.
     """
     ends = (way.named,) if way.begin else (way.named, way.key, end)
     while not any(e in s.held for e in ends) and not s.last and len(s.held) < 300:
@@ -146,8 +146,9 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
 def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) -> Pieces[bool]:
     """Parse one argument's value and yield it as JSON text; strings piece by piece, other values when complete.
 
-    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag. A
-    generator; its return value is True, or False if the closing tag never comes.
+    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag. This
+    generator also yields None while it waits for more text of the model. Its return value is True, or False if the
+    closing tag never comes.
     """
     if kinds == {"string"}:
         yield '"'
@@ -171,8 +172,8 @@ def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
     """Yield the text before the closing tag `mark`, in pieces, and consume the tag.
 
     The text itself may contain `mark`: only a `mark` before one of `follow`, or at the end of the output, is the
-    closing tag. One line break at each end of the text is removed. A generator; its return value is True, or
-    False if the closing tag never comes.
+    closing tag. One line break at each end of the text is removed. This generator also yields None while it waits for
+    more text of the model. Its return value is True, or False if the closing tag never comes.
     """
     while not s.held and not s.last:
         yield None

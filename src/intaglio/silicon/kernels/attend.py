@@ -56,9 +56,10 @@ class AttendKernel(ChipKernel):
         chosen = int(t[op.chosen].shape[1]) if op.chosen else 0
         window, bits = op.window or op.chunk or chosen, formats.bits(keys.format)
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
-        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None))
+        in_keys = op.v_cache in key_parts(op)
+        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None, in_keys))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return attend_timing(target, self.heads, sizes.sequences)
 
     @classmethod
@@ -122,7 +123,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     read = sum(
         n * (decode_keys(lib, h.window, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch
     )
-    cache = read * h.kv_heads * h.kv_width * h.bits / 8
+    cache = read * h.kv_heads * h.kv_width * h.bits / 8 * (h.hbm_part(lib) if chip.l2_bytes else 1)
     cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
     if prefill:
         added, worked, jobs, _, again = prefill_plan(on["prefill"], h, prefill)
@@ -132,7 +133,10 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
         added, worked, more, plan = decode_plan(on["decode"], h, decode, cached)
         seconds, compute, jobs = seconds + added, compute + worked, jobs + more
         choices.append(f"{sum(n for *_, n in decode):,} single queries, {plan.parts} context splits")
-    hbm = cache * (1 - cached) + again + tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes
+    rows = float(tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes)  # queries and results
+    if lib.activation_bytes >= WIDE:  # the simulator's L2 holds them as far as they fit
+        rows = max(0.0, rows - chip.l2_bytes * lib.l2_usable)
+    hbm = cache * (1 - cached) + again + rows
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
     seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
@@ -171,11 +175,13 @@ class Job:
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
     """A list of the Jobs for the prompt of sequence number `s`: for each tile of queries, one for `plan.pack` heads.
 
+    Jobs with the last queries come first. They have the most keys, so later jobs find their keys in the L2.
+
     least: keys to process for each query even if the sliding window is smaller; keys outside the window are masked.
     """
     heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
     before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()
-    for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
+    for rows in reversed(query_tiles(op, batch, s, max(1, plan.rows // plan.pack))):
         low = int(op.first_seen(np.array(before + rows.start)))
         low = low if op.chunk else max(0, min(low, before + rows.start + 1 - least))
         low -= 0 if op.chunk else low % plan.keys  # the instructions mask a window, but not the chunk before
@@ -428,16 +434,9 @@ def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator
 
 
 def load_kv(
-    mem: ChipMemory,
-    k: StreamBuilder,
-    tiles: AttendTiles,
-    op: Attend,
-    batch: Batch,
-    s: int,
-    span: slice,
-    heads: int,
+    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, batch: Batch, s: int, span: slice, heads: int,
     head: int,
-) -> tuple[Region, Region]:
+) -> tuple[Region, Region]:  # fmt: skip
     """Load a tile of keys and a tile of values of sequence `s` at the positions `span`. Returns (keys, values).
 
     Both are dequantised if the cache is quantised; an e4m3 cache has one scale for each head. Rows of the tiles after

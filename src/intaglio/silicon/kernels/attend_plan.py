@@ -176,14 +176,14 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
     return out
 
 
-def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
+def makespan(seconds: np.ndarray, count: np.ndarray, cores: int, dealt: float = DEALT) -> float:
     """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds: time of a job of each kind. count: number of jobs of each kind. If each core has at most one job, or more
-    than DEALT on average, returns even_makespan(), a lower bound.
+    seconds: time of a job of each kind. count: number of jobs of each kind. dealt: jobs of a core, on average, of which
+    the deal is followed. If each core has at most one job, or more than these, returns even_makespan(), a lower bound.
     """
     total = float(count.sum())
-    if total <= cores or total > DEALT * cores:
+    if total <= cores or total > dealt * cores:
         return even_makespan(seconds, count, cores)
     ends = np.zeros(cores)
     for i in np.argsort(-seconds, kind="stable"):
@@ -204,24 +204,19 @@ def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def prefill_seconds(
-    target: Target,
-    h: Heads,
-    plan: AttendPlan,
-    tiles: np.ndarray,
-    count: np.ndarray,
-    missed: float,
-    rows: float,
-    keys: float,
-) -> float:
+    target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, start: np.ndarray, count: np.ndarray, missed: float,
+    rows: float, keys: float,
+) -> float:  # fmt: skip
     """Modelled seconds of prefill attention (chunks with several queries), until the last job's result is stored.
 
     The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
 
-    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
-    loaded from HBM; the L2 holds the rest. rows: mean number of query rows of a job. keys: mean number of keys that a
-    tile loads.
+    tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
+    each kind. missed: fraction of the tiles loaded from HBM; the L2 holds the rest. rows: mean number of query rows of
+    a job. keys: mean number of keys that a tile loads.
     """
     chip, lib = target.chip, target.library
+    dealt = np.inf if lib.activation_bytes >= WIDE else DEALT  # the streams' jobs are dealt one by one, however many
     t = tile_seconds(target, h, plan.rows, plan.keys)
     active = min(float(count.sum()), chip.cores)
     base, latency_s = min(chip.port_rate, chip.l2_rate / active), chip.constants.hbm_latency_s
@@ -239,50 +234,85 @@ def prefill_seconds(
     queries = rows * h.head_dim * lib.activation_bytes / base
     blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores))
     merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
-    leading = np.zeros(len(count))  # of each kind, the jobs that wait for HBM at every tile
-    waits = np.zeros(len(count))  # seconds that such a job waits
+    kinds, numbers, extra = tiles, count, stalls
     if lib.activation_bytes >= WIDE and missed < 1:
-        # In the streams, the first jobs of all cores read the same keys in step, so none has them before HBM delivers
-        # them. Jobs that start later find them in the L2. (Libraries' times were fitted with `stalls` instead.)
-        leading, stalls = leading_jobs(tiles, count, chip.cores), np.zeros(len(count))
-        waits = pipeline(tiles, load, work, latency_s, plan.depth) - latency_s
-        waits -= pipeline(tiles, load, work, 0.0, plan.depth)
-    kinds, numbers = np.tile(tiles, 2), np.concatenate([leading, count - leading])
-    extra = np.concatenate([waits, stalls])
+        # In the streams, cores read the same keys in step, so none has them before HBM delivers them. Jobs that start
+        # later find them in the L2. (Libraries' times were fitted with `stalls` instead.)
+        kind, new, numbers, turn = waiting_jobs(tiles, start, count, chip.cores)
+        kinds, extra = tiles[kind], np.zeros(len(kind))
+        if plan.ahead:  # a wait for HBM each time that the ring is full of tiles that HBM has not delivered
+            cycle = max(0.0, load / 2 + latency_s + work - plan.depth * max(load, work))
+            waits = (np.ceil(new / plan.depth) - (turn == 0)).clip(0) * cycle
+            wait = sum(float(waits[turn == n].max()) for n in set(turn.tolist()))  # deal() does not know of waits
+            # The engine that loads also sets sums and loads queries. A last job of several finds its keys in the L2.
+            loads = makespan(kinds * load + queries + t.fill, numbers, chip.cores, dealt) + wait + work
+            loads += latency_s if float(count.sum()) <= chip.cores else cycle
+            moved = kinds * tile_bytes + rows * (h.head_dim + h.v_dim) * lib.activation_bytes  # through the L2
+            shared = makespan(moved / (chip.l2_rate / active) + t.fill, numbers, chip.cores, dealt) - results
+            computed = makespan(kinds * work + merge, numbers, chip.cores, dealt) + wait + latency_s + min(load, work)
+            return blank + max(computed + t.fill + queries, loads, shared) + t.merge + results
+        # Other cores wait from the start of the transfer that brings a tile; values come in the second half of a load.
+        behind = max(0.0, latency_s - load / 2)
+        extra = pipeline(new, load, work, behind, plan.depth) - pipeline(new, load, work, 0.0, plan.depth)
+        extra = np.where(new > 0, extra - behind, 0.0)
     if plan.ahead:
+        computed = makespan(kinds * work + merge + extra, numbers, chip.cores, dealt) + latency_s + min(load, work)
         even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
-        seconds = makespan(kinds * work + merge + extra, numbers, chip.cores) + latency_s + min(load, work)
         loads = pipeline(max(1.0, even), load, work, later, plan.depth)
         rounds = np.floor((max(1.0, most) - 1) / plan.depth) + 1
-        seconds = float(max(seconds, max(loads, rounds * (load + later + work)) + latency_s - later))
+        seconds = float(max(computed, max(loads, rounds * (load + later + work)) + latency_s - later))
+        if lib.activation_bytes >= WIDE:  # a core holds the queries and sums of plan.held jobs
+            mean = float(tiles @ count) / float(count.sum())
+            loaded, worked = t.fill + queries + mean * load, mean * work + t.merge
+            inside = t.fill + queries + pipeline(mean, load, work, later, plan.depth) + t.merge - loaded - worked
+            held = pipeline(np.ceil(float(count.sum()) / chip.cores), loaded, worked, inside, plan.held)
+            seconds = max(seconds, float(held) - t.fill - queries - t.merge)
         return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
     first = plan.lanes * t.fill + queries + load + latency_s
     job_s = pipeline(kinds, load, work, later, plan.depth) - load - later + extra
     again = first / plan.lanes + (t.merge + (plan.lanes - 1) * merge) / plan.lanes
     once = blank + first - first / plan.lanes + tile_bytes * (1 / cold - per_byte)
-    return float(once + makespan(job_s + again, numbers, chip.cores) + results)
+    return float(once + makespan(job_s + again, numbers, chip.cores, dealt) + results)
 
 
-def leading_jobs(tiles: np.ndarray, count: np.ndarray, cores: int) -> np.ndarray:
-    """Take the `cores` longest jobs, and count them by kind. Returns an array of floats in the order of `count`.
+def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int) -> tuple[np.ndarray, ...]:
+    """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
-    These are the jobs that deal() gives to cores first, one to each. With fewer jobs than cores, all jobs are counted.
+    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. A job that reads a tile as its
+    third new one finds it in the L2 if another job of the round has read the tile as its first.
 
-    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind.
+    tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
+    each kind. Returns four arrays, with an item for each kind and round: the kind's index; the number of tiles that
+    the job reads one after the other and waits for; number of jobs; number of the round.
     """
-    longest = np.argsort(-tiles, kind="stable")
-    out = np.zeros(len(count))
-    out[longest] = np.clip(cores - (np.cumsum(count[longest]) - count[longest]), 0, count[longest])
-    return out
+    rounds: dict[int, list[tuple[int, float]]] = {}  # (kind, number of jobs) of each
+    position = 0.0
+    for i in np.lexsort((-start, -tiles)).tolist():
+        left = float(count[i])
+        while left > 0:
+            turn = int(position // cores)
+            together = min(left, (turn + 1) * cores - position)
+            rounds.setdefault(turn, []).append((i, together))
+            left, position = left - together, position + together
+    read, found = set[float](), []
+    for turn, jobs in rounds.items():
+        new = {i: [t for t in (start[i] + np.arange(tiles[i])).tolist() if t not in read] for i, _ in jobs}
+        place: dict[float, int] = {}  # of each tile, the smallest number of new tiles that a job reads until it has it
+        for mine in new.values():
+            place |= {t: min(n, place.get(t, n)) for n, t in enumerate(mine, 1)}
+        found += [(i, max((place[t] for t in new[i]), default=0), together, turn) for i, together in jobs]
+        read |= place.keys()
+    return tuple(np.array(v) for v in zip(*found, strict=True))
 
 
-def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The jobs of the chunks with several queries: (keys, tiles of keys, number of jobs), three arrays.
+def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
+    """The jobs of the chunks with several queries, four arrays: keys, tiles of keys, first tile, number of jobs.
 
-    The arrays have an item for each kind of job. part: (queries, keys, number of sequences) of each distinct chunk.
+    First tiles are numbered over all distinct chunks, so that chunks share no number. The arrays have an item for each
+    kind of job. part: (queries, keys, number of sequences) of each distinct chunk.
     """
-    seen, tiles, count = [], [], []
+    seen, tiles, starts, count, before = [], [], [], [], 0.0
     step = max(1, plan.rows // plan.pack)
     for q, keys, n in part:
         first = np.arange(0, q, step)
@@ -290,8 +320,10 @@ def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndar
         start = np.maximum(0, first + keys - q - h.window + 1) // plan.keys if h.window else np.zeros(len(first))
         seen.append(last - start * plan.keys)
         tiles.append(np.ceil(last / plan.keys) - start)
+        starts.append(before + start)
+        before += np.ceil(keys / plan.keys)
         count.append(np.full(len(first), n * h.heads / plan.pack))
-    return np.concatenate(seen), np.concatenate(tiles), np.concatenate(count)
+    return np.concatenate(seen), np.concatenate(tiles), np.concatenate(starts), np.concatenate(count)
 
 
 @lru_cache(maxsize=16384)
@@ -311,7 +343,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
     keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
-    cache = keys * h.kv_heads * h.kv_width * h.bits / 8
+    cache = keys * h.kv_heads * h.kv_width * h.bits / 8 * (h.hbm_part(lib) if chip.l2_bytes else 1)
     for rows, pack in ((r, p) for r in sizes for p in packs):
         wanted = AttendPlan(
             rows=max(rows, pack),
@@ -324,12 +356,12 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
         plan = fitted(target, h, wanted)
         if plan.rows < pack:
             continue
-        seen, tiles, count = prefill_jobs(plan, h, part)
+        seen, tiles, start, count = prefill_jobs(plan, h, part)
         loaded = float(seen @ count) / float(tiles @ count) if knows_lengths(lib, plan) else plan.keys
         read = float(tiles @ count) * loaded * h.kv_width * h.bits / 8
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         mean = sum(q * n for q, _, n in part) * h.heads / float(count.sum())
-        seconds = prefill_seconds(target, h, plan, tiles, count, missed, mean, loaded)
+        seconds = prefill_seconds(target, h, plan, tiles, start, count, missed, mean, loaded)
         work = tile_seconds(target, h, plan.rows, plan.keys).work + widen_seconds(target, h) / 2
         computed = float(tiles @ count) * work / chip.cores
         found = seconds, computed, float(count.sum()), plan, max(0.0, missed * read - cache)
@@ -387,7 +419,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
     tiles = np.ceil(keys / fit.keys)
     mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
-    missed = (1 - cached) / (alone if chip.l2_bytes else 1)
+    missed = (1 - cached) / alone * h.hbm_part(lib) if chip.l2_bytes else 1 - cached
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
         merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
@@ -417,23 +449,38 @@ def decode_seconds(
     loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
+    dealt = np.inf if lib.activation_bytes >= WIDE else DEALT
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
     tile_bytes = keys * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
-    memory = max(tile_bytes * active * missed / chip.hbm_rate, tile_bytes * active / chip.l2_rate)
-    load = max(memory, tile_bytes * turns / chip.port_rate)
+    here = 1 - h.hbm_part(lib) if chip.l2_bytes else 0.0  # part of a tile that is in the L2; it is loaded last
+
+    def load_seconds(active: float, turns: float) -> float:
+        base = max(active / chip.l2_rate, turns / chip.port_rate)
+        return tile_bytes * ((1 - here) * max(active * missed / (1 - here) / chip.hbm_rate, base) + here * base)
+
+    load = load_seconds(active, turns)
     widen = widen_seconds(target, h) * turns
     loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
     jobs = float(count.sum()) / chip.cores
     if plan.ahead:  # the loads of all jobs of a core are one pipeline
         between = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)
         start = t.blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
-        computed = makespan(tiles * t.work + between, count, chip.cores) + min(load, t.work) + latency_s
-        rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores)) - 1) / plan.depth) + 1
+        computed = makespan(tiles * t.work + between, count, chip.cores, dealt) + min(load, t.work) + latency_s
+        rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores, dealt)) - 1) / plan.depth) + 1
         even = max(1.0, even_makespan(tiles, count, chip.cores))
         loads = pipeline(even, loaded, t.work, latency_s, plan.depth)
         return float(start + max(computed, rounds * (loaded + latency_s + t.work), loads))
+    if lib.activation_bytes >= WIDE:  # in the streams, a core starts `lanes` jobs after all earlier ones have ended
+        full, rest = divmod(round(float(count.sum())), chip.cores)  # jobs of every core; cores that have one more
+        users = [chip.cores] * full + [rest] * (rest > 0)  # of each job of the core with most: cores that run one now
+        mean, total = float(tiles @ count) / float(count.sum()), latency_s + t.blank
+        for first_job in range(0, len(users), plan.lanes):
+            now = users[first_job : first_job + plan.lanes]
+            how = load_seconds(float(np.mean(now)), 1.0) + widen, t.work, latency_s, plan.depth
+            total += t.fill + float(pipeline(mean * len(now), *how)) + t.merge
+        return total
     # A core waits for the first tile of each job, and no conversion overlaps with that.
     first = latency_s + load + widen - loaded
     computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first

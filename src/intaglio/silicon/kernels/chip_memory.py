@@ -51,7 +51,7 @@ def codes_of(w: Region | QuantisedRegion) -> Region:
 class ChipMemory:
     """HBM of one chip with tensors by name. A vector is stored as one row, a K/V cache as one row per slot and head.
 
-    values: False to assign addresses and store no data; streams are then timed, and compute nothing.
+    values: False to assign addresses and store no data; streams are then timed without check(), and compute nothing.
     """
 
     def __init__(self, target: Target, values: bool = True) -> None:
@@ -129,7 +129,8 @@ class ChipMemory:
         on: target with which the run is timed, usually one whose library holds only one kernel's constants (see
         Target.kernel()); None: the target of this memory. label: RunResult.label of the result.
         """
-        machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
+        hbm = {0: self.hbm} if self.values else None
+        machine = Machine(on or self.target, hbm, l2={0: self.l2}, checks=self.values)
         self.launches.append(machine.run(streams))
         self.launches[-1].label = label
         return self.launches[-1]

@@ -62,7 +62,7 @@ class CollectiveKernel(ChipKernel):
         rows, width = t[whole].shape
         return cls(op.kind, rows, int(width), formats.bits(op.wire), len(op.group))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         moved = sizes.rows_of(self.rows) * self.width * self.bits // 8
         return collective_timing(target, self.kind, self.ranks, moved)
 
@@ -95,7 +95,7 @@ class RecvKernel(ChipKernel):
     def of(cls, op: Recv, t: Tensors) -> RecvKernel:
         return cls()
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return Timing(0.0)
 
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from intaglio.batch import Batch
 from intaglio.ops import Concat
@@ -16,7 +17,19 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Concat)
 @dataclass(frozen=True)
 class ConcatKernel(CopyKernel):
-    """Chip kernel of `concat`: loads a row of each operand and stores them side by side; nothing is computed."""
+    """Chip kernel of `concat`: loads a row of each operand and stores them side by side; nothing is computed.
+
+    left: columns of the first operand.
+    """
+
+    left: int = 0
+
+    @classmethod
+    def of(cls, op: Concat, t: Tensors) -> Self:  # type: ignore[override]
+        return replace(super().of(op, t), left=int(t[op.a].shape[-1]))
+
+    def pieces(self) -> tuple[float, ...]:
+        return self.left / self.width, 1 - self.left / self.width
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Concat, t: Tensors, batch: Batch) -> list[Stream]:

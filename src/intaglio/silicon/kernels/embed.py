@@ -48,7 +48,10 @@ class EmbedKernel(RowsKernel):
         return super().held_bytes() + scales * self.quantised
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        return float(vector_cycles(chip, (1 + self.quantised) * n)) + map_cycles(chip, SCALE, n)
+        return self.read_cycles(chip, n) + map_cycles(chip, SCALE, n)
+
+    def read_cycles(self, chip: ChipSpec, n: int) -> float:
+        return float(vector_cycles(chip, (1 + self.quantised) * n))  # of the conversion
 
     def load_bytes(self, library: KernelLibrary) -> float:
         return self.row_bytes

@@ -62,13 +62,13 @@ class HeadLinearKernel(ChipKernel):
         heads, n, k = (int(d) for d in w.shape)
         return cls(t[op.x].shape[0], heads, n, k, formats.element(w.format), bits_per_value(w))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         rows, out_bytes = sizes.rows_of(self.rows), target.library.activation_bytes
         if not rows:
             return Timing(0.0)
         x_format = "f32" if out_bytes >= WIDE else "bf16"
-        how = x_format, self.w_format, self.w_bits, out_bytes, False, resident, self.heads
-        return linear_timing(target, rows, self.n, self.k, *how)
+        how = x_format, self.w_format, self.w_bits, out_bytes
+        return linear_timing(target, rows, self.n, self.k, *how, heads=self.heads, prefetched=prefetched)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:

@@ -48,10 +48,11 @@ class ChipKernel:
         """The kernel instance of an op; `t` maps tensor names to the Tensors of its Program."""
         raise NotImplementedError(f"{cls.__name__} must define of()")
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         """The Timing of the op in a step of these sizes.
 
-        resident: True if its weights were prefetched, so that they are not read from HBM.
+        prefetched: True if HBM delivers its weights during earlier ops. The seconds do not count their transfer then;
+        hbm_bytes does.
         """
         raise NotImplementedError(f"{type(self).__name__} must define time()")
 
@@ -108,9 +109,9 @@ def kernel_class(op: Op) -> type[ChipKernel]:
 
 
 @lru_cache(maxsize=65536)
-def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, resident: bool = False) -> Timing:
-    """The Timing of a kernel in a step of these sizes, cached. resident: True if weights are not read from HBM."""
-    return kernel.time(target, sizes, resident)
+def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, prefetched: bool = False) -> Timing:
+    """The Timing of a kernel in a step of these sizes, cached. prefetched: as in ChipKernel.time()."""
+    return kernel.time(target, sizes, prefetched)
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class WorkKernel(ChipKernel):
     """A chip kernel timed by the op's work(), for ops without a formula of their own.
 
     Its time is launch overhead, HBM latency, and the longer of FLOPs at the rate of `engine` (VEC: the vector
-    lanes, MXU: the matrix array in bf16, at the library's efficiency) and bytes at HBM's rate. Weights that are
-    resident are not read from HBM.
+    lanes, MXU: the matrix array in bf16, at the library's efficiency) and bytes at HBM's rate. The seconds do not count
+    the bytes of weights that are prefetched.
     """
 
     op: Op
@@ -139,18 +140,20 @@ class WorkKernel(ChipKernel):
         tensors = tuple(Tensor(by, t[name].shape, t[name].format, t[name].role) for name, by in short.items())
         return cls(replace(op.rename(short), site=""), tensors)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         chip, library = target.chip, target.library
         work = self.op.work({t.name: t for t in self.tensors}, sizes.batch())
         array = self.engine == "MXU"
         rate = (
             chip.peak_flops("bf16") * library.mxu_efficiency if array else chip.cores * chip.vec_lanes * chip.clock_hz
         )
-        moved = work.bytes - (work.weight_bytes if resident else 0)
-        busy = {self.engine: work.flops / rate, "HBM": moved / chip.hbm_rate}
-        seconds = library.launch_s + chip.constants.hbm_latency_s + max(busy.values())
+        busy = {self.engine: work.flops / rate, "HBM": work.bytes / chip.hbm_rate}
+        counted = work.bytes - (work.weight_bytes if prefetched else 0)
+        longest = max(busy[self.engine], counted / chip.hbm_rate)
+        seconds = library.launch_s + chip.constants.hbm_latency_s + longest
         flops = float(work.flops) if array else 0.0  # Timing.flops counts only the matrix array's
-        return Timing(seconds, busy, moved, moved, flops=flops, weight_bytes=float(work.weight_bytes))
+        weights = float(work.weight_bytes)
+        return Timing(seconds, busy, work.bytes, work.bytes, flops=flops, weight_bytes=weights)
 
 
 def unsupported_reason(op: Op, t: Tensors) -> str | None:

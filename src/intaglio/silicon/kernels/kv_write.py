@@ -17,7 +17,7 @@ from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load, slices
-from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.rows import INDEX_BYTES, MOST_TILES, ROWS, ring_depth, runs
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
@@ -41,6 +41,8 @@ class Heads:
         bits: bits of a cached key or value.
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
+        values_in_keys: True if values are columns of the key cache (latent attention). The simulated streams load them
+            apart from their keys, and find them in the L2.
         shared_values: True if a value is a part of its key (latent attention), so that it is loaded with it.
     """
 
@@ -52,6 +54,7 @@ class Heads:
     bits: int = 16
     softcap: bool = False
     slopes: bool = False
+    values_in_keys: bool = False
     shared_values: bool = False
 
     @property
@@ -61,6 +64,14 @@ class Heads:
         They are the columns of the key and of the value; only the key's if it serves as the value too (MLA latents).
         """
         return self.head_dim + (0 if self.shared_values else self.v_dim)
+
+    def hbm_part(self, library: KernelLibrary) -> float:
+        """The part of the columns that are loaded from the K/V cache which HBM delivers if the chip has an L2.
+
+        It is below 1 only for the simulated streams, whose activations are FP32 (library.activation_bytes).
+        """
+        twice = self.values_in_keys and library.activation_bytes >= WIDE
+        return self.head_dim / self.kv_width if twice else 1.0
 
     @property
     def group(self) -> int:
@@ -87,7 +98,7 @@ class KvWriteKernel(ChipKernel):
         kv_heads, d, dv = int(keys.shape[2]), int(keys.shape[3]), int(values.shape[3])
         return cls(Heads(kv_heads, kv_heads, d, dv, bits=formats.bits(keys.format)))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         return kv_write_timing(target, sizes.tokens, self.heads)
 
     @classmethod

@@ -60,12 +60,12 @@ class LinearKernel(ChipKernel):
         n, k = int(w.shape[0]), int(w.shape[1])
         return cls(t[op.x].shape[0], n, k, x_format, formats.element(w.format), bits_per_value(w), op.glu)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         rows, out_bytes = sizes.rows_of(self.rows), target.library.activation_bytes
         if not rows:
             return Timing(0.0)
-        how = self.x_format, self.w_format, self.w_bits, out_bytes, self.glu, resident
-        return linear_timing(target, rows, self.n, self.k, *how)
+        how = self.x_format, self.w_format, self.w_bits, out_bytes, self.glu
+        return linear_timing(target, rows, self.n, self.k, *how, prefetched=prefetched)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:

@@ -7,9 +7,9 @@ is. The closed form is the time of that loop (tile_loop.py) with the bytes and c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from intaglio import formats
 from intaglio.chips import ChipSpec, KernelLibrary, Target
@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts, past_l2_parts
+from intaglio.silicon.tile_loop import L2, TileLoop
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -37,18 +37,18 @@ def loop_timing(
     reads, writes: bytes of all jobs. gathered: True if rows are read by index; all reads then come from HBM. past_l2:
     True if the op before wrote by index, to HBM and not to the L2. It is ignored if `gathered`.
     """
-    chip, lib = target.chip, target.library
+    chip, lib, moved = target.chip, target.library, reads + writes
     capacity = chip.l2_bytes * lib.l2_usable
-    if gathered:
-        parts = gather_parts(writes, capacity)
-    elif past_l2:
-        parts = past_l2_parts(reads, writes, capacity)
-    else:
-        parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
-    seconds = lib.launch_s + loop.in_parts(target, parts)
+    if capacity and (writes if gathered else moved) > capacity:
+        source: Literal["l2", "hbm", "gathered"] = "gathered" if gathered else "hbm" if past_l2 else "l2"
+        seconds, hbm = loop.through_l2(target, L2(reads, writes, capacity, source))
+    else:  # nothing is evicted
+        missed, hbm = float(gathered or past_l2 or not capacity), 0.0 if capacity else float(writes)
+        hbm += missed * reads
+        seconds = replace(loop, load_missed=missed, store_missed=float(not capacity)).seconds(target)
+    seconds += lib.launch_s
     if gathered and not capacity:  # the indices come from HBM, and then the rows
         seconds += chip.constants.hbm_latency_s
-    hbm, moved = sum(p.part * (p.load * reads + p.store * writes) for p in parts), reads + writes
     busy = {"VEC": loop.jobs * loop.work_s / chip.cores, "L2": moved / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
     return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
 
@@ -111,6 +111,10 @@ class RowsKernel(ChipKernel):
         """Number of jobs into which one row is divided, each with an equal part of its columns."""
         return 1
 
+    def pieces(self) -> tuple[float, ...]:
+        """Parts of a job's columns that a core processes one after the other; they sum to 1."""
+        return (1.0,)
+
     def held_bytes(self) -> float:
         """Bytes of SRAM that a core keeps from its first job to its last."""
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
@@ -125,6 +129,10 @@ class RowsKernel(ChipKernel):
         """Number of cycles of one core's vector lanes for n values of a row; by default one operation per value."""
         return float(vector_cycles(chip, n))
 
+    def read_cycles(self, chip: ChipSpec, n: int) -> float:
+        """The first of cycles(), after which the tiles that were loaded are free again; by default all of cycles()."""
+        return self.cycles(chip, n)
+
     def load_bytes(self, library: KernelLibrary) -> float:
         """Bytes that a core loads for one row; by default a row of each matrix that is read."""
         return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
@@ -133,16 +141,17 @@ class RowsKernel(ChipKernel):
         """Bytes that a core stores for one row; by default `width` values."""
         return float(self.width * library.activation_bytes)
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         rows, lib, parts = sizes.rows_of(self.rows), target.library, self.parts()
         if not rows * self.width:
             return Timing(0.0)
         load, store = self.load_bytes(lib), self.store_bytes(lib)
-        cycles = self.cycles(target.chip, -(-self.width // parts))
+        cycles, read = (f(target.chip, -(-self.width // parts)) for f in (self.cycles, self.read_cycles))
         gathers = -(-rows // target.chip.cores) if self.gathered else 0
         loop = TileLoop(
             jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
-            depth=self.depth(target), once=self.vector_bytes + gathers * INDEX_BYTES, in_place=self.in_place,
+            read_s=read / target.chip.clock_hz, depth=self.depth(target), in_place=self.in_place,
+            once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(),
         )  # fmt: skip
         return loop_timing(target, loop, rows * load, rows * store, self.gathered)
 

@@ -41,7 +41,7 @@ class SampleKernel(ChipKernel):
         rows, vocabulary = t[op.logits].shape
         return cls(rows, int(vocabulary))
 
-    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         rows = sizes.rows_of(self.rows)
         if not rows:
             return Timing(0.0)

@@ -11,15 +11,13 @@ from intaglio.ops import Map, Op
 
 @sharding_rule(Map)
 def elementwise(lane: Lane, op: Op) -> None:
-    """Append an elementwise op to one rank's Program: on the rank's token rows, on its columns, or on whole operands.
+    """Append an elementwise op, for part of its result or all of it, to one rank's Program. Returns nothing.
 
-    - On token rows if all operands are split by token rows.
-    - On columns if all operands of more than one column are split alike. If ops read views (column ranges) of the
-      result, lane.plan must also list the result as one to split. An operand with one column per head may be whole: the
-      rank then reads the columns of its heads from it.
-    - Otherwise on whole operands.
-
-    Returns nothing.
+    - Rows: if all operands are split by token rows, the op computes the rank's rows.
+    - Columns: if all operands of more than one column are split alike, the op computes the rank's columns. An operand
+      with one column per head may be whole: the rank reads the columns of its heads. If other ops read views (column
+      ranges) of the result, this case also needs the result to be in lane.plan.
+    - In all other cases the op computes the whole result, from whole operands.
     """
     if lane.has_token_rows(op):
         return lane.add(op)
@@ -33,16 +31,19 @@ def elementwise(lane: Lane, op: Op) -> None:
 
 
 def by_head(lane: Lane, op: Op, wide: list[str], shares: list[Share] | None) -> tuple[Op, list[str]]:
-    """The op with views in place of whole operands that have a column per head, and the operands left in `wide`.
+    """Let an elementwise op whose first operand is split by columns read its per-head operands by head.
 
-    A view has the columns of the rank's own heads. An operand stays in `wide` if it has as many columns as the result,
-    or if the rank's columns are no whole heads.
+    A per-head operand is whole on the rank and has one column for each head. It is replaced by a view of the columns of
+    the rank's own heads; the rank must hold a run of whole heads. The views are added to the Program of `lane`.
+
+    Returns (the op with the views as operands, a list of the names in `wide` that were not replaced).
 
     Args:
-        lane: the rank's Program, to which the views are added.
+        lane: the rank's Program.
         op: an elementwise op.
         wide: its operands of more than one column.
-        shares: the columns of the first operand that each rank holds; None: it is whole, and nothing changes.
+        shares: the columns of the first operand that each rank holds; None: it is whole, and `op` and `wide` are
+            returned.
     """
     if not shares:
         return op, wide

@@ -23,8 +23,8 @@ def experts(lane: Lane, op: Experts) -> None:
     holds which experts. The all_reduce then adds the results of each token's experts in the order in which the token
     chose them (slots), so that results do not depend on the placement.
 
-    Raises LayoutError: for fewer experts than ep, or fewer columns than tp; if tp is above 1 and the down matrices have
-    a column order (act-order), which it would split; for a placement that does not fit.
+    Raises LayoutError for fewer experts than ep, for fewer columns than tp, and for a placement that does not fit. Also
+    if tp is above 1 and the down matrices have a column order (act-order): tp would split the order.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.up].shape)
@@ -67,9 +67,11 @@ def experts(lane: Lane, op: Experts) -> None:
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
     """The expert numbers that each expert-parallel group holds for the op at `site`: a tuple with a tuple of ints each.
 
-    If layout.placement lists the site, it says which. If not, ExpertPlacement.even() says it. Returns () if the layout
-    has neither redundant experts nor a placement: each group then holds consecutive experts. Raises LayoutError for a
-    placement that does not fit `count` experts and the layout.
+    - If layout.placement lists the site (name of the op's place in the model), the numbers are those listed there.
+    - Else, if the layout has redundant experts or a placement, they are those of ExpertPlacement.even().
+    - Else the result is (), and each group holds consecutive experts.
+
+    count: number of experts of the op. Raises LayoutError for a placement that does not fit `count` and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()

@@ -78,9 +78,10 @@ class Architecture:
         names: {llama.cpp's name: transformers' name}, beside those in COMMON.
         permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
-        variants: {llama.cpp's name: further `names`}; these replace others if the file has a tensor of that name.
+        variants: {llama.cpp's name of a tensor that only some files have: a dict like `names`}. For a file that has the
+            tensor, the entries of this dict replace those of `names` with equal keys.
         changes: {llama.cpp's name: function that adds a tensor whose values the converter has changed}.
-        scales: {llama.cpp's name: transformers' whole name of the tensor that files call so with `.scale` after it}.
+        scales: {X: full name in transformers of the tensor that files call X.scale}, for some llama.cpp names X.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
@@ -158,7 +159,7 @@ SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction=
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
-    """A copy of a table of tensor names in which a module's name and a dot stand before each name of transformers.
+    """A copy of the dict `names` in which NAME. is put in front of each value, for tensors inside a module called NAME.
 
     Args:
         name: the module's name.

@@ -250,9 +250,10 @@ def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
 
 
 def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that dequantises blocks of the GGUF type `kind` (such as Q2_K) to bf16, a few rows at a time.
+    """Make a function that dequantises blocks of the GGUF type `kind` (such as Q2_K) to bf16.
 
-    The function raises PortError if the gguf library is not installed.
+    The returned function takes uint8 blocks [rows, blocks, bytes] and returns bf16 [rows, columns]. It decodes a few
+    rows at a time to save memory, and raises PortError if the gguf library is not installed.
     """
 
     def decode(b: np.ndarray) -> np.ndarray:
@@ -314,8 +315,8 @@ def known_types() -> str:
 def decode_rows(kind: str, raw: np.ndarray) -> Value:
     """Decode rows of a block-quantised GGUF matrix to a Quantised, or to a bf16 array [rows, values].
 
-    The result is an array for types that no quantised format here can hold, such as Q2_K (in BLOCKS, those of format
-    bf16). Raises KeyError for a type that is not in BLOCKS.
+    The result is an array for the types that BLOCKS lists with format bf16, such as Q2_K: no quantised format can hold
+    their values. Raises KeyError for a type that is not in BLOCKS.
 
     Args:
         kind: the GGUF type.

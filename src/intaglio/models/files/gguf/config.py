@@ -17,11 +17,15 @@ SIGMOID = 2  # expert_gating_func
 
 
 def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> dict[str, Any]:
-    """A dict of the config keys that all families share.
+    """A dict of the config keys that all families have in common.
 
-    norm: "rms" or "layer", the normalisation whose epsilon the file has. width, kv_heads: the inner width of an MLP and
-    the number of K/V heads, if they differ between layers; 0: as in the metadata. Raises CheckpointError for a missing
-    key, PortError for a scaling of rope that is not supported.
+    Args:
+        m: the metadata.
+        norm: "rms" or "layer", the normalisation whose epsilon the file has.
+        width: inner width of an MLP, if it differs between layers; 0: as in the metadata.
+        kv_heads: number of K/V heads, if it differs between layers; 0: as in the metadata.
+
+    Raises CheckpointError for a missing key, PortError for a scaling of rope that is not supported.
     """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
@@ -94,7 +98,10 @@ def partial(m: Metadata) -> dict[str, Any]:
 
 
 def whole_heads(m: Metadata) -> None:
-    """Raise PortError if rope rotates only part of each head, for families whose port rotates all of it."""
+    """Raise PortError if rope rotates only part of each head. Returns nothing.
+
+    It is called for families whose port rotates whole heads.
+    """
     turned = m.whole("rope.dimension_count", m.head_dim)
     if turned != m.head_dim:
         raise PortError(
@@ -117,10 +124,11 @@ def experts(m: Metadata) -> dict[str, Any]:
 
 
 def llama(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Llama and models like it.
+    """The keys of config.json, as a dict, for a GGUF file of llama.cpp's architecture llama.
 
-    That is Mixtral if there are experts, or Qwen2 if q, k and v have biases but the output projection has none. Raises
-    CheckpointError for a missing key, PortError if rope rotates only part of each head.
+    The key `architectures` is Mixtral's if the file has experts; Qwen2's if q, k and v have biases but the output
+    projection has none; else Llama's. Raises CheckpointError for a missing key, PortError if rope rotates only part of
+    each head.
     """
     whole_heads(m)
     c = base(m)
@@ -157,7 +165,7 @@ def qwen(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file of dense Qwen2 or Qwen3 into the keys of config.json.
 
     The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
-    supported. model: the architecture's name in the dict.
+    supported. model: value of the dict's key `architectures`, such as Qwen2ForCausalLM.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -183,7 +191,7 @@ def granite(model: str) -> Any:
 
     The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: the architecture's name in the dict. Files with a shared expert get GraniteMoeSharedForCausalLM instead.
+    model: value of the dict's key `architectures`. Files with a shared expert get GraniteMoeSharedForCausalLM instead.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -233,10 +241,11 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 def plain(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
-    It is for architectures whose files have only the keys that Llama's have: what differs from Llama is built into
-    their ports. The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    It is for architectures whose files have the same keys as Llama's; their ports know by themselves where they differ
+    from Llama. The returned function raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
 
-    model: the architecture's name in the dict.
+    model: value of the dict's key `architectures`, such as OlmoForCausalLM.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

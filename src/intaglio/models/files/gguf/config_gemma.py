@@ -18,10 +18,10 @@ PER_LAYER = "model.embed_tokens_per_layer.weight"
 
 
 def _scale(m: Metadata, largest: int) -> float:
-    """The value of query_pre_attn_scalar for Gemma, whose metadata may lack it.
+    """The value of the key query_pre_attn_scalar for Gemma: attention scores are divided by its square root.
 
-    Without the key attention.scale the value is the head's width or, in the model with `largest` layers, hidden size
-    over heads.
+    With the metadata key attention.scale (the factor of the scores), the value is 1 / scale ** 2. Without this key it
+    is hidden size / heads in a model with `largest` layers, and the width of a head in all others.
     """
     if m.get("attention.scale"):
         return m.real("attention.scale") ** -2

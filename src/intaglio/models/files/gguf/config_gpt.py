@@ -13,18 +13,20 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def common(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys that the models of this module share. model: the architecture's name.
+    """A dict of the config keys that the models of this module share.
 
-    Raises CheckpointError for a missing key.
+    model: value of the dict's key `architectures`. Raises CheckpointError for a missing key.
     """
     c = base(m, norm="layer")
     return c | {"architectures": [model], "llama_names": True, "layer_norm_epsilon": c["layer_norm_eps"]}
 
 
 def gpt2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-2. Scores are divided by the root of the head's width only.
+    """The keys of config.json, as a dict, for GPT-2.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    GGUF has no key for scale_attn_by_inverse_layer_idx, so the dict leaves it out: attention scores are divided by the
+    root of the head's width, and not by the layer's number as well. Raises CheckpointError for a missing key, PortError
+    for a value that is not supported.
     """
     return common(m, "GPT2LMHeadModel") | {"n_inner": m.whole("feed_forward_length")}
 
@@ -54,8 +56,8 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 def falcon(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
 
-    Files hold no Falcon with ALiBi. Raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    GGUF files of Falcon always use rope, so the key `alibi` is False. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     two, kv = m.has("ln_attn.weight"), m.kv_heads
@@ -76,9 +78,10 @@ def phi2(m: Metadata) -> dict[str, Any]:
 
 
 def stablelm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StableLM. If layers have one norm, both branches read it.
+    """The keys of config.json, as a dict, for StableLM.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    In a layer with one norm, attention and MLP both read its result. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     c = common(m, "StableLmForCausalLM") | partial(m)
     return c | {

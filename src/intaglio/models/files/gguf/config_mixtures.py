@@ -35,8 +35,9 @@ def mlp_types(m: Metadata, router: str = "mlp.gate") -> list[str]:
 def llama4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Llama 4.
 
-    The attention chunk, temperature and temperature floor are not in the metadata: llama.cpp hard-codes these values.
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The metadata has no keys for the attention chunk (8192 tokens) and for the scale (0.1) and start (8192) of the
+    attention temperature. The dict has the values that llama.cpp hard-codes. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     full = m.get("attention.sliding_window") == 0
     count = m.whole("expert_count")
@@ -56,7 +57,8 @@ def qwen_moe(model: str, normalised: bool) -> Any:
     The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
     supported.
 
-    model: the architecture's name in the dict. normalised: True if the router's top-k weights are divided by their sum.
+    model: value of the dict's key `architectures`, such as Qwen3MoeForCausalLM. normalised: True if the router's top-k
+    weights are divided by their sum.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -176,9 +178,8 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 def afmoe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for AFMoE.
 
-    mup_enabled, by which embeddings are multiplied by sqrt(hidden size), is always True, as in llama.cpp.
-
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The key mup_enabled (embeddings are multiplied by sqrt(hidden size)) is always True, as in llama.cpp. Raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
@@ -193,11 +194,13 @@ def afmoe(m: Metadata) -> dict[str, Any]:
 def deepseek2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for a GGUF file of the architecture deepseek2.
 
-    The model in the dict is DeepSeek-V3 if a sigmoid scores the experts, DeepSeek-V2 if not, and Youtu-LLM if the file
-    has no experts.
-    Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
-    There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a
-    tenth. Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    - The model in the dict is Youtu-LLM if the file has no experts, DeepSeek-V3 if a sigmoid scores the experts, else
+      DeepSeek-V2.
+    - A head's width is attention.key_length_mla; in a file without this key it is attention.key_length.
+    - GGUF has no key for YaRN's mscale. In all released models it equals mscale_all_dim, and both are 10 times the key
+      rope.scaling.yarn_log_multiplier.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     rope, rank = m.whole("rope.dimension_count"), m.whole("attention.kv_lora_rank")
     key = m.whole("attention.key_length_mla", m.whole("attention.key_length", 0))
@@ -223,10 +226,10 @@ def indexed(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
 
     It is for DeepSeek-V3.2 and GLM-5, whose sparse attention has an indexer. `indexer_types` of the dict is "full" for
-    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function
-    raises CheckpointError for a missing key, PortError for a value that is not supported.
+    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The returned
+    function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: name of the architecture in config.json.
+    model: value of the dict's key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

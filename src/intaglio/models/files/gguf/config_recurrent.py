@@ -11,9 +11,9 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def alone(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone. model: the architecture's name.
+    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone.
 
-    Raises CheckpointError for a missing key.
+    model: value of the dict's key `architectures`. Raises CheckpointError for a missing key.
     """
     return {
         "architectures": [model], "llama_names": True, "vocab_size": m.tables.shape("model.embed_tokens.weight")[0],
@@ -28,7 +28,7 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 def mamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Mamba, or for FalconMamba if the file says that dt, B and C are normed.
 
-    The epsilon of those norms is that of the layers' norms, as in llama.cpp. Raises CheckpointError for a missing key,
+    For these norms the epsilon of the layers' norms is used, as in llama.cpp. Raises CheckpointError for a missing key,
     PortError for a value that is not supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
@@ -186,10 +186,10 @@ def ungated_experts(m: Metadata) -> dict[str, Any]:
 def delta_nets(model: str) -> Any:
     """Make the function that turns the Metadata of a GGUF file of Qwen3-Next or Qwen3.5 into config.json's keys.
 
-    The function returns a dict. Layers for which the file has a rate of decay get a gated delta net, the others
+    The function returns a dict. Layers for which the file has a tensor A_log (ssm_a) are gated delta nets, the others
     attention. The function raises CheckpointError for a missing key, PortError for an unsupported value.
 
-    model: the architecture's name in the dict.
+    model: value of the dict's key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

@@ -51,9 +51,11 @@ class GgufFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """Path of the GGUF model at `path`: that file, or the only one in a folder without safetensors files; None if none.
+    """Path of the GGUF model at `path`, which is a GGUF file or a folder with one.
 
-    For a split file, its first part. Raises CheckpointError if a folder holds several models, or a part is missing.
+    For a model that is split into several files, it is the path of the first part. None for any other file, and for a
+    folder that has safetensors files or no GGUF model. Raises CheckpointError if a folder holds several models, or a
+    part is missing.
     """
     if path.is_file() and path.suffix == ".gguf":
         return parts_of(path)[0]

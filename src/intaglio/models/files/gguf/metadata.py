@@ -41,17 +41,18 @@ class Metadata:
         return self.whole_key(f"{self.file.architecture}.{key}", default)
 
     def whole_key(self, key: str, default: Any = None) -> Any:
-        """The value of a key as it stands in the file; `default` if the file does not have it.
+        """The value of a complete key, such as xielu.beta, in the file; `default` if the file does not have the key.
 
-        For keys that do not begin with the architecture, such as xielu.beta. The key counts as read (see `seen`).
+        Most keys of a GGUF file begin with the name of the architecture: get() adds that name, this method does not.
+        The key counts as read (see `seen`).
         """
         self.seen.add(key)
         return self.file.get(key, default)
 
     def one(self, key: str, default: Any = None) -> Any:
-        """The value of a key that may be stored per layer; `default` if the file does not have it.
+        """The value of a key that files may store for each layer, if all layers have the same value.
 
-        Raises PortError if the layers have different values.
+        `default` if the file does not have the key. Raises PortError if the layers have different values.
         """
         value = self.get(key, default)
         if not isinstance(value, list):
@@ -130,10 +131,12 @@ class Metadata:
         return [int(x) for x in self.by_layer("attention.head_count_kv", self.heads)]
 
     def by_layer(self, key: str, default: Any = None) -> list[float]:
-        """A list of the values of a key for each layer; a key may have one number for all.
+        """A list of the values of a key, one for each layer. If the file has a single number, every layer gets it.
 
-        default: used if the file does not have the key: a number or a list. Raises CheckpointError if it has neither,
-        for fewer values than layers, and for a value that is no number.
+        Raises CheckpointError for a list with fewer values than layers, for a value that is no number, and for a key
+        that the file lacks if there is no default.
+
+        key: without the architecture's name. default: a number or a list, used if the file does not have the key.
         """
         value = self.get(key, default)
         values = value[: self.layers] if isinstance(value, list) else [value] * self.layers
@@ -151,7 +154,10 @@ class Metadata:
         return self.whole("attention.key_length", self.hidden // self.heads)
 
     def has(self, name: str, layer: int = 0) -> bool:
-        """True if the file has this tensor in this layer."""
+        """True if layer `layer` has the tensor `name`, such as self_attn.o_proj.bias.
+
+        The name is the one in transformers, without model.layers.N and with .weight or .bias.
+        """
         return f"model.layers.{layer}.{name}" in self.tables.names
 
     def sliding(self, period: int) -> list[str]:

@@ -188,10 +188,17 @@ class _Reader:
             self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
 
     def _add_gate_up(self, at: str, suffix: str, p: Place, full: str) -> None:
-        """Add a stack of experts' matrices whose rows are gate, then up, as two tensors per expert.
+        """Add a stack of experts' matrices as two tensors per expert, gate and up. Returns nothing.
 
-        at: prefix of their names. suffix: weight or bias. p: place of the stack. full: name of the stored tensor, for
-        errors. Raises PortError if the architecture has no experts, or for anything but matrices, such as biases.
+        Each matrix of the stack has the rows of gate, then the rows of up.
+
+        Args:
+            at: prefix of the new tensors' names.
+            suffix: last part of their names, such as weight.
+            p: where the file has the stack.
+            full: name of the stored tensor, for errors.
+
+        Raises PortError if the architecture has no experts, or if the stack does not have 3 dimensions (biases have 2).
         """
         if len(p.shape) != 3:
             raise PortError(
@@ -268,7 +275,7 @@ class _Reader:
 
 
 def _run(p: Place, first: int, count: int) -> Place:
-    """The Place of `count` values of the vector at `p`, from number `first` on."""
+    """A Place (file, offset, type, shape) of `count` values of the vector at `p`, from value number `first` on."""
     each = p.row_bytes // prod(p.shape)
     return Place(p.file, p.kind, (count,), p.start + first * each)
 

@@ -18,10 +18,10 @@ from intaglio.models.files.gguf.tensors import Place, Tables
 def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
     """Add the tensor A_log of a Mamba block to `tables`. It is the logarithm of -A, since a GGUF file stores A.
 
-    A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads].
+    A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads]. Returns nothing.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata; not read.
         name: the tensor's name in transformers.
         p: where the file has A.
@@ -39,7 +39,7 @@ def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
     """Add a tensor that the file holds as a matrix, D [heads, 1] or a norm [groups, columns], to `tables` as a vector.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata; not read.
         name: the tensor's name in transformers.
         p: where the file has the matrix.
@@ -64,12 +64,13 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add to `tables` several matrices that are stored as one tensor. Returns nothing.
+    """Add several matrices to `tables` that the file stores as one tensor. Returns nothing.
 
-    The tensor has the rows of key head 0 of each matrix, one matrix after another, then those of key head 1, and so on.
+    The tensor has the rows of key head 0 of each matrix, one matrix after another, then the rows of key head 1, and so
+    on.
 
     Args:
-        tables: the tables.
+        tables: the file's tensors by their names in transformers; changed in place.
         names: {name of a matrix: its number of rows for one key head}, in their order in the tensor.
         heads: number of key heads.
         p: where the file holds the tensor.
@@ -81,12 +82,12 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_b and in_proj_a of Qwen3-Next to `tables`. Files have both in one matrix, grouped by key head.
+    """Add in_proj_b and in_proj_a of Qwen3-Next to `tables`. The file has both in one matrix, grouped by key head.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata, which has the numbers of heads.
-        name: the matrix's name in transformers, which ends with in_proj_ba.weight.
+        name: name of the file's matrix in transformers, which ends with in_proj_ba.weight.
         p: where the file has the matrix.
 
     Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
@@ -97,14 +98,15 @@ def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_qkv and in_proj_z of Qwen3-Next to `tables`. An older file has the rows of both in one matrix.
+    """Add in_proj_qkv and in_proj_z of Qwen3-Next to `tables`, for an older file that has one matrix in their place.
 
-    The matrix is that of transformers: for each key head its rows of q, k, v and z.
+    The file's matrix is transformers' in_proj_qkvz. For each key head it has rows of q, k, v and z. The port wants two
+    matrices, as newer files have them: all rows of q, then k, then v in one, and the rows of z in the other.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata, which has the numbers and sizes of heads.
-        name: the matrix's name in transformers, which ends with in_proj_qkvz.weight.
+        name: name of the file's matrix in transformers, which ends with in_proj_qkvz.weight.
         p: where the file has the matrix.
 
     Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
@@ -120,15 +122,17 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """For each row of a matrix of Qwen3.5 in transformers' order, the number of that row in the file, as an int array.
+    """An int array: for each row of a Qwen3.5 matrix in transformers' order, the number of that row in the GGUF file.
 
-    transformers has the value heads of the first key head first. Files have the first value head of each key head
-    first, then the second of each. Raises CheckpointError if the sizes in the metadata do not fit together (see
-    delta_sizes()).
+    The matrix has `width` rows for each value head. transformers groups value heads by key head: all of key head 0,
+    then all of key head 1. The file begins with the first value head of every key head, then has the second of every
+    key head.
 
     Args:
         m: the metadata, which has the numbers of heads.
         width: rows of the matrix for each value head.
+
+    Raises CheckpointError if the sizes in the metadata do not fit together (see delta_sizes()).
     """
     keys, heads, _, _ = delta_sizes(m)
     h = np.arange(heads)
@@ -137,14 +141,14 @@ def tiled(m: Metadata, width: int) -> np.ndarray:
 
 
 def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a tensor of Qwen3.5 to `tables` with its value heads in transformers' order (see tiled()).
+    """Add a tensor of Qwen3.5 to `tables` with its value heads in transformers' order, grouped by key head.
 
-    The tensor is a matrix whose last rows are those of the value heads, or a vector with one value for each. Rows
-    before them, of queries and keys, keep their order. A tensor A_log becomes the logarithm of the file's negated
-    values.
+    The file has the first value head of every key head, then the second of every key head. The tensor is a matrix whose
+    last rows are those of the value heads, or a vector with one value for each. Rows before them, of queries and keys,
+    keep their order. A tensor A_log becomes the logarithm of the file's negated values.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata, which has the numbers and sizes of heads.
         name: the tensor's name in transformers.
         p: where the file has the tensor.
@@ -164,10 +168,13 @@ def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def columns_by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add out_proj of Qwen3.5 to `tables` with columns in transformers' order. Files have the order of tiled().
+    """Add out_proj of Qwen3.5 to `tables`, with its columns in transformers' order. Returns nothing.
+
+    The columns of transformers are grouped by key head: the value heads of key head 0, then those of key head 1. The
+    file has the first value head of every key head, then the second of every key head.
 
     Args:
-        tables: the tensors by transformers' names.
+        tables: the file's tensors by their names in transformers; changed in place.
         m: the metadata, which has the numbers and sizes of heads.
         name: the matrix's name in transformers.
         p: where the file has the matrix.

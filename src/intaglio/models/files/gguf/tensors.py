@@ -61,7 +61,10 @@ class Place:
         return self.start + prod(self.shape[:-1]) * self.row_bytes
 
     def cut(self, first: int, shape: tuple[int, ...]) -> Place:
-        """The Place of the part of shape `shape` that starts at row `first`."""
+        """A Place (file, offset, type, shape) of the part of this tensor with the given shape, from row `first` on.
+
+        The caller sees to it that the part lies inside the tensor; this is not checked.
+        """
         return Place(self.file, self.kind, shape, self.start + first * self.row_bytes)
 
 
@@ -163,16 +166,16 @@ class Tables:
         self.coded[name] = Coded(format_of(p), shape, {at: Part(None)}, decode, whole=shape[0])
 
     def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
-        """Add a matrix whose columns the file has in another order: column i there is column order[i] of the matrix.
+        """Add a matrix whose columns are in another order in the file.
 
-        Columns of plain values are moved to their places when they are read. Quantised columns stay where they are.
-        Instead an int32 tensor NAME.order with `order` is added, and a port permutes the matrix's input by it, as for
-        act-order.
+        Column i of the file is the matrix's column order[i]. Plain values are moved to their columns when they are
+        read. Quantised columns stay in the file's order. For them an int32 tensor NAME.order with `order` is added, and
+        a port reorders the columns of the matrix's input by it, as for act-order.
 
         Args:
             name: the matrix's name in transformers.
             p: where the file has it.
-            order: the matrix's column of each column in the file, an int array.
+            order: for each column in the file, its number in the matrix, an int array.
         """
         at = self._blocks(name, p)
         plain, back, own = p.kind in PLAIN, np.argsort(order), name.removesuffix(".weight") + ".order"

@@ -51,9 +51,9 @@ _CASED = (  # letters that have capitals, as DeepSeek lists them: single code po
 
 
 def _points(listed: str) -> str:
-    r"""The inside of a regex character class, from hexadecimal code points and ranges that are separated by spaces.
+    r"""The inside of a regex character class, as text, for the characters that `listed` names.
 
-    For example, "41-5A 5F" gives \x{41}-\x{5A}\x{5F}.
+    listed: hexadecimal code points and ranges, separated by spaces: "41-5A 5F" gives \x{41}-\x{5A}\x{5F}.
     """
     return "".join("-".join(rf"\x{{{p}}}" for p in part.split("-")) for part in listed.split())
 

@@ -134,10 +134,11 @@ def _templates(file: GgufFile) -> dict[str, str]:
 
 
 def _ends(v: _Vocabulary) -> tuple[int, ...]:
-    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS.
+    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and known end tokens among its others.
 
-    <|end|> does not count as listed if all of HARMONY are control tokens of the file (gpt-oss): there it only ends a
-    message.
+    The known end tokens (the table ENDS), such as <|im_end|>, count if they are control tokens of the file. But <|end|>
+    is left out if the file also has <|return|> and <|call|> (gpt-oss): there it ends a message, and not the sequence.
+    () if there are none.
     """
     named = [i for name in ("eos", "eot", "eom") if (i := v.id(name)) is not None]
     control = v.of_kind(CONTROL)
@@ -214,7 +215,8 @@ def _sentencepiece(v: _Vocabulary, merges: list[tuple[str, str]] | None = None) 
 def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """A list of the BPE merges of a SentencePiece vocabulary: every split of a token into two tokens, best first.
 
-    Ordered by the token's score; for equal scores the longest left part comes first, then the longest right part.
+    They are ordered by the score of the whole token; for equal scores the longest left part comes first, then the
+    longest right part.
     """
     found = []
     for token, i in known.items():
