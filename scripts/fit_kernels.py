@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import target
-from intaglio.chips.engine_kernels import KERNELS
+from intaglio.chips.engine_kernels import CONSTANTS, KERNELS
 from intaglio.codesign.calibrate import ANY_WIDTH
 from intaglio.codesign.engine_tables import COLUMNS, kinds, read_rows, tables_of
-from intaglio.codesign.kernel_fit import CONSTANTS, Case, fit_by_width
+from intaglio.codesign.kernel_fit import Case, fit_by_width
 from intaglio.codesign.validate import FORMAT
 from intaglio.codesign.written import toml
 

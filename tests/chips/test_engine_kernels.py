@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from intaglio.chips import CHIPS, ChipError, Target, engine_kernels, engine_library, engine_names, library, target
-from intaglio.chips.engine_kernels import GENERATIONS, engine_records, entries
+from intaglio.chips.engine_kernels import CONSTANTS, GENERATIONS, engine_records, entries
 
 
 @pytest.mark.parametrize("engine", engine_names())
@@ -55,12 +55,26 @@ def test_constants_are_those_of_the_generation_or_of_the_one_asked_for() -> None
             own = dict(engine_records(engine, generation)[number].changes)
             other = next(g for g in GENERATIONS if g != generation)
             lent = dict(engine_records(engine, generation, constants=other)[number].changes)
-            for found, values in ((own, entry[generation]), (lent, entry[other])):
-                assert all(found[name] == value for name, value in values.items() if not isinstance(value, list))
+            names = CONSTANTS[entry["op"]]
+            assert all(own[name] == entry[generation][name] and lent[name] == entry[other][name] for name in names)
+            assert {n: v for n, v in own.items() if n not in names} == {n: v for n, v in lent.items() if n not in names}
     single = [(e, k, g) for e in engine_names() for k in entries(e) for g in GENERATIONS if g not in k]
     for engine, entry, missing in single:
         number = entries(engine).index(entry)
         assert engine_records(engine, missing)[number].changes == engine_records(engine, "ada")[number].changes
+
+
+def test_constants_of_links_that_another_generation_lends_follow_the_links() -> None:
+    base, lent = library("blackwell"), library("hopper")
+    for engine in engine_names():
+        for entry, record in zip(entries(engine), engine_library(engine, base, "hopper").kernels, strict=False):
+            if entry["op"] == "collectives":
+                found, given = dict(record.changes), entry["hopper"]
+                assert found["barrier_s"] == pytest.approx(given["barrier_s"] * base.barrier_s / lent.barrier_s)
+                assert found["small_reduce_efficiency"] == given["small_reduce_efficiency"]
+                assert found["link_efficiency"] == min(1, given["link_efficiency"] * base.link_efficiency)
+    own = engine_library("vllm", base)
+    assert own.kernels[: len(entries("vllm"))] == engine_records("vllm", "blackwell")
 
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))

@@ -107,6 +107,44 @@ def test_recurrent_rows_take_longer_with_more_tokens_and_never_beat_the_memory(
 
 
 @settings(max_examples=30, deadline=None)
+@given(
+    chip=st.sampled_from(["h100_sxm", "b200_sxm"]), batch=st.integers(1, 300), length=st.integers(1, 5000),
+    rate=st.floats(0.5, 50), cycles=st.floats(0, 1e5), kernel=st.sampled_from(["causal_conv1d_fn", "chunk_delta"]),
+    scan=st.sampled_from([1, 6]),
+)  # fmt: skip
+def test_recurrent_kernels_never_move_more_than_their_cores_do(
+    chip: str, batch: int, length: int, rate: float, cycles: float, kernel: str, scan: int
+) -> None:
+    row = {"phase": "context", "kernel": kernel, "batch": str(batch), "tokens": str(batch * length),
+           "channels": "2048", "conv_width": "4", "n_k_heads": "4",
+           "head_k_dim": "128", "n_v_heads": "8", "head_v_dim": "128"}  # fmt: skip
+    free = target(chip).with_library(scan_kernels=scan)
+    bound = free.with_library(core_bytes_per_cycle=rate, row_cycles=cycles)
+    found, least = (timing(on, "recurrent", row) for on in (bound, free))
+    moved_s = found.hbm_bytes / (rate * free.chip.cores * free.chip.clock_hz)
+    assert found.seconds >= max(least.seconds, moved_s) * (1 - 1e-9)
+    jobs = batch * (2048 if kernel.startswith("causal") else 8) / free.chip.cores
+    rows_s = jobs * cycles / free.chip.clock_hz if scan == 1 or kernel.startswith("causal") else 0.0
+    assert found.seconds >= rows_s * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("chip", ["h100_sxm", "b200_sxm"])
+def test_products_of_heads_move_all_bytes_where_a_loop_outgrows_the_l2(chip: str) -> None:
+    on, row = target(chip), {"dtype": "bfloat16", "tokens": "16384", "n_heads": "64"}
+    moved = 16384 * 64 * (128 + 512) * 2 + 64 * 128 * 512 * 2
+    assert timing(on, "bmm", row).hbm_bytes == moved
+    assert timing(on, "bmm", {**row, "tokens": "64", "n_heads": "1"}).hbm_bytes == 0
+
+
+def test_the_keys_alone_are_convolved_in_one_engines_table() -> None:
+    row = {"kernel_source": "causal_conv1d_fn", "phase": "context", "batch_size": "1", "num_tokens": "64",
+           "d_conv": "4", "num_k_heads": "16", "head_k_dim": "128", "num_v_heads": "32", "head_v_dim": "64",
+           "us": "9"}  # fmt: skip
+    channels = {e: (translated("gdn", row, e) or {})["channels"] for e in ("vllm", "sglang", "trtllm")}
+    assert channels == {"vllm": "6144", "sglang": "6144", "trtllm": "2048"}
+
+
+@settings(max_examples=30, deadline=None)
 @given(chip=st.sampled_from(["h100_sxm", "b200_sxm"]), batch=st.integers(1, 300), context=st.integers(1, 60_000),
        heads=st.sampled_from([1, 8, 16, 128]), dtype=st.sampled_from(["bfloat16", "fp8"]))  # fmt: skip
 def test_latent_attention_reads_each_latent_once(chip: str, batch: int, context: int, heads: int, dtype: str) -> None:

@@ -8,7 +8,7 @@ from intaglio.chips import ChipError, target
 from intaglio.codesign.validate import predict
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
-from intaglio.silicon.kernels.experts import experts_timing, grouped_target
+from intaglio.silicon.kernels.experts import experts_timing, grouped_target, grouped_timing
 from intaglio.silicon.kernels.kv_write import Heads
 from intaglio.silicon.kernels.tiled import tiling
 from intaglio.silicon.memory import dense
@@ -24,6 +24,29 @@ def test_fp8_experts_are_faster_than_bf16_except_by_the_kernel_that_converts_the
     if name == "h100_sxm":
         slow = experts_timing(target(name), *layer, "e4m3", "e4m3", kernel="flashinfer_cutlass_per_tensor").seconds
         assert slow > 1.5 * bf16
+
+
+def test_experts_whose_rows_are_copied_first_or_whose_weights_are_converted_take_longer() -> None:
+    counts, hidden = (64,) * 128, 4096
+    for x_format, w_format, x_bytes in (("bf16", "bf16", 2), ("bf16", "e2m1", 2), ("e4m3", "e2m1", 1)):
+        layer = 2048, 4, counts, 128, hidden, 1536, x_format, w_format
+        plain, permuted, converted = (
+            experts_timing(B200.with_library(**fact), *layer).seconds
+            for fact in ({}, {"expert_permute": True}, {"w4_dequant_ops": 8.0})
+        )
+        copied_s = sum(counts) * hidden * 2 * x_bytes / B200.chip.l2_rate
+        assert permuted - plain > B200.library.launch_s + copied_s
+        assert (converted > plain) == (x_format == "bf16" and w_format == "e2m1")
+
+
+def test_weights_read_by_half_bursts_move_more_bytes_from_hbm_but_not_from_the_l2() -> None:
+    a100 = target("a100_sxm")  # more tokens than experts: steps of 64 bytes
+    whole, half = (
+        grouped_timing(a100.with_library(half_burst_cost=cost), 64, (64,) * 8, 2048, 4096, "bf16", "bf16", 16.0, 2.0)
+        for cost in (1.0, 1.3)
+    )
+    assert half.weight_bytes == pytest.approx(1.3 * whole.weight_bytes)
+    assert half.l2_bytes == pytest.approx(whole.l2_bytes) and half.seconds > whole.seconds
 
 
 def test_native_8_bit_attention_is_faster_than_with_conversion() -> None:

@@ -10,13 +10,27 @@ import dataclasses
 from functools import lru_cache
 from typing import Any
 
-from intaglio.chips.files import DATA, read_toml, record_of
+from intaglio.chips.files import DATA, read_library, read_toml, record_of
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.chips.library import KernelLibrary
 from intaglio.chips.spec import ChipError
 
 KERNELS = DATA / "kernels"
 GENERATIONS = ("hopper", "blackwell")  # whose kernels were measured
+SHARED = ("launch_s", "memory_factor")
+CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants of each generation; the rest are facts
+    "products": ("mxu_efficiency", *SHARED),
+    "prefill": ("mxu_efficiency", *SHARED),
+    "decode": ("mxu_efficiency", *SHARED),
+    "experts": ("grouped_mxu_efficiency", *SHARED),
+    "recurrent": ("mxu_efficiency", *SHARED),
+    "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
+}
+# Constants that follow the chip's links -> field of the chip's own library by which another chip's value is scaled
+SCALED = {
+    "small_reduce_s": "barrier_s", "barrier_s": "barrier_s", "link_latency_s": "link_latency_s",
+    "link_efficiency": "link_efficiency",
+}  # fmt: skip
 
 
 def engine_names() -> tuple[str, ...]:
@@ -35,8 +49,8 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
         constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
             was not measured on that generation, its record takes the constants of another generation, see merged().
     """
-    path, wanted = KERNELS / f"{engine}.toml", constants or generation
-    return tuple(record_of(path, merged(entry, wanted)) for entry in entries(engine))
+    path = KERNELS / f"{engine}.toml"
+    return tuple(record_of(path, merged(entry, generation, constants)) for entry in entries(engine))
 
 
 @lru_cache
@@ -54,17 +68,32 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def merged(entry: dict[str, Any], generation: str) -> dict[str, Any]:
+def lender(entry: dict[str, Any], wanted: str) -> str:
+    """The generation of chips whose constants a table `[[kernels]]` gives where those of `wanted` are asked for.
+
+    It is `wanted` itself, or the first of GENERATIONS that the table covers if it lacks `wanted`; "" if it covers none.
+    """
+    having = [g for g in GENERATIONS if g in entry]
+    return wanted if wanted in having else next(iter(having), "")
+
+
+def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[str, Any]:
     """Flatten a table `[[kernels]]` of an engine's file into one dict {field: value} and return it.
 
-    The dict has the kernel's facts (fields that hold on every chip) and its fitted constants for `generation`. If the
-    table has no constants for `generation`, it has those of the first of GENERATIONS that the table covers. The field
-    `default` is False unless the table sets it.
+    The dict has the kernel's facts (fields that hold on every chip, and those of `generation`) and its fitted
+    constants. If the table lacks a generation, the first of GENERATIONS that the table covers takes its place. The
+    field `default` is False unless the table sets it.
+
+    Args:
+        entry: the table.
+        generation: generation of the chip, such as hopper.
+        constants: generation of chips from which the constants are taken; "": `generation`.
     """
-    of_each = {g: entry[g] for g in GENERATIONS if g in entry}
-    own = of_each.get(generation, next(iter(of_each.values()), {}))
+    own, lent = (entry.get(lender(entry, g), {}) for g in (generation, constants or generation))
+    names = CONSTANTS.get(entry.get("op", ""), ())
     facts = {name: value for name, value in entry.items() if name not in GENERATIONS}
-    return {"default": False, **facts, **own}
+    found = {"default": False, **facts, **own}
+    return found | {name: lent[name] for name in names if name in lent}
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
@@ -76,9 +105,27 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
     Args:
         engine: the engine's name, such as vllm.
         base: the chip's own kernel library.
-        constants: generation of chips from which the fitted constants are taken; "": base.generation.
+        constants: generation of chips from which the fitted constants are taken; "": base.generation. Constants of
+            links (SCALED) that come from another generation are multiplied by the ratio of the fields of `base` to
+            those of the other generation's own library.
     """
-    records = engine_records(engine, base.generation, constants)
+    found = zip(entries(engine), engine_records(engine, base.generation, constants), strict=True)
+    records = tuple(scaled(r, base, lender(entry, constants or base.generation)) for entry, r in found)
     if not records:
         return base
     return dataclasses.replace(base, name=f"{base.name}+{engine}", engine=engine, kernels=records + base.kernels)
+
+
+def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
+    """A record with its constants of links scaled from the chips of generation `lent` to those of the library `base`.
+
+    It is the record itself if they are of the same generation, and for ops other than collectives.
+    """
+    if record.op != "collectives" or lent in ("", base.generation):
+        return record
+    other, changes = read_library(DATA / "libraries" / f"{lent}.toml"), dict(record.changes)
+    for name, field in SCALED.items():
+        if name in changes:
+            value = changes[name] * getattr(base, field) / getattr(other, field)
+            changes[name] = min(value, 1.0) if name.endswith("efficiency") else value
+    return dataclasses.replace(record, changes=tuple(changes.items()))

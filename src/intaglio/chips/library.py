@@ -58,6 +58,8 @@ class KernelLibrary:
     dual_batch_overlap: bool = False  # a batch may run as two halves that overlap compute and links, if that is faster
     # Multiple of the chip's hbm_efficiency and l2_efficiency that kernels reach; at most peak.
     memory_factor: float = 1.0
+    # Bytes that a core moves a cycle at most, in kernels without products that are bound by their instructions; 0: any
+    core_bytes_per_cycle: float = 0.0
     activation_bytes: int = 2  # bytes of a value between ops; kernels keep it in bf16
     l2_usable: float = 0.8  # fraction of the L2 that can hold an op's operands
     l2_multicast: float = 1.0  # cores that get a line for each read of the L2, if they need the same; part of its rate
@@ -72,6 +74,9 @@ class KernelLibrary:
     quantise_launches: int = 3  # kernels that quantise bf16 activations before an 8-bit product: maximum, scale, round
     quantise_bytes: float = 8.0  # bytes that they move for each value of the activations
     row_cycles: float = 0.0  # cycles that a core takes at least for a row, if they (or convolutions) work row by row
+
+    # Recurrent state
+    scan_kernels: int = 6  # of the chunked delta rule: decays, keys, inverse, two for states, outputs; 1: all in one
 
     # Attention
     key_tile: int = 64  # keys in a tile; the last tile of a context is loaded whole
@@ -106,6 +111,8 @@ class KernelLibrary:
     vector_load_values: int = 16  # rows of expert weights must be a multiple of it to be read by vector loads
     unaligned_row_cost: float = 4.0  # bytes moved for each byte of other rows
     experts_native: bool = True  # 8-bit experts with 8-bit activations are multiplied as such; False: in bf16
+    expert_permute: bool = False  # a kernel copies the rows of x into the order of experts before the products
+    w4_dequant_ops: float = 0.0  # operations to convert a 4-bit expert weight to BF16; 0: hidden behind the products
     fp8_dequant_ops: int = 3  # operations to convert an FP8 expert weight to BF16, if the product is in BF16
     fp8_load_bytes_per_cycle: float = 0.0  # of such weights, that a core loads at most; 0: as fast as they arrive
     fp8_overfetch: float = 1.0  # bytes moved from the L2 for each byte of such weights

@@ -17,25 +17,18 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
+from intaglio.chips.engine_kernels import CONSTANTS
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
 
-SHARED = ("launch_s", "memory_factor")
-CONSTANTS: dict[str, tuple[str, ...]] = {  # op of a kernel record -> constants of each chip
-    "products": ("mxu_efficiency", *SHARED),
-    "prefill": ("mxu_efficiency", *SHARED),
-    "decode": ("mxu_efficiency", *SHARED),
-    "experts": ("grouped_mxu_efficiency", *SHARED),
-    "recurrent": ("mxu_efficiency", *SHARED),
-    "collectives": ("small_reduce_s", "small_reduce_efficiency", "barrier_s", "link_latency_s", "link_efficiency"),
-}
 FLAG = (False, True)
 CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
+CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     "products": {
-        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (3.0, 5.0, 8.0, 12.0),
-        "row_cycles": (0.0, 500.0, 1000.0, 1500.0, 2000.0),
+        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (2.0, 3.0, 5.0, 8.0, 12.0),
+        "row_cycles": (0.0, 350.0, 500.0, 1000.0, 1500.0, 2000.0), "core_bytes_per_cycle": CORE_RATES,
         "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
     },
     "prefill": {
@@ -55,12 +48,16 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     },
     "experts": {
         "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
-        "expert_all_rows": FLAG, "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
+        "expert_all_rows": FLAG, "expert_permute": FLAG, "w4_dequant_ops": (0.0, 1.0, 2.0, 4.0, 8.0),
+        "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
         "expert_rows": ((16, 32, 64, 128, 256), (16, 32, 64), (64, 128), (128,), (64,)),
         "expert_columns": ((64, 128, 256), (128,), (64,)),
     },
     "collectives": {"switch_reduce_min_chips": (2, 4, 8, 16)},
-    "recurrent": {"row_cycles": (0.0, 30.0, 60.0, 100.0, 150.0)},
+    "recurrent": {
+        "scan_kernels": (1, 6), "row_cycles": (0.0, 60.0, 100.0, 150.0, 200.0, 8e3, 16e3, 32e3),
+        "core_bytes_per_cycle": CORE_RATES,
+    },
 }  # fmt: skip
 STARTS = ("", "hopper", "blackwell")  # libraries whose facts a search starts from; "": the chip's own
 MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known kernels, from which a search starts too
@@ -68,6 +65,7 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"tiles": CUTLASS, "split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0},
         {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "row_cycles": 1500.0},
         {"quantise_launches": 1, "quantise_bytes": 3.0},
+        {"persistent": True},
     ),
     "prefill": (  # Triton's kernels: no packing, and each product waits for the softmax before it
         {"query_tiles": (64,), "key_tile": 64, "pack_gqa": False, "softmax_overlap": 0.0, "kv_native": False},
@@ -79,15 +77,18 @@ MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known ke
         {"expert_tiles": "best", "expert_fused_activation": True, "expert_all_rows": False, "routing_launches": 3},
     ),
     "collectives": (),
-    "recurrent": (),
+    "recurrent": ({"scan_kernels": 1, "row_cycles": 16e3},),
 }  # fmt: skip
 FACT_ROUNDS = 2  # of the search that also try facts
+LEAST_GAIN = 0.02  # log-likelihood that another value of a constant, or of a fact that differs already, must gain
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain
 CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
+ATTENTION_CHIP_GAIN = 8.0  # the same in attention, whose kernels are other ones on each generation more often
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 WIDTH_ROWS = 10  # least number of rows of such a range
-PRIOR_WIDTH = 0.5  # standard deviation of the logarithm of a constant about its start
+PRIOR_WIDTH = 0.25  # standard deviation of the logarithm of a constant about its start
+TIME_WIDTH = 0.5  # that of seconds: benchmarks without a CUDA graph count the host's time of a launch
 STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
 LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
 LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
@@ -203,7 +204,8 @@ class KernelSearch:
         number: index of the case. values: {name of a constant or fact: value}.
         """
         case, begun = self.cases[number], self.begun[number]
-        moved = [log(values[n] / begun[n]) / PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0]
+        widths = {n: TIME_WIDTH if n.endswith("_s") else PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0}
+        moved = [log(values[n] / begun[n]) / width for n, width in widths.items()]
         return case.cost(values) + sum(m * m for m in moved) / 2
 
     def attempt(self, changes: Values, numbers: Sequence[int], least: float) -> bool:
@@ -247,8 +249,14 @@ class KernelSearch:
             while True:
                 now = self.values[number][name]
                 value = min(now * factor, 1.0) if name.endswith("efficiency") else now * factor
-                if value == now or not self.attempt({name: value}, [number], 0.02):
+                if value == now or not self.attempt({name: value}, [number], LEAST_GAIN):
                     break
+
+    def fit_constants(self, step: float) -> None:
+        """Move each constant of each case in relative steps of `step`, for as long as the cost falls."""
+        for i, case in enumerate(self.cases):
+            for name in CONSTANTS[case.op]:
+                self.fit_constant(i, name, step)
 
     def drop_facts(self, own: Values) -> float:
         """Set facts (discrete properties) of the kernel back to the values in `own` where that hardly matters.
@@ -270,10 +278,10 @@ class KernelSearch:
         for number, step in enumerate(STEPS):
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
                 if any(self.values[0][f] != v for f, v in changes.items()):
-                    self.attempt(changes, range(len(self.cases)), FACT_GAIN)
-            for i, case in enumerate(self.cases):
-                for name in CONSTANTS[case.op]:
-                    self.fit_constant(i, name, step)
+                    # A fact that differs already adds no parameter if it takes a third value
+                    known = all(self.values[0][f] == self.begun[0][f] for f in changes)
+                    self.attempt(changes, range(len(self.cases)), FACT_GAIN if known else LEAST_GAIN)
+            self.fit_constants(step)
         return sum(self.costs)
 
 
@@ -290,7 +298,8 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     if len(cases) < 2:
         return together
     alone = [fit_together([case]) for case in cases]
-    cost = sum(c for c, _ in alone) + CHIP_GAIN * (len(cases) - 1)
+    least = ATTENTION_CHIP_GAIN if cases[0].op in ("prefill", "decode") else CHIP_GAIN
+    cost = sum(c for c, _ in alone) + least * (len(cases) - 1)
     return (cost, [values[0] for _, values in alone]) if cost < together[0] else together
 
 
@@ -315,6 +324,8 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
             search = KernelSearch(cases, [values | facts for values in begun])
         except ChipError:
             continue
+        if menu:  # constants that suit its facts, before other facts are tried
+            search.fit_constants(STEPS[0])
         search.run()
         found = search.drop_facts({f: v for f, v in cases[0].start().items() if f in facts})
         if best is None or found < best[0]:
@@ -348,7 +359,7 @@ def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str,
 
 
 def by_chip(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
-    """{name of a case's chip: values of that case}. values: one dict {constant or fact: value} for each case."""
+    """{name of a chip: values of its case}. values: for each case, in the same order, {constant or fact: value}."""
     return {c.on.chip.name: v for c, v in zip(cases, values, strict=True)}
 
 

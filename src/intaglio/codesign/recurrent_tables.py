@@ -9,20 +9,19 @@ from collections.abc import Mapping
 
 from intaglio.chips import Target
 from intaglio.codesign.table_rows import CONVOLUTION, integers
-from intaglio.silicon.kernels.experts import elementwise_seconds
+from intaglio.silicon.kernels.experts import core_rate, elementwise_seconds
 from intaglio.silicon.timing import Timing
 
 CHUNK = 64  # tokens that the chunked kernels of the gated delta rule process at a time
-CHUNK_KERNELS = 6  # of them: sums of decays, products of keys, inverse, two for states, outputs
 STATE_BYTES = 4  # of a value of the state
 
 
 def convolution(on: Target, row: Mapping[str, str]) -> Timing:
     """The modelled Timing of a short causal convolution, as in state-space layers, which a row of a table describes.
 
-    In phase "context" the call processes prompts. If the library's row_cycles is above 0, one core processes one
-    channel of one sequence at a time, which takes row_cycles cycles or more. In phase "generation" the call processes
-    one token of each decoding sequence; it also reads and writes the state, the last inputs of each channel.
+    In phase "context" the call processes prompts. One core processes one channel of one sequence at a time, which takes
+    the library's row_cycles and the time of the channel's bytes at core_bytes_per_cycle. In phase "generation" the call
+    processes one token of each decoding sequence; it also reads and writes the state, the last inputs of each channel.
 
     row: {column: text} with phase, batch (sequences), tokens (of all sequences), channels and conv_width.
     """
@@ -33,7 +32,8 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
     seconds = elementwise_seconds(on, moved)
     if row["phase"] == "context":
         rows = int(row["batch"]) * channels / on.chip.cores
-        seconds = max(seconds, on.library.launch_s + rows * on.library.row_cycles / on.chip.clock_hz)
+        rows_s = rows * on.library.row_cycles / on.chip.clock_hz
+        seconds = max(seconds, on.library.launch_s + rows_s + moved / core_rate(on))
     return Timing(seconds, {"HBM": moved / on.chip.hbm_rate}, moved, moved)
 
 
@@ -42,7 +42,9 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
 
     In phase "generation" the call processes one token of each decoding sequence. In phase "context" it processes
     prompts in chunks of CHUNK tokens. The chunks of one head of a sequence run one after another, since each chunk
-    starts from the state that the previous chunk leaves.
+    starts from the state that the previous chunk leaves. The library's scan_kernels is the number of kernels of such a
+    call. Several exchange their results through HBM. A core of a single kernel processes a head of a sequence from
+    begin to end, and takes row_cycles to set it up.
 
     row: {column: text} with phase, batch, tokens, n_k_heads, head_k_dim, n_v_heads and head_v_dim.
     """
@@ -60,12 +62,16 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
     within = 2.0 * CHUNK * CHUNK * (2 * dk + 2 * dv + CHUNK)  # FLOPs of a chunk of a head apart from its state
     across = 6.0 * CHUNK * state
     jobs = batch * heads
-    parallel = jobs * chunks * within / rate
     rounds = -(-jobs // chip.cores)
     serial = rounds * chunks * (across / (rate / chip.cores) + chip.constants.hbm_latency_s)
-    moved = 3 * values + 4.0 * jobs * chunks * state
-    hbm_s = moved / chip.hbm_rate
-    seconds = CHUNK_KERNELS * lib.launch_s + max(hbm_s, parallel + serial)
+    if lib.scan_kernels == 1:
+        parallel = rounds * (chunks * within / (rate / chip.cores) + lib.row_cycles / chip.clock_hz)
+        moved = values + 2.0 * STATE_BYTES * jobs * state
+    else:
+        parallel = jobs * chunks * within / rate
+        moved = 3 * values + 4.0 * jobs * chunks * state
+    hbm_s = moved / min(chip.hbm_rate, core_rate(on))
+    seconds = lib.scan_kernels * lib.launch_s + max(hbm_s, parallel + serial)
     flops = jobs * chunks * (within + across)
     return Timing(seconds, {"HBM": hbm_s, "MXU": parallel + serial}, moved, moved, 0.0, flops, "bf16", jobs=float(jobs))
 

@@ -94,7 +94,12 @@ def bmm(on: Target, row: Row) -> Timing:
     tokens, heads = integers(row, "tokens", "n_heads")
     format, x_format, w_bits = formats_of(row)
     width, latent = MLA_PROMPT[1], MLA_LATENT[1]
-    product = linear_timing(on, tokens, latent, width, x_format, format, w_bits, heads=heads)
+    values = tokens * heads * (width * formats.bits(x_format) / 8 + latent * 2.0)  # bytes of x and of the result
+    copies = conditions(on.library).weight_copies * heads * latent * width * w_bits / 8
+    outgrown = copies + values > on.chip.l2_bytes * on.library.l2_usable
+    product = linear_timing(
+        on, tokens, latent, width, x_format, format, w_bits, resident=not outgrown, heads=heads, streamed=outgrown
+    )
     return product if formats.bits(x_format) >= 16 else product + quantise(on, tokens * heads, width)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from typing import ClassVar
 
 import numpy as np
@@ -43,6 +44,7 @@ from intaglio.silicon.timing import Timing
 SCALE_BLOCK = 128  # rows and columns of an FP8 weight that share one scale
 COMBINE_COLUMNS = 512  # columns of a token whose results are summed at a time, at most
 ROUTING = "routing"  # label of the launches that choose experts and sort rows
+PERMUTATION = "permutation"  # label of the launch that copies rows of x into the order of experts
 OPERANDS = 64  # values deep, in two bytes and two stages: what Target asks of a tile's operands in SRAM
 
 
@@ -156,7 +158,7 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     Its arithmetic is not counted. The rate of the L2 is chip.l2_rate / library.l2_multicast here: chip.l2_rate is that
     of reads which serve l2_multicast cores at once, and in this kernel each read serves one core. If the operands fit
     the usable part of the L2, all bytes move at this rate. Otherwise they move at this rate or HBM's, whichever is
-    lower.
+    lower. In both cases core_rate() is another limit.
 
     Args:
         target: the chip and its kernel library.
@@ -165,7 +167,13 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
-    return library.launch_s + moved / (l2_rate if fits else min(l2_rate, chip.hbm_rate))
+    rate = min(l2_rate, core_rate(target))
+    return library.launch_s + moved / (rate if fits else min(rate, chip.hbm_rate))
+
+
+def core_rate(target: Target) -> float:
+    """Bytes/s that all cores together move at most, by the library's core_bytes_per_cycle; inf if that is 0."""
+    return target.library.core_bytes_per_cycle * target.chip.cores * target.chip.clock_hz or inf
 
 
 @dataclass(frozen=True)
@@ -253,11 +261,15 @@ def grouped_timing(
     step_bytes, active = tile_menu(lib, tokens, len(counts)).step_bytes, tuple(c for c in counts if c)
     if not active:
         return Timing(lib.launch_s)
-    overfetch = 1.0
+    overfetch = from_l2 = 1.0  # bytes that HBM moves for each byte of the weights; cores, for each byte of HBM's
     if lib.activation_bytes < WIDE:  # a vendor's kernel, which may load short or unaligned rows
-        overfetch = lib.half_burst_cost if step_bytes == lib.burst_bytes // 2 else 1.0
-        overfetch = lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
-    groups, least = Grouped(active, scattered), 0.0
+        if k % lib.vector_load_values:
+            overfetch = lib.unaligned_row_cost
+        elif step_bytes == lib.burst_bytes // 2:
+            overfetch, from_l2 = lib.half_burst_cost, 1 / lib.half_burst_cost
+    groups, least = Grouped(active, scattered, from_l2), 0.0
+    if formats.bits(w_format) < 8 and formats.bits(x_format) >= 16:
+        groups = replace(groups, convert_ops=lib.w4_dequant_ops)
     if w_format == "e4m3" and run == "bf16":  # FP8 weights are converted to BF16 by the vector lanes
         # Blocks of 128 by 128 weights share a scale and are read whole
         blocks = -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
@@ -294,7 +306,8 @@ def experts_parts(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the launches of a layer of routed experts on one rank: a dict {label: Timing}, in the order of execution.
 
-    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), "gate_up", "activation",
+    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), PERMUTATION (rows of x are
+    copied into the order of experts), "gate_up", "activation",
     "down", "zero" (clear rows of other ranks' experts), "combine". Launches that the kernel does not need are left out.
     Takes the same arguments as experts_timing(), and raises the same errors.
     """
@@ -308,6 +321,10 @@ def experts_parts(
     eight_bit, fused = formats.bits(x_format) < 16, lib.expert_fused_activation and gated
     if eight_bit:  # quantise the inputs: read 2 bytes, write 1
         out[ROUNDING] = Timing(elementwise_seconds(target, tokens * hidden * 3.0))
+    if lib.expert_permute:
+        out[PERMUTATION] = Timing(
+            elementwise_seconds(target, own * hidden * 2 * min(value, formats.bits(x_format) / 8))
+        )
     how = x_format, w_format, w_bits
     inner_bytes = value if eight_bit or not fused else formats.bits(x_format) / 8
     out["gate_up"] = grouped_timing(target, tokens, counts, sides * inner, hidden, *how, inner_bytes, fused)

@@ -22,6 +22,7 @@ from intaglio.silicon.timing import Timing, pipeline, waves
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
 IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
+MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a product, and of small tiles of experts
 PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
@@ -62,7 +63,7 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float, heads: int, gm: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+                out_bytes: float, heads: int, gm: Any, streamed: bool = False) -> tuple[Any, Any, Any]:  # fmt: skip
     """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
@@ -73,8 +74,9 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     - The last bytes of the result stay in the L2 and are not counted.
 
     tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
-    cover the m rows of a product; a mean if products have different numbers of rows. The three results are numbers or
-    arrays, as the arguments are.
+    cover the m rows of a product; a mean if products have different numbers of rows. streamed: True if the L2 holds
+    nothing from before, and keeps no result: x is read, and all of the result is written. The three results are numbers
+    or arrays, as the arguments are.
     """
     chip, part = target.chip, target.library.l2_usable
     gn = np.ceil(n / tn)
@@ -87,6 +89,8 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     rows_fit = np.minimum(rows * tm, m) * k * x_bytes < kept  # a block's rows of x stay while all of w streams past
     x_times = np.where(one_fits | rows_fit, 1, np.ceil(gn / columns))
     w_times = np.where(one_fits, 1, np.ceil(gm / rows))
+    if streamed:
+        return heads * x * x_times, heads * w * w_times, heads * out + 0 * gn
     x_resident = np.where(heads * x < kept * 0.6, 1.0, 0.0)
     # The L2 holds the latest bytes; of the result, those before have been written back
     written = np.maximum(0, 1 - kept / (heads * (w * w_times + x + out)))
@@ -122,13 +126,13 @@ class Grouped:
     counts: tuple[int, ...]
     scattered: bool = False
     overfetch: float = 1.0
-    convert_ops: int = 0
+    convert_ops: float = 0
     run: str = ""
 
 
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
                  glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
-                 ) -> dict[str, Any]:  # fmt: skip
+                 streamed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
     A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
@@ -138,7 +142,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
     prefetched, so HBM reads none. heads: number of products [m, k] @ [k, n], each with its own x and w; above 1, K is
-    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored. streamed:
+    True if the L2 keeps neither x nor the result, see hbm_traffic().
 
     Keys of the dict. Arrays have the choices as their last axis. A job is one tile for one part of K; it runs in steps
     over K.
@@ -178,12 +183,13 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     rows = np.minimum(tm, most)  # of a tile that are loaded and stored
     stage = (tm * x_bits + tn * fetched) * tk / 8
     at_once = np.minimum(np.minimum(np.floor(space / (4 * (stage + beside))), chip.acc_bytes / (8 * tm * tn)), rounds)
-    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
+    most_tiles = MOST_GROUPED_TILES if grouped and lib.activation_bytes < WIDE else MOST_TILES
+    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, most_tiles)
     ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
     each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
-    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm)
+    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm, streamed)
     if grouped and grouped.scattered:
         out_hbm = heads * m * n * each[2] + 0 * gn
     read = x_hbm + w_hbm * (not resident)
@@ -293,10 +299,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
-    # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next
+    # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next.
+    # Those of a vendor's kernels end at other times, the more so the more tiles run on a core at a time.
     idle = 0.0
     if not lib.persistent:
-        idle = (1.0 if lib.activation_bytes >= WIDE else IN_STEP) * groups * (wait_s + last_work + all_end)
+        in_step = 1.0 if lib.activation_bytes >= WIDE else IN_STEP * (1 - (at_once - 1) / (MOST_GROUPED_TILES - 1))
+        idle = in_step * groups * (wait_s + last_work + all_end)
     seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     partial = partial_seconds(target, m, n, split, out_bytes, glu)
@@ -341,7 +349,7 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
     out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
-    prefetched: bool = False,
+    prefetched: bool = False, streamed: bool = False,
 ) -> Timing:  # fmt: skip
     """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
@@ -350,12 +358,13 @@ def linear_timing(
     grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
     HBM delivers the weights during earlier ops. The product then takes the seconds of resident weights, and hbm_bytes
     counts the weights too. Its choice is the one for which the longer of these seconds and HBM's time for all these
-    bytes is shortest; of several, the one with the fewest seconds.
+    bytes is shortest; of several, the one with the fewest seconds. streamed: True if the L2 keeps neither x nor the
+    result, as where a call is repeated whose operands outgrow the L2.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
     w = time_choices(
-        target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident or prefetched, heads, grouped
+        target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident or prefetched, heads, grouped, streamed
     )
     all_hbm = w["hbm"] + w["weights"] * prefetched
     longer = np.maximum(w["seconds"], all_hbm / chip.hbm_rate) if prefetched else w["seconds"]
