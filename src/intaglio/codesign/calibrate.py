@@ -152,7 +152,7 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
 
 
 def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """A new `changes` for a kernel record: a tuple of pairs (field, value), in which `field` has the given `value`."""
+    """The pairs (field, value) of record.changes, with `field` set to `value`, as a tuple; `record` stays as it is."""
     return tuple({**dict(record.changes), field: value}.items())
 
 

@@ -143,7 +143,7 @@ def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Group rows by kernel. Returns {(kernel, number format): list of rows}, sorted by kernel and format.
+    """Group rows by kernel and number format. Returns {(kernel, number format): list of rows}, sorted by the two names.
 
     rows: dicts {column: text} with a column `kernel`.
     """

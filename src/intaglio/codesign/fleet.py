@@ -142,8 +142,9 @@ def serve_fleet(
 ) -> FleetResult:  # fmt: skip
     """Serve a load on equal replicas in virtual time. Returns the FleetResult.
 
-    A router gives each request to one replica when the request arrives. Each replica then works as queue.serve() does
-    for a single server. A response that ends during a replica's current step still counts as open for the router.
+    A router gives each request to one replica when the request arrives. The route "least-open" counts the requests that
+    are open then; for a replica in a step with prompts, those that are open at the end of that step. Each replica works
+    as queue.serve() does for a single server.
 
     Args:
         times: step times of one replica.

@@ -359,7 +359,7 @@ def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str,
 
 
 def by_chip(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
-    """{name of a case's chip: values of that case}. values: one dict {constant or fact: value} for each case."""
+    """{name of a chip: values of its case}. values: for each case, in the same order, {constant or fact: value}."""
     return {c.on.chip.name: v for c, v in zip(cases, values, strict=True)}
 
 

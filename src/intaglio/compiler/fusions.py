@@ -65,8 +65,8 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     def fused(m: Map) -> tuple[str, Op] | None:
         """Fuse the map `m` into the op that computes one of its operands.
 
-        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`). None if another
-        op reads each such operand too, or if the function `absorb` of _fuse_maps() returns None.
+        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`). None if no
+        operand is an intermediate result that only `m` reads, or if the function `absorb` of _fuse_maps() returns None.
         """
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):

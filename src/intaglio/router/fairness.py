@@ -50,7 +50,7 @@ class FairQueue:
         self.jobs_of, self.tokens_of = Counter[str](), Counter[str]()  # by stage: waiting jobs, and their prompt tokens
         self._entries: dict[str, Entry] = {}  # of the waiting jobs, by id
         self._arrivals = 0
-        self._floor = 0.0  # counter at which the last job was taken
+        self._floor = 0.0  # highest counter at which a job was taken
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -143,8 +143,8 @@ class FairQueue:
         """Take away the credit of a tenant that had no waiting jobs, when it returns with one. Returns nothing.
 
         The tenant's counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs;
-        if there are none, to the counter at which the last job was taken. A counter that is higher already stays as it
-        is. A tenant that has waiting jobs is left alone.
+        if there are none, to the highest counter at which a job was ever taken. A counter that is higher already stays
+        as it is. A tenant that has waiting jobs is left alone.
         """
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]

@@ -385,5 +385,7 @@ class Engine:
             self.counts.steps += 1
             self.counts.computed_tokens += prefill + decode
             self.last_step = StepRecord(self.counts.steps, began, seconds, prefill, decode, len(scheduled), sampled)
+            if self.counts.steps == 2:
+                self.latency.forget_steps()  # the first also read the weights into memory
             self.latency.observe_step(prefill + decode, sampled, seconds)
         self.counts.preemptions = self.scheduler.preemptions

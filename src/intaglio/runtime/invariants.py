@@ -121,6 +121,21 @@ def prefix_cache_sound(e: Engine) -> Iterator[str]:
                     yield f"block {block} of request {s.request.id} is in the prefix index under other tokens"
 
 
+def parents_kept(e: Engine) -> Iterator[str]:
+    """Yield a text for each K/V block that would leave the prefix cache before a block that follows it in a prefix.
+
+    A block in the cache may be evictable only if all cached blocks that follow it are evictable, too, and are evicted
+    earlier. Else blocks would stay in the cache that no prefix leads to, and routers, which know the names of cached
+    blocks alone, would take a prefix for cached because its last block is.
+    """
+    pool = e.pool
+    order = {block: at for at, block in enumerate(pool.evictable)}
+    for block, entry in pool.cached.items():
+        parent = pool.index.get(entry.parent)
+        if parent in order and order.get(block, len(order)) > order[parent]:
+            yield f"block {parent} of the prefix cache is evicted before block {block}, which follows it in a prefix"
+
+
 def sequences_conserved(e: Engine) -> Iterator[str]:
     """Yield a text for each of these sums that does not hold, and for each error in the queues.
 
@@ -172,6 +187,7 @@ INVARIANTS = (
     windows_conserved,
     slots_conserved,
     prefix_cache_sound,
+    parents_kept,
     checkpoints_sound,
     sequences_conserved,
     queues_bounded,

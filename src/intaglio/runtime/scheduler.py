@@ -273,7 +273,9 @@ class Scheduler:
     def update_blocks(self, sequence: Sequence) -> None:
         """Add the sequence's blocks that became full in the last step to the prefix cache.
 
-        Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
+        If a block of the same name is cached, the sequence shares that one, which has the same bits, and its own is
+        freed: so a sequence that holds a block also holds the cached blocks before it, and no block is evicted before
+        those that follow it. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
@@ -282,8 +284,12 @@ class Scheduler:
             block, tokens = sequence.blocks[sequence.indexed_blocks], sequence.tokens(at, at + size)
             self.windows.add_to_prefix_cache(sequence, sequence.indexed_blocks, parent, tokens)
             sequence.prefix_name = pool.add_to_prefix_cache(block, parent, tokens)
+            if (cached := pool.index[sequence.prefix_name]) != block:
+                pool.share([cached])
+                pool.release([block])
+                sequence.blocks[sequence.indexed_blocks] = cached
             sequence.indexed_blocks += 1
-            self.offload.stored(pool.index[sequence.prefix_name])  # another block, if one of this name was cached
+            self.offload.stored(cached)
         needed = pool.blocks_for(sequence.length)
         pool.release(sequence.blocks[needed:])
         del sequence.blocks[needed:]

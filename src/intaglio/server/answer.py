@@ -199,10 +199,12 @@ def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
 
 
 def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
-    """A list with vLLM's prompt_logprobs: one entry per prompt token; None for the first, which has no score.
+    """A list in the form of vLLM's prompt_logprobs, with an entry for each prompt token.
 
-    scores: log-probabilities of the prompt's tokens from the second on. An entry maps token ids, as text, to logprob,
-    rank and text. It has the `n` likeliest tokens and the prompt's own token.
+    The first entry is None, as the first token has no score. Every other entry is a dict from token ids, as text, to
+    logprob, rank and text, for the `n` likeliest tokens and the prompt's own token.
+
+    scores: log-probabilities of the prompt's tokens from the second on.
     """
 
     def entry(id: int, logprob: float, rank: int | None) -> dict[str, Any]:

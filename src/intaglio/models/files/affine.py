@@ -155,8 +155,8 @@ def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     at least 32 divides both the number of columns and the number of values that share a scale. All other matrices, such
     as those of axis 0, become bf16 when read.
 
-    W_q packs a table of codes, whose rows HQQ divides into equal runs, as many as a word holds codes. A word has one
-    code from each run, the first run's in the highest bits.
+    HQQ packs the codes into the words of W_q. It divides the rows of its table of codes into n equal runs, where n is
+    the number of codes in a word. A word has one code from each run, the first run's in the highest bits.
 
     stored: the checkpoint's tensors. q: the quantisation settings; not read. Raises PortError for scales that are
     quantised too, an incomplete state, and an unknown packing.

@@ -81,8 +81,8 @@ def bamba(c: Config, context: int) -> Decoder:
 def granite_hybrid(c: Config, context: int) -> Decoder:
     """The Decoder that describes Granite 4, from config.json, for up to `context` positions.
 
-    Layers have Mamba-2 or attention, then a shared MLP, in larger models with experts beside it. Raises PortError for
-    missing or wrong settings.
+    Layers have Mamba-2 or attention, then a shared MLP; beside it they have experts if num_local_experts is above 0.
+    Raises PortError for missing or wrong settings.
     """
     width, count = c.whole("shared_intermediate_size"), int(c.get("num_local_experts", 0))
     s = sizes(c)

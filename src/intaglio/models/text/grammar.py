@@ -85,7 +85,8 @@ class Grammars:
 def _brief(report: str) -> str:
     """The first line of the library's report, and its line that begins with `error:` if it has one.
 
-    At most LONGEST characters; the first line is cut to make room. The other lines show the library's state.
+    The other lines show the library's state and are left out. The result has at most LONGEST characters; the first line
+    is cut if it would have more.
     """
     first, *more = report.strip().splitlines() or [""]
     reason = next((f" {line}" for line in more if line.startswith("error:")), "")[:LONGEST]

@@ -176,14 +176,14 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
     return out
 
 
-def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
+def makespan(seconds: np.ndarray, count: np.ndarray, cores: int, dealt: float = DEALT) -> float:
     """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds: time of a job of each kind. count: number of jobs of each kind. If each core has at most one job, or more
-    than DEALT on average, returns even_makespan(), a lower bound.
+    seconds: time of a job of each kind. count: number of jobs of each kind. dealt: jobs of a core, on average, of which
+    the deal is followed. If each core has at most one job, or more than these, returns even_makespan(), a lower bound.
     """
     total = float(count.sum())
-    if total <= cores or total > DEALT * cores:
+    if total <= cores or total > dealt * cores:
         return even_makespan(seconds, count, cores)
     ends = np.zeros(cores)
     for i in np.argsort(-seconds, kind="stable"):
@@ -216,6 +216,7 @@ def prefill_seconds(
     a job. keys: mean number of keys that a tile loads.
     """
     chip, lib = target.chip, target.library
+    dealt = np.inf if lib.activation_bytes >= WIDE else DEALT  # the streams' jobs are dealt one by one, however many
     t = tile_seconds(target, h, plan.rows, plan.keys)
     active = min(float(count.sum()), chip.cores)
     base, latency_s = min(chip.port_rate, chip.l2_rate / active), chip.constants.hbm_latency_s
@@ -244,34 +245,38 @@ def prefill_seconds(
             waits = (np.ceil(new / plan.depth) - (turn == 0)).clip(0) * cycle
             wait = sum(float(waits[turn == n].max()) for n in set(turn.tolist()))  # deal() does not know of waits
             # The engine that loads also sets sums and loads queries. A last job of several finds its keys in the L2.
-            loads = makespan(kinds * load + queries + t.fill, numbers, chip.cores) + wait + work
+            loads = makespan(kinds * load + queries + t.fill, numbers, chip.cores, dealt) + wait + work
             loads += latency_s if float(count.sum()) <= chip.cores else cycle
             moved = kinds * tile_bytes + rows * (h.head_dim + h.v_dim) * lib.activation_bytes  # through the L2
-            shared = makespan(moved / (chip.l2_rate / active) + t.fill, numbers, chip.cores) - results
-            computed = makespan(kinds * work + merge, numbers, chip.cores) + wait + latency_s + min(load, work)
+            shared = makespan(moved / (chip.l2_rate / active) + t.fill, numbers, chip.cores, dealt) - results
+            computed = makespan(kinds * work + merge, numbers, chip.cores, dealt) + wait + latency_s + min(load, work)
             return blank + max(computed + t.fill + queries, loads, shared) + t.merge + results
         # Other cores wait from the start of the transfer that brings a tile; values come in the second half of a load.
         behind = max(0.0, latency_s - load / 2)
         extra = pipeline(new, load, work, behind, plan.depth) - pipeline(new, load, work, 0.0, plan.depth)
         extra = np.where(new > 0, extra - behind, 0.0)
     if plan.ahead:
-        computed = makespan(kinds * work + merge + extra, numbers, chip.cores) + latency_s + min(load, work)
+        computed = makespan(kinds * work + merge + extra, numbers, chip.cores, dealt) + latency_s + min(load, work)
         even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
         loads = pipeline(max(1.0, even), load, work, later, plan.depth)
         rounds = np.floor((max(1.0, most) - 1) / plan.depth) + 1
         seconds = float(max(computed, max(loads, rounds * (load + later + work)) + latency_s - later))
+        if lib.activation_bytes >= WIDE:  # a core holds the queries and sums of plan.held jobs
+            mean = float(tiles @ count) / float(count.sum())
+            loaded, worked = t.fill + queries + mean * load, mean * work + t.merge
+            inside = t.fill + queries + pipeline(mean, load, work, later, plan.depth) + t.merge - loaded - worked
+            held = pipeline(np.ceil(float(count.sum()) / chip.cores), loaded, worked, inside, plan.held)
+            seconds = max(seconds, float(held) - t.fill - queries - t.merge)
         return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
     first = plan.lanes * t.fill + queries + load + latency_s
     job_s = pipeline(kinds, load, work, later, plan.depth) - load - later + extra
     again = first / plan.lanes + (t.merge + (plan.lanes - 1) * merge) / plan.lanes
     once = blank + first - first / plan.lanes + tile_bytes * (1 / cold - per_byte)
-    return float(once + makespan(job_s + again, numbers, chip.cores) + results)
+    return float(once + makespan(job_s + again, numbers, chip.cores, dealt) + results)
 
 
-def waiting_jobs(
-    tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int) -> tuple[np.ndarray, ...]:
     """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
     deal() gives the longest jobs to cores first. Jobs of one round run at the same time. A job that reads a tile as its
@@ -281,31 +286,27 @@ def waiting_jobs(
     each kind. Returns four arrays, with an item for each kind and round: the kind's index; the number of tiles that
     the job reads one after the other and waits for; number of jobs; number of the round.
     """
-    rounds: list[list[tuple[int, float]]] = []  # (kind, number of jobs) of each
+    rounds: dict[int, list[tuple[int, float]]] = {}  # (kind, number of jobs) of each
     position = 0.0
     for i in np.lexsort((-start, -tiles)).tolist():
         left = float(count[i])
         while left > 0:
             turn = int(position // cores)
             together = min(left, (turn + 1) * cores - position)
-            rounds += [[]] * (turn >= len(rounds))
-            rounds[turn] = [*rounds[turn], (i, together)]
+            rounds.setdefault(turn, []).append((i, together))
             left, position = left - together, position + together
     read, found = set[float](), []
-    for turn, jobs in enumerate(rounds):
+    for turn, jobs in rounds.items():
         new = {i: [t for t in (start[i] + np.arange(tiles[i])).tolist() if t not in read] for i, _ in jobs}
         place: dict[float, int] = {}  # of each tile, the smallest number of new tiles that a job reads until it has it
         for mine in new.values():
             place |= {t: min(n, place.get(t, n)) for n, t in enumerate(mine, 1)}
         found += [(i, max((place[t] for t in new[i]), default=0), together, turn) for i, together in jobs]
         read |= place.keys()
-    kind, waits, number, turns = (np.array(v) for v in zip(*found, strict=True))
-    return kind, waits.astype(float), number, turns
+    return tuple(np.array(v) for v in zip(*found, strict=True))
 
 
-def prefill_jobs(
-    plan: AttendPlan, h: Heads, part: ChunkCounts
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
     """The jobs of the chunks with several queries, four arrays: keys, tiles of keys, first tile, number of jobs.
 
     First tiles are numbered over all distinct chunks, so that chunks share no number. The arrays have an item for each
@@ -448,6 +449,7 @@ def decode_seconds(
     loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
+    dealt = np.inf if lib.activation_bytes >= WIDE else DEALT
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
@@ -465,8 +467,8 @@ def decode_seconds(
     if plan.ahead:  # the loads of all jobs of a core are one pipeline
         between = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)
         start = t.blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
-        computed = makespan(tiles * t.work + between, count, chip.cores) + min(load, t.work) + latency_s
-        rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores)) - 1) / plan.depth) + 1
+        computed = makespan(tiles * t.work + between, count, chip.cores, dealt) + min(load, t.work) + latency_s
+        rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores, dealt)) - 1) / plan.depth) + 1
         even = max(1.0, even_makespan(tiles, count, chip.cores))
         loads = pipeline(even, loaded, t.work, latency_s, plan.depth)
         return float(start + max(computed, rounds * (loaded + latency_s + t.work), loads))

@@ -273,6 +273,7 @@ class TiledProduct:
         self, k: StreamBuilder, codes: Codes, w: Sequence[Region | QuantisedRegion], cut: Tiling, w_first: bool
     ) -> None:
         self.k, self.codes, self.cut, self.w_first = k, codes, cut, w_first
+        self.started = False  # True from the first step on
         depth, groups = cut.depth, groups_in(w[0], cut.depth)
         if one_scale(w[0]):  # its scales and those of x stay while a tile is computed
             groups = 1
@@ -296,7 +297,11 @@ class TiledProduct:
 
         step: slice of K. accumulate: True to add to the job's accumulators, False to overwrite them (first step).
         """
-        a = None if self.w_first else self.load_x(job, step)
+        w_first = (
+            self.w_first or not self.started
+        )  # a core's first weights have HBM's latency, during which x is loaded
+        self.started = True
+        a = None if w_first else self.load_x(job, step)
         sides = [
             load(self.k, tiles.next(), codes_of(w).part(part, step), self.cut.columns)
             for tiles, w, part in zip(self.w_tiles, job.w, job.columns, strict=True)

@@ -11,14 +11,15 @@ from intaglio.ops import Moment, Norm
 
 @sharding_rule(Norm)
 def norm(lane: Lane, op: Norm) -> None:
-    """Append a Norm op to one rank's Program: for the rank's token rows, its groups of columns, or whole rows.
+    """Append a Norm op to one rank's Program. Returns nothing.
 
-    - On token rows if all operands are split by token rows.
-    - On its own groups of columns if each group is normed by itself and x is split between groups.
-    - Otherwise on whole rows, for which a split x is gathered; the rank keeps a view of its own columns of the result.
-      A norm with a residual, or with views of its result, keeps the whole result.
+    The first case that fits applies:
 
-    Returns nothing.
+    - All operands are split by token rows: the op norms the rank's rows.
+    - x is not split by columns, the norm has a residual, or other ops read its result through views (column ranges):
+      the op norms whole rows, and the rank keeps the whole result. A split x is gathered first.
+    - x is split between groups that are normed by themselves: the op norms the rank's groups.
+    - x is split otherwise: x is gathered and whole rows are normed; the rank keeps a view of its columns of the result.
     """
     if lane.has_token_rows(op):
         for name in (op.weight, op.bias):

@@ -159,7 +159,7 @@ SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction=
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
-    """A copy of a table of tensor names in which a module's name and a dot stand before each name of transformers.
+    """A copy of the dict `names` in which NAME. is put in front of each value, for tensors inside a module called NAME.
 
     Args:
         name: the module's name.
