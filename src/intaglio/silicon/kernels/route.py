@@ -47,6 +47,11 @@ class RouteKernel(RowsKernel):
         how = op.top, op.score, searches, op.groups, op.kept_groups, op.normalise, bool(op.bias), bool(op.factors)
         return cls(rows, int(width), 2, float(vectors), *how)
 
+    @classmethod
+    def unsupported(cls, op: Route, t: Tensors) -> str | None:
+        listed = f"op route at {op.site}: no instruction looks up a token's experts in a table, as {op.table} wants"
+        return listed if op.table else None
+
     def columns(self) -> tuple[int, ...]:
         return self.width, self.width, self.top, self.top, self.top
 
