@@ -37,7 +37,8 @@ class Cache:
         """Record an access to a region of HBM. Returns the bytes moved between HBM and cache, both directions summed.
 
         Lines that are read and not in the cache are fetched. Dirty lines that are evicted to make room are written
-        back. A cache of size 0 moves all bytes of the region.
+        back. A cache of size 0 moves all bytes of the region. Afterwards self.fetched has the bytes read from HBM, and
+        self.ready the time when all lines of this access have come from HBM (0 for a write).
 
         Args:
             region: the region.
