@@ -377,7 +377,7 @@ class Machine:
         cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0
         if isinstance(i, Load):
             missed = cache.access(i.src, writes=False, arrival=self.now + cost.latency_s)
-            part, ready = cache.fetched / cost.bytes, cache.ready
+            part, ready = min(1.0, cache.fetched / cost.bytes), cache.ready
         elif isinstance(i, Store):
             missed = cache.access(i.dst, writes=True)
         else:

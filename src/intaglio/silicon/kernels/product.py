@@ -307,6 +307,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         drained, all_end = end()  # the accumulators are free once drained
         two = np.maximum(np.maximum(job_work, per_tile), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
+        # With two banks, and two buffers of pieces, every second tile waits for the one before the last
+        unpaired = np.maximum(job_work, np.where(pieces > 1, per_tile, np.maximum(drain, store)))
+        unpaired = np.where(banks == 2, unpaired, by_work)
         bubble = np.where(banks == 2, 0, drained)
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
         stored = rows * n / gn * value_bytes
@@ -321,15 +324,17 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         around = hit + steps * wait_s / ring
         # Blocks of rows after the first find w in the L2, if it stays there
         first = np.minimum(1, w_times * block[0] / gm)
-        by_work, by_load = (
-            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load)
+        by_work, by_load, unpaired = (
+            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load, unpaired)
         )
         _, last_end = end(last_part_n)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
             """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
             last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
-            return np.maximum(start_s + (rounds - 1) * by_work + job_work, (rounds - 1) * by_load + last)
+            odd = (rounds - 1) % 2
+            works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
+            return np.maximum(start_s + works, (rounds - 1) * by_load + last)
 
         seconds = loop(rounds, last_load, last_alone) + last_end
         before = loop(rounds - 1, all_load, all_alone) + all_end
@@ -388,6 +393,13 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         idle = in_step * groups * (wait_s + last_work + all_end)
     seconds = np.maximum(seconds, np.maximum(from_hbm, unmixed + idle) + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
+    if cores == 1 and not chip.l2_bytes and heads == 1:
+        # Tiles at the lower edge load and store fewer rows, but multiply as many: HBM may bound only the others
+        edge = m - (gm - 1) * tm
+        of_row = n * k * (0 if resident else each[1])
+        full_s, edge_s = ((gn * r * k * each[0] + of_row + r * n * each[2]) / chip.hbm_rate for r in (tm, edge))
+        by_rows = (gm - 1) * np.maximum(full_s, gn * job_work) + np.maximum(edge_s, gn * job_work)
+        seconds = np.maximum(seconds, np.where((split == 1) & (gm > 1), by_rows, 0))
     missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
     partial = partial_seconds(target, m, n, split, out_bytes, glu, missed)
     hbm = hbm + np.where(split > 1, m * n * each[2] * missed, 0)
