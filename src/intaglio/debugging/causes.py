@@ -253,7 +253,8 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
     """Yield a pair for each mistake that the port of an elementwise op may have.
 
-    A pair is (the mistake in words, the op without it). The mistakes are swapped operands, a wrong activation, and a wrong scale of the residual.
+    A pair is (the mistake in words, the op without it). The mistakes are swapped operands, a wrong activation, and a
+    wrong scale of the residual.
     """
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
