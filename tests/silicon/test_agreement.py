@@ -227,6 +227,13 @@ def test_a_cache_holds_the_latest_lines(data: st.DataObject) -> None:
         dirty &= set(held)
 
 
+def test_columns_of_half_a_line_fetch_whole_lines_once() -> None:
+    """Only their bytes counted once: weights that were read in steps of half a line took half of HBM's time."""
+    matrix, cache = dense("hbm", 0, 8, 512, "int8"), Cache(100 * LINE)
+    moved = [cache.access(matrix.part(cols=slice(i, i + LINE // 2)), False) for i in range(0, 512, LINE // 2)]
+    assert moved == [8 * LINE, 0] * 4
+
+
 def test_a_cache_without_lines_misses_always() -> None:
     region = dense("hbm", 0, 4, 100, "int8")
     assert [Cache(0).access(region, writes) for writes in (False, True)] == [400.0, 400.0]
