@@ -257,15 +257,16 @@ def compare(a: argparse.Namespace) -> None:
                       f" later {mean(later or [0.0]) * 1e3:.1f})   {rate:8.1f} output tokens/s   "
                       f"{cached:6.0f} of {tokens:.0f} prompt tokens cached", flush=True)  # fmt: skip
     pairs = list(zip(*seen.values(), strict=True))
-    lower, more, bound = ([f(old, new) for old, new in pairs] for f in (
-        lambda old, new: old[0] / new[0], lambda old, new: new[1] / old[1], lambda old, new: old[0] / new[2]
-    ))  # fmt: skip
+    lower = [old[0] / new[0] for old, new in pairs]
+    more = [new[1] / old[1] for old, new in pairs]
     print(f"cache-aware, median of {len(pairs)} rounds (lowest to highest): TTFT {spread(lower)} lower, "
           f"throughput {spread(more)}")  # fmt: skip
-    print(f"no placement has a lower mean TTFT by more than {median(bound):.2f}x here")
+    bound = median(old[0] / new[2] for old, new in pairs)
+    print(f"no placement has a mean TTFT more than {bound:.2f}x lower than round robin's here")
 
 
 def spread(ratios: list[float]) -> str:
+    """The median of ratios, with the lowest and the highest."""
     return f"{median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 

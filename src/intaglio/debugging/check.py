@@ -33,6 +33,19 @@ RENAMED = (  # what transformers calls modules that checkpoints call otherwise
     (".block_sparse_moe.router.layer", ".block_sparse_moe.router"), (".block_sparse_moe.gate", ".mlp.gate"),
     (".block_sparse_moe.gate", ".mlp.router"), (".block_sparse_moe.", ".mlp."), (".f_", ".forget_gate.f_"),
     (".attention_layer_norm", ".input_layernorm"), (".feedforward_layer_norm", ".post_attention_layernorm"),
+    (".attn.wq_a", ".self_attn.q_a_proj"), (".attn.wq_b", ".self_attn.q_b_proj"), (".attn.wkv", ".self_attn.kv_proj"),
+    (".attn.wo_a", ".self_attn.o_a_proj"), (".attn.wo_b", ".self_attn.o_b_proj"),
+    (".attn.q_norm", ".self_attn.q_a_norm"), (".attn.norm", ".self_attn.kv_norm"), (".attn_norm", ".input_layernorm"),
+    (".ffn_norm", ".post_attention_layernorm"), (".ffn.experts", ".mlp.experts"),
+    (".attn.compressor.wkv", ".self_attn.compressor.kv_proj"),
+    (".attn.compressor.wgate", ".self_attn.compressor.gate_proj"),
+    (".attn.indexer.wq_b", ".self_attn.compressor.indexer.q_b_proj"),
+    (".attn.indexer.weights_proj", ".self_attn.compressor.indexer.scorer.weights_proj"),
+    (".attn.indexer.compressor.wkv", ".self_attn.compressor.indexer.kv_proj"),
+    (".attn.indexer.compressor.wgate", ".self_attn.compressor.indexer.gate_proj"),
+    (".ffn.shared_experts.w1", ".mlp.shared_experts.gate_proj"),
+    (".ffn.shared_experts.w3", ".mlp.shared_experts.up_proj"),
+    (".ffn.shared_experts.w2", ".mlp.shared_experts.down_proj"),
 )  # fmt: skip
 STAGES = 4  # of a check: float32, bf16, the device, and the cause of a difference
 TOKENS = 61  # prime, so that no number of heads equals it
@@ -74,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of check() or bisect().
+    """The result of check() or bisect(): how far each op's result is from the reference. A site is an op's name.
 
     Attributes:
         program: name of the Program.
@@ -101,7 +114,7 @@ class Report:
     against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of all fields for JSON; each row also has `ok` and `ratio`."""
+        """A dict of all fields for JSON. `rows` is a list of dicts: a Row's fields, its `ok` and its `ratio`."""
         return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
 
     @property
@@ -312,7 +325,10 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
             seen.setdefault(site, x.detach().float().reshape(len(tokens), -1).numpy().copy())
 
     def hook(op: Op, turn: int) -> Any:
-        """A hook for the `turn`-th call of the op's module: ops that share a weight are its calls, in order."""
+        """A forward hook for the op's module that keeps, in `seen`, the values of call number `turn` of the module.
+
+        Calls are counted from 1. If several ops share a weight, their module is called once for each, in their order.
+        """
         calls = count(1)
 
         def after(module: Any, args: Any, out: Any) -> None:
@@ -338,7 +354,8 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
             turns[which] += 1
             handles.append(module.register_forward_hook(hook(op, turns[which])))
     cache: Any = DynamicCache()  # without a config it keeps all keys of sliding layers too
-    if p.recurrent:  # but then it has no layers for recurrent state
+    pooled = any(op.two_tables for op in p.ops)
+    if p.recurrent or pooled:  # but then it has no layers for recurrent state, or for pooled keys
         cache = DynamicCache(config=model.config)
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     try:
@@ -347,10 +364,10 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     finally:
         for handle in handles:
             handle.remove()
-    writes = [op for op in p.ops if isinstance(op, KvWrite)]
     filled = [
-        layer for layer in cache.layers if getattr(layer, "keys", None) is not None
-    ]  # not of layers that were skipped
+        layer for layer in cache.layers if getattr(layer, "keys", None) is not None and not pooled
+    ]  # not of layers that were skipped, nor of a model with pooled keys, whose layers keep the last keys only
+    writes = [op for op in p.ops if isinstance(op, KvWrite)] if filled else []
     for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
             pairs = getattr(model.config, "rope_interleave", model.config.model_type == "bailing_hybrid")

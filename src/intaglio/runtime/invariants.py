@@ -31,10 +31,11 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 def windows_conserved(e: Engine) -> Iterator[str]:
     """Yield a text for each error in the window blocks (K/V of layers with a sliding window) and their reservations.
 
-    A block must be exactly one of free, evictable and held, and its refcount the number of sequences that hold it. A
-    running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
-    block in the prefix cache must have the name of its tokens. The reservations of all running sequences must add up to
-    `e.windows.reserved`, which is at most `e.windows.limit`.
+    A block must be exactly one of free, evictable and held. Its refcount must be the number of sequences that hold it.
+    A running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
+    held block in the prefix cache must have as its name (its key there) the hash of its sequence's tokens up to its
+    end. The reservations of all running sequences must add up to `e.windows.reserved`, which is at most
+    `e.windows.limit`.
     """
     windows, holders = e.windows, Counter[int]()
     pool, running = windows.pool, e.scheduler.running
@@ -87,8 +88,8 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 def checkpoints_sound(e: Engine) -> Iterator[str]:
     """Yield a text for each inconsistency of the recurrent states that are saved for the prefix cache (checkpoints).
 
-    Names and slots must agree. Evictable slots must have a saved state, free ones must not. Each saved state must stand
-    at the end of a block in the prefix cache.
+    The map from block names to slots and the map from slots to block names must agree. Evictable slots must have a
+    saved state, free ones must not. Each saved state must stand at the end of a block in the prefix cache.
     """
     slots = e.slots
     if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:

@@ -98,7 +98,7 @@ class LatencyEstimator:
     mean_sampled: float = 0.0  # weighted mean over steps of the number of tokens sampled
 
     def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
-        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens in `seconds`."""
+        """Update the estimates with a step of `tokens` token rows that sampled `sampled` tokens and took `seconds`."""
         self.steps = self.steps.with_step(tokens, seconds)
         self.mean_sampled += (sampled - self.mean_sampled) / self.steps.weight
 
@@ -160,7 +160,7 @@ class LatencyEstimator:
 
 
 def _moved(quantile: float, stride: float, above: bool) -> float:
-    """A tracked 90th percentile after one more observation: slightly larger if that was above it, else smaller.
+    """A tracked 90th percentile after one more observation: larger if the observation was above it, else smaller.
 
     Args:
         quantile: the percentile before.

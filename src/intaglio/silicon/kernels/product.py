@@ -1,6 +1,8 @@
 """Timing of matrix products on a chip, shared by linear, head_linear and experts, with the choice of tiles.
 
 The closed form times every tile and K split that the library offers; the fastest is used, as by vendors' libraries.
+
+Long because the times of a tile, of a core's loop over tiles and of K splits are worked out together.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from intaglio.chips import Target
 from intaglio.ops import Tensor
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
 from intaglio.silicon.kernels.kernel import WIDE
+from intaglio.silicon.kernels.partial_sums import missed_sums, partial_seconds
 from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
 IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
 MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a product, and of small tiles of experts
-PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
 @lru_cache(maxsize=64)
@@ -69,9 +71,9 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
 
     - The cores work on one block of tiles at a time (block_shape()). Each block reads its rows of x and of w once.
-    - If x or w fits the L2, both are read once in all. If a block's rows of x fit, x is read once in all.
-    - If all of x fits, one read of x is subtracted, since the op before has just written x to the L2.
-    - The last bytes of the result stay in the L2 and are not counted.
+    - If x or w fits the L2, x and w are each read once in total. If a block's rows of x fit, x is read once in total.
+    - If all of x fits, the first read of x needs no HBM, since the op before has just written x to the L2.
+    - At the end the L2 holds the bytes that were used last. The part of the result that is among them is not counted.
 
     tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
     cover the m rows of a product; a mean if products have different numbers of rows. streamed: True if the L2 holds
@@ -102,11 +104,15 @@ def x_resident(target: Target, x_bytes: Any) -> Any:
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """How a core's SRAM is divided: (rows of a tile drained at a time, bytes for all stages, bytes beside each stage).
+    """How a core's SRAM is divided, as (drained rows, bytes for stages, bytes of scales).
 
-    A stage holds the operands of one step over K. Beside it are the scales of its rows and columns, if x has 8 bits.
-    Outside the stages are two tiles for a drained piece, two for a bias, and 1,024 bytes. tm, tn: rows and columns of a
-    tile; tn counts both sides of a GLU pair.
+    - Drained rows: rows of a tile that move from the accumulators to SRAM at a time.
+    - Bytes for stages: SRAM for the pipeline stages, all together. A stage has the operands of one step over K, and
+      their scales. The rest of SRAM is two tiles of drained rows, two rows of bias and 1,024 bytes.
+    - Bytes of scales: the part of one stage for scales and alignment. Only an x of 8 bits has scales.
+
+    The three are numbers or arrays, as tm and tn are. tm, tn: rows and columns of a tile; tn counts both sides of a GLU
+    pair. glu: True for a GLU pair. x_bits: bits of a value of x.
     """
     sram, columns = target.chip.sram_bytes, tn / (1 + glu)
     rows = np.clip(np.floor(sram / DRAIN_PART / (8 * columns)), 1, tm)
@@ -121,10 +127,10 @@ class Grouped:
 
     Attributes:
         counts: rows of each product, at least 1; len(counts) is the number of products.
-        scattered: True if rows of the result are stored by index, past the L2.
+        scattered: True if rows of the result are stored by index. All bytes of such stores go to HBM, not to the L2.
         overfetch: bytes that the kernel moves from the L2 for each byte of the weights.
         convert_ops: operations of the vector lanes to convert one value of a weight.
-        run: format in which the array multiplies; "": the wider one of the operands.
+        run: number format in which the matrix array runs; "": the format of the wider operand, as the array takes it.
     """
 
     counts: tuple[int, ...]
@@ -139,9 +145,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  streamed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
-    A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
-    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, since they are
-    padded. A choice that is not allowed takes infinite seconds.
+    This is the time of the loop of the instruction streams (tiled.py). For each of its tiles a core loads operands in
+    steps over K, multiplies them, drains the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at
+    the edge count whole, since they are padded. Seconds are infinite where K is split into parts of fewer than 4 steps,
+    and where K is split although there are several products.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
@@ -158,9 +165,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
     - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
-    - ring: steps whose operands SRAM holds at the same time. at_once: tiles that run on a core at a time.
+    - ring: steps whose operands SRAM holds at the same time. at_once: tiles whose steps a core interleaves; 1 with a
+      persistent kernel.
     - banks: 2 if the accumulators fit two tiles of the result, else 1.
-    - run: name of the format in which the array multiplies; one str for all choices.
+    - run: number format in which the matrix array runs, such as "bf16"; one str for all choices.
     - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     chip, lib = target.chip, target.library
@@ -227,8 +235,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w. rows: of x;
-        0: only w is loaded.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in
+        a tile; 0: only w is loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -260,9 +268,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
 
     def end(part: Any = 1.0) -> tuple[Any, Any]:
-        """Seconds until a tile is drained, and until it is stored; `part`: fraction of a tile's columns that it has.
+        """(seconds until a tile is drained, seconds until it is stored). part: its width as a fraction of a full tile.
 
-        A piece is drained while the one before is stored; a third waits until the first is stored. The last is shorter.
+        Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         last = (rows - (pieces - 1) * piece) / piece
@@ -274,11 +282,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         return drained, np.maximum(drained, stored(pieces - 1)) + other * last
 
     def product(tiles: Any, load_s: Any, alone_s: Any, start_s: Any, follows: Any = np.False_) -> Any:
-        """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
+        """Seconds from the first load to the last matmul of `tiles` tiles, whose steps one core interleaves.
 
-        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone. start_s:
-        seconds until the first matmul can start. follows: True if other tiles come before these; the time that stages
-        take to get free is then in those tiles' time.
+        load_s: seconds to load one step's operands while all cores load; it limits the sum of all loads. alone_s: the
+        same while no other core loads; it limits how soon a stage (buffer of a step) can be filled again. start_s:
+        seconds until the first matmul can start. follows: True if the core has other tiles before these. Waits for free
+        stages are then not counted here.
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
@@ -300,6 +309,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         drained, all_end = end()  # the accumulators are free once drained
         two = np.maximum(np.maximum(job_work, per_tile), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
+        # With two banks, and two buffers of pieces, every second tile waits for the one before the last
+        unpaired = np.maximum(job_work, np.where(pieces > 1, per_tile, np.maximum(drain, store)))
+        unpaired = np.where(banks == 2, unpaired, by_work)
         bubble = np.where(banks == 2, 0, drained)
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
         stored = rows * n / gn * value_bytes
@@ -314,15 +326,17 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         around = hit + steps * wait_s / ring
         # Blocks of rows after the first find w in the L2, if it stays there
         first = np.minimum(1, w_times * block[0] / gm)
-        by_work, by_load = (
-            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load)
+        by_work, by_load, unpaired = (
+            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load, unpaired)
         )
         _, last_end = end(last_part_n)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
             """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
             last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
-            return np.maximum(start_s + (rounds - 1) * by_work + job_work, (rounds - 1) * by_load + last)
+            odd = (rounds - 1) % 2
+            works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
+            return np.maximum(start_s + works, (rounds - 1) * by_load + last)
 
         seconds = loop(rounds, last_load, last_alone) + last_end
         before = loop(rounds - 1, all_load, all_alone) + all_end
@@ -381,6 +395,13 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         idle = in_step * groups * (wait_s + last_work + all_end)
     seconds = np.maximum(seconds, np.maximum(from_hbm, unmixed + idle) + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
+    if cores == 1 and not chip.l2_bytes and heads == 1:
+        # Tiles at the lower edge load and store fewer rows, but multiply as many: HBM may bound only the others
+        edge = m - (gm - 1) * tm
+        of_row = n * k * (0 if resident else each[1])
+        full_s, edge_s = ((gn * r * k * each[0] + of_row + r * n * each[2]) / chip.hbm_rate for r in (tm, edge))
+        by_rows = (gm - 1) * np.maximum(full_s, gn * job_work) + np.maximum(edge_s, gn * job_work)
+        seconds = np.maximum(seconds, np.where((split == 1) & (gm > 1), by_rows, 0))
     missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
     partial = partial_seconds(target, m, n, split, out_bytes, glu, missed)
     hbm = hbm + np.where(split > 1, m * n * each[2] * missed, 0)
@@ -391,53 +412,6 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
             "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
             "at_once": at_once, "banks": banks, "moved": moved,
             "block": block}  # fmt: skip
-
-
-def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
-    """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
-
-    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
-    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
-    """
-    buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
-    return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
-
-
-def missed_sums(target: Target, sums: Any, written: Any) -> Any:
-    """HBM bytes for each byte of partial sums that is read to add them.
-
-    The L2 has evicted the first of them, and evicts others as it fetches these: of every byte that it fetches, it
-    evicts one, which is of sums as often as the L2's bytes are, and is then also written back. sums: their bytes.
-    written: the part of them that was evicted while they were computed.
-    """
-    kept = target.chip.l2_bytes * target.library.l2_usable
-    if not kept:
-        return np.ones_like(written)
-    share = np.minimum(1, sums * (1 - written) / kept)  # of the L2's bytes, those that are sums
-    missed = np.where(share < 1, np.minimum(1, written / np.maximum(1 - share, 1e-9)), written > 0)
-    return missed * (1 + share * (1 - written))
-
-
-def partial_seconds(
-    target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any
-) -> Any:  # fmt: skip
-    """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
-
-    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. The last part
-    of a row counts as whole. n: columns; for a GLU pair, columns of both sides together. out_bytes: bytes of a value of
-    the sum. missed: as of missed_sums().
-    """
-    chip, sides = target.chip, 1 + glu
-    width = part_columns(target, n / sides, split, sides)
-    jobs = m * np.ceil(n / sides / width)
-    active = np.minimum(jobs, chip.cores)
-    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
-    load_s = 4 * width * split * sides * np.maximum(1 / rate, missed * active / chip.hbm_rate)
-    store_s = width * out_bytes * np.maximum(1 / rate, (not chip.l2_bytes) * active / chip.hbm_rate)
-    latency_s = chip.constants.hbm_latency_s * np.minimum(1, missed)
-    work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
-    added = pipeline(np.ceil(jobs / chip.cores), load_s, work, latency_s, 2)
-    return added + chip.array_depth / chip.clock_hz + store_s
 
 
 @lru_cache(maxsize=65536)
@@ -451,10 +425,10 @@ def linear_timing(
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
-    HBM delivers the weights during earlier ops. The product then takes the seconds of resident weights, and hbm_bytes
-    counts the weights too. Its choice is the one for which the longer of these seconds and HBM's time for all these
-    bytes is shortest; of several, the one with the fewest seconds. streamed: True if the L2 keeps neither x nor the
-    result, as where a call is repeated whose operands outgrow the L2.
+    HBM delivers the weights during earlier ops. The Timing then has the seconds of resident weights, while its
+    hbm_bytes include the weights. Choices are then compared by their seconds or by HBM's time for all their bytes,
+    whichever is longer; among equal choices, the one with the fewest seconds is taken. streamed: True if the L2 keeps
+    neither x nor the result, as in a benchmark that repeats a product larger than the L2.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
