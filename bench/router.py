@@ -1,12 +1,14 @@
 """Cache-aware routing against round robin, over replicas of this package, under the same conversations.
 
 Users go on with conversations of their own after one of a few long system prompts, in a closed loop: a user's next turn
-is sent when the reply to the last one has come, and the user has thought. Printed for each policy: mean time to first
-token, output tokens a second, prompt tokens found cached; and a bound of what any placement could reach. Then the
-router's overhead at concurrency 1: the median time of a one-token request through the router with one replica, less
-that of one sent to the same replica directly, in turns.
+is sent when the reply to the last one has come, and the user has thought. Two clusters run at the same time, one for
+each policy; in each round both get the same conversations, one after the other, and those of no other round. Printed
+for each round and policy: mean time to first token, output tokens a second, prompt tokens found cached. Then the
+medians of the rounds' ratios, and a bound of what any placement could reach. Then the router's overhead at concurrency
+1: the median time of a one-token request through the router with one replica, less that of one sent to the same replica
+directly, in turns.
 
-    python bench/router.py
+    python bench/router.py --shape 135m --systems 8
 """
 
 from __future__ import annotations
@@ -24,19 +26,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import aiohttp
+from checkpoints import SHAPES, write_random, write_tokenizer
 
 from intaglio.devices.processes import child_environment
 
 WORDS = [
     "def", "class", "return", "import", "self", "name", "value", "list", "dict", "for", "in", "while", "try", "with",
 ]  # fmt: skip
+POLICIES = ("round-robin", "cache-aware")
 KEY = "bench"  # of the replica that is also asked directly
 
 
@@ -122,7 +126,7 @@ async def pace(session: aiohttp.ClientSession, url: str, words: int) -> tuple[fl
     for _ in range(3):
         for n in (4, words):
             first, usage, _ = await ask(session, url, f"{rng.random()} {text(rng, n)}", 1)
-            times[n] = min(times.get(n, (first, 0)), (first, usage["prompt_tokens"]))
+            times[n] = min(times.get(n, (math.inf, 0)), (first, usage["prompt_tokens"]))
     (short, few), (long, many) = times[4], times[words]
     per_token = max(0.0, long - short) / (many - few)
     return max(0.0, short - few * per_token), per_token
@@ -233,9 +237,45 @@ async def overhead(routed: str, direct: str, n: int) -> tuple[float, float]:
     return median(times[routed][n // 10 :]), median(times[direct][n // 10 :])
 
 
+def compare(a: argparse.Namespace) -> None:
+    """Run the rounds with both policies, and print each and the medians."""
+    seen: dict[str, list[tuple[float, float, float]]] = {policy: [] for policy in POLICIES}  # TTFT, rate, least TTFT
+    with ExitStack() as stack:
+        words = ("--", "--kv-tokens", str(a.kv_tokens))
+        urls = {
+            policy: stack.enter_context(cluster(a.model, "--replicas", str(a.replicas), "--policy", policy, *words))
+            for policy in POLICIES
+        }
+        for number in range(a.rounds):
+            own = argparse.Namespace(**{**vars(a), "seed": f"{a.seed} {number}"})
+            for policy in POLICIES if number % 2 else POLICIES[::-1]:
+                turns, rate, least = asyncio.run(converse(urls[policy], own))
+                first, later = ([t.ttft for t in turns if (t.number == 0) is begins] for begins in (True, False))
+                seen[policy].append((mean(t.ttft for t in turns), rate, least))
+                cached, tokens = mean(t.cached for t in turns), mean(t.tokens for t in turns)
+                print(f"{policy:12} mean TTFT {seen[policy][-1][0] * 1e3:8.1f} ms (first turns {mean(first) * 1e3:.1f},"
+                      f" later {mean(later or [0.0]) * 1e3:.1f})   {rate:8.1f} output tokens/s   "
+                      f"{cached:6.0f} of {tokens:.0f} prompt tokens cached", flush=True)  # fmt: skip
+    pairs = list(zip(*seen.values(), strict=True))
+    lower = [old[0] / new[0] for old, new in pairs]
+    more = [new[1] / old[1] for old, new in pairs]
+    print(f"cache-aware, median of {len(pairs)} rounds (lowest to highest): TTFT {spread(lower)} lower, "
+          f"throughput {spread(more)}")  # fmt: skip
+    bound = median(old[0] / new[2] for old, new in pairs)
+    print(f"no placement has a mean TTFT more than {bound:.2f}x lower than round robin's here")
+
+
+def spread(ratios: list[float]) -> str:
+    """The median of ratios, with the lowest and the highest."""
+    return f"{median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("model", nargs="?", help="Default: the bundled model.")
+    p.add_argument("--shape", choices=SHAPES, help="A random checkpoint of this shape in place of a model.")
+    p.add_argument("--dir", help="Keep the checkpoint of --shape there.")
+    p.add_argument("--rounds", type=int, default=5, help="0: measure only the router's overhead.")
     p.add_argument("--replicas", type=int, default=2)
     p.add_argument("--users", type=int, default=12)
     p.add_argument("--turns", type=int, default=4)
@@ -250,26 +290,17 @@ def main() -> None:
     p.add_argument("--overhead", type=int, default=300, help="Requests of the overhead's measurement; 0: leave it out.")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
-    print(f"{os.cpu_count()} cores, {a.replicas} replicas, {a.users} users with {a.turns} turns")
-    seen: dict[str, tuple[float, float, float]] = {}  # by policy: mean TTFT, output tokens a second, least TTFT
-    for policy in ("round-robin", "cache-aware"):
-        with cluster(a.model, "--replicas", str(a.replicas), "--policy", policy, "--", "--kv-tokens",
-                     str(a.kv_tokens)) as url:  # fmt: skip
-            turns, rate, least = asyncio.run(converse(url, a))
-        first, later = ([t.ttft for t in turns if (t.number == 0) is begins] for begins in (True, False))
-        seen[policy] = mean(t.ttft for t in turns), rate, least
-        cached, tokens = mean(t.cached for t in turns), mean(t.tokens for t in turns)
-        print(f"{policy:12} mean TTFT {seen[policy][0] * 1e3:8.1f} ms (first turns {mean(first) * 1e3:.1f}, later "
-              f"{mean(later or [0.0]) * 1e3:.1f})   {rate:8.1f} output tokens/s   "
-              f"{cached:6.0f} of {tokens:.0f} prompt tokens cached")  # fmt: skip
-    (old, old_rate, _), (new, new_rate, least) = seen["round-robin"], seen["cache-aware"]
-    print(f"cache-aware: TTFT {old / new:.2f}x lower, throughput {new_rate / old_rate:.2f}x")
-    print(f"no placement has a mean TTFT below {least * 1e3:.1f} ms here: at most {old / least:.2f}x lower")
-    if a.overhead:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            cluster(a.model, "--replicas", "1", "--", "--api-key", KEY, folder=folder) as url,
-        ):
+    print(f"{os.cpu_count()} cores, {a.replicas} replicas, {a.users} users with {a.turns} turns", flush=True)
+    with ExitStack() as stack:
+        if a.shape:
+            scratch = Path(a.dir or stack.enter_context(tempfile.TemporaryDirectory()))
+            a.model = str(write_tokenizer(write_random(scratch / a.shape, SHAPES[a.shape])))
+        if a.rounds:
+            compare(a)
+        if not a.overhead:
+            return
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        with cluster(a.model, "--replicas", "1", "--", "--api-key", KEY, folder=folder) as url:
             [log] = Path(folder).rglob("r0.log")
             own = re.findall(r" at (http://[^\s;]+)", log.read_text())[-1]
             routed, direct = asyncio.run(overhead(url, own, a.overhead))

@@ -221,9 +221,9 @@ NB_MODULE(_native, m) {
              return s.executable.add_weight(std::move(w), std::move(shape));
            }, "weight"_a, "shape"_a)
       .def("keep_caches_in", [](Session& s, int file) { s.executable.keep_caches_in(file); }, "file"_a)
-      .def("cache", [](Session& s, int64_t pages, int heads, int head_dim, const std::string& format, bool keys, bool windowed) {
-             return s.executable.add_cache(pages, heads, head_dim, format_of(format).fmt, keys, windowed);
-           }, "pages"_a, "heads"_a, "head_dim"_a, "format"_a, "keys"_a, "windowed"_a = false)
+      .def("cache", [](Session& s, int64_t pages, int heads, int head_dim, const std::string& format, bool keys, bool windowed, int rows) {
+             return s.executable.add_cache(pages, heads, head_dim, format_of(format).fmt, keys, windowed, rows);
+           }, "pages"_a, "heads"_a, "head_dim"_a, "format"_a, "keys"_a, "windowed"_a = false, "rows"_a = 0)
       .def("states", [](Session& s, int64_t slots, int64_t floats) { return s.executable.add_states(slots, floats); },
            "slots"_a, "floats"_a)
       .def("op", [](Session& s, const std::string& kind, const std::map<std::string, int>& operands,

@@ -8,6 +8,8 @@ additions are linear in a request's tokens and in the time of a step, so the con
 the residuals: step_s and sequence_s from the times per token of the first run; request_s, prompt_token_s and
 admission_steps from the times to the first token of the second. Servers with speculative decoding, or with a recipe
 that gives step_s, are left out of these; tokens_per_step or step_s of such recipes follow from their times per token.
+A recipe's prefill_factor changes how long requests wait: its rows are served with each of FACTORS, and the factors are
+chosen together with the constants of the times to the first token.
 All belong in src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them (`intaglio
 validate-serving serving.csv --split test`).
 """
@@ -28,6 +30,7 @@ SEQUENCE_S = (0.0, 5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 4e-5, 6e-5)
 STEP_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.25e-3, 1.5e-3, 2e-3, 2.5e-3, 3e-3)
 REQUEST_S = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
 PROMPT_TOKEN_S = (0.0, 5e-6, 1e-5, 2e-5, 3e-5, 4e-5, 6e-5, 8e-5)
+FACTORS = tuple(n / 10 for n in range(10, 26))  # 1.0 to 2.5
 ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
 
@@ -96,17 +99,26 @@ def main() -> None:
             continue
         found = served(mine, plain)
         ahead = min(itertools.product(STEP_S, SEQUENCE_S), key=lambda x: step_error(found, *x))
-        slower = served(mine, replace(plain, step_s=ahead[0], sequence_s=ahead[1]))
+        with_steps = replace(plain, step_s=ahead[0], sequence_s=ahead[1])
+        slower = served(mine, with_steps)
+        factors = by_field(mine, plain, "prefill_factor")
+        others = served(factors.pop(plain.prefill_factor, []), with_steps)
+        tried = [{f: served(alike, with_factor(with_steps, now, f)) for f in FACTORS} for now, alike in factors.items()]
         grid = itertools.product(REQUEST_S, PROMPT_TOKEN_S, ADMISSION_STEPS)
-        best = min(grid, key=lambda x: error(slower, *x))
+        best = min(grid, key=lambda x: error(with_best(others, tried, x), *x))
+        slower_now, slower = slower, with_best(others, tried, best)
         tpot = f"{step_error(found, 0.0, 0.0):.3f} -> {step_error(slower, 0.0, 0.0):.3f}"
-        before, after = error(slower, 0.0, 0.0, 0.0), error(slower, *best)
+        before, after = error(slower_now, 0.0, 0.0, 0.0), error(slower, *best)
         print(f"{name}{', ' if kind else ''}{kind}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
         print(
             f"step_s = {ahead[0]:g}\nsequence_s = {ahead[1]:g}\nrequest_s = {best[0]:g}\nprompt_token_s = {best[1]:g}\n"
             f"admission_steps = {best[2]:g}",
             flush=True,
         )
+        for (now, alike), found_by in zip(factors.items(), tried, strict=True):
+            servers = sorted({str(r.placement("prefill_" if r.group == "disaggregated" else "")) for r in alike})
+            wanted = best_factor(found_by, best)
+            print(f"prefill_factor = {wanted:g}, now {now:g}: {len(alike)} rows of {', '.join(servers)}", flush=True)
         for step, alike in by_field(slow, plain, "step_s").items():
             bare = tuple({k: v for k, v in recipe.items() if k != "step_s"} for recipe in plain.recipes)
             found = served(alike, replace(plain, sequence_s=ahead[1], recipes=bare))
@@ -125,6 +137,27 @@ def main() -> None:
 def served(mine: list[Row], profile: EngineProfile) -> list[Compared]:
     """The rows served by the profile, without those that it refuses."""
     return [c for c in compare_all(mine, lambda _: profile) if not c.refused]
+
+
+def with_factor(profile: EngineProfile, now: float, factor: float) -> EngineProfile:
+    """A copy of the profile whose recipes with prefill_factor `now` have `factor` instead."""
+    changed = [
+        {**recipe, "prefill_factor": factor} if recipe.get("prefill_factor") == now else recipe
+        for recipe in profile.recipes
+    ]
+    return replace(profile, recipes=tuple(changed))
+
+
+def best_factor(tried: dict[float, list[Compared]], added: tuple[float, float, float]) -> float:
+    """The key of `tried`, a prefill_factor, whose rows have the least error() with these three additions."""
+    return min(tried, key=lambda factor: error(tried[factor], *added))
+
+
+def with_best(
+    others: list[Compared], tried: list[dict[float, list[Compared]]], added: tuple[float, float, float]
+) -> list[Compared]:  # fmt: skip
+    """The rows `others`, and of each dict in `tried` those served with its best_factor()."""
+    return others + [c for found in tried for c in found[best_factor(found, added)]]
 
 
 def by_field(mine: list[Row], profile: EngineProfile, field: str) -> dict[float, list[Row]]:

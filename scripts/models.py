@@ -39,10 +39,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "MossTranscribeDiarizeForConditionalGeneration", "MoshiForCausalLM", "MusicgenForCausalLM",
         "MusicgenMelodyForCausalLM", "Phi4MultimodalForCausalLM", "WhisperForCausalLM",
     ),
-    "needs an op that pools keys and values over runs of 4 or 128 tokens into a cache of their own, with the open run "
-    "as state; residual streams mixed by doubly stochastic matrices; experts chosen by token id": (
-        "DeepseekV4ForCausalLM",
-    ),
     "an indexer and norms with low-rank gates": ("AXK2ForCausalLM",),
     "an indexer, sinks in latent attention, residual streams that learned gates mix": ("HYV4ForCausalLM",),
     "recurrent blocks that need an op for WKV, which keeps a running maximum; each token mixed with the one before": (

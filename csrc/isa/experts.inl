@@ -77,7 +77,10 @@ void route_row(const RouteArgs& a, int64_t row, float* scratch) {
     const bool by_score = a.bias || a.group_best > 1;
     for (int64_t i = 0; i < a.experts; i++) key[i] = by_score ? scores[i] + (a.bias ? a.bias[i] : 0.0f) : logits[i];
     if (a.groups) close_groups(a, key, key + a.experts);
-    take_best(key, a.experts, a.top, ids);
+    if (a.table)
+      for (int64_t j = 0; j < a.top; j++) ids[j] = int32_t(a.table[a.tokens[row] * a.top + j]);
+    else
+      take_best(key, a.experts, a.top, ids);
     for (int64_t j = 0; j < a.top; j++) weights[j] = (chosen ? logits : scores)[ids[j]];
     if (chosen) {
       for (int64_t j = 0; j < a.top; j++) scores[j] = weights[j];

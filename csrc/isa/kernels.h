@@ -137,6 +137,8 @@ struct RouteArgs {
   RouteScore score;
   bool normalise;
   float scale, jitter;
+  const float* table;     // [vocabulary][top], the experts of each token id, or null: the best are chosen
+  const int32_t* tokens;  // token ids by row
 };
 
 enum class NormKind : int { Rms, Layer, L2, None };
@@ -203,6 +205,20 @@ struct IndexArgs {  // of the op choose_keys
   Fmt format;
   int heads, head_dim, page;
   float scale;
+};
+
+struct ListArgs {  // of the op attend_pooled: some heads of one token
+  const float* q;
+  float* out;
+  int rows, stride;  // rows of q and out, `stride` floats apart, zeros beyond head_dim
+  Fmt format;
+  float scale;
+  const float* sinks;  // one for each row; null: none
+};
+
+struct PooledRow {  // a token of a run that pool_keys pools: rows of the cache, and its biases
+  const void *value, *gate;
+  const float* bias;
 };
 
 struct Query {  // query rows of one attention task: consecutive tokens of one sequence, for one K/V head
@@ -302,6 +318,10 @@ struct Kernels {
   void (*attend_merge)(int64_t rows, int64_t width, float* top, float* total, float* acc, const float* t2, const float* l2, const float* a2);
   // Scores of the positions below `seen` of a token's sequence, whole pages of them, by the op choose_keys.
   void (*score_keys)(const IndexArgs& a, const int32_t* blocks, const float* q, const float* weights, int64_t seen, float* scores);
+  // Attention over n rows, each key and value at once. scores: a.rows rows of n floats, rounded up to a multiple of 16.
+  void (*attend_list)(const ListArgs& a, const void* const* keys, int64_t n, float* scores);
+  // out[d] = sum over rows of softmax over rows of (gate + bias) * value, for d < width, a multiple of 16.
+  void (*pool_rows)(const PooledRow* rows, int64_t n, int width, Fmt format, float* out);
   void (*route_row)(const RouteArgs& a, int64_t row, float* scratch);
   void (*combine_row)(const float* const* rows, const float* weights, int64_t count, const float* residual, float* out, int64_t n);
   // The largest of n logits, and in *first, unless `first` is null, the index of the first that is as large; NaN if any is NaN.

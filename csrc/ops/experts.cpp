@@ -18,9 +18,12 @@ int64_t up_to(const char* name, int64_t value, int64_t most) {
 class Route : public OpKernel {
  public:
   explicit Route(OpArgs& a)
-      : kernels_(a.context.kernels), logits_(a.rows("logits")), weights_(a.rows("weights")), ids_(a.rows("ids")) {
+      : context_(a.context), kernels_(a.context.kernels), logits_(a.rows("logits")), weights_(a.rows("weights")), ids_(a.rows("ids")) {
     args_.bias = a.optional_vector("bias");
     factors_ = a.optional_vector("factors");
+    if ((args_.table = a.optional_vector("table")))
+      for (const float id : a.vector("table"))
+        if (id < 0 || id >= float(logits_.cols)) throw std::invalid_argument("table lists expert " + std::to_string(int64_t(id)) + " of " + std::to_string(logits_.cols));
     args_.top = up_to("top", a.integer("top"), kMaxTop);
     args_.groups = up_to("groups", a.integer("groups"), kMaxGroups);
     args_.kept = a.integer("kept_groups"), args_.group_best = a.integer("group_best");
@@ -33,7 +36,7 @@ class Route : public OpKernel {
   void plan(Planner& p) override { p.rows(ids_.rows(), logits_.cols); }
   void run(int, int64_t begin, int64_t end, Scratch& mine) override {
     RouteArgs a = args_;
-    a.logits = logits_.row(0), a.weights = weights_.row(0), a.ids = ids_.integers(0);
+    a.tokens = context_.in.tokens, a.logits = logits_.row(0), a.weights = weights_.row(0), a.ids = ids_.integers(0);
     for (int64_t t = begin; t < end; t++) {
       kernels_.route_row(a, t, mine.floats);
       for (int64_t j = 0; factors_ && j < a.top; j++) weights_.row(t)[j] *= factors_[ids_.integers(t)[j]];
@@ -41,6 +44,7 @@ class Route : public OpKernel {
   }
 
  private:
+  const Context& context_;
   const Kernels& kernels_;
   const Tensor &logits_, &weights_, &ids_;
   const float* factors_;

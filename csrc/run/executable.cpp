@@ -60,19 +60,20 @@ Memory Executable::part_of_cache_file(int64_t bytes) {
   return Memory(cache_file_, bytes, true, offset);
 }
 
-int Executable::add_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys, bool windowed) {
-  const int stride = keys ? context_.page : (head_dim + 15) / 16 * 16;
-  const int64_t bytes = pages * heads * block_bytes(format, keys ? head_dim : stride, context_.page);
+int Executable::add_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys, bool windowed, int rows) {
+  rows = rows ? rows : context_.page;
+  const int stride = keys ? rows : (head_dim + 15) / 16 * 16;
+  const int64_t bytes = pages * heads * block_bytes(format, keys ? head_dim : stride, rows);
   Tensor t;
   Memory memory = cache_file_ < 0 ? Memory(bytes + kAlign) : part_of_cache_file(bytes + kAlign);
-  t.cache = std::make_unique<Cache>(Cache{std::move(memory), format, heads, head_dim, stride, keys, windowed});
+  t.cache = std::make_unique<Cache>(Cache{std::move(memory), format, heads, head_dim, stride, keys, windowed, rows});
   return add(std::move(t));
 }
 
 int64_t Executable::page_bytes() const {
   int64_t total = 0;
   for (const Tensor& t : tensors_)
-    if (t.cache) total += t.cache->page_bytes(context_.page);
+    if (t.cache) total += t.cache->page_bytes();
   return total;
 }
 
@@ -80,7 +81,7 @@ void Executable::read_page(int64_t page, uint8_t* out) const {
   check_page(page);
   for (const Tensor& t : tensors_) {
     if (!t.cache) continue;
-    const int64_t bytes = t.cache->page_bytes(context_.page);
+    const int64_t bytes = t.cache->page_bytes();
     std::memcpy(out, t.cache->memory.data() + page * bytes, size_t(bytes));
     out += bytes;
   }
@@ -90,7 +91,7 @@ void Executable::write_page(int64_t page, const uint8_t* from) {
   check_page(page);
   for (const Tensor& t : tensors_) {
     if (!t.cache) continue;
-    const int64_t bytes = t.cache->page_bytes(context_.page);
+    const int64_t bytes = t.cache->page_bytes();
     std::memcpy(t.cache->memory.data() + page * bytes, from, size_t(bytes));
     from += bytes;
   }

@@ -30,7 +30,7 @@ class Executable {
   // The caches and states added from now on lie in this file, one after another, which outlives the process: what an earlier
   // one with the same caches wrote is still there. The caller closes the file. -1: in memory of this process.
   void keep_caches_in(int file) { cache_file_ = file; }
-  int add_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys, bool windowed = false);
+  int add_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys, bool windowed = false, int rows = 0);  // rows of a page; 0: its tokens
   // Adds an op of a kind, with operands (tensor numbers) and attributes by name; returns its number. Throws
   // invalid_argument for an unknown kind, operand or attribute.
   int add_op(const std::string& kind, const std::map<std::string, int>& operands, std::map<std::string, Attribute> attributes);

@@ -36,9 +36,11 @@ struct Cache {
   int heads, head_dim, stride;
   bool keys;      // laid out as [head_dim][page]
   bool windowed;  // its blocks are those of the batch's window_table
+  int rows;       // rows of a page: its tokens, or fewer if a row is pooled from several tokens ([head_dim][rows] of keys)
 
-  // Bytes of a page of `page` tokens, all heads.
-  int64_t page_bytes(int page) const { return heads * block_bytes(format, keys ? head_dim : stride, page); }
+  // Bytes of a head's block in a page, and of a page.
+  int64_t head_bytes() const { return block_bytes(format, keys ? head_dim : stride, rows); }
+  int64_t page_bytes() const { return heads * head_bytes(); }
 };
 
 // Recurrent state: `stride` floats for each of some slots. A step reads slot state_from[s] of a sequence and writes slot

@@ -118,8 +118,8 @@ def state_spec(
         if value is not None and value < least:
             raise RequestError(f"{name} is {value}; allowed: {least} or more")
     state = [t for program in mesh.programs for t in program.of_role("state")]
-    slot, token = (
-        sum(t.nbytes({"P": 1, "B": 1, "N": 1}) for t in state if (t.shape[0] == "N") == recurrent)
+    slot, page = (
+        sum(t.nbytes({"P": 1, "B": page_tokens, "N": 1}) for t in state if (t.shape[0] == "N") == recurrent)
         for recurrent in (True, False)
     )
     granted, slots = machine.kv_bytes, 0
@@ -129,6 +129,10 @@ def state_spec(
         granted = max(0, granted - (running + kept) * slot)
         slots = running + kept
         max_sequences = running // 2
-    tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
+    tokens = (
+        min(max(mesh.last.context, KV_TOKENS), granted * page_tokens // max(1, page))
+        if kv_tokens is None
+        else kv_tokens
+    )
     pages = tokens // page_tokens if kv_tokens is None else -(-tokens // page_tokens)
     return StateSpec(max(1, pages), page_tokens, slots), max_sequences

@@ -138,3 +138,14 @@ def test_transformers_missing(monkeypatch, folder):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(CheckError, match=r"a check needs torch and transformers .*pip install"):
         reference_model(folder)
+
+
+def test_deepseek_v4(folder):
+    """Projections, norms and experts have modules in transformers; a wrong window shows after the first attention."""
+    path = tiny("deepseek_v4", folder / "deepseek_v4")
+    report = check(path)
+    sites = {row.site for row in report.rows}
+    assert report.ok and len(sites) > 60, report
+    assert {"layers.1.attn.indexer.q_proj", "layers.2.attn.compressor.wgate", "layers.0.mlp.experts"} <= sites
+    wrong = check(path, program=change(port(Checkpoint.open(path)), "layers.1.attn.attend", window=5))
+    assert wrong.first_bad == "layers.1.attn.o_a_proj", wrong

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.host_bench import EPS, ISAS, PAGE, Bench, hold, keep_company
+from support.host_bench import EPS, ISAS, PAGE, Bench, finish, hold, keep_company
 from support.tiny import tiny
 
 from intaglio import formats
@@ -43,6 +43,28 @@ def test_route(score: str, trial: int, rng: Rng) -> None:
         fields["factors"] = bench.weight("factors", rng.uniform(-1, 1, size=experts))
     y = bench.b.op(Route, "y", bench.x, ids="ids", score=score, **fields)
     hold(bench.run(y), 64 * EPS * 1.7)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_route_by_a_table(score: str, rng: Rng) -> None:
+    """Experts are those listed for the token's id, in that order; a wrong one would show in its weight."""
+    bench, experts, top = Bench(rng, 33, 24), 24, int(rng.integers(1, 5))
+    table = bench.b.weight("table", (33, top), "table", "i32")
+    bench.arrays["table"] = rng.integers(0, experts, (33, top)).astype(np.int32)
+    fields: dict[str, Any] = {"top": top, "normalise": bool(rng.integers(2)), "scale": 1.7, "score": score}
+    tokens = rng.permutation(33).tolist()
+    batch = bind([Chunk(tokens[:20], 0, [0, 1]), Chunk(tokens[20:], 0, [2])], PAGE)
+    hold(bench.run(bench.b.op(Route, "y", bench.x, ids="ids", table=table, **fields), batch), 64 * EPS * 1.7)
+
+
+def test_route_by_a_table_of_unknown_experts(rng: Rng) -> None:
+    bench = Bench(rng, 9, 8)
+    table = bench.b.weight("table", (9, 2), "table", "i32")
+    bench.arrays["table"] = np.full((9, 2), 8, np.int32)
+    y = bench.b.op(Route, "y", bench.x, ids="ids", table=table, top=2)
+    bench.x = bench.b.op(Map, "z", y, expr="a")
+    with pytest.raises(DeviceError, match="table lists expert 8 of 8"):
+        HostDevice(1).load(finish(bench), ArrayWeights(bench.arrays), StateSpec(2, PAGE))
 
 
 def test_route_breaks_ties_by_the_lowest_id(rng: Rng) -> None:

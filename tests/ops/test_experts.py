@@ -6,6 +6,7 @@ Also their shape rules, and their work compared with numbers worked out by hand.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.op_cases import apply, close, quick, random, refuses, seeds, tensors, torched
-from transformers import DeepseekV2Config, DeepseekV3Config, GptOssConfig, GraniteMoeConfig, MixtralConfig, PhimoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV4Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    PhimoeConfig,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
@@ -117,6 +127,30 @@ def test_route_lists_the_best_first_and_softplus_is_its_formula() -> None:
     weights, ids = routed(Route(site="s", logits="logits", weights="p", ids="i", top=4, score="sqrt_softplus"), logits)
     assert (np.diff(weights, axis=1) <= 0).all()
     close(weights, torch.nn.functional.softplus(torched(np.take_along_axis(logits, ids, 1))).sqrt(), 1e-6)
+
+
+def test_route_by_a_table() -> None:
+    """As transformers' DeepseekV4HashRouter: the table chooses the experts of an id, the scores only weigh them."""
+    batch, x, w = bind([Chunk([3, 0, 6, 3], 0, [0])], 4), random(5, 4, HIDDEN), random(6, COUNT, HIDDEN)
+    table = np.random.default_rng(7).integers(0, COUNT, (7, TOP))
+    config = DeepseekV4Config(
+        hidden_size=HIDDEN, n_routed_experts=COUNT, num_experts_per_tok=TOP, vocab_size=7, routed_scaling_factor=1.5
+    )
+    router = DeepseekV4HashRouter(config).eval()
+    router.weight.data, router.tid2eid.data = torch.from_numpy(w), torch.from_numpy(table)
+    with torch.no_grad():
+        logits, weights, ids = router(torch.from_numpy(x), torch.from_numpy(batch.tokens))
+    names: dict[str, Any] = {"site": "s", "logits": "logits", "weights": "p", "ids": "i", "table": "t"}
+    op = Route(**names, top=TOP, score="sqrt_softplus", normalise=True, scale=1.5)
+    got = op.reference({"logits": logits.numpy(), "t": table.astype(np.int32)}, batch)
+    np.testing.assert_array_equal(got["i"], ids.numpy())
+    close(got["p"], weights.numpy(), 2e-6)
+    types = {"logits": f"f32[T, {COUNT}]", "p": f"f32[T, {TOP}]", "i": f"i32[T, {TOP}]", "t": f"i32[7, {TOP}]"}
+    plain = replace(op, table=None).work(tensors(**types), batch)
+    assert op.work(tensors(**types), batch) == plain + Work(weight_bytes=4 * TOP * 4)
+    refuses(op, rf"t is i32\[7, 9\]; wanted i32\[vocabulary, {TOP}\]", **{**types, "t": "i32[7, 9]"})
+    refuses(replace(op, score="chosen"), "t lists the experts; score=chosen", **types)
+    refuses(replace(op, bias="bias"), "t lists the experts", **types, bias=f"f32[{COUNT}]")
 
 
 def test_route_refuses() -> None:

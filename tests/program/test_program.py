@@ -14,7 +14,22 @@ from hypothesis import strategies as st
 from support.toy import MANNERS, VOCABULARY, Toy, mixed_batches, tangle, transformer
 
 from intaglio.compiler import build, build_mesh
-from intaglio.ops import REGISTRY, AllReduce, Embed, Linear, Map, OpError, Sample, Select, Send, Tensor
+from intaglio.ops import (
+    REGISTRY,
+    AllReduce,
+    Attend,
+    AttendPooled,
+    Embed,
+    KvWrite,
+    Linear,
+    Map,
+    OpError,
+    PoolKeys,
+    Sample,
+    Select,
+    Send,
+    Tensor,
+)  # fmt: skip
 from intaglio.program import (
     INPUTS,
     Builder,
@@ -229,6 +244,19 @@ def joined(p: Program, group: tuple[int, ...]) -> Program:
     return p.with_ops([*p.ops, op], {**p.tensors, "join": replace(p.tensors["embed"], name="join")})
 
 
+def pooled() -> Program:
+    """A Program in which attention reads one cache through a window, and again without one."""
+    b = Builder("pooled", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (8, 4), "embed"))
+    cache, entries = b.cache("cache", 1, 4, "f32"), b.cache("entries", 1, 4, "f32", 2)
+    b.op(KvWrite, "write", x, x, cache, cache)
+    bias, norm = b.weight("bias", (2, 4), "bias"), b.weight("norm", (4,), "norm")
+    b.op(PoolKeys, "pool", cache, cache, bias, norm, b.const("turns", [1.0]), entries, every=2)
+    b.op(AttendPooled, "near", x, cache, entries, heads=1, scale=1.0, window=3, every=2)
+    b.op(Attend, "far", x, cache, cache, heads=1, scale=1.0)
+    return Program("toy", tuple(b.ops), b.tensors, 64)
+
+
 BREAKS: dict[str, list[tuple[Break, str]]] = {
     "names_resolve": [
         (lambda p: swap(p, "embed", w="nowhere"), r"embed \(embed\) names 'nowhere', which is not in the table"),
@@ -275,6 +303,9 @@ BREAKS: dict[str, list[tuple[Break, str]]] = {
         (lambda p: before(p, "layers.0.attn.kv_write", "layers.0.attn.attend"), r"reads state .*k_cache before"),
         (lambda p: declare(p, "norm.weight", role="state"), r"norm \(norm\) names state norm.weight in an operand"),
         (lambda p: declare(p, "layers.0.attn.k_cache", role="input"), "k_cache, a.* as state"),
+    ],
+    "windows_kept": [
+        (lambda p: pooled(), r"near \(attend_pooled\) reads cache through a window, and others do without one: far"),
     ],
     "buffers_apart": [
         (

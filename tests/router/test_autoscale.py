@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.routed import steps_of
 
 from intaglio.router import Autoscaler, Job, LoadReport, Pace, Router
 from intaglio.router.autoscale import DOWN_AFTER, UP_AFTER
@@ -15,7 +16,7 @@ def serving(replicas: int, per_token: float = 0.001) -> Router:
     for i in range(replicas):
         router.add_replica(f"r{i}")
         router.ready(f"r{i}", "life")
-        router.report(f"r{i}", LoadReport(pace=Pace(0.01, per_token, measured=True), max_sequences=8))
+        router.report(f"r{i}", LoadReport(steps=steps_of(Pace(0.01, per_token)), max_sequences=8))
     return router
 
 
@@ -34,7 +35,7 @@ def test_a_queue_adds_as_many_as_it_needs_and_only_after_a_while() -> None:
 
 def test_sequences_that_wait_in_a_replica_add_none_and_are_no_quiet_time() -> None:
     router, scaler = serving(2), Autoscaler(1, 9)
-    router.report("r1", LoadReport(pace=Pace(0.01, 0.001, measured=True), max_sequences=8, waiting=3))
+    router.report("r1", LoadReport(steps=steps_of(Pace(0.01, 0.001)), max_sequences=8, waiting=3))
     for now in (0.0, UP_AFTER, 2 * DOWN_AFTER):
         assert scaler.wanted(router, 2, now) == 2
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routed import CHUNK, SimReplica, Simulation
+from support.routed import CHUNK, SimReplica, Simulation, steps_of
 
 from intaglio.router import (
     CHUNK_BYTES,
@@ -36,9 +36,12 @@ from intaglio.router import (
     estimate,
     prefix_keys,
 )
+from intaglio.router.index import ASSUMED_SECONDS, CONFIRMED_SECONDS
 from intaglio.router.router import SCANNED
+from intaglio.runtime import StepFit
 
 PACE = Pace(0.01, 0.001, measured=True)
+PACE_STEPS = steps_of(PACE)
 
 
 def keys_of(*chunks: int) -> tuple[bytes, ...]:
@@ -56,7 +59,7 @@ def router_of(n: int, policy: str = "cache-aware", **options: Any) -> Router:
     for i in range(n):
         router.add_replica(f"r{i}")
         router.ready(f"r{i}", f"r{i}.0")
-        router.report(f"r{i}", LoadReport(pace=PACE))
+        router.report(f"r{i}", LoadReport(steps=PACE_STEPS))
     return router
 
 
@@ -120,9 +123,12 @@ def test_assumed_prefixes_expire_once_there_are_events() -> None:
     index.assume(keys, 0.0)
     assert index.cached_tokens(keys, memory, 1e6) == 64  # the only knowledge there is
     index.apply("life 1", 1, BlocksStored(("other",)))
-    assert index.cached_tokens(keys, memory, 9.0) == 64
-    assert index.cached_tokens(keys, memory, 11.0) == 0
+    assert index.cached_tokens(keys, memory, ASSUMED_SECONDS) == 64
+    assert index.cached_tokens(keys, memory, ASSUMED_SECONDS + 1) == 0
     assert index.cached_tokens(keys_of(1, 9), memory, 9.0) == 32
+    index.computed(keys, 5.0)  # from now on events would tell of its blocks
+    assert index.cached_tokens(keys, memory, 5.0 + CONFIRMED_SECONDS) == 64
+    assert index.cached_tokens(keys, memory, 5.1 + CONFIRMED_SECONDS) == 0
 
 
 @given(st.data())
@@ -302,7 +308,7 @@ def walked(router: Router, now: float) -> list[tuple[str, str]]:
         for job in [job for job in router.queue.order() if job.stage == stage][:SCANNED]:
             alive = [r for r in router.replicas.values() if r.placeable]
             role = [r for r in alive if (r.role == "prefill") == (stage == "prefill")] or alive
-            options = [estimate(r, job, router.memory, now, ahead[r.name]) for r in role]
+            options = [estimate(r, job, router.memory, now, router.paces()[r.name], ahead[r.name]) for r in role]
             best = POLICIES[router.policy](options) if options else None
             if best is None:
                 continue
@@ -325,7 +331,7 @@ def test_dispatch_places_what_a_walk_over_all_waiting_jobs_would(policy: str, py
     for i, role in enumerate(rng.choices(roles, k=rng.randint(1, 4))):
         router.add_replica(f"r{i}", role)
         router.ready(f"r{i}", f"r{i}.0")
-        router.report(f"r{i}", LoadReport(pace=PACE, max_batch_tokens=rng.choice((8, 64)), max_sequences=4))
+        router.report(f"r{i}", LoadReport(steps=PACE_STEPS, max_batch_tokens=rng.choice((8, 64)), max_sequences=4))
     running: list[Job] = []
     for i in range(200):
         stage = rng.choice(("all", "all", "prefill"))
@@ -349,7 +355,7 @@ def test_a_job_placed_at_once_is_placed_as_by_submit_and_dispatch(policy: str, p
     rng, placed = py_rng, list[Job]()
     router = router_of(rng.randint(1, 3), policy)
     for r in router.replicas:
-        router.report(r, LoadReport(pace=PACE, max_batch_tokens=rng.choice((8, 64)), max_sequences=4))
+        router.report(r, LoadReport(steps=PACE_STEPS, max_batch_tokens=rng.choice((8, 64)), max_sequences=4))
     for i in range(100):
         one, other = job(str(i), *rng.choices(range(3), k=rng.randint(0, 4)), tail=rng.randint(1, 90)), deepcopy(router)
         one = replace(one, tenant=rng.choice("ab"), deadline=rng.choice((None, i + 0.5, i + 9.0)))
@@ -384,11 +390,11 @@ def test_a_replica_near_the_end_of_a_prompt_is_sooner_free() -> None:
     for i in range(2):
         router.submit(Job(f"j{i}", (), 400), 0.0)
     router.dispatch(0.0)  # a prompt token takes 1 ms
-    assert [replica.prefill_left(now, PACE) for now in (0.0, 0.1, 0.4, 9.0)] == [800, 700, 400, 400]
+    assert [replica.prefill_left(now, PACE.per_token) for now in (0.0, 0.1, 0.4, 9.0)] == [800, 700, 400, 400]
     router.started("j0", 0.5, 400)
-    assert [replica.prefill_left(now, PACE) for now in (0.5, 0.6, 9.0)] == [400, 300, 0]
+    assert [replica.prefill_left(now, PACE.per_token) for now in (0.5, 0.6, 9.0)] == [400, 300, 0]
     router.started("j1", 1.0, 400)
-    assert replica.prefill_left(1.0, PACE) == replica.prefill_tokens == 0
+    assert replica.prefill_left(1.0, PACE.per_token) == replica.prefill_tokens == 0
 
 
 def test_a_job_goes_where_its_prefix_is() -> None:
@@ -440,12 +446,12 @@ def test_equal_replicas_take_turns() -> None:
     assert sorted(used[:3]) == ["r0", "r1", "r2"] and used[3:] == used[:3]
 
 
-@pytest.mark.parametrize("slow", [Pace(), Pace(9.0, 1.0, measured=True)])
-def test_a_replica_is_measured_again_though_it_seems_slow(slow: Pace) -> None:
+@pytest.mark.parametrize("slow", [None, Pace(9.0, 1.0)])
+def test_a_replica_is_measured_again_though_it_seems_slow(slow: Pace | None) -> None:
     router = router_of(2)
-    router.report("r0", LoadReport(pace=Pace(0.001, 0.00001, measured=True)))
-    router.report("r1", LoadReport(pace=slow))
-    assert one_after_another(router, 80).count("r1") == (2 if slow.measured else 40)
+    router.report("r0", LoadReport(steps=steps_of(Pace(0.001, 0.00001))))
+    router.report("r1", LoadReport(steps=steps_of(slow) if slow else StepFit()))
+    assert one_after_another(router, 80).count("r1") == (2 if slow else 40)
 
 
 def test_jobs_wait_in_the_router_once_a_replica_has_enough_prefill() -> None:
@@ -521,12 +527,12 @@ def test_what_waited_too_long_is_given_back() -> None:
 def test_estimates_grow_with_work_and_shrink_with_cache() -> None:
     router = router_of(1)
     replica, memory = router.replicas["r0"], router.memory
-    cold = estimate(replica, job("a", 1, 2, 3), memory, 0.0)
+    cold = estimate(replica, job("a", 1, 2, 3), memory, 0.0, PACE)
     replica.index.assume(keys_of(1, 2), 0.0)
-    warm = estimate(replica, job("a", 1, 2, 3), memory, 0.0)
+    warm = estimate(replica, job("a", 1, 2, 3), memory, 0.0, PACE)
     assert (warm.cached, warm.uncached) == (64, 40) and warm.first_token < cold.first_token
-    assert estimate(replica, job("a", 1, 2, tail=0), memory, 0.0).uncached == 1  # its logits are needed
-    busy = estimate(replica, job("a", 1, 2, 3), memory, 0.0, ahead=1000)
+    assert estimate(replica, job("a", 1, 2, tail=0), memory, 0.0, PACE).uncached == 1  # its logits are needed
+    busy = estimate(replica, job("a", 1, 2, 3), memory, 0.0, PACE, ahead=1000)
     assert busy.end > warm.end
 
 
@@ -701,7 +707,7 @@ def apart(prefill: int = 1, decode: int = 2) -> Router:
             name = f"{role[0]}{i}"
             router.add_replica(name, "prefill" if role == "prefill" else "decode")
             router.ready(name, f"{name}.0")
-            router.report(name, LoadReport(pace=PACE))
+            router.report(name, LoadReport(steps=PACE_STEPS))
     return router
 
 

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from support.routed_engines import EngineReplica, StepModel
 from support.serving import add, oracle_engine, request, run_checked, smallest_program, truth
 
 from intaglio.devices import (
@@ -305,3 +306,12 @@ def test_counts_and_gauges_add_up() -> None:
     assert (c.received, c.admitted, c.finished, c.output_tokens, c.prompt_tokens) == (4, 4, {"length": 4}, 16, 24)
     assert g.running == g.waiting == g.blocks_held == 0 and g.blocks_cached > 0
     assert c.computed_tokens == 24 + 4 * 3 - c.cached_tokens
+
+
+def test_the_time_of_an_engines_first_step_counts_only_until_its_second() -> None:
+    """The first step also reads the weights into memory."""
+    replica = EngineReplica("r", StepModel(0.02, 0.001, cold=9.0), 1024, 0)
+    replica.engine.add(request("a", [1, 2], max_tokens=3))
+    for seconds in (9.022, 0.021):
+        replica.engine.step()
+        assert replica.engine.latency.steps.mean_seconds == pytest.approx(seconds)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.serving import VOCABULARY, add, oracle_engine, request, run_checked, truth
 
-from intaglio.runtime import BlockPool, KvError
+from intaglio.runtime import BlockPool, KvError, check_invariants
 
 SIZE = 3
 
@@ -83,6 +83,21 @@ def test_duplicate_block_keeps_the_first_and_both_can_be_extended() -> None:
     assert pool.available == len(pool.free) == 4 and pool.find_prefix([1, 2, 3], None) == []
     with pytest.raises(KvError, match="not held"):
         pool.add_to_prefix_cache(a, root, [1, 2, 3])
+
+
+def test_sequences_that_compute_the_same_block_share_it_from_then_on() -> None:
+    """Both sample the same tokens after the same prompt. Before, the block that was cached first was evicted first."""
+    engine = oracle_engine(pages=32)
+    first, second = add(engine, *(request(id, list(range(6)), max_tokens=20) for id in "ab"))
+    shared = 0
+    while not engine.idle:
+        engine.step()
+        check_invariants(engine)
+        full = min(s.computed for s in (first, second)) // engine.pool.block_size
+        if first.state == second.state == "running":
+            assert first.blocks[:full] == second.blocks[:full]
+            shared = max(shared, full)
+    assert shared == 5 and first.output == truth(first) == second.output
 
 
 def test_blocks_of_another_salt_are_not_found() -> None:

@@ -26,6 +26,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "num_kv_shared_layers": 1, "intermediate_size": [96, 72, 96], "activation_sparsity_pattern": [0.9, 0.0, 0.5],
     },
+    "deepseek_v4": {  # entries pooled from runs are kept, the rows from which they are pooled are given back
+        "num_hidden_layers": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    },
 }  # fmt: skip
 
 

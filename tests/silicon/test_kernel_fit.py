@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intaglio.chips import target
 from intaglio.chips.kernel_record import WIDEST
-from intaglio.codesign.kernel_fit import WIDTH_ROWS, Case, KernelSearch, width_ranges
+from intaglio.codesign.kernel_fit import FOLDS, WIDTH_ROWS, Case, KernelSearch, fit_predicts, width_ranges
 from intaglio.codesign.validate import predict
 
 H100 = target("h100_sxm")
@@ -47,6 +48,16 @@ def test_a_fit_of_constants_never_ends_worse_than_it_began(seed: int, launch: fl
     assert search.run(facts=False) <= first
     assert case.cost(search.values[0]) <= case.cost(case.start())
     assert all(search.values[0][name] == value for name, value in case.start().items() if name == "persistent")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_calibration_moves_a_kernel_only_if_rows_that_it_did_not_see_gain(seed: int) -> None:
+    slow = {"launch_s": 2.5 * H100.library.launch_s, "mxu_efficiency": 0.6 * H100.library.mxu_efficiency}
+    for planted, moved in (({}, False), (slow, True)):
+        case = products(seed, planted, 16)
+        assert fit_predicts(case, case.start()) == moved
+        few = Case(H100, "matmul", case.rows[: FOLDS - 1])
+        assert not fit_predicts(few, few.start())
 
 
 @settings(max_examples=100, deadline=None)

@@ -27,6 +27,7 @@ from intaglio.ops import (
     Norm,
     Permute,
     Rope,
+    Route,
     Sample,
     Select,
     Send,
@@ -332,6 +333,13 @@ def test_unsupported_formats_and_column_orders_are_refused() -> None:
     tensors = {n: Tensor(n, (4, 8, 8), "f32", "weight") for n in experts.inputs}
     assert "e: chip kernels do not permute columns of experts" in str(unsupported_reason(experts, tensors))
     assert unsupported_reason(replace(experts, order=None), tensors) is None
+
+
+def test_routes_by_a_table_are_refused() -> None:
+    op = Route(site="r", logits="l", weights="p", ids="i", table="t", top=2)
+    tensors = {"l": Tensor("l", ("T", 6), "f32", "temp"), "t": Tensor("t", (9, 2), "i32", "weight")}
+    assert "op route at r: no instruction looks up a token's experts in a table" in str(unsupported_reason(op, tensors))
+    assert unsupported_reason(replace(op, table=None), tensors) is None
 
 
 def test_indexers_and_chosen_positions_are_refused() -> None:

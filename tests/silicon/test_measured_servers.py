@@ -229,6 +229,12 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
             EngineProfile(name="x", description="", older=older)
     with pytest.raises(ValueError, match="engine x: unknown fusion mystery; known: add_norm"):
         EngineProfile(name="x", description="", fusions=("mystery",))
+    with pytest.raises(ValueError, match="ranks is 'mystery'; allowed: any, round-robin, random"):
+        EngineProfile(name="x", description="", ranks="mystery")
+    assert (
+        EngineProfile(name="x", description="", apart={"ranks": "random"}).of("", apart=True).settings(1).ranks
+        == "random"
+    )
     with pytest.raises(ValueError, match="no serving engine 'x'; known are"):
         engine("x")
     text = 'description = ""\n[[recipes]]\ncard = "a"\npoll_steps = [[1, 3]]\nfusions = ["glu"]\n'

@@ -166,6 +166,39 @@ class OneSecond:
         return 1.0, 1.0
 
 
+class Ranks(OneSecond):
+    """The same, with data-parallel copies of attention."""
+
+    def __init__(self, copies: int) -> None:
+        self.copies = copies
+
+
+def test_prompts_wait_for_their_rank(py_rng: random.Random) -> None:
+    """Each DP rank computes its own prompts in order, a step's tokens at a time, whatever the other ranks do."""
+    rng = py_rng
+    copies, budget = rng.randrange(1, 9), rng.randrange(10, 500)
+    prompts = [rng.randrange(1, 1200) for _ in range(rng.randrange(1, 40))]
+    for ranks in ("round-robin", "random"):
+        queue = Queue(Ranks(copies), QueueSettings(10**6, budget, ranks=ranks, mixed=False))
+        for prompt in prompts:
+            queue.add(LoadRequest(0.0, prompt, 1), 0.0)
+        of = [one.rank for one in queue.waiting]
+        assert set(of) <= set(range(copies))
+        assert ranks == "random" or of == [i % copies for i in range(len(prompts))]
+        while queue.open:
+            queue.admit()
+            queue.take_steps(float("inf"))
+        ahead = [sum(p for p, r in zip(prompts[: i + 1], of, strict=False) if r == of[i]) for i in range(len(of))]
+        assert sorted(o.first or 0.0 for o in queue.done) == sorted(ceil(tokens / budget) for tokens in ahead)
+        assert queue.steps == max(ceil(tokens / budget) for tokens in ahead)
+    many = [Queue(Ranks(4), QueueSettings(10**6, ranks="random")) for _ in range(2)]
+    for queue in many:
+        for _ in range(60):
+            queue.add(LoadRequest(0.0, 8, 1), 0.0)
+    drawn, again = ([one.rank for one in queue.waiting] for queue in many)
+    assert drawn == again and set(drawn) == {0, 1, 2, 3} != {*drawn[:4]}  # not in turn
+
+
 def test_an_engine_that_looks_for_requests_now_and_then(py_rng: random.Random) -> None:
     """Looks come every few decode steps, and after each step with prompts; without running sequences at once."""
     rng = py_rng

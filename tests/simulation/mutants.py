@@ -51,6 +51,12 @@ def free_shared_block_at_first_release(engine: Engine) -> None:
     pool.release = broken  # type: ignore[method-assign,assignment]
 
 
+def evict_parents_before_children(engine: Engine) -> None:
+    """The blocks of an ended sequence are evicted from its beginning on, so that none leads to the others any more."""
+    release = engine.pool.release
+    engine.pool.release = lambda blocks: release(blocks[::-1])  # type: ignore[method-assign]
+
+
 def allocate_held_block(engine: Engine) -> None:
     """An allocated block may still be held by another sequence."""
     pool, allocate = engine.pool, engine.pool.allocate
@@ -771,6 +777,7 @@ def wait_for_a_load_for_ever(engine: Engine) -> None:
 MUTANTS: tuple[Mutant, ...] = (
     skip_refcount_decrement,
     free_shared_block_at_first_release,
+    evict_parents_before_children,
     allocate_held_block,
     share_blocks_across_salts,
     match_blocks_by_hash_only,

@@ -52,7 +52,9 @@ class SimulatedTier:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng, self.counts = world, random.Random(f"tier {seed}"), TierCounts()
-        self.forgets = self.rng.choice((0.1, 0.3, 0.5))  # chance, in each step, that the engine's pool is emptied
+        self.forgets = self.rng.choice(
+            (0.1, 0.3, 0.5)
+        )  # chance, in each step, that all blocks that nobody holds are evicted
         self.slow, self.loss = self.rng.choice((0.0, 0.5, 1.0)), self.rng.choice((0.0, 0.1, 0.4))
         self.held: dict[str, tuple[BlockKey, np.ndarray]] = {}
         self.salts: dict[str, str | None] = {}  # by name of a block, or of a root

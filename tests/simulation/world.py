@@ -276,7 +276,7 @@ class World:
             if self.may_move and self.engine.requests and self.rng.random() < self.options.moves:
                 self.move(self.rng.choice(list(self.engine.requests)))
             if self.tier and self.tier.rng.random() < self.tier.forgets:
-                self.engine.pool.reset_prefix_cache()
+                self.engine.pool.release(self.engine.pool.allocate(self.engine.pool.available))  # all are evicted
             loading = self.engine.offload.loading
             if loading and loading.sequence.state == "waiting" and self.may_move and self.rng.random() < 0.2:
                 self.move(loading.sequence.request.id)  # it goes to the end of the queue

@@ -20,8 +20,8 @@ from intaglio.server.private_socket import private_socket
 
 LOAD = {
     "running": 0, "waiting": 0, "kv_usage": 0.0, "draining": False, "failed": None, "max_batch_tokens": 512,
-    "max_sequences": 256, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "per_step": 0.01,
-    "per_token": 0.001, "incarnation": "life", "tier": {}, "sequence": 0, "snapshot": [],
+    "max_sequences": 256, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0,
+    "steps": (1.0, 1.0, 0.011, 0.0, 0.0), "incarnation": "life", "tier": {}, "sequence": 0, "snapshot": [],
 }  # fmt: skip
 Answer = Callable[[dict[str, Any], Callable[..., None]], None]
 

@@ -90,6 +90,19 @@ MORE: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
         "indexer_types": ["full", "shared", "full", "shared"],
     },
+    "deepseek_v4": {
+        "class": "DeepseekV4", "num_hidden_layers": 5, "num_key_value_heads": 1, "head_dim": 24, "q_lora_rank": 36,
+        "layer_types": [
+            "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+            "compressed_sparse_attention", "heavily_compressed_attention",
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 11},
+        "mlp_layer_types": ["hash_moe", "moe", "hash_moe", "moe", "moe"], "partial_rotary_factor": 1 / 3,
+        "rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+        "compress_rope_theta": 160000.0, "sliding_window": 13, "moe_intermediate_size": 48,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "swiglu_limit": 0.7, "o_groups": 2, "o_lora_rank": 20,
+        "index_n_heads": 6, "index_head_dim": 12, "index_topk": 5, "hc_mult": 3,
+    },
     "mimo_v2_flash": {
         "class": "MiMoV2Flash", "head_dim": 24, "v_head_dim": 20, "num_key_value_heads": 1, "sliding_window": 20,
         "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 3,

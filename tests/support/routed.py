@@ -12,8 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from intaglio.router import BlocksRemoved, BlocksStored, Job, LoadReport, Pace, Refusal, Router
+from intaglio.runtime import StepFit
 
 CHUNK = 32  # tokens of a chunk; chunk keys are the names of blocks
+
+
+def steps_of(pace: Pace, weight: float = 64.0) -> StepFit:
+    """The fit of steps of unlike sizes, 128 tokens on average, that took as long as the pace says."""
+    squared = weight * 128.0**2
+    return StepFit(weight, 128.0, pace.per_step + 128 * pace.per_token, squared, squared * pace.per_token)
 
 
 @dataclass
@@ -143,7 +150,7 @@ class Simulation:
 
     def _ready(self, r: SimReplica) -> None:
         self.router.ready(r.name, f"{r.name}.{r.lives}")
-        self.router.report(r.name, LoadReport(pace=r.pace, max_batch_tokens=r.max_batch_tokens))
+        self.router.report(r.name, LoadReport(steps=steps_of(r.pace), max_batch_tokens=r.max_batch_tokens))
 
     def _job(self, job: Job, now: float) -> None:
         self.arrived[job.id] = now

@@ -19,9 +19,9 @@ from intaglio.runtime.sampling import edits
 VOCABULARY, CONTEXT = 97, 64
 
 
-def smallest_program() -> Program:
+def smallest_program(context: int = CONTEXT) -> Program:
     """One layer of attention over an embedding."""
-    b = Builder("smallest", CONTEXT)
+    b = Builder("smallest", context)
     b.weight("embed.weight", (VOCABULARY, 8), "embed")
     x = b.op(Embed, "embed", "tokens", "embed.weight")
     k, v = b.cache("layers.0.k_cache", 1, 8, "f32"), b.cache("layers.0.v_cache", 1, 8, "f32")

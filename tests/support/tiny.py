@@ -273,6 +273,9 @@ def shake(model: Any, seed: int) -> None:
 
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for listed in (b for name, b in model.named_buffers() if name.endswith("tid2eid")):  # distinct experts by token
+            each = torch.rand(len(listed), model.config.n_routed_experts, generator=draw).argsort(1)
+            listed.copy_(each[:, : listed.shape[1]])
         kept = [(name, b) for name, b in model.named_buffers() if name.endswith(("correction_bias", "layer_scalar"))]
         for name, p in (*model.named_parameters(), *kept):
             if not p.requires_grad and p.dim() == 2:

@@ -36,7 +36,7 @@ def validate_serving(
         bool,
         typer.Option(
             "--closed-form",
-            help="The steady state by closed form, not the queue: quicker, less exact; it ignores poll_steps.",
+            help="The steady state by closed form, not the queue: quicker, less exact; without poll_steps and ranks.",
         ),
     ] = False,
     as_json: o.Json = False,

@@ -19,11 +19,11 @@ from intaglio.router import (
     CacheIndex,
     Job,
     LoadReport,
-    Pace,
     Placement,
     Refusal,
     Router,
 )
+from intaglio.runtime import StepFit
 
 log = logging.getLogger("intaglio.cluster")
 POLL = 0.2  # seconds between load reports of a replica
@@ -271,8 +271,7 @@ def read_report(load: dict[str, Any]) -> LoadReport:
         "running", "waiting", "kv_usage", "draining", "max_sequences", "max_batch_tokens", "prompt_tokens",
         "cached_tokens", "output_tokens",
     )  # fmt: skip
-    pace = Pace.fitted(load["per_step"], load["per_token"])
-    return LoadReport(pace=pace, tier=load["tier"], **{name: load[name] for name in names})
+    return LoadReport(steps=StepFit(*load["steps"]), tier=load["tier"], **{name: load[name] for name in names})
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from intaglio import formats
+from intaglio.batch import Sizes
 from intaglio.chips import Target
 from intaglio.codesign.kernel_cases import CASES, Case
 from intaglio.ops import Attend, Linear, Tensor
+from intaglio.ops.op import dim_size
 from intaglio.silicon.kernels import ChipMemory, kernel_class
 from intaglio.silicon.kernels.experts import ROUTING, ExpertsKernel
 from intaglio.silicon.kernels.tiled import ROUNDING
@@ -52,9 +54,9 @@ def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
     block up to the highest in the batch's block table. case: the call; its batch gives the sizes of symbolic
     dimensions.
     """
-    sizes = case.batch.sizes
     slots = int(case.batch.block_table.max(initial=0)) + 1
-    dims = [{"P": slots, "B": case.batch.block_size}.get(d) or sizes[d] if isinstance(d, str) else d for d in t.shape]
+    sizes = Sizes(case.batch.sizes, P=slots, B=case.batch.block_size)
+    dims = [dim_size(d, sizes) for d in t.shape]
     rows, cols = int(np.prod(dims[:-1])) if len(dims) > 1 else 1, int(dims[-1])
     info = formats.get(t.format)
     if info.grouped:

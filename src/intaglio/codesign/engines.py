@@ -12,7 +12,7 @@ from typing import Any
 from intaglio.chips import ChipError, Target
 from intaglio.codesign.fleet import ROUTES
 from intaglio.codesign.fusions import FUSIONS
-from intaglio.codesign.queue import QueueSettings
+from intaglio.codesign.queue import RANKS, QueueSettings
 from intaglio.codesign.steps import StepTimes
 
 SERVERS = ("system", "card", "release", "layout", "prompt")  # what a recipe's server is known by
@@ -43,6 +43,7 @@ class EngineProfile:
             open on all servers together, each copy of attention of a decode server runs at most `sequences` at once;
             the largest n that fits counts. If none fits, or for (): max_sequences.
         route: how a router chooses one of several disaggregated servers: one of codesign.fleet.ROUTES.
+        ranks: which DP rank of a server computes a prompt: one of codesign.queue.RANKS, explained at QueueSettings.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
@@ -64,7 +65,7 @@ class EngineProfile:
             number is below that in the key `before`, such as 0.14.
         reasons: source of each field's value.
 
-    Raises ValueError for a value out of range, an unknown fusion or an unknown route; ChipError, a ValueError, for
+    Raises ValueError for a value out of range, an unknown fusion, route or `ranks`; ChipError, a ValueError, for
     unknown fields in `recipes`, `apart` or `older`, and for an `older` without a release in `before`.
     """
 
@@ -83,6 +84,7 @@ class EngineProfile:
     poll_steps: tuple[tuple[int, int], ...] = ()
     decode_sequences: tuple[tuple[int, int], ...] = ()
     route: str = "least-open"
+    ranks: str = "any"
     graph_launch_s: float | None = None
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
@@ -120,6 +122,8 @@ class EngineProfile:
             raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
         if self.route not in ROUTES:
             raise ValueError(f"engine {self.name}: route is {self.route!r}; allowed: {', '.join(ROUTES)}")
+        if self.ranks not in RANKS:
+            raise ValueError(f"engine {self.name}: ranks is {self.ranks!r}; allowed: {', '.join(RANKS)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
@@ -195,7 +199,7 @@ class EngineProfile:
         return QueueSettings(
             kv_tokens, self.max_batch_tokens, sequences * copies, self.mixed, self.step_s, self.sequence_s,
             self.request_s, self.prompt_token_s, self.admission_steps, of_load(self.poll_steps, concurrency, 0),
-            self.tokens_per_step,
+            self.tokens_per_step, self.ranks,
         )  # fmt: skip
 
 

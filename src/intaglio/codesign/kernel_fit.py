@@ -19,7 +19,7 @@ import numpy as np
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.engine_kernels import CONSTANTS
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
-from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted
+from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted, spread
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
 
 FLAG = (False, True)
@@ -86,6 +86,8 @@ CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
 ATTENTION_CHIP_GAIN = 8.0  # the same in attention, whose kernels are other ones on each generation more often
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
+LEFT_OUT_GAIN = 2.0  # log-likelihood of rows left out of a fit that a calibration must gain
+FOLDS = 4  # parts of the rows in a cross-validation
 WIDTH_ROWS = 10  # least number of rows of such a range
 PRIOR_WIDTH = 0.25  # standard deviation of the logarithm of a constant about its start
 TIME_WIDTH = 0.5  # that of seconds: benchmarks without a CUDA graph count the host's time of a launch
@@ -394,6 +396,34 @@ def engine_values(case: Case, on: Target) -> Values:
     return case.start() | {n: getattr(kernel, n) for n in (*CONSTANTS[case.op], *FACTS[case.op])}
 
 
+def fit_rows(case: Case, begun: Values, facts: bool) -> Values:
+    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns its {field: value}.
+
+    facts: True to fit facts (discrete properties) too, not only constants.
+    """
+    search = KernelSearch([case], [begun])
+    search.run(facts)
+    return search.values[0]
+
+
+def fit_predicts(case: Case, begun: Values) -> bool:
+    """True if fitted constants predict the rows of a case clearly better than the values `begun`, by cross-validation.
+
+    Clearly is a gain of LEFT_OUT_GAIN in log-likelihood. Rows in the order of their latency are dealt to FOLDS folds in
+    turn. The rows of each fold are predicted by a fit to the others. With fewer rows than folds there is no such test,
+    and the result is False.
+    """
+    if len(case.rows) < FOLDS:
+        return False
+    order = np.argsort(measured(case.rows), kind="stable")
+    errors = np.zeros(len(order))
+    for fold in range(FOLDS):
+        left, kept = order[fold::FOLDS], np.delete(order, np.s_[fold::FOLDS])
+        part, rest = (dataclasses.replace(case, rows=tuple(case.rows[i] for i in index)) for index in (left, kept))
+        errors[left] = part.errors(fit_rows(rest, begun, facts=False))
+    return len(order) * log(spread(case.errors(begun)) / spread(errors)) > LEFT_OUT_GAIN
+
+
 def calibrate_kernel(
     case: Case, on: Target, points: int = 24, seed: int = 0
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
@@ -401,8 +431,9 @@ def calibrate_kernel(
 
     If the library of `on` has the kernel that a row names, only the kernel's constants (such as efficiencies) are
     fitted, and its facts (discrete properties such as tile sizes) stay. If not, the fit starts from the chip's own
-    default kernel, and facts change where that is clearly better. There is one KernelRecord, with the fitted values,
-    for each range of head widths for which the library describes the kernel.
+    default kernel, and facts change where that is clearly better. A known kernel stays as it is if a fit does not
+    predict rows that it did not see better, see fit_predicts(). There is one KernelRecord, with the fitted values, for
+    each range of head widths for which the library describes the kernel.
 
     The errors are a Fitted: percentages before and after the fit, with a confidence interval. They are None if the case
     has a single row, which the fit uses.
@@ -423,9 +454,10 @@ def calibrate_kernel(
     records = list[KernelRecord]()
     for widths, rows in parts.items():
         few = dataclasses.replace(case, rows=tuple(rows))
-        search = KernelSearch([few], [engine_values(few, on)])
-        search.run(facts=record_of_row(on, case.table, rows[0]) is None)
-        records.append(few.record(search.values[0], widths))
+        begun = engine_values(few, on)
+        known = record_of_row(on, case.table, rows[0]) is not None
+        values = begun if known and not fit_predicts(few, begun) else fit_rows(few, begun, facts=not known)
+        records.append(few.record(values, widths))
     left = np.setdiff1d(np.arange(len(case.rows)), used)
     if not len(left):
         return tuple(records), None

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from random import Random
 
 from intaglio.codesign.steps import Costs
 from intaglio.measure.load import Outcome
@@ -18,6 +19,7 @@ from intaglio.measure.workload import LoadRequest
 
 NEVER = float("inf")  # seconds: an event that does not come
 LEAP = 256  # steps that are taken together, at most
+RANKS = ("any", "round-robin", "random")  # how a prompt gets its DP rank, see QueueSettings.ranks
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class QueueSettings:
         poll_steps: number of decode steps after which the engine looks for new requests again, while sequences decode.
             After a step with prompts it looks at once. 0 or 1: it looks before every step.
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it; above 1 with speculative decoding.
+        ranks: which DP rank computes a prompt, one of RANKS. "any": one with room in the step. "round-robin": each rank
+            in turn, in the order in which requests are sent. "random": a rank drawn with a fixed seed. With the last
+            two, a prompt waits for its own rank even if another one is idle.
     """
 
     kv_tokens: int
@@ -54,6 +59,7 @@ class QueueSettings:
     admission_steps: float = 0.0
     poll_steps: int = 0
     tokens_per_step: float = 1.0
+    ranks: str = "any"
 
 
 @dataclass
@@ -65,12 +71,14 @@ class Queued:
         start: time in seconds at which the request was sent.
         done: number of its prompt's tokens that are computed.
         first: time in seconds at which its first token came; 0 before that.
+        rank: number of the DP rank that computes its prompt; -1: any rank can.
     """
 
     planned: LoadRequest
     start: float
     done: int = 0
     first: float = 0.0
+    rank: int = -1
 
     @property
     def length(self) -> int:
@@ -114,6 +122,7 @@ class Queue:
         self.keys, self.held, self.number = 0.0, 0, 0  # keys of all running ones; tokens of K/V reserved
         self.seen, self.unlooked = 0, 0  # waiting requests that the engine knows; decode steps since it last looked
         self.done: list[Outcome] = []
+        self.added, self.random = 0, Random(0)  # requests so far; the source of their ranks if settings.ranks is random
 
     @property
     def open(self) -> int:
@@ -130,7 +139,15 @@ class Queue:
                 f"a request of {request.prompt:,} + {request.output:,} tokens; the K/V cache holds "
                 f"{self.settings.kv_tokens:,}; use more chips, a smaller format or shorter requests"
             )
-        self.waiting.append(Queued(request, start))
+        self.waiting.append(Queued(request, start, rank=self._rank()))
+        self.added += 1
+
+    def _rank(self) -> int:
+        """Number of the DP rank for the next request's prompt, from 0; -1 if any rank can compute it."""
+        if self.settings.ranks == "any":
+            return -1
+        copies = self.times.copies
+        return self.added % copies if self.settings.ranks == "round-robin" else self.random.randrange(copies)
 
     def admit(self) -> None:
         """Admit waiting requests in order of arrival. Returns nothing.
@@ -206,13 +223,18 @@ class Queue:
         copies = self.times.copies
         budget = s.max_batch_tokens * copies - decoding
         longest = s.max_batch_tokens - -(-decoding // copies)  # of one copy
+        left = [longest] * copies  # tokens of this step that each copy can still take from prompts of its own
         chunks: dict[tuple[int, int], int] = {}
         ended: list[Queued] = []
         partial = 0  # prompts that do not end in this step, at most one for each copy
         for one in self.prefilling:
-            q = min(one.planned.prompt - one.done, budget, longest)
-            if q < 1:
+            q = min(one.planned.prompt - one.done, budget, longest if one.rank < 0 else left[one.rank])
+            if q < 1 and one.rank < 0:
                 break
+            if q < 1:
+                continue  # a later prompt may belong to a copy that has room
+            if one.rank >= 0:
+                left[one.rank] -= q
             one.done += q
             budget -= q
             chunks[q, one.done] = chunks.get((q, one.done), 0) + 1

@@ -33,6 +33,19 @@ RENAMED = (  # what transformers calls modules that checkpoints call otherwise
     (".block_sparse_moe.router.layer", ".block_sparse_moe.router"), (".block_sparse_moe.gate", ".mlp.gate"),
     (".block_sparse_moe.gate", ".mlp.router"), (".block_sparse_moe.", ".mlp."), (".f_", ".forget_gate.f_"),
     (".attention_layer_norm", ".input_layernorm"), (".feedforward_layer_norm", ".post_attention_layernorm"),
+    (".attn.wq_a", ".self_attn.q_a_proj"), (".attn.wq_b", ".self_attn.q_b_proj"), (".attn.wkv", ".self_attn.kv_proj"),
+    (".attn.wo_a", ".self_attn.o_a_proj"), (".attn.wo_b", ".self_attn.o_b_proj"),
+    (".attn.q_norm", ".self_attn.q_a_norm"), (".attn.norm", ".self_attn.kv_norm"), (".attn_norm", ".input_layernorm"),
+    (".ffn_norm", ".post_attention_layernorm"), (".ffn.experts", ".mlp.experts"),
+    (".attn.compressor.wkv", ".self_attn.compressor.kv_proj"),
+    (".attn.compressor.wgate", ".self_attn.compressor.gate_proj"),
+    (".attn.indexer.wq_b", ".self_attn.compressor.indexer.q_b_proj"),
+    (".attn.indexer.weights_proj", ".self_attn.compressor.indexer.scorer.weights_proj"),
+    (".attn.indexer.compressor.wkv", ".self_attn.compressor.indexer.kv_proj"),
+    (".attn.indexer.compressor.wgate", ".self_attn.compressor.indexer.gate_proj"),
+    (".ffn.shared_experts.w1", ".mlp.shared_experts.gate_proj"),
+    (".ffn.shared_experts.w3", ".mlp.shared_experts.up_proj"),
+    (".ffn.shared_experts.w2", ".mlp.shared_experts.down_proj"),
 )  # fmt: skip
 STAGES = 4  # of a check: float32, bf16, the device, and the cause of a difference
 TOKENS = 61  # prime, so that no number of heads equals it
@@ -338,7 +351,8 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
             turns[which] += 1
             handles.append(module.register_forward_hook(hook(op, turns[which])))
     cache: Any = DynamicCache()  # without a config it keeps all keys of sliding layers too
-    if p.recurrent:  # but then it has no layers for recurrent state
+    pooled = any(op.two_tables for op in p.ops)
+    if p.recurrent or pooled:  # but then it has no layers for recurrent state, or for pooled keys
         cache = DynamicCache(config=model.config)
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     try:
@@ -347,10 +361,10 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     finally:
         for handle in handles:
             handle.remove()
-    writes = [op for op in p.ops if isinstance(op, KvWrite)]
     filled = [
-        layer for layer in cache.layers if getattr(layer, "keys", None) is not None
-    ]  # not of layers that were skipped
+        layer for layer in cache.layers if getattr(layer, "keys", None) is not None and not pooled
+    ]  # not of layers that were skipped, nor of a model with pooled keys, whose layers keep the last keys only
+    writes = [op for op in p.ops if isinstance(op, KvWrite)] if filled else []
     for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
             pairs = getattr(model.config, "rope_interleave", model.config.model_type == "bailing_hybrid")

@@ -13,6 +13,7 @@ from intaglio import formats
 from intaglio.devices.device import DeviceError, StateSpec, Weights
 from intaglio.formats import Quantised
 from intaglio.ops import Tensor, Value
+from intaglio.ops.op import dim_size
 from intaglio.program import MeshProgram, Program
 from intaglio.program.source import names, read
 from intaglio.progress import Progress
@@ -106,7 +107,7 @@ def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
     """
     check_slots(tensor, state)
     dims = {"P": state.pages_of(program, tensor.name), "B": state.page_tokens, "N": state.slots}
-    shape = [dims[d] if isinstance(d, str) else d for d in tensor.shape]
+    shape = [dim_size(d, dims) for d in tensor.shape]
     fmt = formats.get(tensor.format)
     zeros = np.zeros(shape, fmt.dtype)
     if not fmt.grouped:

@@ -139,9 +139,10 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size. Returns a list with two Rows for each size: prefill, then decode.
+    """Measure prefill and decode at each size: each of `sequences` with each of `lengths`.
 
-    Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
+    Returns a list with two Rows for each size: prefill, then decode. Overwrites the executable's K/V cache. Raises
+    BenchError if a size does not fit, see check_size().
 
     Args:
         executable: the loaded Program.
@@ -149,10 +150,10 @@ def bench(
         lengths: prompt lengths. None: those in LENGTHS that fit the context with the decode steps; if none does, the
             longest that fits.
         sequences: numbers of sequences run together.
-        runs: runs of which medians are taken.
-        max_batch_tokens: token rows of a prefill step.
+        runs: how often each size is measured; a Row has the median.
+        max_batch_tokens: largest number of tokens of a prefill step.
         clock: function that returns the time in seconds.
-        progress: called before each step.
+        progress: called before each step as progress(done, total, text of the work under way).
     """
     context = executable.program.context
     if lengths is None:
@@ -182,7 +183,11 @@ def bench(
 
 
 class Stopwatch:
-    """Runs steps and times each, and reports progress in tokens. `what`: description of the current work."""
+    """Runs steps of an executable, times each of them, and reports progress.
+
+    `done` and `total` count tokens of steps, those of short steps as LEAST_COST. `what`: text of the work under way,
+    for the progress display; callers set it.
+    """
 
     def __init__(self, executable: Executable, clock: Callable[[], float], progress: Progress) -> None:
         self.executable, self.clock, self.progress = executable, clock, progress
@@ -206,7 +211,7 @@ class Stopwatch:
         return seconds, result
 
     def report(self, what: str) -> None:
-        """Call the progress function with the progress so far and the description `what`. Returns nothing."""
+        """Call the progress function with (done, total, what). `what`: text of the work under way. Returns nothing."""
         self.progress(self.done, self.total, what)
 
 
@@ -216,10 +221,14 @@ def _cost(batch: Batch) -> int:
 
 
 def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
-    """Raise BenchError unless `count` sequences of `length` tokens, with their decode steps, fit the executable.
+    """Raise BenchError if bench() cannot measure `count` sequences with prompts of `length` tokens. Returns nothing.
 
-    Raises BenchError, too, if `count`, `length` or `runs` is below 1, or if layers with a sliding window have K/V
-    blocks of their own, which the benchmark does not allocate.
+    Raises BenchError
+
+    - if prompt and DECODE_STEPS (16) decoded tokens do not fit the context;
+    - if `count` sequences need more K/V pages, or slots of recurrent state, than the executable has;
+    - if `count`, `length` or `runs` (how often each size is measured) is below 1;
+    - if layers with a sliding window have K/V blocks of their own, which the benchmark does not allocate.
     """
     program, state = executable.program, executable.state
     longest = program.context - DECODE_STEPS
@@ -246,7 +255,10 @@ def check_size(executable: Executable, count: int, length: int, runs: int) -> No
 
 
 def _blocks(executable: Executable, sequence: int, length: int) -> range:
-    """Numbers of the K/V blocks that sequence number `sequence` uses, with room for the decode steps."""
+    """Numbers of the K/V blocks of sequence number `sequence`, as a range: enough for prompt and decode steps.
+
+    length: prompt tokens of each sequence. Sequences share no block.
+    """
     each = -(-(length + DECODE_STEPS) // executable.state.page_tokens)
     return range(sequence * each, (sequence + 1) * each)
 
@@ -277,9 +289,10 @@ def prefill_steps(executable: Executable, count: int, length: int, budget: int) 
 
 
 def decode_steps(executable: Executable, count: int, length: int) -> Iterator[Batch]:
-    """Yield the Batches of the decode steps after prompts of `length` tokens, each with one token per sequence.
+    """Yield DECODE_STEPS (16) Batches: decode steps that follow prompts of `length` tokens.
 
-    count: number of sequences.
+    Each Batch has one token, and one row of logits, for each of `count` sequences. The context grows by one token from
+    Batch to Batch.
     """
     for k in range(DECODE_STEPS):
         token = k % executable.program.vocabulary
@@ -294,9 +307,17 @@ def _row(
     phase: str, count: int, length: int, seconds: float, tokens: int,
     executable: Executable, steps: Sequence[Batch], roofs: Roofs | None,
 ) -> Row:  # fmt: skip
-    """The Row of a phase that ran `steps` in `seconds`, with their work and bound.
+    """The Row of one measured phase: its time, and the FLOPs, bytes and roofline bound of `steps`.
 
-    tokens: number of tokens computed or sampled, from which the rate follows.
+    Args:
+        phase: "prefill" or "decode".
+        count: number of sequences run together.
+        length: prompt tokens of each sequence.
+        seconds: measured time of `steps`.
+        tokens: number of tokens that `steps` computed or sampled, for the rate.
+        executable: the loaded Program.
+        steps: the Batches that ran in `seconds`.
+        roofs: measured limits of the machine; None: the Row has no bound.
     """
     program = executable.program
     flops = read = 0
@@ -313,9 +334,9 @@ def _row(
 
 
 def moved(work: Work) -> int:
-    """Bytes of an op that go to or from memory: weights and state.
+    """Bytes that an op moves to or from memory, for its roofline bound: those of its weights and of its state.
 
-    Temps do not count, as they stay in the CPU caches.
+    State is the K/V cache and recurrent state. Activations do not count, as they stay in the CPU caches.
     """
     return work.weight_bytes + work.state_bytes
 

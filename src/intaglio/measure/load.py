@@ -137,11 +137,19 @@ async def load(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Send every request at its planned arrival, with at most `concurrency` open at once (None: no limit).
+    """Send every request at its planned arrival, and wait until all have ended.
 
-    Call probe() first.
+    Returns a list of the Outcomes in the order of the requests. A request that fails has its reason in Outcome.error.
+    Call probe() first: it sets the model's name, which each request needs, and the number of tokens per word, without
+    which prompts have wrong lengths.
 
-    Returns a list of the Outcomes in the order of the requests. seed: random seed of the prompts.
+    Args:
+        server: the server.
+        requests: arrival time, prompt length and output length of each request.
+        concurrency: largest number of open requests; others wait, and their times count from when they are sent. None:
+            no limit.
+        seed: random seed of the prompts.
+        progress: called with (requests ended, requests in all, text) at the start and after each request.
     """
     rng = random.Random(seed)
     gate = asyncio.Semaphore(concurrency or max(1, len(requests)))
@@ -218,7 +226,9 @@ class Summary:
         requests_per_s, prompt_tokens_per_s, output_tokens_per_s: rates of complete responses.
         deadline: seconds within which a response counts for goodput.
         goodput: requests per second whose complete response came within `deadline`.
-        times: mean, p50, p90 and p99 in seconds, by name: ttft, tpot, gap, whole. Names without values are left out.
+        times: {name: {"mean", "p50", "p90", "p99": seconds}} of complete responses. Names are "ttft" (time to the first
+            text), "tpot" (a request's mean time per output token after the first), "gap" (each time between two texts
+            of a stream) and "whole" (time to the end of the response). A name without values is left out.
     """
 
     requests: int
@@ -234,9 +244,10 @@ class Summary:
 
 
 def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
-    """The Summary of at least one outcome. `deadline`: seconds within which a response counts for goodput.
+    """The Summary of a load, from the Outcomes of its requests (at least one).
 
-    Failed requests count towards the duration, not towards latencies or tokens.
+    Failed requests count for the duration of the load, but not for latencies, rates of tokens or goodput. deadline:
+    seconds within which a complete response counts for goodput.
     """
     good = [a for a in answers if a.error is None]
     seconds = max(1e-9, max(a.start + a.end for a in answers) - min(a.start for a in answers))

@@ -104,7 +104,7 @@ def load_modelled(
         requests: lengths and arrival times.
         seed: random seed of the prompts, which are random token ids.
         concurrency: the largest number of open requests; None: no limit.
-        progress: called before each step.
+        progress: called before each step as progress(requests ended, requests in all, text for the display).
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

@@ -125,10 +125,13 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON of the fields of this Profile, plus "outside_share" and "worst".
+        """A dict for JSON of the fields of this Profile, and of what is computed from them.
 
-        In "sites" each op also has its "lost" seconds and its "share" (bound over measured seconds). "worst" is a list
-        of the ops that lose most time: {"site", "lost", "text"}, where "text" is the sentence of gap().
+        - "outside_share": fraction of the measured seconds that is spent outside the ops.
+        - "sites": a list with a dict for each op: the fields of its Site, "lost" (measured seconds minus roofline
+          bound) and "share" (roofline bound divided by measured seconds; None without a bound).
+        - "worst": the ops of self.worst, as a list of {"site": name of the op, "lost": seconds, "text": sentence that
+          compares its time with its bound}.
         """
         sites = [{**asdict(s), "lost": s.lost, "share": s.share} for s in self.sites]
         worst = [{"site": s.site, "lost": s.lost, "text": self.gap(s)} for s in self.worst]

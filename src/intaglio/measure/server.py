@@ -38,6 +38,10 @@ def started(words: list[str]) -> Iterator[str]:
 
 
 def serve_words(model: Path | None, **options: Any) -> list[str]:
-    """A list of arguments for `intaglio serve`: the model, and an option for each keyword that is not None."""
+    """The command-line arguments of `intaglio serve`, as a list of words.
+
+    The model's path comes first; it is left out if `model` is None. Each keyword whose value is not None follows as two
+    words, an option and its value: max_batch=8 becomes "--max-batch", "8". Options without a value cannot be given.
+    """
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
     return [*([str(model)] if model else []), *(word for pair in given for word in pair)]

@@ -59,16 +59,20 @@ class LoadRequest:
 
 
 def trace(name: str) -> Trace:
-    """The trace called `name`. Raises ValueError that lists the known names."""
+    """The Trace (prompt and output lengths of a public trace of requests) called `name`, such as "conversation".
+
+    Raises ValueError, with the known names, if there is no such trace.
+    """
     if name not in TRACES:
         raise ValueError(f"no workload called {name!r}; there are {', '.join(TRACES)}")
     return TRACES[name]
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """A factor for the trace's lengths, at most 1, with which about 99 of 100 requests fit the context.
+    """The factor by which the lengths of trace `t` must be multiplied so that about 99 of 100 requests fit a context.
 
-    Returns 1 if `context` is None, or if they fit without scaling.
+    context: tokens of the context. The factor is at most 1. It is 1 if the lengths fit as they are, and if `context` is
+    None or 0.
     """
     return min(1.0, context / t.most) if context else 1.0
 

@@ -93,6 +93,7 @@ class Config:
         parts: copies of the nested tables that settings() returned, such as rope_scaling. Each copy records which of
             its own keys are read.
         replaced: {a key that another one overrides: the reason}.
+        mlp_types: the values that the list mlp_layer_types may have; a port whose layers have other values sets them.
         ignored: {prefix of tensor names: why this config makes the port ignore such tensors}. Tensors that a family
             always ignores are listed in its Family instead.
         named: {a key as ports read it: the file's own name for the key}, where the two names differ. Errors use the
@@ -107,6 +108,7 @@ class Config:
         self.replaced: dict[str, str] = {}
         self.ignored: dict[str, str] = {}
         self.named: dict[str, str] = {}
+        self.mlp_types: tuple[str, ...] = MLP_TYPES
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default` if it has none.
@@ -120,8 +122,8 @@ class Config:
             raise PortError(f"config.json: {self.name(key)}={value!r}; wanted {wanted}")
         if key in PER_LAYER and value:
             self.check_length(key, value)
-        if key == "mlp_layer_types" and (unknown := sorted({*(value or ())} - {*MLP_TYPES})):
-            raise PortError(f"config.json: {key} has {unknown[0]!r}; wanted {' or '.join(MLP_TYPES)}")
+        if key == "mlp_layer_types" and (unknown := sorted({*(value or ())} - {*self.mlp_types})):
+            raise PortError(f"config.json: {key} has {unknown[0]!r}; wanted {' or '.join(self.mlp_types)}")
         return default if value is None else value
 
     def check_length(self, key: str, values: Sequence[Any]) -> None:

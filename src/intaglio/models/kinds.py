@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "embedding_size", "word_embed_proj_dim", "rotary_dim", "mamba_d_ssm", "index_topk_freq",
         "index_skip_topk_offset", "ffn_hidden_size", "n_inner", "num_kv_heads", "v_head_dim",
         "num_kv_shared_layers", "altup_active_idx", "moe_latent_size",
+        "num_hash_layers", "compress_rate_csa", "compress_rate_hca",
     )),
     "an integer of 0 or more, or a list of them": (lambda x: _count(x) or _list_of(_count)(x), ("eos_token_id",)),
     "an integer of 1 or more": (lambda x: _integer(x) and x > 0, ("head_dim", "num_key_value_heads")),

@@ -18,15 +18,18 @@ from intaglio.ops.linear_attention import Decay, LinearAttention
 from intaglio.ops.moment import Moment
 from intaglio.ops.norm import Norm
 from intaglio.ops.op import REGISTRY, SYMBOLS, Op, OpError, Tensor, Value, Work
+from intaglio.ops.pooled import AttendPooled, PoolKeys
 from intaglio.ops.position import Rope, Sinusoid
 from intaglio.ops.sample import Sample
 from intaglio.ops.selective_scan import RgLru, SelectiveScan
+from intaglio.ops.streams import MixStreams, Sinkhorn
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "ChooseKeys", "Collective", "Concat",
-    "Decay", "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Moment",
-    "Norm", "Op", "OpError", "Permute", "Recv", "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select",
-    "SelectiveScan", "Send", "ShortConv", "Sinusoid", "Tensor", "Value", "Work", "x_format",
+    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "AttendPooled", "ChooseKeys", "Collective",
+    "Concat", "Decay", "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map",
+    "MixStreams", "Moment", "Norm", "Op", "OpError", "Permute", "PoolKeys", "Recv", "ReduceScatter", "RgLru", "Rope",
+    "Route", "Sample", "Select", "SelectiveScan", "Send", "ShortConv", "Sinkhorn", "Sinusoid", "Tensor", "Value",
+    "Work", "x_format",
 ]  # fmt: skip
 
 for _module in iter_modules(__path__):

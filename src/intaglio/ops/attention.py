@@ -215,6 +215,9 @@ class Attend(Op, kind="attend"):
             out.append(np.einsum("hqk,khd->qhd", p, val).reshape(n, -1))
         return {self.out: np.concatenate(out).astype(np.float32)}
 
+    def reach(self, cache: str) -> int:
+        return self.window or self.chunk
+
     def first_seen(self, at: np.ndarray) -> np.ndarray:
         """The first position that each query attends to, as an array with the shape of `at`, the queries' positions."""
         if self.chunk:

@@ -54,14 +54,15 @@ def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarr
 class Route(Op, kind="route"):
     """Op that chooses the `top` experts of each token, best first, and computes their weights.
 
-    logits f32 [T, E], bias and factors [E]; weights f32 [T, top], ids i32 [T, top].
+    logits f32 [T, E], bias and factors [E], table i32 [vocabulary, top]; weights f32 [T, top], ids i32 [T, top].
 
     1. Score, by `score`: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen`: a softmax over
        the logits of the chosen experts only; `sparsemixer`: the function of that name, with `jitter`.
     2. Choice: the experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a
        bias, experts are ordered by their logits, or by their scores if `group_best` is above 1. Ties go to the lowest
        index. With `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups
-       can be chosen; a group is rated by the sum of its `group_best` highest values.
+       can be chosen; a group is rated by the sum of its `group_best` highest values. With a `table`, the experts are
+       those that it lists for the token's id, in its order (hash routing, DeepSeek-V4); an expert may be listed twice.
     3. Weights: the scores, divided by their sum (plus FLOOR, 1e-20) if `normalise`, times `scale`, and times the
        factors of their experts, if there are any (Gemma 4).
     """
@@ -69,6 +70,7 @@ class Route(Op, kind="route"):
     logits: str = operand(exact=True)
     bias: str | None = operand("vector", optional=True)
     factors: str | None = operand("vector", optional=True)
+    table: str | None = operand("index", optional=True)
     weights: str = result()
     ids: str = result()
     top: int
@@ -94,6 +96,12 @@ class Route(Op, kind="route"):
             self.check(1 <= self.group_best <= each, f"group_best={self.group_best} is outside 1..{each}")
         plain = self.score not in ("sparsemixer", "chosen") or not (self.groups or self.bias)
         self.check(plain, f"score={self.score} takes neither groups nor a bias")
+        if self.table is not None:
+            table, scored = t[self.table], self.score not in ("sparsemixer", "chosen")
+            fits = table.format == "i32" and len(table.shape) == 2 and table.shape[1] == self.top
+            self.check(fits, f"{self.table} is {table.type}; wanted i32[vocabulary, {self.top}]")
+            free = scored and not self.groups and self.bias is None
+            self.check(free, f"{self.table} lists the experts; score={self.score}, groups or a bias would choose them")
         return {self.weights: (("T", self.top), "f32"), self.ids: (("T", self.top), "i32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -102,7 +110,11 @@ class Route(Op, kind="route"):
             ids, weights = sparsemixer(logits, self.top, self.jitter)
         else:
             scores = self._scores(logits)
-            ids = best(self._open(self._key(logits, scores, v)), self.top)
+            ids = (
+                best(self._open(self._key(logits, scores, v)), self.top)
+                if self.table is None
+                else self._listed(v, batch)
+            )
             weights = np.take_along_axis(logits if self.score == "chosen" else scores, ids, axis=-1)
             if self.score == "chosen":
                 weights = softmax(weights)
@@ -112,6 +124,12 @@ class Route(Op, kind="route"):
         if self.factors is not None:
             weights = weights * array(v, self.factors)[ids]
         return {self.weights: weights.astype(np.float32), self.ids: ids.astype(np.int32)}
+
+    def _listed(self, v: Mapping[str, Value], batch: Batch) -> np.ndarray:
+        """The experts that the table lists for the id of each token of the step, i32 [T, top]."""
+        table = v[self.table or ""]
+        assert isinstance(table, np.ndarray)
+        return table[batch.tokens]
 
     def _scores(self, logits: np.ndarray) -> np.ndarray:
         """Scores of all experts by the routing function, f32 [T, E]."""
@@ -146,7 +164,9 @@ class Route(Op, kind="route"):
         return np.where(closed[..., None], -np.inf, runs).reshape(key.shape)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        return self.moved(t, batch, 8 * (t[self.logits].nbytes(batch.sizes) // 4))
+        leave = (self.table,) if self.table else ()  # a row of it is read for each token, not all of it
+        listed = Work(weight_bytes=len(leave) * 4 * self.top * len(batch.tokens))
+        return self.moved(t, batch, 8 * (t[self.logits].nbytes(batch.sizes) // 4), leave=leave) + listed
 
 
 @dataclass(frozen=True, kw_only=True)

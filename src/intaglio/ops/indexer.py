@@ -10,11 +10,12 @@ import numpy as np
 from intaglio.batch import Batch
 from intaglio.ops.attention import cache_heads, gather_cache, token_bytes
 from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+from intaglio.ops.pooled import gather_entries, pooled_head
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseKeys(Op, kind="choose_keys"):
-    """Op that chooses, for each token, the `top` positions up to its own with the highest scores.
+    """Op that chooses, for each token, the `top` positions up to its own with the highest scores, or the `top` entries.
 
     score(position) = sum over heads h of weights[h] * relu(scale * (q[h] . k[position])), in float32, as in the
     lightning indexer of DeepSeek-V3.2 (2025). A score that is not a number counts as -inf. Ties go to the lower
@@ -27,6 +28,9 @@ class ChooseKeys(Op, kind="choose_keys"):
         heads: heads of q.
         top: positions to choose.
         scale: factor on the products of q and k, above 0.
+        every: above 1, entries are chosen, not positions. The cache is [P, B/every, 1, head_dim]; the op pool_keys
+            writes it, one entry for each run of `every` tokens. A token at position p chooses among the entries 0 ..
+            (p + 1) // every - 1, whose runs end at p or before.
     """
 
     q: str = operand()
@@ -36,10 +40,14 @@ class ChooseKeys(Op, kind="choose_keys"):
     heads: int
     top: int
     scale: float = 1.0
+    every: int = 1
 
     def shapes(self, t: Tensors) -> Results:
         width = self.token_columns(t, self.q)
-        kv_heads, head_dim = cache_heads(self, t, self.cache)
+        self.check(self.every >= 1, f"every={self.every}; wanted 1 or more tokens in a run")
+        kv_heads, head_dim = (
+            cache_heads(self, t, self.cache) if self.every == 1 else pooled_head(self, t, self.cache, self.every)
+        )
         self.check(kv_heads == 1, f"{self.cache} has {kv_heads} heads; wanted 1, whose keys all heads of q read")
         fits = width == self.heads * head_dim
         self.check(fits, f"{self.q} is {t[self.q].type}; wanted {self.heads} heads of {head_dim}")
@@ -55,9 +63,13 @@ class ChooseKeys(Op, kind="choose_keys"):
         for s in range(len(batch.first_row)):
             first, n, context = int(batch.first_row[s]), int(batch.q_len[s]), int(batch.context_len[s])
             blocks = batch.block_table[s, : -(-context // batch.block_size)]
-            keys = gather_cache(v, self.cache, None, blocks, context)[:, 0]
+            if self.every == 1:
+                keys = gather_cache(v, self.cache, None, blocks, context)[:, 0]
+            else:
+                count = context // self.every
+                keys = gather_entries(v[self.cache], blocks, batch.block_size, self.every, count)
             for t in range(first, first + n):
-                seen = context - n + t - first + 1
+                seen = (context - n + t - first + 1) // self.every
                 score = weights[t] @ np.maximum(self.scale * (q[t] @ keys[:seen].T), 0)
                 score = np.where(np.isnan(score), -np.inf, score.astype(np.float32))
                 best = np.sort(np.argsort(-score, kind="stable")[: self.top])
@@ -68,8 +80,8 @@ class ChooseKeys(Op, kind="choose_keys"):
         head_dim = int(t[self.cache].shape[3])
         seen = reach = 0
         for c, m in zip(batch.context_len, batch.q_len, strict=True):
-            at = np.arange(int(c) - int(m), int(c)) + 1
+            at = (np.arange(int(c) - int(m), int(c)) + 1) // self.every
             seen += int(at[at > self.top].sum())  # a token that chooses all positions scores none
-            reach += int(c) if int(c) > self.top else 0
+            reach += int(at[-1]) if int(at[-1]) > self.top else 0
         flops = seen * self.heads * (2 * head_dim + 3)
         return self.moved(t, batch, flops) + Work(state_bytes=reach * token_bytes(t[self.cache]))

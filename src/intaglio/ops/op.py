@@ -5,6 +5,7 @@ The ops are defined in the files of their families.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -21,16 +22,32 @@ Dim = int | str
 Shape = tuple[Dim, ...]
 Value = np.ndarray | Quantised
 SYMBOLS = ("T", "S", "R", "P", "B", "N")  # tokens, sequences, rows; pages of the pool, tokens per page, state slots
+RUNS = re.compile(r"B/([1-9]\d*)")  # rows of a page with one row for each run of so many tokens
 
 ROLES = ("input", "const", "weight", "state", "temp", "output")
 
 
 def dim_known(dim: Dim) -> bool:
-    """True if a dimension is a number above 0, one of SYMBOLS, or text such as "T:1/4" (token rows of rank 1 of 4)."""
+    """True if a dimension is a number above 0, one of SYMBOLS, or a text such as "T:1/4" or "B/4".
+
+    "T:1/4": token rows of rank 1 of 4. "B/4": rows of a page that has one for each run of 4 tokens.
+    """
     if isinstance(dim, int):
         return dim > 0
     match = SHARE.fullmatch(dim)
-    return dim in SYMBOLS or (match is not None and int(match[1]) < int(match[2]))
+    known = dim in SYMBOLS or RUNS.fullmatch(dim) is not None
+    return known or (match is not None and int(match[1]) < int(match[2]))
+
+
+def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The size of a dimension: `dim` itself if it is a number, else its value in `sizes`.
+
+    A dimension such as "B/4" is sizes["B"] / 4, rounded up. Raises KeyError for one that `sizes` lacks.
+    """
+    if isinstance(dim, int):
+        return dim
+    match = RUNS.fullmatch(dim)
+    return -(-sizes["B"] // int(match[1])) if match else sizes[dim]
 
 
 class OpError(ValueError):
@@ -47,7 +64,7 @@ class Tensor:
     Attributes:
         name: unique in the Program.
         shape: each dimension is a number, or a text whose value each step's batch gives: one of SYMBOLS, such as "T"
-            (tokens), or "T:1/4" (the token rows of rank 1 of 4).
+            (tokens), "T:1/4" (the token rows of rank 1 of 4) or "B/4" (a row for each 4 tokens of a page).
         format: name of the number format, such as "f32" or "int8g128".
         role: one of ROLES.
         source: sources of a weight (see program/source.py), joined along dim 0; () for other roles.
@@ -72,7 +89,7 @@ class Tensor:
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of the array. sizes: the value of each symbolic dim of its shape."""
-        dims = [sizes[d] if isinstance(d, str) else d for d in self.shape]
+        dims = [dim_size(d, sizes) for d in self.shape]
         cols = dims[-1] if dims else 1
         return formats.get(self.format).nbytes(prod(dims[:-1]), cols)
 
@@ -116,7 +133,7 @@ USES = {
     "stack": "weights [experts, N, K] of products, in any weight format, as `matrix`",
     "heads": "a weight [heads, N, K], one matrix per head, in a plain format",
     "vector": "a small array in a plain format: norm weights, biases, sinks, frequencies",
-    "pages": "paged state [P, B, heads, head_dim]: a K/V cache",
+    "pages": "paged state [P, B, heads, head_dim]: a K/V cache; [P, B/n, ...] has a row for each run of n tokens",
     "slots": "recurrent state [N, ...], an item per slot: the op reads a sequence's slot and writes another one",
 }
 WEIGHT_MATRICES = ("table", "matrix", "stack", "heads")  # uses whose tensors a device packs for its products
@@ -179,6 +196,9 @@ class Op:
             is declared.
         elementwise: True if each column of the result depends only on the same column of the operands.
         has_effect: True if the op must run even if no op reads its results, because other ranks wait for it.
+        two_tables: True if the op has caches that it reads through a window (see reach()) and caches that it does not.
+            It takes blocks of the former from the batch's window table, if there is one, and of the latter from its
+            block table.
     """
 
     site: str
@@ -186,6 +206,7 @@ class Op:
     faces: ClassVar[tuple[str, ...]] = FACES
     elementwise: ClassVar[bool] = False
     has_effect: ClassVar[bool] = False
+    two_tables: ClassVar[bool] = False
 
     def __init_subclass__(cls, kind: str = "") -> None:
         if not kind:
@@ -215,6 +236,10 @@ class Op:
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one step with this batch."""
         raise NotImplementedError
+
+    def reach(self, cache: str) -> int:
+        """Tokens that a query reads at most of one of the op's K/V caches, its own included; 0: there is no limit."""
+        return 0
 
     @classmethod
     @cache

@@ -47,12 +47,14 @@ class Builder:
         rounded = tuple(float(np.float32(x)) for x in values)
         return self._add(Tensor(name, (len(values),), "f32", "const", values=rounded))
 
-    def cache(self, name: str, heads: int, head_dim: int, format: str) -> str:
+    def cache(self, name: str, heads: int, head_dim: int, format: str, every: int = 1) -> str:
         """Declare a K or V cache: state [P pages, B tokens per page, heads, head_dim]. Returns its name.
 
         format: name of its number format, such as bf16.
+        every: above 1, a page has a row for each run of so many tokens (see ops/pooled.py).
         """
-        return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
+        rows = "B" if every == 1 else f"B/{every}"
+        return self._add(Tensor(name, ("P", rows, heads, head_dim), format, "state"))
 
     def state(self, name: str, *shape: int) -> str:
         """Declare recurrent state f32 [N, *shape], an array of `shape` for each of N slots. Returns its name."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from intaglio.batch import Batch
-from intaglio.ops import Attend, KvWrite, Op, Tensor, Work
+from intaglio.ops import Op, Tensor, Work
 from intaglio.program.text import print_text
 
 INPUTS = {"tokens": "T", "positions": "T", "rows": "R"}  # int32 arrays bound from the Batch at each step
@@ -63,28 +63,27 @@ class Program:
     def windows(self) -> dict[str, int]:
         """The K/V caches with a sliding window, as {cache: largest number of tokens that a query reads}.
 
-        The number includes the query's own token. A cache has a window if only `attend` ops with a window or chunk read
-        it. It is left out if an op uses it together with a cache without a window, since all caches of an op have their
-        blocks in one table.
+        The number includes the query's own token. A cache has a window if every op that reads it does so through a
+        window or chunk (Op.reach). It is left out if an op other than those of `two_tables` uses it together with a
+        cache without a window, since all caches of an op have their blocks in one table.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
-        reach = {op.site: (op.window or op.chunk) if isinstance(op, Attend) else 0 for op in ops}
         found = {t.name: 0 for t in self.of_role("state") if t.shape[0] == "P"}
-        for op in ops:
-            for name in op.reads_state:
-                found[name] = max(found.get(name, 0), reach[op.site])
-        whole = {name for op in ops if op.reads_state and not reach[op.site] for name in op.reads_state}
-        whole |= {name for name, n in found.items() if not n}
+        reads = [(name, op.reach(name)) for op in ops for name in op.reads_state]
+        for name, reach in reads:
+            found[name] = max(found.get(name, 0), reach)
+        whole = {name for name, reach in reads if not reach} | {name for name, n in found.items() if not n}
         while True:  # the caches of one op have their blocks in one table
-            touched = [set(op.reads_state) | set(op.operands("pages", access="write")) for op in ops]
+            touched = [{*op.reads_state, *op.operands("pages", access="write")} for op in ops if not op.two_tables]
             more = {name for names in touched if names & whole for name in names if name in found} - whole
             if not more:
                 return {name: n for name, n in found.items() if name not in whole}
             whole |= more
 
     def has_window(self, op: Op) -> bool:
-        """True if the op is `kv_write` or `attend` and its K cache has a sliding window (see `windows`)."""
-        return isinstance(op, Attend | KvWrite) and op.k_cache in self.windows
+        """True if the op has K/V caches, and all of them are in `windows`."""
+        caches = op.operands("pages")
+        return bool(caches) and all(name in self.windows for name in caches)
 
     @property
     def recurrent(self) -> bool:

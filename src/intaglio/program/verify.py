@@ -46,7 +46,8 @@ def tensors_well_formed(p: Program) -> Iterator[str]:
         except formats.FormatError as e:
             yield f"{t.name}: {e}"
         if not t.shape or not all(map(dim_known, t.shape)):
-            yield f"{t.name} is {t.type}; dims are positive numbers, {', '.join(SYMBOLS)} or a share such as T:1/4"
+            known = f"positive numbers, {', '.join(SYMBOLS)} or a share such as T:1/4 or B/4"
+            yield f"{t.name} is {t.type}; dims are {known}"
         if t.role == "const" and t.shape != (len(t.values),):
             yield f"const {t.name} is {t.type} but carries {len(t.values)} values"
         if t.role == "weight" and not t.source:
@@ -157,6 +158,15 @@ def state_kept(p: Program) -> Iterator[str]:
         written.update(op.writes_state)
 
 
+def windows_kept(p: Program) -> Iterator[str]:
+    """Yield a message for each cache that an op of two tables reads through a window, and another op without one."""
+    for op in p.ops:
+        for name in op.reads_state if op.two_tables else ():
+            if op.reach(name) and name not in p.windows:
+                others = ", ".join(o.site for o in p.ops if name in o.reads_state and not o.reach(name))
+                yield f"{op.site} ({op.kind}) reads {name} through a window, and others do without one: {others}"
+
+
 def buffers_apart(p: Program) -> Iterator[str]:
     """Yield a message for each temp that overwrites a temp of the same buffer which a later op still reads.
 
@@ -199,6 +209,7 @@ RULES: tuple[Rule, ...] = (
     written_before_read,
     views_inside,
     state_kept,
+    windows_kept,
     buffers_apart,
     collectives_placed,
 )

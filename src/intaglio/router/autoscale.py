@@ -8,7 +8,9 @@ slower on the rest.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from intaglio.router.pace import Pace
 from intaglio.router.replica import Replica
 from intaglio.router.router import Router
 
@@ -50,7 +52,7 @@ class Autoscaler:
         waiting = len(router.queue)
         self._busy = (now if self._busy is None else self._busy) if waiting else None
         idle = not waiting and not any(r.report.waiting for r in serving)
-        quiet = idle and len(serving) == replicas and self._enough_without_one(serving)
+        quiet = idle and len(serving) == replicas and self._enough_without_one(serving, router.paces())
         self._quiet = (now if self._quiet is None else self._quiet) if quiet else None
         if self._busy is not None and now - self._busy >= UP_AFTER and replicas < self.most:
             seconds = router.queue_seconds()
@@ -66,17 +68,17 @@ class Autoscaler:
         self._busy = self._quiet = None
         return replicas
 
-    def _enough_without_one(self, serving: list[Replica]) -> bool:
+    def _enough_without_one(self, serving: list[Replica], paces: Mapping[str, Pace]) -> bool:
         """True if one of the replicas could be removed.
 
         That is so if the remaining replicas can hold all sequences, and a mean step would take at most SLOWER times as
         long as a mean step now. False for fewer than two replicas.
 
-        serving: the replicas that serve now.
+        serving: the replicas that serve now. paces: their Pace by name.
         """
         n, sequences = len(serving), sum(r.sequences for r in serving)
         if n < 2 or sequences > sum(r.report.max_sequences for r in serving) * (n - 1) / n:
             return False
-        per_step = sum(r.report.pace.per_step for r in serving) / n
-        per_token = sum(r.report.pace.per_token for r in serving) / n
+        per_step = sum(paces[r.name].per_step for r in serving) / n
+        per_token = sum(paces[r.name].per_token for r in serving) / n
         return per_step + per_token * sequences / (n - 1) <= SLOWER * (per_step + per_token * sequences / n)

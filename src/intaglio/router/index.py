@@ -5,7 +5,8 @@ The index has two sources, both bounded:
 - Confirmed: block names from the replica's events (stored, removed, cleared), which carry the incarnation of the
   replica's cache and a sequence number. After a gap the confirmed set is discarded until a snapshot arrives.
 - Assumed: prefixes of the prompts that the router itself sent to the replica. They cover the time until the events
-  arrive, and are the only source while the index is stale. They expire.
+  arrive, and are the only source while the index is stale. They expire, soon after the prompt has been computed, since
+  from then on the events also tell which of its blocks have been evicted.
 
 If a prefix is known or cached, so are the shorter ones: a replica evicts a block before its parent, and what is dropped
 here is dropped from the longest prefix on. So the longest cached prefix is found by bisection, not by a walk over all
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 
 from intaglio.router.prefix import CHUNK_BYTES
 
-ASSUMED_SECONDS = 10.0  # how long an assumed prefix counts where events confirm what is cached
+ASSUMED_SECONDS = 60.0  # how long the prefixes of a prompt count as cached that waits or is being computed
+CONFIRMED_SECONDS = 1.0  # the same once the prompt has been computed: events arrive with the next load reports
 ASSUMED_MAX = 1 << 14  # prefix keys that are assumed for one replica; the oldest are dropped
 MEMORY_MAX = 1 << 17  # prefix keys whose block names are known
 TOKENS_PER_CHUNK = CHUNK_BYTES / 4.0  # until the first prompt's true length is known
@@ -140,7 +142,7 @@ class CacheIndex:
         self.stale = True
         self.events = False
         self.names: set[str] = set()
-        self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: when it was sent, seconds
+        self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: until when it counts, seconds
 
     def restarted(self, incarnation: str) -> None:
         """Forget everything if the replica has restarted, which a new `incarnation` shows. Returns nothing.
@@ -206,19 +208,33 @@ class CacheIndex:
     def assume(self, keys: Sequence[bytes], now: float) -> None:
         """Record that a prompt was sent to the replica, so that its prefixes count as cached. Returns nothing.
 
-        A prefix counts for ASSUMED_SECONDS: by then the replica has reported the prompt's blocks. It counts without a
-        time limit while the replica reports nothing, or `stale` is True. At most ASSUMED_MAX prefixes are kept; the
-        oldest are dropped.
+        A prefix counts until CONFIRMED_SECONDS after computed(), at most for ASSUMED_SECONDS. It counts without a time
+        limit while the replica reports nothing, or `stale` is True. At most ASSUMED_MAX prefixes are kept; the oldest
+        are dropped.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
             now: time at which the prompt was sent, in seconds.
         """
         for key in reversed(keys):  # the longest prefix first, so that it is dropped first
-            self._assumed[key] = now
+            self._assumed[key] = now + ASSUMED_SECONDS
             self._assumed.move_to_end(key)
         while len(self._assumed) > ASSUMED_MAX:
             self._assumed.popitem(last=False)
+
+    def computed(self, keys: Sequence[bytes], now: float) -> None:
+        """Record that a prompt has been computed: its assumed prefixes now count for CONFIRMED_SECONDS more.
+
+        After that, only the replica's events say whether its blocks are cached. Assumed prefixes would hide that blocks
+        are evicted where the K/V cache is too small for its requests.
+
+        Args:
+            keys: the prefix keys of the prompt's text.
+            now: the time in seconds.
+        """
+        for key in keys:
+            if key in self._assumed:
+                self._assumed[key] = min(self._assumed[key], now + CONFIRMED_SECONDS)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
         """Estimated number of a prompt's leading tokens whose K/V this replica has cached, an int; 0 if it has none.
@@ -252,8 +268,8 @@ class CacheIndex:
             now: the time in seconds.
         """
         known = memory.find(key)
-        sent = self._assumed.get(key)
-        if sent is not None and (self.stale or not self.events or now - sent <= ASSUMED_SECONDS):
+        until = self._assumed.get(key)
+        if until is not None and (self.stale or not self.events or now <= until):
             return known.tokens if known else int(number * memory.tokens_per_chunk)
         if known is None or self.stale:
             return None

@@ -7,12 +7,13 @@ was used least recently, for comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job
-from intaglio.router.replica import Pace, Replica
+from intaglio.router.pace import Pace
+from intaglio.router.replica import Replica
 
 PREFILL_SHARE = 0.5  # of the time of a job's prefill, which is added to its cost
 
@@ -52,14 +53,7 @@ class Estimate:
 Policy = Callable[[Sequence[Estimate]], Estimate]
 
 
-def fastest_pace(replicas: Iterable[Replica]) -> Pace:
-    """The measured Pace with the shortest step (`per_step`) of the replicas; the default Pace if none is measured."""
-    return min((r.report.pace for r in replicas if r.report.pace.measured), key=lambda p: p.per_step, default=Pace())
-
-
-def estimate(
-    replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0, pace: Pace | None = None
-) -> Estimate:
+def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, pace: Pace, ahead: int = 0) -> Estimate:
     """The Estimate of a job on a replica: cached prompt tokens, and seconds until its first token and its end.
 
     The first token comes after the prefill of the jobs before it and of its own uncached tokens; its decode steps
@@ -71,14 +65,13 @@ def estimate(
         job: the job.
         memory: token counts and block names of the prompt prefixes that replicas have reported.
         now: the time in seconds.
+        pace: step times of the replica.
         ahead: prompt tokens of queued jobs that will go to this replica before this job.
-        pace: step times to use; None: those that the replica has reported.
     """
     cached = max(job.handed, replica.index.cached_tokens(job.keys, memory, now))
     cached = min(cached, job.prompt_tokens - 1)
     uncached = job.prompt_tokens - cached
-    pace = pace or replica.report.pace
-    before = replica.prefill_left(now, pace) + ahead
+    before = replica.prefill_left(now, pace.per_token) + ahead
     first = pace.per_step + pace.per_token * (before + uncached)
     step = pace.per_step + pace.per_token * (replica.sequences + job.choices)
     steps = 0 if job.stage == "prefill" else job.output_tokens

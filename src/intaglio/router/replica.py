@@ -4,39 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from intaglio.router.index import CacheIndex
 from intaglio.router.job import Job
+from intaglio.runtime import StepFit
 
 PREFILL_STEPS = 4  # a replica is given prefill work for this many steps at a time
-PACE_KEPT = 32  # placements on others after which the measured pace of a replica is no longer trusted
+PACE_KEPT = 32  # placements on others after which the measured step times of a replica are no longer trusted
 ReplicaState = Literal["starting", "ready", "draining", "dead"]
 Role = Literal["mixed", "prefill", "decode"]  # of a replica: which stages of requests it is given
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Step-time model of a replica: a step of T token rows takes per_step + T * per_token seconds.
-
-    measured: False for the values used before the replica has reported any.
-    """
-
-    per_step: float = 0.02
-    per_token: float = 0.001
-    measured: bool = False
-
-    @classmethod
-    def fitted(cls, per_step: float, per_token: float) -> Pace:
-        """The Pace for a fitted step time: `per_step` seconds a step, plus `per_token` seconds for each token row.
-
-        While the replica has only decoded, at one batch size, the fit has no slope (per_token is 0). A token then
-        counts as 1/32 of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number
-        is above 0, there is no fit, and the result is the default Pace.
-        """
-        if per_step <= 0 and per_token <= 0:
-            return cls()
-        return cls(per_step, per_token or per_step / 32, measured=True)
 
 
 @dataclass(frozen=True)
@@ -48,7 +26,7 @@ class LoadReport:
         waiting: choices that wait.
         kv_usage: fraction of the K/V cache in use, 0 to 1.
         draining: True if it takes no new requests.
-        pace: its step-time model.
+        steps: fit of the times of its latest steps.
         max_sequences: maximum number of choices that run at a time.
         max_batch_tokens: maximum number of token rows of a step.
         prompt_tokens: tokens of prompts since its start.
@@ -61,7 +39,7 @@ class LoadReport:
     waiting: int = 0
     kv_usage: float = 0.0
     draining: bool = False
-    pace: Pace = Pace()
+    steps: StepFit = field(default_factory=StepFit)
     max_sequences: int = 256
     max_batch_tokens: int = 512
     prompt_tokens: int = 0
@@ -111,28 +89,47 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        """True if the replica may be given one more job now. A ready replica without jobs always may."""
+        """True if the replica may be given one more job now. A ready replica without jobs always may.
+
+        A replica in which sequences wait for room in its K/V cache is given only one job more than it can run. The
+        others wait in the router: until they can start, blocks of their prefix may be evicted, and another replica may
+        become the better one.
+        """
         if not self.placeable:
             return False
-        free = self.sequences < self.report.max_sequences
+        free = self.sequences < min(self.report.max_sequences, self._fits + 1)
         return not self.jobs or (free and self.prefill_tokens < PREFILL_STEPS * self.report.max_batch_tokens)
 
-    def pace_is_known(self, placements: int) -> bool:
-        """True if the replica has measured its pace and the measurement is recent.
+    @property
+    def _fits(self) -> float:
+        """Estimated number of sequences that the K/V cache has room for; inf unless sequences wait in the replica.
+
+        Those that run hold the fraction `kv_usage` of it, and others are taken to need as much each.
+        """
+        report = self.report
+        limited = report.waiting and report.running and report.kv_usage
+        return report.running / report.kv_usage if limited else inf
+
+    def pace_is_recent(self, placements: int) -> bool:
+        """True if the replica has measured the times of its steps and the measurement is recent.
 
         It is recent if the replica has jobs, or was given one of the router's latest PACE_KEPT jobs. placements: number
         of placements that the router has made.
         """
-        return self.report.pace.measured and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
+        return self.report.steps.weight > 0 and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 
-    def prefill_left(self, now: float, pace: Pace) -> float:
-        """Estimated number of its jobs' prompt tokens that are still to be computed at time `now` (seconds).
+    def prefill_left(self, now: float, per_token: float) -> float:
+        """Estimated number of its jobs' prompt tokens that are still to be computed.
 
         The replica computes prompts in the order of placement. How far it is in the first one that has no token yet is
         estimated by its pace: a replica near the end of a long prompt is sooner free than one at its beginning.
+
+        Args:
+            now: the time in seconds.
+            per_token: seconds that it takes for a prompt token.
         """
         first = next(iter(self.prefills.values()), 0)
-        return self.prefill_tokens - min(first, max(0.0, now - self.prefill_since) / pace.per_token)
+        return self.prefill_tokens - min(first, max(0.0, now - self.prefill_since) / per_token)
 
     def assign(self, job: Job, prefill: int, now: float) -> None:
         """Add a job that the router has placed on this replica.

@@ -15,7 +15,8 @@ from itertools import islice
 from intaglio.router.fairness import FairQueue
 from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job, Refusal
-from intaglio.router.placement import POLICIES, Estimate, estimate, fastest_pace
+from intaglio.router.pace import Pace, paces
+from intaglio.router.placement import POLICIES, Estimate, estimate
 from intaglio.router.replica import LoadReport, Replica, Role
 
 SCANNED = 64  # queued jobs that are considered at a time
@@ -63,6 +64,7 @@ class Router:
         self.placements = 0
         self.cached_tokens = 0  # prompt tokens that placements expected to find cached
         self._where: dict[str, str] = {}  # job id: its replica
+        self._paces: dict[str, Pace] | None = None  # from the latest reports; None: to be computed
 
     # Replicas
 
@@ -73,7 +75,7 @@ class Router:
         """
         if name in self.replicas:
             raise ValueError(f"there is a replica {name!r} already; every replica needs its own name")
-        self.replicas[name] = Replica(name, role)
+        self.replicas[name], self._paces = Replica(name, role), None
         return self.replicas[name]
 
     def ready(self, name: str, incarnation: str) -> None:
@@ -91,7 +93,7 @@ class Router:
 
     def report(self, name: str, report: LoadReport) -> None:
         """Store a replica's latest LoadReport."""
-        self.replicas[name].report = report
+        self.replicas[name].report, self._paces = report, None
 
     def drain(self, name: str) -> list[Job]:
         """Place no more jobs on the replica `name`.
@@ -126,6 +128,7 @@ class Router:
         if jobs := self.replicas[name].jobs:
             raise ValueError(f"replica {name!r} has {len(jobs)} requests; drain it first")
         del self.replicas[name]
+        self._paces = None
 
     # Jobs
 
@@ -196,7 +199,10 @@ class Router:
             block_size: tokens of a block.
         """
         if (name := self._where.get(id)) is not None:
-            self.memory.learn(self.replicas[name].started(id, now).keys, tokens, names, block_size)
+            replica = self.replicas[name]
+            keys = replica.started(id, now).keys
+            self.memory.learn(keys, tokens, names, block_size)
+            replica.index.computed(keys, now)
 
     def ended(self, job: Job, output_tokens: int) -> None:
         """Record that a job has ended or was cancelled: take it off its replica, or out of the queue.
@@ -244,9 +250,26 @@ class Router:
 
         inf if no replica may be given jobs.
         """
-        paces = [r.report.pace.per_token for r in self.replicas.values() if r.placeable]
-        tokens = self.queue.tokens_of.total()
-        return tokens * sum(paces) / len(paces) if paces else float("inf")
+        found = self.paces()
+        seconds = [found[name].per_token for name, r in self.replicas.items() if r.placeable]
+        return self.queue.tokens_of.total() * sum(seconds) / len(seconds) if seconds else float("inf")
+
+    def paces(self) -> dict[str, Pace]:
+        """The Pace of each replica by name, from the steps that replicas of its role have reported.
+
+        A replica whose measurement is not recent (see Replica.pace_is_recent()) counts as fast as the fastest of the
+        others of its role: a replica that seemed slow would be given no jobs, and then never be measured again.
+        """
+        if self._paces is None:
+            self._paces = paces(self.replicas.values())
+        found, fastest, old = dict(self._paces), dict[Role, Pace](), list[Replica]()
+        for r in self.replicas.values():
+            if not r.pace_is_recent(self.placements):
+                old.append(r)
+            elif r.role not in fastest or found[r.name].per_token < fastest[r.role].per_token:
+                fastest[r.role] = found[r.name]
+        found.update((r.name, fastest[r.role]) for r in old if r.role in fastest)
+        return found
 
     # Inside
 
@@ -287,7 +310,7 @@ class Router:
             why = f"{waiting} requests wait, {own} of them this tenant's, which is its share of {most}; retry later"
             raise Refusal("full", why, _retry(wait))
         estimates = self._estimates(alive, job, now)
-        if not all(r.report.pace.measured for r in alive):
+        if not all(e.pace.measured for e in estimates):
             return estimates
         if job.start_by is not None and now + wait > job.start_by:
             over = now + wait - job.start_by
@@ -306,15 +329,15 @@ class Router:
             alive: the replicas that may be given jobs of the stage; at least one.
             stage: "all" or "prefill", see Job.
         """
-        return self.queue.tokens_of[stage] / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
+        if not self.queue.tokens_of[stage]:
+            return 0.0
+        found = self.paces()
+        return self.queue.tokens_of[stage] / sum(1 / max(found[r.name].per_token, 1e-9) for r in alive)
 
     def _estimates(
         self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
     ) -> list[Estimate]:
         """A list of the Estimates of a job, one for each of the replicas.
-
-        Where a replica's pace is not known, the fastest known one stands for it: a replica that seemed slow would be
-        given no jobs, and then never be measured.
 
         Args:
             replicas: the replicas.
@@ -323,9 +346,8 @@ class Router:
             ahead: {replica's name: prompt tokens of waiting jobs that will be placed on it first}; None: there are
                 none.
         """
-        fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
-        paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)
-        return [estimate(r, job, self.memory, now, ahead.get(r.name, 0), pace) for r, pace in paces]
+        found, ahead = self.paces(), ahead or {}
+        return [estimate(r, job, self.memory, now, found[r.name], ahead.get(r.name, 0)) for r in replicas]
 
     def _place(self, job: Job, on: Estimate, now: float) -> Placement:
         self.queue.take(job)

@@ -8,6 +8,7 @@ from intaglio.runtime.connector import BlockKey, Connector, Load, TierCounts
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.invariants import check_invariants
 from intaglio.runtime.kv import BlockPool, KvError
+from intaglio.runtime.latency import StepFit
 from intaglio.runtime.record import JournalError, RecordedEngine, Replayed, replay
 from intaglio.runtime.request import (
     Event,
@@ -32,6 +33,6 @@ __all__ = [
     "BlockSnapshot", "Connector", "Counts", "Engine", "EngineLoad", "Event", "Fault", "Gauges", "Grammar",
     "JournalError", "KvError", "Load", "Matcher", "ParamsError", "RecordedEngine", "Refused", "Replayed", "Request",
     "RequestError", "Resumption", "SamplingParams", "ScheduledSequence", "Scheduler", "Scored", "Sequence",
-    "StepRecord", "SuspendedChoice", "TierCounts", "Usage",
+    "StepFit", "StepRecord", "SuspendedChoice", "TierCounts", "Usage",
     "check_invariants", "replay",
 ]  # fmt: skip

@@ -85,10 +85,11 @@ class Accounting:
 
     @staticmethod
     def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:
-        """Store what a request wants of its prompt's logits in a step. Returns the index of the row after those read.
+        """Store in the sequence what its request asked for about the prompt. Returns the index of the next row to read.
 
-        For a `scored` request the logits are kept. For prompt_logprobs, the score of the prompt token after each
-        position is kept.
+        A request with `scored` set (evaluation of a text, without generation) gets the logits of its prompt rows, in
+        `s.logits`. One with prompt_logprobs gets, for each row, the score of the prompt token that follows the row's
+        position, in `s.prompt_scores`.
 
         Args:
             s: the sequence.

@@ -72,7 +72,11 @@ class BlockEvents:
         self.last: deque[BlockEvent] = deque(maxlen=kept)
 
     def stored(self, name: str, parent: str) -> None:
-        """Record that a block was added to the prefix cache."""
+        """Record that a block was added to the prefix cache.
+
+        name: the block's key, a hash of its tokens and of all before them. parent: the key of the block before it; for
+        a sequence's first block, the root key that its K/V scope and salt give.
+        """
         self._add("stored", name, parent)
 
     def removed(self, name: str) -> None:

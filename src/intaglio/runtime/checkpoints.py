@@ -17,16 +17,17 @@ CHECKPOINT_BLOCKS = 32  # blocks between the checkpoints of a long prompt
 class Checkpoints:
     """Keeps copies of recurrent state at block borders for the prefix cache, and finds them again.
 
-    Such a copy is called a checkpoint. A border is a position at which a K/V block ends. A state exists only at the end
-    of a step, so the steps of a prompt are made to end at its borders. These are:
+    Such a copy is called a checkpoint. A block border is a position at which a K/V block ends. A state exists only at
+    the end of a step. So steps of a prompt are made to end at these block borders, and a checkpoint is kept at each:
 
     1. every `every` blocks, counted from position 0;
     2. where another sequence branched off: the end of the K/V blocks found in the prefix cache, if no state was kept
        there (Pan et al. 2024, Marconi);
-    3. the last border before the prompt's last token.
+    3. the last block border before the prompt's last token.
 
-    While a sequence decodes, steps are not cut. If a step happens to end at a border, the state is kept. It replaces
-    the sequence's previous checkpoint from decoding, unless that one is at a border of the first kind.
+    While a sequence decodes, its steps are not made to end at borders. If a step ends at any block border, the state is
+    kept. This checkpoint replaces the sequence's previous one from decoding, unless the previous one is of the first
+    kind.
 
     Args:
         pool: the K/V blocks. Dropping a block from the prefix cache drops the checkpoint at its end.
@@ -60,9 +61,10 @@ class Checkpoints:
     def start(self, sequence: Sequence, found: int) -> None:
         """Prepare the recurrent state of a sequence that begins to run: two slots, and where to save the state.
 
-        The first slot holds the saved state at the end of the sequence's cached blocks, if there are any. The second is
-        the slot that its first step writes. Without recurrent state both stay -1. Steps of the prompt are cut at the
-        positions at which the state is to be saved; these are put in `sequence.borders`.
+        `sequence.state_slot` becomes the slot with the saved state at the end of the sequence's cached blocks. It stays
+        -1 if no cached blocks are used: the recurrence then starts from zero. `sequence.next_state_slot` becomes the
+        slot that the first step writes. Without recurrent state both stay -1. `sequence.borders` gets the positions,
+        besides every `every` blocks, at which a step of the prompt must end so that the state can be saved.
 
         Args:
             sequence: the sequence. Its `computed` and `prefix_name` must already be set.
@@ -94,10 +96,11 @@ class Checkpoints:
         return min([*borders, stop]) - start
 
     def keep(self, sequence: Sequence) -> None:
-        """After a step: save the sequence's recurrent state for the prefix cache, if it is at a position for that.
+        """Save a sequence's recurrent state for the prefix cache, if its position is one to save at.
 
-        That is at the end of a block in the prefix cache: while the sequence decodes at every one, in its prompt only
-        at the borders that the class describes. Does nothing elsewhere.
+        Called after a step. The position must be the end of a block that is in the prefix cache. While the sequence
+        decodes, every such position will do. In its prompt only the borders will do that the class lists. Otherwise
+        nothing happens.
         """
         at, size = sequence.computed, self.pool.block_size
         name = sequence.prefix_name

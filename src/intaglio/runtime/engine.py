@@ -215,9 +215,10 @@ class Engine:
     def submit(self, now: float) -> list[ScheduledSequence]:
         """Schedule and launch steps until as many are under way as the executable has pipeline stages.
 
-        Returns a list of the ScheduledSequences whose launches were completed meanwhile, with their results applied;
-        usually []. Launches are waited for only if a sequence is suspected of having made the device fail: then at most
-        one launch is under way at a time. Raises DeviceLost if the device is lost.
+        Normally nothing is waited for, and the result is []: collect() reads results later. If a sequence is suspected
+        of having made the device fail, only one launch may be under way at a time. Then each launch is waited for, and
+        its results are applied, before the next one. Returns a list of the ScheduledSequences of these launches. Raises
+        DeviceLost if the device is lost.
 
         now: the time in seconds.
         """
@@ -248,9 +249,10 @@ class Engine:
         return launch.scheduled
 
     def move_experts(self, now: float) -> None:
-        """Between two steps: count the tokens of a model's experts, and move experts between ranks, if it is time.
+        """Let the ExpertBalancer do what is due: count the tokens of each expert, move experts between ranks.
 
-        now: the time in seconds. Raises DeviceLost if the device is lost.
+        Called between two steps. The balancer has an interval of its own for each of the two; most calls do nothing.
+        Does nothing for a model without experts. now: the time in seconds. Raises DeviceLost if the device is lost.
         """
         self.experts.tick(now, last=self.idle)
 
@@ -315,7 +317,8 @@ class Engine:
     ) -> list[Sequence]:
         """Check the choices of a new or suspended request and queue them. Returns a list with a Sequence for each.
 
-        Raises RequestError or Refused, and counts the choices as refused.
+        Raises RequestError if the request is invalid, Refused if the engine takes no more work. In both cases the
+        choices are counted as refused.
 
         Args:
             request: the request.
@@ -385,5 +388,7 @@ class Engine:
             self.counts.steps += 1
             self.counts.computed_tokens += prefill + decode
             self.last_step = StepRecord(self.counts.steps, began, seconds, prefill, decode, len(scheduled), sampled)
+            if self.counts.steps == 2:
+                self.latency.forget_steps()  # the first also read the weights into memory
             self.latency.observe_step(prefill + decode, sampled, seconds)
         self.counts.preemptions = self.scheduler.preemptions

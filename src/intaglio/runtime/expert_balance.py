@@ -61,11 +61,12 @@ class ExpertBalancer:
         return any(load.held and all(load.held) for load in self.loads.values())
 
     def tick(self, now: float, last: bool = False) -> None:
-        """Between two steps: count the tokens of experts, and propose or carry out the next move, if it is time.
+        """Count the tokens of experts every COUNT_EVERY seconds, and do the next part of a move every LOOK_EVERY.
 
-        The device answers only when no step is under way. So while a pipeline has steps under way, the device is asked
-        RARELY times less often. If experts cannot be moved, the counts serve only metrics; tokens are then always
-        counted RARELY times less often. At most one layer is balanced in a call, as that takes milliseconds.
+        Called between two steps. The device answers only when no step is under way. So while a pipeline has steps under
+        way, the intervals are RARELY times as long. If experts cannot be moved, the counts serve only metrics, and the
+        interval of counting is always RARELY times as long. A call balances one layer at most, as that takes
+        milliseconds.
 
         Args:
             now: the time in seconds.
@@ -141,9 +142,11 @@ class ExpertBalancer:
     def _move(self, now: float) -> None:
         """Do the next part of moving experts. Returns nothing.
 
-        1. While a layer's new experts are being loaded: return; once they are loaded, switch the layer to them.
-        2. If no layer is left to balance and it is time: read the tokens of all layers since the last time.
-        3. If a layer is left: propose its new placement, and begin to load its experts if moving is worth it.
+        1. If a layer's experts are being loaded at their new places: return. If they have been loaded: switch the layer
+           to them and go on.
+        2. If no layer is left to balance and `every` seconds have passed since the last round: list all layers, each
+           with the tokens that its experts got since that round.
+        3. If a layer is left: propose a new placement for it. If propose() finds one, begin to load the experts.
 
         Raises DeviceError if the device fails, DeviceLost if it is lost. now: the time in seconds.
         """

@@ -31,10 +31,11 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 def windows_conserved(e: Engine) -> Iterator[str]:
     """Yield a text for each error in the window blocks (K/V of layers with a sliding window) and their reservations.
 
-    A block must be exactly one of free, evictable and held, and its refcount the number of sequences that hold it. A
-    running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
-    block in the prefix cache must have the name of its tokens. The reservations of all running sequences must add up to
-    `e.windows.reserved`, which is at most `e.windows.limit`.
+    A block must be exactly one of free, evictable and held. Its refcount must be the number of sequences that hold it.
+    A running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
+    held block in the prefix cache must have as its name (its key there) the hash of its sequence's tokens up to its
+    end. The reservations of all running sequences must add up to `e.windows.reserved`, which is at most
+    `e.windows.limit`.
     """
     windows, holders = e.windows, Counter[int]()
     pool, running = windows.pool, e.scheduler.running
@@ -87,8 +88,8 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 def checkpoints_sound(e: Engine) -> Iterator[str]:
     """Yield a text for each inconsistency of the recurrent states that are saved for the prefix cache (checkpoints).
 
-    Names and slots must agree. Evictable slots must have a saved state, free ones must not. Each saved state must stand
-    at the end of a block in the prefix cache.
+    The map from block names to slots and the map from slots to block names must agree. Evictable slots must have a
+    saved state, free ones must not. Each saved state must stand at the end of a block in the prefix cache.
     """
     slots = e.slots
     if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:
@@ -119,6 +120,21 @@ def prefix_cache_sound(e: Engine) -> Iterator[str]:
             for block, name in zip(s.blocks, pool.names.chain(s.tokens(0, s.length), s.salt), strict=False):
                 if block in pool.cached and pool.cached[block].name != name:
                     yield f"block {block} of request {s.request.id} is in the prefix index under other tokens"
+
+
+def parents_kept(e: Engine) -> Iterator[str]:
+    """Yield a text for each K/V block that would leave the prefix cache before a block that follows it in a prefix.
+
+    A block in the cache may be evictable only if all cached blocks that follow it are evictable, too, and are evicted
+    earlier. Else blocks would stay in the cache that no prefix leads to, and routers, which know the names of cached
+    blocks alone, would take a prefix for cached because its last block is.
+    """
+    pool = e.pool
+    order = {block: at for at, block in enumerate(pool.evictable)}
+    for block, entry in pool.cached.items():
+        parent = pool.index.get(entry.parent)
+        if parent in order and order.get(block, len(order)) > order[parent]:
+            yield f"block {parent} of the prefix cache is evicted before block {block}, which follows it in a prefix"
 
 
 def sequences_conserved(e: Engine) -> Iterator[str]:
@@ -172,6 +188,7 @@ INVARIANTS = (
     windows_conserved,
     slots_conserved,
     prefix_cache_sound,
+    parents_kept,
     checkpoints_sound,
     sequences_conserved,
     queues_bounded,

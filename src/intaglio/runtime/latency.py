@@ -1,11 +1,13 @@
 """Latency estimator for admission control: predicts the duration of a request from recent steps and requests.
 
-Callers pass measured seconds in; the estimator reads no clock.
+StepFit is the model of step times, which a router pools over replicas. Callers pass measured seconds in; nothing here
+reads a clock.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEP_DECAY = 0.98  # each step multiplies the weights of earlier ones by this: a window of about 50 steps
@@ -16,38 +18,54 @@ LENGTH_MARGIN = 4.0  # the expected output length is at most this many times `ou
 SLOWDOWN_MIN, SLOWDOWN_MAX = 1 / 8, 8.0
 
 
-@dataclass
-class LatencyEstimator:
-    """Predicts durations. Models a step's time as `seconds_per_step + seconds_per_token * tokens`.
+@dataclass(frozen=True)
+class StepFit:
+    """Model of step times, `seconds_per_step + seconds_per_token * tokens`, from weighted least squares over steps.
 
-    Both coefficients are fitted by weighted least squares over the latest steps and are not below 0. While all steps
-    have the same number of tokens, the cost of a token cannot be fitted and is taken as 0. This errs towards admitting
-    a request, from which the model then learns; it could not learn from a refused one.
+    Both coefficients are not below 0. While all steps have the same number of tokens, the cost of a token cannot be
+    fitted and is taken as 0.
 
-    Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951): `output_length`, in tokens,
-    since most outputs end well before max_tokens; and `slowdown`, the ratio of measured to estimated time of a request,
-    which covers bursts and preemption. The slowdown changes slowly, because a request is observed only when it ends.
+    Attributes:
+        weight: sum of the weights of all steps; 0 before the first.
+        mean_tokens, mean_seconds: weighted means over steps of token rows and seconds.
+        tokens_squared: weighted sum over steps of (tokens - mean_tokens)^2.
+        tokens_by_seconds: weighted sum over steps of (tokens - mean_tokens) * (seconds - mean_seconds).
     """
 
-    slowdown: float = 1.0
-    output_length: float = math.inf  # until the first request has ended
-    weight: float = 0.0  # sum of the weights of all steps
-    mean_tokens: float = 0.0  # weighted means over steps: token rows, tokens sampled, seconds
-    mean_sampled: float = 0.0
+    weight: float = 0.0
+    mean_tokens: float = 0.0
     mean_seconds: float = 0.0
-    tokens_squared: float = 0.0  # weighted sums over steps of squares and products, about the means
+    tokens_squared: float = 0.0
     tokens_by_seconds: float = 0.0
 
-    def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
-        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens in `seconds`."""
-        self.weight = STEP_DECAY * self.weight + 1
-        ahead, more = tokens - self.mean_tokens, seconds - self.mean_seconds
-        share = 1 / self.weight
-        self.mean_tokens += share * ahead
-        self.mean_seconds += share * more
-        self.mean_sampled += share * (sampled - self.mean_sampled)
-        self.tokens_squared = STEP_DECAY * self.tokens_squared + (1 - share) * ahead * ahead
-        self.tokens_by_seconds = STEP_DECAY * self.tokens_by_seconds + (1 - share) * ahead * more
+    @classmethod
+    def pooled(cls, fits: Sequence[StepFit]) -> StepFit:
+        """The StepFit over the steps of all `fits` together, each step with its weight there. [] gives StepFit().
+
+        The sums about the common means follow from those about each mean by the parallel axis theorem.
+        """
+        weight = sum(f.weight for f in fits)
+        if not weight:
+            return cls()
+        tokens = sum(f.weight * f.mean_tokens for f in fits) / weight
+        seconds = sum(f.weight * f.mean_seconds for f in fits) / weight
+        return cls(
+            weight, tokens, seconds, sum(f.tokens_squared + f.weight * (f.mean_tokens - tokens) ** 2 for f in fits),
+            sum(f.tokens_by_seconds + f.weight * (f.mean_tokens - tokens) * (f.mean_seconds - seconds) for f in fits),
+        )  # fmt: skip
+
+    def with_step(self, tokens: int, seconds: float) -> StepFit:
+        """The StepFit after one more step, of `tokens` token rows and `seconds` seconds.
+
+        Its weight is 1; the weights of all earlier steps are multiplied by STEP_DECAY.
+        """
+        weight = STEP_DECAY * self.weight + 1
+        ahead, more, share = tokens - self.mean_tokens, seconds - self.mean_seconds, 1 / weight
+        return StepFit(
+            weight, self.mean_tokens + share * ahead, self.mean_seconds + share * more,
+            STEP_DECAY * self.tokens_squared + (1 - share) * ahead * ahead,
+            STEP_DECAY * self.tokens_by_seconds + (1 - share) * ahead * more,
+        )  # fmt: skip
 
     @property
     def seconds_per_token(self) -> float:
@@ -59,7 +77,34 @@ class LatencyEstimator:
     @property
     def seconds_per_step(self) -> float:
         """Intercept of the fit: seconds of a step that do not depend on its tokens."""
-        return self.mean_seconds - self.seconds_per_token * self.mean_tokens
+        return max(0.0, self.mean_seconds - self.seconds_per_token * self.mean_tokens)
+
+
+@dataclass
+class LatencyEstimator:
+    """Predicts durations from a StepFit, `steps`, of the latest steps.
+
+    While the cost of a token cannot be fitted, the estimate errs towards admitting a request, from which the model then
+    learns; it could not learn from a refused one.
+
+    Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951): `output_length`, in tokens,
+    since most outputs end well before max_tokens; and `slowdown`, the ratio of measured to estimated time of a request,
+    which covers bursts and preemption. The slowdown changes slowly, because a request is observed only when it ends.
+    """
+
+    slowdown: float = 1.0
+    output_length: float = math.inf  # until the first request has ended
+    steps: StepFit = StepFit()
+    mean_sampled: float = 0.0  # weighted mean over steps of the number of tokens sampled
+
+    def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
+        """Update the estimates with a step of `tokens` token rows that sampled `sampled` tokens and took `seconds`."""
+        self.steps = self.steps.with_step(tokens, seconds)
+        self.mean_sampled += (sampled - self.mean_sampled) / self.steps.weight
+
+    def forget_steps(self) -> None:
+        """Forget all steps so far, as if none had been observed. What is known of requests stays. Returns nothing."""
+        self.steps, self.mean_sampled = StepFit(), 0.0
 
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
         """Estimated seconds to prefill `prefill_tokens` tokens and then sample `output_tokens` for each sequence.
@@ -72,9 +117,10 @@ class LatencyEstimator:
             output_tokens: number of tokens to sample for each sequence.
             sequences: number of sequences that sample at the same time.
         """
-        rows = sequences * self.mean_tokens / self.mean_sampled if self.mean_sampled else 0
-        return self.seconds_per_token * prefill_tokens + output_tokens * (
-            self.seconds_per_step + self.seconds_per_token * rows
+        steps = self.steps
+        rows = sequences * steps.mean_tokens / self.mean_sampled if self.mean_sampled else 0
+        return steps.seconds_per_token * prefill_tokens + output_tokens * (
+            steps.seconds_per_step + steps.seconds_per_token * rows
         )
 
     def output_tokens(self, max_tokens: int) -> float:
@@ -114,7 +160,7 @@ class LatencyEstimator:
 
 
 def _moved(quantile: float, stride: float, above: bool) -> float:
-    """A tracked 90th percentile after one more observation: slightly larger if that was above it, else smaller.
+    """A tracked 90th percentile after one more observation: larger if the observation was above it, else smaller.
 
     Args:
         quantile: the percentile before.

@@ -85,9 +85,11 @@ class Launcher:
             yield from self.complete(launch)
 
     def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
-        """Start one step with these sequences. Returns its Launch, which has `retried` as given.
+        """Start one step with these sequences. Returns its Launch.
 
         Sequences whose grammar fails are ended with a fault and left out. Returns None if no sequence is left.
+
+        retried: True if the step is the second attempt of a single sequence whose step failed. The Launch keeps it.
         """
         ready = [(one, chunk) for one in scheduled if (chunk := self.chunk(one))]
         if not ready:
@@ -101,11 +103,12 @@ class Launcher:
         return launch
 
     def complete(self, launch: Launch) -> Iterator[Completed]:
-        """Wait for a launch and yield a Completed. If it failed, yield a Completed for each of its retries instead.
+        """Wait for a launch and yield a Completed. If it failed, launch its sequences again, and yield what completes.
 
-        A failed step has changed no state. Its sequences are launched again in two halves, and so on down to
-        single sequences. A single sequence that fails is launched once more without drafts, since a draft may
-        be the cause; if it fails again it ends with a fault. Raises DeviceLost.
+        A failed step has changed no state. Its sequences are launched again in two halves, a half that fails in two
+        quarters, and so on down to single sequences. A Completed is yielded for each launch that succeeds. A single
+        sequence that fails is launched once more without drafts, since a draft may be the cause; if it fails again it
+        ends with a fault. Raises DeviceLost if the device is lost.
         """
         try:
             with self._noting_loss(in_step=True):
@@ -173,10 +176,11 @@ class Launcher:
             self.executable.write_blocks(blocks, contents)
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """Call `call(executable)` and return its result; for anything that is not a step, such as reading expert loads.
+        """Call `call(executable)` while no step runs, and return its result.
 
-        The executable is the innermost one, inside all wrappers. Raises what `call` raises. If that is DeviceLost, the
-        sequences in flight are recorded in `in_flight`.
+        It is for work on the device that is not a step, such as reading how many tokens each expert got. The executable
+        is the innermost one, inside all wrappers. Raises what `call` raises. For a DeviceLost, the sequences in flight
+        are recorded in `in_flight`.
         """
         with self._noting_loss():
             return self.executable.between_steps(call)
@@ -185,8 +189,8 @@ class Launcher:
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
         """Context manager for device calls. If the code inside it raises DeviceLost, it notes what was lost.
 
-        `in_flight` gets the sequences of all launches under way, and `lost_in_step` gets `in_step`. The error is raised
-        on. The `with` statement yields None.
+        `in_flight` gets the sequences of all launches under way, and `lost_in_step` gets `in_step`. Then the error is
+        raised again. The `with` statement yields None.
 
         in_step: True if the code waits for a step; False if it copies K/V blocks.
         """

@@ -70,7 +70,10 @@ class LiveRequests:
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(now))
 
     def release(self, id: str) -> list[Sequence]:
-        """Take a request out without an event, and free its blocks. Returns its sequences not yet ended, as a list."""
+        """Take a request out without an event, and free its blocks.
+
+        Returns a list of its sequences that had not ended; [] if no request with this id is live.
+        """
         left = self.of(id)
         for s in left:
             self.scheduler.update_blocks(s)

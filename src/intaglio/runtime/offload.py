@@ -45,12 +45,13 @@ class SequenceLoad:
     Attributes:
         sequence: the sequence that waits.
         first: index, among the sequence's blocks, of the first block that is loaded.
-        keys: the blocks that are loaded.
-        load: the tier's load.
-        since: when it began or the last block came, in seconds by the engine's clock.
-        arrived: number of blocks that had come by then.
-        kept: None normally. If the load was stopped because no further block came in time: contents of the blocks that
-            had come by then, which are used.
+        keys: the BlockKey (name, parent, tokens) of each block that is loaded, in order.
+        load: the tier's handle of the transfer, to ask for what has arrived or to cancel it.
+        since: when the newest block arrived, or, before the first one, when the load began; in seconds by the engine's
+            clock.
+        arrived: number of blocks that had arrived at the time `since`.
+        kept: None normally. If the load was stopped because no further block came in time: the contents of the blocks
+            that had arrived, which are used.
     """
 
     sequence: Sequence
@@ -159,10 +160,10 @@ class Offload:
         self.unsaved += self.touch(blocks)
 
     def touch(self, blocks: list[int]) -> list[int]:
-        """Tell the tier that a sequence uses these blocks now. Returns a list of those that are in the prefix cache.
+        """Tell the tier that a sequence uses these blocks now, so that it evicts them later than others.
 
-        Without a tier the list is empty. Called also at the sequence's end: blocks that were saved meanwhile count as
-        used when the sequence began.
+        Returns a list of the blocks that are in the prefix cache; [] without a tier. Called when a sequence starts and
+        again when it ends: blocks that were saved while it ran were not in the tier at its start.
         """
         if not self.connector:
             return []
@@ -183,9 +184,10 @@ class Offload:
     def save(self) -> None:
         """Write the queued blocks to the tier, reading them from the device. Returns nothing.
 
-        started() and stored() queue blocks. A block is left out if the tier has it, if it is not in the prefix cache
-        any more, or if it was loaded since the last call: the tier, or the peer that it came from, has it. If the
-        device fails or the tier drops a block, the rest is not saved. Raises DeviceLost if the device is lost.
+        started() and stored() queue blocks. A block is left out if the tier has it, or if it is not in the prefix cache
+        any more. It is also left out if it was loaded since the last call, because the tier or peer that it came from
+        has it. If the device fails, or the tier refuses a block because it is busy or full, the rest of the queue is
+        dropped. Raises DeviceLost if the device is lost.
         """
         noted, self.unsaved = self.unsaved, []
         fetched, self.fetched = self.fetched, set()

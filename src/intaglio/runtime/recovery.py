@@ -16,10 +16,11 @@ MAX_DEVICE_LOSSES_PER_SEQUENCE = 2  # steps with only this sequence, no token be
 
 
 class Recovery:
-    """Replaces a lost device and ends a sequence that keeps losing it.
+    """Replaces a lost device, and ends a sequence whose steps make the device fail again and again.
 
     `restart` loads the same Program again on another device. Each loss allows `max_restarts` attempts; if all
-    fail, every sequence ends in error, and `failed` has the reason.
+    fail, every sequence ends in error, and `failed` has the reason. A sequence ends in error if the device is lost
+    MAX_DEVICE_LOSSES_PER_SEQUENCE times in steps with this sequence alone, with no token sampled between.
     """
 
     def __init__(

@@ -308,14 +308,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """A new token of choice `index` of a request, the end of the choice, both, or the scores of its prompt.
+    """What happened to a choice of a request: a new token, the choice's end, both, or the scores of the prompt.
 
     An event with a finish_reason is the last of its choice.
 
     Attributes:
         request: id of the request.
         index: number of the choice.
-        scored: the new token, or None.
+        scored: the new token as a Scored (its id, with log-probabilities if asked for), or None.
         finish_reason: stop, length, abort, deadline, or error with a `fault`.
         fault: why the choice ended in error; else None.
         usage: token counts and times, in the last event of a choice; else None.

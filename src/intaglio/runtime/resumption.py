@@ -69,7 +69,7 @@ class Resumption:
         return cls(request, choices, program, numerics)
 
     def check(self, program: str, numerics: str) -> None:
-        """Raise RequestError if an engine would not continue the request with the bits of the engine that began it.
+        """Raise RequestError if an engine could give other bits than the engine that began the request.
 
         program: hash of the engine's Program. numerics: its device, instruction set and layout, as text.
         """

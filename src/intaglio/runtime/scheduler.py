@@ -32,7 +32,7 @@ class ScheduledSequence:
 
     @property
     def samples(self) -> bool:
-        """True if the step computes the sequence's last token, so that a new one is sampled."""
+        """True if the step reaches the end of the sequence's known tokens, so that it also samples the next token."""
         return self.num_tokens == self.sequence.remaining and not self.sequence.request.scored
 
 
@@ -45,7 +45,8 @@ class Scheduler:
     preempts one before it, and admission checks that the pools can hold any single sequence. So the first running
     sequence always finishes.
 
-    If the model has recurrent state, each running sequence needs slots of `slots` for it, so fewer may run. Sequences
+    If the model has recurrent state, each running sequence also holds two slots for its state, from the SlotPool
+    `slots`. So the number of running sequences is limited by slots as well as by blocks. Sequences
     share blocks only up to a position at which the recurrent state was saved (see Checkpoints). If a draft is rejected,
     the state stays as it was before that step, and the next step computes the accepted tokens again.
     """
@@ -110,10 +111,11 @@ class Scheduler:
         return block
 
     def spare_slot(self) -> int:
-        """Number of a slot of recurrent state whose content is not needed; -1 if the model has no recurrent state.
+        """Number of a slot of recurrent state that a test step on a replaced device may overwrite.
 
-        The slot is available, or is the one that the last running sequence writes next. Call it only while no step
-        runs.
+        The slot is not allocated. It is an available slot if there is one. Otherwise it is the slot that the last
+        running sequence writes in its next step, whose content nobody reads before. -1 if the model has no recurrent
+        state. Call it only while no step runs.
         """
         if self.slots.free or self.slots.evictable:
             slot = self.slots.allocate()
@@ -124,9 +126,11 @@ class Scheduler:
     def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
         """The sequences of the next step, as a list of ScheduledSequence, with at most `max_batch_tokens` tokens.
 
-        Sequences in flight are left out. parts: number of steps (micro-batches) over which all sequences are divided
-        evenly. Allocates blocks, and preempts or starts sequences for it. Returns [] only if every sequence is in
-        flight or waits to start. Raises DeviceLost.
+        Sequences in flight are left out. K/V blocks are allocated for the step; for that, waiting sequences may be
+        started and running ones preempted. Returns [] only if every sequence is in flight or waits to start. Raises
+        DeviceLost if the device is lost.
+
+        parts: number of steps (micro-batches) over which all sequences are divided evenly.
         """
         scheduled: list[ScheduledSequence] = []
         self._preempt_for_priority()
@@ -273,7 +277,9 @@ class Scheduler:
     def update_blocks(self, sequence: Sequence) -> None:
         """Add the sequence's blocks that became full in the last step to the prefix cache.
 
-        Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
+        If a block of the same name is cached, the sequence shares that one, which has the same bits, and its own is
+        freed: so a sequence that holds a block also holds the cached blocks before it, and no block is evicted before
+        those that follow it. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
@@ -282,8 +288,12 @@ class Scheduler:
             block, tokens = sequence.blocks[sequence.indexed_blocks], sequence.tokens(at, at + size)
             self.windows.add_to_prefix_cache(sequence, sequence.indexed_blocks, parent, tokens)
             sequence.prefix_name = pool.add_to_prefix_cache(block, parent, tokens)
+            if (cached := pool.index[sequence.prefix_name]) != block:
+                pool.share([cached])
+                pool.release([block])
+                sequence.blocks[sequence.indexed_blocks] = cached
             sequence.indexed_blocks += 1
-            self.offload.stored(pool.index[sequence.prefix_name])  # another block, if one of this name was cached
+            self.offload.stored(cached)
         needed = pool.blocks_for(sequence.length)
         pool.release(sequence.blocks[needed:])
         del sequence.blocks[needed:]
@@ -322,9 +332,10 @@ class Scheduler:
         """Add draft tokens (speculative decoding) to the sequences of a step. Returns a new list of ScheduledSequence.
 
         All drafts together are at most `budget` tokens, and need no preemption: a sequence gets only drafts for which
-        blocks are available. A sequence gets none if it samples no token in this step or is suspected of a device loss.
-        A sequence with recurrent state gets none if more than `max_drafts` tokens have to be computed again after
-        rejected drafts; otherwise its state might never advance.
+        blocks are available. A sequence gets no drafts if it samples no token in this step, or if it is suspected of
+        having made the device fail. After rejected drafts, a sequence with recurrent state computes its accepted tokens
+        again in its next step. If these are more than `max_drafts`, it gets no new drafts: a state advances only in
+        steps without rejected drafts, so it might never advance otherwise.
         """
         drafted = []
         for one in scheduled:

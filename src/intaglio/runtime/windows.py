@@ -87,13 +87,14 @@ def with_windows(
 class Windows:
     """Window blocks (K/V of layers with a sliding window) of all sequences, with a prefix cache of their own.
 
-    Does nothing if `state.window_pages` is 0.
+    Each block is kept in a page, which is a block's room in the device's memory. If `state.window_pages` is 0, layers
+    with windows share the pages of other layers, and the methods here do nothing.
 
     Each running sequence reserves window blocks for its tokens so far and its next drafts, but no more than a window
     needs (see reservations()). A further `step_blocks` blocks are kept for the rows of the steps under way. So a step
     never lacks a window block. When a reservation cannot grow, the scheduler preempts the last sequence. A prefix is
     found in the prefix cache only if the window blocks that the token after it sees are cached too. Released blocks
-    that are in the prefix cache stay there until their place is needed; the one released first is evicted first.
+    that are in the prefix cache stay there until their room is needed; the block released first is evicted first.
 
     Args:
         state: gives the window and the number of window pages. The last page is used only to test a replaced device.
@@ -153,8 +154,9 @@ class Windows:
     def start(self, sequence: Sequence, names: Many[str]) -> None:
         """Reserve window blocks for a sequence that starts, and share the cached ones that its next token sees.
 
-        Call it only if fits() is True, and with blocks that usable() allows. names: names of the prefix's blocks that
-        the sequence reuses from the prefix cache.
+        Call it only if fits() is True.
+
+        names: names of the leading blocks that the sequence reuses from the prefix cache, at most usable() of them.
         """
         if not self.on:
             return
@@ -166,9 +168,10 @@ class Windows:
         sequence.window_blocks = [-1] * first + shared
 
     def grow(self, sequence: Sequence) -> bool:
-        """Raise a running sequence's reservation of window blocks for its newest tokens. Returns True.
+        """Raise a running sequence's reservation of window blocks so that it covers its newest tokens.
 
-        Returns False, and reserves nothing more, if the other sequences have reserved too many.
+        Returns True if the reservation covers them now. Returns False, and reserves nothing more, if all reservations
+        together would exceed `limit`.
         """
         more = self._needed(sequence) - sequence.window_reserved if self.on else 0
         if more > 0 and self.reserved + more > self.limit:
@@ -178,7 +181,10 @@ class Windows:
         return True
 
     def extend(self, sequence: Sequence, stop: int) -> None:
-        """Before a step: give a sequence window blocks for its positions below `stop`."""
+        """Before a step: allocate the window blocks that a sequence lacks for its positions below `stop`.
+
+        Blocks are always available: reservations and the `step_blocks` of the class see to that.
+        """
         if self.on:
             missing = self.pool.blocks_for(stop) - len(sequence.window_blocks)
             sequence.window_blocks += self.pool.allocate(max(0, missing))
@@ -186,7 +192,7 @@ class Windows:
     def add_to_prefix_cache(self, sequence: Sequence, at: int, parent: str, tokens: Many[int]) -> None:
         """Add a sequence's full block at index `at`, a child of the block named `parent`, to the prefix cache.
 
-        tokens: the block's token ids. Does nothing if the block was given back.
+        tokens: the block's token ids. Does nothing if the sequence no longer holds the block, as after give_back().
         """
         if self.on and sequence.window_blocks[at] >= 0:
             self.pool.add_to_prefix_cache(sequence.window_blocks[at], parent, tokens)
@@ -217,7 +223,7 @@ class Windows:
     def _needed(self, sequence: Sequence) -> int:
         """Number of window blocks to reserve for a sequence's tokens so far and its next drafts, an int.
 
-        At most `self.most`, the number with which a window is always covered (see reservations()).
+        It is at most `self.most`, the number of blocks that a window can touch wherever it stands (see reservations()).
         """
         tokens = min(sequence.length + self.max_drafts, sequence.max_kv_tokens(self.context))
         return min(self.most, self.pool.blocks_for(tokens))

@@ -21,6 +21,7 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -271,8 +272,7 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
         "draining": snapshot.gauges.draining, "failed": model.broken or model.hanging(step_timeout),
         "max_batch_tokens": admission.max_batch_tokens, "max_sequences": engine.scheduler.max_sequences,
         "prompt_tokens": snapshot.counts.prompt_tokens, "cached_tokens": snapshot.counts.cached_tokens,
-        "output_tokens": snapshot.counts.output_tokens, "per_step": engine.latency.seconds_per_step,
-        "per_token": engine.latency.seconds_per_token, "incarnation": own,
+        "output_tokens": snapshot.counts.output_tokens, "steps": astuple(engine.latency.steps), "incarnation": own,
         "tier": dict(vars(model.llm.tier.counts)) if model.llm.tier else {},
     }  # fmt: skip
 

@@ -36,8 +36,10 @@ class Cache:
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
         """Record an access to a region of HBM. Returns the bytes moved between HBM and cache, both directions summed.
 
-        Lines that are read and not in the cache are fetched. Dirty lines that are evicted to make room are written
-        back. A cache of size 0 moves all bytes of the region.
+        Lines that are read and not in the cache are fetched. If the region's rows are apart, as columns of a matrix
+        are, whole lines count: the columns beside them are in the cache from then on. Otherwise only the region's bytes
+        count. Dirty lines that are evicted to make room are written back. A cache of size 0 moves all bytes of the
+        region.
 
         Args:
             region: the region.
@@ -66,7 +68,11 @@ class Cache:
         self.uses.append(lines)
         self.held += missed
         self.dirty[lines] |= writes
-        self.fetched = 0.0 if writes else float(min(missed * LINE, region.nbytes))
+        apart = (
+            region.rows > 1 and region.stride - region.row_bytes >= LINE
+        )  # rows share no line, so all of it is theirs
+        most = missed * LINE if apart else min(missed * LINE, region.nbytes)
+        self.fetched = 0.0 if writes else float(most)
         return self.fetched + self._evict() * LINE
 
     def _evict(self) -> int:

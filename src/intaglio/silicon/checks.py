@@ -29,10 +29,14 @@ def describe_waits(i: Instruction) -> str:
 
 
 def check(target: Target, stream: Stream) -> None:
-    """Raise MachineError, naming site, engine and instruction, for a fault of a stream. Returns nothing.
+    """Raise MachineError if a stream has a fault. Returns nothing if it has none.
 
-    The fault is the first instruction that the chip refuses or that overflows a memory; if there is none, the first
-    race, or a deadlock if no race comes before it.
+    1. Raise for the first instruction that the chip refuses, or that addresses bytes beyond the end of SRAM or
+       accumulators.
+    2. If there is none, follow the instructions in an order in which they can run. Raise for the first race (two
+       accesses to the same bytes that no wait orders), or for a deadlock if no race comes before it.
+
+    The message names site (the op's place in the model), engine and instruction.
     """
     for i in stream.instructions:
         if why := refusal(i, target) or overflow(target, i):
@@ -122,8 +126,8 @@ def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
 class Blocked:
     """An engine that cannot continue, for the error of a deadlock.
 
-    what: text that says which engine it is and what it waits for. waits_for: key of the engine whose progress would end
-    the wait; None if nothing can end it.
+    what: text that says which instruction cannot start, and what it waits for. waits_for: key of the engine whose
+    progress would end the wait; None if nothing can end it.
     """
 
     what: str
@@ -156,9 +160,10 @@ class Entry:
 
     Attributes:
         region: the region.
-        overlapping: the Entries of all regions that share a byte with it, this one included.
-        last: the last read and the last write of each engine, by (engine, True for the write): (instruction's number on
-            its engine, position in the order of ordered()).
+        overlapping: the Entries of all regions that share a byte with `region`, this Entry included.
+        last: the last read and the last write of each engine: {(engine, True for a write): (n, step)}. The access is
+            that of the engine's n-th instruction, counted from 1. `step` is the instruction's place, counted from 0, in
+            the order in which check() follows the instructions of all engines.
     """
 
     region: Region
@@ -166,10 +171,11 @@ class Entry:
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
-        """The latest access that races with a new access by `engine`: (engine, instruction number, True if it writes).
+        """The latest earlier access that races with a new access; None if there is no race.
 
-        None if there is no race. writes: True if the new access writes. known: for each engine, the number of its
-        instructions that have certainly finished.
+        The earlier access is given as (its engine, number of its instruction on that engine, True if it is a write).
+        engine: the engine of the new access. writes: True if the new access is a write. known: for each engine, the
+        number of its instructions that have certainly finished.
         """
         found = [
             (step, other, n, wrote)

@@ -50,9 +50,10 @@ class RunResult:
     Attributes:
         seconds: until the last instruction ended.
         busy: {name of an engine: seconds in which it was in use}, summed over the cores.
-        stalls: idle seconds by (engine, engine whose result it waited for, or "start").
+        stalls: {(idle engine, engine for whose result it waited): seconds}, summed over the cores. Instead of the
+            second engine, "start" counts idle time before any engine of the core has finished an instruction.
         bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
-        spans: the executed instructions, if the machine records them.
+        spans: the executed instructions, in the order of their ends; [] if the machine does not record them.
         label: purpose of this launch, such as "rounding", if a kernel has several launches; "" for its main launch.
     """
 
@@ -66,19 +67,20 @@ class RunResult:
 
 @dataclass
 class Core:
-    """State of one core during a run. Lists have one item for each of ENGINES.
+    """State of one core during a run. Seconds count from the start of the run.
 
     Attributes:
         stream: the core's Stream.
         memory: the memory spaces that the core addresses.
-        queues: a list of each engine's instructions, in order.
-        engines: numbers of the engines that have an instruction.
-        started: number of instructions started.
-        finished: number of instructions whose result is visible.
-        busy: True while the engine runs an instruction.
-        free_at: seconds at which the engine last started or ended an instruction.
-        visible_at: seconds at which the last result becomes visible.
-        last_finished: name of the engine that finished an instruction last; "": none has.
+        queues: for each engine (in the order of ENGINES), the list of its instructions in order.
+        engines: numbers (indices into ENGINES) of the engines that have an instruction.
+        started: for each engine, number of instructions started.
+        finished: for each engine, number of instructions whose result is visible.
+        busy: for each engine, True while it runs an instruction.
+        free_at: for each engine, seconds at which it last started an instruction (while it is busy) or ended one (while
+            it is idle). 0 before the first.
+        visible_at: for each engine, seconds at which its latest result becomes visible. 0 before the first.
+        last_finished: name of the engine of this core that finished an instruction last; "": none has.
     """
 
     stream: Stream
@@ -305,9 +307,10 @@ class Machine:
                 self._start_ready(other)
 
     def _start_ready(self, c: int) -> None:
-        """On each idle engine of core `c`, start the next instruction if its waits are met.
+        """On each idle engine of core number `c`, start the next instruction if it can start. Returns nothing.
 
-        A Receive also needs its message to have arrived.
+        An instruction can start when other engines have finished as many instructions as its `wait` demands. A Receive
+        also needs its message to have arrived.
         """
         core = self.cores[c]
         for engine in core.engines:
@@ -359,20 +362,22 @@ class Machine:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
     def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float, float]:
-        """Record a transfer in the L2's model. Returns (HBM bytes, missed fraction, time when the L2 has all bytes).
+        """Record a transfer in the model of the L2. Returns (HBM bytes, missed fraction, ready time).
 
-        - HBM bytes: bytes that the L2 reads from HBM or writes back for it.
+        - HBM bytes: bytes that the L2 reads from HBM, or writes back to HBM, because of this transfer.
         - Missed fraction: for a Load, the fraction of its bytes that the L2 fetches from HBM. The Load's latency is
-          this fraction of HBM's latency. (The L2's own latency is in the fitted launch overhead.) Other transfers: 1.
-        - Time: seconds since the start of the run at which the L2 has received lines that an earlier transfer fetches
-          and this Load reads; 0 if there are none, and for other transfers.
+          this fraction of HBM's latency. (The L2's own latency is in the fitted launch overhead.) For any other
+          instruction: 1.
+        - Ready time: a Load may read L2 lines that an earlier transfer is still fetching from HBM. The ready time is
+          when the last of these lines arrives, in seconds since the start of the run. 0 if there are no such lines, and
+          for any other instruction.
 
-        Rows of Gather and Scatter count as misses of the L2, since their addresses depend on values.
+        Gather and Scatter always miss the L2 in this model, since their addresses depend on values.
         """
         cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0
         if isinstance(i, Load):
             missed = cache.access(i.src, writes=False, arrival=self.now + cost.latency_s)
-            part, ready = cache.fetched / cost.bytes, cache.ready
+            part, ready = min(1.0, cache.fetched / cost.bytes), cache.ready
         elif isinstance(i, Store):
             missed = cache.access(i.dst, writes=True)
         else:
@@ -391,7 +396,11 @@ class Machine:
             raise MachineError(f"deadlock: {cycle(blocked)}")
 
     def _blocked(self, c: int, i: Instruction) -> Blocked:
-        """The Blocked record of instruction `i` of core `c`, which cannot start: what it waits for, and for whom."""
+        """The Blocked record of an instruction that cannot start, for the error of a deadlock.
+
+        The record says in words what the instruction waits for, and gives (core, engine) of the engine that has to act
+        first; None if no stream sends the message that a Receive waits for. c: number of the instruction's core.
+        """
         core = self.cores[c]
         what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "
         for e, n in enumerate(i.wait):

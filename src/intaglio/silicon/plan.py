@@ -24,12 +24,15 @@ from intaglio.silicon.timing import Timing
 
 
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
-    """Exposed seconds of each collective with dual-batch overlap, as a dict by the collective's index.
+    """Exposed seconds of each collective with dual-batch overlap: the seconds in which no compute hides it.
 
-    They are the seconds in which no compute hides the collective. Two halves of the batch alternate: one computes
-    while the other communicates. Each half runs its ops in order, and the second half is never ahead of the first. If
-    both could compute, the one closer to its next collective does, which keeps the links busy. Seconds in which neither
-    half computes are counted for one collective: the one after whose end a half computes again.
+    Returns a dict {index of the collective in the list of ops: seconds} with all collectives; a collective that is
+    hidden completely has 0.
+
+    Two halves of the batch alternate: one computes while the other communicates. Each half runs its ops in order, and
+    the second half is never ahead of the first. If both could compute, the one closer to its next collective does,
+    which keeps the links busy. Seconds in which neither half computes end when one half computes again, or with the
+    step. They count for the latest collective of that half; at the end of the step, of the second half.
 
     seconds: for each op, its seconds for the first and for the second half. is_collective: for each op, True if it is a
     collective.
@@ -45,10 +48,10 @@ class Schedule:
     """When each op of one step ends.
 
     Attributes:
-        timings: the Timing of each distinct kernel of the Plan. If weights are prefetched, its seconds do not count
-            their transfer.
-        ends: seconds from the start of the step to the end of each op.
-        stalled: for each op, True if it waited for its weights.
+        timings: the Timing of each distinct kernel of the Plan. If weights are prefetched, its `seconds` do not count
+            the transfer of the weights.
+        ends: for each op, seconds from the start of the step to the end of the op.
+        stalled: for each op, True if the op waited for its weights.
     """
 
     timings: tuple[Timing, ...]
@@ -109,10 +112,9 @@ class Plan:
         return done.seconds, sum(joules(self.target.chip, kernels, done.seconds).values())
 
     def fastest(self, sizes: BatchSizes) -> Schedule:
-        """The Schedule of one step: of the whole batch, or of its two halves if that is faster.
+        """The Schedule of one step with the shortest time: of the whole batch, or of two halves that overlap.
 
-        Halves are tried only with a library that has dual-batch overlap, if the step communicates and has at least 2
-        tokens.
+        Halves are tried only if the library has dual-batch overlap, and the step has collectives and at least 2 tokens.
         """
         whole = self.schedule(sizes)
         communicates = any(t.link_bytes for t in whole.timings)
@@ -121,10 +123,11 @@ class Plan:
         return min(whole, self.schedule(sizes, sizes.halves()), key=lambda s: s.seconds)
 
     def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Schedule:
-        """The Schedule of a step, op after op, of the whole batch or of its two `halves`.
+        """The Schedule of a step whose ops run one after the other. sizes: of the whole batch.
 
-        With halves, an op takes the seconds of both halves together, but a collective only its exposed seconds. HBM
-        delivers the weights once for both.
+        halves: sizes of the two halves of the batch, to model dual-batch overlap; (): the batch is not divided. With
+        halves, an op takes the seconds of both halves together, but a collective takes only its exposed seconds, see
+        exposed_seconds(). HBM delivers the weights once for both halves.
         """
         chip, library = self.target.chip, self.target.library
         whole = tuple(self.timings(sizes))
@@ -150,6 +153,9 @@ class Plan:
         return Schedule(whole, tuple(ends), tuple(stalled))
 
     def timings(self, sizes: BatchSizes) -> list[Timing]:
-        """A list of the Timing of each distinct kernel, with weights prefetched if the library does so."""
+        """The Timing of each distinct kernel in a step of these sizes, as a list in the order of self.kernels.
+
+        Overlap of kernels is not counted. If the library prefetches weights, `seconds` do not count their transfer.
+        """
         prefetched = self.target.library.prefetches_weights
         return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, prefetched) for k in self.kernels]

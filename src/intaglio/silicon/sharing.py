@@ -14,8 +14,9 @@ MANY = -1
 class SharedHbm:
     """Finds conflicts in a run: two cores access the same byte of HBM, and one of them writes it.
 
-    The simulator refuses them, because the order of two cores' accesses is not defined. For each byte it is kept which
-    core wrote it and which core read it (MANY if several cores did).
+    The simulator refuses a run with a conflict, because the order of two cores' accesses is not defined. For each byte
+    this object keeps the number of the core that has written it, and of the core that has read it: 0 if none has, core
+    number + 1, or MANY if several cores have read it.
     """
 
     def __init__(self) -> None:
@@ -24,8 +25,8 @@ class SharedHbm:
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
         """Record that `core` reads or writes the bytes at `indices`. Returns "" if there is no conflict.
 
-        There is a conflict if another core has written one of the bytes, or if `writes` and another core has read one.
-        The result is then "writes" or "reads", for what the other core has done.
+        If another core has written one of the bytes, there is a conflict, and "writes" is returned. If another core has
+        read one of the bytes and this core writes (`writes` is True), there is a conflict, and "reads" is returned.
         """
         if not indices.size:
             return ""

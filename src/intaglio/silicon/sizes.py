@@ -25,8 +25,8 @@ class BatchSizes:
     """Sizes of a batch, on which the time of a step depends.
 
     Attributes:
-        tokens: number of token rows.
-        rows: number of rows whose logits are wanted.
+        tokens: number of tokens that the step computes, one row of activations each.
+        rows: number of tokens whose logits are wanted.
         sequences: a tuple of (queries, keys, n): n sequences have this number of queries and of keys.
         filtered: True if any row is sampled with top-k or top-p.
     """
@@ -38,7 +38,10 @@ class BatchSizes:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """A dict of the values of the symbolic dimensions T, S and R."""
+        """Values of the symbolic dimensions of tensor shapes, as a dict {"T": ..., "S": ..., "R": ...}.
+
+        T is the number of tokens, S the number of sequences, R the number of tokens whose logits are wanted.
+        """
         return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
     @cached_property
@@ -51,8 +54,9 @@ class BatchSizes:
         return BatchSizes(self.tokens, self.rows, ((1, 1, self.sizes["S"]),), self.filtered)
 
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
-        """Divide the batch into two halves whose tokens, and whose rows, differ by at most one; returns their sizes.
+        """Divide the batch into two halves. Returns the BatchSizes of the first and of the second half.
 
+        Their numbers of tokens differ by at most one, and so do their numbers of rows (tokens whose logits are wanted).
         Each group of sequences with equal numbers of queries and keys is divided equally. If a group has an odd number
         of sequences, one sequence is cut in the middle of its queries, and the first half gets the earlier queries. A
         sequence with a single query is not cut: it goes to the half with fewer tokens so far, or, if the halves have
@@ -76,7 +80,10 @@ class BatchSizes:
         return a, b
 
     def rows_of(self, dim: int | str) -> int:
-        """The size of a tensor dimension: `dim` itself, or the value of its symbol."""
+        """The size of a tensor dimension in this step: `dim` itself, or the size that self.sizes has for a name.
+
+        Raises KeyError for an unknown name.
+        """
         return self.sizes[dim] if isinstance(dim, str) else dim
 
     def batch(self) -> Batch:

@@ -27,14 +27,14 @@ class TileLoop:
         work_s: seconds that a job computes on the vector lanes.
         read_s: the first part of work_s, after which the job's tile may be loaded again; 0: all of work_s.
         store: bytes that a job stores.
-        depth: number of a core's tiles for loads, and of its tiles for results. It is also the largest number of jobs
-            that overlap on a core.
+        depth: number of tile buffers that a core has for loads; it has as many for results. This is also the largest
+            number of jobs that overlap on a core.
         once: bytes that each core loads before its first job, in addition to its jobs' bytes.
         pieces: parts of a job's bytes that are loaded, computed and stored one after the other, each from a ring of its
             own; they sum to 1.
         in_place: True if a tile is stored from where it was loaded, so that it is free only after its store.
-        load_missed: bytes that HBM moves for each loaded byte.
-        store_missed: bytes that HBM moves for each stored byte.
+        load_missed: bytes that HBM moves for each loaded byte; 0: the L2 has all operands.
+        store_missed: bytes that HBM moves for each stored byte; 0: the L2 keeps all results.
         store_s: minimum seconds of a job's store; 0: no minimum.
     """
 
@@ -64,10 +64,10 @@ class TileLoop:
         return seconds
 
     def through_l2(self, target: Target, l2: L2) -> tuple[float, float]:
-        """(seconds, bytes that HBM moves) of the loop if `l2` says which accesses miss the L2.
+        """Simulate the loop together with the L2. Returns (seconds, bytes that HBM moves); (0.0, 0.0) without jobs.
 
-        The seconds are from the first load to the last store, without launch overhead. load_missed and store_missed are
-        not used. Every job of one core is followed. `l2` changes: afterwards it is the L2 at the end of the loop.
+        `l2` decides which accesses miss the L2, instead of load_missed and store_missed. The call changes `l2` to its
+        state at the end of the loop. The seconds are from the first load to the last store, without launch overhead.
         """
         if self.jobs <= 0:
             return 0.0, 0.0
@@ -89,12 +89,13 @@ class L2:
 
     All cores access a tile each at the same time, so an access is counted for all of them together.
 
-    reads: bytes of all operands. capacity: bytes of the L2, above 0. source: where operands are before the loop:
+    reads: bytes of all operands. writes: bytes of all results. capacity: bytes of the L2, above 0. source: where the
+    operands are before the loop:
 
-    - "l2": the op before has just written them there. As long as nothing is evicted, loads hit. Once it is full, each
-      result evicts the operand bytes that are loaded next, so that all later loads miss.
+    - "l2": in the L2, since the op before has just written them. Loads hit as long as nothing is evicted. Once the L2
+      is full, each result evicts the operand bytes that are loaded next, so that all later loads miss.
     - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
-    - "gathered": read by index. All loads count as misses, and bring nothing into the L2.
+    - "gathered": in HBM, and read by index. All loads count as misses, and bring nothing into the L2.
     """
 
     def __init__(
@@ -109,10 +110,10 @@ class L2:
         self.stores = False  # True if a store has begun
 
     def load(self, size: float, stored: float) -> tuple[float, float, float]:
-        """Record that cores load `size` bytes together: (fraction of the loads that miss, bytes read, bytes written).
+        """Record that all cores together load `size` bytes.
 
-        The last two are bytes that HBM moves. stored: bytes that the cores store at the same time: they may evict what
-        some of them load.
+        Returns (fraction of the bytes that miss, bytes that HBM reads, bytes that HBM writes for evictions). stored:
+        bytes that all cores together store at the same time, which may evict some of the bytes to load.
         """
         if self.gathered:
             return 1.0, size, 0.0
@@ -125,12 +126,15 @@ class L2:
         return missed, missed * size, self.evict()
 
     def store(self, size: float) -> float:
-        """Record that cores store `size` bytes together. Returns the bytes that HBM writes for it."""
+        """Record that all cores together store `size` bytes. Returns the bytes that HBM writes for evictions."""
         self.held, self.stores = self.held + size, True
         return self.evict()
 
     def evict(self) -> float:
-        """Evict bytes until the rest fits. Returns how many of them a store had written, which HBM writes now."""
+        """Evict bytes until the others fit the L2. Returns how many of the evicted bytes HBM must write.
+
+        HBM writes evicted bytes that a store of this loop wrote. Evicted operands need no write.
+        """
         over = max(0.0, self.held - self.capacity)
         self.held -= over
         if over and self.unread:
@@ -145,9 +149,10 @@ class L2:
 class _Core:
     """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
 
-    The pieces of all jobs are counted from 0 on each core, and called jobs here. full: number of jobs of the loop that
-    every core has. rest: number of cores that have one more job. l2: says which accesses miss the L2; None:
-    loop.load_missed and loop.store_missed say it.
+    In this class a "job" is one piece of a job of the loop (TileLoop.pieces); each core numbers its jobs from 0.
+
+    full: number of jobs of the loop that every core has. rest: number of cores that have one more. l2: model of the L2,
+    which decides which accesses miss; None: loop.load_missed and loop.store_missed are used instead.
     """
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int, l2: L2 | None = None) -> None:
@@ -160,7 +165,7 @@ class _Core:
         return self.target.chip.cores if job < self.full * len(self.loop.pieces) else self.rest
 
     def piece(self, job: int) -> float:
-        """The part of a job's bytes that job number `job` has."""
+        """Size of job number `job`, as a fraction of a whole job of the loop."""
         return self.loop.pieces[job % len(self.loop.pieces)]
 
     def begin_load(self, job: int, storing: int | None) -> _Flow:
@@ -188,10 +193,11 @@ class _Core:
         return _Flow(size, users, users * (written > 0), written / (users * size))
 
     def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
-        """(bytes/s of the core's current load, bytes/s of its current store). All cores share the memories' bandwidth.
+        """The bandwidth of this core's current transfers: (bytes/s of its load, bytes/s of its store).
 
-        The model lets all cores with a job of the same number load or store at the same time. load, store: the
-        transfers; None: the core has no load, or no store, and this rate is 0.
+        Other cores make the same transfers at the same time: each core that has a job with this job's number. All of
+        them share the bandwidth of the L2 and of HBM equally. load, store: the core's transfers. None: there is no such
+        transfer, and its rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [flow for flow in (load, store) if flow is not None]
@@ -258,10 +264,13 @@ class _Core:
 
 @dataclass(frozen=True)
 class _Flow:
-    """A transfer of one core, which other cores make at the same time.
+    """A transfer of one core, while other cores make an equal transfer.
 
-    size: bytes of the core. users: cores that make the transfer. missing: those of them for which HBM moves bytes.
-    missed: bytes that HBM moves for each byte of one of these; the followed core is one of them, if there are any.
+    Attributes:
+        size: bytes that one core moves.
+        users: number of cores that make the transfer, this core included.
+        missing: number of these cores for which HBM moves bytes; may be a fraction. Above 0, this core is one of them.
+        missed: for each of the `missing` cores, bytes that HBM moves for each byte of `size`.
     """
 
     size: float

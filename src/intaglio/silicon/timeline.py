@@ -60,7 +60,7 @@ class Timeline:
         return max((e.end for e in self.ops), default=0.0)
 
     def busy(self) -> dict[str, float]:
-        """A dict of the seconds that each engine and memory was in use, by name."""
+        """Seconds in which each engine and memory was in use, summed over all ops, as a dict by name such as "MXU"."""
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
             for engine, seconds in e.timing.busy.items():
@@ -68,10 +68,10 @@ class Timeline:
         return dict(out)
 
     def spent_on(self) -> dict[str, float]:
-        """A dict of the seconds of the step by bottleneck; they sum to the step's time.
+        """The seconds of the step by bottleneck, as a dict {name of an engine or memory: seconds}.
 
-        An op's busy time counts for the engine or memory that bounds it, or that it stalled on; the rest of
-        its time counts as "launch, ramps and tails".
+        They sum to the step's time. The largest busy time of an op counts for the engine or memory with that time; if
+        the op stalled on HBM, it counts for HBM instead. The rest of the op's time counts as "launch, ramps and tails".
         """
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
@@ -152,8 +152,9 @@ class Timeline:
     def as_dict(self, format: str) -> dict[str, Any]:
         """A dict of the step's figures for JSON: seconds, FLOPs, bytes, shares, joules, and the text of report().
 
-        format: the number format, such as "e4m3", for whose peak FLOP/s the share is given. Raises ChipError if the
-        chip's array does not multiply it.
+        The shares, 0 to 1, are the fractions of three peak rates that the step reaches: "flops_share" of FLOP/s,
+        "hbm_share" of HBM's bytes/s, "link_share" of the links' bytes/s. format: the number format, such as "e4m3", for
+        which peak FLOP/s is taken. Raises ChipError if the chip's array does not multiply this format.
         """
         total = self.totals()
         return {
@@ -202,14 +203,21 @@ def chrome_trace(chips: Sequence[Timeline]) -> str:
 
 
 def metadata_event(name: str, pid: int, tid: int, value: str) -> dict[str, Any]:
-    """A trace event, as a dict, that names a process or a row."""
+    """A metadata event of Chrome's trace format, as a dict. It gives a process or a thread (one row) the name `value`.
+
+    name: "process_name" to name process `pid`, or "thread_name" to name thread `tid` of this process.
+    """
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": {"name": value}}
 
 
 def duration_event(
     name: str, kind: str, pid: int, tid: int, start: float, seconds: float, args: dict[str, Any]
 ) -> dict[str, Any]:
-    """A trace event, as a dict, with a start and a duration in seconds (written in microseconds)."""
+    """A complete event of Chrome's trace format, as a dict: a named block in row `tid` of process `pid`.
+
+    kind: the event's category. start, seconds: start and duration in seconds; the dict has microseconds. args: further
+    values that the viewer shows.
+    """
     return {
         "ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid, "ts": start * 1e6, "dur": seconds * 1e6,
         "args": args,

@@ -5,7 +5,21 @@ from __future__ import annotations
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.recurrent import Recurrence, plan_recurrence
 from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled
-from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Moment, Norm, Op, Permute, Rope, Sample, ShortConv
+from intaglio.ops import (
+    Attend,
+    AttendPooled,
+    Embed,
+    HeadLinear,
+    KvWrite,
+    Linear,
+    Moment,
+    Norm,
+    Op,
+    Permute,
+    Rope,
+    Sample,
+    ShortConv,
+)
 from intaglio.program import Program
 
 
@@ -19,7 +33,7 @@ def make_plan(p: Program, layout: Layout) -> Plan:
     """
     plan: Plan = {}
     for op in p.ops:
-        if isinstance(op, Attend) and layout.tp > 1:
+        if isinstance(op, Attend | AttendPooled) and layout.tp > 1:
             plan_heads(p, op, layout, plan)
         elif isinstance(op, Recurrence) and layout.tp > 1:
             plan_recurrence(p, op, layout, plan)
@@ -49,7 +63,7 @@ def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
         plan[op.state] = shares[0]
 
 
-def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
+def plan_heads(p: Program, op: Attend | AttendPooled, layout: Layout, plan: Plan) -> None:
     """Split an attention op by heads: add to `plan` how the tensors before it are divided among tp lanes (ranks).
 
     Query heads are divided evenly; a lane has the kv heads that its query heads read. Two kinds of items are added: the
@@ -59,7 +73,8 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads, or
     if queries, keys or values are computed from anything but projections.
     """
-    lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
+    lanes, cache = layout.tp, op.cache if isinstance(op, AttendPooled) else op.k_cache
+    kv = int(p.tensors[cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):
         fit = [str(n) for n in range(1, op.heads + 1) if kv % n == 0 or (n % kv == 0 and op.heads % n == 0)]
         raise LayoutError(
@@ -79,7 +94,7 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     plan |= {q: scaled(heads, int(p.tensors[q].shape[1]) // op.heads) for q in queries}
     if kv == 1:
         return  # every lane holds the only one
-    for write in (w for w in p.ops if isinstance(w, KvWrite) and w.k_cache == op.k_cache):
+    for write in (w for w in p.ops if isinstance(w, KvWrite) and w.k_cache == cache):
         for x, cache in ((write.k, write.k_cache), (write.v, write.v_cache)):
             found = roots(p, x, (Rope, Norm))
             if found is None:

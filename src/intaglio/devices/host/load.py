@@ -26,6 +26,7 @@ from intaglio.devices.host.layout import Home, HostLayout, buffer_key, columns_o
 from intaglio.devices.weights import assemble, check_slots, zeroed_state
 from intaglio.formats import Quantised
 from intaglio.ops import AllReduce, Map, Op, Tensor, Value
+from intaglio.ops.op import dim_size
 from intaglio.program import Program
 from intaglio.program.source import strips
 
@@ -229,12 +230,13 @@ class _Loader:
             check_slots(t, self.state)
             return self.native.states(self.state.slots, math.prod(int(d) for d in t.shape[1:]))
         if t.role == "state":
-            _, _, heads, head_dim = t.shape
+            *_, heads, head_dim = t.shape
+            rows = dim_size(t.shape[1], {"B": self.state.page_tokens})
             family = formats.get(t.format).family
             pages = self.state.pages_of(self.program, t.name)
             windowed = bool(self.state.window_pages) and t.name in self.program.windows
             keys = t.name in self.layout.keys
-            return self.native.cache(pages, int(heads), int(head_dim), family, keys, windowed)
+            return self.native.cache(pages, int(heads), int(head_dim), family, keys, windowed, rows)
         if t.role == "weight":
             return self._matrix(t) if t.name in self.layout.homes else self._vector(t)
         base = self.program.tensors[t.view[0]] if t.view else t

@@ -16,7 +16,9 @@ from intaglio.models.decoder.description import (
     UNGATED,
     UNGATED_STACKED,
     AltUp,
+    Compressed,
     Decoder,
+    Hyper,
     Indexer,
     Latent,
     Layer,
@@ -34,7 +36,7 @@ from intaglio.models.decoder.writer import Writer
 
 __all__ = [
     "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
-    "TRANSPOSED", "UNGATED", "UNGATED_STACKED", "AltUp", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent",
-    "Layer", "LightningMixer", "LruMixer", "Mixture", "ScanMixer", "Shared", "SsmMixer", "Writer", "layer_norm_sizes",
-    "sizes", "sparse", "uniform_layers", "window", "write",
+    "TRANSPOSED", "UNGATED", "UNGATED_STACKED", "AltUp", "Compressed", "ConvMixer", "Decoder", "DeltaMixer", "Hyper",
+    "Indexer", "Latent", "Layer", "LightningMixer", "LruMixer", "Mixture", "ScanMixer", "Shared", "SsmMixer", "Writer",
+    "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window", "write",
 ]  # fmt: skip

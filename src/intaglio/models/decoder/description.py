@@ -59,6 +59,9 @@ class Layer:
         cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
         sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
             n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
+        pooled: tokens in each run that compressed attention pools into an entry; 0: it attends to its window only.
+        indexed: True if runs are pooled with the run before, and an indexer chooses the entries (see Compressed).
+        hashed: True if a table lists the experts of each token id (see Mixture.table).
         shared: (owner, use) if the layer runs a shared block before its mixer (Zamba2, see Decoder.shared), else None.
             owner: number of the layer whose tensor names in the checkpoint hold the block's weights. use: how many
             earlier layers run a shared block; it chooses the adapters.
@@ -84,6 +87,9 @@ class Layer:
     shares_index: bool = False
     cache_of: int | None = None
     sparsity: float = 0.0
+    pooled: int = 0
+    indexed: bool = False
+    hashed: bool = False
     shared: tuple[int, int] | None = None
 
 
@@ -163,6 +169,40 @@ class Latent:
     indexer: Indexer | None = None
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """Sizes of compressed attention (DeepSeek-V4), apart from what Decoder and Layer have.
+
+    Attributes:
+        q_rank: columns of the compressed query.
+        groups: groups of heads whose results are projected together, before the output projection.
+        rank: columns of a group's projected result.
+        indexer: chooses the entries that queries attend to in layers with `indexed`; None: there are none.
+    """
+
+    q_rank: int
+    groups: int
+    rank: int
+    indexer: Indexer | None = None
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Several residual streams mixed by hyper-connections (DeepSeek-V4), see hyper.py.
+
+    Attributes:
+        streams: number of streams.
+        iterations: times that the columns of a mixing matrix are normalised.
+        eps: added to sums by which the matrix is divided, and to the weights of a block's input.
+        head: beginning of the names of the weights that join the streams before the head.
+    """
+
+    streams: int
+    iterations: int
+    eps: float
+    head: str = "hc_head"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """A mixture of experts: sizes of the experts and the router, and names of their tensors in the checkpoint.
@@ -179,6 +219,7 @@ class Mixture:
         router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
+        table: name of the table of the experts of each token id, for layers with `hashed`; they have no correction.
         route: further attributes of the op Route, by name.
         glu: further attributes of the op Experts, by name, such as the limits of its gated activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
@@ -207,6 +248,7 @@ class Mixture:
     router_bias: bool = False
     correction: str = ""
     correction_optional: bool = False
+    table: str = ""
     route: Mapping[str, Any] = field(default_factory=dict)
     glu: Mapping[str, Any] = field(default_factory=dict)
     shared: int = 0
@@ -294,6 +336,8 @@ class Decoder:
     temper_all: bool = False  # layers with rope temper their queries too
     mixture: Mixture | None = None
     latent: Latent | None = None
+    compressed: Compressed | None = None
+    hyper: Hyper | None = None
     block: str = "mlp"  # name of the module of the dense MLP
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
@@ -317,6 +361,7 @@ class Decoder:
     attn_gate_by_head: bool = False  # it has one value for each head
     attn_scale: float = 1.0  # on attention's result beside a mixer
     mixer_scale: float = 1.0  # on the mixer's result beside attention
+    glu_limit: float = 0.0  # caps the gate of MLPs, and their up-projection to +- this; 0: not
     gate_scale: float = 1.0  # on the gate of the MLP, before the activation
     mlp_scale: float = 1.0  # on the MLP's result
     mlp_mix: tuple[float, float] = (1.0, 1.0)  # factors on the residual and on the MLP's result where they are added

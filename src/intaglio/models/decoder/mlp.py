@@ -37,7 +37,11 @@ def write_dense(
     if d.gated:
         gate, up = w.parts(at, source, x, {"gate_proj": width, "up_proj": width}, fused, bias)
         inner = "a" if d.gate_scale == 1 else f"a * {d.gate_scale!r}"
-        if sparsity:
+        if d.glu_limit:  # a value within the limit is not rounded
+            limit, low = repr(d.glu_limit), repr(-d.glu_limit)
+            capped = f"{d.activation}(a - relu(a - {limit})) * (b - relu(b - {limit}) + relu({low} - b))"
+            y = w.b.op(Map, at + "glu", gate, b=up, expr=capped)
+        elif sparsity:
             c = _cut(w, at, gate, sparsity)
             y = w.b.op(Map, at + "glu", gate, b=up, c=c, expr=f"{d.activation}(relu({inner} - c)) * b")
         else:
@@ -102,10 +106,16 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
     """
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
     logits = w.linear(at + "router", routed or x, m.count, w.d.hidden, source + m.router, m.router_bias)
-    bias = w.tensor(at + "router.correction", (m.count,), source + m.correction) if m.correction else None
+    hashed = w.d.layers[i].hashed
+    chosen = m.correction if not hashed else ""
+    bias = w.tensor(at + "router.correction", (m.count,), source + chosen) if chosen else None
+    table = (
+        b.weight(at + "route.table", (w.d.vocabulary, m.top), w.d.source(source + m.table), "i32") if hashed else None
+    )
     factors = w.tensor(at + "router.factors", (m.count,), source + m.factors) if m.factors else None
     ids = at + "route.ids"
-    weights = b.op(Route, at + "route", logits, bias=bias, factors=factors, ids=ids, top=m.top, **m.route)
+    how = {"bias": bias, "factors": factors, "table": table, "ids": ids, "top": m.top, **m.route}
+    weights = b.op(Route, at + "route", logits, **how)
     width = m.latent or w.d.hidden
     inner, outer = (m.count, m.width, width), (m.count, width, m.width)
     named = [

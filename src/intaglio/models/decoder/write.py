@@ -9,7 +9,9 @@ import numpy as np
 from intaglio import formats
 from intaglio.models.decoder.altup import correct, end_streams, predict, scaled_active, start_streams
 from intaglio.models.decoder.attention import write_attention
-from intaglio.models.decoder.description import AltUp, Layer
+from intaglio.models.decoder.compressed import write_compressed
+from intaglio.models.decoder.description import AltUp, Hyper, Layer
+from intaglio.models.decoder.hyper import collapse, enter, leave, spread
 from intaglio.models.decoder.latent import write_latent
 from intaglio.models.decoder.mlp import write_beside, write_dense, write_mixture
 from intaglio.models.decoder.recurrent import write_mixer
@@ -29,6 +31,9 @@ def write(w: Writer) -> Program:
         b.const(f"{name}.frequencies", d.ropes[name].frequencies)
     x = embedded = _embedding(w)
     inputs = _per_layer(w, x) if d.per_layer else ""
+    if d.hyper:
+        _head(w, _hyper_streams(w, d.hyper, x))
+        return b.done()
     if d.altup:
         _head(w, _streams(w, d.altup, inputs, x))
         return b.done()
@@ -63,6 +68,22 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
         add = f"layers.{i}.per_layer.add"
         streams = [streams[0], *(w.b.op(Map, f"{add}{k}", s, b=y, expr="a + b") for k, s in enumerate(streams[1:], 1))]
     return end_streams(w, streams)
+
+
+def _hyper_streams(w: Writer, h: Hyper, x: str) -> str:
+    """Add the ops of all layers of a model whose residual streams are mixed by hyper-connections (DeepSeek-V4).
+
+    Returns the name of the tensor [R, hidden] that the head reads. h: sizes. x: name of the tensor of embeddings.
+    """
+    streams = spread(w, h, x)
+    for i, layer in enumerate(w.d.layers):
+        entry = enter(w, h, i, "attn", "hc_attn", streams)
+        y = _attention(w, i, layer, w.layer_norm(i, "attn.norm", entry.x))
+        streams = leave(w, h, f"layers.{i}.attn.add", streams, entry, y)
+        entry = enter(w, h, i, "mlp", "hc_ffn", streams)
+        y = _mlp(w, i, layer, w.layer_norm(i, "mlp.norm", entry.x), entry.x)
+        streams = leave(w, h, f"layers.{i}.mlp.add", streams, entry, y)
+    return collapse(w, h, streams)
 
 
 def _per_layer(w: Writer, x: str) -> str:
@@ -211,6 +232,8 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
             return y
         expr = f"a * {w.d.mixer_scale!r} + b * {w.d.attn_scale!r}"
         return w.b.op(Map, f"layers.{i}.attn.join", y, b=write_attention(w, i, layer, x), expr=expr)
+    if w.d.compressed:
+        return write_compressed(w, w.d.compressed, i, layer, x)
     return write_latent(w, w.d.latent, i, layer, x) if w.d.latent else write_attention(w, i, layer, x)
 
 

@@ -33,7 +33,7 @@ class Recorder:
         restarts: for each restart of the device: True if it succeeded, "kept" if the new device also has the K/V of
             the lost one, False if it failed.
         losses: for each loss of the device that was noticed between two steps, its failure as text.
-        seed: the last random number drawn.
+        seed: the random number drawn last, which is the seed of a request that gave none; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -57,10 +57,10 @@ class Recorder:
         return RecordedExecutable(inner, self.launches)
 
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
-        """A function like `inner`, which loads an executable after the loss of a device, that also records what it did.
+        """A function that calls `inner`, which loads an executable after the loss of a device, and records the outcome.
 
-        The outcome of each call is recorded in `restarts`. The launches of the executable that it returns are recorded
-        in `launches`.
+        The outcome of each call is recorded in `restarts`. The function returns an executable whose launches are
+        recorded in `launches`. It raises what `inner` raises.
         """
 
         def load() -> Executable:
@@ -90,8 +90,8 @@ class Recorder:
 
         "launches" is a list with an item for each step: None, or the failure as text. "restarts" has an item for each
         attempt to replace the device: False if it failed, "kept" if the new device has the K/V cache, else True. Both
-        lists may be empty. "losses" is there only if the device was lost between two steps. The recorder then forgets
-        the outcomes.
+        lists may be empty. "losses" is a list of the failures as text, one for each loss of the device between two
+        steps; the key is missing if there was none. The recorder then forgets the outcomes.
         """
         outcomes: dict[str, Any] = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         if self.losses:
@@ -107,7 +107,8 @@ class RecordedStep:
 
     Attributes:
         inner: the step.
-        launches: list of the recording. result() appends to it: the error as text if the step failed, else None.
+        launches: the Recorder's list of outcomes. result() appends to it: the error as text if the step failed, else
+            None.
     """
 
     inner: PendingStep

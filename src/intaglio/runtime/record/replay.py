@@ -69,9 +69,10 @@ class ReplayedExecutable(Executable):
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """A launched step of a replay. The step runs when its result is read, not when it is launched.
+    """A launched step of a replay. It runs when its result is read, not when it is launched.
 
-    The journal lists the outcomes of steps in the order in which their results were read, so each step takes the next.
+    The journal lists the outcomes of steps in the order in which their results were read. So result() takes the next
+    outcome of that list: if the recorded step succeeded, this one runs; if it failed, the recorded error is raised.
     """
 
     executable: ReplayedExecutable
@@ -91,9 +92,11 @@ class ReplayedStep:
 
 
 class ReplayedEngine(Engine):
-    """An Engine that moves no experts, and loses its device between two steps where the journal records that.
+    """An Engine for a replay. It moves no experts.
 
-    losses: texts of the recorded losses, in order.
+    Where the journal has a loss of the device between two steps, the engine loses its device too.
+
+    losses: the recorded errors of these losses, as text, in order. Each is raised in turn and removed.
     """
 
     def __init__(self, executable: Executable, losses: deque[str], **options: Any) -> None:
@@ -172,10 +175,11 @@ class Player:
         return self.readings.popleft() if self.readings else 0.0
 
     def restart(self) -> Executable:
-        """The executable that replaces a lost one: new, or with the same K/V cache if the journal records that.
+        """The executable that replaces a lost one.
 
-        The engine calls this when the replay raises a recorded loss. Raises DeviceError if the recorded restart failed,
-        or if the journal records no further restart.
+        It keeps the K/V cache if the journal says that the new device had it. Otherwise it is loaded anew, with an
+        empty cache. The engine calls this when the replay raises a recorded loss.
+        Raises DeviceError if the recorded restart failed, or if the journal records no further restart.
         """
         outcome = self.restarts.popleft() if self.restarts else False
         if not outcome:
@@ -231,7 +235,7 @@ class Player:
     def _admit(self, entry: Entry, id: str, admit: Callable[[Engine], object]) -> str | None:
         """Add or resume a request, by calling `admit`.
 
-        Returns a text of how the outcome differs from the journal, or None if it does not differ.
+        Returns None if it is admitted or refused as in the journal, else a sentence (str) that says both outcomes.
         """
         assert self.engine
         self.requests += 1
@@ -245,7 +249,7 @@ class Player:
         return f"{id} was {_admission(entry['refused'])}, now {_admission(refused)}"
 
     def _left_over(self) -> str | None:
-        """A text of the entry's recorded inputs that the engine did not read; None if it read all."""
+        """A sentence (str) that counts the recorded inputs which the engine did not read; None if none is left."""
         left = {
             "clock readings": len(self.readings),
             "launches": len(self.launches),

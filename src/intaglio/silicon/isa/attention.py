@@ -17,10 +17,11 @@ MASKED = np.float32(-np.inf)
 
 
 def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, window: int) -> np.ndarray:
-    """Attention mask [rows, n], True where a score counts: causal, within the window (0: none), and j < keys.
+    """Attention mask for a tile of scores: bool [rows, n], the shape of `scores`. True where a score counts.
 
     Row r is the query at position query + r // pack, since `pack` query heads share each position. Column j is the key
-    at position key + j. scores: only its shape is used.
+    at position key + j. A score counts if three conditions hold. The key is not after the query. The query is less than
+    `window` positions after the key (window 0: any number). And j < keys: columns from `keys` on are padding.
     """
     distance = query + np.arange(len(scores))[:, None] // pack - (key + np.arange(scores.shape[1])[None, :])
     exists = np.arange(scores.shape[1])[None, :] < keys

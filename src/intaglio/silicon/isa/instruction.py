@@ -172,9 +172,9 @@ def _unpack(kind: Any, word: bytes, offset: int) -> tuple[Any, int]:
 
 
 def encode(i: Instruction) -> bytes:
-    """The WORD bytes that encode an instruction: opcode, wait counters, then the fields in order.
+    """Encode an instruction as 256 bytes (the constant WORD): opcode, wait counters, the fields in order, zeros.
 
-    Raises MachineError if they do not fit into WORD bytes or an expression has more than MOST_STEPS steps.
+    Raises MachineError if the fields take more bytes, or if an expression has more than MOST_STEPS steps.
     """
     word = struct.pack(f"<B{len(ENGINES)}I", i.opcode, *i.wait)
     word += b"".join(_pack(kind, getattr(i, name)) for name, kind in own_fields(type(i)))
@@ -184,7 +184,10 @@ def encode(i: Instruction) -> bytes:
 
 
 def decode(word: bytes) -> Instruction:
-    """The instruction that WORD bytes encode. Raises MachineError for an unknown opcode."""
+    """The Instruction that `word` encodes, as made by encode(): 256 bytes (the constant WORD).
+
+    Raises MachineError for an unknown opcode. The length of `word` is not checked.
+    """
     opcode, *wait = struct.unpack_from(f"<B{len(ENGINES)}I", word)
     if opcode not in OPCODES:
         raise MachineError(f"unknown opcode {opcode:#x}; known: {', '.join(f'{code:#x}' for code in sorted(OPCODES))}")
@@ -215,7 +218,7 @@ def _text(value: Any) -> str:
 
 
 def assemble(line: str) -> Instruction:
-    """The instruction that a line of disassemble() stands for.
+    """The Instruction that one line of text describes, in the form that disassemble() writes.
 
     Raises MachineError for an unknown instruction or field.
     """

@@ -56,9 +56,10 @@ class Sample(Instruction, engine="VEC", opcode=0x48):
         mem.write(self.logprob, np.array([[logprob]]))
 
     def _changes(self, mem: CoreMemory) -> tuple[Edits | None, np.ndarray | None]:
-        """The row's logit edits, or None, and its grammar mask as uint32 words [words], or None, as a pair.
+        """Read the row's logit edits and grammar mask from memory. Returns (edits, mask).
 
-        An item is None if the instruction has no such regions.
+        The edits are an Edits with arrays [k]: token ids, factors and terms of the logits to change. The mask is uint32
+        [words], one bit for each token id. An item is None if the instruction has no regions for it.
         """
         edits = None
         if self.ids is not None and self.factors is not None and self.terms is not None:

@@ -147,7 +147,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Number of unmasked (query, key) pairs of one head, for q queries at the end of `keys` keys; window 0: none."""
+    """Number of unmasked (query, key) pairs of a head for q queries at the end of `keys` keys; window 0: no window."""
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window or keys).sum())
 
 
@@ -173,11 +173,12 @@ class Job:
 
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
-    """A list of the Jobs for the prompt of sequence number `s`: for each tile of queries, one for `plan.pack` heads.
+    """A list of the Jobs for the new tokens of sequence number `s` in the batch, which has several.
 
-    Jobs with the last queries come first. They have the most keys, so later jobs find their keys in the L2.
+    Each tile of queries has h.heads / plan.pack Jobs: one for every plan.pack query heads. Jobs with the last queries
+    come first. They have the largest number of keys, so later jobs find their keys in the L2.
 
-    least: keys to process for each query even if the sliding window is smaller; keys outside the window are masked.
+    least: number of keys to process for each query even if the window is smaller; keys outside the window are masked.
     """
     heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
     before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()
@@ -190,10 +191,10 @@ def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, l
 
 
 def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
-    """A list of the Jobs of sequence number `s`, which has one new token.
+    """A list of the Jobs for the one new token of sequence number `s` in the batch.
 
-    There is a Job for each plan.pack heads and each part of the context. The context is cut into at most plan.parts
-    parts, between two tiles of plan.keys keys.
+    The context is cut into at most plan.parts parts. Each part is a whole number of tiles of plan.keys keys; the last
+    part may end with a shorter tile. Each part has h.heads / plan.pack Jobs, one for every plan.pack query heads.
     """
     context, out = int(batch.context_len[s]), []
     low = context - decode_keys(target.library, h.window, context)
@@ -210,11 +211,11 @@ def attend_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job],
     parts: dict[tuple[int, int, int], tuple[Region, ...]] | None = None,
 ) -> list[Stream]:  # fmt: skip
-    """Compute these jobs: returns a list of Streams (instruction sequences), one for each core with work.
+    """A list of Streams (instruction sequences), one for each core with work, that compute these jobs.
 
-    on: Target whose library holds only the constants of the attention kernel that runs; see Target.kernel(). parts:
-    None if jobs store results to the op's output. Otherwise three HBM regions, where a job stores its sums, maxima and
-    denominators, by (sequence, head, part of the context).
+    on: target for which the plan was made, with the values of one attention kernel; see Target.kernel(). parts: None if
+    jobs store results to the op's output. Otherwise a dict {(sequence, head, part of the context): three HBM regions},
+    in which the job stores its sums, maxima and denominators.
     """
     q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
     single = all(batch.q_len[j.s] == 1 for j in jobs)
@@ -305,9 +306,9 @@ def split_streams(
 class AttendTiles:
     """Tile buffers of one core: queries, keys, values, results, and the softmax's sums, maxima and denominators.
 
-    There are plan.held buffers of queries and of results. If plan.ahead is above 0, there are as many buffers of sums,
-    so that a job's sums are set to 0 while an earlier job is computed. If it is 0, plan.lanes jobs share one buffer of
-    sums, which is set to 0 for all of them together.
+    There are plan.held buffers of queries and of results. If plan.ahead is above 0, there are also plan.held buffers of
+    sums, so that a job's sums are set to 0 while an earlier job is computed. If plan.ahead is 0, plan.lanes jobs share
+    one buffer of sums, which is set to 0 for all of them together.
 
     d, dv: widths of a key and of a value. listed: number of decoding jobs whose queries' row numbers one transfer
     loads; 0 for chunks with several queries.
@@ -421,8 +422,8 @@ def init_softmax(
 def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator[tuple[slice, Region]]:
     """Yield (slice of `slots`, HBM region of their rows of one K/V head) for each run of consecutive slot numbers.
 
-    cache: region [cache slots * heads, width]. slots: slot numbers, not empty. heads, head: number of K/V heads, and
-    number of the wanted head. A region can be loaded at once.
+    Each region has rows at equal distances, so that one Load instruction can read it. cache: region
+    [cache slots * heads, width]. slots: slot numbers, not empty. heads: number of K/V heads. head: the wanted head.
     """
     cuts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
     for a, b in pairwise(cuts):

@@ -2,6 +2,8 @@
 
 A job is a tile of queries of one K/V head, or of one query head, that iterates over tiles of keys. The time follows one
 core through its jobs: loads, products and softmax of each tile, start and end of each job.
+
+Long because it has both the plans and the timing, of prefill and of decode.
 """
 
 from __future__ import annotations
@@ -58,7 +60,11 @@ class AttendPlan:
 
 
 def product_format(target: Target, h: Heads) -> str:
-    """Format in which a kernel multiplies queries by keys, and softmax weights by values: "f32", "e4m3" or "bf16"."""
+    """Format in which a kernel multiplies queries by keys, and softmax weights by values.
+
+    "f32" if the library's activations have 4 bytes. Otherwise "e4m3" if the cache has 8 bits a value and the library
+    multiplies such values without conversion (kv_native), else "bf16".
+    """
     if target.library.activation_bytes >= WIDE:
         return "f32"
     return "e4m3" if h.bits == 8 and target.library.kv_native else "bf16"
@@ -123,7 +129,7 @@ class TileSeconds:
 
 @lru_cache(maxsize=16384)
 def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
-    """The TileSeconds of `rows` query rows and `keys` keys."""
+    """Modelled seconds of the parts of an attention job, for tiles of `rows` query rows and `keys` keys. Cached."""
     chip, d, dv, hz = target.chip, h.head_dim, h.v_dim, target.chip.clock_hz
     width = target.library.activation_bytes
     state = rows * (dv + 2) * WIDE / chip.sram_bytes_per_cycle / hz, rows * d * width / chip.sram_bytes_per_cycle / hz
@@ -209,11 +215,12 @@ def prefill_seconds(
 ) -> float:  # fmt: skip
     """Modelled seconds of prefill attention (chunks with several queries), until the last job's result is stored.
 
-    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
+    The model assumes that all cores share the HBM and L2 rates equally, and that every tile loads the mean number of
+    keys. A job is one tile of queries. Jobs that read the same tiles of keys are listed together, as one kind of job.
 
-    tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
-    each kind. missed: fraction of the tiles loaded from HBM; the L2 holds the rest. rows: mean number of query rows of
-    a job. keys: mean number of keys that a tile loads.
+    tiles: for each kind, key tiles of one job. start: for each kind, number of a job's first key tile. count: for each
+    kind, number of jobs. missed: fraction of the tiles loaded from HBM; the L2 holds the rest. rows: mean number of
+    query rows of a job. keys: mean number of keys that a tile loads.
     """
     chip, lib = target.chip, target.library
     dealt = np.inf if lib.activation_bytes >= WIDE else DEALT  # the streams' jobs are dealt one by one, however many
@@ -279,12 +286,12 @@ def prefill_seconds(
 def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int) -> tuple[np.ndarray, ...]:
     """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
-    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. A job that reads a tile as its
-    third new one finds it in the L2 if another job of the round has read the tile as its first.
+    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. If a job reads a tile as its
+    third new tile, and another job of the round reads this tile as its first new one, the L2 has the tile by then.
 
-    tiles: for each kind of job, key tiles of one job. start: number of its first key tile. count: number of jobs of
-    each kind. Returns four arrays, with an item for each kind and round: the kind's index; the number of tiles that
-    the job reads one after the other and waits for; number of jobs; number of the round.
+    tiles: for each kind of job, key tiles of one job. start: for each kind, number of a job's first key tile. count:
+    for each kind, number of jobs. Returns four arrays, with an item for each kind and round: the kind's index; number
+    of tiles that the job reads one after the other and waits for; number of jobs; number of the round, from 0.
     """
     rounds: dict[int, list[tuple[int, float]]] = {}  # (kind, number of jobs) of each
     position = 0.0
@@ -307,10 +314,10 @@ def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores:
 
 
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
-    """The jobs of the chunks with several queries, four arrays: keys, tiles of keys, first tile, number of jobs.
+    """The jobs of the chunks with several queries, as four arrays with an item for each kind of job.
 
-    First tiles are numbered over all distinct chunks, so that chunks share no number. The arrays have an item for each
-    kind of job. part: (queries, keys, number of sequences) of each distinct chunk.
+    They are: keys of one job; key tiles of one job; number of a job's first key tile; number of jobs of this kind. Key
+    tiles are numbered over all distinct chunks. part: (queries, keys, number of sequences) of each distinct chunk.
     """
     seen, tiles, starts, count, before = [], [], [], [], 0.0
     step = max(1, plan.rows // plan.pack)
@@ -334,7 +341,8 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     - compute seconds: time in which a core computes, as a mean over the cores.
     - jobs: number of jobs.
     - plan: the AttendPlan.
-    - bytes read again: HBM's reads of keys and values beyond one of each; 0 with an L2, which serves repeated reads.
+    - bytes read again: bytes of keys and values that HBM delivers in addition to delivering each byte once. It is 0
+      with an L2, which serves repeated reads.
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
@@ -374,8 +382,8 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
     """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
 
-    True if the plan loads jobs ahead (plan.ahead > 0), or if activations are FP32, which means the instructions that
-    the simulator executes. False for all other kernels.
+    True if the plan loads jobs ahead (plan.ahead > 0), or if the library's activations are FP32, as in the streams that
+    the simulator executes. False in all other cases.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 
@@ -398,8 +406,8 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     - jobs: number of jobs.
     - plan: the AttendPlan; plan.parts is the context split.
 
-    part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values that the L2
-    holds.
+    part: (queries, keys, number of sequences) of each distinct chunk; all have 1 query. cached: fraction of the keys
+    and values that the L2 holds.
     """
     chip, lib, best = target.chip, target.library, None
     packs = (lib.pack_windowed or not h.window) and not h.slopes and h.group <= lib.pack_most
@@ -443,9 +451,11 @@ def decode_seconds(
 ) -> float:
     """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
-    The model gives all cores an equal part of the HBM and L2 rates, and lets every tile load the mean number of keys.
+    The model assumes that all cores share the HBM and L2 rates equally, and that every tile loads the mean number of
+    keys. A job is one query for plan.pack heads and one part of the context. Jobs of sequences with the same number of
+    keys are listed together, as one kind of job.
 
-    tiles: for each kind of job, key tiles of one job. count: number of jobs of each kind. missed: fraction of the tiles
+    tiles: for each kind, key tiles of one job. count: for each kind, number of jobs. missed: fraction of the tiles
     loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s

@@ -61,9 +61,10 @@ class ChipMemory:
         self.launches: list[RunResult] = []  # of each run so far
 
     def put(self, name: str, value: Value, bits: int = 8) -> None:
-        """Store a value in HBM under a name. `bits`: width of integer codes, if the value is quantised to integers.
+        """Store a tensor's values in HBM under a name. Returns nothing.
 
-        A quantised value is stored as codes, scales and transposed scales.
+        A quantised value is stored as codes, scales and transposed scales. bits: bits of a code, if `value` is
+        quantised to integers.
         """
         if isinstance(value, Quantised):
             value = Quantised(as_matrix(value.codes), as_matrix(value.scales), value.group)
@@ -87,7 +88,10 @@ class ChipMemory:
         return region
 
     def region(self, name: str) -> Region:
-        """The region of an unquantised tensor. Raises MachineError for a quantised one."""
+        """The HBM region of the unquantised tensor `name`. Raises MachineError for a quantised tensor.
+
+        Raises KeyError for an unknown name.
+        """
         region = self.regions[name]
         if isinstance(region, QuantisedRegion):
             raise MachineError(f"{name} is quantised; this kernel takes an unquantised tensor")
@@ -103,7 +107,10 @@ class ChipMemory:
         return region.scales if isinstance(region, QuantisedRegion) else None
 
     def optional_region(self, name: str | None) -> Region | None:
-        """The region of an unquantised tensor; None if `name` is None. Raises MachineError for a quantised one."""
+        """The HBM region of the unquantised tensor `name`; None if `name` is None, for an operand that the op lacks.
+
+        Raises MachineError for a quantised tensor.
+        """
         return None if name is None else self.region(name)
 
     def read(self, name: str) -> np.ndarray:
@@ -126,8 +133,9 @@ class ChipMemory:
     def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
-        on: target with which the run is timed, usually one whose library holds only one kernel's constants (see
-        Target.kernel()); None: the target of this memory. label: RunResult.label of the result.
+        on: target with which the run is timed; None: the target of this memory. It is another one where the kernel
+        library has other values (such as launch overhead) for the kernel that runs, see Target.kernel(). label:
+        RunResult.label of the result. The result is also appended to self.launches.
         """
         hbm = {0: self.hbm} if self.values else None
         machine = Machine(on or self.target, hbm, l2={0: self.l2}, checks=self.values)

@@ -2,6 +2,7 @@
 
 Times are those of the schedules of intaglio.collectives, with their steps and contention for links, plus what the chip
 or its library adds: start-up, link efficiency, copies through HBM. Bytes are of the whole tensor, as in nccl-tests.
+Long because it holds both the time model of collectives and their streams.
 
 Streams sum in order of rank, so that results equal the op's bit for bit. run_collective() runs those of all chips.
 """
@@ -112,10 +113,10 @@ class Network:
     local: float  # bandwidth of a chip's local copies and sums, over that of a link
 
     def topology(self, ranks: int) -> Topology:
-        """The Topology of `ranks` ranks, whose links have bandwidth 1 byte/s and latency 1 s.
+        """The Topology of `ranks` ranks, whose links have bandwidth 1 byte/s and latency 1 s in normalised units.
 
-        Rings on a torus run in both directions and, from nine chips on, in both dimensions, each with an equal part of
-        the payload. They are modelled as a single ring; links_used() says how many real links one of its links is.
+        On a torus, a collective runs as several rings at once: one in each direction and, from nine chips on, in both
+        dimensions. The Topology has only one ring, whose links stand for the real links of all rings (links_used()).
         """
         make = {
             "k44": collectives.bipartite,
@@ -128,11 +129,11 @@ class Network:
 
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
-    """Number of a chip's links that act as one link of the modelled topology, with their bandwidths added.
+    """Number of a chip's real links that the model counts as one link with the sum of their bandwidths.
 
-    Switch, pcie_tree: all links. k44 (each of four chips linked to each of four others): 1. Mesh: the links between two
-    chips. Torus: 2, or 4 from nine chips on, but no more than the chip has; half of that for all_to_all and send, whose
-    routes use both directions of the ring.
+    Switch, pcie_tree: all links of the chip. k44 (each of four chips linked to each of four others): 1. Mesh: the links
+    between two chips. Torus, up to eight chips: 2, one in each direction; from nine chips on 4, in two dimensions; no
+    more than the chip has. all_to_all and send on a torus: half of that, since the model sends in both directions.
     """
     if chip.links.topology == "mesh":
         return chip.links.count // (chip.links.max_chips - 1)
@@ -173,21 +174,21 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Simulated seconds of a schedule whose chunks have 2 ** (size / SIZES_PER_OCTAVE) bytes; size None: 0 bytes."""
+    """Normalised seconds of a collective with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes each; None: 0 bytes."""
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
 
 
 @lru_cache(maxsize=512)
 def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-    """The ScheduleClock (time model) of a collective over links of 1 byte/s and 1 s latency, cached."""
+    """The ScheduleClock (simulator) of a collective over normalised links: 1 byte/s, 1 s latency. Cached."""
     return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """Seconds of a collective with chunks of `chunk` bytes over links of 1 byte/s and 1 s latency.
+    """Normalised seconds of a collective with chunks of `chunk` bytes: over links of 1 byte/s and 1 s latency.
 
-    Interpolation between two simulated chunk sizes has an error of 0.2 %, or 15 % where their transfers' order differs.
+    The result is interpolated between two simulated sizes. Its error is 0.2 %; 15 % if their transfers' order differs.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -198,7 +199,7 @@ def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: 
 
 
 def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
-    """Size of one chunk as a fraction of the tensor's size."""
+    """Size of one chunk of the schedule as a fraction of the whole tensor (see link_traffic())."""
     ranks = simulated_ranks(network, op)
     return chunk_bytes(collectives.schedule(op, algorithm, ranks), 1.0)[0] * ranks / network.ranks
 
@@ -206,10 +207,10 @@ def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
 def schedule_seconds(network: Network, op: str, algorithm: str, link: float, latency: float, moved: float) -> float:
     """Seconds of a collective for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
-    Simulations are made for one kind of link, of 1 byte/s and 1 s latency, and serve all links: the result is `latency`
-    times the simulated seconds for chunks divided by link * latency. Times are interpolated between chunk sizes. Above
-    MAX_SIMULATED_RANKS ranks they are extrapolated linearly from two simulations. This is exact for a ring, and for an
-    all_to_all of equal chunks on a switch. An all_to_all on a torus is simulated with all ranks.
+    Only links of 1 byte/s and 1 s latency are simulated. To use such a simulation for these links, chunk bytes are
+    divided by (link * latency), and the simulated seconds are multiplied by `latency`. Times between simulated chunk
+    sizes are interpolated. With more than MAX_SIMULATED_RANKS ranks, times are extrapolated linearly from two numbers
+    of ranks, except for an all_to_all on a torus. algorithm: a name as in candidate_algorithms(), such as "ring".
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -222,7 +223,10 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
 
 @lru_cache(maxsize=4096)
 def link_traffic(network: Network, op: str, algorithm: str) -> float:
-    """Bytes that a chip sends over its links per byte of the tensor, forwarded bytes included: mean over senders."""
+    """Bytes that a chip sends over its links per byte of the whole tensor; a mean over the chips that send.
+
+    Forwarded bytes count too. The whole tensor is a chip's input; for an all_gather it is the output.
+    """
     ranks = simulated_ranks(network, op)
     s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
     hops = sum(link.src < ranks for i in s.steps if i.kind == "send" for link in topology.route(i.rank, i.peer))
@@ -235,8 +239,9 @@ def link_traffic(network: Network, op: str, algorithm: str) -> float:
 def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
     """The Timing of a collective of `moved` bytes over `chips` chips, by the fastest algorithm and protocol.
 
-    moved: bytes of the whole tensor. More chips than one network connects fill several nodes, see nodes_timing().
-    Raises ChipError for an unknown collective, and for nodes that nothing joins.
+    moved: bytes of the whole tensor, see link_traffic(). Fewer than two chips take 0 seconds. More than
+    chip.links.max_chips chips fill several nodes, see nodes_timing(). Raises ChipError for an unknown collective `op`,
+    and for what nodes_timing() refuses.
     """
     chip, lib = target.chip, target.library
     if op not in OPS:
@@ -281,9 +286,10 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
 
 @lru_cache(maxsize=4096)
 def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
-    """Bytes that a chip moves to and from HBM per byte of the tensor, as a mean over the chips, for `through_hbm`.
+    """Bytes that a chip reads and writes in HBM per byte of the whole tensor (see link_traffic()); a mean over chips.
 
-    With that library option each step reads and writes input and output chunks in HBM; temporary chunks do not count.
+    Holds for libraries with the option through_hbm: each step reads and writes input and output chunks in HBM, while
+    temporary chunks are not counted.
     """
     s = collectives.schedule(op, algorithm, min(ranks, MAX_SIMULATED_RANKS))
     slots = [slot for step in s.steps for slot in (*step.reads(), step.dst) if slot and slot.buffer != "tmp"]
@@ -291,15 +297,15 @@ def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
 
 
 def switch_speedup(chips: int) -> float:
-    """Factor by which in-network reduction (NVLink SHARP) raises the effective bandwidth of an all_reduce.
+    """Factor of an all_reduce's effective bandwidth with in-network reduction (NVLink SHARP), over that of a ring.
 
-    For P chips a byte crosses a chip's link 1 + 2 / P times, instead of 2 (P - 1) / P times in a ring.
+    For P chips: (2 (P - 1) / P) / (1 + 2 / P), the link bytes of a ring over those of the switch. Below 1 if P < 4.
     """
     return 2 * (chips - 1) / chips / (1 + 2 / chips)
 
 
 def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
-    """Bytes/s of one chip: the sum over all its links to the other chips of a group of `chips` chips."""
+    """Bytes/s at which one chip can send: the sum of its links to the other chips of a group of `chips` chips."""
     peers = {"k44": max(1, chips // 2), "mesh": chips - 1}.get(chip.links.topology, 1)
     return peers * links_used(chip, "all_reduce", chips) * chip.links.bytes_per_s * host_share(chip, chips)
 
@@ -314,7 +320,11 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """What a core processes at a time: part `rows`, `cols` of chunk `chunk`. Message tags start at `first_tag`."""
+    """The part of a chunk that a core processes at a time.
+
+    chunk: number of the chunk. rows, cols: the part, as slices of the chunk. first_tag: added to each step's message
+    tag, so that the messages of no two ChunkTiles have the same tag.
+    """
 
     chunk: int
     rows: slice
@@ -336,7 +346,11 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """An SRAM tile [rows, cols]: in emit_steps(), call n takes the next one of ring n, a ring of two tiles."""
+        """The next SRAM tile [rows, cols] of number format `format`. Its size is at most self.tile.
+
+        Calls are counted from 1 for each ChunkTile (in emit_steps()). Call n has two tiles of its own for each format,
+        and takes them in turn. One ChunkTile's data can thus be stored while the next ChunkTile is processed.
+        """
         self.used += 1
         key = self.used, format
         if key not in self.rings:
@@ -344,7 +358,10 @@ class CollectiveBuilder:
         return self.rings[key].next().shaped(rows, cols)
 
     def in_wire_format(self, tile: Region) -> Region:
-        """The tile rounded to the wire format, in which it is sent; the tile itself if it has that format."""
+        """A tile with the values of `tile` in the format in which messages are sent, self.wire.
+
+        Returns `tile` itself if it has this format. Otherwise takes a buffer() and emits a Convert into it.
+        """
         if tile.format == self.wire:
             return tile
         rounded = self.buffer(tile.rows, tile.cols, self.wire)
@@ -352,7 +369,11 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The SRAM tile with the rows and columns `part` of the chunk in `slot`. Emits the load of an input once."""
+        """The SRAM tile with the current content of a schedule's slot, cut to `part`.
+
+        slot: name of a chunk buffer in the schedule: an input, an output or a temporary one. Inputs are in HBM: the
+        first call for an input emits its load and its conversion to the wire format. part: the current ChunkTile.
+        """
         if slot not in self.values:
             src = self.regions.inputs[slot.number].part(part.rows, part.cols)
             tile = self.buffer(src.rows, src.cols, src.format)
@@ -361,7 +382,11 @@ class CollectiveBuilder:
         return self.values[slot]
 
     def set_value(self, slot: Slot, tile: Region, part: ChunkTile) -> None:
-        """Record `tile` as the content of a slot of the schedule; for an output slot, also emit its store to HBM."""
+        """Record `tile` as the new content of a schedule's slot, of which it is the part `part`. Returns nothing.
+
+        For an output slot, also emits a conversion to the wire format, if needed, and the store of the tile to HBM.
+        part: the current ChunkTile.
+        """
         self.values[slot] = self.in_wire_format(tile) if slot.buffer == "out" else tile
         if slot.buffer == "out":
             dst = self.regions.outputs[slot.number].part(part.rows, part.cols)
@@ -401,7 +426,7 @@ class CollectiveRun:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The Schedule of this collective, whose sums are in order of rank."""
+        """The Schedule (steps of all ranks) of this collective. It adds summands in order of rank."""
         return collectives.schedule(self.op.kind, "one_shot" if isinstance(self.op, AllReduce) else "direct", self.n)
 
     @cached_property

@@ -85,11 +85,18 @@ class ExpertsKernel(ChipKernel):
         return experts_timing(target, *self.layer(sizes))
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
-        """Time the op's launches in a step of these sizes: a dict {label: Timing}, see experts_parts()."""
+        """The modelled Timing of each launch of the op in a step of these sizes, as a dict {label: Timing}.
+
+        Labels are names such as "gate_up" and "down"; experts_parts() lists them.
+        """
         return experts_parts(target, *self.layer(sizes))
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
-        """The arguments of experts_timing() from `tokens` to `gated`, for a step of these sizes, as a tuple."""
+        """The sizes and formats of the layer in a step, as a tuple: arguments of experts_timing() after `target`.
+
+        They are (tokens, experts that a token chooses, rows of each expert on the chip, experts in all, hidden width,
+        inner width, format of x, format of weights, bits of a weight, True if experts have a gate).
+        """
         counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
         how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
@@ -155,10 +162,12 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    Its arithmetic is not counted. The rate of the L2 is chip.l2_rate / library.l2_multicast here: chip.l2_rate is that
-    of reads which serve l2_multicast cores at once, and in this kernel each read serves one core. If the operands fit
-    the usable part of the L2, all bytes move at this rate. Otherwise they move at this rate or HBM's, whichever is
-    lower. In both cases core_rate() is another limit.
+    The kernel's arithmetic is not counted. All bytes move at the lowest of these rates:
+
+    - core_rate();
+    - the L2's rate for reads by one core each: chip.l2_rate / library.l2_multicast. (chip.l2_rate counts a read once
+      for each of the l2_multicast cores that it serves.)
+    - HBM's rate, if the operands do not fit the usable part of the L2.
 
     Args:
         target: the chip and its kernel library.
@@ -208,10 +217,11 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """A target whose library holds only the constants of the kernel that computes experts in these formats.
+    """The target for timing experts in these formats: its library has the values of one kernel, see Target.kernel().
 
-    It is `target` itself if its library has no kernel records. name: name of the kernel; "": the default for the wider
-    of the two formats. Raises ChipError if the library has records, and none of this name.
+    A library may describe several kernels, with other values for some fields. The result is `target` itself if the
+    library describes none. name: name of the kernel; "": the default for the wider of the two formats. Raises ChipError
+    if the library describes kernels, and none of this name.
     """
     return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
 
@@ -248,12 +258,13 @@ def grouped_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
 
-    The tile of the library's menu that gives the least time is used. Tiles at the edge count whole.
+    tile_menu() gives the tiles that the library's kernel allows for this number of tokens: one or several. The tile
+    with the shortest time is used. Tiles at the edge count whole. Without any row the time is that of a launch.
 
-    tokens: number of tokens of the step, by which the library may choose tiles. w_bits: bits of a weight with its share
-    of the scales. out_bytes: bytes of a result's value. glu: True if n counts both sides of a GLU pair, to which the
-    product applies the activation. scattered: True if rows of the result are stored by index. Raises ChipError for a
-    format that the chip's array does not multiply.
+    tokens: number of tokens of the step. counts: rows of each expert. w_bits: bits of a weight with its share of the
+    scales. out_bytes: bytes of a result's value. glu: True if n counts both sides of a GLU pair, to which the product
+    applies the activation. scattered: True if rows of the result are stored by index. Raises ChipError for a format
+    that the chip's array does not multiply, and if no allowed tile fits the chip.
     """
     chip, lib = target.chip, target.library
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
@@ -286,10 +297,10 @@ def grouped_timing(
 def combine_loop(
     target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
-    """The loop that sums each token's results: (TileLoop, columns of a job).
+    """The loop that sums the experts' results of each token, for timing: (TileLoop, largest number of a job's columns).
 
-    A job is a part of a token's columns. top: rows of results that are summed for a token. residual: True if a residual
-    is added. value_bytes: bytes of a value.
+    A job is a part of one token's columns. top: number of result rows that are summed for a token. columns: columns of
+    a result row. residual: True if a residual is added. value_bytes: bytes of a value.
     """
     parts = -(-columns // COMBINE_COLUMNS)
     width = -(-columns // parts)
@@ -304,12 +315,12 @@ def experts_parts(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> dict[str, Timing]:  # fmt: skip
-    """Time the launches of a layer of routed experts on one rank: a dict {label: Timing}, in the order of execution.
+    """The modelled Timing of each launch of a layer of routed experts on one rank, as a dict {label: Timing}.
 
-    Labels: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows), PERMUTATION (rows of x are
-    copied into the order of experts), "gate_up", "activation",
-    "down", "zero" (clear rows of other ranks' experts), "combine". Launches that the kernel does not need are left out.
-    Takes the same arguments as experts_timing(), and raises the same errors.
+    Labels, in this order: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows, together),
+    PERMUTATION (rows of x are copied into the order of experts), "gate_up", "activation", "down", "zero" (rows of other
+    ranks' experts are set to zero), "combine" (weighted sum for each token). Launches that the library's kernel does
+    not need are left out. Arguments and errors are those of experts_timing().
     """
     target = expert_kernel(target, x_format, w_format, kernel)
     chip, lib, sides = target.chip, target.library, 2 if gated else 1

@@ -55,11 +55,14 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """A function reader(builder, rows of a tile) that returns one core's RowReader; rounded() takes it as `reader`.
+    """A function `reader`, which makes for one core the function that loads rows of x sorted by expert.
 
-    A RowReader is called as read(tile, rows, columns). It emits the load of these rows of x, in the order of their
-    experts, into `tile`. If op.scale_input, it also multiplies each row by the row's routing weight. It returns `tile`
-    cut to the rows and columns. order, tokens: regions that sort_by_expert() writes.
+    reader(builder, step) takes the core's StreamBuilder and the largest number of rows of a tile. It returns a function
+    read(tile, rows, columns), where `rows` is a slice of the sorted rows and `columns` a slice of the columns of x.
+    read() emits the load of these values into `tile`, and returns the part of `tile` that they fill. If op.scale_input
+    is set, it also multiplies each row by the routing weight of the row.
+
+    rounded() takes the result as its argument `reader`. order, tokens: regions that sort_by_expert() writes.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 
@@ -83,12 +86,13 @@ def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Ca
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """The products of all experts that have rows.
+    """What the streams of a grouped product need: for each expert, its rows of x times the expert's weights.
 
     Attributes:
-        codes: rows of x, sorted by expert and rounded.
-        cut: the Tiling.
+        codes: the rows of x, sorted by expert and rounded to the format in which they are multiplied.
+        cut: the Tiling (sizes of tiles) of all these products.
         jobs: one TileJob for each tile of the result, one expert after the other. job.index is the expert's number.
+            Experts without rows have no jobs.
     """
 
     codes: Codes
@@ -100,12 +104,16 @@ def grouped_product(
     on: Target, codes: Codes, sides: Sequence[Region | QuantisedRegion], bits: float, n: int, counts: np.ndarray,
     scattered: bool,
 ) -> GroupedProduct:  # fmt: skip
-    """Cut the products of all experts that have rows into tiles, and return the GroupedProduct.
+    """Cut the products of all experts that have rows into tiles. Returns the GroupedProduct.
 
-    on: the target with the tiles of grouped products. codes: rows of x, sorted by expert and rounded. sides: weights of
-    all experts, [experts * n, K]: one item, or two (gate and up) for a GLU pair. bits: bits of a weight with its
-    scales. n: result columns of one item of `sides`. counts: rows of each expert, int [experts]. scattered: True if
-    rows of the result are stored by index.
+    Args:
+        on: a target whose library offers the tile sizes of grouped products, see grouped_target().
+        codes: rows of x, sorted by expert and rounded.
+        sides: weights of all experts, [experts * n, K]: one item, or two (gate and up) for a GLU pair.
+        bits: bits of a weight with its scales.
+        n: result columns of one item of `sides`.
+        counts: rows of each expert, int [experts]; at least one is above 0.
+        scattered: True if rows of the result are stored by index.
     """
     k, groups = codes.x.cols, Grouped(tuple(counts[counts > 0].tolist()), scattered)
     size = codes.x.rows, len(sides) * n, k
@@ -131,14 +139,19 @@ def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], colum
 
 
 def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | None:
-    """Load `columns` of expert e's bias into its tile; returns the tile, or None without a bias."""
+    """Emit the load of `columns` of expert e's bias into the bias's SRAM tile. Returns the part that is filled.
+
+    Returns None if `bias` is None: the experts have no bias.
+    """
     return load(k, bias[1], bias[0].part(slice(e, e + 1), columns)) if bias else None
 
 
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
-    """A list of Streams that compute out = act(gate(x)) * up(x), or act(up(x)) without a gate, by the experts of rows.
+    """A list of Streams, one for each core with work, that compute act(gate(x)) * up(x) into `out`.
 
-    product: the tiles of the products of rows sorted by expert. out [rows, inner]: the results, sorted by expert.
+    Without a gate (op.gate is None) they compute act(up(x)). Each row of x is multiplied by the weights of its expert.
+    product: the GroupedProduct of x with the gate and up weights. out: region [rows, inner] for the results, whose rows
+    are sorted by expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 
@@ -161,10 +174,11 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 
 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
-    """A list of Streams that compute the down product, each row with its own expert.
+    """A list of Streams, one for each core with work, that multiply each row by the down weights of its expert.
 
-    product: the tiles of the products of rows sorted by expert. order: for each sorted row, the row of `out` to which
-    its result is stored. out: the results in routing order.
+    product: the GroupedProduct of the inner rows, which are sorted by expert, with the down weights. order: i32 [1, n],
+    for each sorted row the row of `out` to which its result is stored. out: region for the results in routing order
+    (row t * top + i is for choice i of token t).
     """
     cut = product.cut
 
@@ -185,9 +199,9 @@ def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, o
 
 
 def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """A list of Streams that set to zero those rows of `out` whose numbers are in `rows` [1, n]; no Streams if n is 0.
+    """A list of Streams that set to zero the rows of `out` whose numbers are in `rows` [1, n]; empty if n is 0.
 
-    They are the rows of experts that other chips hold.
+    Called for the rows of experts that other chips hold.
     """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
     streams = []
@@ -202,11 +216,13 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 
 
 def combine(mem: ChipMemory, op: Experts, parts: Region, width: int, depth: int) -> list[Stream]:
-    """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual.
+    """A list of Streams that compute each token's result: the weighted sum of its experts' results, plus the residual.
 
-    parts: [tokens * top, hidden], the experts' results in routing order. If op.scale_input, the weights are not applied
-    here, since the experts' inputs were multiplied by them. width: columns of a token that are summed at a time. depth:
-    number of tiles of each SRAM buffer.
+    The weights are the routing weights. If op.scale_input is set, the sum has no weights, since the experts' inputs
+    were multiplied by them. Without op.residual nothing is added.
+
+    parts: [tokens * top, hidden], the experts' results in routing order (row t * top + i is for choice i of token t).
+    width: columns of a token that are summed at a time. depth: number of tiles of each SRAM buffer.
     """
     out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
     streams = []

@@ -37,8 +37,8 @@ COPY = "copy"  # label of the launch that copies columns
 class HeadLinearKernel(ChipKernel):
     """Chip kernel of `head_linear` (each head of x times a matrix of its own): timing and instruction streams.
 
-    time() assumes that x is multiplied in bf16, or in FP32 if the library's activations have four bytes. streams()
-    multiplies x in the format that it has in the chip's memory.
+    time() assumes that x is multiplied in bf16, or in FP32 if activations of the target's kernel library have four
+    bytes. streams() multiplies x in the format that x has in the chip's memory.
 
     Attributes:
         rows: rows of x, a number or a symbol.
@@ -74,8 +74,9 @@ class HeadLinearKernel(ChipKernel):
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
         """A list of Streams, one for each core with work, that compute each head's product in tiles.
 
-        A head's matrix multiplies the first k columns of the head in x. If the head has more columns in x, they are
-        copied to the result unchanged, after the product's n columns, by a launch that is executed during the call.
+        A head's matrix multiplies the first k columns of the head in x. If the head has more columns in x, the result
+        has them too, unchanged, after the product's n columns. They are copied during this call, by a kernel that is
+        executed in `mem`. The returned Streams compute only the products.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.region(op.w)
         heads, n, depth = (int(d) for d in t[op.w].shape)
@@ -98,7 +99,10 @@ class HeadLinearKernel(ChipKernel):
 
 
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:
-    """A list of Streams that copy the last `width` columns of each head of x to the same head's last in `out`."""
+    """A list of Streams that copy the last `width` columns of each head of x to the last columns of this head in `out`.
+
+    These are columns that the head's matrix does not multiply.
+    """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width)))
 
     def last(matrix: Region, head: int) -> slice:

@@ -15,9 +15,11 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 @chip_kernel(ChooseKeys)
 @dataclass(frozen=True)
 class ChooseKeysKernel(WorkKernel):
-    """Chip kernel of an indexer: timed by its FLOPs on the matrix array, in bf16, and its bytes.
+    """Chip kernel of an indexer, which scores all keys for sparse attention. For timing only.
 
-    Published kernels multiply queries and index keys on the matrix array (DeepSeek-V3.2 in FP8).
+    Like any WorkKernel it is timed by the longer of two times: its FLOPs and its HBM bytes. The FLOPs are those of the
+    matrix array in bf16. Published kernels use the matrix array too. The kernel of DeepSeek-V3.2 multiplies in FP8, so
+    it may be faster than modelled here.
     """
 
     engine: ClassVar[str] = "MXU"

@@ -45,14 +45,17 @@ class ChipKernel:
 
     @classmethod
     def of(cls, op: Any, t: Tensors) -> ChipKernel:
-        """The kernel instance of an op; `t` maps tensor names to the Tensors of its Program."""
+        """The kernel instance for an op, with the sizes and formats that its time depends on.
+
+        t: the Tensors of the op's Program (shapes, formats and roles), by name.
+        """
         raise NotImplementedError(f"{cls.__name__} must define of()")
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         """The Timing of the op in a step of these sizes.
 
-        prefetched: True if HBM delivers its weights during earlier ops. The seconds do not count their transfer then;
-        hbm_bytes does.
+        prefetched: True if HBM delivers the op's weights during earlier ops. The Timing's `seconds` then do not count
+        the transfer of the weights; its hbm_bytes do.
         """
         raise NotImplementedError(f"{type(self).__name__} must define time()")
 
@@ -63,10 +66,11 @@ class ChipKernel:
 
     @classmethod
     def runs_on(cls, target: Target, op: Any, t: Tensors, batch: Batch) -> Target:
-        """A target whose library holds only the constants of the kernel that runs this op; see Target.kernel().
+        """The target with which the simulator times the Streams of this op. The base class returns `target` itself.
 
-        The Streams of streams() are timed with it. The base class returns `target` itself; an op overrides this if its
-        library kernels have constants of their own.
+        A kernel library may describe several kernels for one kind of op, such as attention, with other values for some
+        fields. Subclasses for such ops return a target with the values of the kernel that is used, see Target.kernel().
+        t: the Program's tensors by name. batch: the step's batch.
         """
         return target
 
@@ -118,9 +122,9 @@ def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, prefetched: bo
 class WorkKernel(ChipKernel):
     """A chip kernel timed by the op's work(), for ops without a formula of their own.
 
-    Its time is launch overhead, HBM latency, and the longer of FLOPs at the rate of `engine` (VEC: the vector
-    lanes, MXU: the matrix array in bf16, at the library's efficiency) and bytes at HBM's rate. The seconds do not count
-    the bytes of weights that are prefetched.
+    The time is launch overhead, plus HBM latency, plus the longer of two times: that of the op's FLOPs at the rate of
+    `engine` (VEC: the vector lanes, MXU: the matrix array in bf16, at the library's efficiency), and that of its bytes
+    at HBM's rate. Bytes of weights that are prefetched do not count. The simulator cannot execute such a kernel.
     """
 
     op: Op

@@ -66,9 +66,10 @@ class Heads:
         return self.head_dim + (0 if self.shared_values else self.v_dim)
 
     def hbm_part(self, library: KernelLibrary) -> float:
-        """The part of the columns that are loaded from the K/V cache which HBM delivers if the chip has an L2.
+        """The fraction of the loaded K/V columns that HBM delivers if the chip has an L2; the L2 delivers the others.
 
-        It is below 1 only for the simulated streams, whose activations are FP32 (library.activation_bytes).
+        It is 1 except where values_in_keys is set and the library's activations are FP32, as in the simulated streams:
+        these load values a second time, after the keys.
         """
         twice = self.values_in_keys and library.activation_bytes >= WIDE
         return self.head_dim / self.kv_width if twice else 1.0
@@ -80,7 +81,10 @@ class Heads:
 
     @property
     def format(self) -> str:
-        """Format by which a library's attention kernels are chosen: "bf16" for a cache of 16 bits, else "e4m3"."""
+        """Format by which a library's attention kernels are chosen.
+
+        "bf16" for a cache of 16 bits a value, "e4m3" for a cache of any other width.
+        """
         return "bf16" if self.bits == 16 else "e4m3"
 
 
@@ -184,11 +188,12 @@ def emit_head_scales(
 
 
 def job_rows(target: Target, rows: int, width: int) -> int:
-    """Number of rows of one job of a core: rows that it loads, rounds and stores together. A row is one head's.
+    """Number of rows that a core loads, rounds and stores together, as one job. A row is one head of one token.
 
-    The `rows` rows of a core are cut into as few jobs as possible, all but the last of equal length. A job may have up
-    to ROWS rows. If MOST_TILES / 2 jobs of ROWS rows in flight do not hide HBM's latency, it may have as many rows as
-    do hide the latency. It never has more rows than fit SRAM. Returns 1 if `rows` is 0. width: values of a row.
+    The `rows` rows of a core are cut into as few jobs as possible; all but the last have the returned length. A job has
+    at most ROWS rows. The limit is higher where the loads of MOST_TILES / 2 such jobs are too short to hide HBM's
+    latency: then it is the number of rows that hides the latency. A job has no more rows than fit SRAM, but at least
+    one. Returns 1 if `rows` is 0. width: values of a row.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)

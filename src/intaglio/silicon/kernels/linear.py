@@ -69,12 +69,12 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work, that complete the product with its fastest tile and K split.
+        """A list of Streams, one for each core with work, that compute the op's result. Tiles are the fastest found.
 
-        Kernels whose results these Streams need are executed in `mem` during the call: the rounding of x (none for f32)
-        and, if K is split, the products of its parts. The Streams then add the parts; otherwise they compute the
-        product. Bias, activation and residual are applied as the sums leave the accumulators. A GLU pair (gate, up)
-        uses two accumulators of half the columns each.
+        First, x is rounded during the call, by a kernel that is executed in `mem` (none for f32). If K is not split,
+        the Streams then compute the product. If K is split, the products of its parts are executed during the call too,
+        and the Streams add their sums. In both cases the Streams apply bias, scale, activation and residual as the sums
+        leave the accumulators. A GLU pair (gate, up) uses two accumulators of half the columns each.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1
@@ -121,7 +121,7 @@ def drain(
         mem: the chip's memory, with the op's operands and its result.
         op: the op.
         job: the tile, with its accumulators.
-        extra: an SRAM tile for the bias of each accumulator; None without a bias.
+        extra: SRAM tiles for the biases, one for each accumulator or more; items are None if the op has no bias.
         rings: SRAM buffers for a few rows of the result, and of the residual (None without one).
     """
     biases: list[Region | None] = [None, None]
@@ -143,10 +143,11 @@ def drain(
 def drained(
     op: Linear, dst: Region, accs: Sequence[Region], biases: Sequence[Region | None], residual: Region | None
 ) -> isa.Drain:
-    """The Drain instruction that moves sums to SRAM with the op's scale and activation.
+    """The Drain instruction that moves sums from accumulators to SRAM, with the op's bias, scale and activation.
 
-    dst: the SRAM tile. accs: one accumulator, or two for a GLU pair (gate, up). biases: at least two items, the bias
-    of each accumulator or None. residual: None if the op adds none.
+    dst: the SRAM tile. accs: one accumulator, or two for a GLU pair (gate, up). biases: at least two items; the first
+    two are the biases of the first and of the second accumulator, None where there is none. More items are not used.
+    residual: SRAM tile that is added; None if the op adds none.
     """
     return isa.Drain(
         dst=dst, acc=accs[0], up=accs[1] if len(accs) > 1 else None, bias=biases[0],

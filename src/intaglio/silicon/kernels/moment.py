@@ -16,6 +16,6 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 class MomentKernel(WorkKernel):
     """Chip kernel of the op `moment`, which computes each row's mean, root mean square or standard deviation.
 
-    Like any WorkKernel it is timed by the longer of two times: its operations on the vector lanes, and its HBM bytes.
-    It has no streams().
+    For timing only: it has no instruction streams, so the simulator cannot execute the op. Like any WorkKernel it is
+    timed by the longer of two times: its operations on the vector lanes, and its HBM bytes.
     """

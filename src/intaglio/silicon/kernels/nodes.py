@@ -23,9 +23,10 @@ STAGES = {  # collective -> (stages before the network of nodes, stages after it
 
 
 def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
-    """Number of nodes that `chips` chips fill. what: the collective or load, for error messages.
+    """Number of nodes that `chips` chips fill: chips / chip.links.max_chips.
 
-    Raises ChipError if no network joins the chip's nodes, or if the last node were not full.
+    what: name of the collective, for error messages. Raises ChipError if the chip has no network between nodes
+    (links.node_bytes_per_s is 0), or if `chips` is not a multiple of links.max_chips, the chips of one node.
     """
     most = chip.links.max_chips
     if not chip.links.node_bytes_per_s:
@@ -39,16 +40,20 @@ def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
 
 
 def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside) -> Timing:
-    """The Timing of a collective of a tensor of `moved` bytes over chips of several nodes.
+    """The Timing of a collective of a tensor of `moved` bytes over `chips` chips, which fill k nodes.
 
-    Collectives inside each node come before or after an exchange between k nodes. In the exchange, each chip sends
-    (k - 1) / k of p bytes, and twice as much for an all_reduce. p is moved / (chips of a node), but `moved` for an
-    all_to_all. The exchange takes ceil(log2(k)) steps (recursive doubling, or Bruck's algorithm), twice as many for an
-    all_reduce, and 1 for an all_to_all.
+    It is the sum of collectives inside each node (see STAGES) and of one exchange between the nodes. For a node of n
+    chips, each chip sends over the network between nodes:
 
-    inside: function of (target, collective, chips, bytes) that returns the Timing of a collective in one node. Raises
-    ChipError if no network joins nodes, if the last node is not full, and for a collective that cannot span nodes
-    (send).
+    - all_gather, reduce_scatter: (k - 1) / k * moved / n bytes, in ceil(log2(k)) steps (recursive doubling, or Bruck's
+      algorithm);
+    - all_reduce: twice these bytes, in twice as many steps;
+    - all_to_all: (k - 1) / k * moved bytes, in 1 step.
+
+    inside: called as inside(target, collective, chips, bytes); returns the Timing of a collective in one node.
+
+    Raises ChipError for a collective that cannot span nodes (send), and for chips that do not fill nodes, see
+    nodes_of().
     """
     chip = target.chip
     if op not in STAGES:

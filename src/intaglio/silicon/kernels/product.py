@@ -63,15 +63,15 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float, heads: int, gm: Any, streamed: bool = False) -> tuple[Any, Any, Any]:  # fmt: skip
+                out_bytes: Any, heads: int, gm: Any, streamed: bool = False) -> tuple[Any, Any, Any]:  # fmt: skip
     """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
 
     - The cores work on one block of tiles at a time (block_shape()). Each block reads its rows of x and of w once.
-    - If x or w fits the L2, both are read once in all. If a block's rows of x fit, x is read once in all.
-    - If all of x fits, one read of x is subtracted, since the op before has just written x to the L2.
-    - The last bytes of the result stay in the L2 and are not counted.
+    - If x or w fits the L2, x and w are each read once in total. If a block's rows of x fit, x is read once in total.
+    - If all of x fits, the first read of x needs no HBM, since the op before has just written x to the L2.
+    - At the end the L2 holds the bytes that were used last. The part of the result that is among them is not counted.
 
     tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
     cover the m rows of a product; a mean if products have different numbers of rows. streamed: True if the L2 holds
@@ -91,18 +91,26 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     w_times = np.where(one_fits, 1, np.ceil(gm / rows))
     if streamed:
         return heads * x * x_times, heads * w * w_times, heads * out + 0 * gn
-    x_resident = np.where(heads * x < kept * 0.6, 1.0, 0.0)
     # The L2 holds the latest bytes; of the result, those before have been written back
     written = np.maximum(0, 1 - kept / (heads * (w * w_times + x + out)))
-    return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
+    return heads * x * (x_times - x_resident(target, heads * x)), heads * w * w_times, heads * out * written
+
+
+def x_resident(target: Target, x_bytes: Any) -> Any:
+    """1.0 if the L2 still has all of a product's x, which the op before has written; else 0.0. x_bytes: bytes of x."""
+    return np.where(x_bytes < target.chip.l2_bytes * target.library.l2_usable * 0.6, 1.0, 0.0)
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """How a core's SRAM is divided: (rows of a tile drained at a time, bytes for all stages, bytes beside each stage).
+    """How a core's SRAM is divided, as (drained rows, bytes for stages, bytes of scales).
 
-    A stage holds the operands of one step over K. Beside it are the scales of its rows and columns, if x has 8 bits.
-    Outside the stages are two tiles for a drained piece, two for a bias, and 1,024 bytes. tm, tn: rows and columns of a
-    tile; tn counts both sides of a GLU pair.
+    - Drained rows: rows of a tile that move from the accumulators to SRAM at a time.
+    - Bytes for stages: SRAM for the pipeline stages, all together. A stage has the operands of one step over K, and
+      their scales. The rest of SRAM is two tiles of drained rows, two rows of bias and 1,024 bytes.
+    - Bytes of scales: the part of one stage for scales and alignment. Only an x of 8 bits has scales.
+
+    The three are numbers or arrays, as tm and tn are. tm, tn: rows and columns of a tile; tn counts both sides of a GLU
+    pair. glu: True for a GLU pair. x_bits: bits of a value of x.
     """
     sram, columns = target.chip.sram_bytes, tn / (1 + glu)
     rows = np.clip(np.floor(sram / DRAIN_PART / (8 * columns)), 1, tm)
@@ -117,10 +125,10 @@ class Grouped:
 
     Attributes:
         counts: rows of each product, at least 1; len(counts) is the number of products.
-        scattered: True if rows of the result are stored by index, past the L2.
+        scattered: True if rows of the result are stored by index. All bytes of such stores go to HBM, not to the L2.
         overfetch: bytes that the kernel moves from the L2 for each byte of the weights.
         convert_ops: operations of the vector lanes to convert one value of a weight.
-        run: format in which the array multiplies; "": the wider one of the operands.
+        run: number format in which the matrix array runs; "": the format of the wider operand, as the array takes it.
     """
 
     counts: tuple[int, ...]
@@ -135,9 +143,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  streamed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
-    A core loads, multiplies, drains and stores its tiles one after the other, like the instruction streams (tiled.py).
-    To drain a tile is to move its sums from the accumulators to SRAM. Tiles at the edge count whole, since they are
-    padded. A choice that is not allowed takes infinite seconds.
+    This is the time of the loop of the instruction streams (tiled.py). For each of its tiles a core loads operands in
+    steps over K, multiplies them, drains the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at
+    the edge count whole, since they are padded. Seconds are infinite where K is split into parts of fewer than 4 steps,
+    and where K is split although there are several products.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
@@ -154,9 +163,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
     - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
-    - ring: steps whose operands SRAM holds at the same time. at_once: tiles that run on a core at a time.
+    - ring: steps whose operands SRAM holds at the same time. at_once: tiles whose steps a core interleaves; 1 with a
+      persistent kernel.
     - banks: 2 if the accumulators fit two tiles of the result, else 1.
-    - run: name of the format in which the array multiplies; one str for all choices.
+    - run: number format in which the matrix array runs, such as "bf16"; one str for all choices.
     - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     chip, lib = target.chip, target.library
@@ -188,12 +198,17 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
-    each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
+    # Partial sums are FP32. Streams store all of them, and add them afterwards; in the libraries' kernels, which were
+    # measured, they take no more of HBM than the result does.
+    sums = 4 * split if lib.activation_bytes >= WIDE else out_bytes / (1 + glu)
+    each = x_bits / 8, w_bits / 8, np.where(split > 1, sums, out_bytes / (1 + glu))
     x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm, streamed)
     if grouped and grouped.scattered:
         out_hbm = heads * m * n * each[2] + 0 * gn
     read = x_hbm + w_hbm * (not resident)
     hbm = read + out_hbm
+    w_times = w_hbm / (heads * n * k * each[1])  # how often HBM delivers w
+    written = out_hbm / (heads * m * n * each[2])  # the part of the result that leaves the L2
     wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
     stage_mean = (rows * x_bits + n / gn * fetched) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
@@ -215,17 +230,22 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     shared = min(chip.l2_rate, chip.hbm_rate) if past_l2 else chip.l2_rate
     port = min(chip.port_rate, shared)
 
-    def load(active: Any, columns: Any) -> tuple[Any, Any]:
+    def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w. rows: of x;
+        0: only w is loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
         return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
-    wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
+    block = block_shape(target, gm, gn, tm, tn, split)
+    wide = np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores))  # tiles of w: of a block of many rows
+    if lib.persistent:  # with few rows, all tiles of w are shared evenly by the rounds
+        wide = np.clip(heads * gn * split / rounds, wide, cores)
+    wide = np.minimum(heads * gn * split, wide) if lib.persistent else np.minimum(gn, wide)
     first_bytes = 0.0 if resident else wide * np.minimum(tn, n) * tk * w_bits / 8
     if not chip.l2_bytes:
         first_bytes = np.minimum(jobs, cores) * (rows * x_bits + np.minimum(tn, n) * w_bits) * tk / 8
@@ -233,88 +253,163 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     # The end of a tile: pieces are drained to SRAM, then stored
     value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
-    pieces = np.maximum(1, rows / piece)
-    drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
+    piece = np.minimum(piece, rows)
+    pieces = np.ceil(rows / piece)
+    cells = rows * np.minimum(tn, n) / (1 + glu)
+    drain = vector_cycles(chip, cells * (3 if glu else 1), cells * glu) / chip.clock_hz  # as isa.Drain counts them
     active = np.minimum(jobs, cores)
     store = rows * np.minimum(tn, n) * value_bytes * np.maximum(1 / chip.port_rate, np.maximum(
-        active / chip.l2_rate, out_hbm / (m * n * heads * out_bytes / (1 + glu)) * active / chip.hbm_rate))  # fmt: skip
+        active / chip.l2_rate, written * active / chip.hbm_rate))  # fmt: skip
     depth_s = chip.array_depth / chip.clock_hz
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
-    def end(tiles: Any, part: Any = 1.0) -> Any:
-        """Seconds to drain and store `tiles` tiles; `part`: the fraction of a full tile's columns that each has."""
-        one, other = drain * part / pieces, store * part / pieces
-        busier = np.maximum(np.maximum(one, other), (one + other + depth_s) / 2)
-        return one + other + depth_s + (tiles * pieces - 1) * busier
+    per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
 
-    def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
-        """Seconds from the first load to the last matmul of `tiles` tiles. One core interleaves the tiles' steps.
+    def end(part: Any = 1.0) -> tuple[Any, Any]:
+        """Seconds until a tile is drained, and until it is stored; `part`: fraction of a tile's columns that it has.
 
-        load_s, alone_s: seconds to load one step's operands while all cores load, and with this core alone.
+        A piece is drained while the one before is stored; a third waits until the first is stored. The last is shorter.
+        """
+        one, other = drain * part * piece / rows, store * part * piece / rows
+        last = (rows - (pieces - 1) * piece) / piece
+
+        def stored(count: Any) -> Any:
+            return np.where(count > 0, pipeline(np.maximum(count, 1), one, other, depth_s, 2), 0)
+
+        drained = np.maximum((pieces - 1) * one, stored(pieces - 2)) + one * last + depth_s
+        return drained, np.maximum(drained, stored(pieces - 1)) + other * last
+
+    def product(tiles: Any, load_s: Any, alone_s: Any, start_s: Any, follows: Any = np.False_) -> Any:
+        """Seconds from the first load to the last matmul of `tiles` tiles, whose steps one core interleaves.
+
+        load_s: seconds to load one step's operands while all cores load; it limits the sum of all loads. alone_s: the
+        same while no other core loads; it limits how soon a stage (buffer of a step) can be filled again. start_s:
+        seconds until the first matmul can start. follows: True if the core has other tiles before these. Waits for free
+        stages are then not counted here.
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
         around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
-        by_work = first_s * np.where(steps > 1, 1, last_part / tk) + wait_s + tiles * job_work
+        by_work = start_s + tiles * job_work
         by_load = tiles * job_steps * load_s + wait_s + last_work
-        before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last step is shorter
-        found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
+        before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last is shorter
+        found = np.maximum(np.maximum(by_work, by_load), np.where((turns > 0) & ~follows, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
     (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
-    first_s = np.maximum(all_load, fill)
+    # Weights are loaded first. If HBM delivers them and the L2 has x, x is loaded during their latency.
+    only_w, _ = load(np.minimum(jobs, cores), mean_n, 0)
+    x_waits = 1.0 if streamed else 1 - x_resident(target, heads * m * k * each[0])
+    part = np.where(steps > 1, 1, last_part / tk)
+    start_s = np.maximum(np.maximum(only_w, fill) * part + wait_s, np.maximum(all_load, fill) * part + wait_s * x_waits)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
-        drained = end(1) - store / pieces  # until the accumulators are free
-        per_job = np.maximum(np.maximum(drain, store), (drain + store + np.ceil(pieces) * depth_s) / 2)
-        two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
+        drained, all_end = end()  # the accumulators are free once drained
+        two = np.maximum(np.maximum(job_work, per_tile), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
+        # With two banks, and two buffers of pieces, every second tile waits for the one before the last
+        unpaired = np.maximum(job_work, np.where(pieces > 1, per_tile, np.maximum(drain, store)))
+        unpaired = np.where(banks == 2, unpaired, by_work)
         bubble = np.where(banks == 2, 0, drained)
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
         stored = rows * n / gn * value_bytes
         by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
-        around = steps * (all_alone + wait_s + work) / ring + bubble
-        period = np.maximum(np.maximum(by_work, by_load), around)
-        last_end = end(1, last_part_n)
-        seconds = (rounds - 1) * period + product(1, last_load, last_alone) + last_end
-        before = (rounds - 2) * period + product(1, all_load, all_alone) + end(1)
+        # From one use of a stage to the next. A stage holds all of a tile's steps in turn, also the shorter last one,
+        # unless the numbers of steps and of stages have a common factor
+        in_turn = np.gcd(steps.astype(int), ring.astype(int)) == 1
+        # The first side of a GLU pair is multiplied while the second arrives
+        aside = np.minimum(work, all_alone) / 2 * glu
+        each_step = np.where(in_turn, (job_steps * all_alone + job_work) / steps, all_alone + work) - aside
+        hit = steps * each_step / ring + bubble
+        around = hit + steps * wait_s / ring
+        # Blocks of rows after the first find w in the L2, if it stays there
+        first = np.minimum(1, w_times * block[0] / gm)
+        by_work, by_load, unpaired = (
+            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load, unpaired)
+        )
+        _, last_end = end(last_part_n)
+
+        def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
+            """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
+            last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
+            odd = (rounds - 1) % 2
+            works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
+            return np.maximum(start_s + works, (rounds - 1) * by_load + last)
+
+        seconds = loop(rounds, last_load, last_alone) + last_end
+        before = loop(rounds - 1, all_load, all_alone) + all_end
         seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
     else:
         groups = np.ceil(rounds / at_once) - 1  # before the last
         tiles = rounds - groups * at_once  # of the last
         between = (all_load * (tiles - 1) + last_load) / tiles
-        last_end = np.maximum(end(1), end(tiles) - (tiles - 1) * last_work)
-        all_end = np.maximum(end(1), end(at_once) - (at_once - 1) * last_work)
+        _, one_end = end()
+        last_end = one_end + (tiles - 1) * np.maximum(0, per_tile - last_work)
+        all_end = one_end + (at_once - 1) * np.maximum(0, per_tile - last_work)
         seconds = (
-            groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
+            groups * (product(at_once, all_load, all_alone, start_s) + all_end)
+            + product(tiles, between, all_alone, start_s)
+            + last_end
         )
+    if cores > 1:
         last_end = np.maximum(all_end, last_end)  # so one tile more never takes less time where HBM is the bound
     # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
-    # Stores of all rounds but the last compete with loads, unless SRAM holds the operands of all rounds.
-    competing = (1 - 1 / rounds) * np.clip(rounds * steps / ring - 1, 0, 1) if lib.persistent else 1 - 1 / rounds
+    # Stores compete with loads, except those of the last round, and those that start after the last load.
+    competing = 1 - 1 / rounds
+    if lib.persistent:
+        first_piece = drain * piece / rows + depth_s
+        behind = wait_s + last_work + first_piece  # seconds from a tile's last load to its first store
+        competing = np.clip(1 - (1 + behind * chip.hbm_rate * rounds / np.maximum(hbm, 1)) / rounds, 0, 1)
+        # None starts before the first tile is drained, and from then on loads have half of HBM's rate or more
+        first_store = start_s + job_work + first_piece
+        loading = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
+        competing = np.minimum(competing, loading / np.maximum(out_hbm, 1))
+        seconds = np.maximum(seconds, first_store + out_hbm / chip.hbm_rate)
     loads = (full * all_load + (rest > 0) * last_load) * job_steps
     from_hbm = (read + out_hbm * competing) / chip.hbm_rate
+    if lib.persistent and chip.l2_bytes:
+        # HBM serves all cores alike, so those that have a tile of w more than others load it when the others have
+        # ended. Then it takes as long as a stage takes to get free
+        of_w = heads * gn * split
+        alone = np.maximum(job_steps * all_alone, steps * (all_alone + wait_s + work) / ring)
+        every, over = waves(of_w, cores)
+        by_turns = every * np.maximum(from_hbm / of_w * cores, alone)
+        by_turns = by_turns + np.where(over > 0, np.maximum(from_hbm / of_w * over, alone), 0)
+        from_hbm = np.where(of_w > cores, by_turns, from_hbm)
+    unmixed = from_hbm
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
     short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
     later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
+    # From the load of its first step on, the last tile has all its steps' work left, and their loads
+    loaded = (job_steps - 1) * (last_load if cores == 1 else from_hbm / (rounds * job_steps))
+    later = np.maximum(later, job_work - last_work - loaded) if lib.persistent else later
     # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next.
     # Those of a vendor's kernels end at other times, the more so the more tiles run on a core at a time.
     idle = 0.0
     if not lib.persistent:
         in_step = 1.0 if lib.activation_bytes >= WIDE else IN_STEP * (1 - (at_once - 1) / (MOST_GROUPED_TILES - 1))
         idle = in_step * groups * (wait_s + last_work + all_end)
-    seconds = np.maximum(seconds, from_hbm + idle + latency_s + later + last_work + last_end)
+    seconds = np.maximum(seconds, np.maximum(from_hbm, unmixed + idle) + latency_s + later + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
-    partial = partial_seconds(target, m, n, split, out_bytes, glu)
+    if cores == 1 and not chip.l2_bytes and heads == 1:
+        # Tiles at the lower edge load and store fewer rows, but multiply as many: HBM may bound only the others
+        edge = m - (gm - 1) * tm
+        of_row = n * k * (0 if resident else each[1])
+        full_s, edge_s = ((gn * r * k * each[0] + of_row + r * n * each[2]) / chip.hbm_rate for r in (tm, edge))
+        by_rows = (gm - 1) * np.maximum(full_s, gn * job_work) + np.maximum(edge_s, gn * job_work)
+        seconds = np.maximum(seconds, np.where((split == 1) & (gm > 1), by_rows, 0))
+    missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
+    partial = partial_seconds(target, m, n, split, out_bytes, glu, missed)
+    hbm = hbm + np.where(split > 1, m * n * each[2] * missed, 0)
     seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
     seconds = np.where(allowed, seconds, np.inf)
-    moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
+    moved = jobs * job_steps * stage_mean + heads * m * n * each[2]
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
             "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
             "at_once": at_once, "banks": banks, "moved": moved,
-            "block": block_shape(target, gm, gn, tm, tn, split)}  # fmt: skip
+            "block": block}  # fmt: skip
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
@@ -327,22 +422,45 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
 
 
-def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
+def missed_sums(target: Target, sums: Any, written: Any) -> Any:
+    """HBM bytes that are moved for each byte of partial sums that is read back to add them.
+
+    The L2 has evicted some of the sums to HBM by then, and fetches these again. Each fetched byte evicts another byte.
+    The chance that this is a byte of the sums, which is then written back too, is the fraction of the L2 that sums
+    take. Returns 1 without an L2.
+
+    sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
+    is an array or number like `written`.
+    """
+    kept = target.chip.l2_bytes * target.library.l2_usable
+    if not kept:
+        return np.ones_like(written)
+    share = np.minimum(1, sums * (1 - written) / kept)  # of the L2's bytes, those that are sums
+    missed = np.where(share < 1, np.minimum(1, written / np.maximum(1 - share, 1e-9)), written > 0)
+    return missed * (1 + share * (1 - written))
+
+
+def partial_seconds(
+    target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any
+) -> Any:  # fmt: skip
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
-    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. The last part
-    of a row counts as whole. n: columns; for a GLU pair, columns of both sides together. out_bytes: bytes of a value of
-    the sum.
+    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. If the last
+    columns of a row are fewer, they take as long as the others. n: columns; for a GLU pair, columns of both sides
+    together. out_bytes: bytes of a value of the sum. missed: HBM bytes for each byte of partial results that is read,
+    see missed_sums().
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)
     jobs = m * np.ceil(n / sides / width)
     active = np.minimum(jobs, chip.cores)
-    rate = np.minimum(chip.port_rate, (chip.l2_rate if chip.l2_bytes else min(chip.l2_rate, chip.hbm_rate)) / active)
-    latency_s = 0.0 if chip.l2_bytes else chip.constants.hbm_latency_s
+    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
+    load_s = 4 * width * split * sides * np.maximum(1 / rate, missed * active / chip.hbm_rate)
+    store_s = width * out_bytes * np.maximum(1 / rate, (not chip.l2_bytes) * active / chip.hbm_rate)
+    latency_s = chip.constants.hbm_latency_s * np.minimum(1, missed)
     work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
-    added = pipeline(np.ceil(jobs / chip.cores), 4 * width * split * sides / rate, work, latency_s, 2)
-    return added + chip.array_depth / chip.clock_hz + width * out_bytes / rate
+    added = pipeline(np.ceil(jobs / chip.cores), load_s, work, latency_s, 2)
+    return added + chip.array_depth / chip.clock_hz + store_s
 
 
 @lru_cache(maxsize=65536)

@@ -14,4 +14,7 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 @chip_kernel(Decay, LinearAttention, RgLru, SelectiveScan, ShortConv)
 @dataclass(frozen=True)
 class RecurrentKernel(WorkKernel):
-    """Chip kernel of an op with recurrent state: timed by its FLOPs on the vector lanes and its bytes."""
+    """Chip kernel of an op with recurrent state. For timing only: the simulator cannot execute the op.
+
+    Like any WorkKernel it is timed by the longer of two times: its FLOPs on the vector lanes, and its HBM bytes.
+    """

@@ -24,10 +24,11 @@ class RouteKernel(RowsKernel):
     """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights.
 
     Attributes:
-        searches: how many times a row is searched for its largest value: once for each expert that a token chooses and,
-            if experts are in groups, op.group_best times more to rate the groups.
+        searches: how many times a row is searched for its largest value. It is `top`; if experts are in groups,
+            `top` + op.group_best, since op.group_best searches of the row rate the groups.
         top, score, groups, kept_groups, normalise: the op's fields of these names.
-        biased, factored: True if the op has a bias, or factors of experts' weights.
+        biased: True if the op adds a bias to the scores by which experts are chosen.
+        factored: True if the op multiplies the weight of each chosen expert by a factor of the expert (op.factors).
     """
 
     top: int = 1
@@ -46,6 +47,11 @@ class RouteKernel(RowsKernel):
         searches = op.top + op.group_best * (op.groups > 0)
         how = op.top, op.score, searches, op.groups, op.kept_groups, op.normalise, bool(op.bias), bool(op.factors)
         return cls(rows, int(width), 2, float(vectors), *how)
+
+    @classmethod
+    def unsupported(cls, op: Route, t: Tensors) -> str | None:
+        listed = f"op route at {op.site}: no instruction looks up a token's experts in a table, as {op.table} wants"
+        return listed if op.table else None
 
     def columns(self) -> tuple[int, ...]:
         return self.width, self.width, self.top, self.top, self.top

@@ -32,7 +32,7 @@ ROWS = 16  # rows of a tile of other kernels that load rows, at most
 def loop_timing(
     target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
 ) -> Timing:
-    """The Timing of `loop`, launch included. Its operands are in the L2 as far as they fit: the op before wrote them.
+    """The Timing of `loop`, launch included. The L2 holds its operands as far as they fit: the op before wrote them.
 
     reads, writes: bytes of all jobs. gathered: True if rows are read by index; all reads then come from HBM. past_l2:
     True if the op before wrote by index, to HBM and not to the L2. It is ignored if `gathered`.
@@ -104,7 +104,10 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """FP32 columns of each SRAM tile of a job, as a tuple; by default max(2, operands) tiles of `width` columns."""
+        """Widths of the SRAM tiles of one row, as a tuple with the number of FP32 columns of each tile.
+
+        The base class returns self.width for each operand, but at least twice.
+        """
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
@@ -112,7 +115,7 @@ class RowsKernel(ChipKernel):
         return 1
 
     def pieces(self) -> tuple[float, ...]:
-        """Parts of a job's columns that a core processes one after the other; they sum to 1."""
+        """Sizes of the pieces in which a core processes a job's columns, as fractions of the columns that sum to 1."""
         return (1.0,)
 
     def held_bytes(self) -> float:
@@ -126,19 +129,28 @@ class RowsKernel(ChipKernel):
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        """Number of cycles of one core's vector lanes for n values of a row; by default one operation per value."""
+        """Number of cycles of one core's vector lanes for n values of a row.
+
+        The base class counts one operation per value. Subclasses whose ops need more override this method.
+        """
         return float(vector_cycles(chip, n))
 
     def read_cycles(self, chip: ChipSpec, n: int) -> float:
-        """The first of cycles(), after which the tiles that were loaded are free again; by default all of cycles()."""
+        """Number of cycles, from the start of cycles(), until the tiles that were loaded are free for the next loads.
+
+        The base class returns all of cycles(). n: number of values of a row.
+        """
         return self.cycles(chip, n)
 
     def load_bytes(self, library: KernelLibrary) -> float:
-        """Bytes that a core loads for one row; by default a row of each matrix that is read."""
+        """Bytes that a core loads for one row of the op.
+
+        The base class counts `width` activations for each matrix that the op reads. Subclasses may override this.
+        """
         return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
 
     def store_bytes(self, library: KernelLibrary) -> float:
-        """Bytes that a core stores for one row; by default `width` values."""
+        """Bytes that a core stores for one row of the op. The base class counts `width` activations."""
         return float(self.width * library.activation_bytes)
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
@@ -189,13 +201,13 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
     Args:
         mem: the chip's memory.
         op: the op.
-        kernel: gives the number of column ranges and the number of tiles in a ring. kernel.gathered: the rows are read
-            by index.
+        kernel: the op's kernel, which gives the number of column ranges and the number of tiles in a ring.
         rows: number of rows.
-        columns: a whole row's number of columns for each ring. A ring is a circular buffer of f32 tiles of one row. The
-            last number is the width that is divided into ranges. No tile is wider than a range.
+        columns: for each ring (circular SRAM buffer of f32 tiles), the columns of a tile that holds a whole row. The
+            last number is also the width of the row that is divided into ranges. If the row is divided, a tile has at
+            most as many columns as a range.
         body: called to emit the instructions of one job, as body(builder, list of rings, slice of one row, slice of the
-            job's columns). The last is slice(None) if rows are gathered.
+            job's columns). The last is slice(None) if kernel.gathered is set (rows are read by index).
     """
     parts = kernel.parts()
     step = -(-columns[-1] // parts)

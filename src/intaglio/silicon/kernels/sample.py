@@ -77,10 +77,12 @@ class SampleKernel(ChipKernel):
 
 
 def edit_loader(mem: ChipMemory, k: StreamBuilder, rows: Sequence[Sampling]) -> Callable[[Sampling], dict[str, Region]]:
-    """A function that loads one row's logit edits and grammar mask from HBM and returns a dict of Sample's arguments.
+    """A function for one core that loads a row's logit edits and grammar mask from HBM.
 
-    The dict lacks the arguments that the row does not have. Tiles are allocated for the largest edits and mask of
-    `rows`, the rows of one core.
+    The function takes the row's Sampling. It emits the loads, and returns a dict of SRAM tiles for arguments of the
+    instruction isa.Sample: "ids", "factors" and "terms" if the row has edits, "mask" if it has a mask; {} if neither.
+
+    rows: the Sampling of each row of the core. SRAM tiles are allocated for the largest edits and mask among them.
     """
     widest = max((len(s.edits.ids) for s in rows if s.edits), default=0)
     rings = {n: k.ring(2, 1, widest, f) for n, f in (("ids", "i32"), ("factors", "f32"), ("terms", "f32")) if widest}

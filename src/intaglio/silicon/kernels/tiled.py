@@ -36,7 +36,10 @@ def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
 
 
 def groups_in(w: Region | QuantisedRegion, depth: int) -> int:
-    """Largest number of groups of w that a run of `depth` columns touches; 0 if w has no groups."""
+    """Largest number of scale groups of w that `depth` neighbouring columns touch; 0 if w is not quantised.
+
+    A scale group is the w.group columns of a row that share a scale.
+    """
     return -(-depth // w.group) + 1 if isinstance(w, QuantisedRegion) else 0
 
 
@@ -47,7 +50,7 @@ class Codes:
     Attributes:
         x: the operand's codes [m, k], or its values if it is not quantised.
         scales: scales f32 [m, G] of the rows of x; None: there are none.
-        span: columns of x that share a scale.
+        span: number of neighbouring columns of x that share a scale.
     """
 
     x: Region
@@ -61,8 +64,9 @@ def rounded(
 ) -> Codes:  # fmt: skip
     """Round x f32 [m, k] to `x_format` on the simulated chip. Returns the Codes (regions of codes and of scales).
 
-    The launch runs during this call. int8 has one scale for every `span` columns of a row, fp8row one for each row;
-    bf16 has none. For f32 without a reader the result is x itself, and nothing runs.
+    The kernel is executed during this call. int8 has one scale for every `span` columns of a row, fp8row one for each
+    row; bf16 and f32 have none. For f32 without a reader the result is x itself, and no kernel is executed. For f32
+    with a reader, the rows are copied in the reader's order.
 
     Args:
         mem: the chip's memory.
@@ -71,9 +75,9 @@ def rounded(
         x_format: f32, bf16, int8 or fp8row.
         span: columns that share an int8 scale.
         rows: number of rows that the reader gives; not used without a reader.
-        reader: None to take the rows of x in order. Otherwise a function called for each core with (stream builder,
-            rows of a tile). It returns a RowReader, a function that loads rows of x in an order of its own, in which
-            the codes are then stored, for f32 too.
+        reader: None to take the rows of x in order. Otherwise a function, called once for each core with (stream
+            builder, largest number of rows of a tile). It returns the core's RowReader: a function that emits the load
+            of some rows and columns of x into a tile, in an order of rows of its own. Codes are stored in that order.
     """
     if x_format == "f32" and reader is None:
         return Codes(x, None, span)
@@ -154,7 +158,7 @@ def tiling(
     Args:
         target: chip and kernel library.
         size: (m, n, k): rows of x, columns of the result before activation (both sides of a GLU pair), columns of x.
-        x_format: format of the codes of x, already rounded.
+        x_format: number format in which the product reads x, such as "int8".
         w_bits: bits per weight, scales included.
         w: the weights.
         sides: 2 for a GLU pair, else 1.
@@ -227,8 +231,9 @@ class TileJob:
         columns: for each item of `w`, its rows, which are columns of x @ w.T.
         steps: the steps over K, as slices.
         out: columns of the result.
-        first: column of x at which K begins.
-        index: number of the part of K if K is split, or of the expert.
+        first: column of x that is multiplied by the first column of `w`; above 0 if x has the inputs of several heads.
+        index: number of the part of K, in a product whose K is split; number of the expert, in a product of experts;
+            else 0.
         accs: the accumulators, one for each item of `columns`; product_streams() sets them.
         factor: the tile with the row scales of x that were loaded last; None before the first load.
         held: the scales of w that were loaded last, by index into `columns`: (slice of group numbers, their tile).
@@ -247,10 +252,11 @@ class TileJob:
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """The slices of 0 .. k - 1 that are multiplied step by step: an inner list for each part of K, in order.
+    """Cut the columns 0 .. k - 1 of x into steps. Returns a list of lists of slices: for each part of K, its steps.
 
-    There are at most cut.parts inner lists. A slice has at most cut.depth values, and lies within one run of `span`
-    columns of x, which share a scale.
+    A step is a slice of at most cut.depth neighbouring columns, which are loaded and multiplied together. All columns
+    of a step have the same scale: columns 0 .. span - 1 share one, the next `span` columns another, and so on. There
+    are at most cut.parts parts. Parts and steps are in ascending order.
     """
     every = [
         shifted(piece, outer.start)
@@ -273,6 +279,7 @@ class TiledProduct:
         self, k: StreamBuilder, codes: Codes, w: Sequence[Region | QuantisedRegion], cut: Tiling, w_first: bool
     ) -> None:
         self.k, self.codes, self.cut, self.w_first = k, codes, cut, w_first
+        self.started = False  # True from the first step on
         depth, groups = cut.depth, groups_in(w[0], cut.depth)
         if one_scale(w[0]):  # its scales and those of x stay while a tile is computed
             groups = 1
@@ -292,11 +299,16 @@ class TiledProduct:
                     self.step(job, job.steps[i], accumulate=i > 0)
 
     def step(self, job: TileJob, step: slice, accumulate: bool) -> None:
-        """Emit the loads of one step of a job, and the matmuls of what was loaded.
+        """Emit the loads of x and w for one step of a job, and the Matmul instructions that multiply them.
 
-        step: slice of K. accumulate: True to add to the job's accumulators, False to overwrite them (first step).
+        step: the columns of x, as a slice of K. accumulate: True to add to the job's accumulators; False to overwrite
+        them, as in a job's first step. Returns nothing.
         """
-        a = None if self.w_first else self.load_x(job, step)
+        w_first = (
+            self.w_first or not self.started
+        )  # a core's first weights have HBM's latency, during which x is loaded
+        self.started = True
+        a = None if w_first else self.load_x(job, step)
         sides = [
             load(self.k, tiles.next(), codes_of(w).part(part, step), self.cut.columns)
             for tiles, w, part in zip(self.w_tiles, job.w, job.columns, strict=True)
@@ -309,10 +321,10 @@ class TiledProduct:
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
 
     def load_x(self, job: TileJob, step: slice) -> Region:
-        """Emit the load of columns `step` of a job's rows of x; returns the tile.
+        """Emit the load of columns `step` of a job's rows of x. Returns the SRAM tile.
 
-        If x has scales, also emits the load of these columns' row scales and stores their tile in job.factor. It does
-        so only where a new scale begins; until then job.factor keeps the tile that an earlier step loaded.
+        If x has scales, job.factor is afterwards the SRAM tile with the scales of these columns. The call emits the
+        load of the scales, and sets job.factor, only where a new scale begins. Later steps keep job.factor.
         """
         columns = shifted(step, job.first)
         a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
@@ -325,13 +337,13 @@ class TiledProduct:
         return a
 
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
-        """Divide a step's columns into the groups that share scales of w; a list of (columns, region of the scales).
+        """Divide a step's columns by scales of w. Returns a list of (columns that share a scale, region of the scales).
 
-        Columns are a slice, counted from the first column of the step. If w has no scales, the list has one item, with
-        None as region.
+        The columns are a slice, counted from the first column of the step. The region is an SRAM tile with one scale
+        for each row of w. If w is not quantised, the list has one item: (all columns, None).
 
-        job.held has the scales that were loaded last. If they do not belong to this step's groups, the call emits the
-        load of this step's scales and stores them in job.held. side: index into job.w. step: slice of K.
+        Also loads scales if needed: job.held keeps the scales that were loaded last. If these are not the scales of
+        this step, the call emits a load and sets job.held[side]. side: index into job.w. step: slice of K.
         """
         ring, w = self.column_scales[side], job.w[side]
         if not isinstance(w, QuantisedRegion) or ring is None:
@@ -388,19 +400,20 @@ def product_streams(
 
 
 def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """Yield the row ranges in which a tile moves from accumulators to SRAM: (rows within the tile, rows of the result).
+    """Cut the rows of a job's tile into pieces that move from accumulators to SRAM one after the other.
 
-    Both are slices of equal length. ring: the SRAM buffers; a range has as many rows as one of them, or fewer at the
-    end of the tile.
+    Yields (rows within the tile, rows of the result) for each piece, two slices of equal length. ring: the SRAM buffers
+    for the pieces. A piece has as many rows as one buffer; the last piece may have fewer.
     """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
         yield piece, shifted(piece, job.rows.start)
 
 
 def store_product(k: StreamBuilder, job: TileJob, out: Region, columns: Sequence[slice], ring: Ring) -> None:
-    """Emit the drain of a job's accumulators and the store to `out`, unchanged. Returns nothing.
+    """Emit instructions that move a job's sums from accumulators to SRAM and store them to `out`. Returns nothing.
 
-    columns: for each item of job.accs, the columns of `out` to which its sums go. ring: SRAM tiles for drained rows.
+    The sums are stored without bias, scale, activation or residual. columns: for each item of job.accs, the columns of
+    `out` to which its sums go. ring: SRAM tiles for drained rows.
     """
     for acc, part in zip(job.accs, columns, strict=True):
         for piece, at in pieces(job, ring):

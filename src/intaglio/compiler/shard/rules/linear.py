@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from intaglio.compiler.layout import LayoutError
 from intaglio.compiler.shard.lane import Lane, sharding_rule
-from intaglio.compiler.shard.shares import heads_of, partners, scaled
+from intaglio.compiler.shard.shares import heads_of, keeps_whole, partners, scaled
 from intaglio.ops import HeadLinear, Linear
 
 
@@ -46,12 +46,13 @@ def linear(lane: Lane, op: Linear) -> None:
 def head_linear(lane: Lane, op: HeadLinear) -> None:
     """Append a HeadLinear op (one matrix per head, as in MLA) to one rank's Program. Returns nothing.
 
-    If the op's input op.x is split between ranks by heads, the rank's op computes only the rank's heads. Otherwise it
-    computes all heads.
+    If the op's input op.x is split between ranks by heads, or by whole groups of heads that share a matrix, the rank's
+    op computes only the rank's matrices. Otherwise it computes all of them.
     """
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
-    if not shares:
+    each = int(lane.p.tensors[op.x].shape[1]) // heads
+    if not shares or not keeps_whole(shares, each):
         return lane.add_whole(op)
-    own = [heads_of(share, int(lane.p.tensors[op.x].shape[1]) // heads) for share in shares]
+    own = [heads_of(share, each) for share in shares]
     width = int(lane.p.tensors[op.out].shape[1]) // heads
     return lane.add_split(replace(op, w=lane.own(op, op.w, own, axis=0)), scaled(own, width))

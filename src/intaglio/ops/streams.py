@@ -1,0 +1,100 @@
+"""Ops of hyper-connections: sinkhorn makes mixing matrices doubly stochastic, mix_streams mixes residual streams.
+
+Hyper-connections (Zhu et al. 2024) keep several residual streams side by side in one tensor. In DeepSeek-V4 the matrix
+that mixes them is doubly stochastic (Xie et al. 2026, "mHC: Manifold-Constrained Hyper-Connections").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+
+from intaglio.batch import Batch
+from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinkhorn(Op, kind="sinkhorn"):
+    """Op that turns each row of x, an n x n matrix, into one whose rows and columns sum to about 1.
+
+    The matrix m is softmax(x) over its last axis, plus eps; then m = m / (sums of its columns + eps). Then,
+    `iterations` - 1 times: m = m / (sums of its rows + eps), and m = m / (sums of its columns + eps). This is the
+    algorithm of Sinkhorn & Knopp (1967) as DeepSeek-V4 uses it. x, out f32 [rows, n * n], matrices row by row.
+    """
+
+    x: str = operand()
+    out: str = result()
+    iterations: int = 20
+    eps: float = 1e-6
+
+    def shapes(self, t: Tensors) -> Results:
+        _, width = self.rows_cols(t, self.x)
+        self.check(isqrt(width) ** 2 == width, f"{self.x} is {t[self.x].type}; wanted n * n columns, of n x n matrices")
+        self.check(self.iterations >= 1, f"iterations={self.iterations}; wanted 1 or more")
+        self.check(self.eps >= 0, f"eps={self.eps}; wanted 0 or more")
+        return {self.out: (t[self.x].shape, "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        x = array(v, self.x)
+        n = isqrt(x.shape[1])
+        m = x.reshape(-1, n, n).astype(np.float64)
+        m = np.exp(m - m.max(axis=-1, keepdims=True))
+        m = m / m.sum(axis=-1, keepdims=True) + self.eps
+        for i in range(self.iterations):
+            if i:
+                m = m / (m.sum(axis=-1, keepdims=True) + self.eps)
+            m = m / (m.sum(axis=-2, keepdims=True) + self.eps)
+        return {self.out: m.reshape(x.shape).astype(np.float32)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        values = t[self.x].nbytes(batch.sizes) // 4
+        return self.moved(t, batch, (6 + 4 * self.iterations) * values)  # softmax, then two sums and divisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixStreams(Op, kind="mix_streams"):
+    """Op that mixes residual streams: out[k] = the sum over j of weights[j, k] * x[j], plus gains[k] * branch.
+
+    x f32 [rows, n * width], n streams side by side; weights f32 [rows, n * m], a row of m weights for each stream;
+    branch f32 [rows, width] and gains f32 [rows, m], both or neither; out f32 [rows, m * width]. With m = 1 the op
+    collapses the streams into one.
+    """
+
+    x: str = operand()
+    weights: str = operand()
+    branch: str | None = operand(optional=True)
+    gains: str | None = operand(optional=True)
+    out: str = result()
+    streams: int
+
+    def shapes(self, t: Tensors) -> Results:
+        rows, columns = self.rows_cols(t, self.x)
+        held, weights = self.rows_cols(t, self.weights)
+        n = self.streams
+        fits = n >= 1 and columns % n == 0
+        self.check(fits, f"streams={n}; wanted a divisor of the {columns} columns of {self.x}")
+        fits = weights % n == 0 and held == rows
+        self.check(fits, f"{self.weights} is {t[self.weights].type}; wanted rows as in {self.x}, {n} * m columns")
+        width, m = columns // n, weights // n
+        self.check((self.branch is None) == (self.gains is None), "give branch and gains, or neither")
+        for name, wanted in ((self.branch, width), (self.gains, m)):
+            if name is not None:
+                fits = self.rows_cols(t, name) == (rows, wanted)
+                self.check(fits, f"{name} is {t[name].type}; wanted [{rows}, {wanted}]")
+        return {self.out: ((rows, m * width), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        x, n = array(v, self.x), self.streams
+        width, m = x.shape[1] // n, array(v, self.weights).shape[1] // n
+        streams = x.reshape(-1, n, width).astype(np.float64)
+        out = np.einsum("tjk,tjd->tkd", array(v, self.weights).reshape(-1, n, m), streams)
+        if self.branch is not None and self.gains is not None:
+            out = out + array(v, self.gains)[:, :, None] * array(v, self.branch).astype(np.float64)[:, None]
+        return {self.out: out.reshape(-1, m * width).astype(np.float32)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        terms = self.streams + (self.branch is not None)
+        return self.moved(t, batch, 2 * terms * (t[self.out].nbytes(batch.sizes) // 4))
