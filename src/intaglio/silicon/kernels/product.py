@@ -1,6 +1,8 @@
 """Timing of matrix products on a chip, shared by linear, head_linear and experts, with the choice of tiles.
 
 The closed form times every tile and K split that the library offers; the fastest is used, as by vendors' libraries.
+
+Long because the times of a tile, of a core's loop over tiles and of K splits are worked out together.
 """
 
 from __future__ import annotations
