@@ -235,8 +235,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w. rows: of x;
-        0: only w is loaded.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in
+        a tile; 0: only w is loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -268,9 +268,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
 
     def end(part: Any = 1.0) -> tuple[Any, Any]:
-        """Seconds until a tile is drained, and until it is stored; `part`: fraction of a tile's columns that it has.
+        """(seconds until a tile is drained, seconds until it is stored). part: its width as a fraction of a full tile.
 
-        A piece is drained while the one before is stored; a third waits until the first is stored. The last is shorter.
+        Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         last = (rows - (pieces - 1) * piece) / piece
@@ -476,10 +476,10 @@ def linear_timing(
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
-    HBM delivers the weights during earlier ops. The product then takes the seconds of resident weights, and hbm_bytes
-    counts the weights too. Its choice is the one for which the longer of these seconds and HBM's time for all these
-    bytes is shortest; of several, the one with the fewest seconds. streamed: True if the L2 keeps neither x nor the
-    result, as where a call is repeated whose operands outgrow the L2.
+    HBM delivers the weights during earlier ops. The Timing then has the seconds of resident weights, while its
+    hbm_bytes include the weights. Choices are then compared by their seconds or by HBM's time for all their bytes,
+    whichever is longer; among equal choices, the one with the fewest seconds is taken. streamed: True if the L2 keeps
+    neither x nor the result, as in a benchmark that repeats a product larger than the L2.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
