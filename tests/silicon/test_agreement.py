@@ -126,6 +126,7 @@ def test_closed_form_and_machine_agree_on_a_product_of_a_layer(chip: str) -> Non
         ("tpu_v5e", (225, 2096, 768), "bf16"),  # stores beside loads, without an L2
         ("trainium2", (798, 3376, 576), "fp8row"),  # the first store starts when most operands are loaded
         ("gaudi3", (1499, 3840, 2240), "bf16"),  # later blocks of rows find the weights in the L2
+        ("gaudi3", (878, 256, 4864), "bf16"),  # to add the parts of a split K takes the array's latency for every row
         ("a100_sxm", (1387, 1680, 8000), "bf16"),  # with K split, partial sums would outgrow the L2
     ],
 )
