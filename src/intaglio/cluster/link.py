@@ -77,7 +77,7 @@ class Call:
         self.put(Moved())
 
     def close(self) -> None:
-        """Take no more frames for the call. If its answer is not complete, the replica is told to cancel it."""
+        """Stop reading the answer to this call. If it is not complete, the replica is told to cancel the call."""
         if self.link.calls.pop(self.number, None) and not self.link.lost:
             self.link.write({"call": self.number, "do": "cancel"})
 

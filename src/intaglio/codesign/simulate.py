@@ -261,8 +261,8 @@ class Simulation:
 def main_format(plans: Sequence[Plan]) -> str:
     """Name of the number format in which a step that decodes one token does most of its FLOPs.
 
-    The chip's peak FLOP/s in this format is 100 % where a share of peak FLOP/s is reported. plans: how each pipeline
-    stage is timed.
+    Reports that give FLOP/s as a share of the chip's peak use its peak in this format. plans: the Plan of each pipeline
+    stage, which gives the FLOPs and seconds of each op of a step.
     """
     total: dict[str, float] = {}
     for plan in plans:

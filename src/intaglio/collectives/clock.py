@@ -27,7 +27,7 @@ def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
 
 
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
-    """Modelled seconds until the last step of a schedule has ended on a topology.
+    """Modelled seconds of a collective: until the last step (send, recv, reduce or copy) of its schedule has ended.
 
     A transfer starts when its send and its recv are ready and every link of its route is free. Transfers that wait for
     the same link get the link in schedule order.
@@ -35,7 +35,7 @@ def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: floa
     Args:
         s: the schedule.
         topology: the links.
-        sizes: bytes of each chunk.
+        sizes: bytes of each chunk, the parts into which the schedule cuts each rank's data.
         local: bytes per second at which a rank copies and reduces, one chunk at a time.
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.

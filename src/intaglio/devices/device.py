@@ -167,7 +167,7 @@ def merge_ranks(results: Sequence[StepResult]) -> StepResult:
 
 
 class PendingStep(Protocol):
-    """Interface of a launched step, which may still be running."""
+    """Interface of a step (one forward pass of a batch) that launch() has started and that may still be running."""
 
     def done(self) -> bool:
         """True if the step has ended, so that result() does not wait."""

@@ -153,10 +153,11 @@ class OracleExecutable(BlockingExecutable):
         return bool((blocks >= 0).all()) and links.tolist() == [held[i] for i in at]
 
     def _states(self, batch: Batch) -> list[int]:
-        """The recurrent state after each token row of the batch, as a list of ints.
+        """What this fake device has in place of recurrent state: a hash after each token row, as a list of ints.
 
-        A state is a hash of the sequence's tokens so far. Each sequence's last state is written to its slot. [] if
-        there are no slots, as for models without recurrence.
+        The hash is of the sequence's tokens so far, so a state that was kept or passed on wrongly shows in later
+        tokens. Each sequence's last hash is written to its slot. [] if there are no slots, as for models without
+        recurrence.
         """
         if not len(self.states):
             return []

@@ -238,7 +238,11 @@ class Op:
         raise NotImplementedError
 
     def reach(self, cache: str) -> int:
-        """Tokens that a query reads at most of one of the op's K/V caches, its own included; 0: there is no limit."""
+        """The largest number of tokens of a K/V cache that a query of this op attends to, its own token included.
+
+        It is the window of an op with a sliding window, for example. 0: there is no limit. cache: name of one of the
+        op's K/V caches.
+        """
         return 0
 
     @classmethod

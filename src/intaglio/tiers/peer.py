@@ -44,7 +44,7 @@ def default_budget(memory: int, engines: int) -> int:
 
 
 class PeerLoad(StoreLoad):
-    """A load in progress: it takes blocks from this tier's own memory, and others over the network from peers.
+    """A load of K/V blocks in progress. Blocks come from this process's own tier or, over the network, from peers.
 
     cancel() also closes the connection on which the load waits for a peer.
     """

@@ -107,10 +107,10 @@ class TinyModels:
         return {**self.given, **sizes, **tokens, **eps, **{self.key(k): v for k, v in changes.items()}}
 
     def _sized(self, key: str) -> bool:
-        """True if the tiny model gets a small value for the size `key`.
+        """True if the tiny model gets a small value of its own for the size `key`.
 
-        False if the size is None in the model that is made tiny, since None switches something off. Exceptions are
-        sizes such as head_dim, for which None stands for a computed value.
+        False if the original model's config has None for it, since None switches something off. But True for the sizes
+        listed here, such as head_dim, for which None means that the size is computed from others.
         """
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
         return value is not None or key in (

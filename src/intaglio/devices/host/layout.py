@@ -203,7 +203,7 @@ def _matrices(
 
 
 def columns_of(t: Tensor) -> int:
-    """Number of values per row of a temp; 1 if it has one dimension."""
+    """Number of values in a row of a temp (an op's result that later ops read); 1 if it has one dimension."""
     return int(t.shape[1]) if len(t.shape) == 2 else 1
 
 

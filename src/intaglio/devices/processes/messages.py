@@ -188,7 +188,10 @@ def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
 
 
 def read_contents(message: memoryview) -> np.ndarray | str:
-    """The contents in an answer, uint8 [blocks, bytes], copied; the error's text if the request failed."""
+    """Read the answer to a request to read K/V blocks. Returns a copy of their contents, uint8 [blocks, bytes].
+
+    Returns the error's text, a str, if the request failed.
+    """
     r = Reader(message)
     failed, _, rows, width, _ = r.array(np.int64, 5).tolist()
     return str(read_result(message)) if failed else r.array(np.uint8, rows * width).reshape(rows, width).copy()

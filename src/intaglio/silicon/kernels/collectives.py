@@ -375,10 +375,11 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The SRAM tile with the current content of a schedule's slot, cut to `part`.
+        """The SRAM tile with the current values of one of the schedule's buffers, those of the chunk's part `part`.
 
-        slot: name of a chunk buffer in the schedule: an input, an output or a temporary one. Inputs are in HBM: the
-        first call for an input emits its load and its conversion to the wire format. part: the current ChunkTile.
+        Inputs are in HBM: the first call for an input emits its load and its conversion to the format that links carry.
+
+        slot: which buffer, an input, an output or a temporary one. part: the rows and columns that are in work now.
         """
         if slot not in self.values:
             src = self.regions.inputs[slot.number].part(part.rows, part.cols)

@@ -124,7 +124,7 @@ def experts(m: Metadata) -> dict[str, Any]:
 
 
 def llama(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for a GGUF file of llama.cpp's architecture llama.
+    """A config.json, as a dict, made from the metadata of a GGUF file of llama.cpp's architecture llama.
 
     The key `architectures` is Mixtral's if the file has experts; Qwen2's if q, k and v have biases but the output
     projection has none; else Llama's. Raises CheckpointError for a missing key, PortError if rope rotates only part of
@@ -141,11 +141,11 @@ def llama(m: Metadata) -> dict[str, Any]:
 
 
 def mistral3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama, or for Ministral 3.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Mistral 3 or Ministral 3.
 
-    Ministral 3 scales queries by a temperature that grows with the position. Its yarn does not scale queries and keys,
-    since mscale equals mscale_all_dim. Raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    Mistral 3's text model is a Llama. Ministral 3 scales queries by a temperature that grows with the position. Its
+    yarn does not scale queries and keys, since mscale equals mscale_all_dim. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     c, heat = llama(m), m.real("attention.temperature_scale", 0.0)
     if not heat:
@@ -176,7 +176,7 @@ def qwen(model: str) -> Any:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3 and Phi-4.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Phi-3 and Phi-4.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -210,9 +210,10 @@ def granite(model: str) -> Any:
 
 
 def olmo2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo 2, or for OLMo 3 if the file has a sliding window.
+    """A config.json, as a dict, made from a GGUF file's metadata, for OLMo 2 or OLMo 3.
 
-    Raises CheckpointError for a missing key, PortError if rope's base differs between layers with and without a window.
+    It is OLMo 3 if the file has a sliding window. Raises CheckpointError for a missing key, PortError if rope's base
+    differs between layers with and without a window.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -227,7 +228,7 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A).
+    """A config.json, as a dict, made from a GGUF file's metadata, for Cohere 2 (Command R7B, Command A).
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -260,7 +261,7 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya).
+    """The config.json, as a dict, that a GGUF file's metadata `m` gives for Cohere 1 (Command R, Aya).
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -272,7 +273,7 @@ def command_r(m: Metadata) -> dict[str, Any]:
 
 
 def exaone4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for EXAONE 4.
+    """A config.json, as a dict, made from a GGUF file's metadata, for EXAONE 4.
 
     If it has a sliding window, every fourth layer has full attention, without rope. Raises CheckpointError for a
     missing key, PortError for a value that is not supported.
@@ -286,7 +287,7 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Nemotron-3 and Nemotron-4.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -298,7 +299,7 @@ def nemotron(m: Metadata) -> dict[str, Any]:
 
 
 def jais2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Jais 2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Jais 2.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -309,7 +310,7 @@ def jais2(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StarCoder 2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for StarCoder 2.
 
     Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models (4,096
     tokens), so logits of longer sequences differ from transformers'. Raises CheckpointError for a missing key,
@@ -324,7 +325,7 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
 
 
 def smollm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for SmolLM3, which has no rope in every fourth layer.
+    """A config.json, as a dict, made from a GGUF file's metadata, for SmolLM3, which has no rope in every fourth layer.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -336,7 +337,7 @@ def smollm3(m: Metadata) -> dict[str, Any]:
 
 
 def glm4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4-0414.
+    """A config.json, as a dict, made from a GGUF file's metadata, for GLM-4-0414.
 
     Raises CheckpointError for a missing key, PortError for GLM-4V.
     """
@@ -345,7 +346,7 @@ def glm4(m: Metadata) -> dict[str, Any]:
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo (2024).
+    """A config.json, as a dict, made from a GGUF file's metadata, for OLMo (2024).
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -355,7 +356,7 @@ def olmo(m: Metadata) -> dict[str, Any]:
 
 
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024.
+    """A config.json, as a dict, made from a GGUF file's metadata, for ChatGLM3 and GLM-4-9B of 2024.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -363,7 +364,7 @@ def chatglm(m: Metadata) -> dict[str, Any]:
 
 
 def minicpm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniCPM3.
+    """A config.json, as a dict, made from a GGUF file's metadata, for MiniCPM3.
 
     scale_emb, scale_depth and dim_model_base are not in the file. They get the values that llama.cpp has built in.
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
@@ -401,7 +402,7 @@ XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has bui
 
 
 def apertus(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Apertus.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Apertus.
 
     The two trained numbers of each layer's activation (xIELU), alpha_p and alpha_n, are added to the file's tensors.
     Raises CheckpointError for a missing key. Raises PortError if a layer has no such numbers, or if the constants of

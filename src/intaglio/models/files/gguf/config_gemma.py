@@ -29,7 +29,7 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 2.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -45,7 +45,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 3's text model.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -60,7 +60,7 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3n(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3n's text model.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 3n's text model.
 
     The MLPs of some layers set gate values below a limit to 0. The file states the limit as mean + x * standard
     deviation; it is converted to activation_sparsity_pattern of config.json, the fraction of values set to 0. Raises
@@ -85,7 +85,7 @@ def gemma3n(m: Metadata) -> dict[str, Any]:
 
 
 def gemma4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 4's text model.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 4's text model.
 
     Layers with full attention have heads of a width of their own, and rope turns a part of their columns. If the file
     has no tensor for these layers' values, their keys serve as values. Raises CheckpointError for a missing key,

@@ -22,7 +22,7 @@ def common(m: Metadata, model: str) -> dict[str, Any]:
 
 
 def gpt2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for GPT-2.
 
     GGUF has no key for scale_attn_by_inverse_layer_idx, so the dict leaves it out: attention scores are divided by the
     root of the head's width, and not by the layer's number as well. Raises CheckpointError for a missing key, PortError
@@ -32,7 +32,7 @@ def gpt2(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StarCoder 1.
+    """A config.json, as a dict, made from a GGUF file's metadata, for StarCoder 1.
 
     Raises CheckpointError for a missing key, PortError unless there is one K/V head, or as many as query heads.
     """
@@ -45,7 +45,7 @@ def starcoder(m: Metadata) -> dict[str, Any]:
 
 
 def gptneox(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-NeoX and Pythia.
+    """A config.json, as a dict, made from a GGUF file's metadata, for GPT-NeoX and Pythia.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -54,10 +54,10 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 
 
 def falcon(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
+    """A config.json, as a dict, made from a GGUF file's metadata, for Falcon.
 
-    GGUF files of Falcon always use rope, so the key `alibi` is False. Raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
+    A layer has one norm, or two (Falcon 40B). GGUF files of Falcon always use rope, so the key `alibi` is False. Raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     two, kv = m.has("ln_attn.weight"), m.kv_heads
@@ -70,7 +70,7 @@ def falcon(m: Metadata) -> dict[str, Any]:
 
 
 def phi2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Phi-1, 1.5 and 2.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -78,7 +78,7 @@ def phi2(m: Metadata) -> dict[str, Any]:
 
 
 def stablelm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StableLM.
+    """A config.json, as a dict, made from a GGUF file's metadata, for StableLM.
 
     In a layer with one norm, attention and MLP both read its result. Raises CheckpointError for a missing key,
     PortError for a value that is not supported.
@@ -91,7 +91,7 @@ def stablelm(m: Metadata) -> dict[str, Any]:
 
 
 def bloom(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for BLOOM.
+    """A config.json, as a dict, made from a GGUF file's metadata, for BLOOM.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -100,7 +100,7 @@ def bloom(m: Metadata) -> dict[str, Any]:
 
 
 def mpt(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MPT.
+    """A config.json, as a dict, made from a GGUF file's metadata, for MPT.
 
     Raises CheckpointError for a missing key, PortError for a model without ALiBi.
     """

@@ -33,7 +33,7 @@ def mlp_types(m: Metadata, router: str = "mlp.gate") -> list[str]:
 
 
 def llama4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Llama 4.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Llama 4.
 
     The metadata has no keys for the attention chunk (8192 tokens) and for the scale (0.1) and start (8192) of the
     attention temperature. The dict has the values that llama.cpp hard-codes. Raises CheckpointError for a missing key,
@@ -73,7 +73,7 @@ def qwen_moe(model: str, normalised: bool) -> Any:
 
 
 def phimoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3.5-MoE.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Phi-3.5-MoE.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -90,7 +90,7 @@ def phimoe(m: Metadata) -> dict[str, Any]:
 
 
 def olmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMoE.
+    """A config.json, as a dict, made from a GGUF file's metadata, for OLMoE.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -100,7 +100,7 @@ def olmoe(m: Metadata) -> dict[str, Any]:
 
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4.5.
+    """A config.json, as a dict, made from a GGUF file's metadata, for GLM-4.5.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -111,9 +111,10 @@ def glm4_moe(m: Metadata) -> dict[str, Any]:
 
 
 def gpt_oss(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for gpt-oss, which has a sliding window in every other layer.
+    """A config.json, as a dict, made from a GGUF file's metadata, for gpt-oss.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    Every other layer has a sliding window. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
     """
     c = base(m) | experts(m)
     if c["rope_scaling"]:
@@ -126,7 +127,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def dots1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for dots.llm1.
+    """A config.json, as a dict, made from a GGUF file's metadata, for dots.llm1.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -136,7 +137,7 @@ def dots1(m: Metadata) -> dict[str, Any]:
 
 
 def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ERNIE 4.5 with experts.
+    """A config.json, as a dict, made from a GGUF file's metadata, for ERNIE 4.5 with experts.
 
     The layers with experts are those with a router's tensor. Raises CheckpointError for a missing key, PortError unless
     these layers are one run.
@@ -156,7 +157,7 @@ def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
 
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniMax-M2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for MiniMax-M2.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -166,9 +167,10 @@ def minimax_m2(m: Metadata) -> dict[str, Any]:
 
 
 def hunyuan_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Hunyuan-A13B. The file has rope's base already scaled by alpha.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Hunyuan-A13B.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The file has rope's base already scaled by alpha. Raises CheckpointError for a missing key, PortError for a value
+    that is not supported.
     """
     whole_heads(m)
     c = base(m) | experts(m)
@@ -176,7 +178,7 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 
 
 def afmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for AFMoE.
+    """A config.json, as a dict, made from a GGUF file's metadata, for AFMoE.
 
     The key mup_enabled (embeddings are multiplied by sqrt(hidden size)) is always True, as in llama.cpp. Raises
     CheckpointError for a missing key, PortError for a value that is not supported.
@@ -192,7 +194,7 @@ def afmoe(m: Metadata) -> dict[str, Any]:
 
 
 def deepseek2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for a GGUF file of the architecture deepseek2.
+    """A config.json, as a dict, made from the metadata of a GGUF file of the architecture deepseek2.
 
     - The model in the dict is Youtu-LLM if the file has no experts, DeepSeek-V3 if a sigmoid scores the experts, else
       DeepSeek-V2.
@@ -246,9 +248,10 @@ def indexed(model: str) -> Any:
 
 
 def exaone_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for K-EXAONE. Layers with full attention have no rope.
+    """A config.json, as a dict, made from a GGUF file's metadata, for K-EXAONE.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    Layers with full attention have no rope. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
@@ -260,7 +263,7 @@ def exaone_moe(m: Metadata) -> dict[str, Any]:
 
 
 def dbrx(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for DBRX.
+    """A config.json, as a dict, made from a GGUF file's metadata, for DBRX.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -278,7 +281,7 @@ def dbrx(m: Metadata) -> dict[str, Any]:
 
 
 def mimo2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiMo-V2-Flash.
+    """A config.json, as a dict, made from a GGUF file's metadata, for MiMo-V2-Flash.
 
     Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless layers with
     a window have twice as many K/V heads as those with full attention.
@@ -310,7 +313,7 @@ def mimo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 with experts.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Cohere 2 with experts.
 
     Layers without a router's tensor are dense; they have rope even with full attention, as in llama.cpp. The results of
     shared and routed experts are averaged. Raises CheckpointError for a missing key, PortError for a value that is not
@@ -332,9 +335,10 @@ def cohere2_moe(m: Metadata) -> dict[str, Any]:
 
 
 def mellum(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mellum 2, whose layers with a window have a rope that is not scaled.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Mellum 2.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    Layers with a window have a rope that is not scaled. Raises CheckpointError for a missing key, PortError for a value
+    that is not supported.
     """
     whole_heads(m)
     c = base(m) | experts(m) | {"architectures": ["MellumForCausalLM"], "norm_topk_prob": True}
@@ -352,9 +356,10 @@ def mellum(m: Metadata) -> dict[str, Any]:
 
 
 def hy_v3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Hy3. The layers with experts are those with a router's tensor.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Hy3.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The layers with experts are those with a router's tensor. Raises CheckpointError for a missing key, PortError for a
+    value that is not supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)

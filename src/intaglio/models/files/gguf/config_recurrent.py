@@ -26,10 +26,10 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 
 
 def mamba(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba, or for FalconMamba if the file says that dt, B and C are normed.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Mamba or FalconMamba.
 
-    For these norms the epsilon of the layers' norms is used, as in llama.cpp. Raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
+    It is FalconMamba if the file says that dt, B and C are normed. For these norms the epsilon of the layers' norms is
+    used, as in llama.cpp. Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
     c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
@@ -40,7 +40,7 @@ def mamba(m: Metadata) -> dict[str, Any]:
 
 
 def mamba2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba-2.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Mamba-2.
 
     There is no key time_step_limit: the step size dt is not clamped, as in llama.cpp. Raises CheckpointError for a
     missing key, PortError for a value that is not supported.
@@ -70,7 +70,7 @@ def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
 
 
 def jamba(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Jamba.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Jamba.
 
     Layers with K/V heads have attention; layers with a router's tensor have experts. Raises CheckpointError for a
     missing key. Raises PortError if the layers with attention, or those with experts, do not repeat with a fixed
@@ -107,9 +107,10 @@ def ssm(m: Metadata) -> dict[str, Any]:
 
 
 def falcon_h1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Falcon-H1, whose multipliers the converter put into the weights.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Falcon-H1.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The file's converter has put the multipliers into the weights. Raises CheckpointError for a missing key, PortError
+    for a value that is not supported.
     """
     whole_heads(m)
     return base(m) | ssm(m) | {
@@ -120,7 +121,7 @@ def falcon_h1(m: Metadata) -> dict[str, Any]:
 
 
 def granite_hybrid(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Granite 4.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Granite 4.
 
     Layers with K/V heads have attention, with rope only if the file has rope.scaling.finetuned. Raises CheckpointError
     for a missing key, PortError for a value that is not supported.
@@ -141,7 +142,7 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron_h(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-H.
+    """A config.json, as a dict, made from a GGUF file's metadata, for Nemotron-H.
 
     A layer with a router's tensor has experts, any other with an MLP width is an MLP, any other with K/V heads is
     attention, the rest are Mamba-2 blocks. There is no key time_step_limit: the step size dt is not clamped, as in
@@ -210,9 +211,10 @@ def delta_nets(model: str) -> Any:
 
 
 def lfm2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead.
+    """A config.json, as a dict, made from a GGUF file's metadata, for LFM2.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    Layers without K/V heads have a convolution instead. Raises CheckpointError for a missing key, PortError for a value
+    that is not supported.
     """
     whole_heads(m)
     c = base(m)
@@ -226,7 +228,7 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 
 def lfm2_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2 with experts.
+    """A config.json, as a dict, made from a GGUF file's metadata, for LFM2 with experts.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
