@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.tiny import compare, tiny
+from support.tiny import compare, error, tiny, truth
 
 from intaglio import LLM, SamplingParams
-from intaglio.compiler import build
+from intaglio.batch import Chunk, bind
+from intaglio.compiler import build, build_mesh
+from intaglio.devices import MeshDevice, StateSpec, StepRequest, open_device
 from intaglio.models import Checkpoint, PortError, port
 from intaglio.program import ProgramError, parse_program
 
@@ -53,6 +55,18 @@ def test_text_form_and_caches(tmp_path):
 def test_variants(tmp_path, overrides):
     errors = compare(tiny("deepseek_v4", tmp_path / "variant", **overrides), "host", steps=40)
     assert max(errors.values()) < LIMIT, errors
+
+
+@pytest.mark.parametrize("layout", ["tp4", "tp2sp", "tp2pp2", "ep2r2"])
+def test_layouts(tmp_path, layout):
+    """tp4 divides heads within a group whose results are projected together: every lane then computes that whole."""
+    path = tiny("deepseek_v4", tmp_path / "whole")
+    checkpoint, tokens = Checkpoint.open(path), np.random.default_rng(5).integers(0, 256, 50).tolist()
+    mesh = build_mesh(port(checkpoint), layout, "auto")
+    ex = MeshDevice(open_device("host")).load(mesh, checkpoint, StateSpec(6, 16))
+    chunk = Chunk(tokens, 0, [2, 1, 0, 4], range(50))
+    got = ex.step(StepRequest(bind([chunk], 16), logits=True)).logits
+    assert got is not None and error(got, truth(path, tokens)) < LIMIT
 
 
 def released(path: Path) -> Path:

@@ -29,7 +29,7 @@ BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "concat", "route
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
-    """On any chip, within 3 % if nothing is evicted from the L2.
+    """On any chip, within 5 % if nothing is evicted from the L2.
 
     Otherwise the model lets all cores wait for the same accesses; cores whose loads hit may run ahead of the others.
     """
@@ -39,7 +39,7 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
         op, tensors = a.case.op, a.case.tensors
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
         evicts = on.chip.l2_bytes and fits.hbm_bytes
-        assert (0.3 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.03, (on.chip.name, a.ratio, a.case.words)
+        assert (0.1 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.05, (on.chip.name, a.ratio, a.case.words)
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
@@ -126,6 +126,7 @@ def test_closed_form_and_machine_agree_on_a_product_of_a_layer(chip: str) -> Non
         ("tpu_v5e", (225, 2096, 768), "bf16"),  # stores beside loads, without an L2
         ("trainium2", (798, 3376, 576), "fp8row"),  # the first store starts when most operands are loaded
         ("gaudi3", (1499, 3840, 2240), "bf16"),  # later blocks of rows find the weights in the L2
+        ("gaudi3", (878, 256, 4864), "bf16"),  # to add the parts of a split K takes the array's latency for every row
         ("a100_sxm", (1387, 1680, 8000), "bf16"),  # with K split, partial sums would outgrow the L2
     ],
 )

@@ -69,6 +69,16 @@ def test_routing_and_experts_are_timed(folder: Path) -> None:
     assert all(result.timings[op.site] > 0 for op in program.ops if op.kind in ("route", "experts"))
 
 
+def test_compressed_attention_and_streams_are_timed(folder: Path) -> None:
+    """DeepSeek-V4: a table of experts is no operand of the matrix array, and every op takes time."""
+    checkpoint = Checkpoint.open(tiny("deepseek_v4", folder / "deepseek_v4"))
+    program = build(port(checkpoint, CONTEXT), "auto")
+    for chip in ("sohu", "b200_sxm"):
+        timeline = Plan(program, target(chip)).run(LOAD)
+        assert {span.kind for span in timeline.ops} >= {"pool_keys", "attend_pooled", "sinkhorn", "mix_streams"}
+        assert all(span.end > span.start for span in timeline.ops)
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
 def test_compiled_weights_run_on_chip_instructions(weights: str) -> None:
     raw = transformer(Toy(inner=64))

@@ -69,9 +69,10 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
 
 
 def lender(entry: dict[str, Any], wanted: str) -> str:
-    """The generation of chips whose constants a table `[[kernels]]` gives where those of `wanted` are asked for.
+    """Name of the generation of chips whose values are used for the generation `wanted`.
 
-    It is `wanted` itself, or the first of GENERATIONS that the table covers if it lacks `wanted`; "" if it covers none.
+    entry: a table `[[kernels]]` of an engine's file. The result is `wanted` if the table has values for it, otherwise
+    the first of GENERATIONS for which the table has values; "" if it has values for none.
     """
     having = [g for g in GENERATIONS if g in entry]
     return wanted if wanted in having else next(iter(having), "")
@@ -99,7 +100,7 @@ def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
     """A copy of the kernel library `base` with a serving engine's kernels added at the head of its `kernels`.
 
-    An added kernel is used where a caller asks for it by name, unless its table sets `default` to true.
+    An added kernel is used where a caller asks for it by name; if its table sets `default` to true, also elsewhere.
     Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:

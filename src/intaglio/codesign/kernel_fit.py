@@ -255,7 +255,7 @@ class KernelSearch:
                     break
 
     def fit_constants(self, step: float) -> None:
-        """Move each constant of each case in relative steps of `step`, for as long as the cost falls."""
+        """Improve each constant of each case in turn, in place in self.values, by fit_constant(). Returns nothing."""
         for i, case in enumerate(self.cases):
             for name in CONSTANTS[case.op]:
                 self.fit_constant(i, name, step)

@@ -42,9 +42,9 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
 
     In phase "generation" the call processes one token of each decoding sequence. In phase "context" it processes
     prompts in chunks of CHUNK tokens. The chunks of one head of a sequence run one after another, since each chunk
-    starts from the state that the previous chunk leaves. The library's scan_kernels is the number of kernels of such a
-    call. Several exchange their results through HBM. A core of a single kernel processes a head of a sequence from
-    begin to end, and takes row_cycles to set it up.
+    starts from the state that the previous chunk leaves. Such a call is made by one or several kernels, as the
+    library's scan_kernels says. Several kernels pass their results on through HBM. If there is one kernel, a core
+    processes a head of a sequence from beginning to end, after row_cycles cycles to set it up.
 
     row: {column: text} with phase, batch, tokens, n_k_heads, head_k_dim, n_v_heads and head_v_dim.
     """

@@ -21,9 +21,9 @@ from intaglio.progress import Progress, silent
 
 
 def parse(run: str) -> tuple[str, str]:
-    """(device, weights) of a run such as "host:int8"; weights are "auto" if the text has none.
+    """Split the text of a run, such as "host:int8", into (device, weights). Weights are "auto" if the text has none.
 
-    Raises CheckError for an unknown device, and for the oracle, which computes no values.
+    Raises CheckError for an unknown device, and for the device "oracle", a fake one for tests that computes no values.
     """
     device, _, weights = run.partition(":")
     if device not in DEVICES or device == "oracle":

@@ -158,9 +158,10 @@ def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that a norm may have; see variants().
+    """Yield a pair for each mistake that the port of a norm may have: (the mistake in words, the op without it).
 
-    Tried are another offset of the weight, another kind of norm, epsilon or weight, and no residual.
+    The mistakes are a wrong offset of the weight, a wrong kind of norm, a wrong epsilon or weight, and a residual too
+    many.
     """
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
@@ -207,7 +208,7 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 
 
 def _turned(scene: Scene, op: Linear) -> Op:
-    """A copy of a linear that multiplies with the transposed weight.
+    """A copy of the linear `op` that multiplies with the transposed weight, to try if the port forgot to transpose.
 
     The transposed weight is added to scene.values under the name WEIGHT.turned. A quantised weight is not transposed or
     added; rerun() then returns None for the copy.
@@ -250,9 +251,10 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 
 
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that an elementwise op may have; see variants().
+    """Yield a pair for each mistake that the port of an elementwise op may have.
 
-    Tried are swapped operands, other activations, and other scales of the residual.
+    A pair is (the mistake in words, the op without it). The mistakes are swapped operands, a wrong activation, and a
+    wrong scale of the residual.
     """
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
@@ -350,7 +352,7 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """Names of vectors of the checkpoint that the port does not use and `op` may lack, as a list; [] without any.
+    """A list of names of vectors in the checkpoint that the port does not read and that `op` perhaps ought to have.
 
     They are the names in scene.spare that end with `ending`. For an op in a layer, only names of that layer count.
     """

@@ -87,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of check() or bisect().
+    """The result of check() or bisect(): how far each op's result is from the reference. A site is an op's name.
 
     Attributes:
         program: name of the Program.
@@ -114,7 +114,7 @@ class Report:
     against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of all fields for JSON; each row also has `ok` and `ratio`."""
+        """A dict of all fields for JSON. `rows` is a list of dicts: a Row's fields, its `ok` and its `ratio`."""
         return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
 
     @property
@@ -325,7 +325,10 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
             seen.setdefault(site, x.detach().float().reshape(len(tokens), -1).numpy().copy())
 
     def hook(op: Op, turn: int) -> Any:
-        """A hook for the `turn`-th call of the op's module: ops that share a weight are its calls, in order."""
+        """A forward hook for the op's module that keeps, in `seen`, the values of call number `turn` of the module.
+
+        Calls are counted from 1. If several ops share a weight, their module is called once for each, in their order.
+        """
         calls = count(1)
 
         def after(module: Any, args: Any, out: Any) -> None:

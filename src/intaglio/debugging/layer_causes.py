@@ -97,9 +97,9 @@ def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """Undo a split by head of a joined q, k, v matrix (see _by_head()), and split it as if q, k and v stood in turn.
+    """Undo a split by head of a joined q, k, v matrix (see _by_head()), and split it as all of q, all of k, all of v.
 
-    Returns the new [q, k, v].
+    Returns the new list [q, k, v].
 
     Args:
         parts: q, k and v of the wrong split.

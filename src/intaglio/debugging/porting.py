@@ -39,7 +39,7 @@ class Trial:
 
     Attributes:
         architecture: the port's architecture.
-        sites: number of correct sites before the first difference; 0 if the port does not apply.
+        sites: number of ops whose results agree, before the first that differs; 0 if the port does not apply.
         fits: True if there is no difference.
         why: the difference, or the reason why the port does not apply; "" if it fits.
     """
@@ -171,10 +171,11 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def investigate(target: str, progress: Progress = silent) -> Findings:
-    """Find the existing port that fits an architecture. Returns the Findings.
+    """Find the existing port that fits an architecture. Returns the Findings, with every port tried, the best first.
 
     A tiny model of the architecture with random weights is built with transformers. Each port is run on it and compared
-    with transformers, op by op. If the table of ports has the architecture, only its own port is tried.
+    with transformers, op by op. If the table of ports has the architecture, only its own port is tried. If no port
+    fits, the first of the Findings' trials says how far the best one agreed.
 
     Args:
         target: a checkpoint folder, or a model type of transformers.

@@ -69,7 +69,10 @@ def _reported(entries: Iterator[dict[str, Any]], total: int, progress: Progress)
 
 
 def _revived(llm: LLM, r: Request) -> Request:
-    """The request, with a new stop checker and grammar matcher if it has stop strings or a grammar."""
+    """A copy of a request from a journal, with the stop checker and grammar matcher that a journal cannot hold.
+
+    They are made anew. A request without stop strings and grammar is returned as it is.
+    """
     if not (r.params.stop or r.params.grammar):
         return r
     whole, _ = llm.prepare(r.prompt, r.params)

@@ -25,7 +25,7 @@ class DeviceError(RuntimeError):
 
 
 class ReplacementRefused(DeviceError):
-    """Raised if a replacement for a lost executable would compute other bits; another attempt would be refused, too."""
+    """Raised if the replacement of a lost executable would give results that differ in bits. Do not try again."""
 
 
 class DeviceLost(DeviceError):
@@ -36,24 +36,32 @@ class DeviceLost(DeviceError):
 
 
 class Weights(Protocol):
-    """Interface of weight sources: read(name) returns a checkpoint tensor.
+    """Interface of weight sources, which hold the tensors of a checkpoint by name.
 
-    A tensor is an array [rows, ...] in its stored type (perhaps a view of a mapped file), or a quantised matrix.
+    A tensor is an array in its stored type (perhaps a view of a mapped file), or a Quantised (codes and scales).
     """
 
     def read(self, name: str) -> Value:
-        """The values of a checkpoint tensor: an array [rows, ...] in its stored type, or a quantised matrix."""
+        """The values of a checkpoint tensor: an array in its stored type, or a Quantised (codes and scales).
+
+        Raises CheckpointError if the checkpoint has no such tensor.
+        """
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the values of a checkpoint tensor in runs of rows (first dimension), one run in memory at a time."""
+        """Yield the values of a checkpoint tensor in parts, so that not all of it need be in memory at a time.
+
+        Each part holds consecutive rows (first dimension) and is an array or Quantised, as from read(). The source
+        chooses how many rows a part has; it may yield the whole tensor as one part.
+        """
 
     def release(self, name: str) -> None:
         """Tell the source that the device has copied a tensor, so that its memory pages may be dropped."""
 
     def identity(self) -> str | None:
-        """A text that identifies the values, equal in later processes too; None if there is none.
+        """A text that identifies all the source's values; other processes get the same text for the same values.
 
-        A device may use it as the key under which it caches packed weights on disk.
+        None if the source cannot give one, as for random weights. A device may use the text as the key under which it
+        caches packed weights on disk.
         """
 
 
@@ -143,10 +151,11 @@ class StepResult:
 
 
 def merge_ranks(results: Sequence[StepResult]) -> StepResult:
-    """One StepResult for all ranks of a mesh: the last one's tokens, log-probabilities and logits, and all taps.
+    """One StepResult for all ranks of a mesh: the last rank's tokens, log-probabilities and logits, all ranks' taps.
 
-    A tap of rank r is named `site@r`. The seconds of each op (timings) are summed over ranks; rank_timings keeps them
-    by rank. results: at least one, in order of rank.
+    Taps are the op results that the caller asked for. Here a tap of rank r is named `site@r` (site: the op's name). The
+    seconds of each op (timings) are summed over ranks; rank_timings keeps them by rank. results: at least one, in order
+    of rank.
     """
     last, timings = results[-1], dict[str, float]()
     for result in results:
@@ -169,7 +178,10 @@ class PendingStep(Protocol):
 
 @dataclass(frozen=True)
 class CompletedStep:
-    """A step that has ended, as a PendingStep. outcome: its StepResult, or the error that ended it."""
+    """The PendingStep of a device whose launch() runs the whole step before it returns.
+
+    outcome: the step's StepResult, or the error that ended it, which result() raises.
+    """
 
     outcome: StepResult | Exception
 
@@ -254,6 +266,7 @@ class Executable(ABC):
     def switch_experts(self) -> None:
         """Use the experts that load_experts() has loaded, in all steps launched later. Returns nothing.
 
+        Waits if they are still being loaded. Nothing changes if load_experts() was not called since the last switch.
         Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
         """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
@@ -301,9 +314,10 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that can run one rank of a mesh, several of them in one process.
+    """Base class of executables that each run one rank of a mesh. Several can run in one process.
 
-    A step is a generator. It yields at each collective, and goes on once the caller has exchanged the ranks' data.
+    A step is a generator. At each collective it yields this rank's input and waits for its output: the caller
+    exchanges the data of all ranks. At the end it returns the StepResult.
     """
 
     @abstractmethod
@@ -412,10 +426,11 @@ def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], cont
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """A dict of the limits of the values in a batch. A value must be below its limit.
+    """The limits of the numbers in a batch, as {words for a kind of number: limit}. A number must be below its limit.
 
-    The keys are token id, position, slot, block, state slot, window slot and window block, in this order. A Program
-    without a vocabulary has the largest int32 as limit of token ids.
+    The keys are "token id", "position", "slot", "block", "state slot", "window slot" and "window block", in this order.
+    A Program without a vocabulary has the largest int32 as limit of token ids. The limit is 0 for what the Program does
+    not have: state slots without recurrent state, window slots and blocks if windows have no pages of their own.
     """
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,

@@ -32,7 +32,7 @@ class ExpertLoad:
 
     @classmethod
     def of_facts(cls, facts: Sequence[Sequence[object]]) -> ExpertLoad:
-        """The ExpertLoad in the list [tokens, held] that facts() made, also after it has been sent as JSON."""
+        """The ExpertLoad from which facts() made the list [tokens, held]. The list may have been through JSON."""
         tokens, held = facts
         return cls(np.array(tokens, np.int64), tuple(tuple(own) for own in held))  # type: ignore[arg-type]
 

@@ -140,10 +140,12 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
-        """True if a sequence's window blocks hold the right links (hashes) of all tokens that a query may attend to.
+        """True if a sequence's window blocks hold the expected links of all tokens that a query may attend to.
 
-        Those are the last `state.window` tokens up to the query. s: the sequence's number in the batch. held: the right
-        links of all tokens up to the query.
+        A link is the hash of a token and of the link before it. A query attends to the last `state.window` tokens up to
+        its own.
+
+        s: the sequence's number in the batch. held: the expected links of all tokens up to the query's own.
         """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]
@@ -177,9 +179,10 @@ class OracleExecutable(BlockingExecutable):
 
 
 class OracleDevice(Device):
-    """Device for tests of the runtime: next tokens are hashes, whatever the Program.
+    """A fake device for tests of the runtime. It computes no model: a next token is a hash of the tokens before it.
 
-    Only vocabulary and context are used.
+    So a test can say which tokens are right, without weights (see expected()). Of the Program, only the vocabulary and
+    the context length are used.
     """
 
     name = "oracle"

@@ -108,9 +108,9 @@ class TimeOnlyExecutable(BlockingExecutable):
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """A step whose values are known and which ends at a modelled time, as a PendingStep.
+    """The PendingStep of a step on a simulated chip: its values are computed already, its end lies in virtual time.
 
-    outcome: its result. end: seconds on `clock` at which the step ends.
+    outcome: its result. end: virtual time, in seconds on `clock`, at which the step ends. done() is False before then.
     """
 
     outcome: StepResult
@@ -122,7 +122,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """Return the StepResult, after setting the clock forward to the step's end if it shows an earlier time."""
+        """Return the StepResult. The virtual clock is set forward to the step's end if it shows an earlier time."""
         self.clock.wait_until(self.end)
         return self.outcome
 
@@ -153,7 +153,7 @@ class SiliconExecutable(Executable):
 
     @property
     def timelines(self) -> tuple[Timeline, ...]:
-        """A tuple of the Timelines of the last step, one for each pipeline stage."""
+        """A tuple of the Timelines of the last step, one for each pipeline stage; of an empty batch before any step."""
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:

@@ -41,7 +41,7 @@ class ArrayWeights:
 
 
 class ReportedWeights:
-    """Weights of another source, unchanged. It reports progress each time that the device has taken a tensor."""
+    """A weight source that passes on another source's values, and calls `progress` when a tensor has been taken."""
 
     def __init__(
         self, weights: Weights, mesh: MeshProgram, shape: Callable[[str], tuple[int, ...]], progress: Progress
@@ -67,11 +67,11 @@ class ReportedWeights:
         self.taken = 0
 
     def read(self, name: str) -> Value:
-        """Read a checkpoint tensor by name: an array [rows, ...] in its stored type, or a Quantised matrix."""
+        """The values of a checkpoint tensor, as the wrapped source returns them. Raises what the source raises."""
         return self.weights.read(name)
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield a checkpoint tensor in parts of successive rows (first dimension), each like the result of read()."""
+        """Yield a checkpoint tensor in parts of successive rows, as the wrapped source yields them."""
         return self.weights.strips(name)
 
     def release(self, name: str) -> None:
@@ -88,7 +88,7 @@ class ReportedWeights:
             self.progress(self.taken, self.total, f"loading the weights, {amount}")
 
     def identity(self) -> str | None:
-        """A text that is equal for equal weights, in later processes too; None if the wrapped source has none.
+        """A text that is equal for equal weights, in other processes too; None if the wrapped source gives none.
 
         It is the key under which packed weights are cached.
         """
@@ -101,7 +101,10 @@ def inner_weights(weights: Weights) -> Weights:
 
 
 def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
-    """A state tensor of `program`, of zeros in its format, with P, B and N of its shape taken from `state`.
+    """The first contents of a K/V cache or recurrent state: zeros, as an array or Quantised in the tensor's format.
+
+    In the shape, P is the number of pages (K/V blocks), B the tokens of a page and N the number of slots of recurrent
+    state. `state` gives all three.
 
     Raises DeviceError for recurrent state if `state` has no slots.
     """

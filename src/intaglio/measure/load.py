@@ -64,7 +64,7 @@ class Server:
         key: API key.
         ignore_eos: True to ask for outputs of exactly the trace's lengths.
         model: name of the model; set by probe().
-        context: the model's context length, if the server reports it; set by probe().
+        context: the model's context length in tokens; None if the server does not report it. Set by probe().
         tokens_per_word: tokens per word of generated prompts; measured by probe().
         extra: further fields of each request's body.
     """
@@ -97,9 +97,10 @@ class Server:
 
 
 async def probe(server: Server) -> None:
-    """Set the server's `model`, `context` and `tokens_per_word` from what it answers. Returns nothing.
+    """Ask the server for its model, and complete one short prompt. Sets attributes of `server`; returns nothing.
 
-    Raises ValueError if the server does not answer as OpenAI's API does, OSError if it cannot be reached.
+    Sets `model`, `context` (None if the server does not report it) and `tokens_per_word`. Raises ValueError if the
+    server does not answer as OpenAI's API does, OSError if it cannot be reached.
     """
     async with _session() as session:
         await _probe(session, server)
@@ -177,9 +178,10 @@ async def load(
 
 
 async def _send(session: Any, server: Server, request: LoadRequest, body: bytes, began: float, start: float) -> Outcome:
-    """Send one request, read its response to the end, and return its Outcome.
+    """Send one request, read its response to the end, and return its Outcome. A failure becomes Outcome.error.
 
-    began: time.perf_counter() at the beginning of the load. start: seconds from then to the request's start.
+    session: aiohttp.ClientSession. body: the request's JSON body. began: time.perf_counter() at the beginning of the
+    load. start: seconds from `began` to the moment from which the request's times count.
     """
     import aiohttp
 

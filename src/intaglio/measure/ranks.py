@@ -55,7 +55,11 @@ def timed_decode(executable: Executable, sequences: int, runs: int) -> list[Step
 
 
 def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes]:
-    """A list of the RankTimes of each rank of a mesh, in order of rank, from the results of several steps."""
+    """A list with the RankTimes of each rank of a mesh, in order of rank. Times are medians over `steps`.
+
+    mesh: the Programs of all ranks. steps: results of one or more steps, with the seconds of each op (see
+    timed_decode()).
+    """
     waits = [waited(mesh, step.rank_timings) for step in steps]
     collectives = [{op.site for op in p.ops if isinstance(op, Collective)} for p in mesh.programs]
     found = []
@@ -72,9 +76,9 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
     """How long each rank of a mesh waited for others in one step: a list with a dict {other rank: seconds} for each.
 
-    All seconds of a recv count as waiting for its sender. In other collectives all ranks wait for the last rank to
-    arrive, which is the rank with the shortest time in the op. Every other rank waited for the last rank: its own time
-    minus the last rank's.
+    All seconds of a recv count as waiting for its sender. In any other collective, the rank with the shortest time is
+    taken for the one that arrived last. Every other rank has waited for this rank, for its own time in the op minus the
+    shortest time. A dict has no item for a rank that was not waited for.
 
     timings: for each rank, the seconds of each op by site (name of the op).
     """
@@ -92,9 +96,11 @@ def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]
 
 
 def chrome_trace(timings: Timings) -> str:
-    """JSON text of a step in Chrome's trace event format, which Perfetto opens, with a track for each rank.
+    """JSON text of a step in Chrome's trace event format, which Perfetto opens. Each rank is a process.
 
-    Each rank's ops follow one another from 0 on.
+    The ops of each rank follow one another without gaps, from 0 s on, since only their durations are known.
+
+    timings: for each rank, {site (name of the op): seconds}, in the order in which the ops ran.
     """
     events: list[dict[str, Any]] = []
     for rank, sites in enumerate(timings):

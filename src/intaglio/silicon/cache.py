@@ -39,7 +39,8 @@ class Cache:
         Lines that are read and not in the cache are fetched. If the region's rows are apart, as columns of a matrix
         are, whole lines count: the columns beside them are in the cache from then on. Otherwise only the region's bytes
         count. Dirty lines that are evicted to make room are written back. A cache of size 0 moves all bytes of the
-        region.
+        region. Afterwards self.fetched has the bytes read from HBM, and self.ready the time when all lines of this
+        access have come from HBM (0 for a write).
 
         Args:
             region: the region.

@@ -53,7 +53,7 @@ class Region:
 
     @property
     def span(self) -> tuple[int, int]:
-        """(address of the first byte, address after the last byte)."""
+        """Addresses of the region's first byte and of the byte after its last one, as a pair; equal without rows."""
         return self.address, self.address + (
             self.rows - 1
         ) * self.stride + self.row_bytes if self.rows else self.address
@@ -74,7 +74,11 @@ class Region:
         return bool(((first < b.rows) & (b_low + first * b.stride < low + a.row_bytes)).any())
 
     def part(self, rows: slice = slice(None), cols: slice = slice(None)) -> Region:
-        """The sub-matrix of these rows and columns; slices have step 1."""
+        """The Region of these rows and columns of this region. Nothing is copied.
+
+        Slices have step 1; a slice that reaches beyond the region is cut at its end. For a 4-bit format, `cols` must
+        start at an even column (not checked).
+        """
         r0, r1, _ = rows.indices(self.rows)
         c0, c1, _ = cols.indices(self.cols)
         bits = formats.bits(self.format)
@@ -82,7 +86,10 @@ class Region:
         return Region(self.space, start, max(0, r1 - r0), max(0, c1 - c0), self.stride, self.format)
 
     def shaped(self, rows: int, cols: int) -> Region:
-        """A contiguous [rows, cols] matrix that starts at the same address, in the same format."""
+        """A Region [rows, cols] without gaps between rows, at the same address and in the same format as this region.
+
+        It may be smaller than this region, or have another number of columns. Its size is not checked.
+        """
         return dense(self.space, self.address, rows, cols, self.format)
 
     def __str__(self) -> str:
@@ -95,7 +102,11 @@ def dense(space: str, address: int, rows: int, cols: int, format: str) -> Region
 
 
 class Memory:
-    """The bytes of one memory space. `size`: number of bytes; None: the space grows on access (simulated HBM)."""
+    """The bytes of one memory space, and which of them have been written.
+
+    space: name of the memory space, for errors. size: number of bytes; None: the space grows on access, as the
+    simulated HBM does.
+    """
 
     def __init__(self, space: str, size: int | None) -> None:
         self.space, self.size = space, size
@@ -134,8 +145,8 @@ class Memory:
     def write(self, r: Region, values: np.ndarray) -> None:
         """Store `values` [rows, cols] in the region's format.
 
-        Values for a float format are rounded to nearest, ties to even. Those for an integer format must be whole and in
-        range. Raises MachineError if the region lies outside the space.
+        Values for a float format are rounded to nearest, ties to even. Values for an integer format must be whole
+        numbers in the format's range; this is not checked. Raises MachineError if the region lies outside the space.
         """
         indices = self.byte_indices(r)
         bits, dtype = formats.ELEMENTS[r.format]

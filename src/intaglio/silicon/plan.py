@@ -79,7 +79,7 @@ class Plan:
         self.counts = [self.numbers.count(n) for n in range(len(self.kernels))]  # of each kernel: the ops that have it
         self.weight_bytes = sum(w.nbytes({}) for w in program.of_role("weight"))
         for w in program.of_role("weight"):
-            if len(w.shape) > 1:
+            if len(w.shape) > 1 and w.format != "i32":  # indices are not multiplied
                 target.chip.runs_as(formats.element(w.format))  # raises ChipError if the arrays do not take the format
 
     @classmethod

@@ -14,9 +14,11 @@ MANY = -1
 class SharedHbm:
     """Finds conflicts in a run: two cores access the same byte of HBM, and one of them writes it.
 
-    The simulator refuses a run with a conflict, because the order of two cores' accesses is not defined. For each byte
-    this object keeps the number of the core that has written it, and of the core that has read it: 0 if none has, core
-    number + 1, or MANY if several cores have read it.
+    The simulator refuses a run with a conflict, because the order of two cores' accesses is not defined.
+
+    Attributes:
+        writer: for each byte, 1 + number of the core that has written the byte; 0: no core has.
+        reader: for each byte, 1 + number of the core that has read the byte; 0: no core has; MANY: several cores have.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ ALIGN = 64  # bytes: alignment of tiles and of tensors in HBM
 class Stream:
     """The instructions of one core in program order. Each engine executes its own instructions in this order.
 
-    `site`: site of the op. `chip`: number of the chip.
+    site: name of the op's place in the model, such as layers.3.mlp.down_proj. chip: number of the core's chip.
     """
 
     site: str
@@ -29,7 +29,10 @@ class Stream:
 
 @dataclass
 class Ring:
-    """A circular buffer of equal tiles, so that one can be loaded while another is in use."""
+    """A circular buffer of tiles of equal size, so that one tile can be loaded while another is in use.
+
+    tiles: the tiles. used: how many times next() has been called.
+    """
 
     tiles: tuple[Region, ...]
     used: int = 0
@@ -44,8 +47,8 @@ class Ring:
 class LastAccess:
     """The accesses to one tile since its last write.
 
-    `writer`: (engine, instruction number) of the last write, or None. `readers`: for each engine, the number of its
-    last instruction that read the tile since.
+    writer: (engine, instruction number) of the last write; None if there was none. readers: {engine: number of its
+    last instruction that has read the tile since this write}. Instructions of an engine are numbered from 1.
     """
 
     writer: tuple[int, int] | None = None
@@ -68,9 +71,10 @@ class StreamBuilder:
         self.tiles: dict[str, list[tuple[int, int]]] = {"sram": [], "acc": []}  # first and last address + 1
 
     def tile(self, rows: int, cols: int, format: str = "f32", space: str = "sram") -> Region:
-        """Allocate a [rows, cols] tile in SRAM or in the accumulators and return its region.
+        """Allocate a [rows, cols] tile in SRAM (space "sram") or in the accumulators ("acc"). Returns its Region.
 
-        It may lie beyond the core's memory; the machine refuses the first instruction that touches it there.
+        The size of the core's memory is not checked here. If the tile ends beyond it, the simulator refuses the first
+        instruction that uses the tile.
         """
         region = dense(space, self.top[space], rows, cols, format)
         self.top[space] += -(-region.nbytes // ALIGN) * ALIGN
@@ -82,7 +86,11 @@ class StreamBuilder:
         return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
 
     def emit(self, instruction: Instruction) -> None:
-        """Append an instruction, with waits for the instructions whose results it needs or overwrites."""
+        """Append a copy of `instruction` to the stream. Its field `wait` is set, whatever it was. Returns nothing.
+
+        The copy waits for the earlier instructions that write what it reads, and for those that read or write what it
+        overwrites. It also waits for all instructions before the last fence().
+        """
         engine = ENGINES.index(instruction.engine)
         need = list(self.fenced)
         reads = [self._last_access(r) for r in instruction.regions(written=False)]

@@ -161,7 +161,7 @@ class _Core:
         self.hbm_bytes = 0.0  # of all cores, counted if there is an L2
 
     def active(self, job: int) -> int:
-        """Number of cores that have a job number `job`. Each core counts its own jobs from 0."""
+        """Number of cores that have at least `job` + 1 jobs, and so run a job number `job`."""
         return self.target.chip.cores if job < self.full * len(self.loop.pieces) else self.rest
 
     def piece(self, job: int) -> float:
@@ -169,7 +169,10 @@ class _Core:
         return self.loop.pieces[job % len(self.loop.pieces)]
 
     def begin_load(self, job: int, storing: int | None) -> _Flow:
-        """The _Flow of the load of a job's tile. storing: number of a job whose store begins at the same time."""
+        """The _Flow (a transfer of this core) that loads the tile of job number `job`. Records the load in self.l2.
+
+        storing: number of the job whose store begins at the same time; None: no store does.
+        """
         loop, users = self.loop, self.active(job)
         own = loop.load * self.piece(job)
         size = own + (0 if job else loop.once)
@@ -183,7 +186,7 @@ class _Core:
         return _Flow(size, users, missed * users, (read + written) / (missed * users * size))
 
     def begin_store(self, job: int) -> _Flow:
-        """The _Flow of the store of a job's result."""
+        """The _Flow (a transfer of this core) that stores the result of job number `job`. Records it in self.l2."""
         loop, users = self.loop, self.active(job)
         size = loop.store * self.piece(job)
         if self.l2 is None:

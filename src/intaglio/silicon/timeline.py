@@ -91,29 +91,29 @@ class Timeline:
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
-        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops.
+        """Model FLOPs utilization (MFU): the step's FLOPs divided by (peak FLOP/s in `format` * the step's seconds).
 
-        Raises ChipError for a format that the chip's array does not multiply.
+        Returns 0 for a step without time. Raises ChipError for a format that the chip's array does not multiply.
         """
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:
-        """HBM bytes moved, as a fraction of the data sheet's bandwidth times the step's seconds.
+        """HBM utilization: bytes that HBM moves in the step, divided by (data sheet's bytes/s * the step's seconds).
 
-        0 for a step without time.
+        Returns 0 for a step without time.
         """
         return self.totals().hbm_bytes / (self.seconds * self.chip.hbm_bytes_per_s) if self.seconds else 0.0
 
     def link_share(self) -> float:
-        """Bytes sent, as a fraction of the bandwidth of all links of the chip times the step's seconds.
+        """Link utilization: bytes that the chip sends, divided by (bytes/s of all its links * the step's seconds).
 
-        0 for a step without time, and for a chip without links.
+        Returns 0 for a step without time, and for a chip without links.
         """
         rate = self.chip.links.chip_bytes_per_s
         return self.totals().link_bytes / (self.seconds * rate) if self.seconds and rate else 0.0
 
     def joules(self) -> dict[str, float]:
-        """A dict of the estimated joules by consumer: arithmetic, bytes of each memory and of the links, idle power."""
+        """Estimated joules of the step, as a dict by consumer: "arithmetic", "HBM", "L2", "links" and "idle"."""
         return joules(self.chip, [(e.timing, 1) for e in self.ops], self.seconds)
 
     def by_kind(self) -> dict[str, float]:
@@ -126,8 +126,8 @@ class Timeline:
     def report(self, format: str) -> str:
         """One line of text for a user: bottlenecks, shares of peak FLOP/s and HBM rate, bytes, shares by kind of op.
 
-        format: the number format, such as "e4m3", for whose peak FLOP/s the share is given. Raises ChipError if the
-        chip's array does not multiply it. "the step has no ops" if there are none.
+        Without ops the text is "the step has no ops". format: the number format, such as "e4m3", for which peak FLOP/s
+        is taken. Raises ChipError if the chip's array does not multiply this format.
         """
         if not self.ops:
             return "the step has no ops"
@@ -152,9 +152,9 @@ class Timeline:
     def as_dict(self, format: str) -> dict[str, Any]:
         """A dict of the step's figures for JSON: seconds, FLOPs, bytes, shares, joules, and the text of report().
 
-        The shares, 0 to 1, are the fractions of three peak rates that the step reaches: "flops_share" of FLOP/s,
-        "hbm_share" of HBM's bytes/s, "link_share" of the links' bytes/s. format: the number format, such as "e4m3", for
-        which peak FLOP/s is taken. Raises ChipError if the chip's array does not multiply this format.
+        The shares are the fractions of three peak rates that the step reaches: "flops_share" of FLOP/s, "hbm_share" of
+        HBM's bytes/s, "link_share" of the links' bytes/s. format: the number format, such as "e4m3", for which peak
+        FLOP/s is taken. Raises ChipError if the chip's array does not multiply this format.
         """
         total = self.totals()
         return {
@@ -166,10 +166,10 @@ class Timeline:
 
 
 def joules(chip: ChipSpec, kernels: Sequence[tuple[Timing, int]], seconds: float) -> dict[str, float]:
-    """A dict of the estimated joules of a step of `seconds` on one chip, by consumer.
+    """Estimated joules of a step of `seconds` on one chip, as a dict with the consumers below.
 
-    Consumers are arithmetic, the bytes of each memory and of the links, and idle power. kernels: pairs (Timing, how
-    often the kernel runs in the step).
+    "arithmetic", "HBM", "L2" and "links" (for the bytes that they move), and "idle" (idle power over all seconds).
+    kernels: pairs (Timing, how often the kernel runs in the step).
     """
     energy = chip.energy
     return {

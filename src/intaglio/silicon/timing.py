@@ -46,7 +46,11 @@ class Timing:
         return max(self.busy, key=lambda e: self.busy[e]) if self.busy else "launch"
 
     def __add__(self, other: Timing) -> Timing:
-        """The Timing of two kernels that run one after the other."""
+        """The Timing of two kernels that run one after the other.
+
+        Seconds, busy times, bytes, FLOPs and steps are added. `format` is that of the kernel with the larger number of
+        FLOPs, `jobs` that of the kernel with the longer time.
+        """
         keys = [*self.busy, *(k for k in other.busy if k not in self.busy)]
         return Timing(
             self.seconds + other.seconds,
@@ -83,8 +87,8 @@ def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> An
 def fraction_held(need: float, capacity: float) -> float:
     """The fraction, 0 to 1, of `need` bytes that a cache of `capacity` bytes still holds when they are read again.
 
-    1 up to the capacity, 0 from twice the capacity on, linear between: time grows without a jump where a tensor
-    outgrows the L2. The width of the transition is an assumption.
+    1 if `need` is at most `capacity`, 0 if it is at least twice `capacity`, and linear between: modelled time grows
+    without a jump where a tensor outgrows the L2. The width of the transition is an assumption. 0 for capacity 0.
     """
     return min(1.0, max(0.0, 2 - need / capacity)) if capacity else 0.0
 

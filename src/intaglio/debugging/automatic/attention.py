@@ -52,7 +52,7 @@ def _scores(t: Trace, rec: Attention) -> Facts:
     """How the traced result follows from queries, keys and values: a dict {scale, softcap, sinks, window, chunk}.
 
     scale and softcap are floats (0: no softcap), sinks is True if the module has attention sinks, window and chunk are
-    tokens (0: none). Raises Unmatched if softmax attention with no such values gives the result.
+    tokens (0: none). Raises Unmatched if softmax attention does not give the traced result with any values tried.
 
     Args:
         t: the trace.
@@ -209,7 +209,7 @@ def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
-    """The norm of single heads whose result is x [heads, tokens, head_dim]; None if no norm in `found` has it."""
+    """The norm in `found` that norms each head by itself and has x [heads, tokens, head_dim] as its result, or None."""
     return next((n for n in found if n.y.size == x.size and n.x.ndim == 3 and same(_by_head(n.y, x.shape), x)), None)
 
 
@@ -222,9 +222,9 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which rope's step scales queries in addition to the rotation; 1.0 if it does not scale them.
+    """The factor by which queries are scaled between `before` and `after`, besides being rotated; 1.0 if they are not.
 
-    None if the queries' rotation is not the keys' rotation, whatever the factor.
+    None if no factor turns the rest of the change into the keys' rotation `turn`.
 
     Args:
         before: the queries before rope, [heads, tokens, head_dim].

@@ -67,9 +67,10 @@ class AutoPort:
 def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
     """Derive the port of an architecture, verify it against transformers, and return the AutoPort.
 
-    If the architecture cannot be ported, `failure` of the AutoPort says why. target: a checkpoint folder, or a model
-    type of transformers. The table of ports is not read. Raises PortingError if a tiny model of the architecture cannot
-    be built or run.
+    If the architecture cannot be ported, `failure` of the AutoPort says why. A port that exists already is ignored.
+    Raises PortingError if a tiny model of the architecture cannot be built or run.
+
+    target: a checkpoint folder, or a model type of transformers.
     """
     config = read_config(target)
     tiny = TinyModels(config)
@@ -140,9 +141,11 @@ def _first(tiny: TinyModels) -> Variant:
 
 
 def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
-    """Trace the tiny model with other values for the config keys in `changes`, and return the Variant.
+    """Trace the tiny model with other values for the config keys in `changes`.
 
-    Raises Unmatched for what Decoder cannot express, PortingError if the model cannot be built or run.
+    Returns the Variant: the configuration, `changes`, and the values of Decoder's fields that were traced. Comparing
+    variants shows how a field follows from config.json. Raises Unmatched for what Decoder cannot express, PortingError
+    if the model cannot be built or run.
     """
     model = tiny.build(**changes)
     tokens = np.random.default_rng(0).integers(3, 250, 61).tolist()
@@ -170,19 +173,23 @@ def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
 
 
 def aliases(tiny: TinyModels) -> dict[str, str]:
-    """The value of Family.aliases: {usual name of a key: its name in this configuration}."""
+    """The value of Family.aliases for the model: {usual name of a config key: the name in the model's config.json}.
+
+    Only keys with another name than usual are in the dict.
+    """
     return {k: own for k, own in tiny.own.items() if k in USUAL and k not in tiny.usual and own in tiny.usual}
 
 
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
     """Trace the tiny model with other sizes and settings. Returns (variants, refused, lines).
 
-    - variants: list of Variant: `first`, and those whose traced properties may differ from it.
+    - variants: list of Variant: `first`, and those of the traced ones that tell more, because their fields differ from
+      those of `first` or several keys were changed.
     - refused: a dict {setting that Decoder cannot express: the reason}.
     - lines: source text for the port file, one statement for each refused setting, which raises an error for it.
 
-    Settings that transformers refuses are skipped. Raises PortingError if Decoder cannot express the model with
-    OTHER_SIZES.
+    Settings with which transformers itself cannot build or run the model are skipped. Raises PortingError if Decoder
+    cannot express the model with OTHER_SIZES.
 
     Args:
         tiny: builds the models.
@@ -222,9 +229,9 @@ def _sized(tiny: TinyModels) -> set[str]:
 
 
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
-    """Python statements for a written port file: they raise PortError if config.json has an unported value of `key`.
+    """Source text for a port file, as one str, that raises PortError if config.json has an unported value of `key`.
 
-    Only the value that the model being ported has is accepted.
+    The text accepts the value that the tiny model has, or, if `new` is true and that value is not, any false value.
 
     Args:
         tiny: builds models with that model's settings.
@@ -243,9 +250,9 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 def _saved(folder: Path, module: str) -> str:
     """The name under which a checkpoint has the weight of the output head, without ".weight".
 
-    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding, and the result is
-    the name of the embedding table if its name has no dots and contains "emb". It is `module` if no such matrix exists
-    or there are several.
+    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding. Then it is the name
+    of the only matrix NAME.weight outside the layers with "emb" and no dot in NAME; still `module` if there is no such
+    matrix, or more than one.
 
     Args:
         folder: the checkpoint.
@@ -364,7 +371,9 @@ def _brief(v: Variant) -> str:
 
 
 def deviation(path: Path, family: Family, model: Any) -> float:
-    """Error max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity if one is NaN.
+    """The error of a port's logits, max |ours - theirs| / max |theirs|, one number for a prefill and decode steps.
+
+    It is infinity if one of our logits is NaN. The prompt is random.
 
     path: a checkpoint of the transformers model `model`. family: the port. Raises PortError or CheckpointError if the
     port cannot load the checkpoint.

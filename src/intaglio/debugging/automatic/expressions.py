@@ -46,9 +46,9 @@ class Variant:
 
 
 def value(expression: str, variant: Variant) -> Any:
-    """The value of an expression of the port file for one variant; MISSING if evaluating it raises an error.
+    """The value of an expression for one variant of the configuration; MISSING if evaluating it raises an error.
 
-    expression: source text over `c` (the configuration) and the fields in NAMES.
+    expression: source text for a port file, over `c` (the Config) and the fields in NAMES.
     """
     c = Config(variant.config, {})
     known = {k: variant.facts[k] for k in NAMES if k in variant.facts}
@@ -59,7 +59,10 @@ def value(expression: str, variant: Variant) -> Any:
 
 
 def fits(expression: str, wanted: Sequence[Any], variants: Sequence[Variant]) -> bool:
-    """True if an expression gives the wanted value in every variant. wanted: one value for each of `variants`."""
+    """True if an expression over the configuration gives the wanted value in every variant of the configuration.
+
+    wanted: one value for each of `variants`.
+    """
     return all(equal(value(expression, v), w) for v, w in zip(variants, wanted, strict=True))
 
 
@@ -75,10 +78,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def solve(field: str, variants: Sequence[Variant], usual: Any = MISSING) -> str | None:
-    """Source text of an expression over config.json that gives a field's value in every variant.
+    """Source text of an expression over config.json that gives a field's value in every variant of the configuration.
 
-    "" if the value is always `usual`; None if no expression that was tried fits every variant. field: a key of
-    Variant.facts, or several with dots, such as mixture.width.
+    "" if the value is always `usual`, the default of Decoder's field. None if no expression in FIRST or of candidates()
+    fits all variants. field: a key of Variant.facts, or several with dots, such as mixture.width.
     """
     wanted = [_get(v.facts, field) for v in variants]
     if usual is not MISSING and all(equal(w, usual) for w in wanted):

@@ -173,8 +173,9 @@ def _sources(
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Values of Decoder's fields `fused` and `sources` for a traced model. Returns (tuple of names, dict).
 
-    fused: modules that hold several projections, such as qkv_proj. sources: {name in Llama: name or source in the
-    checkpoint}, where both differ.
+    fused: modules that hold several projections, such as qkv_proj. sources: {name in Llama: name in the checkpoint}. If
+    a tensor must be made from others (such as a part of one), the value is source text for a port file. Entries with
+    the same name in both are left out.
 
     Args:
         f: facts of the model.

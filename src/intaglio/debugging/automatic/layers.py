@@ -17,9 +17,10 @@ Facts = dict[str, Any]
 def model_facts(t: Trace) -> Facts:
     """What a traced transformers model computes, as a dict from which flatten() makes the fields of Decoder.
 
-    The keys are list (name of the list of layers), embedding, hidden, head, norm (see Norm.family), layers (one dict
-    for each layer, see _layer()), and the keys that _embedding() and _head() return. Raises Unmatched if the model
-    computes something that no field of Decoder can express.
+    The keys are list (name of the list of layers), embedding (name of its module), hidden (width of the residual), head
+    (name of the output head's module), norm (see Norm.family), layers (one dict for each layer, see _layer()), and the
+    keys that _embedding() and _head() return. Raises Unmatched if the model computes something that no field of Decoder
+    can express.
     """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
@@ -118,8 +119,9 @@ def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
     """What one layer computes. Returns (facts, norms): a dict, and a list of the Norms found in the layer.
 
     The dict has the keys attention (name of its module in the layer), attn (see attention_facts()), mlp ({"dense": see
-    dense_facts()} or {"mixture": see mixture_facts()}), block (name of the MLP's module), norms ({name here, such as
-    attn.norm: name of the module}), parallel and residual_scale.
+    dense_facts()} or {"mixture": see mixture_facts()}), block (name of the MLP's module), norms ({Intaglio's name of a
+    norm, such as attn.norm: name of its module}), parallel (True if the MLP reads the layer's input, not
+    its sum with attention) and residual_scale (a float, the factor on what is added to the residual).
 
     Args:
         t: the trace.

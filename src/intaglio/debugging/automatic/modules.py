@@ -55,7 +55,10 @@ class Norm:
 
     @property
     def family(self) -> tuple[str, float, float, bool, bool]:
-        """(kind, eps, offset, weight, bias): the properties that all norms of a model must have in common."""
+        """(kind, eps, offset, weight, bias), with the meanings and types of these fields.
+
+        A port can be written only if all norms of the model have the same.
+        """
         return self.kind, self.eps, self.offset, self.weight, self.bias
 
 

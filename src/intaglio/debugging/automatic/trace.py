@@ -110,7 +110,7 @@ class Trace:
     norms: dict[int, Any] = field(default_factory=dict)
 
     def uncalled(self) -> list[str]:
-        """Names of modules with parameters that were not called, nor any module inside them; a sorted list."""
+        """A sorted list of names of modules that have parameters and took no part: no call of them or inside them."""
         called = {c.name for c in self.calls}
         held = {n.rpartition(".")[0] for n in self.parameters}
         return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))

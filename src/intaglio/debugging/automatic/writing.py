@@ -41,10 +41,11 @@ TURNED = (
 class Unsolved(ValueError):
     """Raised when no expression over config.json gives a field's value in all variants.
 
+    A variant is a tiny model with other values of config keys, and what was traced in it.
+
     Attributes:
-        variant: a variant with one changed config key in which the field's value differs from the first variant (see
-            differing()); None if there is none. The port can be written without that variant, and then refuses the
-            key's value.
+        variant: a variant with one changed config key that causes this; None if there is none. A port can be written
+            without this variant. It must then refuse the key's value.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -233,9 +234,9 @@ REQUIRED = (
 
 
 def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
-    """Write the source text of the rope tables into `t`, and return that of the argument `rope` of each Layer.
+    """Write the source text of the rope tables into `t`. Returns the source text of the argument `rope` of Layer.
 
-    The result is an expression, or "" if all layers use the only table.
+    The result is an expression that is evaluated for each layer; "" if all layers use the only table.
 
     Args:
         t: parts of the port file's text.
@@ -285,7 +286,10 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 
 
 def turned(settings: Any, share: float) -> Any:
-    """Change rope settings so that rope rotates the fraction `share` of a head's columns. Returns the same settings."""
+    """Set partial_rotary_factor in the dict `settings` so that rope rotates the fraction `share` of a head's columns.
+
+    Changes the dict in place and returns it.
+    """
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
 
@@ -390,9 +394,9 @@ def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str,
         architecture: name in config.json.
         kind: model_type in config.json.
         function: name of the function in the port file that returns the Decoder.
-        first: Variant.facts of the variant with the usual sizes.
-        about: a dict with the keys version, defaults, aliases, title, head and vocabulary, as _about() of derive.py
-            makes it.
+        first: Variant.facts (values of Decoder's fields) of the first variant, the tiny model with no setting changed.
+        about: further texts and dicts for the file, with the keys version, defaults, aliases, title, head and
+            vocabulary.
     """
     sources = list(_sources(t))
     if sources:

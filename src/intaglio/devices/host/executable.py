@@ -46,8 +46,9 @@ class _Step:
 
     Attributes:
         taken: results that the caller asked for (taps), by the name of the op or view (site).
-        taps: those of `taken` whose op runs in Python, as (number of the op, number of the native tensor, array to
-            fill).
+        taps: a triple (number of the op, number of a native tensor, array of `taken`) for each tapped op that runs in
+            Python. When the op has run, the native tensor with its result is copied to the array. Native code fills the
+            other arrays of `taken`.
         seconds: seconds of each op, an array by op number, if requested; else None.
         tokens: sampled token ids, int32 [R].
         logprobs: log-probabilities of the sampled tokens, f32 [R].
@@ -117,7 +118,9 @@ class HostExecutable(RankExecutable):
         return ExpertMoves(self.native, self.program, self.ids, self.matrices, self._pack)
 
     def _pack(self, program: Program, names: Sequence[str]) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:
-        """Read weights from their source again and pack them. Returns ({packed matrix: weight}, {vector: f32 values}).
+        """Read weights from their source again and pack them. Returns a pair of dicts (matrices, vectors).
+
+        matrices: the packed native Weights by the packed matrix's name. vectors: f32 arrays by the weight's name.
 
         program: says from which checkpoint tensors the weights come. names: names of weights. Raises DeviceError if
         this executable did not keep its source of weights: it does so only for layouts with redundant experts.
@@ -171,8 +174,10 @@ class HostExecutable(RankExecutable):
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
         """Generator of one step that yields at each collective and returns the StepResult.
 
-        Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run between
-        native calls. Raises DeviceError for a batch out of range, and for wrong results of a Python kernel.
+        It yields (collective op, this rank's input) and must be sent this rank's output; either may be None, for a rank
+        that only receives or only sends. Ops between two stops are one native call, which releases Python's GIL. Ops
+        with Python kernels run between native calls. Raises DeviceError for a batch out of range, and for wrong results
+        of a Python kernel.
         """
         batch, step = request.batch, self._begin(request)
         for stop in self.layout.stops:

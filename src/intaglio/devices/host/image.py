@@ -79,8 +79,9 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
 class MemoryImage:
     """Packed weights in a memory file that the parent process keeps open, so that they outlive this process.
 
-    Use it as a context manager. On entry each matrix becomes a part of the mapped file. If `ready` is True then, the
-    file held these weights already; otherwise fill the matrices inside the `with` block. The header is written last, so
+    Use it as a context manager. On entry each matrix becomes a part of the mapped file, and `ready` is set. It is True
+    if the file held these weights already. If it is False, fill the matrices inside the `with` block. The header is
+    written last, so
     that weights are packed again if a process died while it packed them.
 
     file: descriptor of the memory file. key: hash of everything on which the packed weights depend; the file counts as

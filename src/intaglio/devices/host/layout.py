@@ -71,7 +71,7 @@ class Buffer:
     Attributes:
         columns: number of columns of the widest temp.
         sampled: True if it has a row for each of the R rows to sample; False for token rows.
-        share: with sequence parallelism, the number of the part of the T token rows that the buffer holds; else 0.
+        share: with sequence parallelism, which part of the T token rows the buffer holds, counted from 0; else 0.
         shares: number of near-equal parts into which the token rows are divided; 1 without sequence parallelism.
     """
 

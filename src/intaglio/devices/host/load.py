@@ -51,10 +51,10 @@ def _source_name(array: np.ndarray, name: str) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of load().
+    """What load() has put into a native executable.
 
     Attributes:
-        ids: number of each tensor in the native executable.
+        ids: the number by which the native executable knows a tensor, by the tensor's name.
         matrices: packed weights by name.
         arrays: weights, constants and state for Python kernels, by name.
         image: the file on disk with the packed weights, or None.
@@ -70,11 +70,14 @@ def load(
     native: _native.Executable, program: Program, layout: HostLayout, weights: Weights, state: StateSpec, threads: int,
     cache: str | Path | None, image_file: int | None = None,
 ) -> Loaded:  # fmt: skip
-    """Fill a native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
+    """Fill a native executable: declare its tensors, pack its weights, create its ops.
 
-    cache: folder for packed weights, "auto" or None. image_file: descriptor of a memory file for them, if they are not
-    in the cache; None: no such file. Raises DeviceError for weights of the wrong shape or type, and for ops that the
-    kernels cannot run.
+    Returns a Loaded: numbers of the tensors, the packed matrices, and arrays for Python kernels. Raises DeviceError for
+    weights of the wrong shape or type, and for ops that the kernels cannot run.
+
+    cache: folder for packed weights; "auto": the usual folder if there are enough weights to make it worth while; None:
+    no file on disk. image_file: descriptor of a memory file for packed weights that are not kept on disk; None: no such
+    file.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)
@@ -144,8 +147,10 @@ def add_op(
 ) -> None:
     """Append one op to the native executable. Raises DeviceError with the kernel's message if it cannot run the op.
 
-    ids: numbers of the Program's tensors in the native executable, by name. more: names of further operands. Operands
-    and attributes are passed by the field names of the op's class; arrays of the batch are left out.
+    Operands and attributes are passed by the field names of the op's class; arrays of the batch are left out.
+
+    ids: numbers of the Program's tensors in the native executable, by name. more: further operands that the op's class
+    does not have, as {operand's name in the kernel: tensor's name}; for example the residual that an all_reduce adds.
     """
     kernel = kernel_of(op)
     assert isinstance(kernel, NativeKernel)
@@ -160,10 +165,13 @@ def _image(
     program: Program, layout: HostLayout, matrices: Mapping[str, _native.Weight], weights: Weights,
     cache: str | Path | None, file: int | None,
 ) -> image.Image | image.MemoryImage | None:  # fmt: skip
-    """The place where the packed matrices are kept for the next start: an Image on disk or a MemoryImage.
+    """The place where the packed matrices are kept for the next start; None if they are not kept.
 
-    None if they are not to be kept, or if the weights have no identity. cache, file: the arguments `cache` and
-    `image_file` of load().
+    It is an Image, a file on disk, if `cache` is a folder, or if `cache` is "auto" and the matrices have at least
+    image.WORTH bytes. Otherwise it is a MemoryImage if `file` is given. They are not kept if neither holds, or if
+    weights.identity() is None, so that no key tells whether a later process has the same weights.
+
+    cache, file: the arguments `cache` and `image_file` of load().
     """
     on_disk = cache is not None and (cache != "auto" or sum(w.nbytes for w in matrices.values()) >= image.WORTH)
     if not on_disk and file is None:
@@ -266,7 +274,9 @@ class _Loader:
         return np.concatenate(values, axis=-1).reshape(-1)
 
     def _matrix(self, t: Tensor) -> int:
-        """Declare a matrix and pack its values, unless they are packed already. Returns its native number.
+        """Declare a matrix and pack its values, unless they are packed already.
+
+        Returns the number by which the native executable knows it.
 
         Raises DeviceError if the checkpoint's tensors do not fit its shape.
         """
@@ -289,10 +299,11 @@ class _Loader:
             raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
 
     def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
-        """Pack the values `x` of the checkpoint tensor `name` into weight `t`, from its row `at` on.
+        """Pack the values `x` of the checkpoint tensor `name` into weight `t`, from row `at` of the weight on.
 
-        home: where the weight is in the packed matrix. Returns the number of the row after the last one packed. Raises
-        DeviceError if the values do not fit the weight's shape or format.
+        Returns the number of the weight's row after the last one packed. home: where the weight's rows are in the
+        packed matrix, which may hold several weights. Raises DeviceError if the values do not fit the weight's shape or
+        format.
         """
         held, total = list(x.shape), math.prod(x.shape[:-1])
         if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):

@@ -66,10 +66,11 @@ class ExpertMoves:
         self.error: Exception | None = None
 
     def loads(self) -> dict[str, ExpertLoad]:
-        """{site: ExpertLoad} of all layers with experts, where a site is the name of the layer's op `experts`.
+        """A dict {site: ExpertLoad} of all layers with experts, where a site is the name of the layer's op `experts`.
 
-        The counts are of all tokens of the layer. Only this rank's experts are known, so `held` of each ExpertLoad is
-        () for all other ranks.
+        `tokens` of an ExpertLoad counts, for each expert of the layer, the tokens routed to it since the Program was
+        loaded, whichever rank holds it. `held` lists only this rank's experts; it is () for every other rank, which
+        this one does not know.
         """
         found = {}
         for site, (i, op) in self.ops.items():
@@ -78,9 +79,11 @@ class ExpertMoves:
         return found
 
     def load(self, layers: Mapping[str, Ranks]) -> None:
-        """Start to pack the experts that this rank is to hold, in a thread. Layers of other ranks are ignored.
+        """Start a thread that reads and packs the experts that this rank is to hold. Returns at once.
 
-        Raises DeviceError if other experts are being loaded, or for a placement that does not fit.
+        layers: the new placement of some layers, {site (name of the layer's op `experts`): the expert numbers of each
+        rank}. Layers that this rank does not run are ignored. Raises DeviceError if other experts are being loaded, or
+        for a placement that does not fit.
         """
         if self.thread and self.thread.is_alive():
             raise DeviceError("other experts are being loaded; switch to them first")
@@ -106,7 +109,7 @@ class ExpertMoves:
     def switch(self) -> None:
         """Wait until the new experts are loaded, and use them from the next step on.
 
-        Raises DeviceError if loading failed.
+        Nothing changes if load() was not called since the last switch. Raises DeviceError if loading failed.
         """
         if self.thread:
             self.thread.join()
@@ -142,7 +145,11 @@ class ExpertMoves:
             self.error = e
 
     def _packed(self, site: str, held: Ranks) -> PackedExperts:
-        """Read and pack the experts of this rank in a new placement of one layer. Returns the PackedExperts."""
+        """Read and pack the experts that this rank holds in a new placement of a layer's experts.
+
+        Returns the PackedExperts. site: name of the layer's op `experts`. held: in the new placement, the numbers of
+        the experts of each rank.
+        """
         i, op = self.ops[site]
         rank = op.rank
         named = (op.gate, op.up, op.down, op.gate_bias, op.up_bias, op.down_bias, op.order, op.down_order)

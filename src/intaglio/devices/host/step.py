@@ -17,10 +17,10 @@ from intaglio.program import Program
 
 @dataclass(frozen=True)
 class Draws:
-    """Sampling parameters of all rows, converted to native form.
+    """Sampling parameters of all rows that a step samples, converted to native form.
 
-    A Draws is kept and used again while the parameters are the same. Converting them takes 40 us, since after a step
-    the CPU caches hold only weights.
+    A Draws is kept and used again while the parameters are the same. It saves 40 us a step: converting is slow because
+    a step's weights have pushed everything else out of the CPU caches.
     """
 
     ways: tuple[Sampling, ...]

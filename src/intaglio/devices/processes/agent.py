@@ -55,11 +55,11 @@ class PackedJob(Job):
         object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
-        """A list with the one array of the message, the coordinator's bytes as uint8."""
+        """A list with one array, uint8: the bytes of the job as the coordinator sent them."""
         return [vars(self)["message"]]
 
     def modules(self) -> list[str]:
-        """A list of the module names that came with the message."""
+        """A list of the names of Python modules that the job needs, as the coordinator sent them."""
         return list(vars(self)["needed"])
 
 

@@ -88,10 +88,10 @@ class Beacon:
         return self.socket.fileno() if self.socket else -1
 
     def refill(self) -> None:
-        """Sign heartbeats in advance, so that AHEAD of them wait to be sent. Returns nothing.
+        """Sign heartbeats in advance until AHEAD signed ones wait to be sent. Returns nothing.
 
         A native thread sends one every `seconds`, also while Python code is busy or waits for the interpreter lock.
-        Nothing happens before meet().
+        Before meet() has been called, no heartbeats are sent, and this method does nothing.
         """
         sender = self.sender
         while sender is not None and sender.waiting() < AHEAD:

@@ -211,8 +211,8 @@ def join(
 ) -> dict[int, int]:
     """Connect `rank` with each rank in `addresses`. Returns {rank: socket descriptor}; the caller must close them.
 
-    The lower rank of a pair connects, the higher one accepts. Connections that come from others are closed and ignored:
-    from ranks of another group, without the token, or not expected.
+    The lower rank of a pair connects, the higher one accepts. An incoming connection is closed and ignored if it comes
+    without the token, from a rank of another group, or from a rank that is not expected to connect.
 
     Args:
         listener: the socket at which `rank` listens.

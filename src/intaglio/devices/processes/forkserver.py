@@ -247,7 +247,10 @@ class Server:
             self.fork(files)
 
     def status(self, pid: int) -> dict[str, object]:
-        """The reply to a status request: {"status": wait status of the child}, or {"error": why there is none}."""
+        """The reply to a request for a child's wait status: {"status": the wait status}, or {"error": text}.
+
+        Does not wait. The error says that the child still runs, or that this process has no such child.
+        """
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError as e:

@@ -241,8 +241,8 @@ class GroupExecutable(PostedExecutable):
         joins: True if the ranks are one mesh, with a communicator each; False for one process, which loads all Programs
             of its job.
         step_timeout: limit in seconds on a step.
-        silence: seconds without a sign of life after which a process counts as hung if a signal has suspended it; see
-            watch() for others.
+        silence: seconds without a heartbeat after which a process that a signal has suspended (SIGSTOP) counts as hung.
+            Other processes are given longer, see watch().
         what: noun for a process in errors.
         replaces: the lost group that this one replaces; None: none.
         server: forks the processes; None: they are started one by one.

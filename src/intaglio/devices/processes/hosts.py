@@ -145,10 +145,10 @@ class HostsExecutable(PostedExecutable):
     Args:
         agents: one for each host.
         mesh: the Programs of all ranks.
-        jobs: the jobs of each host's ranks.
+        jobs: for each host, the Jobs (what a rank loads) of its ranks.
         state: sizes of the K/V cache and the recurrent state.
         step_timeout: maximum seconds that a step may take.
-        silence: seconds without a sign of life after which a stopped rank counts as hung.
+        silence: seconds without a heartbeat after which a rank that a signal has suspended (SIGSTOP) counts as hung.
         replaces: the lost group that this one replaces; None: none.
         news: condition that is notified of answers; None: a new one.
         epoch: number of this group; None: the next number.

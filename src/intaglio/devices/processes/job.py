@@ -82,7 +82,7 @@ class RankFacts:
     block_bytes: int = 0
 
     def parts(self) -> list[np.ndarray]:
-        """These facts as a list of arrays, to be written as one message; read_facts() reads it."""
+        """The fields of this object as a list of arrays, to be written as one message; read_facts() reads it."""
         content = text([self.isa, self.program, self.state_in_file, self.block_bytes])
         return [np.array([0, len(content)], np.int64), content]
 

@@ -35,8 +35,8 @@ class Link:
     """One end of a connection between two hosts that carries frames. Any thread may send; one receives.
 
     Heartbeats are sent every INTERVAL seconds both ways, in the TCP connection and as UDP datagrams (Beacon). The link
-    is lost after `silence` seconds without anything from the other end. While datagrams come but TCP is stuck, it is
-    lost after STALL * `silence` seconds in which no byte could be sent or none came over TCP.
+    is lost after `silence` seconds without anything from the other end. If datagrams still come but TCP is stuck, the
+    link is lost after STALL * `silence` seconds in which no byte came over TCP, or in which a send made no progress.
 
     Args:
         s: the TCP connection, authenticated.
@@ -140,8 +140,8 @@ class Link:
         """Wait up to INTERVAL seconds for the other end. Returns True if bytes can be read from the connection.
 
         Heartbeat datagrams that came are read here. A pause of this process counts as at most INTERVAL seconds of
-        silence. Raises LinkLost if the link is closed, the other end says that it hears nothing, neither bytes nor
-        datagrams came for `silence` seconds, or no bytes for STALL times that.
+        silence. Raises LinkLost if the link is closed, if the other end says that it hears nothing, if neither bytes
+        nor datagrams came for `silence` seconds, or if no bytes came for STALL * `silence` seconds.
         """
         ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)} - {self.beacon.fileno()}
         before, self.looked = self.looked, time.monotonic()

@@ -18,7 +18,10 @@ class OutOfOrder(ValueError):
 
 
 class FrameOrder:
-    """Sequence numbers of the frames of one link, one count for each direction."""
+    """Numbers the frames of one link, so that a frame left out, repeated or sent again by a stranger is noticed.
+
+    Sent and received frames are each counted from 0.
+    """
 
     def __init__(self) -> None:
         self.sent = self.received = 0

@@ -104,8 +104,9 @@ def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> lis
 def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | None:
     """Read a request about experts. Returns (action, layers); None if the message is another request.
 
-    action: "loads", "load", "loaded" or "switch", see experts_parts(). layers: for "load", {site: the expert numbers of
-    each rank}, where a site is the name of a layer's op; {} for the other actions.
+    action: "loads" (how many tokens has each expert got), "load" (start to load experts), "loaded" (are they loaded) or
+    "switch" (use them). layers: for "load", {site: the expert numbers of each rank}, where a site is the name of a
+    layer's op; {} for the other actions.
     """
     r = Reader(message)
     size, _, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
@@ -179,7 +180,7 @@ def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
 def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
     """The answer to a request about K/V blocks, as a list of arrays to be written as one message.
 
-    contents: the blocks read, uint8 [blocks, bytes]; None after a write.
+    contents: the blocks read, uint8 [blocks, bytes]; None after a write, for which the answer is a header alone.
     """
     rows, width = (0, 0) if contents is None else contents.shape
     head = np.array([0, 0, rows, width, 0], np.int64)

@@ -93,9 +93,10 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def replies(self, number: int) -> list[memoryview]:
-        """Wait for all ranks' answers to request `number`, and return them as a list by rank.
+        """Wait for all ranks' answers to request `number`, and return them as a list of messages, by rank.
 
-        Raises DeviceLost if the group ends before all have answered.
+        A message may say that its rank failed; the caller reads that. Raises DeviceLost if the group ends before all
+        have answered.
         """
 
     @abstractmethod
@@ -171,8 +172,9 @@ class PostedExecutable(Executable):
     def _ask_about_experts(self, action: str, layers: Mapping[str, Ranks] | None = None) -> list[Any]:
         """Post a request about experts to all ranks, and return each rank's answer as a list.
 
-        An answer is what the rank's Executable returned: a dict of the experts' loads for "loads", True or False for
-        "load" (expert_loads(), load_experts(), ...). Raises DeviceError if a rank fails.
+        An answer to "loads" is a dict {site (name of a layer's op): ExpertLoad as facts() gives it}. An answer to
+        "load" or "loaded" is True if the rank has loaded its experts, else False; to "switch" it is True. Raises
+        DeviceError if a rank fails.
 
         Args:
             action: "loads", "load", "loaded" or "switch", see experts_parts().

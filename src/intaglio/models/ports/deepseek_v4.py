@@ -34,7 +34,7 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings, and for settings that are not ported.
     """
-    c.refuse("attention_bias", "mlp_bias", why="transformers' DeepSeek-V4 has no biases in released models")
+    c.refuse("attention_bias", "mlp_bias", why="the port's projections have no bias")
     width = c.whole(c.either("moe_intermediate_size", "intermediate_size"), 2048)  # two names of one key
     c.table["intermediate_size"] = width
     s, limit = sizes(c), c.real("swiglu_limit")
@@ -96,7 +96,7 @@ def layer_types(c: Config) -> list[str]:
             raise PortError(
                 f"config.json: compress_ratios={ratios!r}; wanted a list of 0, 4 and 128, one for each layer"
             )
-        usual = [known[ratio] for ratio in ratios][:n]
+        usual = [known[ratio] for ratio in ratios][:n]  # those that follow are of layers of multi-token prediction
         c.check_length("compress_ratios", usual)
     return c.layer_types(usual=usual, known=tuple(RATES))
 
@@ -182,7 +182,7 @@ FAMILIES = (
         DEFAULTS,
         deepseek_v4,
         prefixes=("model.", ""),
-        ignored=("mtp.",),
+        ignored=("mtp.", "model.mtp."),
         model_types=("deepseek_v4",),
         fixed={"n_shared_experts": (1,)},
         adapt=released_names,

@@ -173,7 +173,7 @@ class Job:
 
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
-    """A list of the Jobs for the new tokens of sequence number `s` in the batch, which has several.
+    """A list of the Jobs for a sequence with several new tokens. s: number of the sequence in the batch.
 
     Each tile of queries has h.heads / plan.pack Jobs: one for every plan.pack query heads. Jobs with the last queries
     come first. They have the largest number of keys, so later jobs find their keys in the L2.
@@ -191,7 +191,7 @@ def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, l
 
 
 def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
-    """A list of the Jobs for the one new token of sequence number `s` in the batch.
+    """A list of the Jobs for a sequence with one new token. s: number of the sequence in the batch.
 
     The context is cut into at most plan.parts parts. Each part is a whole number of tiles of plan.keys keys; the last
     part may end with a shorter tile. Each part has h.heads / plan.pack Jobs, one for every plan.pack query heads.
@@ -394,9 +394,9 @@ def init_softmax(
 ) -> tuple[Region, Region, Region]:
     """Initialise sums, maxima m and denominators l for job `number` of a core's jobs. Returns the three regions.
 
-    Sums are 0. Without an attention sink, m is -inf and l is 0. With a sink, m is its logit for the head and l is 1,
-    since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack. Where
-    several jobs share a tile, the first one's call initialises all its rows; the others' calls emit nothing.
+    Sums are 0. Without an attention sink, m is -inf and l is 0. With a sink, m is the sink's logit for the head, and l
+    is 1, since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack.
+    Where several jobs share a tile, the call for the first job initialises all rows; the other calls emit nothing.
     """
     plan, place = tiles.plan, number % tiles.together
     if not place:

@@ -163,7 +163,10 @@ def two_jobs_fit(target: Target, h: Heads) -> bool:
 
 
 def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
-    """Bytes that HBM transfers per byte of a key or value row; above 1 if a row is shorter than a burst."""
+    """Bytes that HBM transfers per byte of a key or value row.
+
+    It is library.half_burst_cost if a row is shorter than library.burst_bytes, else 1.
+    """
     return library.half_burst_cost if h.head_dim * h.bits // 8 < library.burst_bytes else 1.0
 
 
@@ -185,8 +188,10 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int, dealt: float = DEALT) -> float:
     """Seconds until the last core ends, if deal() gives jobs to cores and each core runs its jobs one after the other.
 
-    seconds: time of a job of each kind. count: number of jobs of each kind. dealt: jobs of a core, on average, of which
-    the deal is followed. If each core has at most one job, or more than these, returns even_makespan(), a lower bound.
+    If there are at most as many jobs as cores, or more than `dealt` jobs a core (mean over the cores), the deal is not
+    followed, and even_makespan(), a lower bound, is returned.
+
+    seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
     """
     total = float(count.sum())
     if total <= cores or total > dealt * cores:
@@ -204,7 +209,7 @@ def makespan(seconds: np.ndarray, count: np.ndarray, cores: int, dealt: float = 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
     """Lower bound of makespan() in seconds: the longest job, or the total divided by the cores if that is longer.
 
-    seconds: time of a job of each kind. count: number of jobs of each kind.
+    seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
     """
     return max(float(seconds.max()), float(seconds @ count) / cores)
 
@@ -500,9 +505,10 @@ def decode_seconds(
 
 
 def merge_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: float) -> float:
-    """Seconds to store the parts of `jobs` tiles of queries and to load them again to merge them, at HBM's rate.
+    """Seconds to merge the results of plan.parts parts of the context, for `jobs` tiles of queries.
 
-    The arithmetic of the merge is not counted.
+    Counts HBM latency, the time to store the parts' results and to load them again at HBM's rate, and a launch if the
+    library merges in a launch of its own. The arithmetic is not counted.
     """
     chip, lib = target.chip, target.library
     results = jobs * plan.pack * h.v_dim * 4

@@ -145,7 +145,10 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Fraction of its links' rate that a chip reaches while all `chips` chips send: below 1 only on a pcie_tree."""
+    """Fraction of the rate of its links that a chip reaches while all `chips` chips of a group send; at most 1.
+
+    Below 1 only on a pcie_tree, where chip.links.host_links links of the host serve all chips.
+    """
     return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
 
@@ -174,7 +177,10 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Normalised seconds of a collective with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes each; None: 0 bytes."""
+    """Normalised seconds of a collective with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes each; size None: 0 bytes.
+
+    Normalised: over links of 1 byte/s and 1 s latency. Simulated once for each set of arguments, then cached.
+    """
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
 
@@ -393,7 +399,10 @@ class CollectiveBuilder:
             self.builder.emit(isa.Store(dst=dst, src=self.values[slot]))
 
     def emit_steps(self, steps: Sequence[Step], job: ChunkTile) -> None:
-        """Emit the instructions of this chip's steps of the schedule, for one chunk tile."""
+        """Emit the instructions of `steps` for one ChunkTile. Returns nothing.
+
+        steps: this chip's steps of the schedule for the chunk of `job`, in order. job: the ChunkTile.
+        """
         self.used, self.values = 0, {}
         shape = job.rows.stop - job.rows.start, job.cols.stop - job.cols.start
         for step in steps:
@@ -414,7 +423,10 @@ class CollectiveBuilder:
 
 
 class CollectiveRun:
-    """One execution of a collective on the simulator: the memory of each chip, with its input "x" and output "out"."""
+    """One execution of a collective on the simulator. Each chip has a memory with its input "x" and its output "out".
+
+    parts: the input f32 [rows, width] of each chip. Raises ChipError for an all_reduce with op.slots above 1.
+    """
 
     def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
         if isinstance(op, AllReduce) and op.slots > 1:
@@ -431,7 +443,10 @@ class CollectiveRun:
 
     @cached_property
     def regions(self) -> list[ChunkRegions]:
-        """A list with one ChunkRegions for each chip: where its chunks are. The first access allocates the outputs."""
+        """A list with one ChunkRegions for each chip: the HBM regions of the chip's input and output chunks.
+
+        The first access allocates "out" in the memories.
+        """
         n, x = self.n, [memory.region("x") for memory in self.memories]
         total, runs = x[0].rows, [shared_rows(x[0].rows, i, n) for i in range(n)]
         rows = [slice(run.start, run.stop) for run in runs]
@@ -472,7 +487,7 @@ class CollectiveRun:
                 ]
 
     def chunk_tiles(self) -> list[ChunkTile]:
-        """A list of all chunks, cut into ChunkTiles of at most the size `tile`."""
+        """A list of the ChunkTiles of all chunks: each chunk is cut into parts of at most self.tile (rows, columns)."""
         found: list[ChunkTile] = []
         messages = sum(step.kind == "send" for step in self.schedule.steps)
         chunks = {c: r for regions in self.regions for c, r in regions.inputs.items()}
@@ -493,7 +508,10 @@ class CollectiveRun:
         return rows, cols
 
     def streams(self) -> list[Stream]:
-        """A list of the Streams of all chips. Chunk tiles are dealt round-robin to the cores, alike on every chip."""
+        """A list of the Streams of all chips, one for each core with work.
+
+        ChunkTiles are dealt round-robin to the cores, in the same way on every chip.
+        """
         tiles, steps = self.chunk_tiles(), dict[tuple[int, int], list[Step]]()
         for step in self.schedule.steps:
             steps.setdefault((step.rank, step.chunk), []).append(step)
@@ -507,7 +525,10 @@ class CollectiveRun:
         return out
 
     def run(self) -> tuple[list[np.ndarray], RunResult]:
-        """Execute the streams. Returns (list of the outputs of the chips that have one, RunResult)."""
+        """Execute the collective. Returns (list of outputs, RunResult).
+
+        The outputs are f32 [rows, width] arrays, in the order of the chips. A send has only the receiver's output.
+        """
         memories = {chip: memory.hbm for chip, memory in enumerate(self.memories)}
         result = Machine(self.target, memories).run(self.streams())
         outputs = [memory.read("out") for memory, r in zip(self.memories, self.regions, strict=True) if r.outputs]
@@ -520,6 +541,7 @@ def run_collective(
     """Execute a collective on the simulator, with the streams of all its chips.
 
     parts: the input f32 [rows, width] of each rank of the group; for a send, the sender's input and an empty array.
-    Returns (list of the outputs of the chips that have one, RunResult with the time and counters).
+    Returns (list of outputs f32 [rows, width] in the order of the ranks, RunResult with the time and counters). A send
+    has only the receiver's output.
     """
     return CollectiveRun(op, target, parts).run()

@@ -27,7 +27,10 @@ SCALE = (("operand", "a"), ("number", 1.0), ("binary", "*"))
 @chip_kernel(Embed)
 @dataclass(frozen=True)
 class EmbedKernel(RowsKernel):
-    """Chip kernel of `embed`: gathers rows in the table's format, converts them to f32 and scales them."""
+    """Chip kernel of `embed`: loads each token's row of the table by index, converts it to f32 and scales it.
+
+    row_bytes: bytes of a row of the table, scales included. quantised: True if the table is quantised.
+    """
 
     row_bytes: float = 0.0  # of a row of the table with its scales
     quantised: bool = False

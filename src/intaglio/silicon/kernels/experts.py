@@ -113,10 +113,12 @@ class ExpertsKernel(ChipKernel):
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
         """A list of the Streams of the last kernel, which computes the weighted sum of each token's rows.
 
-        The kernels before it are executed in `mem` during the call, since each needs results of the one before:
-        1. Sort the routed rows, one for each token and expert it chose, by expert. 2. Round rows of x, in that order.
-        3. Gate, up and activation. 4. Round the results, if their format has scales. 5. Zeros for rows of experts that
-        other chips hold, if there are any. 6. Down, scattered back to routing order.
+        The kernels before the last are executed in `mem` during the call, since each needs the results of the kernel
+        before. A routed row is one token for one of the experts that the token chose.
+
+        1. Sort the routed rows by expert. 2. Round rows of x, in that order. 3. Gate, up and activation. 4. Round the
+        results, if their format has scales. 5. Set rows of experts that other chips hold to zero, if there are any.
+        6. Multiply by the down weights, and store the rows in the order before sorting.
         """
         kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format
         n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.up].shape)
@@ -172,7 +174,7 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     Args:
         target: the chip and its kernel library.
         moved: bytes read and written.
-        held: bytes of the operands, by which it is decided whether they fit the L2; 0: `moved` is taken for it.
+        held: bytes of the operands, which are compared with the size of the L2; 0: `moved` is compared instead.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -181,7 +183,10 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
 
 
 def core_rate(target: Target) -> float:
-    """Bytes/s that all cores together move at most, by the library's core_bytes_per_cycle; inf if that is 0."""
+    """Largest bytes/s that all cores together move: the library's core_bytes_per_cycle for each core and cycle.
+
+    inf if core_bytes_per_cycle is 0: the cores set no limit.
+    """
     return target.library.core_bytes_per_cycle * target.chip.cores * target.chip.clock_hz or inf
 
 

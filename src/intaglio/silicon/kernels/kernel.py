@@ -88,9 +88,9 @@ class ChipKernel:
 
 
 def chip_kernel(*ops: type[Op]) -> Callable[[K], K]:
-    """Decorator that registers a class as the chip kernel of these op classes.
+    """A class decorator that registers the class as the chip kernel of these op classes, and returns the class.
 
-    Raises TypeError if one of them has a kernel.
+    The decorator raises TypeError if one of the op classes already has a kernel.
     """
 
     def register(kernel: K) -> K:
@@ -124,7 +124,8 @@ class WorkKernel(ChipKernel):
 
     The time is launch overhead, plus HBM latency, plus the longer of two times: that of the op's FLOPs at the rate of
     `engine` (VEC: the vector lanes, MXU: the matrix array in bf16, at the library's efficiency), and that of its bytes
-    at HBM's rate. Bytes of weights that are prefetched do not count. The simulator cannot execute such a kernel.
+    at HBM's rate. The time does not count bytes of weights that are prefetched. The simulator cannot execute such a
+    kernel.
     """
 
     op: Op

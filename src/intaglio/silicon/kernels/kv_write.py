@@ -107,10 +107,10 @@ class KvWriteKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work. A row is one head of one token; a core takes a run of rows.
+        """A list of Streams, one for each core with work, that write the step's keys and values to the K/V cache.
 
-        A core first loads the cache slots of its rows. Then it loads, rounds and stores rows of keys and of values in
-        turn.
+        A row is one head of one token; a core has neighbouring rows. It first loads the numbers of their cache slots.
+        Then it loads, rounds and stores rows of keys and rows of values in turn.
         """
         pairs = [
             (mem.region(x), mem.codes(name), mem.scales(name), own)
@@ -149,11 +149,11 @@ class KvWriteKernel(ChipKernel):
 
 
 def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> Region:
-    """Emit the loads of heads `rows` of a source [tokens, heads * d] into a tile [rows, d], and return the tile.
+    """Emit the loads of some heads of `source` [tokens, heads * d] into `tile` [len(rows), d]. Returns the tile.
 
-    Row r is head r % heads of token r // heads. A source without gaps between its rows takes one load. A source with
-    gaps, such as a view of columns, takes up to three: the rest of the first token, all whole tokens, and the heads of
-    the last token.
+    Heads are numbered over all tokens: number r is head r % heads of token r // heads. rows: numbers of the heads to
+    load. A source without gaps between its rows takes one load. A source with gaps, such as a view of columns, takes up
+    to three: the rest of the first token, all whole tokens, and the heads of the last token.
     """
     if source.stride == source.row_bytes:
         return load(

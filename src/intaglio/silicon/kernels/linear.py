@@ -13,7 +13,8 @@ from intaglio.ops import Linear
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import bits_per_value, linear_timing, part_columns
+from intaglio.silicon.kernels.partial_sums import part_columns
+from intaglio.silicon.kernels.product import bits_per_value, linear_timing
 from intaglio.silicon.kernels.tiled import (
     Finish,
     TileJob,

@@ -23,7 +23,11 @@ COLUMNS = 4096  # of a job, at most
 @chip_kernel(Map)
 @dataclass(frozen=True)
 class MapKernel(RowsKernel):
-    """Chip kernel of `map`: one Map instruction for each row, or for equal parts of a row of more than COLUMNS."""
+    """Chip kernel of `map`: one Map instruction for each row.
+
+    A row of more than COLUMNS columns is divided into parts with one Map instruction each. expr: the elementwise
+    expression over the operands a, b and c.
+    """
 
     expr: str = "a"
 
@@ -67,8 +71,8 @@ class MapKernel(RowsKernel):
 
 
 def part_of(x: Region, rows: slice, columns: slice) -> Region:
-    """The region of these rows and columns of an operand.
+    """The part of operand `x` that has these rows and columns.
 
-    If the operand has a single column, which is broadcast, the region has that column.
+    If x has a single column, which is broadcast to all columns, the result has this column instead of `columns`.
     """
     return x.part(rows, columns if x.cols > 1 else slice(None))

@@ -17,7 +17,10 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Permute)
 @dataclass(frozen=True)
 class PermuteKernel(RowsKernel):
-    """Chip kernel of `permute`, in tiles of rows; each core loads the order of columns once."""
+    """Chip kernel of `permute`, which puts the columns of each row in another order. It works row by row.
+
+    Each core loads the order of the columns once.
+    """
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Permute, t: Tensors, batch: Batch) -> list[Stream]:

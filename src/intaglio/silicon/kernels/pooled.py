@@ -15,7 +15,11 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 @chip_kernel(AttendPooled)
 @dataclass(frozen=True)
 class AttendPooledKernel(WorkKernel):
-    """Chip kernel of the op `attend_pooled`: timed by its FLOPs on the matrix array, in bf16, and its bytes."""
+    """Chip kernel of the op `attend_pooled`. For timing only: the simulator cannot execute the op.
+
+    Like any WorkKernel it is timed by the longer of two times: its FLOPs on the matrix array in bf16, and its HBM
+    bytes.
+    """
 
     engine: ClassVar[str] = "MXU"
 
@@ -23,4 +27,7 @@ class AttendPooledKernel(WorkKernel):
 @chip_kernel(PoolKeys)
 @dataclass(frozen=True)
 class PoolKeysKernel(WorkKernel):
-    """Chip kernel of the op `pool_keys`: timed by its operations on the vector lanes and its bytes."""
+    """Chip kernel of the op `pool_keys`. For timing only: the simulator cannot execute the op.
+
+    Like any WorkKernel it is timed by the longer of two times: its operations on the vector lanes, and its HBM bytes.
+    """

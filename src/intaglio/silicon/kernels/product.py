@@ -1,6 +1,8 @@
 """Timing of matrix products on a chip, shared by linear, head_linear and experts, with the choice of tiles.
 
 The closed form times every tile and K split that the library offers; the fastest is used, as by vendors' libraries.
+
+Long because the times of a tile, of a core's loop over tiles and of K splits are worked out together.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from intaglio.chips import Target
 from intaglio.ops import Tensor
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
 from intaglio.silicon.kernels.kernel import WIDE
+from intaglio.silicon.kernels.partial_sums import missed_sums, partial_seconds
 from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
 MIXED = 8  # see load() in time_choices()
 IN_STEP = 0.5  # part of HBM's idle time between groups of tiles that a library's cores have, which end at other times
 MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a product, and of small tiles of experts
-PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
 @lru_cache(maxsize=64)
@@ -233,8 +235,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
         """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile, each a row of w. rows: of x;
-        0: only w is loaded.
+        A core alone is limited by the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in
+        a tile; 0: only w is loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -266,9 +268,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
 
     def end(part: Any = 1.0) -> tuple[Any, Any]:
-        """Seconds until a tile is drained, and until it is stored; `part`: fraction of a tile's columns that it has.
+        """(seconds until a tile is drained, seconds until it is stored). part: its width as a fraction of a full tile.
 
-        A piece is drained while the one before is stored; a third waits until the first is stored. The last is shorter.
+        Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         last = (rows - (pieces - 1) * piece) / piece
@@ -412,57 +414,6 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
             "block": block}  # fmt: skip
 
 
-def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
-    """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
-
-    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
-    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
-    """
-    buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
-    return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
-
-
-def missed_sums(target: Target, sums: Any, written: Any) -> Any:
-    """HBM bytes that are moved for each byte of partial sums that is read back to add them.
-
-    The L2 has evicted some of the sums to HBM by then, and fetches these again. Each fetched byte evicts another byte.
-    The chance that this is a byte of the sums, which is then written back too, is the fraction of the L2 that sums
-    take. Returns 1 without an L2.
-
-    sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
-    is an array or number like `written`.
-    """
-    kept = target.chip.l2_bytes * target.library.l2_usable
-    if not kept:
-        return np.ones_like(written)
-    share = np.minimum(1, sums * (1 - written) / kept)  # of the L2's bytes, those that are sums
-    missed = np.where(share < 1, np.minimum(1, written / np.maximum(1 - share, 1e-9)), written > 0)
-    return missed * (1 + share * (1 - written))
-
-
-def partial_seconds(
-    target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any
-) -> Any:  # fmt: skip
-    """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
-
-    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. If the last
-    columns of a row are fewer, they take as long as the others. n: columns; for a GLU pair, columns of both sides
-    together. out_bytes: bytes of a value of the sum. missed: HBM bytes for each byte of partial results that is read,
-    see missed_sums().
-    """
-    chip, sides = target.chip, 1 + glu
-    width = part_columns(target, n / sides, split, sides)
-    jobs = m * np.ceil(n / sides / width)
-    active = np.minimum(jobs, chip.cores)
-    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
-    load_s = 4 * width * split * sides * np.maximum(1 / rate, missed * active / chip.hbm_rate)
-    store_s = width * out_bytes * np.maximum(1 / rate, (not chip.l2_bytes) * active / chip.hbm_rate)
-    latency_s = chip.constants.hbm_latency_s * np.minimum(1, missed)
-    work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
-    added = pipeline(np.ceil(jobs / chip.cores), load_s, work, latency_s, 2)
-    return added + chip.array_depth / chip.clock_hz + store_s
-
-
 @lru_cache(maxsize=65536)
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
@@ -474,10 +425,10 @@ def linear_timing(
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
-    HBM delivers the weights during earlier ops. The product then takes the seconds of resident weights, and hbm_bytes
-    counts the weights too. Its choice is the one for which the longer of these seconds and HBM's time for all these
-    bytes is shortest; of several, the one with the fewest seconds. streamed: True if the L2 keeps neither x nor the
-    result, as where a call is repeated whose operands outgrow the L2.
+    HBM delivers the weights during earlier ops. The Timing then has the seconds of resident weights, while its
+    hbm_bytes include the weights. Choices are then compared by their seconds or by HBM's time for all their bytes,
+    whichever is longer; among equal choices, the one with the fewest seconds is taken. streamed: True if the L2 keeps
+    neither x nor the result, as in a benchmark that repeats a product larger than the L2.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)

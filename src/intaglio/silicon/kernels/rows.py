@@ -34,8 +34,8 @@ def loop_timing(
 ) -> Timing:
     """The Timing of `loop`, launch included. The L2 holds its operands as far as they fit: the op before wrote them.
 
-    reads, writes: bytes of all jobs. gathered: True if rows are read by index; all reads then come from HBM. past_l2:
-    True if the op before wrote by index, to HBM and not to the L2. It is ignored if `gathered`.
+    reads, writes: bytes that all jobs together load and store. gathered: True if rows are read by index; all reads then
+    come from HBM. past_l2: True if the op before wrote by index, to HBM and not to the L2; not used if `gathered`.
     """
     chip, lib, moved = target.chip, target.library, reads + writes
     capacity = chip.l2_bytes * lib.l2_usable
@@ -119,7 +119,7 @@ class RowsKernel(ChipKernel):
         return (1.0,)
 
     def held_bytes(self) -> float:
-        """Bytes of SRAM that a core keeps from its first job to its last."""
+        """Bytes of SRAM that hold the same operands from a core's first job to its last, such as a norm's weight."""
         return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
 
     def depth(self, target: Target) -> int:
@@ -187,7 +187,7 @@ class CopyKernel(RowsKernel):
 def vector_bytes(t: Tensor) -> float:
     """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
 
-    It is kept in its own format if that is a plain one (formats.PLAIN), and in FP32 if it is quantised.
+    The operand is kept in its own format if this is a plain one (formats.PLAIN), and in FP32 if it is quantised.
     """
     bits = formats.bits(t.format) if t.format in formats.PLAIN else 32
     return float(-(-int(t.shape[-1]) * bits // 8))
@@ -262,7 +262,8 @@ def load_indices(
     """An SRAM region i32 [1, 1] with the index that `ids` [1, rows] has for row `row`, one of the core's rows.
 
     k: the core's builder. The first call for a core emits the load of the indices of all its rows into one tile. held:
-    {builder: (this tile, number of the core's first row)}; the first call adds an item.
+    {builder: (this tile, number of the core's first row)}, which the caller keeps between calls; the first call for a
+    core adds its item.
     """
     if k not in held:
         mine = next(run for run in runs(mem, ids.cols) if row in run)

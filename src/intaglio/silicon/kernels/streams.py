@@ -14,4 +14,7 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 @chip_kernel(MixStreams, Sinkhorn)
 @dataclass(frozen=True)
 class StreamsKernel(WorkKernel):
-    """Chip kernel of the ops of residual streams: timed by their operations on the vector lanes and their bytes."""
+    """Chip kernel of the ops that mix several residual streams. For timing only: the simulator cannot execute them.
+
+    Like any WorkKernel it is timed by the longer of two times: operations on the vector lanes, and HBM bytes.
+    """

@@ -30,7 +30,7 @@ INDEX_TILES = 4  # tiles of row numbers by which results are stored
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
     """Number of columns of x [m, k] that share a scale, for a product with `w`.
 
-    It is w.scale_columns, but at most `k`; `k` for a weight that is not quantised.
+    It is the smaller of w.scale_columns and `k` if w is quantised, else `k`.
     """
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
@@ -124,7 +124,8 @@ class Tiling:
 
     Attributes:
         rows, columns: size of a tile of the result; for a GLU pair, the columns of each side.
-        parts: parts into which K is split. Each is summed on its own, and a second pass adds the sums.
+        parts: largest number of parts into which K is split. Each part is summed on its own, and a second pass adds
+            the sums.
         depth: K values of a step, whose operands are loaded together.
         stages: steps whose operands SRAM holds at the same time.
         drain_rows: rows that move from accumulators to SRAM at a time.
@@ -236,7 +237,7 @@ class TileJob:
             else 0.
         accs: the accumulators, one for each item of `columns`; product_streams() sets them.
         factor: the tile with the row scales of x that were loaded last; None before the first load.
-        held: the scales of w that were loaded last, by index into `columns`: (slice of group numbers, their tile).
+        held: the scales of w that were loaded last: {index into `columns`: (slice of scale numbers along K, tile)}.
     """
 
     rows: slice

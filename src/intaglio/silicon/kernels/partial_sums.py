@@ -1,0 +1,67 @@
+"""Time to add the partial results of a product whose K was split, in closed form; linear.py has the streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from intaglio.chips import Target
+from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.timing import pipeline
+
+PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
+
+
+def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
+    """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
+
+    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
+    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
+    """
+    buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
+    return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
+
+
+def missed_sums(target: Target, sums: Any, written: Any) -> Any:
+    """HBM bytes that are moved for each byte of partial sums that is read back to add them.
+
+    The L2 has evicted some of the sums to HBM by then, and fetches these again. Each fetched byte evicts another byte.
+    The chance that this is a byte of the sums, which is then written back too, is the fraction of the L2 that sums
+    take. Returns 1 without an L2.
+
+    sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
+    is an array or number like `written`.
+    """
+    kept = target.chip.l2_bytes * target.library.l2_usable
+    if not kept:
+        return np.ones_like(written)
+    share = np.minimum(1, sums * (1 - written) / kept)  # of the L2's bytes, those that are sums
+    missed = np.where(share < 1, np.minimum(1, written / np.maximum(1 - share, 1e-9)), written > 0)
+    return missed * (1 + share * (1 - written))
+
+
+def partial_seconds(
+    target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any
+) -> Any:  # fmt: skip
+    """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
+
+    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. If the last
+    columns of a row are fewer, they take as long as the others. n: columns; for a GLU pair, columns of both sides
+    together. out_bytes: bytes of a value of the sum. missed: HBM bytes for each byte of partial results that is read,
+    see missed_sums().
+    """
+    chip, sides = target.chip, 1 + glu
+    width = part_columns(target, n / sides, split, sides)
+    jobs = m * np.ceil(n / sides / width)
+    active = np.minimum(jobs, chip.cores)
+    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
+    load_s = 4 * width * split * sides * np.maximum(1 / rate, missed * active / chip.hbm_rate)
+    store_s = width * out_bytes * np.maximum(1 / rate, (not chip.l2_bytes) * active / chip.hbm_rate)
+    latency_s = chip.constants.hbm_latency_s * np.minimum(1, missed)
+    work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
+    # Results appear in order, so a drain waits until the one before, which has the array's latency, has appeared
+    drain = vector_cycles(chip, width * (2 * sides - 1)) / chip.clock_hz
+    work = np.maximum(work, drain + chip.array_depth / chip.clock_hz)
+    added = pipeline(np.ceil(jobs / chip.cores), load_s, work, latency_s, 2)
+    return added + chip.array_depth / chip.clock_hz + store_s
