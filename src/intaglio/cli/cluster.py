@@ -219,7 +219,7 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
 
     1..4 means 1 at the start and at most 4: ({"mixed": 1}, 4). A single number, such as 2, means no autoscaling:
     ({"mixed": 2}, None). "mixed" is the role of replicas that prefill and decode. Raises ValueError for other texts,
-    and for numbers outside 1 to 64.
+    for numbers outside 1 to 64, and if the first number is above the second.
     """
     found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)

@@ -204,10 +204,10 @@ class EngineProfile:
 
 
 class EngineTimes:
-    """Step times of a server under one serving engine: the modelled times of its kernels, multiplied by a factor.
+    """Step times and energies of a server under one serving engine: the modelled times of its kernels, times a factor.
 
-    The engine's profile has a factor for steps with prompts, and one for steps that only decode. For the latter, it may
-    have another launch overhead of kernels (that of CUDA graphs).
+    The engine's profile has a factor for steps with prompts, and one for steps that only decode. For steps that only
+    decode, a kernel's launch overhead may be that of CUDA graphs (`graph_launch_s`) in place of the library's.
 
     times: the server's StepTimes. profile: the engine's profile.
     """

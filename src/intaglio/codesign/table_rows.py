@@ -1,4 +1,4 @@
-"""Reads whole numbers of rows of tables of measured kernels, and checks rows before they are modelled."""
+"""Reads the integer columns of tables (CSV) of measured kernels, and checks each row before it is modelled."""
 
 from __future__ import annotations
 

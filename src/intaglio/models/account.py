@@ -148,8 +148,8 @@ class Account:
 def account(path: str | Path, context: int | None = None) -> Account:
     """The Account of a checkpoint: what each of its tensors, keys and files is used for.
 
-    context: positions to compile for; None: the model's default. Raises CheckpointError, PortError or TokenizerError if
-    the checkpoint cannot be ported.
+    context: positions to compile for; None: the model's default. Raises CheckpointError or PortError if the checkpoint
+    cannot be ported.
     """
     checkpoint = Checkpoint.open(path)
     ported = port_checkpoint(checkpoint, context)

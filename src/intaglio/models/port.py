@@ -293,8 +293,9 @@ def _layout(
 ) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
-    It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
-    embedding, how experts are stored, and what `family.adapt` does. It may add to `notes`.
+    The function sets the prefix of tensor names, the K/V cache's format and scales, the names of the output head and
+    its bias, whether the head is tied to the embedding, how experts are stored, and whether a router has a correction.
+    It also applies `family.adapt`, except for GGUF files with llama.cpp's tensor names. Each call may add to `notes`.
     """
     names = checkpoint.names
 

@@ -119,14 +119,15 @@ class Replica:
         return self.report.steps.weight > 0 and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 
     def prefill_left(self, now: float, per_token: float) -> float:
-        """Estimated number of its jobs' prompt tokens that are still to be computed.
+        """Estimated number of prompt tokens of this replica's jobs that are still to be computed.
 
-        The replica computes prompts in the order of placement. How far it is in the first one that has no token yet is
-        estimated by its pace: a replica near the end of a long prompt is sooner free than one at its beginning.
+        The replica computes prompts in the order of placement. So it works at the first job that has no output token
+        yet. The part of this prompt that is done is estimated as the time since the replica began it, divided by
+        `per_token`. A replica near the end of a long prompt is thus free sooner than one at its beginning.
 
         Args:
             now: the time in seconds.
-            per_token: seconds that it takes for a prompt token.
+            per_token: seconds that the replica takes for a prompt token.
         """
         first = next(iter(self.prefills.values()), 0)
         return self.prefill_tokens - min(first, max(0.0, now - self.prefill_since) / per_token)

@@ -113,11 +113,11 @@ def prepare_completion(
 
 
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
-    """(text, count) for `echo`: the prompt's text, and the number of leading prompt tokens that stand for none of it.
+    """(text, count) for `echo`: the prompt's text, and the number of special tokens that stand before its tokens.
 
-    Counted are special tokens that the tokenizer puts before a prompt, such as a beginning of sequence. The count is 0
-    if the prompt was given as token ids, or was cut: its text is then decoded from `ids` and shows special tokens too.
-    ("", 0) if the request does not ask for echo.
+    The tokenizer puts them there, such as a beginning of sequence. If the prompt was given as token ids, was cut, or
+    ends with a special token of the tokenizer, the text is decoded from `ids`, shows special tokens too, and the count
+    is 0. ("", 0) if the request does not ask for echo.
 
     Args:
         llm: the model.

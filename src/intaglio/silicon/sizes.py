@@ -1,4 +1,4 @@
-"""BatchSizes: token, row and sequence counts of a batch, which are all that modelled time depends on."""
+"""BatchSizes: the sizes of a batch on which modelled time depends: tokens, rows, and queries and keys of sequences."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 class Quantise(Instruction, engine="VEC", opcode=0x32):
     """Quantise x f32 [m, k] with one scale a row: codes [m, k] and scale f32 [m, 1].
 
-    Codes in e4m3: the scale is max|x| of the row / 448, as formats.quantise() to fp8row. Codes in int8: the scale is
-    max|x| / 127, as formats.quantise_rows() for activations; with `for_cache` it is rounded to bf16, as
-    formats.quantise() to int8row.
+    Codes in e4m3: the scale is max|x| of the row / 448, as formats.quantise() computes it for the format fp8row. Codes
+    in int8: the scale is max|x| / 127, as formats.quantise_rows() computes it for activations. With `for_cache`, the
+    scale is rounded to bf16, as formats.quantise() does for int8row.
     """
 
     codes: Region
