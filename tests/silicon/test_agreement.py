@@ -29,16 +29,18 @@ BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "concat", "route
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
-    """On any chip, within 5 % if nothing is evicted from the L2.
+    """On any chip, within 5 % if the operands fit the L2.
 
     Otherwise the model lets all cores wait for the same accesses; cores whose loads hit may run ahead of the others.
+    This holds even where the closed form moves no bytes of HBM: 33.7 MB in 32 MB of an A100 took 1.16 times as long.
     """
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
         op, tensors = a.case.op, a.case.tensors
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
-        evicts = on.chip.l2_bytes and fits.hbm_bytes
+        usable = on.chip.l2_bytes * on.library.l2_usable
+        evicts = usable and (fits.hbm_bytes or fits.l2_bytes > 0.95 * usable)
         assert (0.1 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.05, (on.chip.name, a.ratio, a.case.words)
 
 
