@@ -29,6 +29,7 @@ def no_ports(monkeypatch):
     ("kind", "says"),
     [
         ("arcee", ['activation=c.activation("hidden_act")', "gated=False", 'qkv_bias=c.flag("attention_bias")']),
+        ("ernie4_5_moe", ['correction="moe_statics.e_score_correction_bias|v"', 'c.whole("moe_layer_interval")']),
         ("olmo2", ["attn.post_norm", "mlp.post_norm", 'qk_norm="flat"']),
     ],
 )
@@ -58,6 +59,7 @@ def test_refusals_name_the_module_what_is_missing_and_the_nearest(kind, module, 
 def test_layers_that_the_tiny_model_has_not_are_named():
     made = port_automatically("lfm2")
     assert not made.verified and made.text == "" and "layer_types may be conv" in made.failure
+    assert "by hand: step 2 of docs/adding-a-model.md" in made.failure
 
 
 def test_the_command_writes_a_port_file(tmp_path):

@@ -17,7 +17,7 @@ from intaglio.compiler import build
 from intaglio.debugging.check import reference_model, wide_cache
 from intaglio.devices import StateSpec, StepRequest, open_device
 from intaglio.formats import Quantised, quantise
-from intaglio.models import Checkpoint, PortError, port, port_config
+from intaglio.models import Checkpoint, PortError, families, port, port_config
 from intaglio.models.account import account
 from intaglio.ops import Attend, Experts, HeadLinear, Linear, Map, Norm, Rope, Route
 from intaglio.program import parse_program
@@ -311,3 +311,14 @@ def test_cuts_of_codes(format, step, coded):
     values = got.rows(slice(None)) if isinstance(got, Quantised) else got
     np.testing.assert_array_equal(values, take(whole.rows(slice(None)), (step,)))
     assert got.shape == shape_after(whole.shape, (step,))
+
+
+def test_a_vector_stored_as_a_matrix_of_one_row_names_the_step_that_reads_it(tmp_path):
+    family = families()["Ernie4_5_MoeForCausalLM"]
+
+    def without_step(c, context):
+        d = family.describe(c, context)
+        return replace(d, mixture=replace(d.mixture, correction=d.mixture.correction.removesuffix("|v")))
+
+    with pytest.raises(PortError, match=r"is \[1, 8\], .* end its source with \|v"):
+        port(Checkpoint.open(tiny("ernie4_5_moe", tmp_path)), family=replace(family, describe=without_step))

@@ -278,7 +278,7 @@ def shake(model: Any, seed: int) -> None:
             listed.copy_(each[:, : listed.shape[1]])
         kept = [(name, b) for name, b in model.named_buffers() if name.endswith(("correction_bias", "layer_scalar"))]
         for name, p in (*model.named_parameters(), *kept):
-            if not p.requires_grad and p.dim() == 2:
+            if not p.requires_grad and p.dim() == 2 and not name.endswith("correction_bias"):
                 continue  # a table of sinusoids
             noise = torch.randn(p.shape, generator=draw)
             turned = type(model).__name__ in ("GptOssForCausalLM", "Llama4ForCausalLM")  # these keep experts as [K, N]

@@ -65,6 +65,7 @@ def _show_automatic(made: AutoPort, output: Path | None) -> None:
     if output:
         output.write_text(made.text, encoding="utf-8")
         say(f"written to {output}; a file in src/intaglio/models/ports/ is part of the table")
+        say("next: ruff format, then a row in tests/support/tiny.py for its tests (docs/adding-a-model.md)")
     else:
         print(made.text, end="")
 

@@ -324,7 +324,7 @@ def _judge_unread(
         )
     why = (
         "outside text_config, which alone describes the text model" if outer
-        else f"{family.architecture} has no such setting, here or in transformers"
+        else f"the port of {family.architecture} has no such setting"
     )  # fmt: skip
     return Fate(file, path, "ignored", why, f"{file}: {path}={_short(value)} is ignored: {why}")
 

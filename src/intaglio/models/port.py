@@ -457,7 +457,9 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
                 f"({'|'.join(steps)}): {e}; config.json's {keys} or the layout of the tensor is another"
             ) from None
         if shape and found != shape:
-            raise PortError(f"{where}: {name} is {list(found)}, config.json makes it {list(shape)} ({keys})")
+            flat = len(found) == 2 and found[0] == 1 and found[1:] == shape
+            then = "; in a port, end its source with |v to read it as a vector" if flat else ""
+            raise PortError(f"{where}: {name} is {list(found)}, config.json makes it {list(shape)} ({keys}){then}")
 
 
 def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
+import textwrap
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,10 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
         return AutoPort(tiny.architecture, "", {}, {}, paragraph(tiny.architecture, e))
     if untraced := tiny.untraced_layer_types():
         why = f"its layer_types may be {', '.join(untraced)}, which the tiny model has not: such layers were not traced"
-        return AutoPort(tiny.architecture, "", {}, {}, f"{tiny.architecture} is not ported: {why}.")
+        then = (
+            "Port it by hand: step 2 of docs/adding-a-model.md; for layers with recurrent state, the mixers in step 3"
+        )
+        return AutoPort(tiny.architecture, "", {}, {}, f"{tiny.architecture} is not ported: {why}. {then}.")
     variants, refused, lines = _variants(tiny, first, progress)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -240,7 +245,7 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
         why: the reason, for the error.
     """
     usual = {**tiny.usual, **tiny.settings()}.get(key)
-    short = re.sub(r"[\"\\\n{}]", "", why)[:70]
+    short = textwrap.shorten(re.sub(r"[\"\\\n{}]", "", why), 70, placeholder=" ...")
     if new and not usual:
         return f'c.refuse("{key}", why="{short}")'
     raised = f"raise PortError(f\"config.json: {key}={{c.get('{key}')!r}} is not ported: {short}\")"
@@ -304,7 +309,8 @@ def _stored(folder: Path, first: Variant) -> str:
 
     It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. For NUMBERED, the name of the experts'
     module in the checkpoint may differ from that in transformers, so it is stored as "saved_block" in
-    first.facts["mixture"]. Raises PortingError for another layout.
+    first.facts["mixture"]. So may that of the correction bias, which is stored as "saved_correction".
+    Raises PortingError for another layout.
 
     Args:
         folder: a checkpoint of the tiny model.
@@ -313,7 +319,10 @@ def _stored(folder: Path, first: Variant) -> str:
     m = first.facts.get("mixture")
     if not m:
         return ""
-    names = Checkpoint.open(folder).names
+    checkpoint = Checkpoint.open(folder)
+    names = checkpoint.names
+    if m["correction"]:
+        m["saved_correction"] = _saved_correction(checkpoint, m)
     if any(n.endswith("experts.gate_up_proj") for n in names):
         return "TRANSPOSED" if m["turned"] else "STACKED"
     if any(re.search(r"experts\.0\.gate_proj\.weight$", n) for n in names):
@@ -324,6 +333,21 @@ def _stored(folder: Path, first: Variant) -> str:
         m["saved_block"] = block[1] if block else m["block"]
         return "NUMBERED"
     raise PortingError(f"the checkpoint holds experts as {sorted(n for n in names if 'experts' in n)[:2]}")
+
+
+def _saved_correction(checkpoint: Checkpoint, m: Mapping[str, Any]) -> str:
+    """Where a checkpoint has the experts' correction bias, as a source within the block: its name, and |v for [1, N].
+
+    Args:
+        checkpoint: a checkpoint of the tiny model.
+        m: properties of the mixture; "correction" is the bias's name in transformers, and the result if the checkpoint
+            has no tensor with the same last part.
+    """
+    last = m["correction"].rpartition(".")[2]
+    for name in sorted(checkpoint.names):
+        if found := re.search(rf"layers\.\d+\.{re.escape(m['block'])}\.((?:.*\.)?{re.escape(last)})$", name):
+            return found[1] + ("|v" if len(checkpoint.shape(name)) == 2 else "")
+    return str(m["correction"])
 
 
 def _verify(
@@ -345,7 +369,7 @@ def _verify(
         progress: called before each variant.
     """
     deviations, failure = dict[str, float](), ""
-    for v in variants[: 2 * SHOWN]:
+    for at, v in enumerate(variants[: 2 * SHOWN]):
         name = ", ".join(f"{k}={x!r}" for k, x in list(v.changes.items())[:2]) or "small sizes"
         name = _brief(v) or name
         progress(len(deviations), len(variants), f"verifying {name}")
@@ -353,14 +377,20 @@ def _verify(
         model = tiny.build(**v.changes)
         tiny.save(model, path)
         try:
-            deviations[name] = deviation(path, family, model)
+            with warnings.catch_warnings():
+                if at:  # the first variant's warnings name the keys that the port does not read
+                    warnings.simplefilter("ignore", UserWarning)
+                deviations[name] = deviation(path, family, model)
         except (PortError, CheckpointError) as e:
             failure = failure or f"with {name} the port does not load: {e}"
             continue
         if deviations[name] > LIMIT:
             failure = failure or f"with {name} logits differ by {deviations[name]:.1e}, more than {LIMIT:g}"
     if not failure:
-        report = check(folder / "variant0", program=port(Checkpoint.open(folder / "variant0"), 61, family=family))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            program = port(Checkpoint.open(folder / "variant0"), 61, family=family)
+        report = check(folder / "variant0", program=program)
         failure = "" if report.ok else f"first difference at {report.first_bad}: {report.cause}"
     return AutoPort(tiny.architecture, text, deviations, refused, failure)
 

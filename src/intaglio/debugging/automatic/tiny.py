@@ -80,9 +80,9 @@ class TinyModels:
         usual = transformers.AutoConfig.for_model(self.model_type).get_text_config()
         self.kind = type(usual)
         self.usual: dict[str, Any] = usual.to_dict()
-        self.derived = {
-            k for k in self.usual if getattr(self.kind, k, 0) is None
-        }  # computed where config.json is silent
+        self.derived = {  # computed where config.json is silent: the class has None or another value
+            k for k, value in self.usual.items() if (own := getattr(self.kind, k, value)) is None or own != value
+        }
         self.own = dict(getattr(self.kind, "attribute_map", None) or {})  # usual name of a key: the one it has here
         self.given = {k: v for k, v in inner.items() if k in self.usual and k not in (*DERIVED, "dtype", "torch_dtype")}
         self.model_class = getattr(transformers, self.architecture, None)
@@ -174,7 +174,10 @@ class TinyModels:
         if hasattr(model.config, "_experts_implementation"):
             model.config._experts_implementation = "eager"
         draw = torch.Generator().manual_seed(1)
-        frozen = {n for n, p in model.named_parameters() if not p.requires_grad and p.dim() == 2}
+        frozen = {  # tables of sinusoids
+            n for n, p in model.named_parameters()
+            if not p.requires_grad and p.dim() == 2 and not n.endswith("correction_bias")
+        }  # fmt: skip
         with torch.no_grad():
             for name, p in model.state_dict().items():
                 if name in frozen or not p.is_floating_point() or "inv_freq" in name or "embed_scale" in name:
@@ -193,7 +196,8 @@ class TinyModels:
     def switches(self) -> dict[str, list[Any]]:
         """Other values to give single keys of the configuration, to see what each key changes in the model.
 
-        Returns {key: list of values}: a flag inverted, a number changed, another activation. The list may be empty.
+        Returns {key: list of values}: a flag inverted, another activation, a number with a fraction or an interval of
+        layers changed. Other whole numbers are not varied. The dict may be empty.
         """
         table = self.settings()
         out: dict[str, list[Any]] = {}
@@ -208,8 +212,10 @@ class TinyModels:
                 out[key] = ["relu" if ACTIVATIONS[value] != "relu" else "silu"]
             elif "eps" in key and isinstance(value, float):
                 out[key] = [7e-5]
-            elif isinstance(value, float) or (isinstance(value, int) and key not in sizes and abs(value) < 1000):
-                out[key] = [value * 1.5 if value else 0.7] if isinstance(value, float) else []
+            elif isinstance(value, float):
+                out[key] = [value * 1.5 if value else 0.7]
+            elif isinstance(value, int) and key not in sizes and "interval" in key:
+                out[key] = [value + 1]
             elif value is None and "softcap" in key:
                 out[key] = [4.0]
             elif value is None and "window" in key and "layers" not in key:

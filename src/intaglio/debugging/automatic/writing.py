@@ -31,6 +31,8 @@ SPARSE = (
     'i not in c.get("mlp_only_layers", []) and (i + 1) % c.whole("decoder_sparse_step") == 0',
     'i in c.get("moe_layers", [])',
     'c.get("moe_layer_start_index", 0) <= i <= c.get("moe_layer_end_index", -1) % c.whole("num_hidden_layers")',
+    'c.get("moe_layer_start_index", 0) <= i <= c.get("moe_layer_end_index", -1) % c.whole("num_hidden_layers") '
+    'and (i + 1) % c.whole("moe_layer_interval") == 0',
     'i >= int(c.get("num_dense_layers", 0))',
 )  # fmt: skip
 TURNED = (
@@ -346,6 +348,9 @@ def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
     if stored == "NUMBERED":  # saved under a name of its own
         for v in variants:
             v.facts["mixture"]["block"] = m["saved_block"]
+    if "saved_correction" in m:
+        for v in variants:
+            v.facts["mixture"]["correction"] = m["saved_correction"]
     lines = {n: solved(f"mixture.{n}", variants) for n in ("count", "top", "width")}
     lines["sources"] = stored
     t.imports |= {stored, "Mixture"}
