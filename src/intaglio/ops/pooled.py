@@ -17,7 +17,7 @@ import numpy as np
 
 from intaglio.batch import Batch
 from intaglio.formats import Quantised
-from intaglio.ops.attention import gather_cache, token_bytes
+from intaglio.ops.attention import check_chosen, gather_cache, token_bytes
 from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
 
 POOLED_FORMATS = ("f32", "bf16")
@@ -180,10 +180,7 @@ class AttendPooled(Op, kind="attend_pooled"):
         fits = width == self.heads * head_dim
         self.check(fits, f"{self.q} is {t[self.q].type}; wanted {self.heads} heads of {head_dim}")
         self.vector(t, self.sinks, self.heads)
-        if self.chosen is not None:
-            index = t[self.chosen]
-            ok = index.format == "i32" and len(index.shape) == 2 and index.shape[0] == "T"
-            self.check(ok, f"{self.chosen} is {index.type}; wanted i32[T, entries]")
+        check_chosen(self, t, self.chosen, "entries")
         return {self.out: (("T", width), "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
