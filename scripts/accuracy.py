@@ -67,6 +67,7 @@ def kernels(folder: Path) -> list[Figures]:
         for key, r in whole.items():
             every = kept(r)
             shown = every if r.table == "collectives" else kept(longer[key])
+            del shown["halves"]  # all of its rows are of one half
             out.append(shown | {"split": split, "regimes": every["regimes"], "causes": every["causes"]})
     return out
 

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ops/sequences.h"
 #include "run/op.h"
 
 namespace intaglio {
@@ -189,7 +190,7 @@ class Attend : public OpKernel {
   }
   Query query(int seq, int token, int tokens, int kv_head) const {
     const StepInputs& in = context_.in;
-    return {(k_.windowed ? in.window_table : in.block_table) + seq * in.table_width, in.first_row[seq] + token, in.context_len[seq] - in.q_len[seq] + token, tokens, kv_head};
+    return {blocks_of(in, k_, seq), in.first_row[seq] + token, in.context_len[seq] - in.q_len[seq] + token, tokens, kv_head};
   }
   // Floats at the start of a thread's scratch space for AttendArgs::gathered.
   int64_t gathered() const {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "ops/sequences.h"
 #include "run/op.h"
 
 namespace intaglio {
@@ -21,8 +22,7 @@ class ChooseKeys : public OpKernel {
     std::vector<float> scores;    // as long as the context, which a plan does not know
     std::vector<int32_t> places;
     for (int64_t t = begin; t < end; t++) {
-      const int64_t s = std::upper_bound(in.first_row, in.first_row + in.s, int32_t(t)) - in.first_row - 1;
-      choose(t, in.block_table + s * in.table_width, (in.positions[t] + 1) / every_, scores, places);
+      choose(t, blocks_of(in, cache_, sequence_of(in, t)), (in.positions[t] + 1) / every_, scores, places);
     }
   }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ops/sequences.h"
 #include "run/op.h"
 
 namespace intaglio {
@@ -11,14 +12,6 @@ namespace {
 // Address of row `row` of one head of a page, in a cache whose rows are contiguous.
 const uint8_t* row_at(const Cache& c, int64_t page, int64_t head, int64_t row) {
   return c.memory.data() + (page * c.heads + head) * c.head_bytes() + row * c.stride * cache_bytes(c.format);
-}
-
-int64_t sequence_of(const StepInputs& in, int64_t token) {
-  return std::upper_bound(in.first_row, in.first_row + in.s, int32_t(token)) - in.first_row - 1;
-}
-
-const int32_t* blocks_of(const StepInputs& in, const Cache& c, int64_t sequence) {
-  return (c.windowed ? in.window_table : in.block_table) + sequence * in.table_width;
 }
 
 // A task for each token; only the last tokens of runs have work.

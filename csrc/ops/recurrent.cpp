@@ -4,15 +4,11 @@
 #include <cmath>
 #include <cstring>
 
+#include "ops/sequences.h"
 #include "run/op.h"
 
 namespace intaglio {
 namespace {
-
-// The sequence of a token row.
-int64_t sequence_of(const StepInputs& in, int64_t row) {
-  return std::upper_bound(in.first_row, in.first_row + in.s, int32_t(row)) - in.first_row - 1;
-}
 
 // All tokens of sequence s, with its state.
 StateRun run_of(const StepInputs& in, const States& state, int64_t s) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -22,6 +22,7 @@ from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.devices import BlockingExecutable, StateSpec, StepRequest, StepResult
 from intaglio.router import Job, Placement, Router
 from intaglio.runtime import Engine, Request, SamplingParams
+from intaglio.server.control import block_changes, engine_report
 
 BLOCK = 32  # tokens of a K/V block
 PROGRAM = smallest_program(context=8192)
@@ -73,20 +74,8 @@ class EngineReplica:
 
     def load(self, incarnation: str | None, after: int) -> dict[str, Any]:
         """What a replica reports, as server.control.load_report() makes it."""
-        engine, own = self.engine, self.engine.pool.events.incarnation
-        gauges, counts = engine.gauges(), engine.counts
-        report: dict[str, Any] = {
-            "running": gauges.running, "waiting": gauges.waiting, "kv_usage": gauges.kv_usage, "draining": False,
-            "max_batch_tokens": engine.admission.max_batch_tokens, "max_sequences": engine.scheduler.max_sequences,
-            "prompt_tokens": counts.prompt_tokens, "cached_tokens": counts.cached_tokens,
-            "output_tokens": counts.output_tokens, "steps": astuple(engine.latency.steps), "incarnation": own,
-            "tier": {},
-        }  # fmt: skip
-        events = engine.block_events(after) if incarnation == own else None
-        if events is not None:
-            return report | {"events": [(e.sequence, e.kind, e.name) for e in events]}
-        snapshot = engine.block_snapshot()
-        return report | {"sequence": snapshot.sequence, "snapshot": snapshot.names}
+        report = engine_report(self.engine, self.engine.gauges(), self.engine.counts) | {"tier": {}}
+        return report | block_changes(self.engine, after if incarnation == report["incarnation"] else None)
 
 
 @dataclass(frozen=True)

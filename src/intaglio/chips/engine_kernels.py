@@ -10,9 +10,10 @@ import dataclasses
 from functools import lru_cache
 from typing import Any
 
-from intaglio.chips.files import DATA, read_library, read_toml, record_of
+from intaglio.chips.files import DATA, read_toml, record_of
 from intaglio.chips.kernel_record import KernelRecord
 from intaglio.chips.library import KernelLibrary
+from intaglio.chips.presets import LIBRARIES
 from intaglio.chips.spec import ChipError
 
 KERNELS = DATA / "kernels"
@@ -124,7 +125,7 @@ def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord
     """
     if record.op != "collectives" or lent in ("", base.generation):
         return record
-    other, changes = read_library(DATA / "libraries" / f"{lent}.toml"), dict(record.changes)
+    other, changes = LIBRARIES[lent], dict(record.changes)
     for name, field in SCALED.items():
         if name in changes:
             value = changes[name] * getattr(base, field) / getattr(other, field)

@@ -228,9 +228,9 @@ class Queue:
         ended: list[Queued] = []
         partial = 0  # prompts that do not end in this step, at most one for each copy
         for one in self.prefilling:
-            q = min(one.planned.prompt - one.done, budget, longest if one.rank < 0 else left[one.rank])
-            if q < 1 and one.rank < 0:
+            if budget < 1:
                 break
+            q = min(one.planned.prompt - one.done, budget, longest if one.rank < 0 else left[one.rank])
             if q < 1:
                 continue  # a later prompt may belong to a copy that has room
             if one.rank >= 0:

@@ -53,10 +53,20 @@ def matmul(on: Target, row: Row) -> Timing:
     """
     m, n, k = integers(row, "m", "n", "k")
     format, x_format, w_bits = formats_of(row)
-    copies = conditions(on.library).weight_copies * n * k * w_bits / 8
-    warm = copies <= on.chip.l2_bytes * on.library.l2_usable
+    warm = stay_in_l2(on, n * k, w_bits)
     product = linear_timing(on, m, n, k, x_format, format, w_bits, resident=warm)
     return product if formats.bits(x_format) >= 16 else product + quantise(on, m, k)
+
+
+def stay_in_l2(on: Target, weights: int, w_bits: float, others: float = 0.0) -> bool:
+    """True if a product's weights stay in the L2 while a benchmark repeats the product.
+
+    The benchmark has several copies of the weights and uses them in turn, see Conditions.weight_copies; all must fit.
+
+    weights: number of the weights. w_bits: bits of a weight with its scales. others: bytes that must fit beside them.
+    """
+    copies = conditions(on.library).weight_copies * weights * w_bits / 8
+    return copies + others <= on.chip.l2_bytes * on.library.l2_usable
 
 
 def formats_of(row: Row) -> tuple[str, str, float]:
@@ -95,10 +105,9 @@ def bmm(on: Target, row: Row) -> Timing:
     format, x_format, w_bits = formats_of(row)
     width, latent = MLA_PROMPT[1], MLA_LATENT[1]
     values = tokens * heads * (width * formats.bits(x_format) / 8 + latent * 2.0)  # bytes of x and of the result
-    copies = conditions(on.library).weight_copies * heads * latent * width * w_bits / 8
-    outgrown = copies + values > on.chip.l2_bytes * on.library.l2_usable
+    warm = stay_in_l2(on, heads * latent * width, w_bits, values)
     product = linear_timing(
-        on, tokens, latent, width, x_format, format, w_bits, resident=not outgrown, heads=heads, streamed=outgrown
+        on, tokens, latent, width, x_format, format, w_bits, resident=warm, heads=heads, streamed=not warm
     )
     return product if formats.bits(x_format) >= 16 else product + quantise(on, tokens * heads, width)
 

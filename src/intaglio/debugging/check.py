@@ -364,10 +364,9 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     finally:
         for handle in handles:
             handle.remove()
-    filled = [
-        layer for layer in cache.layers if getattr(layer, "keys", None) is not None and not pooled
-    ]  # not of layers that were skipped, nor of a model with pooled keys, whose layers keep the last keys only
-    writes = [op for op in p.ops if isinstance(op, KvWrite)] if filled else []
+    layers = () if pooled else cache.layers  # the layers of a model with pooled keys keep the last keys only
+    filled = [layer for layer in layers if getattr(layer, "keys", None) is not None]  # not of layers that were skipped
+    writes = [op for op in p.ops if isinstance(op, KvWrite)]
     for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
             pairs = getattr(model.config, "rope_interleave", model.config.model_type == "bailing_hybrid")

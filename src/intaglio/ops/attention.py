@@ -46,6 +46,16 @@ def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: n
     return out
 
 
+def check_chosen(op: Op, t: Tensors, name: str | None, what: str) -> None:
+    """Raise OpError unless `name` is a tensor i32 [T, n] of what each token attends to, or None. Returns nothing.
+
+    t: the Program's tensors by name. what: "positions" or "entries", for the message.
+    """
+    if name is not None:
+        ok = t[name].format == "i32" and len(t[name].shape) == 2 and t[name].shape[0] == "T"
+        op.check(ok, f"{name} is {t[name].type}; wanted i32[T, {what}]")
+
+
 def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
     """Boolean mask [queries, context]: True for positions listed in the query's row of `chosen` (-1: none)."""
     mask = np.zeros((len(chosen), context + 1), bool)
@@ -174,10 +184,7 @@ class Attend(Op, kind="attend"):
         self.check(one, f"window={self.window}, chunk={self.chunk}; give one of them, not below 0")
         self.check(self.temper_every >= 1, f"temper_every={self.temper_every}; wanted 1 or more")
         self.check(self.temper_from in (0, 1), f"temper_from={self.temper_from}; wanted 0 or 1")
-        if self.chosen is not None:
-            index = t[self.chosen]
-            ok = index.format == "i32" and len(index.shape) == 2 and index.shape[0] == "T"
-            self.check(ok, f"{self.chosen} is {index.type}; wanted i32[T, positions]")
+        check_chosen(self, t, self.chosen, "positions")
         self.vector(t, self.sinks, self.heads)
         self.vector(t, self.slopes, self.heads)
         self.vector(t, self.k_scale, kv_heads)

@@ -110,11 +110,10 @@ class Route(Op, kind="route"):
             ids, weights = sparsemixer(logits, self.top, self.jitter)
         else:
             scores = self._scores(logits)
-            ids = (
-                best(self._open(self._key(logits, scores, v)), self.top)
-                if self.table is None
-                else self._listed(v, batch)
-            )
+            if self.table is None:
+                ids = best(self._open(self._key(logits, scores, v)), self.top)
+            else:
+                ids = np.asarray(v[self.table])[batch.tokens]
             weights = np.take_along_axis(logits if self.score == "chosen" else scores, ids, axis=-1)
             if self.score == "chosen":
                 weights = softmax(weights)
@@ -124,12 +123,6 @@ class Route(Op, kind="route"):
         if self.factors is not None:
             weights = weights * array(v, self.factors)[ids]
         return {self.weights: weights.astype(np.float32), self.ids: ids.astype(np.int32)}
-
-    def _listed(self, v: Mapping[str, Value], batch: Batch) -> np.ndarray:
-        """The experts that the table lists for the id of each token of the step, i32 [T, top]."""
-        table = v[self.table or ""]
-        assert isinstance(table, np.ndarray)
-        return table[batch.tokens]
 
     def _scores(self, logits: np.ndarray) -> np.ndarray:
         """Scores of all experts by the routing function, f32 [T, E]."""

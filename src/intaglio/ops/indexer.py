@@ -45,10 +45,11 @@ class ChooseKeys(Op, kind="choose_keys"):
     def shapes(self, t: Tensors) -> Results:
         width = self.token_columns(t, self.q)
         self.check(self.every >= 1, f"every={self.every}; wanted 1 or more tokens in a run")
-        kv_heads, head_dim = (
-            cache_heads(self, t, self.cache) if self.every == 1 else pooled_head(self, t, self.cache, self.every)
-        )
-        self.check(kv_heads == 1, f"{self.cache} has {kv_heads} heads; wanted 1, whose keys all heads of q read")
+        if self.every == 1:
+            kv_heads, head_dim = cache_heads(self, t, self.cache)
+            self.check(kv_heads == 1, f"{self.cache} has {kv_heads} heads; wanted 1, whose keys all heads of q read")
+        else:
+            head_dim = pooled_head(self, t, self.cache, self.every)
         fits = width == self.heads * head_dim
         self.check(fits, f"{self.q} is {t[self.q].type}; wanted {self.heads} heads of {head_dim}")
         columns = self.token_columns(t, self.weights)

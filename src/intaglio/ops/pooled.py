@@ -17,14 +17,14 @@ import numpy as np
 
 from intaglio.batch import Batch
 from intaglio.formats import Quantised
-from intaglio.ops.attention import gather_cache, token_bytes
+from intaglio.ops.attention import check_chosen, gather_cache, token_bytes
 from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
 
 POOLED_FORMATS = ("f32", "bf16")
 
 
-def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> tuple[int, int]:
-    """(heads, head_dim) of a cache with a row for each run of `every` tokens, [P, B/every, heads, head_dim].
+def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> int:
+    """head_dim of a cache with a row for each run of `every` tokens, [P, B/every, heads, head_dim].
 
     every: 1 for a cache with a row for each token, [P, B, ...]. heads: the number of heads that it must have. Raises
     OpError for another shape or format.
@@ -33,7 +33,7 @@ def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> tu
     fixed = len(s.shape) == 4 and all(isinstance(d, int) for d in s.shape[2:])
     fits = fixed and s.shape[:2] == ("P", dim) and s.shape[2] == heads and s.format in POOLED_FORMATS
     op.check(fits, f"{name} is {s.type}; wanted [P, {dim}, {heads}, head_dim] in {' or '.join(POOLED_FORMATS)}")
-    return heads, int(s.shape[3])
+    return int(s.shape[3])
 
 
 def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int, count: int) -> np.ndarray:
@@ -86,10 +86,10 @@ class PoolKeys(Op, kind="pool_keys"):
 
     def shapes(self, t: Tensors) -> Results:
         self.check(self.every >= 2, f"every={self.every}; wanted 2 or more tokens in a run")
-        _, head_dim = pooled_head(self, t, self.value_cache, 1, 1 + self.overlap)
+        head_dim = pooled_head(self, t, self.value_cache, 1, 1 + self.overlap)
         values, gates = t[self.value_cache], t[self.gate_cache]
         self.check(gates.type == values.type, f"{self.gate_cache} is {gates.type} but {self.value_cache} {values.type}")
-        _, width = pooled_head(self, t, self.entries, self.every)
+        width = pooled_head(self, t, self.entries, self.every)
         self.check(width == head_dim, f"{self.entries} has heads of {width} but {self.value_cache} of {head_dim}")
         wanted = (self.every, (1 + self.overlap) * head_dim)
         self.check(t[self.bias].shape == wanted, f"{self.bias} is {t[self.bias].type}; wanted {list(wanted)}")
@@ -172,18 +172,15 @@ class AttendPooled(Op, kind="attend_pooled"):
         width = self.token_columns(t, self.q)
         self.check(self.window >= 1, f"window={self.window}; wanted 1 or more")
         self.check(self.every >= 2, f"every={self.every}; wanted 2 or more tokens in a run")
-        _, head_dim = pooled_head(self, t, self.cache, 1)
-        _, other = pooled_head(self, t, self.entries, self.every)
+        head_dim = pooled_head(self, t, self.cache, 1)
+        other = pooled_head(self, t, self.entries, self.every)
         self.check(other == head_dim, f"{self.entries} has heads of {other} but {self.cache} of {head_dim}")
         same = t[self.entries].format == t[self.cache].format
         self.check(same, f"{self.entries} is {t[self.entries].format} but {self.cache} is {t[self.cache].format}")
         fits = width == self.heads * head_dim
         self.check(fits, f"{self.q} is {t[self.q].type}; wanted {self.heads} heads of {head_dim}")
         self.vector(t, self.sinks, self.heads)
-        if self.chosen is not None:
-            index = t[self.chosen]
-            ok = index.format == "i32" and len(index.shape) == 2 and index.shape[0] == "T"
-            self.check(ok, f"{self.chosen} is {index.type}; wanted i32[T, entries]")
+        check_chosen(self, t, self.chosen, "entries")
         return {self.out: (("T", width), "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def paces(replicas: Iterable[Replica]) -> dict[str, Pace]:
 
 def _slowness(fit: StepFit, common: Pace) -> float:
     """How many times as long the steps of a fit take as the common pace says, nearer to 1 the fewer the steps are."""
-    if not common.measured or fit.mean_seconds <= 0:
+    if fit.mean_seconds <= 0:
         return 1.0
     expected = common.per_step + common.per_token * fit.mean_tokens
     return float((fit.mean_seconds / expected) ** (fit.weight / (fit.weight + TRUSTED_STEPS)))

@@ -28,7 +28,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from intaglio.devices.processes.address import TcpAddress
-from intaglio.runtime import Engine, Refused
+from intaglio.runtime import Counts, Engine, Gauges, Refused
 from intaglio.server.control_tcp import tcp_server
 from intaglio.server.driver import Inspect
 from intaglio.server.prefill import HeldLeases
@@ -265,26 +265,41 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
 
     Raises Refused if the engine has ended.
     """
-    snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
-    own = engine.pool.events.incarnation
-    report: dict[str, Any] = {
-        "running": snapshot.gauges.running, "waiting": snapshot.gauges.waiting, "kv_usage": snapshot.gauges.kv_usage,
-        "draining": snapshot.gauges.draining, "failed": model.broken or model.hanging(step_timeout),
-        "max_batch_tokens": admission.max_batch_tokens, "max_sequences": engine.scheduler.max_sequences,
-        "prompt_tokens": snapshot.counts.prompt_tokens, "cached_tokens": snapshot.counts.cached_tokens,
-        "output_tokens": snapshot.counts.output_tokens, "steps": astuple(engine.latency.steps), "incarnation": own,
+    snapshot = model.driver.snapshot
+    report = engine_report(model.driver.engine, snapshot.gauges, snapshot.counts) | {
+        "failed": model.broken or model.hanging(step_timeout),
         "tier": dict(vars(model.llm.tier.counts)) if model.llm.tier else {},
-    }  # fmt: skip
-
-    def blocks(engine: Engine) -> dict[str, Any]:
-        events = engine.block_events(after) if incarnation == own else None
-        if events is not None:
-            return {"events": [(e.sequence, e.kind, e.name) for e in events]}
-        snapshot = engine.block_snapshot()
-        return {"sequence": snapshot.sequence, "snapshot": snapshot.names}
-
+    }
+    known = after if incarnation == report["incarnation"] else None
     try:
         async with asyncio.timeout(ENGINE_WAIT):
-            return {**report, **await Inspect.ask(model.driver, blocks)}
+            return report | await Inspect.ask(model.driver, lambda engine: block_changes(engine, known))
     except TimeoutError:
         return report
+
+
+def engine_report(engine: Engine, gauges: Gauges, counts: Counts) -> dict[str, Any]:
+    """The figures of a load report that are about the engine alone, as a dict.
+
+    engine: the engine, of which only values are read that any thread may read. gauges, counts: of this engine.
+    """
+    return {
+        "running": gauges.running, "waiting": gauges.waiting, "kv_usage": gauges.kv_usage, "draining": gauges.draining,
+        "max_batch_tokens": engine.admission.max_batch_tokens, "max_sequences": engine.scheduler.max_sequences,
+        "prompt_tokens": counts.prompt_tokens, "cached_tokens": counts.cached_tokens,
+        "output_tokens": counts.output_tokens, "steps": astuple(engine.latency.steps),
+        "incarnation": engine.pool.events.incarnation,
+    }  # fmt: skip
+
+
+def block_changes(engine: Engine, after: int | None) -> dict[str, Any]:
+    """The part of a load report that says which K/V blocks an engine's cache has gained or lost, as a dict.
+
+    It has the `events` with numbers above `after`. If `after` is None, or these events are no longer kept, it has a
+    `snapshot` of all blocks and the `sequence` number of its last event. Call it in the engine's thread.
+    """
+    events = None if after is None else engine.block_events(after)
+    if events is not None:
+        return {"events": [(e.sequence, e.kind, e.name) for e in events]}
+    snapshot = engine.block_snapshot()
+    return {"sequence": snapshot.sequence, "snapshot": snapshot.names}

@@ -106,12 +106,11 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
     """
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
     logits = w.linear(at + "router", routed or x, m.count, w.d.hidden, source + m.router, m.router_bias)
-    hashed = w.d.layers[i].hashed
-    chosen = m.correction if not hashed else ""
-    bias = w.tensor(at + "router.correction", (m.count,), source + chosen) if chosen else None
-    table = (
-        b.weight(at + "route.table", (w.d.vocabulary, m.top), w.d.source(source + m.table), "i32") if hashed else None
-    )
+    bias = table = None
+    if w.d.layers[i].hashed:
+        table = b.weight(at + "route.table", (w.d.vocabulary, m.top), w.d.source(source + m.table), "i32")
+    elif m.correction:
+        bias = w.tensor(at + "router.correction", (m.count,), source + m.correction)
     factors = w.tensor(at + "router.factors", (m.count,), source + m.factors) if m.factors else None
     ids = at + "route.ids"
     how = {"bias": bias, "factors": factors, "table": table, "ids": ids, "top": m.top, **m.route}

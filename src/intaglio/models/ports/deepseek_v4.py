@@ -92,18 +92,13 @@ def layer_types(c: Config) -> list[str]:
     usual = [HEAVY] * min(n, 2) + [SPARSE if i % 2 else HEAVY for i in range(n - 2)]
     if ratios is not None and c.get("layer_types") is None:
         known = {rate: kind for kind, rate in RATES.items()}
-        if not isinstance(ratios, list | tuple) or unknown(ratios, known):
+        if not isinstance(ratios, list | tuple) or any(type(x) is not int or x not in known for x in ratios):
             raise PortError(
                 f"config.json: compress_ratios={ratios!r}; wanted a list of 0, 4 and 128, one for each layer"
             )
         usual = [known[ratio] for ratio in ratios][:n]  # those that follow are of layers of multi-token prediction
         c.check_length("compress_ratios", usual)
     return c.layer_types(usual=usual, known=tuple(RATES))
-
-
-def unknown(values: object, known: Mapping[int, str]) -> bool:
-    """True if one of the values is no key of `known`."""
-    return any(type(x) is not int or x not in known for x in values)  # type: ignore[attr-defined]
 
 
 def mlp_types(c: Config) -> list[str]:

@@ -356,7 +356,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
     keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
-    cache = keys * h.kv_heads * h.kv_width * h.bits / 8 * (h.hbm_part(lib) if chip.l2_bytes else 1)
+    cache = keys * h.kv_heads * h.kv_width * h.bits / 8 * h.hbm_part(target)
     for rows, pack in ((r, p) for r in sizes for p in packs):
         wanted = AttendPlan(
             rows=max(rows, pack),
@@ -432,7 +432,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
     tiles = np.ceil(keys / fit.keys)
     mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
-    missed = (1 - cached) / alone * h.hbm_part(lib) if chip.l2_bytes else 1 - cached
+    missed = (1 - cached) / (alone if chip.l2_bytes else 1) * h.hbm_part(target)
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
         merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
@@ -469,7 +469,7 @@ def decode_seconds(
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
     tile_bytes = keys * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
-    here = 1 - h.hbm_part(lib) if chip.l2_bytes else 0.0  # part of a tile that is in the L2; it is loaded last
+    here = 1 - h.hbm_part(target)  # part of a tile that is in the L2; it is loaded last
 
     def load_seconds(active: float, turns: float) -> float:
         base = max(active / chip.l2_rate, turns / chip.port_rate)

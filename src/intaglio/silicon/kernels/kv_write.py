@@ -65,13 +65,13 @@ class Heads:
         """
         return self.head_dim + (0 if self.shared_values else self.v_dim)
 
-    def hbm_part(self, library: KernelLibrary) -> float:
-        """The fraction of the loaded K/V columns that HBM delivers if the chip has an L2; the L2 delivers the others.
+    def hbm_part(self, target: Target) -> float:
+        """The fraction of the loaded K/V columns that HBM delivers; the L2 delivers the others.
 
-        It is 1 except where values_in_keys is set and the library's activations are FP32, as in the simulated streams:
-        these load values a second time, after the keys.
+        It is 1 except where the chip has an L2, values_in_keys is set and the library's activations are FP32, as in the
+        simulated streams: these load values a second time, after the keys.
         """
-        twice = self.values_in_keys and library.activation_bytes >= WIDE
+        twice = self.values_in_keys and target.chip.l2_bytes and target.library.activation_bytes >= WIDE
         return self.head_dim / self.kv_width if twice else 1.0
 
     @property

@@ -41,9 +41,7 @@ def missed_sums(target: Target, sums: Any, written: Any) -> Any:
     return missed * (1 + share * (1 - written))
 
 
-def partial_seconds(
-    target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any
-) -> Any:  # fmt: skip
+def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any) -> Any:
     """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
 
     A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. If the last

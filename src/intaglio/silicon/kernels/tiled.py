@@ -305,9 +305,8 @@ class TiledProduct:
         step: the columns of x, as a slice of K. accumulate: True to add to the job's accumulators; False to overwrite
         them, as in a job's first step. Returns nothing.
         """
-        w_first = (
-            self.w_first or not self.started
-        )  # a core's first weights have HBM's latency, during which x is loaded
+        # A core's first weights have HBM's latency, during which x is loaded
+        w_first = self.w_first or not self.started
         self.started = True
         a = None if w_first else self.load_x(job, step)
         sides = [

@@ -1,11 +1,11 @@
-"""The sharding rules of embed, permute, concat and select, and of the ops that every lane runs whole."""
+"""The sharding rules of embed, permute and concat, of residual streams, and of ops that every lane runs whole."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
-from intaglio.ops import AllToAll, Concat, Embed, Op, Permute, Route, Sample, Select, Sinusoid
+from intaglio.ops import AllToAll, Concat, Embed, MixStreams, Op, Permute, Route, Sample, Select, Sinkhorn, Sinusoid
 
 
 @sharding_rule(Route, Sample, Select, Sinusoid)
@@ -45,11 +45,11 @@ def permute(lane: Lane, op: Permute) -> None:
     return lane.add(op)
 
 
-@sharding_rule(Concat)
-def concat(lane: Lane, op: Concat) -> None:
-    """Append a Concat op, which joins the columns of two operands, to one rank's Program. Returns nothing.
+@sharding_rule(Concat, MixStreams, Sinkhorn)
+def by_token_rows(lane: Lane, op: Op) -> None:
+    """Append an op that joins columns or mixes residual streams to one rank's Program. Returns nothing.
 
-    If both operands are split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on the
+    If all operands are split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on the
     whole operands.
     """
     return lane.add(op) if lane.has_token_rows(op) else lane.add_whole(op)
