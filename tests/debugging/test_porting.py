@@ -12,7 +12,7 @@ from support.tiny import tiny
 from intaglio.compiler import build
 from intaglio.debugging.bisect import bisect
 from intaglio.debugging.check import CheckError
-from intaglio.debugging.porting import PortingError, investigate
+from intaglio.debugging.porting import PortingError, Trial, investigate, lacking
 from intaglio.models import Checkpoint, port
 
 pytest.importorskip("transformers")
@@ -39,6 +39,14 @@ def test_an_architecture_that_nothing_fits(monkeypatch):
     found = investigate("starcoder2")
     assert not found.known and found.row == "" and not any(t.fits for t in found.trials)
     assert all(t.why for t in found.trials)
+    gaps = [lacking(t) for t in found.trials if not t.sites]
+    assert gaps == sorted(gaps) and "No port fits. --auto derives one" in str(found)
+
+
+def test_tensors_that_a_port_misses_are_counted():
+    missed = Trial("OneForCausalLM", 0, False, "lacks 18 tensors (model.a.weight, ...), which its config.json asks for")
+    assert lacking(missed) == 18
+    assert lacking(Trial("TwoForCausalLM", 0, False, "config.json: use_bias=True is not supported")) == float("inf")
 
 
 def test_a_folder_whose_architecture_is_ported(tmp_path):

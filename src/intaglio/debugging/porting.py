@@ -7,6 +7,7 @@ and what differs at the next.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ class Findings:
         for t in self.trials[:6]:
             mark = "fits" if t.fits else f"{t.sites} sites agree" if t.sites else "does not apply"
             lines.append(f"  as {t.architecture}: {mark}{'; ' + t.why if t.why else ''}")
+        if not self.known and not self.trials[0].fits:
+            lines.append(
+                "No port fits. --auto derives one from the model's behaviour, or names what cannot be derived."
+            )
         if self.row:
             lines += ["", "The row for FAMILIES of its file in models/ports/:", "", self.row]
         return "\n".join(lines)
@@ -170,6 +175,12 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
     return Trial(architecture, sites, report.ok, why)
 
 
+def lacking(trial: Trial) -> float:
+    """How many tensors the tiny model lacks that the port of a Trial reads; infinity if it fails for another reason."""
+    found = re.match(r"lacks (\d+) tensors", trial.why)
+    return int(found[1]) if found else float("inf")
+
+
 def investigate(target: str, progress: Progress = silent) -> Findings:
     """Find the existing port that fits an architecture. Returns the Findings, with every port tried, the best first.
 
@@ -194,7 +205,7 @@ def investigate(target: str, progress: Progress = silent) -> Findings:
         names = [architecture] if architecture in known else sorted(known)
         trying = counted(names, progress, lambda name: f"trying the port of {name}")
         trials = [try_port(Path(folder), tiny, name) for name in trying]
-    best = sorted(trials, key=lambda t: (not t.fits, -t.sites, t.architecture))
+    best = sorted(trials, key=lambda t: (not t.fits, -t.sites, lacking(t), t.architecture))
     row = ""
     if architecture not in known and best[0].fits:
         family = known[best[0].architecture]

@@ -248,7 +248,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     if lib.persistent:  # with few rows, all tiles of w are shared evenly by the rounds
         wide = np.clip(heads * gn * split / rounds, wide, cores)
     wide = np.minimum(heads * gn * split, wide) if lib.persistent else np.minimum(gn, wide)
-    first_bytes = 0.0 if resident else wide * np.minimum(tn, n) * tk * w_bits / 8
+    first_columns = np.minimum(wide * np.minimum(tn, n), heads * n * split)  # an edge tile loads only its columns
+    first_bytes = 0.0 if resident else first_columns * tk * w_bits / 8
     if not chip.l2_bytes:
         first_bytes = np.minimum(jobs, cores) * (rows * x_bits + np.minimum(tn, n) * w_bits) * tk / 8
     fill = first_bytes / chip.hbm_rate
