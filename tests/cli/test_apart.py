@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from intaglio.cli import app
-from intaglio.cli.apart import why_none
+from intaglio.cli.apart import why_unfit
 from intaglio.codesign import ratio
 from intaglio.codesign.disaggregated import ApartResult
 from intaglio.codesign.simulate import SAME, cards, ported
@@ -50,14 +50,17 @@ def test_another_measure_is_refused() -> None:
 
 def test_nothing_found_says_what_is_in_the_way() -> None:
     """Latencies are named only if they have a limit and some numbers of servers use all chips."""
-    assert why_none([], ["tp1"], 2, False).startswith("No layout of --prefill fits")
-    assert why_none(["tp1"], [], 2, True).startswith("No layout of --decode fits")
-    assert why_none(["tp8", "tp4"], ["dp8/ep8"], 8, True).startswith("--chips 8 are too few")
-    assert "take 12 or more" in why_none(["tp8", "tp4"], ["dp8/ep8"], 8, False)
-    assert why_none(["tp2"], ["tp2"], 5, False).startswith("No numbers of servers of these layouts use all 5 chips")
-    assert why_none(["tp2"], ["tp1", "tp2"], 5, False).startswith("No decode server has room")
-    assert "allow longer latencies" in why_none(["tp2"], ["tp1"], 5, True)
-    assert "--chips 2 are too few" in simulate("--find", "--decode", "tp2")
+    assert why_unfit([], ["tp1"], 2, False).startswith("no layout of --prefill fits")
+    assert why_unfit(["tp1"], [], 2, True).startswith("no layout of --decode fits")
+    assert why_unfit(["tp8", "tp4"], ["dp8/ep8"], 8, True).startswith("--chips 8 are too few")
+    assert "take 12 or more" in why_unfit(["tp8", "tp4"], ["dp8/ep8"], 8, False)
+    assert why_unfit(["tp2"], ["tp2"], 5, False).startswith("no numbers of servers of these layouts use all 5 chips")
+    assert why_unfit(["tp2"], ["tp1", "tp2"], 5, False).startswith("no decode server has room")
+    assert why_unfit(["tp2"], ["tp1"], 5, True) == ""
+    for more in ([], ["--json"], ["--tpot", "9"]):
+        text = simulate("--find", "--decode", "tp2", *more, code=2)
+        assert "error: --chips 2 are too few" in text and "longer latencies" not in text
+    assert "allow longer latencies" in simulate("--find", "--tpot", "0.000001")
 
 
 def test_nothing_that_fits_is_an_error_and_one_of_several_is_not() -> None:

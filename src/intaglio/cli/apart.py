@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from intaglio.chips import Target
+from intaglio.chips import ChipError, Target
 from intaglio.cli.plot import Point, bars, lines, no_chart
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
@@ -45,18 +45,19 @@ def apart_table(
         chips: for a search, the number of chips that all servers have together.
         by: "watt" or "chip": the recommended row has the most output tokens/s per watt or per chip.
 
-    Raises ValueError for another `by` or if the lists differ in length, LayoutError for a wrong layout, ChipError if a
-    model does not fit.
+    Raises ValueError for another `by` or if the lists differ in length, LayoutError for a wrong layout. Raises
+    ChipError if a model does not fit; in a search only if no pair of layouts fits, and after printing all reasons.
     """
     if by not in BY:
         raise ValueError(f"--by {by}; use one of {', '.join(BY)}")
     q = question
     refused: list[tuple[str, str]] = []
+    unfit = ""
     with progress_bar(f"compiling {q.program.name}") as progress:
         if concurrency:
             found = given_pairs(q, on, prefill, decode, concurrency, budget, progress)
         else:
-            found, refused = searched_pairs(q, on, prefill, decode, chips, budget, by, progress)
+            found, refused, unfit = searched_pairs(q, on, prefill, decode, chips, budget, by, progress)
     if plot and found:
         plot.write_text(chart(q, on, found, bool(concurrency), by), encoding="utf-8")
     elif plot:
@@ -66,6 +67,8 @@ def apart_table(
         rows = [{"prefill": first, "decode": second, **r.as_dict()} for first, second, r in found]
         left_out = [{"layout": layout, "reason": why} for layout, why in refused]
         print(json.dumps({**facts, "refused": left_out, "results": rows}, indent=2))
+        if unfit:
+            raise ChipError(unfit)
         return
     say(f"{q.program.name} on {on.chip.name}: requests of {q.input:,} + {q.output:,} tokens, prefill and decode apart")
     if found:
@@ -76,6 +79,8 @@ def apart_table(
         say(f"{'#' * max(1, round(WIDTH * rate / most)):<{WIDTH}} {rate:,.0f} tok/s a chip, {1 / r.tpot:,.0f} a user")
     for layout, why in refused:
         say(f"{layout} is left out: {why}")
+    if unfit:
+        raise ChipError(unfit)
     within = [x for x in found if x[2].ttft <= q.limits.ttft and x[2].tpot <= q.limits.tpot]
     if within:
         first, second, r = max(within, key=lambda x: per(x[2], by))
@@ -87,9 +92,7 @@ def apart_table(
     elif found:
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
     else:
-        unfit = {layout for layout, _ in refused}
-        first_fit, second_fit = ([x for x in kind if x not in unfit] for kind in (prefill, decode))
-        say(why_none(first_fit, second_fit, chips, limits_text(q) != "no limits"))
+        say("No numbers of servers keep the limits: allow longer latencies, or give other layouts or more chips.")
     links = on.chip.links
     sizes = [r.chips for *_, r in found] or [chips]
     crosses = {links.node_bytes_per_s > 0 and size > links.max_chips for size in sizes}
@@ -149,14 +152,16 @@ def given_pairs(
 def searched_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, by: str,
     progress: Progress,
-) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]]]:  # fmt: skip
+) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]], str]:  # fmt: skip
     """For each pair of layouts, search how many servers should prefill and decode, and with how many open requests.
 
-    Returns (found, refused).
+    Returns (found, refused, unfit).
 
     found: a list of (prefill layout, decode layout, ApartResult), ordered by per(), the most output per watt or per
-    chip first. refused: a list of (layout, reason) of layouts that do not fit. The numbers of servers and the load of
-    each pair are those with the most output per chip, whatever `by` is.
+    chip first. refused: a list of (layout, reason) of layouts that do not fit. unfit: "" if a pair was found, else the
+    result of why_unfit().
+
+    The numbers of servers and the load of each pair are those with the most output per chip, whatever `by` is.
 
     Args:
         q: the model and its load.
@@ -175,7 +180,9 @@ def searched_pairs(
     first, refused = ratio.kinds(q, on, prefill, budget, 256)
     second, others = ratio.kinds(q, on, decode, 1024, 1024)
     found = ratio.search(q, first, second, chips, progress)
-    return sorted(found, key=lambda row: -per(row[2], by)), [*refused, *others]
+    unfit = "" if found else why_unfit(list(first), list(second), chips, limits_text(q) != "no limits")
+    both = list(dict.fromkeys([*refused, *others]))  # a layout of both kinds may have one reason
+    return sorted(found, key=lambda row: -per(row[2], by)), both, unfit
 
 
 def per(r: ApartResult, by: str) -> float:
@@ -183,8 +190,10 @@ def per(r: ApartResult, by: str) -> float:
     return r.tokens_per_s / (r.watts if by == "watt" else r.chips)
 
 
-def why_none(prefill: Sequence[str], decode: Sequence[str], chips: int, limited: bool) -> str:
-    """Why a search found no pair of layouts, as a sentence that also says what to change.
+def why_unfit(prefill: Sequence[str], decode: Sequence[str], chips: int, limited: bool) -> str:
+    """Why a search found no pair of layouts, if the limits are not why: a text that also says what to change.
+
+    The result is "" if the layouts can use all chips and there are limits, which then may be why.
 
     Args:
         prefill: layouts of prefill servers that fit their chips; empty if none does.
@@ -198,17 +207,17 @@ def why_none(prefill: Sequence[str], decode: Sequence[str], chips: int, limited:
 
     for kind, layouts in (("--prefill", prefill), ("--decode", decode)):
         if not layouts:
-            return f"No layout of {kind} fits, for the reasons above: give other layouts, or fewer bits."
+            return f"no layout of {kind} fits the chips; give other layouts, or fewer bits"
     first, second = ([Placement.parse(x).chips_per_server for x in kind] for kind in (prefill, decode))
     least = min(first) + min(second)
     if least > chips:
-        return f"--chips {chips} are too few: a prefill and a decode server of these layouts take {least} or more."
+        return f"--chips {chips} are too few; a prefill and a decode server of these layouts take {least} or more"
     rest = ((chips - n * a, b) for a in first for b in second for n in range(1, chips // a + 1))
     if not any(left >= b and left % b == 0 for left, b in rest):
-        return f"No numbers of servers of these layouts use all {chips} chips: give other layouts or other --chips."
+        return f"no numbers of servers of these layouts use all {chips} chips; give other layouts or other --chips"
     if not limited:
-        return "No decode server has room for a request: give layouts of more chips, fewer bits or shorter requests."
-    return "No numbers of servers keep the limits: allow longer latencies, or give other layouts or more chips."
+        return "no decode server has room for a request; give layouts of more chips, fewer bits or shorter requests"
+    return ""
 
 
 def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool, by: str) -> str:

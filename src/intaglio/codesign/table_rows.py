@@ -73,16 +73,16 @@ def fault(column: str, value: str, formats: Collection[str]) -> str:
     least = 2 if column == "osl" else 0 if column in ZERO else 1  # a response of one token has no time per token
     try:
         if column in TIMES:
-            return "" if 0 < float(value) < inf else f"a finite number of {TIMES[column]} above 0"
-        if column in LENGTHS + SERVERS:  # that may be written as 8.0, as some programs do if other rows are empty
-            return (
-                "" if least <= float(value) < inf and float(value) % 1 == 0 else f"a whole number of at least {least}"
-            )
-        return "" if int(value) >= least else f"a whole number of at least {least}"
+            good = 0 < float(value) < inf
+        elif column in LENGTHS + SERVERS:  # may be written as 8.0, as some programs do if other rows are empty
+            good = least <= float(value) < inf and float(value) % 1 == 0
+        else:
+            good = int(value) >= least
     except ValueError:
-        return (
-            f"a finite number of {TIMES[column]} above 0" if column in TIMES else f"a whole number of at least {least}"
-        )
+        good = False
+    if good:
+        return ""
+    return f"a finite number of {TIMES[column]} above 0" if column in TIMES else f"a whole number of at least {least}"
 
 
 def check_rows(
