@@ -141,7 +141,10 @@ GOOD = "bfloat16,64,64,64,30\n"
         (HEAD + "fp8,64,64,64,30,5\n", "row 1 below the header has more values than the header"),
         (HEAD + "fp8,many,64,64,30\n", "row 1 below the header: m is 'many'; allowed: a whole number"),
         (HEAD + "fp8,64,0,64,30\n", "row 1 below the header: n is '0'; allowed: a whole number of at least 1"),
-        (HEAD + "fp8,64,64,64,\n", "row 1 below the header: us is ''; allowed: a number of microseconds above 0"),
+        (
+            HEAD + "fp8,64,64,64,\n",
+            "row 1 below the header: us is ''; allowed: a finite number of microseconds above 0",
+        ),
         *(
             (HEAD + f"fp8,64,64,64,{us}\n", f"us is '{us}'; allowed: a finite number")
             for us in ("nan", "0", "-3", "inf")

@@ -6,8 +6,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from typer.testing import CliRunner
 
 from intaglio.chips import CHIPS, ChipError, target
+from intaglio.cli import app
 from intaglio.codesign.disaggregated import Apart, run_apart, serve_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
 from intaglio.codesign.fleet import serve_fleet
@@ -69,6 +71,40 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="wanted rows with columns backend"):
         rows(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "allowed"),
+    [
+        *(
+            ("silicon_ttft_ms", v, "a finite number of milliseconds above 0")
+            for v in ("0", "-5", "nan", "inf", "", "x")
+        ),
+        ("silicon_tpot_ms", "0", "a finite number of milliseconds above 0"),
+        *(("isl", v, "a whole number of at least 1") for v in ("0", "-1", "1.5", "", "nan", "inf")),
+        *(("osl", v, "a whole number of at least 2") for v in ("-1", "0", "1")),
+        *(("concurrency", v, "a whole number of at least 1") for v in ("0", "-3", "2.5")),
+        *(("batch_size", v, "a whole number of at least 1") for v in ("abc", "0")),
+        ("tp_size", "0", "a whole number of at least 1"),
+        ("decode_num_workers", "-1", "a whole number of at least 1"),
+        ("moe_ep_size", "-1", "a whole number of at least 0"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(tmp_path: Path, column: str, value: str, allowed: str) -> None:
+    """In one line, with file, row, column, value and what is allowed; the row before it is right."""
+    columns = POINT | {"decode_num_workers": ""}
+    file = tmp_path / "t.csv"
+    file.write_text("\n".join(",".join(r) for r in (columns, columns.values(), (columns | {column: value}).values())))
+    done = CliRunner().invoke(app, ["validate-serving", str(file)])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert f"{file}: row 2 below the header: {column} is {value!r}; allowed: {allowed}; correct or" in done.stderr
+
+
+def test_whole_numbers_may_have_a_point_and_columns_of_servers_may_be_empty(tmp_path: Path) -> None:
+    file, columns = tmp_path / "t.csv", POINT | {"concurrency": "2.0", "moe_tp_size": "0", "tp_size": ""}
+    file.write_text("\n".join(",".join(r) for r in (columns, columns.values())))
+    (found,) = rows(file)
+    assert (found.concurrency, found.ttft, str(found.placement())) == (2, 0.05, "tp1")
 
 
 def test_numbers_of_servers_come_from_a_row_with_the_same_measurement() -> None:

@@ -11,6 +11,7 @@ from intaglio.chips import Target
 from intaglio.cli.plot import Point, bars, lines, no_chart
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
+from intaglio.cli.steady import BY, limits_text
 
 if TYPE_CHECKING:
     from intaglio.codesign.disaggregated import ApartResult
@@ -26,7 +27,7 @@ WIDTH = 40  # characters of the longest bar
 
 def apart_table(
     question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
-    budget: int, as_json: bool, plot: Path | None = None, chips: int = 0,
+    budget: int, as_json: bool, plot: Path | None = None, chips: int = 0, by: str = "watt",
 ) -> None:  # fmt: skip
     """Print latencies and rates of each pair of a prefill and a decode layout, at each concurrency, as a table.
 
@@ -36,23 +37,28 @@ def apart_table(
         prefill: layouts of prefill servers.
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
         concurrency: numbers of requests open at once, to simulate. If empty, search instead: for each prefill layout
-            with each decode layout, find the numbers of servers and the load with the most output per chip.
+            with each decode layout, find the numbers of servers and the load with the most output per chip, and order
+            the pairs of layouts by `by`, the best first.
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
         chips: for a search, the number of chips that all servers have together.
+        by: "watt" or "chip": the recommended row has the most output tokens/s per watt or per chip.
 
-    Raises ValueError if the lists differ in length, LayoutError for a wrong layout, ChipError if a model does not fit.
+    Raises ValueError for another `by` or if the lists differ in length, LayoutError for a wrong layout, ChipError if a
+    model does not fit.
     """
+    if by not in BY:
+        raise ValueError(f"--by {by}; use one of {', '.join(BY)}")
     q = question
     refused: list[tuple[str, str]] = []
     with progress_bar(f"compiling {q.program.name}") as progress:
         if concurrency:
             found = given_pairs(q, on, prefill, decode, concurrency, budget, progress)
         else:
-            found, refused = searched_pairs(q, on, prefill, decode, chips, budget, progress)
+            found, refused = searched_pairs(q, on, prefill, decode, chips, budget, by, progress)
     if plot and found:
-        plot.write_text(chart(q, on, found, by_load=bool(concurrency)), encoding="utf-8")
+        plot.write_text(chart(q, on, found, bool(concurrency), by), encoding="utf-8")
     elif plot:
         no_chart(plot)
     if as_json:
@@ -72,12 +78,18 @@ def apart_table(
         say(f"{layout} is left out: {why}")
     within = [x for x in found if x[2].ttft <= q.limits.ttft and x[2].tpot <= q.limits.tpot]
     if within:
-        first, second, r = max(within, key=lambda x: x[2].tokens_per_s / x[2].chips)
+        first, second, r = max(within, key=lambda x: per(x[2], by))
+        figure = f"{per(r, by):,.2f} tok/J" if by == "watt" else f"{per(r, by):,.0f} tok/s a chip"
         say(
-            f"Most output per chip within the limits: {first} and {second} with {r.concurrency:,} open, {r.chips} chips"
+            f"Most output per {by} within the limits: {first} and {second} with {r.concurrency:,} open, "
+            f"{r.chips} chips: {figure}"
         )
-    else:
+    elif found:
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
+    else:
+        unfit = {layout for layout, _ in refused}
+        first_fit, second_fit = ([x for x in kind if x not in unfit] for kind in (prefill, decode))
+        say(why_none(first_fit, second_fit, chips, limits_text(q) != "no limits"))
     links = on.chip.links
     sizes = [r.chips for *_, r in found] or [chips]
     crosses = {links.node_bytes_per_s > 0 and size > links.max_chips for size in sizes}
@@ -135,14 +147,16 @@ def given_pairs(
 
 
 def searched_pairs(
-    q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, progress: Progress
-) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]]]:
+    q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, by: str,
+    progress: Progress,
+) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]]]:  # fmt: skip
     """For each pair of layouts, search how many servers should prefill and decode, and with how many open requests.
 
     Returns (found, refused).
 
-    found: a list of (prefill layout, decode layout, ApartResult), the most output per chip first. refused: a list of
-    (layout, reason) of layouts that do not fit.
+    found: a list of (prefill layout, decode layout, ApartResult), ordered by per(), the most output per watt or per
+    chip first. refused: a list of (layout, reason) of layouts that do not fit. The numbers of servers and the load of
+    each pair are those with the most output per chip, whatever `by` is.
 
     Args:
         q: the model and its load.
@@ -151,6 +165,7 @@ def searched_pairs(
         decode: layouts of decode servers.
         chips: number of chips that all servers have together.
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
+        by: "watt" or "chip", the measure that orders the pairs.
         progress: called as pairs are searched.
 
     Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
@@ -159,10 +174,44 @@ def searched_pairs(
 
     first, refused = ratio.kinds(q, on, prefill, budget, 256)
     second, others = ratio.kinds(q, on, decode, 1024, 1024)
-    return ratio.search(q, first, second, chips, progress), [*refused, *others]
+    found = ratio.search(q, first, second, chips, progress)
+    return sorted(found, key=lambda row: -per(row[2], by)), [*refused, *others]
 
 
-def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool) -> str:
+def per(r: ApartResult, by: str) -> float:
+    """Output tokens per second of a deployment, per watt if `by` is "watt", per chip if it is "chip"."""
+    return r.tokens_per_s / (r.watts if by == "watt" else r.chips)
+
+
+def why_none(prefill: Sequence[str], decode: Sequence[str], chips: int, limited: bool) -> str:
+    """Why a search found no pair of layouts, as a sentence that also says what to change.
+
+    Args:
+        prefill: layouts of prefill servers that fit their chips; empty if none does.
+        decode: layouts of decode servers that fit their chips; empty if none does.
+        chips: number of chips that all servers have together.
+        limited: True if the question has a limit of TTFT or TPOT.
+
+    Raises LayoutError for a wrong layout.
+    """
+    from intaglio.codesign.placement import Placement
+
+    for kind, layouts in (("--prefill", prefill), ("--decode", decode)):
+        if not layouts:
+            return f"No layout of {kind} fits, for the reasons above: give other layouts, or fewer bits."
+    first, second = ([Placement.parse(x).chips_per_server for x in kind] for kind in (prefill, decode))
+    least = min(first) + min(second)
+    if least > chips:
+        return f"--chips {chips} are too few: a prefill and a decode server of these layouts take {least} or more."
+    rest = ((chips - n * a, b) for a in first for b in second for n in range(1, chips // a + 1))
+    if not any(left >= b and left % b == 0 for left, b in rest):
+        return f"No numbers of servers of these layouts use all {chips} chips: give other layouts or other --chips."
+    if not limited:
+        return "No decode server has room for a request: give layouts of more chips, fewer bits or shorter requests."
+    return "No numbers of servers keep the limits: allow longer latencies, or give other layouts or more chips."
+
+
+def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool, by: str) -> str:
     """A chart, as SVG text, of the modelled results of servers with disaggregated prefill and decode.
 
     Args:
@@ -170,12 +219,14 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
         on: the chip, for the title.
         found: (prefill layout, decode layout, ApartResult) of each result.
         by_load: True for a line chart with one line for each pair of layouts: x is output tokens/s per user, y is
-            output tokens/s per chip. False for a bar chart with one bar for each result, its output tokens/s per chip.
+            output tokens/s per chip. False for a bar chart with one bar for each result: its output tokens/s per watt
+            or per chip, see `by`.
+        by: "watt" or "chip", what the bars show.
     """
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:
-        rows = [(f"{a} + {b}", f"{r.concurrency:,} open", r.tokens_per_s / r.chips) for a, b, r in found]
-        return bars(title, "output tokens/s per chip, modelled, within the limits", rows)
+        rows = [(f"{a} + {b}", f"{r.concurrency:,} open", per(r, by)) for a, b, r in found]
+        return bars(title, f"output tokens/s per {by}, modelled, within the limits", rows)
     series: dict[str, list[Point]] = {}
     for first, second, r in found:
         point = 1 / r.tpot, r.tokens_per_s / r.chips, f"{r.concurrency:,}"

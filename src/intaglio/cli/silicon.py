@@ -247,8 +247,8 @@ def simulate(
             )
         if find and concurrency:
             raise ValueError("--find searches the number of open requests; leave --concurrency out")
-        if apart and (step_overhead or by != "watt"):
-            raise ValueError("--prefill and --decode take neither --step-overhead nor --by")
+        if apart and step_overhead:
+            raise ValueError("--prefill and --decode do not take --step-overhead")
         counts = whole_numbers("--concurrency", concurrency) if concurrency else []
         if prefill and decode:
             apart_table(
@@ -261,6 +261,7 @@ def simulate(
                 as_json,
                 plot,
                 chips,
+                by,
             )
             return
         if chips != 1 and (others := [each for each in layouts if Placement.parse(each).chips != chips]):

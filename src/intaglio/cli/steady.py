@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from intaglio.chips import Target
+from intaglio.chips import ChipError, Target
 from intaglio.cli.plot import Point, bars, lines, no_chart
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
@@ -41,7 +41,7 @@ def steady_table(
         plot: SVG file for a chart of the designs; None: no chart.
 
     A candidate that cannot run is printed with the reason. Raises ValueError for another `by`, LayoutError for a wrong
-    layout.
+    layout, and, after printing all reasons, ChipError if no candidate can hold the model and a request.
     """
     from intaglio.codesign import steady
     from intaglio.codesign.placement import Placement
@@ -67,10 +67,13 @@ def steady_table(
         plot.write_text(chart(question, drawn, find, by), encoding="utf-8")
     elif plot:
         no_chart(plot)
+    fits = bool(designs) or (find and bool(asked) and limits_text(question) != "no limits")
     if as_json:
         left_out = [{"chip": chip, "layout": layout, "reason": why} for chip, layout, why in refused]
         facts = {"model": question.program.name, "clock": "modelled", "refused": left_out}
         print(json.dumps({**facts, "designs": [d.as_dict() for d in designs]}, indent=2, allow_nan=False))
+        if not fits:
+            raise nothing_fits(question, refused)
         return
     what = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
     say(f"{what}; {limits_text(question)}")
@@ -78,6 +81,8 @@ def steady_table(
         out.print(table(HEADERS, [cells(d) for d in designs], words=2))
     for chip, layout, why in refused:
         say(f"{chip} {layout} is left out: {why}")
+    if not fits:
+        raise nothing_fits(question, refused)
     if find:
         conclude(question, designs, by)
     for on in targets:
@@ -95,6 +100,20 @@ def steady_table(
     )
     if not find:
         say("Figures are a closed form of the steady state; *: beyond a limit. simulate-serving runs the queue.")
+
+
+def nothing_fits(question: Question, refused: Sequence[tuple[str, str, str]]) -> ChipError:
+    """The error for a question whose model no candidate can hold; its text names the first candidate and the reason.
+
+    refused: (chip, layout, reason) of the candidates; empty if each holds the weights, but not one request beside them.
+    """
+    name = question.program.name
+    if not refused:
+        request = f"a request of {question.input:,} + {question.output:,} tokens"
+        return ChipError(f"no design holds {name} and {request}; use more chips, fewer bits or shorter requests")
+    chip, layout, why = refused[0]
+    more = f" (first of {len(refused)} that do not fit)" if len(refused) > 1 else ""
+    return ChipError(f"{name} does not fit {chip} with {layout}: {why}{more}")
 
 
 def chart(question: Question, designs: Sequence[Design], find: bool, by: str) -> str:

@@ -25,6 +25,7 @@ from intaglio.codesign.queue import QueueSettings, serve
 from intaglio.codesign.simulate import ported
 from intaglio.codesign.steady import estimate
 from intaglio.codesign.steps import Formats, Server, StepTimes
+from intaglio.codesign.table_rows import APART, LENGTHS, SERVERS, check_rows
 from intaglio.compiler import Layout
 from intaglio.measure.workload import LoadRequest
 from intaglio.program import Program
@@ -40,7 +41,6 @@ MODELS = {  # the end of a row's model_path -> card
 MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
 TURNS = 10  # requests for each that is open
-APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
 SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of them, and so are their responses
 
 
@@ -215,7 +215,7 @@ def rows(path: Path) -> list[Row]:
 
     Some disaggregated lines leave out their numbers of prefill and decode servers. Such a Row gets the numbers of
     another line of the same measurement if the file has one, see completed(). Raises ValueError if the file has no
-    lines below the header or lacks a column.
+    lines below the header or lacks a column; TableError, a ValueError, for a value that check_rows() refuses.
     """
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
@@ -225,6 +225,8 @@ def rows(path: Path) -> list[Row]:
     )  # fmt: skip
     if not found or not set(wanted) <= set(found[0].columns):
         raise ValueError(f"{path}: wanted rows with columns {', '.join(wanted)}")
+    times = ("silicon_ttft_ms", "silicon_tpot_ms")
+    check_rows(path, [row.columns for row in found], LENGTHS, times=times, optional=SERVERS)
     return completed(found)
 
 

@@ -24,6 +24,7 @@ from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.timeline import Timeline
 
 CARDS = Path(__file__).resolve().parent.parent / "data" / "cards"
+SAME = {"deepseek-r1": "deepseek-v3"}  # other names of shipped configs: models with the same architecture
 CHANGES: dict[str, dict[str, float]] = {  # changes that what_helps() tries: fields of a target, and factors for them
     "array rate x2": {"chip.macs": 2},
     "HBM bytes/s x2": {"chip.hbm_bytes_per_s": 2},
@@ -46,17 +47,18 @@ def cards() -> dict[str, Path]:
 def ported(model: str, context: int | None) -> Program:
     """The whole Program of a model, not yet compiled.
 
-    model: a checkpoint folder, a config.json, or the name of a shipped config. context: largest context length; None
-    for the model's own. Raises ValueError (CheckpointError, PortError, ...) if there is no such model, if the file is
-    not a JSON object, or if the model is not ported.
+    model: a checkpoint folder, a config.json, the name of a shipped config, or a key of SAME. context: largest context
+    length; None for the model's own. Raises ValueError (CheckpointError, PortError, ...) if there is no such model, if
+    the file is not a JSON object, or if the model is not ported.
     """
     path = Path(model)
     if path.is_dir():
         return port(Checkpoint.open(path), context)
     if not path.is_file():
-        if model not in cards():
+        card = SAME.get(model, model)
+        if card not in cards():
             raise ValueError(f"{model} is no checkpoint folder or config.json; shipped configs: {', '.join(cards())}")
-        path = cards()[model]
+        path = cards()[card]
     return port_config(read_json(path), context, name=path.stem)
 
 

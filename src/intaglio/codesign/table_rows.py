@@ -1,4 +1,4 @@
-"""Reads the integer columns of tables (CSV) of measured kernels, and checks each row before it is modelled."""
+"""Checks each row of tables (CSV) of measured kernels or servers before it is modelled; reads their integer columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ CONVOLUTION = "causal_conv1d"  # kernels of recurrent tables whose names begin s
 TEXTS = ("op", "kernel", "kernel_source", "load", "distribution", "phase")  # and all columns of formats
 LOADS = re.compile(r"balanced|power_law_[0-9]+(\.[0-9]+)?")
 PHASES = ("context", "generation")
-ZERO = ("context_len", "window", "step", "window_size", "num_key_value_heads")  # columns that may be 0
+TIMES = {"us": "microseconds", "silicon_ttft_ms": "milliseconds", "silicon_tpot_ms": "milliseconds"}  # measured
+SIZES = ("batch_size", "tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
+LENGTHS = ("isl", "osl")  # of the prompts and the responses of measured servers
+SERVERS = ("concurrency", *SIZES, *(phase + name for phase in APART for name in (*SIZES, "num_workers")))  # or empty
+ZERO = (  # columns that may be 0
+    "context_len", "window", "step", "window_size", "num_key_value_heads",
+    *(phase + name for phase in ("", *APART) for name in ("moe_tp_size", "moe_ep_size")),
+)  # fmt: skip
 
 
 class TableError(ValueError):
@@ -62,18 +70,25 @@ def fault(column: str, value: str, formats: Collection[str]) -> str:
         return "" if LOADS.fullmatch(value) else "balanced or power_law_A with a number A, such as power_law_1.2"
     if column in TEXTS:
         return "" if value else "a name"
+    least = 2 if column == "osl" else 0 if column in ZERO else 1  # a response of one token has no time per token
     try:
-        if column == "us":
-            return "" if 0 < float(value) < inf else "a finite number of microseconds above 0"
-        least = 0 if column in ZERO else 1
+        if column in TIMES:
+            return "" if 0 < float(value) < inf else f"a finite number of {TIMES[column]} above 0"
+        if column in LENGTHS + SERVERS:  # that may be written as 8.0, as some programs do if other rows are empty
+            return (
+                "" if least <= float(value) < inf and float(value) % 1 == 0 else f"a whole number of at least {least}"
+            )
         return "" if int(value) >= least else f"a whole number of at least {least}"
     except ValueError:
-        return "a number of microseconds above 0" if column == "us" else "a whole number"
+        return (
+            f"a finite number of {TIMES[column]} above 0" if column in TIMES else f"a whole number of at least {least}"
+        )
 
 
 def check_rows(
-    path: Path | str, rows: Sequence[Mapping[str, str]], columns: Sequence[str], formats: Collection[str] = ()
-) -> None:
+    path: Path | str, rows: Sequence[Mapping[str, str]], columns: Sequence[str], formats: Collection[str] = (),
+    times: Sequence[str] = ("us",), optional: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Check the rows of a CSV file, as csv.DictReader gives them. Without rows there is nothing to check.
 
     Raises TableError, naming file, row, column and value, for a missing column, a row with more or fewer values than
@@ -82,11 +97,12 @@ def check_rows(
     Args:
         path: the file, for the message.
         rows: the rows.
-        columns: names of the columns to check. The column `us` (measured microseconds) is always checked too. Each must
-            be there; the values in other columns are not checked.
+        columns: names of the columns to check. Each must be there; the values in other columns are not checked.
         formats: names of number formats that columns of formats (names that end in dtype) allow; empty: all.
+        times: names of the columns of measured times, keys of TIMES, which are checked too. Each must be there.
+        optional: names of columns that may be missing, and may be empty in a row; other values are checked.
     """
-    wanted = (*columns, "us")
+    wanted = (*columns, *times)
     if rows and (missing := [c for c in wanted if c not in rows[0]]):
         raise TableError(f"{path}: column {', '.join(missing)} is missing; needed are {', '.join(wanted)}")
     for number, row in enumerate(rows, 1):
@@ -95,7 +111,7 @@ def check_rows(
         for column, value in row.items():
             if value is None:
                 raise TableError(f"{path}: row {number} below the header ends before column {column}; add its value")
-        for column in wanted:
+        for column in (*wanted, *(c for c in optional if row.get(c))):
             if allowed := fault(column, row[column], formats):
                 raise TableError(
                     f"{path}: row {number} below the header: {column} is {row[column]!r}; allowed: {allowed}; "
