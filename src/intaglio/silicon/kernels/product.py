@@ -325,8 +325,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         each_step = np.where(in_turn, (job_steps * all_alone + job_work) / steps, all_alone + work) - aside
         hit = steps * each_step / ring + bubble
         around = hit + steps * wait_s / ring
-        # Blocks of rows after the first find w in the L2, if it stays there
-        first = np.minimum(1, w_times * block[0] / gm)
+        # Blocks of rows after the first find w in the L2, if it stays there. Rounds of the first block count whole
+        first = np.minimum(1, np.ceil(w_times * block[0] * heads * gn * split / cores) / rounds)
         by_work, by_load, unpaired = (
             first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load, unpaired)
         )
@@ -383,18 +383,25 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     unmixed = from_hbm
     if chip.l2_bytes and cores > 1:
         from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
-    short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
-    later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
-    # From the load of its first step on, the last tile has all its steps' work left, and their loads
-    loaded = (job_steps - 1) * (last_load if cores == 1 else from_hbm / (rounds * job_steps))
-    later = np.maximum(later, job_work - last_work - loaded) if lib.persistent else later
     # Cores that run groups of tiles in step leave HBM idle from the last load of a group to the first of the next.
     # Those of a vendor's kernels end at other times, the more so the more tiles run on a core at a time.
     idle = 0.0
     if not lib.persistent:
         in_step = 1.0 if lib.activation_bytes >= WIDE else IN_STEP * (1 - (at_once - 1) / (MOST_GROUPED_TILES - 1))
         idle = in_step * groups * (wait_s + last_work + all_end)
-    seconds = np.maximum(seconds, np.maximum(from_hbm, unmixed + idle) + latency_s + later + last_work + last_end)
+
+    def to_last_step(loads_s: Any) -> Any:
+        """Seconds until the last step is multiplied but for its own `last_work`, if HBM's loads take `loads_s`."""
+        a_step = loads_s / (rounds * job_steps)
+        # The last step's load may be shorter than the matmuls of the step before
+        later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - a_step * last_part / tk), 0)
+        if lib.persistent:  # from the load of its first step on, the last tile has all its steps' work left
+            loaded = (job_steps - 1) * (last_load if cores == 1 else a_step)
+            later = np.maximum(later, job_work - last_work - loaded)
+        return loads_s + later
+
+    by_hbm = np.maximum(to_last_step(from_hbm), to_last_step(unmixed + idle))
+    seconds = np.maximum(seconds, by_hbm + latency_s + last_work + last_end)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     if cores == 1 and not chip.l2_bytes and heads == 1:
         # Tiles at the lower edge load and store fewer rows, but multiply as many: HBM may bound only the others
