@@ -80,7 +80,7 @@ def close(got: np.ndarray, want: np.ndarray, format: str) -> np.ndarray:
 @pytest.mark.parametrize("format", ["f32", "bf16"])
 @pytest.mark.parametrize("seed", range(4))
 def test_pool_keys_and_attend_pooled(seed: int, format: str) -> None:
-    """Cut at random, with 2 threads and with window blocks of their own: the same bits."""
+    """Steps cut at random, run by 2 threads, or with window blocks in pages of their own give the same bits."""
     rng = np.random.default_rng(seed)
     want = run(program(seed, format, 0), ReferenceDevice(), cuts(rng, True, False))
     other = run(program(seed, format, 0), ReferenceDevice(), cuts(rng, False, True), True)

@@ -46,7 +46,10 @@ def test_prefetched_weights_share_hbm_with_the_rows_of_their_op() -> None:
 def test_seconds_and_bytes_of_a_prefetched_product_are_of_one_choice(
     chip: str, m: int, n: int, k: int, rate: float
 ) -> None:
-    """They once were of two: a higher HBM rate, or one row more, could make a step faster or slower by some percent."""
+    """Neither twice the HBM rate nor one row less makes a product slower.
+
+    Seconds of one choice of tiles with the bytes of another did, by some percent.
+    """
     on = target(chip).with_chip(hbm_bytes_per_s=target(chip).chip.hbm_bytes_per_s * rate)
     faster = on.with_chip(hbm_bytes_per_s=on.chip.hbm_bytes_per_s * 2)
 

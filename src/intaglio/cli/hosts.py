@@ -44,7 +44,7 @@ def agent(
     token_file: TokenFile = None,
     once: Annotated[bool, typer.Option("--once", help="End when the launcher is gone, instead of waiting.")] = False,
 ) -> None:
-    """Run this host's ranks of a command that `intaglio launch` runs on another host.
+    """Run this host's ranks for an `intaglio launch` that was started on another host.
 
     It runs until it is stopped, and serves one launch after another; with --once it ends with the first.
     """

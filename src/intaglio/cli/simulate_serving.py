@@ -212,7 +212,7 @@ def cost_per_million(done: ServingResult, price: float) -> float:
 
 
 def chart(title: str, done: ServingResult) -> str:
-    """A chart as SVG text, with three lines over the time of the run.
+    """A chart of a simulated run as SVG text, with three lines over modelled time.
 
     The lines are the number of requests that wait, the number that decode, and the percentage of the K/V cache that
     decoding requests fill. title: title of the chart.

@@ -126,8 +126,8 @@ def parents_kept(e: Engine) -> Iterator[str]:
     """Yield a text for each K/V block that would leave the prefix cache before a block that follows it in a prefix.
 
     A block in the cache may be evictable only if all cached blocks that follow it are evictable, too, and are evicted
-    earlier. Else blocks would stay in the cache that no prefix leads to, and routers, which know the names of cached
-    blocks alone, would take a prefix for cached because its last block is.
+    earlier. Otherwise, blocks would stay in the cache although no cached prefix leads to them. Routers know only the
+    names of cached blocks, and would take a prefix for cached because its last block is.
     """
     pool = e.pool
     order = {block: at for at, block in enumerate(pool.evictable)}

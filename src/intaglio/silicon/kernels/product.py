@@ -391,7 +391,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         idle = in_step * groups * (wait_s + last_work + all_end)
 
     def to_last_step(loads_s: Any) -> Any:
-        """Seconds until the last step is multiplied but for its own `last_work`, if HBM's loads take `loads_s`."""
+        """Seconds until the matmuls of the last step can begin, if all loads from HBM take `loads_s` seconds."""
         a_step = loads_s / (rounds * job_steps)
         # The last step's load may be shorter than the matmuls of the step before
         later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - a_step * last_part / tk), 0)
