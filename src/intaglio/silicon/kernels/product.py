@@ -171,6 +171,28 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - run: number format in which the matrix array runs, such as "bf16"; one str for all choices.
     - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
+    how = x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed
+    if grouped:
+        return product_times(target, m, n, k, *how)
+    # The rows of whole tiles never take longer than all rows, of which the last tiles have fewer
+    tm, _, _ = choices(target.library.tiles, target.library.split_k)
+    gm = np.ceil(m / tm)
+    both = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m)])
+    found = product_times(target, both, n, k, *how)
+    shape, seconds = both.shape, found["seconds"].max(axis=0)
+
+    def of_all(v: Any) -> Any:
+        """The value or values of the product of all rows."""
+        if isinstance(v, tuple):
+            return tuple(of_all(one) for one in v)
+        return np.broadcast_to(v, shape)[0] if isinstance(v, np.ndarray) else v
+
+    return {name: of_all(v) for name, v in found.items()} | {"seconds": seconds}
+
+
+def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
+                 glu: bool, resident: bool, heads: int, grouped: Grouped | None, streamed: bool) -> dict[str, Any]:  # fmt: skip
+    """Times of a product for every choice of tile and K split; see time_choices(), which calls this for fewer rows too."""
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
     tm, tn, split = choices(lib.tiles, lib.split_k)
@@ -216,6 +238,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
     # Columns of a tile in that round, which on a single core is the one at the corner
     last_n = n - (gn - 1) * tn if cores == 1 else n / gn
+    # Rows of a tile in that round, and number of other tiles with as few rows
+    edge = cores == 1 and not grouped
+    last_rows = m - (gm - 1) * tm if edge else rows
+    edges = (gn - 1) * (gm > 1) if edge and heads == 1 else 0.0
     others = np.maximum(1, jobs - last_jobs)
     mean_n = np.where(rounds > 1, (heads * gm * n * split - last_n * last_jobs) / others, last_n)
     # Seconds of a step over K; the last may be shorter
@@ -268,13 +294,14 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
 
-    def end(part: Any = 1.0) -> tuple[Any, Any]:
-        """(seconds until a tile is drained, seconds until it is stored). part: its width as a fraction of a full tile.
+    def end(part: Any = 1.0, height: Any = rows) -> tuple[Any, Any]:
+        """(seconds until a tile is drained, seconds until it is stored).
 
-        Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
+        part: its width as a fraction of a full tile. height: its rows. Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
-        last = (rows - (pieces - 1) * piece) / piece
+        pieces = np.ceil(height / piece)
+        last = (height - (pieces - 1) * piece) / piece
 
         def stored(count: Any) -> Any:
             return np.where(count > 0, pipeline(np.maximum(count, 1), one, other, depth_s, 2), 0)
@@ -300,7 +327,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         found = np.maximum(np.maximum(by_work, by_load), np.where((turns > 0) & ~follows, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
-    (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
+    (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n, last_rows)
+    edge_load, _ = load(np.minimum(jobs, cores), mean_n, last_rows)
     # Weights are loaded first. If HBM delivers them and the L2 has x, x is loaded during their latency.
     only_w, _ = load(np.minimum(jobs, cores), mean_n, 0)
     x_waits = 1.0 if streamed else 1 - x_resident(target, heads * m * k * each[0])
@@ -314,9 +342,14 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         unpaired = np.maximum(job_work, np.where(pieces > 1, per_tile, np.maximum(drain, store)))
         unpaired = np.where(banks == 2, unpaired, by_work)
         bubble = np.where(banks == 2, 0, drained)
-        by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
-        stored = rows * n / gn * value_bytes
-        by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
+        by_load, by_edge = (job_steps * v + np.maximum(0, bubble - (ring - 1) * v) for v in (all_load, edge_load))
+        # Loads and stores share the L2, from the first store on
+        first_piece = drain * piece / rows + depth_s
+        first_store = start_s + job_work + first_piece
+        job_load = job_steps * stage_mean * active / chip.l2_rate
+        beside = np.minimum((rounds - 1) * rows * n / gn * value_bytes * active / chip.l2_rate,
+                            np.maximum(0, rounds * job_load - first_store)) / np.maximum(1, rounds - 1)
+        by_load = np.maximum(by_load, job_load + beside)
         # From one use of a stage to the next. A stage holds all of a tile's steps in turn, also the shorter last one,
         # unless the numbers of steps and of stages have a common factor
         in_turn = np.gcd(steps.astype(int), ring.astype(int)) == 1
@@ -327,20 +360,24 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         around = hit + steps * wait_s / ring
         # Blocks of rows after the first find w in the L2, if it stays there. Rounds of the first block count whole
         first = np.minimum(1, np.ceil(w_times * block[0] * heads * gn * split / cores) / rounds)
-        by_work, by_load, unpaired = (
-            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit) for v in (by_work, by_load, unpaired)
+        by_work, by_load, by_edge, unpaired = (
+            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit)
+            for v in (by_work, by_load, by_edge, unpaired)
         )
-        _, last_end = end(last_part_n)
+        _, last_end = end(last_part_n, last_rows)
+        next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
-        def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
+        def loop(rounds: Any, load_s: Any, alone_s: Any, edges: Any) -> Any:
             """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
             last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
             odd = (rounds - 1) % 2
             works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
-            return np.maximum(start_s + works, (rounds - 1) * by_load + last)
+            short = np.clip(edges, 0, rounds - 1)
+            return np.maximum(start_s + works, (rounds - 1 - short) * by_load + short * by_edge + last)
 
-        seconds = loop(rounds, last_load, last_alone) + last_end
-        before = loop(rounds - 1, all_load, all_alone) + all_end
+        seconds = loop(rounds, last_load, last_alone, edges) + last_end
+        _, next_end = end(1.0, next_rows)
+        before = loop(rounds - 1, *load(active, mean_n, next_rows), edges - 1) + next_end
         seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
     else:
         groups = np.ceil(rounds / at_once) - 1  # before the last
@@ -359,18 +396,22 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
-    competing = 1 - 1 / rounds
+    def transfers(read: Any, last_out: Any) -> Any:
+        """Seconds in which HBM moves `read` bytes, and the stores beside them: all but the fraction `last_out`."""
+        competing = 1 - last_out
+        if lib.persistent:
+            behind = wait_s + last_work + first_piece  # seconds from a tile's last load to its first store
+            competing = np.clip(competing - behind * chip.hbm_rate / np.maximum(hbm, 1), 0, 1)
+            # None starts before the first tile is drained, and from then on loads have half of HBM's rate or more
+            loading = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
+            competing = np.minimum(competing, loading / np.maximum(out_hbm, 1))
+        return (read + out_hbm * competing) / chip.hbm_rate
+
+    last_out = last_rows * last_n / (heads * m * n) if edge else 1 / rounds
+    from_hbm = transfers(read, last_out)
     if lib.persistent:
-        first_piece = drain * piece / rows + depth_s
-        behind = wait_s + last_work + first_piece  # seconds from a tile's last load to its first store
-        competing = np.clip(1 - (1 + behind * chip.hbm_rate * rounds / np.maximum(hbm, 1)) / rounds, 0, 1)
-        # None starts before the first tile is drained, and from then on loads have half of HBM's rate or more
-        first_store = start_s + job_work + first_piece
-        loading = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
-        competing = np.minimum(competing, loading / np.maximum(out_hbm, 1))
         seconds = np.maximum(seconds, first_store + out_hbm / chip.hbm_rate)
     loads = (full * all_load + (rest > 0) * last_load) * job_steps
-    from_hbm = (read + out_hbm * competing) / chip.hbm_rate
     if lib.persistent and chip.l2_bytes:
         # HBM serves all cores alike, so those that have a tile of w more than others load it when the others have
         # ended. Then it takes as long as a stage takes to get free
@@ -400,8 +441,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
             later = np.maximum(later, job_work - last_work - loaded)
         return loads_s + later
 
-    by_hbm = np.maximum(to_last_step(from_hbm), to_last_step(unmixed + idle))
-    seconds = np.maximum(seconds, by_hbm + latency_s + last_work + last_end)
+    by_hbm = np.maximum(to_last_step(from_hbm), to_last_step(unmixed + idle)) + last_end
+    seconds = np.maximum(seconds, by_hbm + latency_s + last_work)
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     if cores == 1 and not chip.l2_bytes and heads == 1:
         # Tiles at the lower edge load and store fewer rows, but multiply as many: HBM may bound only the others
