@@ -309,6 +309,14 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         drained = np.maximum((pieces - 1) * one, stored(pieces - 2)) + one * last + depth_s
         return drained, np.maximum(drained, stored(pieces - 1)) + other * last
 
+    def turn_load(load_s: Any) -> Any:
+        """Seconds until a stage's operands are there, if they are loaded in `load_s` seconds and come from HBM.
+
+        Of cores that share weights, the first to load them waits for HBM's latency after its load, the others during
+        theirs. The first is then the last, so that another is first the next time.
+        """
+        return np.where(block[0] > 1, np.maximum(load_s, wait_s), load_s + wait_s)
+
     def product(tiles: Any, load_s: Any, alone_s: Any, start_s: Any, follows: Any = np.False_) -> Any:
         """Seconds from the first load to the last matmul of `tiles` tiles, whose steps one core interleaves.
 
@@ -319,7 +327,8 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
-        around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
+        around = alone_s + turns * turn_load(alone_s) + wait_s + (turns + 1) * work
+        around += (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
         around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
         by_work = start_s + tiles * job_work
         by_load = tiles * job_steps * load_s + wait_s + last_work
@@ -357,9 +366,12 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         aside = np.minimum(work, all_alone) / 2 * glu
         each_step = np.where(in_turn, (job_steps * all_alone + job_work) / steps, all_alone + work) - aside
         hit = steps * each_step / ring + bubble
-        around = hit + steps * wait_s / ring
+        around = hit + steps * (turn_load(all_alone) - all_alone) / ring
         # Blocks of rows after the first find w in the L2, if it stays there. Rounds of the first block count whole
-        first = np.minimum(1, np.ceil(w_times * block[0] * heads * gn * split / cores) / rounds)
+        before_last = np.ceil(gn / block[1]) - 1  # blocks of rows before the one that reads the last of w
+        new_w = before_last * (block[0] - 1) * block[1] + gn  # tiles until all of w was read
+        new_w = np.where(w_times > 1, w_times * block[0] * gn, new_w if heads == 1 else block[0] * gn)
+        first = np.minimum(1, np.ceil(heads * new_w * split / cores) / rounds)
         by_work, by_load, by_edge, unpaired = (
             first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit)
             for v in (by_work, by_load, by_edge, unpaired)

@@ -305,6 +305,8 @@ class TiledProduct:
         step: the columns of x, as a slice of K. accumulate: True to add to the job's accumulators; False to overwrite
         them, as in a job's first step. Returns nothing.
         """
+        # Scales of w come from HBM, as w does: loaded first, they arrive with it
+        groups = [self.groups(side, job, step) for side in range(len(job.w))]
         # A core's first weights have HBM's latency, during which x is loaded
         w_first = self.w_first or not self.started
         self.started = True
@@ -314,8 +316,8 @@ class TiledProduct:
             for tiles, w, part in zip(self.w_tiles, job.w, job.columns, strict=True)
         ]
         a = a or self.load_x(job, step)
-        for side, (acc, b) in enumerate(zip(job.accs, sides, strict=True)):
-            for i, (cols, scale) in enumerate(self.groups(side, job, step)):
+        for acc, b, parts in zip(job.accs, sides, groups, strict=True):
+            for i, (cols, scale) in enumerate(parts):
                 x, y = a.part(cols=cols), b.part(cols=cols)
                 more = accumulate or i > 0
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
