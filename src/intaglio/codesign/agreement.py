@@ -63,7 +63,7 @@ def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
         group = info.group_of(cols)
         codes = np.empty((rows, cols), formats.E4M3 if "fp8" in t.format else np.int8)
         scales = np.empty((rows, -(-cols // group)), np.float32)
-        memory.put(t.name, formats.Quantised(codes, scales, group))  # only its shapes are used
+        memory.put(t.name, formats.Quantised(codes, scales, group, format=t.format))  # only its shapes are used
         return None
     return memory.allocate(t.name, rows, cols, t.format)
 

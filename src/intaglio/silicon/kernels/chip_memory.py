@@ -63,11 +63,14 @@ class ChipMemory:
     def put(self, name: str, value: Value, bits: int = 8) -> None:
         """Store a tensor's values in HBM under a name. Returns nothing.
 
-        A quantised value is stored as codes, scales and transposed scales. bits: bits of a code, if `value` is
-        quantised to integers.
+        A quantised value is stored as codes, scales and transposed scales; of format fp8row, whose groups of a row
+        have copies of one scale, with this scale alone. bits: bits of a code, if `value` is quantised to integers.
         """
         if isinstance(value, Quantised):
+            one = value.format == "fp8row"
             value = Quantised(as_matrix(value.codes), as_matrix(value.scales), value.group)
+            if one:
+                value = Quantised(value.codes, value.scales[:, :1], value.codes.shape[1])
             codes = self._write(value.codes, "e4m3" if value.codes.dtype == E4M3 else f"int{bits}")
             scales, scales_t = (self._write(v, "f32") for v in (value.scales, value.scales.T))
             self.regions[name] = QuantisedRegion(codes, scales, scales_t, value.group)
