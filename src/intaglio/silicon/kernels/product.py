@@ -366,26 +366,35 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         aside = np.minimum(work, all_alone) / 2 * glu
         each_step = np.where(in_turn, (job_steps * all_alone + job_work) / steps, all_alone + work) - aside
         hit = steps * each_step / ring + bubble
-        around = hit + steps * (turn_load(all_alone) - all_alone) / ring
-        # Blocks of rows after the first find w in the L2, if it stays there. Rounds of the first block count whole
+        turn = each_step + turn_load(all_alone) - all_alone
+        # Blocks of rows after the first find w in the L2, if it stays there
         before_last = np.ceil(gn / block[1]) - 1  # blocks of rows before the one that reads the last of w
         new_w = before_last * (block[0] - 1) * block[1] + gn  # tiles until all of w was read
         new_w = np.where(w_times > 1, w_times * block[0] * gn, new_w if heads == 1 else block[0] * gn)
-        first = np.minimum(1, np.ceil(heads * new_w * split / cores) / rounds)
-        by_work, by_load, by_edge, unpaired = (
-            first * np.maximum(v, around) + (1 - first) * np.maximum(v, hit)
-            for v in (by_work, by_load, by_edge, unpaired)
-        )
+        from_w = np.ceil(heads * new_w * split / cores)  # rounds
+        by_work, by_load, by_edge, unpaired = (np.maximum(v, hit) for v in (by_work, by_load, by_edge, unpaired))
         _, last_end = end(last_part_n, last_rows)
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
+        def in_line(load_s: Any) -> Any:
+            """Seconds of a tile's steps if each is loaded during the matmuls of the one before. load_s: of one step."""
+            return (steps - 1) * np.maximum(load_s, work) + np.maximum(load_s * last_part / tk, last_work)
+
         def loop(rounds: Any, load_s: Any, alone_s: Any, edges: Any) -> Any:
             """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
-            last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
+            last_s = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
             odd = (rounds - 1) % 2
             works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
+            missing = np.minimum(from_w, rounds)
+            turns = np.floor((missing * steps - 1) / ring)
+            each, last = in_line(all_alone), in_line(alone_s)
+            around = np.where(missing < rounds, missing * each, (rounds - 1) * each + last)
+            around -= np.where(steps > 1, np.maximum(all_alone, work), each)  # the first step, counted in start_s
+            around += turns * np.maximum(0, turn - ring * each / steps)
+            around += last_work + (rounds - missing) * by_work + np.minimum(missing, rounds - 1) * bubble
+            works = np.maximum(works, around)
             short = np.clip(edges, 0, rounds - 1)
-            return np.maximum(start_s + works, (rounds - 1 - short) * by_load + short * by_edge + last)
+            return np.maximum(start_s + works, (rounds - 1 - short) * by_load + short * by_edge + last_s)
 
         seconds = loop(rounds, last_load, last_alone, edges) + last_end
         _, next_end = end(1.0, next_rows)
