@@ -177,9 +177,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     # The rows of whole tiles never take longer than all rows, of which the last tiles have fewer
     tm, _, _ = choices(target.library.tiles, target.library.split_k)
     gm = np.ceil(m / tm)
-    both = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m)])
-    found = product_times(target, both, n, k, *how)
-    shape, seconds = both.shape, found["seconds"].max(axis=0)
+    rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m), np.minimum(m, tm)])
+    found = product_times(target, rows, n, k, *how)
+    shape, seconds = rows.shape, found["seconds"].max(axis=0)
 
     def of_all(v: Any) -> Any:
         """The value or values of the product of all rows."""
@@ -292,7 +292,9 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
     depth_s = chip.array_depth / chip.clock_hz
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
-    per_tile = np.maximum(np.maximum(drain, store), (drain + store + pieces * depth_s) / 2)  # of several tiles
+    # Of several tiles, whose pieces take two buffers in turn. If they are even, the first has no shorter piece
+    half = np.where(pieces % 2 == 0, (drain + store) * piece / rows * pieces, drain + store)
+    per_tile = np.maximum(np.maximum(drain, store), (half + pieces * depth_s) / 2)
 
     def end(part: Any = 1.0, height: Any = rows) -> tuple[Any, Any]:
         """(seconds until a tile is drained, seconds until it is stored).
@@ -315,7 +317,7 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         Of cores that share weights, the first to load them waits for HBM's latency after its load, the others during
         theirs. The first is then the last, so that another is first the next time.
         """
-        return np.where(block[0] > 1, np.maximum(load_s, wait_s), load_s + wait_s)
+        return np.where((block[0] > 1) & lib.persistent, np.maximum(load_s, wait_s), load_s + wait_s)
 
     def product(tiles: Any, load_s: Any, alone_s: Any, start_s: Any, follows: Any = np.False_) -> Any:
         """Seconds from the first load to the last matmul of `tiles` tiles, whose steps one core interleaves.
@@ -347,6 +349,11 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         drained, all_end = end()  # the accumulators are free once drained
         two = np.maximum(np.maximum(job_work, per_tile), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
+        if edge:  # narrower tiles are stored sooner
+            by_store = per_tile * mean_n / np.minimum(tn, n)
+        else:
+            by_store = per_tile
+        by_work = np.maximum(by_work, np.where(banks == 2, 0, by_store))
         # With two banks, and two buffers of pieces, every second tile waits for the one before the last
         unpaired = np.maximum(job_work, np.where(pieces > 1, per_tile, np.maximum(drain, store)))
         unpaired = np.where(banks == 2, unpaired, by_work)
@@ -387,10 +394,13 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
             works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
             missing = np.minimum(from_w, rounds)
             turns = np.floor((missing * steps - 1) / ring)
-            each, last = in_line(all_alone), in_line(alone_s)
+            each, last = in_line(all_load), in_line(load_s)
             around = np.where(missing < rounds, missing * each, (rounds - 1) * each + last)
-            around -= np.where(steps > 1, np.maximum(all_alone, work), each)  # the first step, counted in start_s
-            around += turns * np.maximum(0, turn - ring * each / steps)
+            around -= np.where(steps > 1, np.maximum(all_load, work), each)  # the first step, counted in start_s
+            count = missing * steps - 1 - turns * ring
+            whole = np.minimum(count, (rounds - 1) * steps)
+            by_turns = turns * turn + (whole * each + (count - whole) * last) / steps
+            around = np.where(turns > 0, np.maximum(around, by_turns), around)
             around += last_work + (rounds - missing) * by_work + np.minimum(missing, rounds - 1) * bubble
             works = np.maximum(works, around)
             short = np.clip(edges, 0, rounds - 1)
