@@ -172,12 +172,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     how = x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed
-    if grouped:
+    if grouped or not target.library.persistent:
         return product_times(target, m, n, k, *how)
     # The rows of whole tiles never take longer than all rows, of which the last tiles have fewer
     tm, _, _ = choices(target.library.tiles, target.library.split_k)
     gm = np.ceil(m / tm)
-    rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m), np.minimum(m, tm)])
+    rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m)])
     found = product_times(target, rows, n, k, *how)
     shape, seconds = rows.shape, found["seconds"].max(axis=0)
 
@@ -240,7 +240,15 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
     last_n = n - (gn - 1) * tn if cores == 1 else n / gn
     # Rows of a tile in that round, and number of other tiles with as few rows
     edge = cores == 1 and not grouped
-    last_rows = m - (gm - 1) * tm if edge else rows
+    block = block_shape(target, gm, gn, tm, tn, split)
+    last_rows, last_out = rows, 1 / rounds
+    if lib.persistent and heads == 1 and not grouped:
+        at_edge = (gn - (np.ceil(gn / block[1]) - 1) * block[1]) * split  # last jobs that have the last rows
+        last_rows = np.where(last_jobs <= at_edge, m - (gm - 1) * tm, rows)
+        last_out = last_jobs * last_rows * np.where(last_jobs == jobs, n / gn, last_n) / (m * n * split)
+    elif edge:
+        last_rows = m - (gm - 1) * tm
+        last_out = last_rows * last_n / (heads * m * n)
     edges = (gn - 1) * (gm > 1) if edge and heads == 1 else 0.0
     others = np.maximum(1, jobs - last_jobs)
     mean_n = np.where(rounds > 1, (heads * gm * n * split - last_n * last_jobs) / others, last_n)
@@ -269,7 +277,6 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         return np.maximum(own / port, mean * active / shared), own / port
 
     # The first stage of all cores comes from HBM
-    block = block_shape(target, gm, gn, tm, tn, split)
     wide = np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores))  # tiles of w: of a block of many rows
     if lib.persistent:  # with few rows, all tiles of w are shared evenly by the rounds
         wide = np.clip(heads * gn * split / rounds, wide, cores)
@@ -338,7 +345,10 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         found = np.maximum(np.maximum(by_work, by_load), np.where((turns > 0) & ~follows, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
-    (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n, last_rows)
+    (all_load, all_alone), (last_load, last_alone) = (
+        load(np.minimum(jobs, cores), mean_n),
+        load(last_jobs, last_n, last_rows),
+    )
     edge_load, _ = load(np.minimum(jobs, cores), mean_n, last_rows)
     # Weights are loaded first. If HBM delivers them and the L2 has x, x is loaded during their latency.
     only_w, _ = load(np.minimum(jobs, cores), mean_n, 0)
@@ -363,8 +373,12 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         first_piece = drain * piece / rows + depth_s
         first_store = start_s + job_work + first_piece
         job_load = job_steps * stage_mean * active / chip.l2_rate
-        beside = np.minimum((rounds - 1) * rows * n / gn * value_bytes * active / chip.l2_rate,
-                            np.maximum(0, rounds * job_load - first_store)) / np.maximum(1, rounds - 1)
+        stored = rows * n / gn * value_bytes * active / chip.l2_rate  # seconds to store a tile of every core
+        # Loads of a tile are beside stores of the tile before the last, or before: those of the last round, which may
+        # have fewer cores, leave time for them
+        beside = np.maximum(0, rounds - 2) * stored
+        beside += np.clip(job_load * last_jobs / active + stored - job_steps * last_load, 0, stored)
+        beside = np.minimum(beside, np.maximum(0, rounds * job_load - first_store)) / np.maximum(1, rounds - 1)
         by_load = np.maximum(by_load, job_load + beside)
         # From one use of a stage to the next. A stage holds all of a tile's steps in turn, also the shorter last one,
         # unless the numbers of steps and of stages have a common factor
@@ -422,8 +436,9 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
             + product(tiles, between, all_alone, start_s)
             + last_end
         )
-    if cores > 1:
+    if cores > 1 and not lib.persistent:
         last_end = np.maximum(all_end, last_end)  # so one tile more never takes less time where HBM is the bound
+
     # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
@@ -438,7 +453,6 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
             competing = np.minimum(competing, loading / np.maximum(out_hbm, 1))
         return (read + out_hbm * competing) / chip.hbm_rate
 
-    last_out = last_rows * last_n / (heads * m * n) if edge else 1 / rounds
     from_hbm = transfers(read, last_out)
     if lib.persistent:
         seconds = np.maximum(seconds, first_store + out_hbm / chip.hbm_rate)
