@@ -147,8 +147,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     This is the time of the loop of the instruction streams (tiled.py). For each of its tiles a core loads operands in
     steps over K, multiplies them, drains the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at
-    the edge count whole, since they are padded. Seconds are infinite where K is split into parts of fewer than 4 steps,
-    and where K is split although there are several products.
+    the edge are multiplied whole, since they are padded. Seconds are infinite where K is split into parts of fewer than
+    4 steps, and where K is split although there are several products.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
@@ -174,7 +174,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     how = x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed
     if grouped or not target.library.persistent:
         return product_times(target, m, n, k, *how)
-    # The rows of whole tiles never take longer than all rows, of which the last tiles have fewer
+    # Tiles at the lower edge have fewer rows. A product of the rows above them never takes longer
     tm, _, _ = choices(target.library.tiles, target.library.split_k)
     gm = np.ceil(m / tm)
     rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m)])
@@ -190,9 +190,14 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     return {name: of_all(v) for name, v in found.items()} | {"seconds": seconds}
 
 
-def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
-                 glu: bool, resident: bool, heads: int, grouped: Grouped | None, streamed: bool) -> dict[str, Any]:  # fmt: skip
-    """Times of a product for every choice of tile and K split; see time_choices(), which calls this for fewer rows too."""
+def product_times(
+    target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float, glu: bool,
+    resident: bool, heads: int, grouped: Grouped | None, streamed: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Times of a product for every choice of tile and K split, as a dict of arrays; see time_choices().
+
+    In a persistent kernel, tiles of the last round that lie at the lower edge load and store only their rows.
+    """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
     tm, tn, split = choices(lib.tiles, lib.split_k)
@@ -306,7 +311,8 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
     def end(part: Any = 1.0, height: Any = rows) -> tuple[Any, Any]:
         """(seconds until a tile is drained, seconds until it is stored).
 
-        part: its width as a fraction of a full tile. height: its rows. Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
+        part: its width as a fraction of a full tile. height: its rows. Two pieces overlap: one is drained while the one
+        before is stored. The last piece may be shorter.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         pieces = np.ceil(height / piece)
@@ -359,11 +365,8 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         drained, all_end = end()  # the accumulators are free once drained
         two = np.maximum(np.maximum(job_work, per_tile), (job_work + drained) / 2)
         by_work = np.where(banks == 2, two, job_work + drained)
-        if edge:  # narrower tiles are stored sooner
-            by_store = per_tile * mean_n / np.minimum(tn, n)
-        else:
-            by_store = per_tile
-        by_work = np.maximum(by_work, np.where(banks == 2, 0, by_store))
+        width = mean_n / np.minimum(tn, n) if edge else 1.0  # narrower tiles are stored sooner
+        by_work = np.maximum(by_work, np.where(banks == 2, 0, per_tile * width))
         # With two banks, and two buffers of pieces, every second tile waits for the one before the last
         unpaired = np.maximum(job_work, np.where(pieces > 1, per_tile, np.maximum(drain, store)))
         unpaired = np.where(banks == 2, unpaired, by_work)
@@ -376,10 +379,10 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
         stored = rows * n / gn * value_bytes * active / chip.l2_rate  # seconds to store a tile of every core
         # Loads of a tile are beside stores of the tile before the last, or before: those of the last round, which may
         # have fewer cores, leave time for them
-        beside = np.maximum(0, rounds - 2) * stored
-        beside += np.clip(job_load * last_jobs / active + stored - job_steps * last_load, 0, stored)
-        beside = np.minimum(beside, np.maximum(0, rounds * job_load - first_store)) / np.maximum(1, rounds - 1)
-        by_load = np.maximum(by_load, job_load + beside)
+        store_s = np.maximum(0, rounds - 2) * stored
+        store_s += np.clip(job_load * last_jobs / active + stored - job_steps * last_load, 0, stored)
+        store_s = np.minimum(store_s, np.maximum(0, rounds * job_load - first_store)) / np.maximum(1, rounds - 1)
+        by_load = np.maximum(by_load, job_load + store_s)
         # From one use of a stage to the next. A stage holds all of a tile's steps in turn, also the shorter last one,
         # unless the numbers of steps and of stages have a common factor
         in_turn = np.gcd(steps.astype(int), ring.astype(int)) == 1
@@ -491,9 +494,10 @@ def product_times(target: Target, m: Any, n: Any, k: Any, x_format: str, w_forma
     seconds = np.maximum(seconds, hbm / chip.hbm_rate)
     if cores == 1 and not chip.l2_bytes and heads == 1:
         # Tiles at the lower edge load and store fewer rows, but multiply as many: HBM may bound only the others
-        edge = m - (gm - 1) * tm
         of_row = n * k * (0 if resident else each[1])
-        full_s, edge_s = ((gn * r * k * each[0] + of_row + r * n * each[2]) / chip.hbm_rate for r in (tm, edge))
+        full_s, edge_s = (
+            (gn * r * k * each[0] + of_row + r * n * each[2]) / chip.hbm_rate for r in (tm, m - (gm - 1) * tm)
+        )
         by_rows = (gm - 1) * np.maximum(full_s, gn * job_work) + np.maximum(edge_s, gn * job_work)
         seconds = np.maximum(seconds, np.where((split == 1) & (gm > 1), by_rows, 0))
     missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
