@@ -57,7 +57,7 @@ STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured kernel latencies of one table, such as matmul, and number format, to which parameters are fitted.
+    """Measured kernel latencies to which parameters are fitted: rows of one table in one number format.
 
     rows: the calls, each a dict by column name. us: their measured microseconds, an array [rows].
     """

@@ -42,10 +42,10 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The recommended and the best measured way to serve one model, engine and chip.
+    """The recommended and the best measured way to serve one model on one chip.
 
-    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
-    also differ in other columns, such as the engine, the values in these columns belong to the point too.
+    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If rows with different
+    engines, or different values in other columns, are compared, these values belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only

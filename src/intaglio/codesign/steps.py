@@ -254,10 +254,10 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, as a tuple. A Plan times steps in which ops overlap.
+        """The Plan of each pipeline stage, as a tuple. A Plan is an object that times steps in which ops overlap.
 
-        The Plans are made, and used, only if `overlaps` is True. Otherwise a step's time is the sum of the times of its
-        kernels, which takes less computation.
+        Read this only if `overlaps` is True. If ops do not overlap, a step's time is the sum of its kernels' times,
+        which takes less computation than a Plan.
         """
         return Plan.of(self.server.stages, self.target)
 

@@ -61,9 +61,10 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Collective, kind="all_reduce"):
-    """Op that sums over ranks: out on every rank of `group` = ((x0 + x1) + x2) + ..., in the order of `group`.
+    """Op that sums x over ranks: every rank of `group` gets ((x0 + x1) + x2) + ..., added in the order of `group`.
 
-    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32.
+    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32. With more than one slot, the sum's blocks
+    of `width` columns are then added to each other, so `out` is narrower than x.
 
     Attributes:
         group: numbers of the ranks.

@@ -204,9 +204,9 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """Apply the steps of a source to the codes and scales of x. Returns a Quantised; None if that is impossible.
 
-    It is impossible in three cases: a step would split a group (values that share a scale); a step divides the rows
-    into matrices ("h16"); or x is stored transposed (x.turned) without a step "T" (transpose) that turns it back, or is
-    not stored transposed and has such a step.
+    It is impossible in three cases. A step would split a group (values that share a scale). A step divides the rows
+    into matrices ("h16"). The steps have a "T" (transpose) but x is not stored transposed (x.turned), or x is stored
+    transposed and they have none.
 
     steps: texts such as "r0:1/2", see take(). Raises ProgramError for a step that does not fit.
     """
@@ -319,11 +319,11 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
+    """Read the tensors of a source a few rows at a time, to save memory: yield (tensor name, values) for each piece.
 
-    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to every piece; a piece may
-    be left out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a
-    stack of matrices ("h16"), or if it is a matrix and a step transposes it.
+    The source's steps (cuts, transposition) are applied to every piece; a piece may be left out if a cut keeps none of
+    its rows. Two kinds of quantised tensors are yielded whole: those whose rows a step divides into several matrices
+    (such as the step "h16"), and matrices that a step transposes.
 
     Args:
         source: text that names checkpoint tensors and steps (see this file's docstring).

@@ -159,7 +159,10 @@ def state_kept(p: Program) -> Iterator[str]:
 
 
 def windows_kept(p: Program) -> Iterator[str]:
-    """Yield a message for each cache that an op of two tables reads through a window, and another op without one."""
+    """Yield a message for each cache that one op reads through a window and another op without a window.
+
+    Only the caches of ops with two block tables (Op.two_tables) are checked.
+    """
     for op in p.ops:
         for name in op.reads_state if op.two_tables else ():
             if op.reach(name) and name not in p.windows:

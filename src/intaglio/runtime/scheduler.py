@@ -333,9 +333,11 @@ class Scheduler:
 
         All drafts together are at most `budget` tokens, and need no preemption: a sequence gets only drafts for which
         blocks are available. A sequence gets no drafts if it samples no token in this step, or if it is suspected of
-        having made the device fail. After rejected drafts, a sequence with recurrent state computes its accepted tokens
-        again in its next step. If these are more than `max_drafts`, it gets no new drafts: a state advances only in
-        steps without rejected drafts, so it might never advance otherwise.
+        having made the device fail.
+
+        A step whose drafts are rejected does not advance a recurrent state: the sequence's next step computes the
+        accepted tokens again. If these are more than `max_drafts`, the sequence gets no drafts in that step, so that
+        nothing can be rejected and the state advances.
         """
         drafted = []
         for one in scheduled:

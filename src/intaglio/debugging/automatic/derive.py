@@ -307,9 +307,9 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 def _stored(folder: Path, first: Variant) -> str:
     """Name of the layout in which a checkpoint stores the matrices of experts, as text; "" for a model without experts.
 
-    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. For NUMBERED, the name of the experts'
-    module in the checkpoint may differ from that in transformers, so it is stored as "saved_block" in
-    first.facts["mixture"]. So may that of the correction bias, which is stored as "saved_correction".
+    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. Names in the checkpoint may differ from
+    those in transformers. Therefore two of them are added to first.facts["mixture"]: "saved_correction" is the
+    checkpoint's name of the correction bias, and "saved_block", with NUMBERED, that of the experts' module.
     Raises PortingError for another layout.
 
     Args:
@@ -336,12 +336,14 @@ def _stored(folder: Path, first: Variant) -> str:
 
 
 def _saved_correction(checkpoint: Checkpoint, m: Mapping[str, Any]) -> str:
-    """Where a checkpoint has the experts' correction bias, as a source within the block: its name, and |v for [1, N].
+    """The name that a checkpoint gives to the experts' correction bias, without the name of the layer and block.
+
+    The suffix "|v" is added if the checkpoint stores the bias as a matrix [1, N]: it tells the port to read a vector.
 
     Args:
         checkpoint: a checkpoint of the tiny model.
-        m: properties of the mixture; "correction" is the bias's name in transformers, and the result if the checkpoint
-            has no tensor with the same last part.
+        m: properties of the mixture; "correction" is the bias's name in transformers. That name is returned if no
+            tensor of the checkpoint has the same last part.
     """
     last = m["correction"].rpartition(".")[2]
     for name in sorted(checkpoint.names):

@@ -59,7 +59,7 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Find the MLPs without down projection that compute `inner` from the given linears, and yield each as a dict.
+    """Find the ways in which an MLP may compute `inner`, the input of its down projection; yield each as a dict.
 
     The keys are gated, activation (a name), linears (names of the one or two linears used), fused (True if one linear
     holds gate and up), swapped (only if fused: up comes before gate) and up_bias (True if the linear has a bias).

@@ -11,8 +11,9 @@ KINDS = {"mamba": "linear_attention", "linear_attention": "linear_attention", "h
 
 
 def prepare(c: Config) -> None:
-    """Set what the config derives: head_dim, and the context that use_long_context gives. Returns nothing.
+    """Add to the config `c` the settings that transformers derives from others. Returns nothing.
 
+    They are head_dim, intermediate_size if config.json has none, and with use_long_context the number of positions.
     Raises PortError for missing or wrong settings.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")

@@ -187,7 +187,10 @@ def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: in
 
 @lru_cache(maxsize=512)
 def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-    """The ScheduleClock (simulator) of a collective over normalised links: 1 byte/s, 1 s latency. Cached."""
+    """The simulator of a collective over links of 1 byte/s and 1 s latency, as a ScheduleClock. Cached.
+
+    Its times can be scaled to links of any other rate and latency.
+    """
     return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 

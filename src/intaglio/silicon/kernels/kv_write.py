@@ -81,7 +81,7 @@ class Heads:
 
     @property
     def format(self) -> str:
-        """Format by which a library's attention kernels are chosen.
+        """Number format of the cache, as the key of attention kernels in a chip's KernelLibrary.
 
         "bf16" for a cache of 16 bits a value, "e4m3" for a cache of any other width.
         """
@@ -191,8 +191,8 @@ def job_rows(target: Target, rows: int, width: int) -> int:
     """Number of rows that a core loads, rounds and stores together, as one job. A row is one head of one token.
 
     The `rows` rows of a core are cut into as few jobs as possible; all but the last have the returned length. A job has
-    at most ROWS rows. The limit is higher where the loads of MOST_TILES / 2 such jobs are too short to hide HBM's
-    latency: then it is the number of rows that hides the latency. A job has no more rows than fit SRAM, but at least
+    at most ROWS rows, or more if HBM's latency asks for it: half of the MOST_TILES buffers are being loaded at a time,
+    and these loads together have to last as long as the latency. A job has no more rows than fit SRAM, but at least
     one. Returns 1 if `rows` is 0. width: values of a row.
     """
     chip = target.chip

@@ -233,10 +233,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     port = min(chip.port_rate, shared)
 
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
-        """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
+        """Seconds to load the parts of x and w for one step of the loop over K.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in
-        a tile; 0: only w is loaded.
+        Returns a pair: seconds while `active` cores load at once, and seconds of one core alone, which is limited by
+        the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in a tile; 0: only w is
+        loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -333,7 +334,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         _, last_end = end(last_part_n)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
-            """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
+            """Seconds from the start of the loop to its last matmul: the larger of two sums.
+
+            One sum has the matmuls of all tiles. The other has the loads of all tiles, and the matmuls of the last.
+            rounds: tiles of the core. load_s, alone_s: seconds to load one step's operands while all cores load, and
+            while no other core loads.
+            """
             last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
             odd = (rounds - 1) % 2
             works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work

@@ -106,7 +106,7 @@ class RowsKernel(ChipKernel):
     def columns(self) -> tuple[int, ...]:
         """Widths of the SRAM tiles of one row, as a tuple with the number of FP32 columns of each tile.
 
-        The base class returns self.width for each operand, but at least twice.
+        The base class returns one self.width for each operand, and at least two of them.
         """
         return (self.width,) * max(2, self.operands)
 

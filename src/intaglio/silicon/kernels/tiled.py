@@ -253,11 +253,11 @@ class TileJob:
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """Cut the columns 0 .. k - 1 of x into steps. Returns a list of lists of slices: for each part of K, its steps.
+    """Cut the columns 0 .. k - 1 of x into at most cut.parts parts, and each part into steps.
 
-    A step is a slice of at most cut.depth neighbouring columns, which are loaded and multiplied together. All columns
-    of a step have the same scale: columns 0 .. span - 1 share one, the next `span` columns another, and so on. There
-    are at most cut.parts parts. Parts and steps are in ascending order.
+    Returns a list with an item for each part: the list of its steps, as slices of columns, in ascending order. A step
+    has at most cut.depth neighbouring columns, which are loaded and multiplied together. All columns of a step have the
+    same scale: columns 0 .. span - 1 share one, the next `span` columns another, and so on.
     """
     every = [
         shifted(piece, outer.start)

@@ -16,7 +16,7 @@ def elementwise(lane: Lane, op: Op) -> None:
     - Rows: if all operands are split by token rows, the op computes the rank's rows.
     - Columns: if all operands of more than one column are split alike, the op computes the rank's columns. An operand
       with one column per head may be whole: the rank reads the columns of its heads. If other ops read views (column
-      ranges) of the result, this case also needs the result to be in lane.plan.
+      ranges) of the result, the result is split only if lane.plan, which has the columns of each split tensor, has it.
     - In all other cases the op computes the whole result, from whole operands.
     """
     if lane.has_token_rows(op):
