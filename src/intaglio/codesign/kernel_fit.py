@@ -263,8 +263,8 @@ class KernelSearch:
     def drop_facts(self, own: Values) -> float:
         """Set facts (discrete properties) of the kernel back to the values in `own` where that hardly matters.
 
-        A fact is set back, in all cases, if the sum of the cases' costs then rises by at most DROP_COST. Returns the
-        sum of the cases' costs after that. own: {name of a fact: value}, such as the chip's own library has.
+        A fact is set back in every Case at once, if the sum of their costs then rises by at most DROP_COST. Returns the
+        sum of the Cases' costs after that. own: {name of a fact: value}, such as the chip's own library has.
         """
         for field, value in own.items():
             if any(values[field] != value for values in self.values):

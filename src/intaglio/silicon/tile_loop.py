@@ -203,9 +203,8 @@ class _Core:
     def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
         """The bandwidth of this core's current transfers: (bytes/s of its load, bytes/s of its store).
 
-        Other cores make the same transfers at the same time: each core that has a job with this job's number. All of
-        them share the bandwidth of the L2 and of HBM equally. load, store: the core's transfers. None: there is no such
-        transfer, and its rate is 0.
+        Other cores make the same transfers at the same time and share the bandwidth of the L2 and of HBM equally; a
+        _Flow has their number. load, store: the core's transfers. None: there is no such transfer, and its rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [flow for flow in (load, store) if flow is not None]

@@ -70,7 +70,10 @@ def leave(w: Writer, h: Hyper, site: str, streams: str, entry: Entry, y: str) ->
 
 
 def collapse(w: Writer, h: Hyper, streams: str) -> str:
-    """Add the ops that join the streams before the head, for the rows whose logits are wanted. Returns [R, hidden]."""
+    """Add the ops that join the residual streams to one before the head, for the rows whose logits are wanted.
+
+    Returns the name of the result, a tensor [R, hidden].
+    """
     b, n = w.b, h.streams
     names = [f"{w.d.prefix}{h.head}_{what}" for what in ("fn", "scale", "base")]
     streams = b.op(Select, "select", streams, "rows")

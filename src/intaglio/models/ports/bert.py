@@ -192,7 +192,7 @@ def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def roberta(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa, from config.json, for up to `context` positions.
+    """The Decoder that describes RoBERTa used as a decoder, from config.json, for up to `context` positions.
 
     Raises PortError for missing or wrong settings.
     """

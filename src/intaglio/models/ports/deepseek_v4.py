@@ -116,9 +116,10 @@ def mlp_types(c: Config) -> list[str]:
 
 
 def compress_rates(c: Config) -> dict[str, int]:
-    """Tokens in a run by attention type: the key compress_rates, or compress_rate_csa and compress_rate_hca.
+    """For each type of attention, how many consecutive tokens are compressed to one entry, as {type: tokens}.
 
-    0 for layers with a window only. Raises PortError for a rate below 2.
+    The numbers are from the key compress_rates, or compress_rate_csa and compress_rate_hca. They are 0 for layers that
+    compress nothing. Raises PortError for a rate below 2.
     """
     given = c.settings("compress_rates")
     rates = {kind: given.get(kind, RATES[kind]) for kind in (SPARSE, HEAVY)}

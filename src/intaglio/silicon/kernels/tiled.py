@@ -290,7 +290,7 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.scaled, groups, cut.columns) if groups else None for _ in w]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
-        """Emit instructions that compute acc = x[rows] @ w[columns].T over the steps of each job, with loads.
+        """Emit the loads and matmuls that compute acc = x[rows] @ w[columns].T for each job, over its steps of K.
 
         The jobs are interleaved: the first step of each job, then the second step of each, and so on.
         """
