@@ -413,8 +413,9 @@ def left_out(
 ) -> tuple[list[np.ndarray], list[Target]]:
     """Cross-validate a fit: returns a list with an array of log errors for each sample, and a list of targets by fold.
 
-    A fold's target is fitted to the rows of the other folds, and gives the errors of the fold's own rows. start: the
-    target where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold.
+    The rows of the samples are divided into folds. For each fold, a target is fitted to the rows of the other folds;
+    the errors are those of its predictions for the fold's own rows. start: the target where fits begin. used: the
+    samples. turns: for each sample an array with the number of each row's fold.
     facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []

@@ -184,9 +184,9 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 def take(x: Value, steps: tuple[str, ...]) -> Value:
     """Apply the steps of a source to a tensor x, and return the result; without a copy where possible.
 
-    A quantised x stays quantised if possible. It becomes a float32 array in three cases: a step would split a group
-    (values that share a scale); a step divides the rows into matrices ("h16"); or x is stored transposed (x.turned)
-    without a step "T" that turns it back, or is not stored transposed and has such a step.
+    A quantised x stays quantised if possible. It becomes a float32 array in three cases. A step would split a group
+    (values that share a scale). A step divides the rows into matrices ("h16"). The steps have a "T" (transpose) but x
+    is not stored transposed (x.turned), or x is stored transposed and they have none.
 
     steps: texts, applied in order: "T" transposes, "r0:1/2" keeps row 0 of every 2 rows (rA:B/N: rows A to B - 1 of
     every N), "h16" divides the rows into a stack of 16 matrices of consecutive rows; for the others see this file's

@@ -42,8 +42,9 @@ class Heads:
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
         values_in_keys: True if values are columns of the key cache (latent attention). The simulated streams load them
-            apart from their keys, and find them in the L2.
-        shared_values: True if a value is a part of its key (latent attention), so that it is loaded with it.
+            a second time, and find them in the L2.
+        shared_values: True if values are columns of the key cache and are loaded only once, with the keys, as kernels
+            of libraries do.
     """
 
     heads: int
