@@ -140,8 +140,8 @@ def names(source: str) -> list[str]:
 def _cut(step: str, length: int) -> tuple[int, int, int, int]:
     """Parse a cut such as r0:1/2, which keeps every second row, from row 0 on. Returns (axis, first, last, of).
 
-    The axis is divided into runs of `of` indices, and of each run indices first to last - 1 are kept. axis: -2 for
-    rows, -1 for columns, -3 for matrices of a stack. length: size of the axis, which `of` must divide. Raises
+    axis: -2 for rows, -1 for columns, -3 for matrices of a stack. The axis is divided into runs of `of` indices. In
+    each run, the indices first to last - 1 are kept. length: size of the axis, which `of` must divide. Raises
     ProgramError for a step that is no cut or does not fit the length.
     """
     match = CUT.fullmatch(step)

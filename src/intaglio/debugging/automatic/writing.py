@@ -297,7 +297,9 @@ def turned(settings: Any, share: float) -> Any:
 
 
 def _tables(call: str, v: Variant) -> bool:
-    """True if the source text `call` gives, in every layer of a traced variant, a rope table with the traced angles.
+    """True if the source text `call` makes the right rope table for every layer of a traced variant.
+
+    A table is right if it has the angles that were observed in the trace.
 
     False if evaluating it raises an error. Layers without rope are not compared.
 

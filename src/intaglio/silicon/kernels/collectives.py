@@ -306,7 +306,7 @@ def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
 
 
 def switch_speedup(chips: int) -> float:
-    """Factor of an all_reduce's effective bandwidth with in-network reduction (NVLink SHARP), over that of a ring.
+    """Bandwidth of an all_reduce with in-network reduction (NVLink SHARP), divided by that of a ring.
 
     For P chips: (2 (P - 1) / P) / (1 + 2 / P), the link bytes of a ring over those of the switch. Below 1 if P < 4.
     """
