@@ -315,7 +315,9 @@ class Search:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
+    """Errors of a target before and after it was fitted, on one table and number format.
+
+    An error is |predicted / measured - 1|, in per cent.
 
     Attributes:
         table: name of the table.

@@ -158,9 +158,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     held: dict[tuple[int, int], Slot] = {}
 
     def block_chunks(i: int, distance: int) -> list[int]:
-        """Numbers of the chunks that the ranks of one block own, as a list: what the i-th rank still sums in a round.
+        """Numbers of the chunks that the ranks of the i-th rank's block own, as a list.
 
-        The group is cut into blocks of `distance` consecutive ranks. The block is the one with the group's i-th rank.
+        The group is cut into blocks of `distance` consecutive ranks. In the round in which ranks at this distance
+        exchange data, the i-th rank still sums the chunks of its own block.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]

@@ -39,6 +39,8 @@ def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> in
 def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int, count: int) -> np.ndarray:
     """The first `count` entries of a sequence in order: float64 [count, head_dim].
 
+    An entry is a key that was pooled from a run of `every` consecutive tokens.
+
     Args:
         cache: the cache of entries, [P, entries in a page, 1, head_dim].
         blocks: the sequence's block table.

@@ -83,7 +83,7 @@ class Program:
             whole |= more
 
     def has_window(self, op: Op) -> bool:
-        """True if the op has K/V caches, and all of them are in `windows`."""
+        """True if the op has K/V caches, and all of them have a sliding window (are keys of self.windows)."""
         caches = op.operands("pages")
         return bool(caches) and all(name in self.windows for name in caches)
 

@@ -236,7 +236,8 @@ def _sized(tiny: TinyModels) -> set[str]:
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
     """Source text for a port file, as one str, that raises PortError if config.json has an unported value of `key`.
 
-    The text accepts the value that the tiny model has, or, if `new` is true and that value is not, any false value.
+    The text accepts the value that the tiny model has. If that value is false (0, None, False) and `new` is true, the
+    text accepts every false value.
 
     Args:
         tiny: builds models with that model's settings.
@@ -356,7 +357,7 @@ def _verify(
     tiny: TinyModels, family: Family, text: str, variants: list[Variant], refused: dict[str, str], folder: Path,
     progress: Progress,
 ) -> AutoPort:  # fmt: skip
-    """Compare the port's results with those of transformers, and return the AutoPort with the errors found.
+    """Compare the port's logits with those of transformers. Returns the AutoPort (the port and how far it deviates).
 
     The logits of up to 2 * SHOWN variants are compared. If all are within LIMIT, check() also compares the first
     variant at every op.

@@ -99,12 +99,11 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """Find what a mixture of experts computes. Returns a dict.
+    """Find what a mixture of experts computes. Returns its properties as a dict.
 
     - experts: name of the experts' module within the mixture's module.
-    - count, width, top, turned, activation, inside: the routed experts, see _expert().
     - routing: list of the possible routings, see _routing().
-    - shared, shared_gate: the shared expert, see _shared().
+    - Other keys describe the routed experts (see _expert()) and the shared expert (see _shared()).
 
     Args:
         t: the trace.

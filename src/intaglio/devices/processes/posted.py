@@ -69,9 +69,9 @@ class PostedStep:
 class PostedExecutable(Executable):
     """Base class of executables that post requests to other processes and receive their results.
 
-    A request is a step, a transfer of K/V blocks, or one about experts; number 0 is the load. depth: number of pipeline
-    stages. checks: True to check each step in this process first, since an error that only one rank raises would end
-    the group.
+    Requests are numbered in the order in which they are posted. Number 0 loads the Program. Each other one is a step, a
+    transfer of K/V blocks, or a question or change of experts' ranks. depth: number of pipeline stages. checks: True to
+    check each step in this process first, since an error that only one rank raises would end the group.
     """
 
     facts: list[RankFacts]

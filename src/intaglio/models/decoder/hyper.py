@@ -17,7 +17,7 @@ from intaglio.ops import Concat, Linear, Map, MixStreams, Norm, Select, Sinkhorn
 
 
 class Entry(NamedTuple):
-    """Names of the tensors that enter() adds.
+    """Names of the tensors that enter() adds to a Program, where a block of layers reads the residual streams.
 
     Attributes:
         x: the block's input [T, hidden].

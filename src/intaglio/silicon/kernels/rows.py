@@ -136,9 +136,9 @@ class RowsKernel(ChipKernel):
         return float(vector_cycles(chip, n))
 
     def read_cycles(self, chip: ChipSpec, n: int) -> float:
-        """Number of cycles, from the start of cycles(), until the tiles that were loaded are free for the next loads.
+        """Number of a row's compute cycles until its operands' tiles have been read, and are free for the next loads.
 
-        The base class returns all of cycles(). n: number of values of a row.
+        The base class returns all of the row's cycles(). n: number of values of a row.
         """
         return self.cycles(chip, n)
 
