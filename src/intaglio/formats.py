@@ -432,9 +432,9 @@ def _q4_k(x: np.ndarray) -> Quantised:
 
     The scales of a block of 256 values are 0 to 63 times one f16 number, the block's unit; the minima likewise.
 
-    1. For each group, try 16 ranges of values: the group's own range, with either end moved inwards by up to a step.
-       Code the values within each range, fit a line to the codes by least squares, and keep the best line's scale and
-       minimum.
+    1. For each group of 32 values, try 16 ranges: the range from the group's smallest to its largest value, with each
+       end moved inwards by -1, -0.5, 0 or 0.5 steps. Code the values within each range, fit a line to the codes by
+       least squares, and keep the best line's scale and minimum.
     2. Take as units the block's largest scale / 63 and largest minimum / 63, rounded up to f16.
     3. For each group, try the three multiples of the unit nearest to its scale, and with each the three nearest to its
        minimum. Keep the pair of least squared error.

@@ -195,9 +195,10 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 
 
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
-    """Keep `concurrency` requests like `request` open until `turns` times as many have ended. Returns the ApartResult.
+    """Simulate a constant load on separate prefill and decode servers. Returns the ApartResult.
 
-    The first requests start at the times of Apart.spread(). Raises ValueError for a request that a cache cannot hold,
+    The load is `concurrency` open requests like `request`, until turns * concurrency requests have ended. The first
+    requests start at the times of Apart.spread(). Raises ValueError for a request that a cache cannot hold,
     or with fewer than two output tokens.
     """
     total = turns * concurrency

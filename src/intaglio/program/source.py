@@ -68,10 +68,11 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """The sources of other matrices of a stack, such as other experts: used when experts move to another rank.
+    """The sources of the matrices `wanted` of a stack, made from the sources of the matrices `held`.
 
-    A source is text that names checkpoint tensors and how to cut or transpose them. Returns a tuple with a source for
-    each run of consecutive numbers in `wanted`. Cuts of rows or columns and transpositions stay as in sources[0].
+    Used when experts move to another rank. A source is text that names checkpoint tensors and how to cut or transpose
+    them. Returns a tuple with a source for each run of consecutive numbers in `wanted`. Cuts of rows or columns and
+    transpositions stay as in sources[0].
 
     Args:
         sources: the sources of the matrices `held`; the results are made from the first.
@@ -96,9 +97,9 @@ def restacked(
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     """A list of texts for consecutive parts of a checkpoint tensor, such as "qkv.weight|r0:4/12" for rows 0 to 3 of 12.
 
-    The parts have the sizes `sizes` and together make up the tensor. If the tensor's axis is n times as long as the sum
-    of the sizes, it is taken as n equal blocks: each part has its rows or columns of every block, one block after
-    another.
+    The parts have the sizes `sizes` and together make up the tensor, or one block of it: if the tensor's axis is n
+    times as long as the sum of the sizes, the tensor has n equal blocks. Each part then has its rows or columns of
+    every block, one block after another.
 
     Args:
         source: name of the tensor, perhaps with steps that reshape it (see this file's docstring).

@@ -276,7 +276,8 @@ class _Flow:
     Attributes:
         size: bytes that one core moves.
         users: number of cores that make the transfer, this core included.
-        missing: number of these cores for which HBM moves bytes; may be a fraction. Above 0, this core is one of them.
+        missing: number of these cores whose transfers miss the L2, so that HBM moves bytes for them; may be a fraction.
+            If it is above 0, this core is one of them.
         missed: for each of the `missing` cores, bytes that HBM moves for each byte of `size`.
     """
 

@@ -85,7 +85,7 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """Find a config key on which the fact `name` depends. Returns the first Variant that shows it; None if none does.
+    """The first Variant that shows on which config key the fact `name` depends; None if there is none.
 
     Such a variant has exactly one changed config key, and its fact `name` differs from that of variants[0].
 

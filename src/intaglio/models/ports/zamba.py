@@ -92,8 +92,7 @@ def block_kinds(c: Config) -> list[str]:
 def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
     """The tuple for the attribute `shared` of a Layer, or None for a layer that runs no shared block.
 
-    The tuple is (number of the first layer that runs the same block, number of earlier layers that run any shared
-    block).
+    The tuple is (index of the first layer that runs the same block, how many earlier layers run any shared block).
 
     Args:
         i: number of the layer.

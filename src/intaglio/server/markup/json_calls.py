@@ -256,7 +256,7 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse JSON tool calls that have no delimiters around them, and yield them as Parts.
+    """Parse JSON tool calls that no delimiter ends, and yield them as Parts.
 
     The calls are JSON objects separated by `;`, or a JSON list. This generator also yields None while it waits for more
     text of the model. Its return value is True if a call was begun.

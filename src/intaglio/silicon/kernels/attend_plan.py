@@ -326,8 +326,9 @@ def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores:
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
     """The jobs of the chunks with several queries, as four arrays with an item for each kind of job.
 
-    They are: keys of one job; key tiles of one job; number of a job's first key tile; number of jobs of this kind. Key
-    tiles are numbered over all distinct chunks. part: (queries, keys, number of sequences) of each distinct chunk.
+    They are: how many keys one job reads; how many key tiles that is; index of a job's first key tile; how many jobs
+    are of this kind. Key tiles are indexed over all distinct chunks. part: (queries, keys, number of sequences) of each
+    distinct chunk.
     """
     seen, tiles, starts, count, before = [], [], [], [], 0.0
     step = max(1, plan.rows // plan.pack)

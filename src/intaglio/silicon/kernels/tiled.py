@@ -271,9 +271,9 @@ class TiledProduct:
 
     Tiles at the edge of the result are padded with zeros.
 
-    codes: the rounded x. w: weights of any one job: one item, or two for a GLU pair (gate, up). Only their formats are
-    used, and all jobs have the same. cut: the Tiling. w_first: True to load tiles of w before tiles of x. Half of the
-    cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
+    codes: the rounded x. w: the weights of one of the jobs: one item, or two for a GLU pair (gate, up). Only their
+    formats are used, which are the same for all jobs. cut: the Tiling. w_first: True to load tiles of w before tiles of
+    x. Half of the cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class TiledProduct:
         return a
 
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
-        """Divide a step's columns by scales of w. Returns a list of (columns that share a scale, region of the scales).
+        """Group a step's columns of w by their scale. Returns a list of (columns of one scale, region of the scales).
 
         The columns are a slice, counted from the first column of the step. The region is an SRAM tile with one scale
         for each row of w. If w is not quantised, the list has one item: (all columns, None).
