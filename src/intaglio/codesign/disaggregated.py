@@ -58,7 +58,10 @@ class Apart:
 
     @property
     def crosses_nodes(self) -> bool:
-        """True if K/V travels between nodes: one network of links cannot connect all chips, and another joins nodes."""
+        """True if K/V travels between nodes: there are more chips than the links of one node connect.
+
+        False also if the chip has no links between nodes.
+        """
         links = self.prefill.target.chip.links
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 

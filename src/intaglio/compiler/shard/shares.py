@@ -45,7 +45,7 @@ def scaled(shares: Sequence[Share], by: int) -> list[Share]:
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """The numbers of the heads whose columns are in `share`, as a tuple with a range for each range of columns.
+    """Indices of the heads whose columns are in `share`: for each range of columns in it, a range of heads. A tuple.
 
     A head has `head_dim` columns. `share` must consist of whole heads.
     """

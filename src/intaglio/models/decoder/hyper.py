@@ -39,9 +39,9 @@ def spread(w: Writer, h: Hyper, x: str) -> str:
 
 
 def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> Entry:
-    """Add the ops before a block of a layer: the block's input, and the weights with which the streams leave it.
+    """Add the ops before a block of a layer, which compute its input and the weights that leave() needs after it.
 
-    Returns an Entry with the names of their tensors.
+    Returns an Entry with the names of their results.
 
     Args:
         w: writes the ops.

@@ -378,7 +378,7 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The SRAM tile with the current values of one of the schedule's buffers, those of the chunk's part `part`.
+        """The SRAM tile with the current values of one part of a schedule's buffer.
 
         Inputs are in HBM: the first call for an input emits its load and its conversion to the format that links carry.
 

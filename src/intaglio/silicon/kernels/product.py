@@ -272,7 +272,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     def end(part: Any = 1.0) -> tuple[Any, Any]:
         """(seconds until a tile is drained, seconds until it is stored). part: its width as a fraction of a full tile.
 
-        Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
+        A tile is drained and stored in pieces of `piece` rows; the last may have fewer. A piece is drained while the
+        piece before it is stored.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         last = (rows - (pieces - 1) * piece) / piece
