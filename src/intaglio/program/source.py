@@ -117,7 +117,7 @@ def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
 
     - All sources are cuts of rows, and their B - A add up to `length`: these are the numbers of rows.
     - All sources are cuts of the same tensor with the same N, as parts_of() makes them, and `length` is a multiple of
-      the sum of their B - A: the numbers are multiplied by the same factor, as the tensor has several runs of N rows.
+      the sum of their B - A. The tensor then has several runs of N rows, and a source gives B - A rows of each run.
 
     length: number of rows of the weight.
     """

@@ -16,7 +16,9 @@ from intaglio.ops import Attend, AttendPooled, ChooseKeys, HeadLinear, KvWrite, 
 
 
 def write_compressed(w: Writer, m: Compressed, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of compressed attention, from projections to o_proj. Returns the result's tensor name [T, hidden].
+    """Add the ops of DeepSeek-V4's compressed attention, from projections to o_proj. Returns the result's tensor name.
+
+    The result is [T, hidden].
 
     Args:
         w: writes the ops.

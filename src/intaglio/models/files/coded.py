@@ -24,8 +24,7 @@ class Part:
     """How one stored tensor (codes, scales or zeros) maps to the rows of a matrix.
 
     Attributes:
-        axis: the tensor's axis that runs along the matrix's rows (its first dimension); None: any rows need the whole
-            tensor.
+        axis: the tensor's axis along which the index of the matrix's row grows; None: any rows need the whole tensor.
         each: number of matrix rows that one index of `axis` stands for, such as 8 if each word has the codes of 8 rows.
     """
 

@@ -69,8 +69,9 @@ class Heads:
     def hbm_part(self, target: Target) -> float:
         """The fraction of the loaded K/V columns that HBM delivers; the L2 delivers the others.
 
-        It is 1 except where the chip has an L2, values_in_keys is set and the library's activations are FP32, as in the
-        simulated streams: these load values a second time, after the keys.
+        It is less than 1 if values are loaded a second time, after the keys, and found in the L2. That is so if
+        values_in_keys is set, the chip has an L2, and the library's activations are FP32: such a library stands for the
+        simulated streams.
         """
         twice = self.values_in_keys and target.chip.l2_bytes and target.library.activation_bytes >= WIDE
         return self.head_dim / self.kv_width if twice else 1.0
