@@ -84,7 +84,7 @@ class Target:
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A target that describes only one kernel: its library has the record's values and no other records. Cached.
+        """A copy of this target whose library has the values of `record`, and no records of other kernels. Cached.
 
         The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor; products above 1
         become 1. The result's memory_factor is 1.

@@ -431,9 +431,9 @@ def calibrate_kernel(
 
     If the library of `on` has the kernel that a row names, only the kernel's constants (such as efficiencies) are
     fitted, and its facts (discrete properties such as tile sizes) stay. If not, the fit starts from the chip's own
-    default kernel, and facts change where that is clearly better. A known kernel stays as it is if a fit does not
-    predict rows that it did not see better, see fit_predicts(). There is one KernelRecord, with the fitted values, for
-    each range of head widths for which the library describes the kernel.
+    default kernel, and facts change where that is clearly better. A known kernel keeps its constants unless fitted ones
+    predict held-out rows better, see fit_predicts(). There is one KernelRecord, with the fitted values, for each range
+    of head widths for which the library describes the kernel.
 
     The errors are a Fitted: percentages before and after the fit, with a confidence interval. They are None if the case
     has a single row, which the fit uses.

@@ -204,9 +204,9 @@ class StepTimes:
         queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
         overlaps: True if the kernel library prefetches weights or hides collectives, so that a step takes less time
-            than the sum of its kernels. The Plans in `plans` then time the step. The times of the kernels are summed
-            nevertheless if there are fusions, if routed experts have a layout or weight format of their own, or if the
-            model has routed experts and server.activations is not "auto".
+            than the sum of its kernels. Steps are then timed by self.plans. There are three exceptions, in which the
+            kernels' times are summed: there are fusions; routed experts have a layout or weight format of their own;
+            the model has routed experts and server.activations is not "auto".
         tables: cache {(decoding, context, chunks): result of exact()}.
         others: cache {target: StepTimes that on() has made}.
 

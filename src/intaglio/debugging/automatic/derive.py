@@ -188,8 +188,8 @@ def aliases(tiny: TinyModels) -> dict[str, str]:
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
     """Trace the tiny model with other sizes and settings. Returns (variants, refused, lines).
 
-    - variants: list of Variant: `first`, and those of the traced ones that tell more, because their fields differ from
-      those of `first` or several keys were changed.
+    - variants: list of Variant. It has `first`, each traced variant whose fields differ from those of `first`, and each
+      in which several keys were changed.
     - refused: a dict {setting that Decoder cannot express: the reason}.
     - lines: source text for the port file, one statement for each refused setting, which raises an error for it.
 
@@ -256,9 +256,9 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 def _saved(folder: Path, module: str) -> str:
     """The name under which a checkpoint has the weight of the output head, without ".weight".
 
-    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding. Then it is the name
-    of the only matrix NAME.weight outside the layers with "emb" and no dot in NAME; still `module` if there is no such
-    matrix, or more than one.
+    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding, and the result is
+    the embedding's name. The embedding is taken to be the only matrix NAME.weight outside the layers whose NAME
+    contains "emb" and has no dot. If there is none, or more than one, the result is `module`.
 
     Args:
         folder: the checkpoint.

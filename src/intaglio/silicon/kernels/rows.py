@@ -145,7 +145,7 @@ class RowsKernel(ChipKernel):
     def load_bytes(self, library: KernelLibrary) -> float:
         """Bytes that a core loads for one row of the op.
 
-        The base class counts `width` activations for each matrix that the op reads. Subclasses may override this.
+        The base class counts a row of `width` activations of each operand. Subclasses may override this.
         """
         return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
 
