@@ -330,7 +330,7 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """A function own(i) -> (number of the group's i-th rank,): each rank owns the chunk with the rank's own number."""
+    """A function own(i) that gives the chunks of the group's i-th rank: a tuple of one, the rank's own number."""
     return lambda i: (group[i],)
 
 

@@ -393,8 +393,8 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
     """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
 
-    True if the plan loads jobs ahead (plan.ahead > 0), or if the library's activations are FP32, as in the streams that
-    the simulator executes. False in all other cases.
+    True for a plan that loads the next jobs' keys ahead (plan.ahead > 0), and for the streams that the simulator
+    executes, whose library has activations in FP32. False in all other cases.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 
