@@ -315,9 +315,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Errors of a target before and after it was fitted, on one table and number format.
-
-    An error is |predicted / measured - 1|, in per cent.
+    """Errors |predicted / measured - 1| in per cent, on one table and number format, before and after a fit.
 
     Attributes:
         table: name of the table.
@@ -415,10 +413,9 @@ def left_out(
 ) -> tuple[list[np.ndarray], list[Target]]:
     """Cross-validate a fit: returns a list with an array of log errors for each sample, and a list of targets by fold.
 
-    The rows of the samples are divided into folds. For each fold, a target is fitted to the rows of the other folds;
-    the errors are those of its predictions for the fold's own rows. start: the target where fits begin. used: the
-    samples. turns: for each sample an array with the number of each row's fold.
-    facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
+    For each fold, a target is fitted to the rows of the other folds and predicts the fold's own rows. start: the target
+    where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold. facts: True
+    to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

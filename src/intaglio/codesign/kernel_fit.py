@@ -130,7 +130,7 @@ class Case:
 
         Constants (CONSTANTS) are numbers such as efficiencies. They start with the values of the chip's own library.
         Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`. Each of the
-        two libraries gives the values of its default kernel for the call in the first row. The fact "tiles" starts as
+        two libraries gives the values of its default kernel for the call in self.rows[0]. The fact "tiles" starts as
         None: the value of the chip's own library.
 
         library: name of a shipped library; "": the chip's own.
@@ -397,7 +397,7 @@ def engine_values(case: Case, on: Target) -> Values:
 
 
 def fit_rows(case: Case, begun: Values, facts: bool) -> Values:
-    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns its {field: value}.
+    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns the fitted values by name.
 
     facts: True to fit facts (discrete properties) too, not only constants.
     """

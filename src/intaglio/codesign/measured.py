@@ -313,7 +313,7 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Model the server that a row was measured on. Returns (EngineTimes, which time its steps; its QueueSettings).
+    """Model the server that a row was measured on. Returns a pair: EngineTimes (its step times), and QueueSettings.
 
     Args:
         row: the measured row; it must be one that refusal() does not refuse.

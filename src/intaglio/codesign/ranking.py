@@ -76,10 +76,10 @@ def rankings(
 ) -> list[Ranked]:  # fmt: skip
     """Compare the ways to serve that the model recommends with those that measured best. Returns a list of Ranked.
 
-    Measured rows with equal values in the columns `same`, such as model, chip and engine, form a case; each case gives
-    one Ranked. A case consists of points, the ways to serve that were measured. Rows of one point have the same layout,
-    the same number of open requests, and equal values in those columns of SAME that are not in `same`. Rows that the
-    model could not time are left out. The list is ordered by the values in `same`; it is empty if no case qualifies.
+    Measured rows with equal values in the columns `same`, such as name of the LLM, chip and engine, form a case; each
+    case gives one Ranked. Within a case, rows form points, the ways to serve that were measured. Rows of one point have
+    the same layout and number of open requests, and equal values in all columns of SAME. Rows that the timing model
+    could not time are left out. The list is ordered by the values in `same`; it is empty if no case qualifies.
 
     Args:
         compared: measured and modelled latencies of the rows.

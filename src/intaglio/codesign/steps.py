@@ -301,9 +301,9 @@ class StepTimes:
         e2m1. Any other kernel is returned itself. The format of the activations depends on self.server.activations:
 
         - "auto": the activations keep their format.
-        - "weights": beside e4m3, e2m1 and int8 weights, activations get the format of the weights if the chip's arrays
-          multiply it, and otherwise bf16. Beside int4 weights, they get bf16. Beside all other weights, f32 becomes
-          bf16, and any other format stays.
+        - "weights": it depends on the weights' format. For e4m3, e2m1 and int8 weights, the activations get the same
+          format if the chip's arrays multiply it, and otherwise bf16. For int4 weights they get bf16. For all other
+          weights, f32 activations become bf16, and other activations keep their format.
 
         Raises ChipError if the arrays do not take the weights' format.
         """

@@ -94,8 +94,8 @@ def shapes_agree(p: Program) -> Iterator[str]:
 def written_before_read(p: Program) -> Iterator[str]:
     """Yield a message for each temp (intermediate result) or output that is read before it is written.
 
-    Also yield one for each temp or output that is not written exactly once, and for each result of an op that is a
-    view, or neither a temp nor an output.
+    Also yield one for each temp or output that is not written exactly once, and for each op that writes another
+    tensor than a temp or an output, or writes a view.
     """
     written: set[str] = set()
     for op in p.ops:

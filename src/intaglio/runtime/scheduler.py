@@ -277,9 +277,9 @@ class Scheduler:
     def update_blocks(self, sequence: Sequence) -> None:
         """Add the sequence's blocks that became full in the last step to the prefix cache.
 
-        If a block of the same name is cached, the sequence shares that one, which has the same bits, and its own is
-        freed: so a sequence that holds a block also holds the cached blocks before it, and no block is evicted before
-        those that follow it. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
+        If a block of the same name is cached already, the sequence shares that one, which has the same bits, and its
+        own is freed. A sequence that holds a cached block therefore holds all cached blocks before it too, so none of
+        these is evicted first. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:

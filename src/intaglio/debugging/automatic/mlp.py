@@ -216,7 +216,7 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
     """Yield candidates for the attributes of our op Route, as dicts, to be tried on the traced model.
 
-    The keys are score and normalise, and with groups of experts groups, kept_groups and group_best.
+    The keys are "score" and "normalise". For experts in groups there are "groups", "kept_groups" and "group_best" too.
 
     Args:
         t: the trace, whose configuration has the numbers of groups.

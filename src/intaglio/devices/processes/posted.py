@@ -158,7 +158,7 @@ class PostedExecutable(Executable):
         return [contents for contents in found if isinstance(contents, np.ndarray)]
 
     def _ask(self, parts: Sequence[np.ndarray]) -> list[memoryview]:
-        """Wait until all posted steps have ended, then post another request. Returns a list of the ranks' answers.
+        """Wait until all posted steps have ended, then post a request of another kind. Returns the ranks' answers.
 
         parts: the request's arrays. Raises DeviceLost if the group ends.
         """

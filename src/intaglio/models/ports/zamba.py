@@ -106,9 +106,9 @@ def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
 
 
 def names(hybrid: list[int]) -> dict[str, str]:
-    """A dict {part of Llama's tensor name: the checkpoint's name}, with entries for Decoder.sources.
+    """Entries for Decoder.sources, as a dict {part of Llama's tensor name: the checkpoint's name}.
 
-    In the checkpoint, layers with a shared block have their own mixer inside a module mamba_decoder. The dict has two
+    In the checkpoint, layers with a shared block have their own mixer inside a module mamba_decoder. There are two
     entries for each such layer, the mixer and its input norm. hybrid: numbers of the layers with a shared block.
     """
     rules = {}

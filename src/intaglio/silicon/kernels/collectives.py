@@ -75,7 +75,7 @@ class CollectiveKernel(ChipKernel):
 @chip_kernel(Send)
 @dataclass(frozen=True)
 class SendKernel(CollectiveKernel):
-    """Chip kernel of `send`: timing of a message [rows, width] between two chips, as a collective of the two."""
+    """Chip kernel of `send`: a message [rows, width] between two chips. It is timed like a collective of two ranks."""
 
     @classmethod
     def of(cls, op: Send, t: Tensors) -> SendKernel:  # type: ignore[override]
@@ -197,7 +197,8 @@ def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> Schedul
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
     """Normalised seconds of a collective with chunks of `chunk` bytes: over links of 1 byte/s and 1 s latency.
 
-    The result is interpolated between two simulated sizes. Its error is 0.2 %; 15 % if their transfers' order differs.
+    The result is interpolated between two simulated sizes. Its error is 0.2 %, or 15 % where transfers occur in another
+    order at one size than at the other.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -357,8 +358,8 @@ class CollectiveBuilder:
     def buffer(self, rows: int, cols: int, format: str) -> Region:
         """The next SRAM tile [rows, cols] of number format `format`. Its size is at most self.tile.
 
-        Calls are counted from 1 for each ChunkTile (in emit_steps()). Call n has two tiles of its own for each format,
-        and takes them in turn. One ChunkTile's data can thus be stored while the next ChunkTile is processed.
+        Calls are counted from 1 anew for each ChunkTile (in emit_steps()). The n-th calls of all ChunkTiles take two
+        tiles of each format in turn. One ChunkTile's data can thus be stored while the next ChunkTile is processed.
         """
         self.used += 1
         key = self.used, format

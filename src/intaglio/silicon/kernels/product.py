@@ -160,8 +160,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     over K.
 
     - seconds: time of the product, launch included.
-    - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`; if resident, the bytes of weights that
-      `hbm` does not count. moved: bytes between L2 and cores.
+    - hbm: bytes moved from and to HBM, without the weights if they are resident. weights: bytes of the weights in any
+      case. moved: bytes between L2 and cores.
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
     - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
@@ -398,7 +398,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         idle = in_step * groups * (wait_s + last_work + all_end)
 
     def to_last_step(loads_s: Any) -> Any:
-        """Seconds until the matmuls of the last step can begin, if all loads from HBM take `loads_s` seconds."""
+        """Seconds until a core's last step over K can begin its matmuls, if loads from HBM take `loads_s` in total."""
         a_step = loads_s / (rounds * job_steps)
         # The last step's load may be shorter than the matmuls of the step before
         later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - a_step * last_part / tk), 0)
@@ -440,10 +440,12 @@ def linear_timing(
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
-    HBM delivers the weights during earlier ops. The Timing then has the seconds of resident weights, while its
-    hbm_bytes include the weights. Choices are then compared by their seconds or by HBM's time for all their bytes,
-    whichever is longer; among equal choices, the one with the fewest seconds is taken. streamed: True if the L2 keeps
-    neither x nor the result, as in a benchmark that repeats a product larger than the L2.
+    HBM delivers the weights during earlier ops. streamed: True if the L2 keeps neither x nor the result, as in a
+    benchmark that repeats a product larger than the L2.
+
+    With prefetched, the seconds of the Timing are those with resident weights, and its hbm_bytes include the weights.
+    The fastest choice is then the one for which the longer of two times is shortest: its seconds, and HBM's time for
+    all its bytes. Of equal choices, the one with the fewest seconds is taken.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
