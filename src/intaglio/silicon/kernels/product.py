@@ -312,8 +312,8 @@ def product_times(
     def end(part: Any = 1.0, height: Any = rows) -> tuple[Any, Any]:
         """(seconds until a tile is drained, seconds until it is stored).
 
-        part: its width as a fraction of a full tile. height: its rows. A tile is drained and stored in pieces of `piece`
-        rows; the last may have fewer. A piece is drained while the piece before it is stored.
+        part: its width as a fraction of a full tile. height: its rows. A tile is drained and stored in pieces of
+        `piece` rows; the last may have fewer. A piece is drained while the piece before it is stored.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         pieces = np.ceil(height / piece)
