@@ -174,10 +174,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     how = x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed
     if grouped or not target.library.persistent:
         return product_times(target, m, n, k, *how)
-    # Tiles at the lower edge have fewer rows. A product of the rows above them never takes longer
+    # A product of the rows above the tiles at the lower edge, or of the first tiles alone, never takes longer
     tm, _, _ = choices(target.library.tiles, target.library.split_k)
     gm = np.ceil(m / tm)
-    rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m)])
+    rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m), np.minimum(m, tm)])
     found = product_times(target, rows, n, k, *how)
     shape, seconds = rows.shape, found["seconds"].max(axis=0)
 
@@ -250,7 +250,7 @@ def product_times(
     if lib.persistent and heads == 1 and not grouped:
         at_edge = (gn - (np.ceil(gn / block[1]) - 1) * block[1]) * split  # last jobs that have the last rows
         last_rows = np.where(last_jobs <= at_edge, m - (gm - 1) * tm, rows)
-        last_out = last_jobs * last_rows * np.where(last_jobs == jobs, n / gn, last_n) / (m * n * split)
+        last_out = np.where(last_jobs <= at_edge, last_jobs * last_rows * last_n / (m * n * split), last_out)
     elif edge:
         last_rows = m - (gm - 1) * tm
         last_out = last_rows * last_n / (heads * m * n)
@@ -381,7 +381,8 @@ def product_times(
         # Loads of a tile are beside stores of the tile before the last, or before: those of the last round, which may
         # have fewer cores, leave time for them
         store_s = np.maximum(0, rounds - 2) * stored
-        store_s += np.clip(job_load * last_jobs / active + stored - job_steps * last_load, 0, stored)
+        whole_last, _ = load(last_jobs, last_n)
+        store_s += np.clip(job_load * last_jobs / active + stored - job_steps * whole_last, 0, stored)
         store_s = np.minimum(store_s, np.maximum(0, rounds * job_load - first_store)) / np.maximum(1, rounds - 1)
         by_load = np.maximum(by_load, job_load + store_s)
         # From one use of a stage to the next. A stage holds all of a tile's steps in turn, also the shorter last one,
@@ -425,7 +426,9 @@ def product_times(
             whole = np.minimum(count, (rounds - 1) * steps)
             by_turns = turns * turn + (whole * each + (count - whole) * last) / steps
             around = np.where(turns > 0, np.maximum(around, by_turns), around)
-            around += last_work + (rounds - missing) * by_work + np.minimum(missing, rounds - 1) * bubble
+            odd = (rounds - missing) % 2
+            around += (rounds - missing - odd) * by_work + odd * unpaired
+            around += last_work + np.minimum(missing, rounds - 1) * bubble
             works = np.maximum(works, around)
             short = np.clip(edges, 0, rounds - 1)
             return np.maximum(start_s + works, (rounds - 1 - short) * by_load + short * by_edge + last_s)
