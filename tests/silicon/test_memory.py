@@ -85,13 +85,13 @@ def test_deepseek_v4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_the_account_is_what_the_engine_holds(tmp_path: Path, family: str) -> None:
+def test_the_account_is_what_the_engine_holds(tmp_path: Path, family: str, py_rng: random.Random) -> None:
     """At every step of a real engine, K/V bytes of the account are those of the blocks that its pools have given out.
 
     Every running sequence is in every step: prompts that share nothing, computed whole, and then decoded.
     """
     pytest.importorskip("transformers")
-    rng = random.Random(random.randrange(2**40))
+    rng = py_rng
     types = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
     window = rng.randrange(10, 90)
     path = tiny(family, tmp_path / family, sliding_window=window, num_hidden_layers=2, **types)
@@ -164,12 +164,11 @@ class OneSecond:
         return 1.0, 1.0
 
 
-def test_a_queue_keeps_every_limit_of_its_room() -> None:
+def test_a_queue_keeps_every_limit_of_its_room(py_rng: random.Random) -> None:
     """Requests are admitted in order, as long as the sums of all admitted ones keep each limit; in the end none is."""
-    rng = random.Random()
+    rng = py_rng
     limits = tuple(
-        KvLimit(rng.randrange(10**4, 10**5) * BLOCK, rng.randrange(9) * BLOCK, rng.randrange(1, 9) * BLOCK)
-        for _ in range(3)
+        KvLimit(rng.randrange(40_000, 100_000), rng.randrange(1, 9) * BLOCK, rng.randrange(9) * BLOCK) for _ in range(3)
     )
     room = KvRoom(limits, window=rng.randrange(1, 500))
     queue = Queue(OneSecond(), QueueSettings(room, max_sequences=10**6), prefills=False)
