@@ -50,7 +50,7 @@ from intaglio.runtime import (
 from intaglio.runtime.expert_balance import MOVE_EVERY
 from intaglio.runtime.request import TokenIds
 from intaglio.runtime.windows import with_windows
-from intaglio.tiers import DiskTier, PeerTier, StoreTier
+from intaglio.tiers import BlockOrder, DiskTier, PeerTier, StoreTier
 
 PAGE_TOKENS = 32
 KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
@@ -240,9 +240,10 @@ class LLM:
             "max_batch_tokens": max_batch_tokens, "max_drafts": max_drafts,
         }  # fmt: skip
         facts = inner.facts()
-        numerics = " ".join(filter(None, (device, facts.isa, layout)))
+        shared = Layout.parse(layout or "tp1")
+        numerics = " ".join(filter(None, (device, facts.isa, layout if device == "silicon" else shared.numerics)))
         scope = BlockScope.of(
-            self.mesh.last, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
+            self.model.program, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
             " ".join(filter(None, (__version__, facts.build))),
         )  # fmt: skip
         self.tier = _tier(kv_cache_dir, kv_peer, kv_cache_bytes, scope, journal)
@@ -256,6 +257,8 @@ class LLM:
             incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip
+        if self.tier and len(self.mesh.programs) > 1 and (parts := self.engine.executable.block_parts):
+            self.tier.order = BlockOrder(self.model.program, self.mesh.programs, shared.tp, parts)
         if expert_placement:
             self.engine.experts.moved = lambda layers: ExpertPlacement(layers).keep(Path(expert_placement))
         self.admission = self.engine.admission

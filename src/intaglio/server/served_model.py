@@ -48,7 +48,7 @@ class ServedModel:
         version of the package.
         """
         engine = self.driver.engine
-        return engine.program.hash, engine.numerics, engine.scope.digest
+        return engine.scope.program, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
