@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -241,7 +241,7 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
 
 
 def read_layouts(
-    roles: Iterable[Role], layout: str | None, prefill: str | None, decode: str | None
+    roles: Collection[Role], layout: str | None, prefill: str | None, decode: str | None
 ) -> dict[Role, str | None]:
     """The layout of the replicas of each role: {role: text such as tp2, or None for one rank}.
 
@@ -253,7 +253,7 @@ def read_layouts(
     """
     from intaglio.compiler import Layout, LayoutError
 
-    given = {"prefill": prefill, "decode": decode}
+    given: dict[Role, str | None] = {"prefill": prefill, "decode": decode}
     for role, text in given.items():
         if text is not None and role not in roles:
             raise ValueError(f"--{role}-layout {text} goes with --prefill and --decode; use --layout for all replicas")

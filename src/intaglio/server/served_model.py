@@ -42,7 +42,7 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """(hash of the Program, name of its numerics, digest of its BlockScope), three texts.
+        """(hash of the whole model's Program, name of its numerics, digest of its BlockScope), three texts.
 
         Two replicas give bitwise equal results if all three are equal. The BlockScope includes the weights and the
         version of the package.

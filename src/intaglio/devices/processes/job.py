@@ -93,8 +93,8 @@ def read_facts(message: memoryview) -> RankFacts | str:
     failed, size = r.array(np.int64, 2).tolist()
     if failed:
         return str(read_result(message))
-    isa, program, in_file, parts = r.text(size)
-    return RankFacts(isa, program, in_file, tuple(parts))
+    content: Any = r.text(size)
+    return RankFacts(content[0], content[1], content[2], tuple(content[3]))
 
 
 def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None) -> None:
