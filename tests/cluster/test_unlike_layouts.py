@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from support.served import Served, served, wait_for
 from intaglio.cluster.admin import BLOCKS, cluster_folder
 from intaglio.tiers.leases import Leases
 
+REQUESTS = int(os.environ.get("CLUSTER_REQUESTS", "16"))
 WAYS = {
     "prefill tp2, decode tp1": ("--prefill-layout", "tp2"),
     "prefill tp1, decode tp2, over TCP": ("--decode-layout", "tp2", "--", "--kv-peer", "tcp://127.0.0.1:0"),
@@ -53,19 +55,23 @@ def test_either_side_is_lost_at_random_moments(cluster: Clustered, alone: Served
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     print(f"{seed=}")
-    requests = [asked(rng, i) for i in range(16)]
+    requests = [asked(rng, i) for i in range(REQUESTS)]
     for path, body in requests:
         if path == "/v1/completions" and isinstance(body["prompt"], str):
             body["prompt"] = f"{rng.random()} {body['prompt']}"
 
     def trouble() -> None:
-        for names in (["p0"], ["d0"], ["p0", "d1"]):
+        events = [["p0"], ["d0"], ["p0", "d1"]]
+        events += [rng.choice(events) for _ in range(REQUESTS // 24)]
+        for names in events:
             wait_for(lambda: all(r["state"] == "ready" for r in cluster.replicas().values()))
             time.sleep(rng.random() / 2)
             for name in names:
-                cluster.kill(name)
+                cluster.kill_and_wait(name)
 
     compare(cluster, alone, [*(long(seed, prompt=f"{seed} abc " * 30) for seed in range(4)), *requests], trouble)
+    cluster.wait_ready()
+    wait_for(lambda: not any(r["running"] or r["waiting"] or r["kv_usage"] for r in cluster.replicas().values()))
 
 
 def test_without_decode_replicas_prefill_replicas_continue_streams(cluster: Clustered, alone: Served) -> None:

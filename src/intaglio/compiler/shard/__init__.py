@@ -67,7 +67,7 @@ def _parts(program: Program, tp: int, coded: Set[str]) -> dict[str, list[Share]]
     layout = Layout(tp)
     lane = Lane(program, make_plan(program, layout), layout, 0, "f32", coded)
     lane.run()
-    if other := next((site for site in lane.totals if site not in lane.divided), None):
+    if other := next((op.site for op in program.ops if op.site in lane.totals - lane.divided.keys()), None):
         raise LayoutError(
             f"{other}: its sums cannot be computed in the parts of tp{tp} on fewer ranks, because they are those of "
             f"routed experts; use tp{tp} itself"
