@@ -44,10 +44,10 @@ class Layout:
     tp: int = 1
     ep: int = 1
     pp: int = 1
-    sums: int = 1
     sp: bool = False
     redundant: int | None = None
     placement: ExpertPlacement | None = None
+    sums: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Layout:
