@@ -77,7 +77,7 @@ class Case:
 
         Constants (CONSTANTS) are numbers such as efficiencies. They start with the values of the chip's own library.
         Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`. Each of the
-        two libraries gives the values of its default kernel for the call in the first row. The fact "tiles" starts as
+        two libraries gives the values of its default kernel for the call in self.rows[0]. The fact "tiles" starts as
         None: the value of the chip's own library.
 
         library: name of a shipped library; "": the chip's own.
