@@ -10,7 +10,7 @@ from typing import Any
 FLAG = (False, True)
 CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
 CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
-TILE_CYCLES = (0.0, *(250.0 * 2**i for i in range(7)))  # up to 16,000
+TILE_CYCLES = (0.0, *(float(round(250 * 2 ** (i / 2), -1)) for i in range(13)))  # up to 16,000
 EIGHT_BITS = ("kv_native", "kv_dequant_ops", "kv_quant_cycles", "kv_cast_bytes")  # facts without effect on bf16 caches
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
     "products": {
