@@ -36,6 +36,7 @@ from intaglio.program import Program
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 FORMAT = "bf16"
 PROMPT, CONTEXT, STEPS = 512, 128, 9  # tokens of the prefill; tokens before decoding; steps of a decode sample
+PHASES = ("decode", "prefill")
 AGREE = 32  # tokens whose logits are compared
 STATE = StateSpec(pages_each(PROMPT), slots=2)
 
@@ -155,7 +156,8 @@ def measure(args: argparse.Namespace, shape: str, folder: Path, engines: Sequenc
             w("load")
             w("settle")
             answers[w.name] = w("logits", prompt(AGREE, program.vocabulary))
-        for phase, label in labels.items():
+        for phase in args.phase:
+            label = labels[phase]
             say(f"  {label}")
             for w in workers if phase == "decode" else ():
                 w("fill", [CONTEXT], STEPS)
@@ -191,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["qwen3-next", "granite-4"])
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all installed")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="keep checkpoints here and use them again; default: a temporary one")
