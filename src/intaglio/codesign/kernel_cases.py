@@ -18,6 +18,8 @@ from intaglio.ops import (
     KvWrite,
     Linear,
     Map,
+    MixStreams,
+    Moment,
     Norm,
     Op,
     Permute,
@@ -25,6 +27,7 @@ from intaglio.ops import (
     Route,
     Sample,
     Select,
+    Sinkhorn,
     Sinusoid,
     Tensor,
 )
@@ -255,10 +258,15 @@ def concat(rng: np.random.Generator, on: Target) -> Case:
 
 
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of routing: the choice of 1 to 8 experts out of 8 to 256 by softmax."""
+    """A random Case (one call to be timed) of routing: 1 to 8 experts out of 8 to 256, by softmax.
+
+    In one case of four, a table lists the experts of each token.
+    """
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
-    op = Route(site="route", logits="x", weights="w", ids="i", top=min(n, power(rng, 1, 8)), score="softmax")
-    return case(op, [temp("x", n)], batch, f"m={len(batch.tokens)} experts={n} top={op.top}")
+    top, table = min(n, power(rng, 1, 8)), "t" if rng.random() < 0.25 else None
+    op = Route(site="route", logits="x", weights="w", ids="i", table=table, top=top, score="softmax")
+    tensors = [temp("x", n), Tensor("t", (1024, top), "i32", "weight")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} experts={n} top={top}{' by table' if table else ''}")
 
 
 def sinusoid(rng: np.random.Generator, on: Target) -> Case:
@@ -279,8 +287,35 @@ def sample(rng: np.random.Generator, on: Target) -> Case:
     return case(op, [temp("x", n, rows="R")], batch, f"m={len(batch.tokens)} vocabulary={n}")
 
 
+def moment(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op Moment: the mean or the standard deviation of each row."""
+    width, batch, of = power(rng, 256, widest(on, 16384, 2), 16), tokens(rng, 2048), str(rng.choice(["mean", "std"]))
+    op = Moment(site="moment", x="x", out="y", of=of)
+    return case(op, [temp("x", width)], batch, f"m={len(batch.tokens)} width={width} {of}")
+
+
+def sinkhorn(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op Sinkhorn on matrices of 2 to 8 rows."""
+    n, batch = power(rng, 2, 8), tokens(rng, 2048)
+    op = Sinkhorn(site="sinkhorn", x="x", out="y")
+    return case(op, [temp("x", n * n)], batch, f"m={len(batch.tokens)} n={n}")
+
+
+def mix_streams(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op MixStreams: 2 or 4 streams of 256 to 4,096 columns.
+
+    They are mixed, with a branch, or collapsed into one.
+    """
+    n, width, batch = int(rng.choice([2, 4])), power(rng, 256, 4096, 16), tokens(rng, 1024)
+    m, added = (n, {"branch": "b", "gains": "g"}) if rng.random() < 0.5 else (1, {})
+    op = MixStreams(site="mix_streams", x="x", weights="w", out="y", streams=n, **added)
+    tensors = [temp("x", n * width), temp("w", n * m), *([temp("b", width), temp("g", m)] if added else [])]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} streams={n} to {m} width={width}")
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
-    "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample,
+    "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
+    "mix_streams": mix_streams,
 }  # fmt: skip

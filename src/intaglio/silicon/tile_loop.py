@@ -36,6 +36,7 @@ class TileLoop:
         load_missed: bytes that HBM moves for each loaded byte; 0: the L2 has all operands.
         store_missed: bytes that HBM moves for each stored byte; 0: the L2 keeps all results.
         store_s: minimum seconds of a job's store; 0: no minimum.
+        wait_s: minimum seconds from the end of a job's load until its tile can be used.
     """
 
     jobs: int
@@ -50,6 +51,7 @@ class TileLoop:
     load_missed: float = 0.0
     store_missed: float = 0.0
     store_s: float = 0.0
+    wait_s: float = 0.0
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
@@ -253,7 +255,7 @@ class _Core:
             store_left -= (then - now) * store_rate
             now = then
             if load_ends <= now and load is not None:
-                arrives = now + latency_s * min(1.0, load.missed)
+                arrives = now + max(loop.wait_s, latency_s * min(1.0, load.missed))
                 visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
                 load, changed = None, True
             if read_ends <= now:
