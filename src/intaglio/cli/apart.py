@@ -139,8 +139,8 @@ def given_pairs(
     for first, second in zip(prefill, decode, strict=True):
         a, b = kinds[first], kinds[second]
         sizes = (
-            QueueSettings(a.server.kv_tokens(on, q.memory_share, budget, 256), budget, 256 * a.copies),
-            QueueSettings(b.server.kv_tokens(on, q.memory_share, 1024, 1024), budget, 1024 * b.copies),
+            QueueSettings(a.server.kv_room(on, q.memory_share, budget, 256, gives_back=False), budget, 256 * a.copies),
+            QueueSettings(b.server.kv_room(on, q.memory_share, 1024, 1024, gives_back=False), budget, 1024 * b.copies),
         )
         for n in concurrency:
             progress(len(found), len(prefill) * len(concurrency), f"{first} {second}: {n} requests open")
@@ -191,9 +191,9 @@ def per(r: ApartResult, by: str) -> float:
 
 
 def why_unfit(prefill: Sequence[str], decode: Sequence[str], chips: int, limited: bool) -> str:
-    """Why a search found no pair of layouts, if the limits are not why: a text that also says what to change.
+    """The reason why a search found no pair of layouts: a text that also says what to change.
 
-    The result is "" if the layouts can use all chips and there are limits, which then may be why.
+    The result is "" if the layouts can use all chips and `limited` is True: then the limits are the likely reason.
 
     Args:
         prefill: layouts of prefill servers that fit their chips; empty if none does.

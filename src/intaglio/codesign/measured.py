@@ -98,8 +98,8 @@ class Row:
         """The half of the table to which the row belongs: "fit" or "test".
 
         Constants are fitted to one half and tested on the other. A hash of all columns except the measurements chooses
-        the half, so repeated measurements of one setting are in the same half. A row that takes its servers from
-        another row (see `twin`) is in the half of that row.
+        the half, so repeated measurements of one setting are in the same half. A row without a description of its
+        servers, for which that of another row (`twin`) is used, is in the half of that row.
         """
         columns = (self.twin or self).columns
         asked = [v for k, v in sorted(columns.items()) if not k.startswith("silicon")]
@@ -313,7 +313,7 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Model the server that a row was measured on. Returns (EngineTimes, which time its steps; its QueueSettings).
+    """Model the server that a row was measured on. Returns a pair: EngineTimes (its step times), and QueueSettings.
 
     Args:
         row: the measured row; it must be one that refusal() does not refuse.
@@ -327,7 +327,9 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     on = profile.on(target(row.columns["system"]), (how.experts or how.weights) if row.card in MIXTURES else "")
     own = times(row.card, on, row.placement(phase), how, profile.fusions, 1 + profile.draft_tokens)
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
-    kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
+    kv = own.server.kv_room(
+        own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1, gives_back=not phase
+    )
     return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency, phase == "decode_")
 
 

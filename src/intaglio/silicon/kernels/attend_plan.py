@@ -129,7 +129,10 @@ class TileSeconds:
 
 @lru_cache(maxsize=16384)
 def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
-    """Modelled seconds of the parts of an attention job, for tiles of `rows` query rows and `keys` keys. Cached."""
+    """Modelled seconds of each phase of an attention job (scores, softmax, sums ...), as a TileSeconds. Cached.
+
+    rows: query rows of a tile. keys: keys of a tile.
+    """
     chip, d, dv, hz = target.chip, h.head_dim, h.v_dim, target.chip.clock_hz
     width = target.library.activation_bytes
     state = rows * (dv + 2) * WIDE / chip.sram_bytes_per_cycle / hz, rows * d * width / chip.sram_bytes_per_cycle / hz
@@ -155,9 +158,9 @@ def widen_seconds(target: Target, h: Heads) -> float:
 
 
 def two_jobs_fit(target: Target, h: Heads) -> bool:
-    """True if SRAM fits the key tiles of two jobs, each in the cache's format and in bf16.
+    """True if SRAM fits two tiles of keys and values, each of them twice: in the cache's format and in bf16.
 
-    One job's tile can then be loaded while the other's is converted.
+    One job's tile can then be loaded while another job's is converted.
     """
     return 2 * target.library.key_tile * h.kv_width * (h.bits / 8 + 2) <= target.chip.sram_bytes
 
@@ -291,12 +294,14 @@ def prefill_seconds(
 def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int) -> tuple[np.ndarray, ...]:
     """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
-    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. If a job reads a tile as its
-    third new tile, and another job of the round reads this tile as its first new one, the L2 has the tile by then.
+    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. A job does not wait for a tile
+    that another job of the round has read before: if a job reads a tile as its third new tile, and another job reads
+    the same tile as its first, only the other job waits for HBM.
 
-    tiles: for each kind of job, key tiles of one job. start: for each kind, number of a job's first key tile. count:
-    for each kind, number of jobs. Returns four arrays, with an item for each kind and round: the kind's index; number
-    of tiles that the job reads one after the other and waits for; number of jobs; number of the round, from 0.
+    tiles: for each kind of job, number of key tiles that one job reads. start: for each kind, index of a job's first
+    key tile. count: for each kind, number of jobs. Returns four arrays, with an item for each kind and round: the
+    kind's index; number of tiles that the job reads one after the other and waits for; number of jobs; number of the
+    round, from 0.
     """
     rounds: dict[int, list[tuple[int, float]]] = {}  # (kind, number of jobs) of each
     position = 0.0
@@ -321,8 +326,9 @@ def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores:
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
     """The jobs of the chunks with several queries, as four arrays with an item for each kind of job.
 
-    They are: keys of one job; key tiles of one job; number of a job's first key tile; number of jobs of this kind. Key
-    tiles are numbered over all distinct chunks. part: (queries, keys, number of sequences) of each distinct chunk.
+    They are: how many keys one job reads; how many key tiles that is; index of a job's first key tile; how many jobs
+    are of this kind. Key tiles are indexed over all distinct chunks. part: (queries, keys, number of sequences) of each
+    distinct chunk.
     """
     seen, tiles, starts, count, before = [], [], [], [], 0.0
     step = max(1, plan.rows // plan.pack)
@@ -387,8 +393,8 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
     """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
 
-    True if the plan loads jobs ahead (plan.ahead > 0), or if the library's activations are FP32, as in the streams that
-    the simulator executes. False in all other cases.
+    True for a plan that loads the next jobs' keys ahead (plan.ahead > 0), and for the streams that the simulator
+    executes, whose library has activations in FP32. False in all other cases.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 
@@ -457,11 +463,11 @@ def decode_seconds(
     """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
     The model assumes that all cores share the HBM and L2 rates equally, and that every tile loads the mean number of
-    keys. A job is one query for plan.pack heads and one part of the context. Jobs of sequences with the same number of
-    keys are listed together, as one kind of job.
+    keys. A job attends with one query, for plan.pack heads, over one part of the context. Jobs with equally many key
+    tiles are one kind.
 
-    tiles: for each kind, key tiles of one job. count: for each kind, number of jobs. missed: fraction of the tiles
-    loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
+    tiles: for each kind, number of key tiles that one job loads. count: for each kind, number of jobs. missed: fraction
+    of the tiles loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     dealt = np.inf if lib.activation_bytes >= WIDE else DEALT
