@@ -26,7 +26,7 @@ from intaglio.silicon.sizes import BatchSizes, sizes_of
 
 BY_ROWS = (
     "norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample", "moment", "sinkhorn",
-    "mix_streams",
+    "mix_streams", "pool_keys",
 )  # fmt: skip
 
 

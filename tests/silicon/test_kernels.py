@@ -28,6 +28,7 @@ from intaglio.ops import (
     Moment,
     Norm,
     Permute,
+    PoolKeys,
     Rope,
     Sample,
     Select,
@@ -210,6 +211,30 @@ def test_mix_streams(chip: str, seed: int, n: int, m: int, width: int, wide: boo
     tensors = [Tensor(name, ("T", count), "f32", "temp") for name, count in columns.items()]
     values: dict[str, Value] = {name: normal(rng, len(batch.tokens), count) for name, count in columns.items()}
     compare(chip, op, tensors, values, batch, 2 * (n + 1) * EPS)  # two roundings for each term
+
+
+@FEW
+@given(chip=CHIP, seed=SEED, every=st.integers(2, 6), overlap=st.booleans(), fmt=st.sampled_from(["f32", "bf16"]))
+def test_pool_keys(chip: str, seed: int, every: int, overlap: bool, fmt: str) -> None:
+    """Entries of complete runs agree within their roundings; other rows of the cache stay as they were."""
+    rng = np.random.default_rng(seed)
+    batch, d, n = some_batch(rng), 2 * int(rng.integers(1, 20)), 1 + overlap
+    pairs, page = int(rng.integers(1, d // 2 + 1)), -(-4 // every)
+    names = {"value_cache": "v", "gate_cache": "g", "bias": "b", "weight": "w", "frequencies": "f", "entries": "e"}
+    op = PoolKeys(site="p", **names, every=every, overlap=overlap, factor=1.25)
+    caches = {"v": ("P", "B", n, d), "g": ("P", "B", n, d), "e": ("P", f"B/{every}", 1, d)}
+    tensors = {name: Tensor(name, shape, fmt, "state") for name, shape in caches.items()}
+    tensors |= {"b": Tensor("b", (every, n * d), "f32", "weight"), "w": Tensor("w", (d,), "f32", "weight"),
+                "f": Tensor("f", (pairs,), "f32", "const")}  # fmt: skip
+    dtype = formats.get(fmt).dtype
+    values: dict[str, Value] = {name: normal(rng, 64, 4, n, d).astype(dtype) for name in "vg"}
+    entries = normal(rng, 64, page, 1, d).astype(dtype)
+    values |= {"e": entries, "b": normal(rng, every, n * d), "w": normal(rng, d), "f": np.abs(normal(rng, pairs))}
+    _, memory = run_kernel(CHIPS[chip], op, tensors, {**values, "e": entries.copy()}, batch)
+    op.reference(values, batch)
+    tolerance = 16 * EPS if fmt == "f32" else 2**-8
+    got, want = memory.read("e").reshape(entries.shape).astype(np.float32), entries.astype(np.float32)
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
 @FEW

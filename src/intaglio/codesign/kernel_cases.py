@@ -23,6 +23,7 @@ from intaglio.ops import (
     Norm,
     Op,
     Permute,
+    PoolKeys,
     Rope,
     Route,
     Sample,
@@ -313,9 +314,28 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
     return case(op, tensors, batch, f"m={len(batch.tokens)} streams={n} to {m} width={width}")
 
 
+def pool_keys(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op PoolKeys: a prompt, or sequences that all close a run.
+
+    Runs have 4 tokens, and are pooled with the run before, or 64 tokens.
+    """
+    overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
+    every = 4 if overlap else 64
+    prompt, decodes = [(power(rng, every, 2048), 0)], [(1, 64 * power(rng, 1, 32) - 1)] * power(rng, 1, 32)
+    batch = batch_of(prompt if rng.random() < 0.5 else decodes)
+    names = {"value_cache": "v", "gate_cache": "g", "bias": "b", "weight": "w", "frequencies": "f", "entries": "e"}
+    op = PoolKeys(site="pool_keys", **names, every=every, overlap=overlap)
+    caches = [Tensor(n, ("P", "B", 1 + overlap, d), "bf16", "state") for n in "vg"]
+    caches.append(Tensor("e", ("P", f"B/{every}", 1, d), "bf16", "state"))
+    vectors = [Tensor("w", (d,), "f32", "weight"), Tensor("f", (d // 4,), "f32", "const")]
+    bias = Tensor("b", (every, (1 + overlap) * d), "f32", "weight")
+    words = f"m={len(batch.tokens)} keys={batch.context_len[0]} every={every} d={d}"
+    return case(op, [*caches, *vectors, bias], batch, words)
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
     "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
-    "mix_streams": mix_streams,
+    "mix_streams": mix_streams, "pool_keys": pool_keys,
 }  # fmt: skip

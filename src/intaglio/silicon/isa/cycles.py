@@ -56,6 +56,11 @@ def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
     return vector_cycles(chip, (4 + 2 * rounds) * n, n) + (rounds + 1) * np.log2(np.sqrt(n))
 
 
+def pool_cycles(chip: ChipSpec, n: Any) -> Any:
+    """Cycles to pool n values by the softmax of their gates: six operations and one exponential a value."""
+    return vector_cycles(chip, 6 * n, n)
+
+
 SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 
 

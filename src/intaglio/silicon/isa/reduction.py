@@ -1,4 +1,4 @@
-"""Instructions of the vector lanes that reduce rows: moments, and matrices made doubly stochastic."""
+"""Instructions of the vector lanes that reduce values: moments, matrices made doubly stochastic, pooled rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Literal
 
 from intaglio.chips import Target
 from intaglio.ops.moment import moment
+from intaglio.ops.pooled import pool
 from intaglio.ops.streams import doubly_stochastic
-from intaglio.silicon.isa.cycles import moment_cycles, sinkhorn_cycles
+from intaglio.silicon.isa.cycles import moment_cycles, pool_cycles, sinkhorn_cycles
 from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes
 from intaglio.silicon.memory import CoreMemory, Region
 
@@ -56,3 +57,27 @@ class Sinkhorn(Instruction, engine="VEC", opcode=0x4C):
 
     def cost(self, target: Target) -> Cost:
         return Cost(cycles=float(self.x.rows * sinkhorn_cycles(target.chip, self.x.cols, self.iterations)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Instruction, engine="VEC", opcode=0x4D):
+    """Pool rows: dst[0, j] = the sum over i of x[i, j] times the softmax over i of gates[i, j] + bias[i, j].
+
+    dst f32 [1, n], x and gates [m, n] in any float format, bias f32 [m, n]. Computed in float64 and rounded once.
+    """
+
+    dst: Region
+    x: Region
+    gates: Region
+    bias: Region
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": (1, "n"), **dict.fromkeys(("x", "gates", "bias"), ("m", "n"))}
+
+    def run(self, mem: CoreMemory) -> None:
+        gates = mem.read64(self.gates) + mem.read64(self.bias)
+        mem.write(self.dst, pool(mem.read64(self.x), gates)[None, :])
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(pool_cycles(target.chip, self.x.rows * self.x.cols)))
