@@ -323,8 +323,10 @@ def pool_keys(rng: np.random.Generator, on: Target) -> Case:
     every = 4 if overlap else 64
     prompt, decodes = [(power(rng, every, 2048), 0)], [(1, 64 * power(rng, 1, 32) - 1)] * power(rng, 1, 32)
     batch = batch_of(prompt if rng.random() < 0.5 else decodes)
-    names = {"value_cache": "v", "gate_cache": "g", "bias": "b", "weight": "w", "frequencies": "f", "entries": "e"}
-    op = PoolKeys(site="pool_keys", **names, every=every, overlap=overlap)
+    op = PoolKeys(
+        site="pool_keys", value_cache="v", gate_cache="g", bias="b", weight="w", frequencies="f", entries="e",
+        every=every, overlap=overlap,
+    )  # fmt: skip
     caches = [Tensor(n, ("P", "B", 1 + overlap, d), "bf16", "state") for n in "vg"]
     caches.append(Tensor("e", ("P", f"B/{every}", 1, d), "bf16", "state"))
     vectors = [Tensor("w", (d,), "f32", "weight"), Tensor("f", (d // 4,), "f32", "const")]

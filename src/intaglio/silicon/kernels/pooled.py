@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -135,10 +135,8 @@ class PoolKeysKernel(ChipKernel):
                 one, norm, out = z.next(), turned.next(), rounded.next()
                 k.emit(isa.Norm(dst=one, x=sums, weight=weight, eps=op.eps, span=d))
                 position = index.part(cols=slice(len(mine) + i, len(mine) + i + 1))
-                how = {"head_dim": d, "factor": op.factor, "trailing": True}
-                k.emit(
-                    isa.Rope(dst=norm, x=one, positions=position, frequencies=frequencies, style="interleaved", **how)
-                )
+                how: dict[str, Any] = {"head_dim": d, "style": "interleaved", "factor": op.factor, "trailing": True}
+                k.emit(isa.Rope(dst=norm, x=one, positions=position, frequencies=frequencies, **how))
                 if entries.format == "f32":
                     out = norm
                 else:
