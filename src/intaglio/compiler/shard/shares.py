@@ -18,10 +18,10 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
     """Divide `width` columns among `lanes` ranks. Returns a list with a tuple of one near-equal range for each rank.
 
     Ranges end at multiples of the first of `blocks` that divides `width` and gives every rank at least one block. If no
-    block does, ranges end at any column.
+    block does, ranges end at any column. Rank 0's range is one of the longest.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
-    ends = [width // block * i // lanes * block for i in range(lanes + 1)]
+    ends = [-(-(width // block) * i // lanes) * block for i in range(lanes + 1)]
     return [(range(a, b),) for a, b in pairwise(ends)]
 
 
