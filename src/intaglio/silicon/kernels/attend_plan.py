@@ -430,76 +430,98 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     alone = h.group // pack  # jobs that read the same keys: HBM delivers them once, the L2 to each
     n = np.array([count * h.kv_heads * alone for _, _, count in part], float)
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
-    tiles = np.ceil(keys / fit.keys)
-    mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
     missed = (1 - cached) / (alone if chip.l2_bytes else 1) * h.hbm_part(target)
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
         merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
         if parts > 1 and lib.activation_bytes >= WIDE and merged > chip.sram_bytes:
             continue  # SRAM does not fit the parts of a tile when they are merged
-        per = np.ceil(tiles / parts)
-        count = n * np.ceil(tiles / per)
-        seconds = decode_seconds(target, h, plan, per, count, missed, mean)
+        tiles, seen, count = decode_jobs(plan, keys, n)
+        loaded = seen if knows_lengths(lib, plan) else tiles * plan.keys
+        seconds = decode_seconds(target, h, plan, tiles, loaded, count, missed)
         if parts > 1:
             seconds += merge_seconds(target, h, plan, float(n.sum()))
         work = tile_seconds(target, h, plan.rows, plan.keys).work
-        found = seconds, float(per @ count) * work / chip.cores, float(count.sum()), plan
+        found = seconds, float(tiles @ count) * work / chip.cores, float(count.sum()), plan
         if best is None or found[0] < best[0]:
             best = found
     assert best is not None
     return best
 
 
+def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The jobs of the chunks with one query, as three arrays with an item for each kind: key tiles, keys, number.
+
+    Key tiles and keys are those of one job; the last array is the number of jobs of the kind. A context is cut into
+    parts of equally many tiles. The last part, a kind of its own, has the rest.
+
+    keys, n: keys, and number of tiles of queries that attend to so many.
+    """
+    tiles = np.ceil(keys / plan.keys)
+    per = np.ceil(tiles / plan.parts)
+    whole = np.ceil(tiles / per) - 1  # parts of a context, but for the last
+    last = keys - whole * per * plan.keys
+    out = (per, tiles - whole * per), (per * plan.keys, last), (n * whole, n)
+    kept = np.concatenate(out[2]) > 0
+    tiles, seen, count = (np.concatenate(v)[kept] for v in out)
+    return tiles, seen, count
+
+
 def decode_seconds(
-    target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, keys: float
+    target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, keys: np.ndarray, count: np.ndarray, missed: float
 ) -> float:
     """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
-    The model assumes that all cores share the HBM and L2 rates equally, and that every tile loads the mean number of
-    keys. A job is one query for plan.pack heads and one part of the context. Jobs of sequences with the same number of
-    keys are listed together, as one kind of job.
+    The model assumes that all cores share the HBM and L2 rates equally, and that the tiles of a job load equally many
+    keys. A job is one query for plan.pack heads and one part of the context. Equal jobs are listed together, as one
+    kind of job.
 
-    tiles: for each kind, key tiles of one job. count: for each kind, number of jobs. missed: fraction of the tiles
-    loaded from HBM; the L2 holds the rest. keys: mean number of keys that a tile loads.
+    tiles, keys: for each kind, key tiles of one job, and the keys that they load. count: for each kind, number of jobs.
+    missed: fraction of the tiles loaded from HBM; the L2 holds the rest.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     dealt = np.inf if lib.activation_bytes >= WIDE else DEALT
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
-    tile_bytes = keys * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
+    key_bytes = h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
     here = 1 - h.hbm_part(target)  # part of a tile that is in the L2; it is loaded last
 
-    def load_seconds(active: float, turns: float) -> float:
+    def key_seconds(active: float, turns: float) -> float:
+        """Seconds to load one key and its value, while `active` cores load."""
         base = max(active / chip.l2_rate, turns / chip.port_rate)
-        return tile_bytes * ((1 - here) * max(active * missed / (1 - here) / chip.hbm_rate, base) + here * base)
+        return key_bytes * ((1 - here) * max(active * missed / (1 - here) / chip.hbm_rate, base) + here * base)
 
-    load = load_seconds(active, turns)
-    widen = widen_seconds(target, h) * turns
-    loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
-    jobs = float(count.sum()) / chip.cores
+    each, widen = key_seconds(active, turns), widen_seconds(target, h) * turns
+    load = keys / tiles * each  # of a tile, for each kind
+    loaded = np.maximum(load, widen) if two_jobs_fit(target, h) else load + widen
+    total = float(tiles @ count)
+    jobs, mean = float(count.sum()) / chip.cores, float(keys @ count) / total  # mean: keys of a tile
     if plan.ahead:  # the loads of all jobs of a core are one pipeline
         between = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)
         start = t.blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
-        computed = makespan(tiles * t.work + between, count, chip.cores, dealt) + min(load, t.work) + latency_s
+        first = min(float(keys.max()), plan.keys) * each  # seconds to load the first tile
+        computed = makespan(tiles * t.work + between, count, chip.cores, dealt) + min(first, t.work) + latency_s
         rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores, dealt)) - 1) / plan.depth) + 1
-        even = max(1.0, even_makespan(tiles, count, chip.cores))
-        loads = pipeline(even, loaded, t.work, latency_s, plan.depth)
-        return float(start + max(computed, rounds * (loaded + latency_s + t.work), loads))
+        first = max(first, widen) if two_jobs_fit(target, h) else first + widen
+        alone = pipeline(tiles, loaded, t.work, latency_s, plan.depth).max()
+        mean_load = float(loaded * tiles @ count) / total
+        even = max(1.0, total / chip.cores)
+        loads = max(alone, pipeline(even, mean_load, t.work, latency_s, plan.depth))
+        return float(start + max(computed, rounds * (first + latency_s + t.work), loads))
     if lib.activation_bytes >= WIDE:  # in the streams, a core starts `lanes` jobs after all earlier ones have ended
         full, rest = divmod(round(float(count.sum())), chip.cores)  # jobs of every core; cores that have one more
         users = [chip.cores] * full + [rest] * (rest > 0)  # of each job of the core with most: cores that run one now
-        mean, total = float(tiles @ count) / float(count.sum()), latency_s + t.blank
+        each_job, seconds = total / float(count.sum()), latency_s + t.blank  # each_job: mean tiles of a job
         for first_job in range(0, len(users), plan.lanes):
             now = users[first_job : first_job + plan.lanes]
-            how = load_seconds(float(np.mean(now)), 1.0) + widen, t.work, latency_s, plan.depth
-            total += t.fill + float(pipeline(mean * len(now), *how)) + t.merge
-        return total
+            how = mean * key_seconds(float(np.mean(now)), 1.0) + widen, t.work, latency_s, plan.depth
+            seconds += t.fill + float(pipeline(each_job * len(now), *how)) + t.merge
+        return seconds
     # A core waits for the first tile of each job, and no conversion overlaps with that.
-    first = latency_s + load + widen - loaded
-    computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first
-    seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + load + widen - loaded
+    waited = load + widen - loaded
+    computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + latency_s + float(waited.max())
+    seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + waited
     # Jobs that wait for memory speed up as others end, so the cores' idle time is not counted.
     return float(latency_s + t.blank + max(computed, even_makespan(seconds, count, slots)))
 
