@@ -105,7 +105,7 @@ def test_experts_on_all_chips(mixture: Server) -> None:
     alone, shared = StepTimes(whole, on), StepTimes(mixture, on)
     few, many = alone.exact(16, 500)[0], shared.exact(64, 500)[0]
     assert 0.2 * few < many < 2 * few
-    assert mixture.kv_tokens(on, 0.9, 2048, 256) >= 4 * whole.kv_tokens(on, 0.9, 2048, 256)
+    assert mixture.kv_room(on, 0.9, 2048, 256).tokens() >= 4 * whole.kv_room(on, 0.9, 2048, 256).tokens()
     with pytest.raises(ChipError, match="llama-3-8b has no experts"):
         Server.of(ported(CARD, None), Placement.parse("dp2/ep2"), Formats())
 

@@ -32,7 +32,7 @@ def test_a_plan_fills_the_chips_and_no_ratio_serves_more(question: Question) -> 
     n = most_decoding(one, asked.input, asked.output, tpot)
     assert refused == [] and best and best.prefill + best.decode == chips
     assert one.times.cost(n, context)[0] <= tpot
-    full = n == min(one.settings.max_sequences, one.settings.kv_tokens // (asked.input + asked.output))
+    full = n == min(one.settings.max_sequences, one.settings.room.sequences(asked.input + asked.output))
     assert full or one.times.cost(n + 1, context)[0] > tpot
     each = n / ((asked.output - 1) * one.times.cost(n, context)[0])
     rates = [min(0.85 * a * prompt_rate(one, asked.input)[0], (chips - a) * each) for a in range(1, chips)]

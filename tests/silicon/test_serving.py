@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from intaglio.chips import ChipError, target
 from intaglio.cli import app
+from intaglio.codesign.memory import KvRoom
 from intaglio.codesign.serving import (
     EngineSettings,
     Limits,
@@ -220,7 +221,7 @@ def test_moments_count_requests_and_tokens() -> None:
         end = (first or 0.0) + rng.uniform(0.01, 5)
         planned = LoadRequest(rng.uniform(0, 9), rng.randrange(1, 500), rng.randrange(1, 90))
         load.append(Outcome(planned, planned.at, end, first, (), planned.prompt, planned.output))
-    found = moments(load, 1000, count=7)
+    found = moments(load, KvRoom.of_tokens(500), 2, count=7)
     last = max(o.start + o.end for o in load)
     assert [m.at for m in found] == pytest.approx([i * last / 6 for i in range(7)])
     for m in found:
@@ -233,7 +234,7 @@ def test_moments_count_requests_and_tokens() -> None:
                 held += o.prompt + o.output * (m.at - first) / (end - first)
         assert (m.waiting, m.decoding) == (waiting, decoding)
         assert m.kv_share == pytest.approx(held / 1000)
-    assert (found[-1].waiting, found[-1].decoding) == (0, 0) and moments([], 1000) == ()
+    assert (found[-1].waiting, found[-1].decoding) == (0, 0) and moments([], KvRoom.of_tokens(1)) == ()
 
 
 def test_the_command_writes_a_chart_and_prices(tmp_path: Path) -> None:

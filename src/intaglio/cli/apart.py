@@ -139,8 +139,8 @@ def given_pairs(
     for first, second in zip(prefill, decode, strict=True):
         a, b = kinds[first], kinds[second]
         sizes = (
-            QueueSettings(a.server.kv_tokens(on, q.memory_share, budget, 256), budget, 256 * a.copies),
-            QueueSettings(b.server.kv_tokens(on, q.memory_share, 1024, 1024), budget, 1024 * b.copies),
+            QueueSettings(a.server.kv_room(on, q.memory_share, budget, 256, gives_back=False), budget, 256 * a.copies),
+            QueueSettings(b.server.kv_room(on, q.memory_share, 1024, 1024, gives_back=False), budget, 1024 * b.copies),
         )
         for n in concurrency:
             progress(len(found), len(prefill) * len(concurrency), f"{first} {second}: {n} requests open")

@@ -12,6 +12,7 @@ from typing import Any
 from intaglio.chips import ChipError, Target
 from intaglio.codesign.fleet import ROUTES
 from intaglio.codesign.fusions import FUSIONS
+from intaglio.codesign.memory import KvRoom
 from intaglio.codesign.queue import RANKS, QueueSettings
 from intaglio.codesign.steps import StepTimes
 
@@ -183,12 +184,12 @@ class EngineProfile:
         return target.with_library(**changes) if changes else target
 
     def settings(
-        self, kv_tokens: int, copies: int = 1, concurrency: int = 1, decodes: bool = False
+        self, kv: KvRoom, copies: int = 1, concurrency: int = 1, decodes: bool = False
     ) -> QueueSettings:  # fmt: skip
         """The QueueSettings (limits and host times for simulating a queue) of one server of this engine.
 
         Args:
-            kv_tokens: number of tokens that the server's K/V cache can hold.
+            kv: room for K/V of the server's sequences.
             copies: data-parallel copies of the attention layers (DP ranks) in the server. Each runs up to
                 self.max_sequences sequences, or self.decode_sequences if `decodes` is True.
             concurrency: number of requests open at once on the server; for a disaggregated server, on all servers
@@ -197,7 +198,7 @@ class EngineProfile:
         """
         sequences = of_load(self.decode_sequences, concurrency, self.max_sequences) if decodes else self.max_sequences
         return QueueSettings(
-            kv_tokens, self.max_batch_tokens, sequences * copies, self.mixed, self.step_s, self.sequence_s,
+            kv, self.max_batch_tokens, sequences * copies, self.mixed, self.step_s, self.sequence_s,
             self.request_s, self.prompt_token_s, self.admission_steps, of_load(self.poll_steps, concurrency, 0),
             self.tokens_per_step, self.ranks,
         )  # fmt: skip

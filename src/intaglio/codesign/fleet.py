@@ -7,6 +7,7 @@ steps are alike and are taken together. If a request comes to a replica meanwhil
 from __future__ import annotations
 
 import heapq
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -207,7 +208,7 @@ def simulate_fleet(
     check_context(server.program, longest)
     placement, times = server.placement, StepTimes(server, target)
     per_copy = -(-settings.max_sequences // placement.copies)
-    kv = server.kv_tokens(target, settings.memory_share, settings.max_batch_tokens, per_copy, settings.max_sequences)
+    kv = server.kv_room(target, settings.memory_share, settings.max_batch_tokens, per_copy, settings.max_sequences)
     how = QueueSettings(
         kv, settings.max_batch_tokens, settings.max_sequences, step_s=settings.step_overhead_s,
         request_s=settings.request_overhead_s,
@@ -218,7 +219,8 @@ def simulate_fleet(
     good = sum(map(limits.met_by, outcomes))
     idle_s = max(0.0, done.seconds * placement.replicas - done.busy_s)
     joules = done.joules + idle_s * target.chip.energy.idle_w * placement.chips_per_server
+    mean = statistics.fmean(r.prompt + r.output for r in requests)
     return ServingResult(
-        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv,
-        moments(outcomes, kv * placement.replicas),
+        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0,
+        kv.tokens(mean), moments(outcomes, kv, placement.replicas),
     )  # fmt: skip

@@ -327,7 +327,9 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     on = profile.on(target(row.columns["system"]), (how.experts or how.weights) if row.card in MIXTURES else "")
     own = times(row.card, on, row.placement(phase), how, profile.fusions, 1 + profile.draft_tokens)
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
-    kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
+    kv = own.server.kv_room(
+        own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1, gives_back=not phase
+    )
     return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency, phase == "decode_")
 
 

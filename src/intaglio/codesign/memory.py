@@ -1,4 +1,7 @@
-"""Memory of a serving load in the HBM of one chip: weights, K/V cache and activations."""
+"""Memory of a serving load in the HBM of one chip: weights, K/V cache and activations; and room for K/V of a server.
+
+Layers with a sliding window hold the K/V blocks that the engine keeps for them (runtime/windows.py).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from intaglio.compiler.buffers import buffers
+from intaglio.devices import StateSpec
 from intaglio.program import Program
+from intaglio.runtime.windows import blocks_of_step, reservations
 from intaglio.silicon.sizes import BLOCK, BatchSizes
 
 GB = 10**9
@@ -49,7 +54,7 @@ class MemoryUse:
         return f"{parts}; {self.total / GB:,.1f} of {self.hbm / GB:,.0f} GB of HBM"
 
 
-def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int) -> MemoryUse:
+def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int, window: int = 0) -> MemoryUse:
     """The MemoryUse of a chip that runs `program`, the Program of one rank of a pipeline stage.
 
     Args:
@@ -58,29 +63,114 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int)
             of recurrent state.
         micro_batches: number of such steps in flight in the pipeline, each with its own sequences.
         hbm: bytes of the chip's HBM.
+        window: the longest sliding window of the whole model's layers in tokens, 0 without any: see longest_window().
+            The caches in `program.windows` hold the blocks that a step sees through it.
     """
-    blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
     sequences = sum(n for *_, n in step.sequences)
-    pages = {"P": blocks * micro_batches, "B": BLOCK, "N": 2 * sequences * micro_batches}
+    blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
+    seen = sum(blocks_of_step(q, keys, window, BLOCK) * n for q, keys, n in step.sequences) if window else blocks
+    full, windowed = page_bytes(program)
     return MemoryUse(
         weights=sum(w.nbytes({}) for w in program.of_role("weight")),
-        kv=sum(t.nbytes(pages) for t in program.of_role("state")),
+        kv=(full * blocks + windowed * seen) * micro_batches + slot_bytes(program) * 2 * sequences * micro_batches,
         activations=sum(step.rows_of(b.rows) * b.row_bytes for b in buffers(program).values()),
         hbm=hbm,
     )
 
 
-def pages_that_fit(program: Program, use: MemoryUse, slots: int) -> int:
-    """Number of K/V blocks of BLOCK tokens that fit into the HBM that is left over.
+def page_bytes(program: Program) -> tuple[int, int]:
+    """Bytes of a K/V block of BLOCK tokens: (in all layers without a sliding window, in all layers with one), two ints.
 
-    Weights, activations and `slots` slots of recurrent state are subtracted first. The result is negative if these
-    alone need more than the HBM, and 0 if less than a block is left. For a Program without K/V cache it is the number
-    of bytes left.
+    The latter are the caches in `program.windows`.
+    """
+    full = windowed = 0
+    for t in program.of_role("state"):
+        if t.shape[0] == "P":
+            size = t.nbytes({"P": 1, "B": BLOCK})
+            full, windowed = (full, windowed + size) if t.name in program.windows else (full + size, windowed)
+    return full, windowed
+
+
+def slot_bytes(program: Program) -> int:
+    """Bytes of a slot of recurrent state in all layers; 0 for a Program without recurrent state."""
+    return sum(t.nbytes({"N": 1, "B": BLOCK}) for t in program.of_role("state") if t.shape[0] == "N")
+
+
+def free_bytes(program: Program, use: MemoryUse, slots: int) -> int:
+    """Bytes of HBM left for K/V beside weights, activations and `slots` slots of recurrent state; may be negative.
 
     use: the MemoryUse of this Program with an empty K/V cache.
     """
-    state = program.of_role("state")
-    held = sum(t.nbytes({"N": slots, "B": BLOCK, "P": 0}) for t in state)
-    page = sum(t.nbytes({"P": 1, "B": BLOCK, "N": 0}) for t in state)
-    free = use.hbm - use.weights - use.activations - held
-    return free // max(1, page)
+    return use.hbm - use.weights - use.activations - slots * slot_bytes(program)
+
+
+@dataclass(frozen=True)
+class KvLimit:
+    """A limit on the K/V of all sequences of a server: tokens * full + kept * windowed <= room * BLOCK, in bytes.
+
+    `tokens` are the tokens of all sequences, `kept` those that layers with a sliding window keep.
+
+    Attributes:
+        room: bytes of K/V blocks that fit.
+        full: bytes of a block of BLOCK tokens in the layers that keep all tokens.
+        windowed: bytes of a block in the layers with a window.
+    """
+
+    room: int
+    full: int
+    windowed: int = 0
+
+
+@dataclass(frozen=True)
+class KvRoom:
+    """How many tokens of K/V the sequences of one server can have at a time.
+
+    Attributes:
+        limits: all must hold, such as one for the chips of each pipeline stage.
+        window: the most tokens of a sequence that layers with a sliding window keep; 0 if no layer gives K/V back.
+    """
+
+    limits: tuple[KvLimit, ...]
+    window: int = 0
+
+    @classmethod
+    def of_tokens(cls, tokens: int) -> KvRoom:
+        """The KvRoom for `tokens` tokens in layers that keep all of them."""
+        return cls((KvLimit(tokens, BLOCK),))
+
+    @classmethod
+    def of_state(cls, state: StateSpec, context: int, max_batch_tokens: int, depth: int) -> KvRoom:
+        """The KvRoom of an engine whose K/V cache has the sizes of `state`. Its other arguments are those of Windows.
+
+        Blocks that all steps share are left out, since no sequence reserves them.
+        """
+        limits = (KvLimit(state.pages * BLOCK, BLOCK),)
+        if not state.window_pages:
+            return cls(limits)
+        most, steps = reservations(
+            state.window, state.page_tokens, context=context, max_batch_tokens=max_batch_tokens, depth=depth
+        )
+        reserved = (state.window_pages - 1 - steps) * BLOCK
+        return cls((*limits, KvLimit(reserved, 0, BLOCK)), most * BLOCK)
+
+    def kept(self, length: float) -> float:
+        """Tokens that a layer with a window keeps of a sequence of `length` tokens: at most `window`."""
+        return min(length, self.window) if self.window else length
+
+    def fits(self, tokens: float, kept: float) -> bool:
+        """True if sequences fit that have `tokens` tokens in total, of which layers with a window keep `kept`."""
+        return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
+
+    def used(self, tokens: float, kept: float) -> float:
+        """Fraction of the room that sequences fill; the arguments are those of fits()."""
+        return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
+
+    def tokens(self, length: float = 1) -> int:
+        """Number of tokens that fit, if each sequence has `length` tokens. The last one may be cut."""
+        kept = self.kept(length)
+        sizes = [(one.room * BLOCK, length * one.full + kept * one.windowed) for one in self.limits]
+        return min(int(room * length // size) for room, size in sizes if size)
+
+    def sequences(self, length: float) -> int:
+        """Number of sequences of `length` tokens that fit."""
+        return int(self.tokens(length) // length)

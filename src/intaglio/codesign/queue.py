@@ -10,9 +10,11 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from random import Random
 
+from intaglio.codesign.memory import KvRoom
 from intaglio.codesign.steps import Costs
 from intaglio.measure.load import Outcome
 from intaglio.measure.workload import LoadRequest
@@ -27,8 +29,8 @@ class QueueSettings:
     """How a server's engine is run. Times are in seconds.
 
     Attributes:
-        kv_tokens: number of tokens that the K/V cache can hold. A request is admitted if there is room for its prompt
-            and whole response.
+        kv: room for K/V: a KvRoom, or a number of tokens if every layer keeps all tokens. A request is admitted if
+            there is room for its prompt and whole response.
         max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
             longer prompt is prefilled in chunks.
         max_sequences: maximum sequences that run at once, on all DP ranks together.
@@ -48,7 +50,7 @@ class QueueSettings:
             two, a prompt waits for its own rank even if another one is idle.
     """
 
-    kv_tokens: int
+    kv: KvRoom | int
     max_batch_tokens: int = 2048
     max_sequences: int = 256
     mixed: bool = True
@@ -60,6 +62,11 @@ class QueueSettings:
     poll_steps: int = 0
     tokens_per_step: float = 1.0
     ranks: str = "any"
+
+    @cached_property
+    def room(self) -> KvRoom:
+        """The KvRoom of the server."""
+        return KvRoom.of_tokens(self.kv) if isinstance(self.kv, int) else self.kv
 
 
 @dataclass
@@ -119,7 +126,7 @@ class Queue:
         self.now, self.counter, self.steps, self.joules, self.busy_s = 0.0, 0, 0, 0.0, 0.0
         self.waiting, self.prefilling = deque[Queued](), deque[Queued]()
         self.running: list[tuple[int, int, Queued]] = []  # (counter at which it ends, tie, request)
-        self.keys, self.held, self.number = 0.0, 0, 0  # keys of all running ones; tokens of K/V reserved
+        self.keys, self.held, self.kept, self.number = 0.0, 0, 0.0, 0  # keys of running ones; tokens of K/V reserved
         self.seen, self.unlooked = 0, 0  # waiting requests that the engine knows; decode steps since it last looked
         self.done: list[Outcome] = []
         self.added, self.random = 0, Random(0)  # requests so far; the source of their ranks if settings.ranks is random
@@ -134,11 +141,7 @@ class Queue:
 
         Raises ValueError if its prompt and whole response do not fit into the empty K/V cache.
         """
-        if request.prompt + request.output > self.settings.kv_tokens:
-            raise ValueError(
-                f"a request of {request.prompt:,} + {request.output:,} tokens; the K/V cache holds "
-                f"{self.settings.kv_tokens:,}; use more chips, a smaller format or shorter requests"
-            )
+        check_room(self.settings.room, request.prompt, request.output)
         self.waiting.append(Queued(request, start, rank=self._rank()))
         self.added += 1
 
@@ -161,11 +164,14 @@ class Queue:
         if self.unlooked >= s.poll_steps or not self.running:
             self.seen, self.unlooked = len(self.waiting), 0
         while self.seen and len(self.prefilling) + len(self.running) < s.max_sequences:
-            if self.held + self.waiting[0].length > s.kv_tokens:
+            length = self.waiting[0].length
+            kept = s.room.kept(length)
+            if not s.room.fits(self.held + length, self.kept + kept):
                 return
             one = self.waiting.popleft()
             self.seen -= 1
-            self.held += one.length
+            self.held += length
+            self.kept += kept
             if self.prefills:
                 self.prefilling.append(one)
             else:
@@ -290,6 +296,7 @@ class Queue:
 
     def _end(self, one: Queued) -> None:
         self.held -= one.length
+        self.kept -= self.settings.room.kept(one.length)
         s, planned = self.settings, one.planned
         each = (self.now - one.first) / max(1, planned.output - 1)
         step = each * s.tokens_per_step
@@ -297,6 +304,16 @@ class Queue:
         first, end = one.first - one.start + added, self.now - one.start + added
         gaps = ((end - first) / (planned.output - 1),) if planned.output > 1 else ()
         self.done.append(Outcome(planned, one.start, end, first, gaps, planned.prompt, planned.output))
+
+
+def check_room(room: KvRoom, prompt: int, output: int) -> None:
+    """Raise ValueError if the K/V cache of an idle server has no room for one request of these lengths."""
+    length = prompt + output
+    if not room.fits(length, room.kept(length)):
+        raise ValueError(
+            f"a request of {prompt:,} + {output:,} tokens; the K/V cache holds {room.tokens(length):,}; "
+            "use more chips, a smaller format or shorter requests"
+        )
 
 
 def serve(

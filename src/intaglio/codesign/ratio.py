@@ -106,7 +106,7 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 
     kind: the server. input, output: tokens of each request's prompt and response.
     """
-    high = min(kind.settings.max_sequences, kind.settings.kv_tokens // (input + output))
+    high = min(kind.settings.max_sequences, kind.settings.room.sequences(input + output))
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
@@ -177,9 +177,11 @@ def kinds(
             raise ValueError(f"{text} has {placement.replicas} replicas; with --find give the layout of one server")
         try:
             times = StepTimes(Server.of(question.program, placement, question.formats), on)
-            kv = times.server.kv_tokens(on, question.memory_share, budget, sequences)
-            if kv <= question.input:
-                raise ChipError(f"{on.chip.name} has room for K/V of {kv:,} tokens; a prompt has {question.input:,}")
+            kv = times.server.kv_room(on, question.memory_share, budget, sequences, gives_back=False)
+            if kv.tokens() <= question.input:
+                raise ChipError(
+                    f"{on.chip.name} has room for K/V of {kv.tokens():,} tokens; a prompt has {question.input:,}"
+                )
             times.cost(1, question.input)  # raises ChipError for ranks that no network joins
         except (ChipError, LayoutError) as e:
             refused.append((text, str(e)))

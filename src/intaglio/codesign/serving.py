@@ -7,14 +7,16 @@ steps (arrivals, queues, chunked prefill, preemption) is the engine itself.
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
 
 from intaglio.chips import ChipError, Target
-from intaglio.codesign.memory import memory_use, pages_that_fit
+from intaglio.codesign.memory import KvRoom, free_bytes, memory_use, page_bytes
 from intaglio.compiler import Layout
 from intaglio.devices import StateSpec
 from intaglio.devices.silicon import NONE, SiliconDevice, SiliconExecutable
@@ -24,6 +26,7 @@ from intaglio.measure.workload import LoadRequest
 from intaglio.program import Program
 from intaglio.progress import Progress, silent
 from intaglio.runtime import Engine, Request, SamplingParams
+from intaglio.runtime.windows import longest_window, reservations
 from intaglio.silicon.plan import Plan
 from intaglio.silicon.sizes import BLOCK, BatchSizes
 
@@ -89,7 +92,8 @@ class Moment:
         at: seconds since the beginning of the load.
         waiting: requests that were sent and have no token yet: in the queue, or with a prompt that is being computed.
         decoding: requests that have their first token, and not their last.
-        kv_share: fraction of all servers' K/V caches that holds the prompts and tokens so far of decoding requests.
+        kv_share: fraction of all servers' K/V caches that holds the prompts and tokens so far of decoding requests. If
+            layers with a sliding window have a cache of their own, it is that of the fuller cache.
     """
 
     at: float
@@ -98,14 +102,16 @@ class Moment:
     kv_share: float
 
 
-def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -> tuple[Moment, ...]:
+def moments(
+    outcomes: Sequence[Outcome], room: KvRoom, servers: int = 1, count: int = MOMENTS
+) -> tuple[Moment, ...]:  # fmt: skip
     """The state of a served load at `count` equally spaced times, as a tuple of Moments; () without outcomes.
 
     A Moment has the numbers of waiting and of decoding requests, and the used share of the K/V caches. The first is at
     the beginning of the load, the last at the end of the last response. The tokens of a response are assumed to come at
     equal intervals. Requests that failed before their first token count as waiting until their end.
 
-    outcomes: results of all requests. kv_tokens: number of tokens that all servers' K/V caches together can hold.
+    outcomes: results of all requests. room: room for K/V on each of `servers` servers, which serve them together.
     """
     if not outcomes:
         return ()
@@ -116,9 +122,11 @@ def moments(outcomes: Sequence[Outcome], kv_tokens: int, count: int = MOMENTS) -
     for at in np.linspace(0.0, end.max(), count):
         decodes = (first <= at) & (at < end)
         part = (at - first[decodes]) / np.maximum(1e-9, end[decodes] - first[decodes])
-        held = float((prompt[decodes] + part * output[decodes]).sum())
+        held = prompt[decodes] + part * output[decodes]
+        kept = np.minimum(held, room.window) if room.window else held
+        share = room.used(float(held.sum()), float(kept.sum())) / servers
         waiting = int((start <= at).sum() - (first <= at).sum())
-        found.append(Moment(float(at), waiting, int(decodes.sum()), held / kv_tokens))
+        found.append(Moment(float(at), waiting, int(decodes.sum()), share))
     return tuple(found)
 
 
@@ -134,7 +142,7 @@ class ServingResult:
         joules: estimated energy of all chips during steps and between them.
         steps: number of engine steps.
         preemptions: times that a sequence was preempted because the K/V cache was full.
-        kv_tokens: number of tokens that the K/V cache of one server can hold.
+        kv_tokens: number of tokens that the K/V cache of one server can hold, in requests of the load's mean length.
         moments: waiting and decoding requests, and use of the K/V caches, over the time of the load; see moments().
     """
 
@@ -173,30 +181,50 @@ class ServingResult:
         }  # fmt: skip
 
 
-def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings) -> StateSpec:
+def state_of(
+    stages: Sequence[Program], target: Target, settings: EngineSettings, length: int | None = None
+) -> StateSpec:  # fmt: skip
     """The StateSpec of the largest K/V cache that fits beside weights and activations on every chip.
 
     The StateSpec says how many K/V blocks and slots of recurrent state a chip has. There are at most as many blocks as
     settings.max_sequences sequences of the model's full context need. There are two slots for each sequence if the
     model has recurrent state, and otherwise none. Raises ChipError if no block fits.
 
-    stages: one rank's Program of each pipeline stage.
+    Layers with a sliding window get blocks of their own if more requests fit that way. The memory is then divided so
+    that both kinds of blocks are enough for the same number of requests.
+
+    stages: one rank's Program of each pipeline stage. length: tokens of a request of the load, prompt and response;
+    None: the model's context.
     """
-    hbm, slots = int(target.chip.hbm_bytes * settings.memory_share), 0
-    if any(t.shape[0] == "N" for p in stages for t in p.of_role("state")):
-        slots = 2 * settings.max_sequences
-    tokens = settings.max_batch_tokens
+    hbm, tokens, context = (
+        int(target.chip.hbm_bytes * settings.memory_share),
+        settings.max_batch_tokens,
+        stages[0].context,
+    )
+    slots = 2 * settings.max_sequences if any(p.recurrent for p in stages) else 0
     step = BatchSizes(tokens, min(tokens, settings.max_sequences), ())
-    most = settings.max_sequences * -(-stages[0].context // BLOCK)  # more are never used
+    most = settings.max_sequences * -(-context // BLOCK)  # more are never used
     uses = [memory_use(p, step, 1, hbm) for p in stages]
-    pages = min(most, *(pages_that_fit(p, use, slots) for p, use in zip(stages, uses, strict=True)))
+    sizes = [(free_bytes(p, use, slots), *page_bytes(p)) for p, use in zip(stages, uses, strict=True)]
+    pages = min(most, *(free // max(1, full + windowed) for free, full, windowed in sizes))
     if pages < 1:
         worst = max(uses, key=lambda use: use.total)
         raise ChipError(
             f"{target.chip.name}: no room for a K/V cache: {worst}, of which {settings.memory_share:.0%} may be used. "
             "Use more chips, a smaller format or fewer tokens a step"
         )
-    return StateSpec(pages, BLOCK, slots)
+    plain, window, blocks = StateSpec(pages, BLOCK, slots), longest_window(stages), -(-(length or context) // BLOCK)
+    reserved, shared = reservations(window, BLOCK, context=context, max_batch_tokens=tokens, depth=len(stages))
+    shared += 1  # the engine keeps one back
+    kept = min(reserved, blocks)
+    if not window or kept == blocks:
+        return plain
+    fit = min(settings.max_sequences, *(
+        (free - shared * windowed) / (blocks * full + kept * windowed) for free, full, windowed in sizes
+    ))  # fmt: skip
+    own = max(reserved, int(fit * kept)) + shared
+    pages = min(most, *((free - own * windowed) // max(1, full) for free, full, windowed in sizes))
+    return StateSpec(pages, BLOCK, slots, own, window) if pages > 0 and fit * blocks > plain.pages else plain
 
 
 def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) -> list[LoadRequest]:
@@ -257,7 +285,7 @@ def simulate_serving(
     """
     check_context(program, max(requests, key=lambda r: r.prompt + r.output))
     device = SiliconDevice(target, values=NONE, stages=stages, overhead_s=settings.step_overhead_s)
-    state = state_of(stages, target, settings)
+    state = state_of(stages, target, settings, ceil(statistics.fmean(r.prompt + r.output for r in requests)))
     executable = device.load_program(program, NoWeights(), state)
     assert isinstance(executable, SiliconExecutable)
     engine = Engine(
@@ -314,8 +342,11 @@ def result(
     ranks_per_stage = layout.ranks // stages
     idle_s = summary.seconds * stages - executable.busy_s
     joules = ranks_per_stage * (executable.joules + max(0.0, idle_s) * target.chip.energy.idle_w)
-    kv_tokens = engine.pool.total * executable.state.page_tokens
+    lengths = [o.request.prompt + o.request.output for o in later]
+    room = KvRoom.of_state(
+        executable.state, executable.program.context, settings.max_batch_tokens, executable.depth
+    )  # fmt: skip
     return ServingResult(
         summary, layout.ranks, good / len(later), good / summary.seconds, joules, engine.counts.steps,
-        engine.counts.preemptions, kv_tokens, moments(later, kv_tokens),
+        engine.counts.preemptions, room.tokens(statistics.fmean(lengths)), moments(later, room),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from intaglio.models import Checkpoint, port, port_config
 from intaglio.models.files.header import read_json
 from intaglio.program import Program
 from intaglio.progress import Progress, counted, prefixed, silent
+from intaglio.runtime.windows import longest_window
 from intaglio.silicon.plan import Plan
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.timeline import Timeline
@@ -197,8 +198,8 @@ class Simulation:
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
         step = s.mixed() if s.output > 1 else s.prefill()
-        used = (memory_use(p, step, len(self.plans), self.target.chip.hbm_bytes) for p in self.programs)
-        return max(used, key=lambda use: use.total)
+        n, hbm, window = len(self.plans), self.target.chip.hbm_bytes, longest_window(self.programs)
+        return max((memory_use(p, step, n, hbm, window) for p in self.programs), key=lambda use: use.total)
 
     def largest_batch(self, s: Serving) -> int:
         """The largest batch below `s.batch` for which the chips have enough memory; 0 if there is none.

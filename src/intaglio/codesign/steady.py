@@ -13,7 +13,7 @@ from typing import Any
 
 from intaglio.chips import ChipError, Target
 from intaglio.codesign.placement import Placement
-from intaglio.codesign.queue import QueueSettings, serve
+from intaglio.codesign.queue import QueueSettings, check_room, serve
 from intaglio.codesign.serving import Limits, ramped
 from intaglio.codesign.steps import Costs, Formats, Server, StepTimes
 from intaglio.compiler import LayoutError
@@ -58,9 +58,8 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     decodes nothing. The fraction of steps with prompts follows from the balance: as many prompts start as responses
     end. If even a prompt in every step could not balance them, fewer requests decode.
     """
-    slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
-    if slots < 1:
-        raise ValueError(f"a request of {input:,} + {output:,} tokens; the K/V cache holds {s.kv_tokens:,}")
+    check_room(s.room, input, output)
+    slots = min(concurrency, s.max_sequences, s.room.sequences(input + output))
     copies, context = times.copies, input + output / 2
     rounds = max(1.0, (output - 1) / s.tokens_per_step)  # decode steps of a request
     decoding = float(slots)
@@ -122,7 +121,7 @@ class Design:
         watts: mean power of all chips.
         weight_bytes: bytes of weights on the chip that has the most.
         kv_bytes: bytes of K/V on the chip that has the most, when every open request has half of its response.
-        kv_tokens: number of tokens whose K/V one server can hold.
+        kv_tokens: number of tokens whose K/V one server can hold, in requests of the load's length.
         confirmed: True if the figures come from a simulation of the requests, False if from the formula estimate().
         within: True if `ttft` and `tpot` are within the limits that were asked for.
     """
@@ -183,7 +182,7 @@ class Question:
         limits: largest acceptable mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
         max_sequences: maximum sequences of a server that run at once.
-        settings: the engine's overheads. kv_tokens, max_batch_tokens and max_sequences of it are not used: each design
+        settings: the engine's overheads. kv, max_batch_tokens and max_sequences of it are not used: each design
             sets its own.
 
     Raises ValueError if a request is longer than the model's context.
@@ -226,8 +225,8 @@ class Candidate:
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         """
         q = self.question
-        kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
-        return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
+        kv = self.server.kv_room(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
+        return replace(q.settings, kv=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
         """The Design (a deployment with its figures) of all replicas, made from the figures of one server.
@@ -241,12 +240,14 @@ class Candidate:
             confirmed: True if `seen` comes from a simulation of the requests, False if from estimate().
         """
         p, q = self.server.placement, self.question
-        held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
+        length = q.input + q.output / 2
+        held = min(concurrency, settings.room.tokens(length) / length)
         within = seen.ttft <= q.limits.ttft and seen.tpot <= q.limits.tpot
         return Design(
             self.on.chip.name, self.on.library.name, p, concurrency * p.replicas, settings.max_batch_tokens, seen.ttft,
             seen.tpot, seen.tokens_per_s * p.replicas, seen.joules_per_s * p.replicas, self.server.weight_bytes,
-            held * self.server.kv_bytes_per_token, settings.kv_tokens, confirmed, within,
+            held * self.server.kv_bytes(length, settings.room) / p.copies, settings.room.tokens(q.input + q.output),
+            confirmed, within,
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
@@ -272,8 +273,7 @@ class Candidate:
         Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
-        if q.input + q.output > settings.kv_tokens:
-            raise ValueError(f"a request of {q.input:,} + {q.output:,} tokens; K/V holds {settings.kv_tokens:,}")
+        check_room(settings.room, q.input, q.output)
         one = estimate(self.times, settings, q.input, q.output, concurrency)
         spread = one.ttft + one.tpot * (q.output - 1)
         load = ramped([LoadRequest(0.0, q.input, q.output)] * (turns * concurrency), concurrency, spread)

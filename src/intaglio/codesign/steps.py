@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from intaglio.chips import ChipError, Target
 from intaglio.codesign.fusions import fused_kernels
-from intaglio.codesign.memory import memory_use, pages_that_fit
+from intaglio.codesign.memory import KvLimit, KvRoom, free_bytes, memory_use, page_bytes
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.simulate import stages
 from intaglio.ops import Experts
 from intaglio.program import Program
+from intaglio.runtime.windows import longest_window, reservations
 from intaglio.silicon.kernels import ChipKernel, timing
 from intaglio.silicon.kernels.attend import AttendKernel
 from intaglio.silicon.kernels.collectives import collective_timing
@@ -66,7 +67,7 @@ class Server:
             itself, unless experts have a layout or number format of their own.
         activations: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the
             weights, if the chip's arrays multiply it; see StepTimes._kernel().
-        kv_sizes: cache {arguments of kv_tokens(): its result}.
+        kv_rooms: cache {arguments of kv_room(): its result}.
     """
 
     program: Program
@@ -74,7 +75,7 @@ class Server:
     stages: tuple[Program, ...]
     experts: tuple[Program, ...]
     activations: str = "auto"
-    kv_sizes: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
+    kv_rooms: dict[tuple[object, ...], KvRoom] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
@@ -108,11 +109,11 @@ class Server:
             for p, e in zip(self.stages, self.experts, strict=True)
         )
 
-    def kv_tokens(
+    def kv_room(
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
-        states: int = 2,
-    ) -> int:  # fmt: skip
-        """Number of tokens whose K/V one server can hold, beside weights and activations: the sum over its DP ranks.
+        states: int = 2, gives_back: bool = True,
+    ) -> KvRoom:  # fmt: skip
+        """The KvRoom of one server beside weights and activations: the sum over its DP ranks.
 
         A DP rank is a data-parallel copy of the attention layers, with sequences and a K/V cache of its own.
 
@@ -125,33 +126,52 @@ class Server:
                 max_sequences.
             states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
                 writes, or 1 in engines that update it in place.
+            gives_back: True if layers with a sliding window keep only their last tokens, as in the engine. False for
+                servers that send K/V to others or get it from them: these keep the K/V of all tokens.
 
         Raises ChipError if not even one K/V block fits.
         """
         hbm = int(target.chip.hbm_bytes * share)
-        asked = hbm, max_tokens, max_sequences, open_sequences, states
-        if asked in self.kv_sizes:
-            return self.kv_sizes[asked]
+        asked = hbm, max_tokens, max_sequences, open_sequences, states, gives_back
+        if asked in self.kv_rooms:
+            return self.kv_rooms[asked]
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
-        slots = states * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
-        pages = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
+        slots = states * max_sequences if any(p.recurrent for p in self.stages) else 0
+        context, copies, window = self.program.context, self.placement.copies, longest_window(self.stages)
+        most, of_steps = reservations(
+            window, BLOCK, context=context, max_batch_tokens=max_tokens, depth=len(self.stages)
+        )
+        gives_back = gives_back and window > 0 and most * BLOCK < context
+        used = (open_sequences or max_sequences) * -(-context // BLOCK) * BLOCK * copies  # more tokens are never used
+        limits = [KvLimit(used, BLOCK)]
         for p in self.stages:
             use = replace(memory_use(p, step, 1, hbm), weights=self.weight_bytes)
-            fit = pages_that_fit(p, use, slots)
-            if fit < 1:
+            full, windowed = page_bytes(p)
+            free = free_bytes(p, use, slots) - gives_back * of_steps * windowed
+            whole = full + windowed
+            if free < max(1, whole):
                 raise ChipError(
                     f"{target.chip.name}, {self.placement}: no room for a K/V cache: {use}, of which {share:.0%} may "
                     "be used. Use more chips, a smaller format or fewer tokens a step"
                 )
-            pages = min(pages, fit)
-        self.kv_sizes[asked] = pages * BLOCK * self.placement.copies
-        return self.kv_sizes[asked]
+            if whole:
+                room = free // whole * whole * copies
+                limits.append(KvLimit(room, full, windowed) if gives_back else KvLimit(room, whole))
+        self.kv_rooms[asked] = KvRoom(tuple(limits), most * BLOCK if gives_back else 0)
+        return self.kv_rooms[asked]
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
-        """Bytes of K/V that a token takes on the chip where it takes the most, without recurrent state."""
-        two, one = ({"P": n, "B": BLOCK, "N": 0} for n in (2, 1))
-        return max(sum(t.nbytes(two) - t.nbytes(one) for t in p.of_role("state")) for p in self.stages) / BLOCK
+        """Bytes of K/V that a token takes in all layers of the chip where it takes the most."""
+        return max(sum(page_bytes(p)) for p in self.stages) / BLOCK
+
+    def kv_bytes(self, length: float, room: KvRoom) -> float:
+        """Bytes of K/V of a sequence of `length` tokens, on the chip where it takes the most.
+
+        room: the server's KvRoom, which says how many tokens layers with a sliding window keep.
+        """
+        sizes = [page_bytes(p) for p in self.stages]
+        return max(length * full + room.kept(length) * windowed for full, windowed in sizes) / BLOCK
 
 
 def weights_of(p: Program, of_experts: bool) -> set[str]:

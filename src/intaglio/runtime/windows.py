@@ -43,6 +43,24 @@ def reservations(
     return (most, depth * (max_batch_tokens // block_size)) if most < blocks else (blocks, 0)
 
 
+def first_block(position: int, window: int, block_size: int) -> int:
+    """The index, among a sequence's blocks, of the first block that a query at `position` sees through a window."""
+    return max(0, position - window + 1) // block_size
+
+
+def blocks_of_step(rows: int, keys: int, window: int, block_size: int) -> int:
+    """Number of window blocks that a sequence holds in a step, an int: those that its rows read and write.
+
+    rows: the sequence's token rows in the step. keys: its tokens up to and including these rows.
+    """
+    return -(-keys // block_size) - first_block(keys - rows, window, block_size)
+
+
+def longest_window(programs: Iterable[Program]) -> int:
+    """The longest window in tokens of all layers with a sliding window or chunks (Program.windows); 0 without any."""
+    return max((n for p in programs for n in p.windows.values()), default=0)
+
+
 def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
     max_sequences: int, depth: int = 1,
@@ -65,7 +83,7 @@ def with_windows(
 
     Raises RequestError if `window_tokens` is above 0 and less than one sequence needs, or no layer has a window.
     """
-    window, size = max((n for p in programs for n in p.windows.values()), default=0), state.page_tokens
+    window, size = longest_window(programs), state.page_tokens
     if window_tokens == 0 or (not window and window_tokens is None):
         return state
     most, steps = reservations(window, size, context=context, max_batch_tokens=max_batch_tokens, depth=depth)
@@ -230,4 +248,4 @@ class Windows:
 
     def first_block(self, position: int) -> int:
         """The index, among a sequence's blocks, of the first block that a query at `position` sees."""
-        return max(0, position - self.window + 1) // self.size
+        return first_block(position, self.window, self.size)
