@@ -226,7 +226,7 @@ def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised matrix [N, K]: value = (code - zero) * scale - minimum, or level of the code * scale.
+    """A quantised matrix [N, K]: value = (code - zero) * scale - minimum; with `levels`, levels[code] * scale.
 
     A stack of matrices has one more dimension in front of all arrays.
 
@@ -357,10 +357,10 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The best of five candidate scales for each group, float32 [n, G]: the one of least squared error.
+    """The scale of least squared error for each group, out of five candidates, float32 [n, G].
 
-    Each candidate maps the group's value farthest from 0 to another code: the format's last code, or one or two steps
-    below or above it. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales: candidates
+    The candidates differ in the code of the group's value farthest from 0: it is the format's last code, or one or two
+    steps below or above. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales: candidates
     for the last code, [n, G]; a scale of 0, inf or NaN is returned as it is. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
@@ -432,9 +432,9 @@ def _q4_k(x: np.ndarray) -> Quantised:
 
     The scales of a block of 256 values are 0 to 63 times one f16 number, the block's unit; the minima likewise.
 
-    1. For each group, try 16 ranges of values: the group's own range, with either end moved inwards by up to a step.
-       Code the values within each range, fit a line to the codes by least squares, and keep the best line's scale and
-       minimum.
+    1. For each group of 32 values, try 16 ranges: the range from the group's smallest to its largest value, with each
+       end moved inwards by -1, -0.5, 0 or 0.5 steps. Code the values within each range, fit a line to the codes by
+       least squares, and keep the best line's scale and minimum.
     2. Take as units the block's largest scale / 63 and largest minimum / 63, rounded up to f16.
     3. For each group, try the three multiples of the unit nearest to its scale, and with each the three nearest to its
        minimum. Keep the pair of least squared error.
@@ -471,9 +471,13 @@ def _q4_k(x: np.ndarray) -> Quantised:
 
 
 def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit a line x ~ scale * code - offset to each group by least squares, and keep the best of 16 code ranges.
+    """Fit a line x ~ scale * code - offset to each group of 32 values, with the least squared error.
 
-    x: [32, groups...], one column per group. Returns (scale >= 0, offset >= 0, mean code), each [groups...].
+    Codes are the values rounded to steps of a range. The range between the group's smallest and largest value is
+    tried with 16 pairs of moved ends (MOVES), and the pair of least error is kept.
+
+    x: [32, groups...], one column per group. Returns (scale >= 0, offset >= 0, mean of the group's 32 codes), each
+    [groups...].
     """
     low, mean = np.minimum(x.min(axis=0), 0), _sum(x) / 32
     reach = x.max(axis=0) - low

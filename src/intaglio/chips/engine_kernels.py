@@ -119,9 +119,14 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
 
 
 def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
-    """A record with its constants of links scaled from the chips of generation `lent` to those of the library `base`.
+    """The record of a collective with its link constants converted from another generation of chips.
 
-    It is the record itself if they are of the same generation, and for ops other than collectives.
+    Returned unchanged: a record of another op, and one that needs no conversion since `lent` is base.generation or "".
+
+    Args:
+        record: the kernel's record.
+        base: library of the chips for which the constants are wanted.
+        lent: the generation of chips on which they were fitted.
     """
     if record.op != "collectives" or lent in ("", base.generation):
         return record

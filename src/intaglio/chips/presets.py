@@ -32,7 +32,7 @@ def chip(name: str) -> ChipSpec:
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(ChipSpec, default kernel library) of the chip called `name`; the library is the text of its name or file.
+    """(ChipSpec, default kernel library) of the chip called `name`. The library is given by its name or file, as text.
 
     name: a chip that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
     ChipError for an unknown name and for an invalid file, PluginError if a plugin fails to load.

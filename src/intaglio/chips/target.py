@@ -67,7 +67,7 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A target that describes only the kernel that computes a call: its library has this kernel's field values.
+        """A copy of this target whose library has the field values of the kernel that computes a call.
 
         A library may have records: descriptions of single kernels, with other values for some fields. The first record
         that fits the call gives the values, see KernelLibrary.record() and reduced(). If none fits, the library's own
@@ -84,7 +84,7 @@ class Target:
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A target that describes only one kernel: its library has the record's values and no other records. Cached.
+        """A copy of this target whose library has the values of `record`, and no records of other kernels. Cached.
 
         The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor; products above 1
         become 1. The result's memory_factor is 1.

@@ -191,9 +191,9 @@ def per(r: ApartResult, by: str) -> float:
 
 
 def why_unfit(prefill: Sequence[str], decode: Sequence[str], chips: int, limited: bool) -> str:
-    """Why a search found no pair of layouts, if the limits are not why: a text that also says what to change.
+    """The reason why a search found no pair of layouts: a text that also says what to change.
 
-    The result is "" if the layouts can use all chips and there are limits, which then may be why.
+    The result is "" if the layouts can use all chips and `limited` is True: then the limits are the likely reason.
 
     Args:
         prefill: layouts of prefill servers that fit their chips; empty if none does.

@@ -41,8 +41,7 @@ def checked_by(read: Callable[[str], object], others: str = "") -> Callable[[typ
     The callback calls `read` with the text. If `read` raises ValueError, so does the callback, with a message that
     names the option.
 
-    others: end of that message, such as ", or auto", to name values that are allowed besides. The callback itself does
-    not accept them: `read` must.
+    others: end of that message, such as ", or auto": further values that `read` accepts and its errors do not name.
     """
 
     def callback(param: typer.CallbackParam, text: str | None) -> str | None:

@@ -26,7 +26,9 @@ def steady_table(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], concurrency: Sequence[int],
     budget: int | None, find: bool, by: str, as_json: bool, plot: Path | None = None,
 ) -> None:  # fmt: skip
-    """Print the designs of every chip and layout: at each concurrency, or with `find` the best that keep the limits.
+    """Print a table of designs: every chip and layout, each at all numbers of open requests in `concurrency`.
+
+    With `find`, each chip and layout has only one design: the best one within the limits.
 
     Args:
         question: the model, its load and the limits.

@@ -57,7 +57,7 @@ STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured kernel latencies of one table, such as matmul, and number format, to which parameters are fitted.
+    """Measured kernel latencies to which parameters are fitted: rows of one table in one number format.
 
     rows: the calls, each a dict by column name. us: their measured microseconds, an array [rows].
     """
@@ -315,7 +315,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
+    """Errors |predicted / measured - 1| in per cent, on one table and number format, before and after a fit.
 
     Attributes:
         table: name of the table.
@@ -413,9 +413,9 @@ def left_out(
 ) -> tuple[list[np.ndarray], list[Target]]:
     """Cross-validate a fit: returns a list with an array of log errors for each sample, and a list of targets by fold.
 
-    A fold's target is fitted to the rows of the other folds, and gives the errors of the fold's own rows. start: the
-    target where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold.
-    facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
+    For each fold, a target is fitted to the rows of the other folds and predicts the fold's own rows. start: the target
+    where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold. facts: True
+    to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

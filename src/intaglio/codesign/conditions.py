@@ -22,9 +22,9 @@ class Conditions:
     Attributes:
         weight_copies: number of copies of a matrix product's weights; repeated calls use the copies in turn.
         warm_cache: True if keys and values are in the L2 when attention starts, as far as they fit.
-        older_experts: True for the benchmark's older version. That version ran the experts of every model with a gate
-            projection. It rounded each expert's number of token rows, and gave the rows that rounding left over to the
-            experts with the largest rounded numbers.
+        older_experts: True for the benchmark's older version. It gave all models' experts a gate projection, also where
+            a model has none. It rounded each expert's number of token rows, and gave the rows that rounding left over
+            to the experts with the largest rounded numbers.
         expert_kernels: {number format: name of the kernel, in the chip's kernel library, that ran the experts}. It has
             only the formats in which this was not the library's default kernel.
     """

@@ -58,7 +58,10 @@ class Apart:
 
     @property
     def crosses_nodes(self) -> bool:
-        """True if K/V travels between nodes: one network of links cannot connect all chips, and another joins nodes."""
+        """True if K/V travels between nodes: there are more chips than the links of one node connect.
+
+        False also if the chip has no links between nodes.
+        """
         links = self.prefill.target.chip.links
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
@@ -195,9 +198,10 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 
 
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
-    """Keep `concurrency` requests like `request` open until `turns` times as many have ended. Returns the ApartResult.
+    """Simulate a constant load on separate prefill and decode servers. Returns the ApartResult.
 
-    The first requests start at the times of Apart.spread(). Raises ValueError for a request that a cache cannot hold,
+    The load is `concurrency` open requests like `request`, until turns * concurrency requests have ended. The first
+    requests start at the times of Apart.spread(). Raises ValueError for a request that a cache cannot hold,
     or with fewer than two output tokens.
     """
     total = turns * concurrency

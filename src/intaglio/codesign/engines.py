@@ -148,8 +148,8 @@ class EngineProfile:
     ) -> EngineProfile:
         """A copy of this profile with the values that hold for one server; `recipes`, `apart` and `older` are empty.
 
-        First, the values in `self.apart` are used for a disaggregated server, and those in `self.older` for any other
-        server whose release is older, see is_older(). Then the values of each matching recipe are used, in order.
+        First, a disaggregated server gets the values in `self.apart`. Any other server gets those in `self.older` if
+        is_older() says that its release is an older one. Then the values of each matching recipe are used, in order.
 
         Args:
             release: the engine's release, such as 0.17.0; "": not known, and taken as an older release.

@@ -143,9 +143,9 @@ def serve_fleet(
 ) -> FleetResult:  # fmt: skip
     """Serve a load on equal replicas in virtual time. Returns the FleetResult.
 
-    A router gives each request to one replica when the request arrives. The route "least-open" counts the requests that
-    are open then; for a replica in a step with prompts, those that are open at the end of that step. Each replica works
-    as queue.serve() does for a single server.
+    A router gives each request to one replica when the request arrives. The route "least-open" takes the replica with
+    the fewest open requests. They are counted when the request arrives; but if a replica is in a step with prompts
+    then, its count is that at the end of the step. Each replica works as queue.serve() does for a single server.
 
     Args:
         times: step times of one replica.

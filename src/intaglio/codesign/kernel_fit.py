@@ -130,7 +130,7 @@ class Case:
 
         Constants (CONSTANTS) are numbers such as efficiencies. They start with the values of the chip's own library.
         Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`. Each of the
-        two libraries gives the values of its default kernel for the call in the first row. The fact "tiles" starts as
+        two libraries gives the values of its default kernel for the call in self.rows[0]. The fact "tiles" starts as
         None: the value of the chip's own library.
 
         library: name of a shipped library; "": the chip's own.
@@ -263,8 +263,8 @@ class KernelSearch:
     def drop_facts(self, own: Values) -> float:
         """Set facts (discrete properties) of the kernel back to the values in `own` where that hardly matters.
 
-        A fact is set back, in all cases, if the sum of the cases' costs then rises by at most DROP_COST. Returns the
-        sum of the cases' costs after that. own: {name of a fact: value}, such as the chip's own library has.
+        A fact is set back in every Case at once, if the sum of their costs then rises by at most DROP_COST. Returns the
+        sum of the Cases' costs after that. own: {name of a fact: value}, such as the chip's own library has.
         """
         for field, value in own.items():
             if any(values[field] != value for values in self.values):
@@ -397,7 +397,7 @@ def engine_values(case: Case, on: Target) -> Values:
 
 
 def fit_rows(case: Case, begun: Values, facts: bool) -> Values:
-    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns its {field: value}.
+    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns the fitted values by name.
 
     facts: True to fit facts (discrete properties) too, not only constants.
     """
@@ -431,9 +431,9 @@ def calibrate_kernel(
 
     If the library of `on` has the kernel that a row names, only the kernel's constants (such as efficiencies) are
     fitted, and its facts (discrete properties such as tile sizes) stay. If not, the fit starts from the chip's own
-    default kernel, and facts change where that is clearly better. A known kernel stays as it is if a fit does not
-    predict rows that it did not see better, see fit_predicts(). There is one KernelRecord, with the fitted values, for
-    each range of head widths for which the library describes the kernel.
+    default kernel, and facts change where that is clearly better. A known kernel keeps its constants unless fitted ones
+    predict held-out rows better, see fit_predicts(). There is one KernelRecord, with the fitted values, for each range
+    of head widths for which the library describes the kernel.
 
     The errors are a Fitted: percentages before and after the fit, with a confidence interval. They are None if the case
     has a single row, which the fit uses.

@@ -98,8 +98,8 @@ class Row:
         """The half of the table to which the row belongs: "fit" or "test".
 
         Constants are fitted to one half and tested on the other. A hash of all columns except the measurements chooses
-        the half, so repeated measurements of one setting are in the same half. A row that takes its servers from
-        another row (see `twin`) is in the half of that row.
+        the half, so repeated measurements of one setting are in the same half. A row without a description of its
+        servers, for which that of another row (`twin`) is used, is in the half of that row.
         """
         columns = (self.twin or self).columns
         asked = [v for k, v in sorted(columns.items()) if not k.startswith("silicon")]
@@ -313,7 +313,7 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Model the server that a row was measured on. Returns (EngineTimes, which time its steps; its QueueSettings).
+    """Model the server that a row was measured on. Returns a pair: EngineTimes (its step times), and QueueSettings.
 
     Args:
         row: the measured row; it must be one that refusal() does not refuse.

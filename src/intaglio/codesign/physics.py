@@ -101,7 +101,7 @@ def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, floa
 
 
 def random_model(rng: np.random.Generator) -> tuple[str, Program]:
-    """A small random Llama or mixture of experts with two layers, as a pair: its sizes in words, and its Program."""
+    """A small random Llama or mixture of experts with two layers, as a pair: text with its sizes, and its Program."""
     heads = int(rng.choice([8, 16, 32, 64]))
     kv = int(rng.choice([k for k in (8, 16, 32) if k <= heads]))
     hidden, inner = int(rng.integers(2, 17)) * 512, int(rng.integers(2, 29)) * 512

@@ -30,8 +30,9 @@ class Placement:
         experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
         replicas: number of servers, which share nothing.
 
-    Raises LayoutError if there are several copies but no layout of the experts, and if the layout of the experts has
-    pipeline stages, sequence parallelism, or another number of chips than a pipeline stage of all copies together.
+    Raises LayoutError if there are several copies but no layout of the experts, if the layout of the experts has
+    pipeline stages or sequence parallelism, and if it has another number of chips than one pipeline stage of
+    `attention` times `copies`.
     """
 
     attention: Layout

@@ -197,11 +197,10 @@ class Queue:
         self._advance(n, *self._mean_cost(count), count)
 
     def next_event(self) -> float:
-        """Time in seconds, on this queue's clock, up to which nothing changes in the queue unless a request arrives.
+        """Time on this queue's clock, in seconds, at which the next call of take_steps() ends if no request arrives.
 
-        While sequences decode, the result is the end of the decode steps that one call of take_steps() would take. If
-        a prompt is being computed, or no sequence decodes, it is the current time `now`: the caller may call
-        take_steps() at once.
+        While sequences decode, that is the end of the equal decode steps that one call takes. If a prompt is being
+        computed, or no sequence decodes, it is the current time `now`: the caller may call take_steps() at once.
         """
         if self.prefilling or not self.running:
             return self.now

@@ -42,10 +42,10 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The recommended and the best measured way to serve one model, engine and chip.
+    """The recommended and the best measured way to serve one model on one chip.
 
-    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
-    also differ in other columns, such as the engine, the values in these columns belong to the point too.
+    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If rows with different
+    engines, or different values in other columns, are compared, these values belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only
@@ -76,10 +76,10 @@ def rankings(
 ) -> list[Ranked]:  # fmt: skip
     """Compare the ways to serve that the model recommends with those that measured best. Returns a list of Ranked.
 
-    Measured rows with equal values in the columns `same`, such as model, chip and engine, form a case; each case gives
-    one Ranked. A case consists of points, the ways to serve that were measured. Rows of one point have the same layout,
-    the same number of open requests, and equal values in those columns of SAME that are not in `same`. Rows that the
-    model could not time are left out. The list is ordered by the values in `same`; it is empty if no case qualifies.
+    Measured rows with equal values in the columns `same`, such as name of the LLM, chip and engine, form a case; each
+    case gives one Ranked. Within a case, rows form points, the ways to serve that were measured. Rows of one point have
+    the same layout and number of open requests, and equal values in all columns of SAME. Rows that the timing model
+    could not time are left out. The list is ordered by the values in `same`; it is empty if no case qualifies.
 
     Args:
         compared: measured and modelled latencies of the rows.

@@ -185,9 +185,10 @@ class Simulation:
 
     @classmethod
     def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
-        """The Simulation of one rank's Program of each pipeline stage. layout: how the chips share the model.
+        """The Simulation of a model whose pipeline stages run `programs`: for each stage, the Program of one rank.
 
-        Raises ChipError if a chip's weights exceed its HBM, LayoutError for a wrong layout.
+        layout: how the chips share the model. Raises ChipError if a chip's weights exceed its HBM, LayoutError for a
+        wrong layout.
         """
         plans = Plan.of(programs, target)
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))

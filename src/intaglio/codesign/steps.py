@@ -224,9 +224,9 @@ class StepTimes:
         queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
         overlaps: True if the kernel library prefetches weights or hides collectives, so that a step takes less time
-            than the sum of its kernels. The Plans in `plans` then time the step. The times of the kernels are summed
-            nevertheless if there are fusions, if routed experts have a layout or weight format of their own, or if the
-            model has routed experts and server.activations is not "auto".
+            than the sum of its kernels. Steps are then timed by self.plans. There are three exceptions, in which the
+            kernels' times are summed: there are fusions; routed experts have a layout or weight format of their own;
+            the model has routed experts and server.activations is not "auto".
         tables: cache {(decoding, context, chunks): result of exact()}.
         others: cache {target: StepTimes that on() has made}.
 
@@ -274,10 +274,10 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, as a tuple. A Plan times steps in which ops overlap.
+        """The Plan of each pipeline stage, as a tuple. A Plan is an object that times steps in which ops overlap.
 
-        The Plans are made, and used, only if `overlaps` is True. Otherwise a step's time is the sum of the times of its
-        kernels, which takes less computation.
+        Read this only if `overlaps` is True. If ops do not overlap, a step's time is the sum of its kernels' times,
+        which takes less computation than a Plan.
         """
         return Plan.of(self.server.stages, self.target)
 
@@ -301,9 +301,9 @@ class StepTimes:
         e2m1. Any other kernel is returned itself. The format of the activations depends on self.server.activations:
 
         - "auto": the activations keep their format.
-        - "weights": beside e4m3, e2m1 and int8 weights, activations get the format of the weights if the chip's arrays
-          multiply it, and otherwise bf16. Beside int4 weights, they get bf16. Beside all other weights, f32 becomes
-          bf16, and any other format stays.
+        - "weights": it depends on the weights' format. For e4m3, e2m1 and int8 weights, the activations get the same
+          format if the chip's arrays multiply it, and otherwise bf16. For int4 weights they get bf16. For all other
+          weights, f32 activations become bf16, and other activations keep their format.
 
         Raises ChipError if the arrays do not take the weights' format.
         """

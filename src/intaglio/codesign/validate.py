@@ -430,7 +430,9 @@ def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
 
 
 def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, name: str = "") -> Record:
-    """The Record of the errors of `rows`. Raises ChipError if the chip cannot run a row's call.
+    """The Record of the errors of predicted against measured times of `rows`.
+
+    Raises ChipError if the chip cannot run a row's call.
 
     Args:
         on: chip and kernel library.

@@ -158,9 +158,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     held: dict[tuple[int, int], Slot] = {}
 
     def block_chunks(i: int, distance: int) -> list[int]:
-        """Numbers of the chunks that the ranks of one block own, as a list: what the i-th rank still sums in a round.
+        """Numbers of the chunks that the ranks of the i-th rank's block own, as a list.
 
-        The group is cut into blocks of `distance` consecutive ranks. The block is the one with the group's i-th rank.
+        The group is cut into blocks of `distance` consecutive ranks. In the round in which ranks at this distance
+        exchange data, the i-th rank still sums the chunks of its own block.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -329,7 +330,7 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """A function own(i) -> (number of the group's i-th rank,): each rank owns the chunk with the rank's own number."""
+    """A function own(i) that gives the chunks of the group's i-th rank: a tuple of one, the rank's own number."""
     return lambda i: (group[i],)
 
 

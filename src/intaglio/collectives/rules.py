@@ -16,9 +16,10 @@ Sum = int | tuple["Sum", "Sum"]  # a rank's contribution, or left + right
 
 
 def steps_well_formed(s: Schedule) -> Iterator[str]:
-    """Yield a message for each step with an unknown kind, an invalid rank or chunk number, or a wrong set of slots.
+    """Yield a message for each malformed step of a schedule.
 
-    There is a message too for a step that writes to an input slot.
+    A step is malformed if its kind is unknown, its rank or chunk number is out of range, it lacks one of the operands
+    of its kind (the slots src, add and dst) or has another one, or it writes to an input.
     """
     needs = {"copy": (True, False, True), "reduce": (True, True, True), "send": (True, False, False),
              "recv": (False, False, True)}  # fmt: skip

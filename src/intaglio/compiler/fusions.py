@@ -98,10 +98,10 @@ def _base(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
-    """Update `tensors` in place after a fusion. Returns nothing.
+    """Update `tensors` in place after a Map op was fused into the op before it. Returns nothing.
 
-    The result `old`, which is no longer stored, is deleted with its views. The result `out` of the map is renamed to
-    `keep`.
+    old: name of the first op's result. It is no longer stored, and is deleted with its views. out: name of the Map's
+    result, which gets the name `keep`.
     """
     for t in [t for t in tensors.values() if t.view]:
         if t.view and t.view[0] == old:

@@ -55,11 +55,11 @@ def stage_of(p: Program, stages: int) -> list[int]:
 
 
 def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
-    """How many average layers take as much time as the ops after the last layer, most of it the output head's: a float.
+    """The time of the ops after the last layer (mostly the output head), in units of an average layer's time.
 
-    Estimate: the number of weight elements that products read after the last layer, divided by the mean number in a
-    layer, and halved. It is halved because the head runs for every token only when sequences are decoded; in a prefill
-    it runs for one token of each prompt. 0.0 if layers have no such weights.
+    It is estimated as the number of weight elements that products read after the last layer, divided by the mean number
+    in a layer, and halved. It is halved because the head runs for every token only when sequences are decoded; in a
+    prefill it runs for one token of each prompt. 0.0 if layers have no such weights.
 
     Args:
         p: the Program.

@@ -139,9 +139,9 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
     """Yield (text that says what is changed, op) for Rope ops that rotate another number of columns than `op`.
 
-    Numbers up to the whole head are tried, at most 64 or so. The frequencies are theta^(-i / n) for n pairs of columns,
-    with the theta of `op`'s table of frequencies. The new tables are added to scene.values. Nothing is yielded if the
-    table has fewer than two frequencies, or its second one is not less than the first.
+    About 64 numbers are tried, from 2 columns to the whole head. The frequencies are theta^(-i / n) for n pairs of
+    columns, with the theta of `op`'s table of frequencies. The new tables are added to scene.values. Nothing is yielded
+    if the table has fewer than two frequencies, or its second one is not less than the first.
     """
     values, have = scene.values, np.asarray(scene.values[op.frequencies], np.float64)
     assert isinstance(values, dict)

@@ -39,7 +39,8 @@ def _layer(site: str) -> str:
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
     """Yield a triple (site, text, changes) for each other way to split a joined q, k, v matrix; see layer_variants().
 
-    changes: {site: op that replaces the port's op}.
+    site: name of the op of the first of the three products. text: the way in words, for the report. changes: {site: op
+    that replaces the port's op}.
 
     A checkpoint may hold the matrix by head (each K/V head after its query heads), or q, k and v one after another. The
     port may have split it in the wrong way. Only attention whose q, k or v is computed in `chain` is tried.

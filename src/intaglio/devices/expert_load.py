@@ -51,7 +51,7 @@ class ExpertLoad:
 
 
 def merge_loads(ranks: Sequence[Mapping[str, ExpertLoad]]) -> dict[str, ExpertLoad]:
-    """Merge the loads that the ranks of a mesh report to {site (name of a layer's op): ExpertLoad of all ranks}.
+    """Load of the experts on all ranks of a mesh, as {site (name of a layer's op): ExpertLoad}.
 
     Every rank of a layer counts all of the layer's tokens, so the counts of one rank are taken. `held` is put together
     from all ranks.

@@ -142,10 +142,10 @@ class OracleExecutable(BlockingExecutable):
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
         """True if a sequence's window blocks hold the expected links of all tokens that a query may attend to.
 
-        A link is the hash of a token and of the link before it. A query attends to the last `state.window` tokens up to
-        its own.
+        A link is the hash of a token and of the link before it. The query belongs to the last token of `held`, and
+        attends to the last `state.window` tokens of it.
 
-        s: the sequence's number in the batch. held: the expected links of all tokens up to the query's own.
+        s: the sequence's index in the batch. held: the expected links of all tokens up to the query's own.
         """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]

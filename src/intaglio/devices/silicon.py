@@ -153,7 +153,10 @@ class SiliconExecutable(Executable):
 
     @property
     def timelines(self) -> tuple[Timeline, ...]:
-        """A tuple of the Timelines of the last step, one for each pipeline stage; of an empty batch before any step."""
+        """Timelines of the last step, one for each pipeline stage, as a tuple.
+
+        Before the first step they are those of an empty batch.
+        """
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:

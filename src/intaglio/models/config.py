@@ -136,7 +136,10 @@ class Config:
             raise PortError(f"config.json: {key} lists {len(values)} layers but num_hidden_layers={layers}")
 
     def name(self, key: str) -> str:
-        """The file's own name of a key, for error messages."""
+        """The name that config.json uses for a setting, for error messages.
+
+        key: the usual name of the setting. It is returned unchanged unless this model type has another name for it.
+        """
         return self.named.get(key, key)
 
     def either(self, *keys: str) -> str:

@@ -61,9 +61,10 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Collective, kind="all_reduce"):
-    """Op that sums over ranks: out on every rank of `group` = ((x0 + x1) + x2) + ..., in the order of `group`.
+    """Op that sums x over ranks: every rank of `group` gets ((x0 + x1) + x2) + ..., added in the order of `group`.
 
-    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32.
+    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32. With more than one slot, the sum's blocks
+    of `width` columns are then added to each other, so `out` is narrower than x.
 
     Attributes:
         group: numbers of the ranks.
@@ -159,8 +160,8 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 
     x f32 [T, width] on every rank. The T rows are divided into n near-equal runs for n ranks (batch.shared_rows()). out
     f32 [T:share/n, width] on the rank whose place in `group` is `share`; T:share/n stands for the number of rows in its
-    run. The values are summed in the order of `group`, as in all_reduce. `wire` is the format to which each x is
-    rounded before it is sent, and then the sum: f32, bf16 or f16.
+    run. The values are summed in the order of `group`, as in all_reduce. `wire` is a format: f32, bf16 or f16. Each x
+    is rounded to it before it is sent, and the sum is rounded to it too.
     """
 
     x: str = operand()
@@ -231,7 +232,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """A list of texts for the runs into which token rows are divided, one for each rank: "T:0/4" for rank 0 of 4."""
+    """A list of texts, one for each rank, that stand for the number of its token rows: "T:0/4" for rank 0 of 4."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 

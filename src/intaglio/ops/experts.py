@@ -133,11 +133,11 @@ class Route(Op, kind="route"):
         return softmax(logits)
 
     def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """The values by which a token's experts are chosen, f32 [T, E]: the experts with the largest values are.
+        """The values by which a token's experts are chosen, f32 [T, E]. The largest values win.
 
-        With a bias the values are scores + bias. Without one they are the logits, which have the same order as the
-        scores. But if a group of experts is rated by a sum of several values, they are the scores: sums of logits have
-        another order than sums of scores.
+        With a bias the values are scores + bias. Without a bias they are the logits, which have the same order as the
+        scores. There is one exception: if a group of experts is rated by a sum of several values, the values are the
+        scores, because sums of logits have another order than sums of scores.
         """
         if self.bias is not None:
             return scores + array(v, self.bias)

@@ -15,7 +15,9 @@ from intaglio.ops.pooled import gather_entries, pooled_head
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseKeys(Op, kind="choose_keys"):
-    """Op that chooses, for each token, the `top` positions up to its own with the highest scores, or the `top` entries.
+    """Op that chooses, for each token, the `top` positions up to its own with the highest scores.
+
+    With `every` above 1 it chooses among entries of `every` tokens instead of positions.
 
     score(position) = sum over heads h of weights[h] * relu(scale * (q[h] . k[position])), in float32, as in the
     lightning indexer of DeepSeek-V3.2 (2025). A score that is not a number counts as -inf. Ties go to the lower

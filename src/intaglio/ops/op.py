@@ -30,7 +30,7 @@ ROLES = ("input", "const", "weight", "state", "temp", "output")
 def dim_known(dim: Dim) -> bool:
     """True if a dimension is a number above 0, one of SYMBOLS, or a text such as "T:1/4" or "B/4".
 
-    "T:1/4": token rows of rank 1 of 4. "B/4": rows of a page that has one for each run of 4 tokens.
+    "T:1/4": token rows of rank 1 of 4. "B/4": a page has one row for each run of 4 tokens.
     """
     if isinstance(dim, int):
         return dim > 0

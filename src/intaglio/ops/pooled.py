@@ -39,6 +39,8 @@ def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> in
 def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int, count: int) -> np.ndarray:
     """The first `count` entries of a sequence in order: float64 [count, head_dim].
 
+    An entry is a key that was pooled from a run of `every` consecutive tokens.
+
     Args:
         cache: the cache of entries, [P, entries in a page, 1, head_dim].
         blocks: the sequence's block table.
@@ -143,12 +145,13 @@ def closers(batch: Batch, every: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPooled(Op, kind="attend_pooled"):
-    """Op for attention over a window of keys and over pooled entries at once; keys and entries are their own values.
+    """Op for attention over a window of keys and over pooled entries at once. There is no V: the keys are the values.
 
-    For each head of a token at position p: softmax(q k^T * scale) k, over the keys at positions max(0, p - window + 1)
-    .. p and the entries 0 .. (p + 1) // every - 1, that is, those whose runs of `every` tokens end at p or before. The
-    attention of DeepSeek-V4 (2026, section 2.3). q, out f32 [T, heads * head_dim]; cache [P, B, 1, head_dim]; entries
-    [P, B/every, 1, head_dim], as pool_keys writes them. Scores and sums are in float32 or wider.
+    For each head of a token at position p: softmax(q k^T * scale) k. The rows of k are the keys at positions max(0,
+    p - window + 1) .. p and the entries 0 .. (p + 1) // every - 1. These are the entries whose run of `every` tokens
+    ends at p or before. The attention of DeepSeek-V4 (2026, section 2.3). q, out f32 [T, heads * head_dim]; cache [P,
+    B, 1, head_dim]; entries [P, B/every, 1, head_dim], as pool_keys writes them. Scores and sums are in float32 or
+    wider.
 
     Attributes:
         sinks: [heads], scores of an extra key that every query sees and whose value is zero.

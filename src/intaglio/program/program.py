@@ -64,8 +64,10 @@ class Program:
         """The K/V caches with a sliding window, as {cache: largest number of tokens that a query reads}.
 
         The number includes the query's own token. A cache has a window if every op that reads it does so through a
-        window or chunk (Op.reach). It is left out if an op other than those of `two_tables` uses it together with a
-        cache without a window, since all caches of an op have their blocks in one table.
+        window or chunk (Op.reach).
+
+        A cache that shares a block table with a cache without a window is left out. All caches of one op share a table,
+        unless the op has `two_tables`.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
         found = {t.name: 0 for t in self.of_role("state") if t.shape[0] == "P"}
@@ -81,7 +83,7 @@ class Program:
             whole |= more
 
     def has_window(self, op: Op) -> bool:
-        """True if the op has K/V caches, and all of them are in `windows`."""
+        """True if the op has K/V caches, and all of them have a sliding window (are keys of self.windows)."""
         caches = op.operands("pages")
         return bool(caches) and all(name in self.windows for name in caches)
 

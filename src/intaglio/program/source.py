@@ -68,10 +68,11 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """The sources of other matrices of a stack, such as other experts: used when experts move to another rank.
+    """The sources of the matrices `wanted` of a stack, made from the sources of the matrices `held`.
 
-    A source is text that names checkpoint tensors and how to cut or transpose them. Returns a tuple with a source for
-    each run of consecutive numbers in `wanted`. Cuts of rows or columns and transpositions stay as in sources[0].
+    Used when experts move to another rank. A source is text that names checkpoint tensors and how to cut or transpose
+    them. Returns a tuple with a source for each run of consecutive numbers in `wanted`. Cuts of rows or columns and
+    transpositions stay as in sources[0].
 
     Args:
         sources: the sources of the matrices `held`; the results are made from the first.
@@ -96,9 +97,9 @@ def restacked(
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     """A list of texts for consecutive parts of a checkpoint tensor, such as "qkv.weight|r0:4/12" for rows 0 to 3 of 12.
 
-    The parts have the sizes `sizes` and together make up the tensor. If the tensor's axis is n times as long as the sum
-    of the sizes, it is taken as n equal blocks: each part has its rows or columns of every block, one block after
-    another.
+    The parts have the sizes `sizes` and together make up the tensor, or one block of it: if the tensor's axis is n
+    times as long as the sum of the sizes, the tensor has n equal blocks. Each part then has its rows or columns of
+    every block, one block after another.
 
     Args:
         source: name of the tensor, perhaps with steps that reshape it (see this file's docstring).
@@ -116,7 +117,7 @@ def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
 
     - All sources are cuts of rows, and their B - A add up to `length`: these are the numbers of rows.
     - All sources are cuts of the same tensor with the same N, as parts_of() makes them, and `length` is a multiple of
-      the sum of their B - A: the numbers are multiplied by the same factor, as the tensor has several runs of N rows.
+      the sum of their B - A. The tensor then has several runs of N rows, and a source gives B - A rows of each run.
 
     length: number of rows of the weight.
     """
@@ -140,8 +141,8 @@ def names(source: str) -> list[str]:
 def _cut(step: str, length: int) -> tuple[int, int, int, int]:
     """Parse a cut such as r0:1/2, which keeps every second row, from row 0 on. Returns (axis, first, last, of).
 
-    The axis is divided into runs of `of` indices, and of each run indices first to last - 1 are kept. axis: -2 for
-    rows, -1 for columns, -3 for matrices of a stack. length: size of the axis, which `of` must divide. Raises
+    axis: -2 for rows, -1 for columns, -3 for matrices of a stack. The axis is divided into runs of `of` indices. In
+    each run, the indices first to last - 1 are kept. length: size of the axis, which `of` must divide. Raises
     ProgramError for a step that is no cut or does not fit the length.
     """
     match = CUT.fullmatch(step)
@@ -184,9 +185,9 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 def take(x: Value, steps: tuple[str, ...]) -> Value:
     """Apply the steps of a source to a tensor x, and return the result; without a copy where possible.
 
-    A quantised x stays quantised if possible. It becomes a float32 array in three cases: a step would split a group
-    (values that share a scale); a step divides the rows into matrices ("h16"); or x is stored transposed (x.turned)
-    without a step "T" that turns it back, or is not stored transposed and has such a step.
+    A quantised x stays quantised if possible. It becomes a float32 array in three cases. A step would split a group
+    (values that share a scale). A step divides the rows into matrices ("h16"). The steps have a "T" (transpose) but x
+    is not stored transposed (x.turned), or x is stored transposed and they have none.
 
     steps: texts, applied in order: "T" transposes, "r0:1/2" keeps row 0 of every 2 rows (rA:B/N: rows A to B - 1 of
     every N), "h16" divides the rows into a stack of 16 matrices of consecutive rows; for the others see this file's
@@ -204,9 +205,9 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """Apply the steps of a source to the codes and scales of x. Returns a Quantised; None if that is impossible.
 
-    It is impossible in three cases: a step would split a group (values that share a scale); a step divides the rows
-    into matrices ("h16"); or x is stored transposed (x.turned) without a step "T" (transpose) that turns it back, or is
-    not stored transposed and has such a step.
+    It is impossible in three cases. A step would split a group (values that share a scale). A step divides the rows
+    into matrices ("h16"). The steps have a "T" (transpose) but x is not stored transposed (x.turned), or x is stored
+    transposed and they have none.
 
     steps: texts such as "r0:1/2", see take(). Raises ProgramError for a step that does not fit.
     """
@@ -319,11 +320,11 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Read a source in pieces, to save memory: yield (tensor name, values) for each piece of each tensor.
+    """Read the tensors of a source a few rows at a time, to save memory: yield (tensor name, values) for each piece.
 
-    A piece is some consecutive rows. The source's steps (cuts, transposition) are applied to every piece; a piece may
-    be left out if a cut keeps none of its rows. A quantised tensor is yielded whole if a step divides its rows into a
-    stack of matrices ("h16"), or if it is a matrix and a step transposes it.
+    The source's steps (cuts, transposition) are applied to every piece; a piece may be left out if a cut keeps none of
+    its rows. Two kinds of quantised tensors are yielded whole: those whose rows a step divides into several matrices
+    (such as the step "h16"), and matrices that a step transposes.
 
     Args:
         source: text that names checkpoint tensors and steps (see this file's docstring).

@@ -94,8 +94,8 @@ def shapes_agree(p: Program) -> Iterator[str]:
 def written_before_read(p: Program) -> Iterator[str]:
     """Yield a message for each temp (intermediate result) or output that is read before it is written.
 
-    Also yield one for each temp or output that is not written exactly once, and for each result of an op that is a
-    view, or neither a temp nor an output.
+    Also yield one for each temp or output that is not written exactly once, and for each op that writes another
+    tensor than a temp or an output, or writes a view.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -159,7 +159,10 @@ def state_kept(p: Program) -> Iterator[str]:
 
 
 def windows_kept(p: Program) -> Iterator[str]:
-    """Yield a message for each cache that an op of two tables reads through a window, and another op without one."""
+    """Yield a message for each cache that one op reads through a window and another op without a window.
+
+    Only the caches of ops with two block tables (Op.two_tables) are checked.
+    """
     for op in p.ops:
         for name in op.reads_state if op.two_tables else ():
             if op.reach(name) and name not in p.windows:

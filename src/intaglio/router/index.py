@@ -223,10 +223,11 @@ class CacheIndex:
             self._assumed.popitem(last=False)
 
     def computed(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt has been computed: its assumed prefixes now count for CONFIRMED_SECONDS more.
+        """Record that a prompt has been computed. Its assumed prefixes stay in the index for CONFIRMED_SECONDS more.
 
-        After that, only the replica's events say whether its blocks are cached. Assumed prefixes would hide that blocks
-        are evicted where the K/V cache is too small for its requests.
+        A prefix is assumed if the index has it because the prompt was sent to this replica, and not because the replica
+        reported it. After CONFIRMED_SECONDS only the replica's events say whether blocks are cached: otherwise the
+        index would still show blocks that a small K/V cache has evicted.
 
         Args:
             keys: the prefix keys of the prompt's text.

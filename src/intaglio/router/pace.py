@@ -48,8 +48,10 @@ def paces(replicas: Iterable[Replica]) -> dict[str, Pace]:
     """The Pace of each replica, by name.
 
     Replicas of one role share a fit over the steps of all of them. Each has this common pace times its own slowness:
-    the mean time of its steps in proportion to the time that the common pace gives for steps of their mean size, to the
-    power weight / (weight + TRUSTED_STEPS). weight: that of its steps, see StepFit.
+
+        (mean time of its steps / time of a step of their mean size by the common pace) ** (w / (w + TRUSTED_STEPS))
+
+    w is the weight of its steps, see StepFit: a replica with few steps so far is taken to be as fast as the others.
     """
     by_role: dict[str, list[Replica]] = {}
     for replica in replicas:

@@ -102,9 +102,9 @@ class Replica:
 
     @property
     def _fits(self) -> float:
-        """Estimated number of sequences that the K/V cache has room for; inf unless sequences wait in the replica.
+        """Estimated number of sequences that fit the whole K/V cache; inf unless sequences wait in the replica.
 
-        Those that run hold the fraction `kv_usage` of it, and others are taken to need as much each.
+        It is the number of running sequences divided by the fraction of the cache that they hold (`kv_usage`).
         """
         report = self.report
         limited = report.waiting and report.running and report.kv_usage

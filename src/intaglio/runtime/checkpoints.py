@@ -63,8 +63,9 @@ class Checkpoints:
 
         `sequence.state_slot` becomes the slot with the saved state at the end of the sequence's cached blocks. It stays
         -1 if no cached blocks are used: the recurrence then starts from zero. `sequence.next_state_slot` becomes the
-        slot that the first step writes. Without recurrent state both stay -1. `sequence.borders` gets the positions,
-        besides every `every` blocks, at which a step of the prompt must end so that the state can be saved.
+        slot that the first step writes. Without recurrent state both stay -1. Steps of the prompt end at certain
+        positions so that the state can be saved there: every `self.every` blocks, and at `sequence.borders`, which this
+        method sets to the end of the cached blocks and the prompt's last block border.
 
         Args:
             sequence: the sequence. Its `computed` and `prefix_name` must already be set.

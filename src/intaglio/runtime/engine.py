@@ -215,11 +215,11 @@ class Engine:
     def submit(self, now: float) -> list[ScheduledSequence]:
         """Schedule and launch steps until as many are under way as the executable has pipeline stages.
 
-        Normally nothing is waited for, and the result is []: collect() reads results later. If a sequence is suspected
-        of having made the device fail, only one launch may be under way at a time. Then each launch is waited for, and
-        its results are applied, before the next one. Returns a list of the ScheduledSequences of these launches. Raises
-        DeviceLost if the device is lost.
+        Normally this waits for nothing and returns []: collect() reads the results later. If a sequence is suspected of
+        having made the device fail, only one launch may be under way at a time. Then each launch is waited for, and its
+        results are applied, before the next one.
 
+        Returns a list of the ScheduledSequences whose results were applied. Raises DeviceLost if the device is lost.
         now: the time in seconds.
         """
         collected: list[ScheduledSequence] = []

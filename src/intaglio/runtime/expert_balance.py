@@ -61,7 +61,9 @@ class ExpertBalancer:
         return any(load.held and all(load.held) for load in self.loads.values())
 
     def tick(self, now: float, last: bool = False) -> None:
-        """Count the tokens of experts every COUNT_EVERY seconds, and do the next part of a move every LOOK_EVERY.
+        """Count the tokens of experts every COUNT_EVERY seconds, and move experts between ranks step by step.
+
+        The next step of a move is taken every LOOK_EVERY seconds.
 
         Called between two steps. The device answers only when no step is under way. So while a pipeline has steps under
         way, the intervals are RARELY times as long. If experts cannot be moved, the counts serve only metrics, and the

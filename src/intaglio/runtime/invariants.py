@@ -32,9 +32,9 @@ def windows_conserved(e: Engine) -> Iterator[str]:
     """Yield a text for each error in the window blocks (K/V of layers with a sliding window) and their reservations.
 
     A block must be exactly one of free, evictable and held. Its refcount must be the number of sequences that hold it.
-    A running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
-    held block in the prefix cache must have as its name (its key there) the hash of its sequence's tokens up to its
-    end. The reservations of all running sequences must add up to `e.windows.reserved`, which is at most
+    A running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved.
+    The prefix cache's key of a held block must be the hash of the sequence's tokens up to the block's end. The
+    reservations of all running sequences must add up to `e.windows.reserved`, which is at most
     `e.windows.limit`.
     """
     windows, holders = e.windows, Counter[int]()

@@ -82,7 +82,7 @@ class StepFit:
 
 @dataclass
 class LatencyEstimator:
-    """Predicts durations from a StepFit, `steps`, of the latest steps.
+    """Predicts how long steps and whole requests will take, from a StepFit (`steps`) of the latest steps.
 
     While the cost of a token cannot be fitted, the estimate errs towards admitting a request, from which the model then
     learns; it could not learn from a refused one.

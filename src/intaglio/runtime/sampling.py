@@ -54,10 +54,10 @@ def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
 
 
 def score(logits: np.ndarray, token: int, top: int, ids: TokenIds = ()) -> Scored:
-    """The Scored of a token, from the row of logits [vocabulary] at its position.
+    """Log-probability and rank of a token, and the log-probabilities of the likeliest tokens, as a Scored.
 
-    top: number of the likeliest tokens to include; of equal logits the lower id comes first. ids: if given, include
-    these tokens instead. Log-probabilities are those of the row's softmax.
+    logits: the row [vocabulary] at the token's position. Log-probabilities are those of its softmax. top: number of the
+    likeliest tokens to include; of equal logits the lower id comes first. ids: if given, include these tokens instead.
     """
     wide = logits.astype(np.float64)
     logprobs = wide - wide.max()

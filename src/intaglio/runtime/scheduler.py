@@ -277,9 +277,9 @@ class Scheduler:
     def update_blocks(self, sequence: Sequence) -> None:
         """Add the sequence's blocks that became full in the last step to the prefix cache.
 
-        If a block of the same name is cached, the sequence shares that one, which has the same bits, and its own is
-        freed: so a sequence that holds a block also holds the cached blocks before it, and no block is evicted before
-        those that follow it. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
+        If a block of the same name is cached already, the sequence shares that one, which has the same bits, and its
+        own is freed. A sequence that holds a cached block therefore holds all cached blocks before it too, so none of
+        these is evicted first. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
@@ -333,9 +333,11 @@ class Scheduler:
 
         All drafts together are at most `budget` tokens, and need no preemption: a sequence gets only drafts for which
         blocks are available. A sequence gets no drafts if it samples no token in this step, or if it is suspected of
-        having made the device fail. After rejected drafts, a sequence with recurrent state computes its accepted tokens
-        again in its next step. If these are more than `max_drafts`, it gets no new drafts: a state advances only in
-        steps without rejected drafts, so it might never advance otherwise.
+        having made the device fail.
+
+        A step whose drafts are rejected does not advance a recurrent state: the sequence's next step computes the
+        accepted tokens again. If these are more than `max_drafts`, the sequence gets no drafts in that step, so that
+        nothing can be rejected and the state advances.
         """
         drafted = []
         for one in scheduled:

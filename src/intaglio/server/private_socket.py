@@ -70,8 +70,9 @@ def short_path(path: Path) -> Iterator[str]:
     """Context manager that yields a path of the same file that is short enough for a Unix socket's address.
 
     The path is `path` itself if that is short enough. Otherwise the file's folder is opened, and the path is
-    /proc/self/fd/N/NAME, where N is the open folder's descriptor; the path ends with the block. On a system without
-    /proc it is `path` in any case. Raises OSError if the folder cannot be opened.
+    /proc/self/fd/N/NAME, where N is the open folder's descriptor. The folder is closed when the context exits, and the
+    path is invalid from then on. On a system without /proc it is `path` in any case. Raises OSError if the folder
+    cannot be opened.
     """
     if len(os.fsencode(path)) <= PATH_MAX or not OPEN_FOLDERS.is_dir():
         yield os.fspath(path)

@@ -36,11 +36,11 @@ class Cache:
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
         """Record an access to a region of HBM. Returns the bytes moved between HBM and cache, both directions summed.
 
-        Lines that are read and not in the cache are fetched. If the region's rows are apart, as columns of a matrix
-        are, whole lines count: the columns beside them are in the cache from then on. Otherwise only the region's bytes
-        count. Dirty lines that are evicted to make room are written back. A cache of size 0 moves all bytes of the
-        region. Afterwards self.fetched has the bytes read from HBM, and self.ready the time when all lines of this
-        access have come from HBM (0 for a write).
+        Lines that are read and not in the cache are fetched. Of a region without gaps, the region's bytes are counted.
+        Of one with gaps between its rows, such as some columns of a matrix, whole lines are counted: the neighbouring
+        columns are in the cache from then on. Dirty lines that are evicted to make room are written back. A cache of
+        size 0 moves all bytes of the region. Afterwards self.fetched has the bytes read from HBM, and self.ready the
+        time when all lines of this access have come from HBM (0 for a write).
 
         Args:
             region: the region.

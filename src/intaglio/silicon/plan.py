@@ -31,8 +31,8 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
 
     Two halves of the batch alternate: one computes while the other communicates. Each half runs its ops in order, and
     the second half is never ahead of the first. If both could compute, the one closer to its next collective does,
-    which keeps the links busy. Seconds in which neither half computes end when one half computes again, or with the
-    step. They count for the latest collective of that half; at the end of the step, of the second half.
+    which keeps the links busy. Seconds in which neither half computes are exposed. They are counted for the latest
+    collective of the half that computes next; at the end of the step, for the latest collective of the second half.
 
     seconds: for each op, its seconds for the first and for the second half. is_collective: for each op, True if it is a
     collective.

@@ -25,7 +25,8 @@ class TileLoop:
         jobs: number of jobs, of all cores together.
         load: bytes that a job loads.
         work_s: seconds that a job computes on the vector lanes.
-        read_s: the first part of work_s, after which the job's tile may be loaded again; 0: all of work_s.
+        read_s: the first part of work_s, in which the job reads its tile. After it the next load may overwrite the
+            tile. 0: all of work_s.
         store: bytes that a job stores.
         depth: number of tile buffers that a core has for loads; it has as many for results. This is also the largest
             number of jobs that overlap on a core.
@@ -92,8 +93,9 @@ class L2:
     reads: bytes of all operands. writes: bytes of all results. capacity: bytes of the L2, above 0. source: where the
     operands are before the loop:
 
-    - "l2": in the L2, since the op before has just written them. Loads hit as long as nothing is evicted. Once the L2
-      is full, each result evicts the operand bytes that are loaded next, so that all later loads miss.
+    - "l2": in the L2, since the op before has just written them. Loads hit until the L2 is full. From then on a stored
+      result evicts the least recently used bytes. These are the operand bytes that are loaded next, so all later loads
+      miss.
     - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
     - "gathered": in HBM, and read by index. All loads count as misses, and bring nothing into the L2.
     """
@@ -186,7 +188,10 @@ class _Core:
         return _Flow(size, users, missed * users, (read + written) / (missed * users * size))
 
     def begin_store(self, job: int) -> _Flow:
-        """The _Flow (a transfer of this core) that stores the result of job number `job`. Records it in self.l2."""
+        """The _Flow (a transfer of this core) that stores the result of job number `job`.
+
+        The store is also recorded in self.l2, the account of what the L2 holds, if there is one.
+        """
         loop, users = self.loop, self.active(job)
         size = loop.store * self.piece(job)
         if self.l2 is None:
@@ -198,9 +203,8 @@ class _Core:
     def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
         """The bandwidth of this core's current transfers: (bytes/s of its load, bytes/s of its store).
 
-        Other cores make the same transfers at the same time: each core that has a job with this job's number. All of
-        them share the bandwidth of the L2 and of HBM equally. load, store: the core's transfers. None: there is no such
-        transfer, and its rate is 0.
+        Other cores make the same transfers at the same time and share the bandwidth of the L2 and of HBM equally; a
+        _Flow has their number. load, store: the core's transfers. None: there is no such transfer, and its rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [flow for flow in (load, store) if flow is not None]
@@ -272,7 +276,8 @@ class _Flow:
     Attributes:
         size: bytes that one core moves.
         users: number of cores that make the transfer, this core included.
-        missing: number of these cores for which HBM moves bytes; may be a fraction. Above 0, this core is one of them.
+        missing: number of these cores whose transfers miss the L2, so that HBM moves bytes for them; may be a fraction.
+            If it is above 0, this core is one of them.
         missed: for each of the `missing` cores, bytes that HBM moves for each byte of `size`.
     """
 

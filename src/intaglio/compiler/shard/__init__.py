@@ -27,8 +27,8 @@ def shard(
 ) -> tuple[Program, ...]:
     """The Programs of all ranks of a layout, as a tuple in order of rank.
 
-    Attention is split by heads, with kv heads copied where there are more lanes than kv heads. An MLP is split by its
-    intermediate columns, the output head by vocabulary, the embedding by its columns.
+    Attention is split by heads; kv heads are copied if there are fewer of them than tensor-parallel ranks. An MLP is
+    split by its intermediate columns, the output head by vocabulary, the embedding by its columns.
 
     Args:
         program: as ported, with no ops fused.

@@ -169,10 +169,10 @@ def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
     """Make `plan` consistent for `out`, a linear's result that other ops read through views (ranges of its columns).
 
-    If every view is in the plan, the views together cover `out`, and no op reads `out` itself, then `out` is added: a
-    lane (rank) computes those columns of `out` that its columns of the views stand for. If any of this is not so, `out`
-    and its views are removed from the plan, so that each lane computes all their columns. A result without views
-    changes nothing.
+    A lane is a rank of the tensor-parallel group. `out` is added to the plan if three conditions hold: every view is in
+    the plan, the views together cover `out`, and no op reads `out` itself. Then a lane computes the columns of `out`
+    that the views give it. Otherwise `out` and its views are removed from the plan, so that each lane computes all
+    their columns. If `out` has no views, the plan stays as it is.
 
     plan: {name of a result: columns of each lane}; changed in place. Returns nothing.
     """

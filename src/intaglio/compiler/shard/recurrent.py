@@ -125,9 +125,10 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
     """Find how the operands and results of `op` must be split between ranks if the tensor `name` is split.
 
-    Returns {tensor: list with each rank's columns}. {} if the recurrent block ends at this op, so that nothing more
-    must be split: a linear, or an op for which `name` can be gathered. None if the op cannot run with a split `name`;
-    the whole block is then not split. spread() calls this function to go on from one op to its neighbours.
+    Returns {tensor: list with each rank's columns}. The result is {} if nothing more has to be split, because the
+    recurrent block ends at this op: the op is a linear, or `name` can be gathered before it. The result is None if the
+    op cannot run with a split `name`; then the whole block is not split. spread() calls this function to go on from one
+    op to its neighbours.
 
     Args:
         p: the Program before sharding.

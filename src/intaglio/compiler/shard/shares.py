@@ -15,10 +15,10 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 
 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
-    """Divide `width` columns among `lanes` ranks. Returns a list with a tuple of one near-equal range for each rank.
+    """Divide `width` columns among `lanes` ranks. Returns a list with a one-item tuple, a range, for each rank.
 
-    Ranges end at multiples of the first of `blocks` that divides `width` and gives every rank at least one block. If no
-    block does, ranges end at any column. Rank 0's range is one of the longest.
+    The ranges are as equal as possible; no rank has a longer one than rank 0. They end at multiples of the first of
+    `blocks` that divides `width` and gives every rank at least one block. If no block does, ranges end at any column.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [-(-(width // block) * i // lanes) * block for i in range(lanes + 1)]
@@ -45,7 +45,7 @@ def scaled(shares: Sequence[Share], by: int) -> list[Share]:
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """The numbers of the heads whose columns are in `share`, as a tuple with a range for each range of columns.
+    """Indices of the heads whose columns are in `share`: for each range of columns in it, a range of heads. A tuple.
 
     A head has `head_dim` columns. `share` must consist of whole heads.
     """

@@ -222,9 +222,10 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which queries are scaled between `before` and `after`, besides being rotated; 1.0 if they are not.
+    """The factor by which a model scales queries while it rotates them; 1.0 if it does not scale them.
 
-    None if no factor turns the rest of the change into the keys' rotation `turn`.
+    Three candidate factors are tried. The result is the first one with which `before`, scaled, is rotated to `after`
+    in as many dimensions and in the same style as the keys; None if no candidate is.
 
     Args:
         before: the queries before rope, [heads, tokens, head_dim].

@@ -188,8 +188,8 @@ def aliases(tiny: TinyModels) -> dict[str, str]:
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
     """Trace the tiny model with other sizes and settings. Returns (variants, refused, lines).
 
-    - variants: list of Variant: `first`, and those of the traced ones that tell more, because their fields differ from
-      those of `first` or several keys were changed.
+    - variants: list of Variant. It has `first`, each traced variant whose fields differ from those of `first`, and each
+      in which several keys were changed.
     - refused: a dict {setting that Decoder cannot express: the reason}.
     - lines: source text for the port file, one statement for each refused setting, which raises an error for it.
 
@@ -236,7 +236,8 @@ def _sized(tiny: TinyModels) -> set[str]:
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
     """Source text for a port file, as one str, that raises PortError if config.json has an unported value of `key`.
 
-    The text accepts the value that the tiny model has, or, if `new` is true and that value is not, any false value.
+    The text accepts the value that the tiny model has. If that value is false (0, None, False) and `new` is true, the
+    text accepts every false value.
 
     Args:
         tiny: builds models with that model's settings.
@@ -255,9 +256,9 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 def _saved(folder: Path, module: str) -> str:
     """The name under which a checkpoint has the weight of the output head, without ".weight".
 
-    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding. Then it is the name
-    of the only matrix NAME.weight outside the layers with "emb" and no dot in NAME; still `module` if there is no such
-    matrix, or more than one.
+    It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding, and the result is
+    the embedding's name. The embedding is taken to be the only matrix NAME.weight outside the layers whose NAME
+    contains "emb" and has no dot. If there is none, or more than one, the result is `module`.
 
     Args:
         folder: the checkpoint.
@@ -307,9 +308,9 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 def _stored(folder: Path, first: Variant) -> str:
     """Name of the layout in which a checkpoint stores the matrices of experts, as text; "" for a model without experts.
 
-    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. For NUMBERED, the name of the experts'
-    module in the checkpoint may differ from that in transformers, so it is stored as "saved_block" in
-    first.facts["mixture"]. So may that of the correction bias, which is stored as "saved_correction".
+    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. Names in the checkpoint may differ from
+    those in transformers. Therefore two of them are added to first.facts["mixture"]: "saved_correction" is the
+    checkpoint's name of the correction bias, and "saved_block", with NUMBERED, that of the experts' module.
     Raises PortingError for another layout.
 
     Args:
@@ -336,12 +337,14 @@ def _stored(folder: Path, first: Variant) -> str:
 
 
 def _saved_correction(checkpoint: Checkpoint, m: Mapping[str, Any]) -> str:
-    """Where a checkpoint has the experts' correction bias, as a source within the block: its name, and |v for [1, N].
+    """The name that a checkpoint gives to the experts' correction bias, without the name of the layer and block.
+
+    The suffix "|v" is added if the checkpoint stores the bias as a matrix [1, N]: it tells the port to read a vector.
 
     Args:
         checkpoint: a checkpoint of the tiny model.
-        m: properties of the mixture; "correction" is the bias's name in transformers, and the result if the checkpoint
-            has no tensor with the same last part.
+        m: properties of the mixture; "correction" is the bias's name in transformers. That name is returned if no
+            tensor of the checkpoint has the same last part.
     """
     last = m["correction"].rpartition(".")[2]
     for name in sorted(checkpoint.names):
@@ -354,7 +357,7 @@ def _verify(
     tiny: TinyModels, family: Family, text: str, variants: list[Variant], refused: dict[str, str], folder: Path,
     progress: Progress,
 ) -> AutoPort:  # fmt: skip
-    """Compare the port's results with those of transformers, and return the AutoPort with the errors found.
+    """Compare the port's logits with those of transformers. Returns the AutoPort (the port and how far it deviates).
 
     The logits of up to 2 * SHOWN variants are compared. If all are within LIMIT, check() also compares the first
     variant at every op.

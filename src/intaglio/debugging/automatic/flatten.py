@@ -101,10 +101,10 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """Choose one routing for all layers with experts. Returns the layers' facts with its keys, as a list of dicts.
+    """Choose one routing for all layers with experts. Returns each layer's facts with this routing: a list of dicts.
 
-    A layer's few traced tokens may fit several routings. The first one that fits all layers is taken; its keys replace
-    the key `routing`.
+    A layer's few traced tokens may fit several routings. The first one that fits all layers is taken; in the result its
+    keys stand in place of the key `routing`.
 
     Args:
         mixed: facts of each layer's mixture, with a list of routings under the key `routing` (see _routing() in

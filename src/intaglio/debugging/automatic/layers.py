@@ -93,11 +93,13 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 
 
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
-    """Scale and learned positions that turn token embeddings into `x`, as a dict with two keys; None if none do.
+    """Find the scale and the table of learned positions with which a model computes `x` from token embeddings.
+
+    Returns a dict with two keys; None if no scale and no table of the model explain `x`.
 
     - embed_scale: factor on the embeddings.
-    - positions: None, or a dict that describes the table whose rows are added: name, first (row of position 0) and rows
-      (their number).
+    - positions: a dict that describes the table whose rows are added: name, first (row of position 0) and rows (number
+      of its rows). None if the scale alone explains `x`.
 
     Args:
         t: the trace.

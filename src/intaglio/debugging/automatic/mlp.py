@@ -59,7 +59,7 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Find the MLPs without down projection that compute `inner` from the given linears, and yield each as a dict.
+    """Find the ways in which an MLP may compute `inner`, the input of its down projection; yield each as a dict.
 
     The keys are gated, activation (a name), linears (names of the one or two linears used), fused (True if one linear
     holds gate and up), swapped (only if fused: up comes before gate) and up_bias (True if the linear has a bias).
@@ -99,12 +99,11 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """Find what a mixture of experts computes. Returns a dict.
+    """Find what a mixture of experts computes. Returns its properties as a dict.
 
     - experts: name of the experts' module within the mixture's module.
-    - count, width, top, turned, activation, inside: the routed experts, see _expert().
     - routing: list of the possible routings, see _routing().
-    - shared, shared_gate: the shared expert, see _shared().
+    - Other keys describe the routed experts (see _expert()) and the shared expert (see _shared()).
 
     Args:
         t: the trace.
@@ -217,7 +216,7 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
     """Yield candidates for the attributes of our op Route, as dicts, to be tried on the traced model.
 
-    The keys are score and normalise, and with groups of experts groups, kept_groups and group_best.
+    The keys are "score" and "normalise". For experts in groups there are "groups", "kept_groups" and "group_best" too.
 
     Args:
         t: the trace, whose configuration has the numbers of groups.

@@ -55,9 +55,9 @@ class Norm:
 
     @property
     def family(self) -> tuple[str, float, float, bool, bool]:
-        """(kind, eps, offset, weight, bias), with the meanings and types of these fields.
+        """The properties in which all norms of a model have to agree: a tuple (kind, eps, offset, weight, bias).
 
-        A port can be written only if all norms of the model have the same.
+        They are this norm's attributes of these names. A model whose norms differ in one of them cannot be ported.
         """
         return self.kind, self.eps, self.offset, self.weight, self.bias
 

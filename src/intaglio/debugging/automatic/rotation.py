@@ -56,9 +56,12 @@ def _pairs(x: np.ndarray, style: str) -> np.ndarray:
 
 
 def _turned(before: np.ndarray, after: np.ndarray, style: str) -> tuple[float, tuple[float, ...]] | None:
-    """(factor, angle per position of each pair) if `after` is `before` rotated in proportion to position; else None.
+    """Measure the rotation that turns `before` into `after`: its scale, and the angle per position of each pair.
 
-    style: "half", "interleaved", or "sorted": interleaved in `before`, half a head apart in `after`.
+    Returns (factor by which vectors are longer after the rotation, angles in radians per position, one for each pair of
+    dimensions); None if `after` is not `before` rotated in proportion to position. before, after: [heads, tokens, dim].
+    style: which dimensions are a pair: "half", "interleaved", or "sorted" (interleaved in `before`, half a head apart
+    in `after`).
     """
     if before.shape[-1] % 2:
         return None

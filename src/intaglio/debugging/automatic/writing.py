@@ -85,7 +85,7 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """Find a config key on which the fact `name` depends. Returns the first Variant that shows it; None if none does.
+    """The first Variant that shows on which config key the fact `name` depends; None if there is none.
 
     Such a variant has exactly one changed config key, and its fact `name` differs from that of variants[0].
 
@@ -297,7 +297,9 @@ def turned(settings: Any, share: float) -> Any:
 
 
 def _tables(call: str, v: Variant) -> bool:
-    """True if the source text `call` gives, in every layer of a traced variant, a rope table with the traced angles.
+    """True if the source text `call` makes the right rope table for every layer of a traced variant.
+
+    A table is right if it has the angles that were observed in the trace.
 
     False if evaluating it raises an error. Layers without rope are not compared.
 

@@ -260,7 +260,7 @@ class _Loader:
         return self.buffers[key]
 
     def _vector(self, t: Tensor) -> int:
-        """Declare a vector, or a stack of vectors as one vector, and return its number."""
+        """Declare a vector to the native executable, or a stack of vectors as one; return its number there."""
         return self.native.vector(self.vector(t))
 
     def vector(self, t: Tensor) -> np.ndarray:

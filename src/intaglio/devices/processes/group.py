@@ -312,7 +312,7 @@ class GroupExecutable(PostedExecutable):
         self.kept = self.images = None
 
     def _wait(self, steps: int, timeout: float) -> None:
-        """Wait until all ranks have answered `steps` requests, the load included. Returns nothing.
+        """Wait until all ranks have answered `steps` requests: the first is to load the Program. Returns nothing.
 
         Raises DeviceLost after `timeout` seconds or if a process ends.
         """

@@ -27,8 +27,8 @@ class KeptImages:
     """Memory files, one for each rank of a group of processes, that keep the ranks' packed weights.
 
     They are used if packed weights are not cached on disk. They exist until the last group that uses them is gone. A
-    group that replaces a crashed one maps them instead of packing again. Packed files are mapped read-only, so that a
-    rank that crashes does not damage them.
+    group that replaces a crashed one maps them instead of packing again. Once they are filled, ranks map them
+    read-only, so that a crashing rank does not damage them.
 
     ranks: number of ranks.
     """

@@ -190,7 +190,7 @@ class HostRanks(Protocol):
 
 
 class Session:
-    """What an agent does for one coordinator: take() starts, uses and ends the ranks of this host.
+    """The ranks that an agent runs on its host for one coordinator. take() carries out the coordinator's messages.
 
     The ranks of one group run at a time: a new group's ranks start when those of the group before have ended.
 

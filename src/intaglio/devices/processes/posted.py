@@ -69,9 +69,9 @@ class PostedStep:
 class PostedExecutable(Executable):
     """Base class of executables that post requests to other processes and receive their results.
 
-    A request is a step, a transfer of K/V blocks, or one about experts; number 0 is the load. depth: number of pipeline
-    stages. checks: True to check each step in this process first, since an error that only one rank raises would end
-    the group.
+    Requests are numbered in the order in which they are posted. Number 0 loads the Program. Each other one is a step, a
+    transfer of K/V blocks, or a question or change of experts' ranks. depth: number of pipeline stages. checks: True to
+    check each step in this process first, since an error that only one rank raises would end the group.
     """
 
     facts: list[RankFacts]
@@ -158,7 +158,7 @@ class PostedExecutable(Executable):
         return [contents for contents in found if isinstance(contents, np.ndarray)]
 
     def _ask(self, parts: Sequence[np.ndarray]) -> list[memoryview]:
-        """Wait until all posted steps have ended, then post another request. Returns a list of the ranks' answers.
+        """Wait until all posted steps have ended, then post a request of another kind. Returns the ranks' answers.
 
         parts: the request's arrays. Raises DeviceLost if the group ends.
         """

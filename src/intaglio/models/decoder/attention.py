@@ -66,7 +66,9 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def gated(w: Writer, at: str, source: str, x: str, a: str, value_dim: int) -> str:
-    """Add the gate of attention's result, if the model has one. Returns the result's tensor name; `a` without a gate.
+    """Add the ops that gate attention's result, if the model has such a gate.
+
+    Returns the name of the gated tensor. If the model has no gate, adds nothing and returns `a`.
 
     Args:
         w: writes the ops; its Decoder says which linear is the gate (attn_gate).

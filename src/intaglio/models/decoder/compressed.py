@@ -16,7 +16,9 @@ from intaglio.ops import Attend, AttendPooled, ChooseKeys, HeadLinear, KvWrite, 
 
 
 def write_compressed(w: Writer, m: Compressed, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of compressed attention, from projections to o_proj. Returns the result's tensor name [T, hidden].
+    """Add the ops of DeepSeek-V4's compressed attention, from projections to o_proj. Returns the result's tensor name.
+
+    The result is [T, hidden].
 
     Args:
         w: writes the ops.
@@ -86,7 +88,8 @@ def _pool(w: Writer, at: str, source: str, x: str, head_dim: int, layer: Layer) 
 def _choose(w: Writer, index: Indexer, i: int, layer: Layer, x: str, narrow: str, q_rank: int) -> str:
     """Add the ops of a layer's indexer, which chooses the entries that each query attends to.
 
-    Returns the name of the tensor of chosen entries. The indexer pools entries of its own from the same runs.
+    An entry is a run of tokens that is compressed to one key. The indexer compresses the same runs a second time, with
+    weights of its own. Returns the name of the tensor of chosen entries.
 
     Args:
         w: writes the ops.

@@ -390,7 +390,7 @@ class Decoder:
 
     @property
     def head_source(self) -> str:
-        """Name of the output head's module, such as lm_head, as a checkpoint that stores the head calls it.
+        """The name of the output head's module in a checkpoint that stores the head, such as lm_head.
 
         A model whose head is tied to the embedding has the same name here, though its checkpoint may not have the
         tensor.

@@ -17,7 +17,7 @@ from intaglio.ops import Concat, Linear, Map, MixStreams, Norm, Select, Sinkhorn
 
 
 class Entry(NamedTuple):
-    """Names of the tensors that enter() adds.
+    """Names of the tensors that enter() adds to a Program, where a block of layers reads the residual streams.
 
     Attributes:
         x: the block's input [T, hidden].
@@ -39,9 +39,9 @@ def spread(w: Writer, h: Hyper, x: str) -> str:
 
 
 def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> Entry:
-    """Add the ops before a block of a layer: the block's input, and the weights with which the streams leave it.
+    """Add the ops before a block of a layer, which compute its input and the weights that leave() needs after it.
 
-    Returns an Entry with the names of their tensors.
+    Returns an Entry with the names of their results.
 
     Args:
         w: writes the ops.
@@ -70,7 +70,10 @@ def leave(w: Writer, h: Hyper, site: str, streams: str, entry: Entry, y: str) ->
 
 
 def collapse(w: Writer, h: Hyper, streams: str) -> str:
-    """Add the ops that join the streams before the head, for the rows whose logits are wanted. Returns [R, hidden]."""
+    """Add the ops that join the residual streams to one before the head, for the rows whose logits are wanted.
+
+    Returns the name of the result, a tensor [R, hidden].
+    """
     b, n = w.b, h.streams
     names = [f"{w.d.prefix}{h.head}_{what}" for what in ("fn", "scale", "base")]
     streams = b.op(Select, "select", streams, "rows")

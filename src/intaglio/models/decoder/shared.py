@@ -16,8 +16,8 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
         w: writes the ops.
         s: description of the block.
         i: number of the layer.
-        layer: the layer's description. Its attribute `shared` must be set: (layer whose names the block's weights have
-            in the checkpoint, number of earlier layers that run a shared block).
+        layer: the layer's description. Its attribute `shared` must be set: (number of the layer under which the
+            checkpoint stores the block's weights, number of earlier layers that run a shared block).
         x: name of the layer's input.
         embedded: name of the tensor of token embeddings, of the same shape as x.
     """

@@ -151,9 +151,9 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of an HQQ checkpoint, as {name: Coded}: value = (code - zero) * scale. {} if none.
 
-    With HQQ's axis 1 the values that share a scale lie along a row. Such a matrix stays quantised if a group length of
-    at least 32 divides both the number of columns and the number of values that share a scale. All other matrices, such
-    as those of axis 0, become bf16 when read.
+    With HQQ's axis 1 the values that share a scale (a group) lie along a row. Such a matrix stays quantised if it can
+    be read in groups of 32 values or more that divide its columns evenly; its own groups may be divided for that. All
+    other matrices, such as those of axis 0, become bf16 when read.
 
     HQQ packs the codes into the words of W_q. It divides the rows of its table of codes into n equal runs, where n is
     the number of codes in a word. A word has one code from each run, the first run's in the highest bits.

@@ -69,7 +69,7 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """A list with one note for the user if decoding makes matrices at least 1 GiB larger than in the files; else [].
+    """A list with one note for the user if matrices take at least 1 GiB more in memory than in the files; else [].
 
     Counted are the quantised matrices that become f32, f16 or bf16 when read, because Intaglio has no number format for
     their codes.

@@ -24,8 +24,7 @@ class Part:
     """How one stored tensor (codes, scales or zeros) maps to the rows of a matrix.
 
     Attributes:
-        axis: the tensor's axis that runs along the matrix's rows (its first dimension); None: any rows need the whole
-            tensor.
+        axis: the tensor's axis along which the index of the matrix's row grows; None: any rows need the whole tensor.
         each: number of matrix rows that one index of `axis` stands for, such as 8 if each word has the codes of 8 rows.
     """
 
@@ -252,8 +251,9 @@ def find_order(
 
     Returns "" if the columns are sorted, or if there is no tensor `index`. Matrices that multiply the same input have
     equal permutations. So if an equal one was found before, the result is its name instead of `name`, and a port
-    permutes their input only once. If there is a tensor `index`, the permutation is also added to `out` as `name`, for
-    stacks of experts' matrices. Raises PortError if groups are not all of size `group`.
+    permutes their input only once. Whenever there is a tensor `index`, the permutation is added to `out` under `name`
+    as well: stacks of experts' matrices need one for each matrix. Raises PortError if groups are not all of size
+    `group`.
 
     Args:
         stored: contents of the checkpoint's files.

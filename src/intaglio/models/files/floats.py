@@ -112,8 +112,8 @@ def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The MXFP4 matrices of a checkpoint stored as gpt-oss does, as {name: Coded}.
 
     name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K / 32]
-    has powers of two with a bias of 127. The shape of each Coded is [E, K, N], as these matrices have it in checkpoints
-    without quantisation. `turned` is True: the arrays stay [E, N, K], those of the transposed matrices.
+    has powers of two with a bias of 127. The shape of each Coded is [E, K, N], that of the matrices in checkpoints
+    without quantisation. Its `turned` is True, since codes and scales are those of the transposed matrices [E, N, K].
 
     Args:
         stored: contents of the checkpoint's files.

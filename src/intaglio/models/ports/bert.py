@@ -192,7 +192,7 @@ def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def roberta(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa, from config.json, for up to `context` positions.
+    """The Decoder that describes RoBERTa used as a decoder, from config.json, for up to `context` positions.
 
     Raises PortError for missing or wrong settings.
     """
@@ -225,7 +225,7 @@ def xlm_roberta_xl(c: Config, context: int) -> Decoder:
 
 
 def row(architecture: str, kind: str, models: str, describe: Any, defaults: dict[str, Any], prefix: str) -> Family:
-    """The Family of a model like BERT that runs as a decoder: its entry in FAMILIES.
+    """The Family (entry in FAMILIES) of an architecture like BertLMHeadModel: BERT or a variant, run as a decoder.
 
     Args:
         architecture: name in config.json.

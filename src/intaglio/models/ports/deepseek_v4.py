@@ -116,9 +116,10 @@ def mlp_types(c: Config) -> list[str]:
 
 
 def compress_rates(c: Config) -> dict[str, int]:
-    """Tokens in a run by attention type: the key compress_rates, or compress_rate_csa and compress_rate_hca.
+    """For each type of attention, how many consecutive tokens are compressed to one entry, as {type: tokens}.
 
-    0 for layers with a window only. Raises PortError for a rate below 2.
+    The numbers are from the key compress_rates, or compress_rate_csa and compress_rate_hca. They are 0 for layers that
+    compress nothing. Raises PortError for a rate below 2.
     """
     given = c.settings("compress_rates")
     rates = {kind: given.get(kind, RATES[kind]) for kind in (SPARSE, HEAVY)}
@@ -130,11 +131,12 @@ def compress_rates(c: Config) -> dict[str, int]:
 
 
 def rope(c: Config, which: str, context: int) -> Table:
-    """The rope table `which`: "main" of layers with a window only, or "compress" of the others and of entries.
+    """One of a model's two rope tables. which: "main" or "compress".
 
-    The last columns of a head are turned: partial_rotary_factor of them, or qk_rope_head_dim in older files. Only
-    "compress" is scaled, and without a factor on cos and sin unless the config gives one. Raises PortError for settings
-    that are missing or wrong.
+    Layers that have only a sliding window use "main". All other layers, and the compressed entries, use "compress". The
+    last columns of a head are rotated: the fraction partial_rotary_factor of them, or qk_rope_head_dim columns in older
+    files. Only "compress" is scaled to longer contexts; cos and sin get a factor only if the config gives one. Raises
+    PortError for settings that are missing or wrong.
     """
     head_dim, given = c.whole("head_dim"), c.settings("rope_parameters")
     nested = isinstance(given.get("main"), Mapping) and isinstance(given.get("compress"), Mapping)

@@ -11,8 +11,9 @@ KINDS = {"mamba": "linear_attention", "linear_attention": "linear_attention", "h
 
 
 def prepare(c: Config) -> None:
-    """Set what the config derives: head_dim, and the context that use_long_context gives. Returns nothing.
+    """Add to the config `c` the settings that transformers derives from others. Returns nothing.
 
+    They are head_dim, intermediate_size if config.json has none, and with use_long_context the number of positions.
     Raises PortError for missing or wrong settings.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
@@ -91,8 +92,7 @@ def block_kinds(c: Config) -> list[str]:
 def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
     """The tuple for the attribute `shared` of a Layer, or None for a layer that runs no shared block.
 
-    The tuple is (number of the first layer that runs the same block, number of earlier layers that run any shared
-    block).
+    The tuple is (index of the first layer that runs the same block, how many earlier layers run any shared block).
 
     Args:
         i: number of the layer.
@@ -106,9 +106,9 @@ def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
 
 
 def names(hybrid: list[int]) -> dict[str, str]:
-    """A dict {part of Llama's tensor name: the checkpoint's name}, with entries for Decoder.sources.
+    """Entries for Decoder.sources, as a dict {part of Llama's tensor name: the checkpoint's name}.
 
-    In the checkpoint, layers with a shared block have their own mixer inside a module mamba_decoder. The dict has two
+    In the checkpoint, layers with a shared block have their own mixer inside a module mamba_decoder. There are two
     entries for each such layer, the mixer and its input norm. hybrid: numbers of the layers with a shared block.
     """
     rules = {}

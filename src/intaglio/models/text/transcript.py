@@ -17,12 +17,13 @@ class Transcript:
     Args:
         tokenizer: decodes the tokens; None: there is no text.
         prompt: token ids before the output.
-        stops: stop strings. If one is a special token that leaves no text (see `kept`), the output ends at that token.
-        kept: special tokens whose text stays in the output; all other special tokens leave no text. None: all stay.
+        stops: stop strings. One that is a hidden special token (see `kept`) ends the output at that token.
+        kept: special tokens whose text stays in the output; all others are hidden, which means that they leave no text.
+            None: all stay.
         include_stop: True if the text ends after the stop string, instead of before it.
         min_tokens: stop strings do not end the output while it has this number of tokens or fewer.
 
-    Raises ValueError for a stop string that contains such a special token and other text: it could never match.
+    Raises ValueError for a stop string that contains a hidden special token and other text: it could never match.
     """
 
     def __init__(

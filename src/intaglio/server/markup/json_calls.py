@@ -256,7 +256,7 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse JSON tool calls that have no delimiters around them, and yield them as Parts.
+    """Parse JSON tool calls that no delimiter ends, and yield them as Parts.
 
     The calls are JSON objects separated by `;`, or a JSON list. This generator also yields None while it waits for more
     text of the model. Its return value is True if a call was begun.
@@ -268,7 +268,9 @@ def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def enclosed(end: str, *more: str) -> Reading:
-    """Make a parser (Reading) of JSON tool calls up to one of the delimiters `end` and `more`, or the output's end.
+    """Make a parser (Reading) of JSON tool calls that are followed by a delimiter: `end` or one of `more`.
+
+    The end of the model's output ends the calls too.
 
     The parser is a generator function of (Source, opener, tools). The generator yields Parts, and None while it waits
     for more text of the model; its return value is True if a call was begun.

@@ -18,9 +18,9 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 def pythonic(*ends: str) -> Reading:
     """Make a parser (Reading) of tool calls in Python syntax, or JSON, that end with one of the delimiters `ends`.
 
-    The delimiter may be missing; without `ends` none is expected. The parser is a generator function of (the output as
-    a Source, the opener, the request's tools). The opener is the delimiter in front of the calls, already consumed, or
-    "". The generator yields Parts; its return value is True if a call was begun, else False.
+    The delimiter at the end may be missing; without `ends` none is expected. The parser is a generator function of
+    three arguments: the model's output as a Source; the delimiter in front of the calls, which was already consumed, or
+    ""; and the request's tools. The generator yields Parts; its return value is True if a call was begun, else False.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:

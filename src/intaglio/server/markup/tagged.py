@@ -32,16 +32,18 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Tags:
-    """The tags of one format of calls.
+    """The tags of one format of tool calls. A call is `begin` NAME `named`, its arguments, and `end`.
+
+    An argument is `key` NAME `keyed`, then `between` VALUE `end_value`.
 
     Attributes:
         begin: opening tag up to the call's name; "" if the name comes without a tag.
-        named: end of the opening tag, after the name.
+        named: end of the opening tag, after the call's name.
         key: tag up to an argument's name.
-        keyed: end of that tag, after the argument's name.
+        keyed: end of the tag `key`, after the argument's name.
         end_value: closing tag of an argument's value.
         end: closing tag of the call; "" if there is none.
-        between: opening tag of the value, between an argument's name and its value; "" if there is none.
+        between: opening tag of an argument's value; "" if there is none.
     """
 
     begin: str

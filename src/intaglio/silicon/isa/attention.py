@@ -146,7 +146,8 @@ class Merge(Instruction, engine="VEC", opcode=0x3A):
     """Merge partial attention results over different keys: dst [q, d] = attention of q queries, from `parts` parts.
 
     Parts are merged in ascending order. Part i occupies rows i * q .. (i + 1) * q of sums [parts * q, d], m and l
-    [parts * q, 1]; it is rescaled to the largest m of all parts. dst is the sum of sums over the sum of l.
+    [parts * q, 1]; it is rescaled to the largest m of all parts. dst is the total of `sums`, divided by the total of
+    `l`.
     """
 
     dst: Region

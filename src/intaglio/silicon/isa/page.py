@@ -84,7 +84,8 @@ def type_name(kind: Any) -> str:
 def access_or_default(cls: type[Instruction], name: str, kind: Any, default: Any) -> str:
     """Text of the last column of an instruction's table of fields, for the field `name`.
 
-    For a region "read", "written" or "updated" (both); for another field its default.
+    It is "read", "written" or "updated" (both) for a field that is a region of memory, and the default value for any
+    other field.
     """
     if kind is Region or Region in get_args(kind):
         return ("updated" if name in cls.updates else "written") if name in cls.writes else "read"

@@ -72,8 +72,9 @@ class AttendKernel(ChipKernel):
     def streams(cls, mem: ChipMemory, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
         """A list of Streams, one for each core with work, that complete the attention.
 
-        There are up to three kernels, in this order: chunks with several queries, chunks with one, and the merge of
-        split contexts. The Streams are those of the last; earlier kernels are executed in `mem` during the call.
+        There are up to three kernels, in this order: one for chunks with several queries, one for chunks with one
+        query, and one that merges split contexts. This method itself executes all but the last of them in `mem`. The
+        returned Streams are the last kernel.
         """
         h, on = cls.of(op, t).heads, mem.target.with_library(activation_bytes=WIDE)
         launches: list[list[Stream]] = []

@@ -129,7 +129,10 @@ class TileSeconds:
 
 @lru_cache(maxsize=16384)
 def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
-    """Modelled seconds of the parts of an attention job, for tiles of `rows` query rows and `keys` keys. Cached."""
+    """Modelled seconds of each phase of an attention job (scores, softmax, sums ...), as a TileSeconds. Cached.
+
+    rows: query rows of a tile. keys: keys of a tile.
+    """
     chip, d, dv, hz = target.chip, h.head_dim, h.v_dim, target.chip.clock_hz
     width = target.library.activation_bytes
     state = rows * (dv + 2) * WIDE / chip.sram_bytes_per_cycle / hz, rows * d * width / chip.sram_bytes_per_cycle / hz
@@ -155,9 +158,9 @@ def widen_seconds(target: Target, h: Heads) -> float:
 
 
 def two_jobs_fit(target: Target, h: Heads) -> bool:
-    """True if SRAM fits the key tiles of two jobs, each in the cache's format and in bf16.
+    """True if SRAM fits two tiles of keys and values, each of them twice: in the cache's format and in bf16.
 
-    One job's tile can then be loaded while the other's is converted.
+    One job's tile can then be loaded while another job's is converted.
     """
     return 2 * target.library.key_tile * h.kv_width * (h.bits / 8 + 2) <= target.chip.sram_bytes
 
@@ -264,11 +267,9 @@ def library_prefill_seconds(
     alone = pipeline(tiles, load, work, 0.0, plan.depth)  # of each job
     if plan.ahead:
         computed = least_makespan(tiles * work + merge, count, chip.cores) + min(whole, work)
-        each, all_loads = (
-            max(1.0, float(tiles @ count) / chip.cores),
-            float(load * tiles @ count),
-        )  # each: tiles of a core
-        together = pipeline(each, all_loads / float(tiles @ count), work, 0.0, plan.depth)
+        read = float(tiles @ count)  # key tiles, by all jobs
+        mean_load = float(load * tiles @ count) / read
+        together = pipeline(max(1.0, read / chip.cores), mean_load, work, 0.0, plan.depth)
         rounds = np.floor((max(1.0, least_makespan(tiles, count, chip.cores)) - 1) / plan.depth) + 1
         loads = max(float(alone.max()), together, rounds * (whole + work))
         return float(blank + t.fill + queries + max(computed, loads) + wait + t.merge + results)
@@ -351,12 +352,14 @@ def stream_prefill_seconds(
 def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores: int) -> tuple[np.ndarray, ...]:
     """Find the jobs that wait for keys which no earlier round of jobs has read. A round is one job on each core.
 
-    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. If a job reads a tile as its
-    third new tile, and another job of the round reads this tile as its first new one, the L2 has the tile by then.
+    deal() gives the longest jobs to cores first. Jobs of one round run at the same time. A job does not wait for a tile
+    that another job of the round has read before: if a job reads a tile as its third new tile, and another job reads
+    the same tile as its first, only the other job waits for HBM.
 
-    tiles: for each kind of job, key tiles of one job. start: for each kind, number of a job's first key tile. count:
-    for each kind, number of jobs. Returns four arrays, with an item for each kind and round: the kind's index; number
-    of tiles that the job reads one after the other and waits for; number of jobs; number of the round, from 0.
+    tiles: for each kind of job, number of key tiles that one job reads. start: for each kind, index of a job's first
+    key tile. count: for each kind, number of jobs. Returns four arrays, with an item for each kind and round: the
+    kind's index; number of tiles that the job reads one after the other and waits for; number of jobs; number of the
+    round, from 0.
     """
     rounds: dict[int, list[tuple[int, float]]] = {}  # (kind, number of jobs) of each
     position = 0.0
@@ -381,8 +384,8 @@ def waiting_jobs(tiles: np.ndarray, start: np.ndarray, count: np.ndarray, cores:
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts, exact: bool) -> tuple[np.ndarray, ...]:
     """The jobs of the chunks with several queries, as four arrays with an item for each kind of job.
 
-    They are: keys of one job; key tiles of one job; number of a job's first key tile; number of jobs of this kind. Key
-    tiles are numbered over all distinct chunks.
+    They are: how many keys one job reads; how many key tiles that is; index of a job's first key tile; how many jobs
+    are of this kind. Key tiles are indexed over all distinct chunks.
 
     part: (queries, keys, number of sequences) of each distinct chunk. exact: True to count the keys and key tiles of
     jobs whose window starts within a tile. False to count their mean over all positions within the tile, so that a
@@ -472,8 +475,8 @@ def unique_tiles(plan: AttendPlan, h: Heads, part: ChunkCounts) -> float:
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
     """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
 
-    True if the plan loads jobs ahead (plan.ahead > 0), or if the library's activations are FP32, as in the streams that
-    the simulator executes. False in all other cases.
+    True for a plan that loads the next jobs' keys ahead (plan.ahead > 0), and for the streams that the simulator
+    executes, whose library has activations in FP32. False in all other cases.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE
 
@@ -558,11 +561,10 @@ def decode_seconds(
     """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
 
     The model assumes that all cores share the HBM and L2 rates equally, and that the tiles of a job load equally many
-    keys. A job is one query for plan.pack heads and one part of the context. Equal jobs are listed together, as one
-    kind of job.
+    keys. A job attends with one query, for plan.pack heads, over one part of the context. Equal jobs are one kind.
 
-    tiles, keys: for each kind, key tiles of one job, and the keys that they load. count: for each kind, number of jobs.
-    missed: fraction of the tiles loaded from HBM; the L2 holds the rest.
+    tiles, keys: for each kind, number of key tiles that one job loads, and number of keys in them. count: for each
+    kind, number of jobs. missed: fraction of the tiles loaded from HBM; the L2 holds the rest.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     dealt = makespan if lib.activation_bytes >= WIDE else least_makespan

@@ -133,9 +133,9 @@ class ChipMemory:
     def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
 
-        on: target with which the run is timed; None: the target of this memory. It is another one where the kernel
-        library has other values (such as launch overhead) for the kernel that runs, see Target.kernel(). label:
-        RunResult.label of the result. The result is also appended to self.launches.
+        on: target with which the run is timed; None: self.target. Another target is given for kernels to which the
+        kernel library gives values of their own, such as a launch overhead; see Target.kernel(). label: RunResult.label
+        of the result. The result is also appended to self.launches.
         """
         hbm = {0: self.hbm} if self.values else None
         machine = Machine(on or self.target, hbm, l2={0: self.l2}, checks=self.values)

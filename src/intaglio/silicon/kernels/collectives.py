@@ -75,7 +75,7 @@ class CollectiveKernel(ChipKernel):
 @chip_kernel(Send)
 @dataclass(frozen=True)
 class SendKernel(CollectiveKernel):
-    """Chip kernel of `send`: timing of a message [rows, width] between two chips, as a collective of the two."""
+    """Chip kernel of `send`: a message [rows, width] between two chips. It is timed like a collective of two ranks."""
 
     @classmethod
     def of(cls, op: Send, t: Tensors) -> SendKernel:  # type: ignore[override]
@@ -187,14 +187,18 @@ def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: in
 
 @lru_cache(maxsize=512)
 def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-    """The ScheduleClock (simulator) of a collective over normalised links: 1 byte/s, 1 s latency. Cached."""
+    """The simulator of a collective over links of 1 byte/s and 1 s latency, as a ScheduleClock. Cached.
+
+    Its times can be scaled to links of any other rate and latency.
+    """
     return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
     """Normalised seconds of a collective with chunks of `chunk` bytes: over links of 1 byte/s and 1 s latency.
 
-    The result is interpolated between two simulated sizes. Its error is 0.2 %; 15 % if their transfers' order differs.
+    The result is interpolated between two simulated sizes. Its error is 0.2 %, or 15 % where transfers occur in another
+    order at one size than at the other.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -303,7 +307,7 @@ def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
 
 
 def switch_speedup(chips: int) -> float:
-    """Factor of an all_reduce's effective bandwidth with in-network reduction (NVLink SHARP), over that of a ring.
+    """Bandwidth of an all_reduce with in-network reduction (NVLink SHARP), divided by that of a ring.
 
     For P chips: (2 (P - 1) / P) / (1 + 2 / P), the link bytes of a ring over those of the switch. Below 1 if P < 4.
     """
@@ -354,8 +358,8 @@ class CollectiveBuilder:
     def buffer(self, rows: int, cols: int, format: str) -> Region:
         """The next SRAM tile [rows, cols] of number format `format`. Its size is at most self.tile.
 
-        Calls are counted from 1 for each ChunkTile (in emit_steps()). Call n has two tiles of its own for each format,
-        and takes them in turn. One ChunkTile's data can thus be stored while the next ChunkTile is processed.
+        Calls are counted from 1 anew for each ChunkTile (in emit_steps()). The n-th calls of all ChunkTiles take two
+        tiles of each format in turn. One ChunkTile's data can thus be stored while the next ChunkTile is processed.
         """
         self.used += 1
         key = self.used, format
@@ -375,7 +379,7 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The SRAM tile with the current values of one of the schedule's buffers, those of the chunk's part `part`.
+        """The SRAM tile with the current values of one part of a schedule's buffer.
 
         Inputs are in HBM: the first call for an input emits its load and its conversion to the format that links carry.
 

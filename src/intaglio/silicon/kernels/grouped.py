@@ -55,14 +55,14 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """A function `reader`, which makes for one core the function that loads rows of x sorted by expert.
+    """The argument `reader` of rounded(), for rows of x sorted by expert: a function that makes a core's load function.
 
-    reader(builder, step) takes the core's StreamBuilder and the largest number of rows of a tile. It returns a function
-    read(tile, rows, columns), where `rows` is a slice of the sorted rows and `columns` a slice of the columns of x.
-    read() emits the load of these values into `tile`, and returns the part of `tile` that they fill. If op.scale_input
-    is set, it also multiplies each row by the routing weight of the row.
+    - reader(builder, step) takes the core's StreamBuilder and the largest number of rows of a tile. It returns read.
+    - read(tile, rows, columns) emits the load of a part of x into `tile`, and returns the region of `tile` that this
+      fills. `rows` is a slice of the sorted rows, `columns` a slice of the columns of x. If op.scale_input is set, it
+      also multiplies each row by the routing weight of the row.
 
-    rounded() takes the result as its argument `reader`. order, tokens: regions that sort_by_expert() writes.
+    order, tokens: regions that sort_by_expert() writes.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 

@@ -75,8 +75,8 @@ class HeadLinearKernel(ChipKernel):
         """A list of Streams, one for each core with work, that compute each head's product in tiles.
 
         A head's matrix multiplies the first k columns of the head in x. If the head has more columns in x, the result
-        has them too, unchanged, after the product's n columns. They are copied during this call, by a kernel that is
-        executed in `mem`. The returned Streams compute only the products.
+        has them too, unchanged, after the product's n columns. The returned Streams do not write these columns: this
+        method itself copies them first, with a kernel that it executes in `mem`.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.region(op.w)
         heads, n, depth = (int(d) for d in t[op.w].shape)

@@ -42,8 +42,9 @@ class Heads:
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
         values_in_keys: True if values are columns of the key cache (latent attention). The simulated streams load them
-            apart from their keys, and find them in the L2.
-        shared_values: True if a value is a part of its key (latent attention), so that it is loaded with it.
+            a second time, and find them in the L2.
+        shared_values: True if values are columns of the key cache and are loaded only once, with the keys, as kernels
+            of libraries do.
     """
 
     heads: int
@@ -68,8 +69,9 @@ class Heads:
     def hbm_part(self, target: Target) -> float:
         """The fraction of the loaded K/V columns that HBM delivers; the L2 delivers the others.
 
-        It is 1 except where the chip has an L2, values_in_keys is set and the library's activations are FP32, as in the
-        simulated streams: these load values a second time, after the keys.
+        It is less than 1 if values are loaded a second time, after the keys, and found in the L2. That is so if
+        values_in_keys is set, the chip has an L2, and the library's activations are FP32: such a library stands for the
+        simulated streams.
         """
         twice = self.values_in_keys and target.chip.l2_bytes and target.library.activation_bytes >= WIDE
         return self.head_dim / self.kv_width if twice else 1.0
@@ -81,7 +83,7 @@ class Heads:
 
     @property
     def format(self) -> str:
-        """Format by which a library's attention kernels are chosen.
+        """Number format of the cache, as the key of attention kernels in a chip's KernelLibrary.
 
         "bf16" for a cache of 16 bits a value, "e4m3" for a cache of any other width.
         """
@@ -191,8 +193,8 @@ def job_rows(target: Target, rows: int, width: int) -> int:
     """Number of rows that a core loads, rounds and stores together, as one job. A row is one head of one token.
 
     The `rows` rows of a core are cut into as few jobs as possible; all but the last have the returned length. A job has
-    at most ROWS rows. The limit is higher where the loads of MOST_TILES / 2 such jobs are too short to hide HBM's
-    latency: then it is the number of rows that hides the latency. A job has no more rows than fit SRAM, but at least
+    at most ROWS rows, or more if HBM's latency asks for it: half of the MOST_TILES buffers are being loaded at a time,
+    and these loads together have to last as long as the latency. A job has no more rows than fit SRAM, but at least
     one. Returns 1 if `rows` is 0. width: values of a row.
     """
     chip = target.chip

@@ -72,10 +72,11 @@ class LinearKernel(ChipKernel):
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
         """A list of Streams, one for each core with work, that compute the op's result. Tiles are the fastest found.
 
-        First, x is rounded during the call, by a kernel that is executed in `mem` (none for f32). If K is not split,
-        the Streams then compute the product. If K is split, the products of its parts are executed during the call too,
-        and the Streams add their sums. In both cases the Streams apply bias, scale, activation and residual as the sums
-        leave the accumulators. A GLU pair (gate, up) uses two accumulators of half the columns each.
+        This method itself executes the kernels before the last one, in `mem`: one that rounds x (unless it is f32), and
+        if K is split, one that computes the products of K's parts. The returned Streams are the last kernel. It
+        computes the product or, if K is split, adds the products of the parts. It applies bias, scale, activation and
+        residual as the sums leave the accumulators. A GLU pair (gate, up) uses two accumulators of half the columns
+        each.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1

@@ -26,9 +26,9 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def missed_sums(target: Target, sums: Any, written: Any) -> Any:
     """HBM bytes that are moved for each byte of partial sums that is read back to add them.
 
-    The L2 has evicted some of the sums to HBM by then, and fetches these again. Each fetched byte evicts another byte.
-    The chance that this is a byte of the sums, which is then written back too, is the fraction of the L2 that sums
-    take. Returns 1 without an L2.
+    The L2 has evicted some of the sums to HBM by then, and fetches these again. A fetched byte takes the place of
+    another byte in the L2. If that byte belongs to the sums too, it is first written back to HBM; the chance of this is
+    the fraction of the L2 that sums take. Returns 1 without an L2.
 
     sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
     is an array or number like `written`.

@@ -104,12 +104,12 @@ def x_resident(target: Target, x_bytes: Any) -> Any:
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """How a core's SRAM is divided, as (drained rows, bytes for stages, bytes of scales).
+    """How a core's SRAM is divided, as a triple (rows per drain, bytes of all stages, bytes of one stage's scales).
 
-    - Drained rows: rows of a tile that move from the accumulators to SRAM at a time.
-    - Bytes for stages: SRAM for the pipeline stages, all together. A stage has the operands of one step over K, and
-      their scales. The rest of SRAM is two tiles of drained rows, two rows of bias and 1,024 bytes.
-    - Bytes of scales: the part of one stage for scales and alignment. Only an x of 8 bits has scales.
+    - Rows per drain: rows of a tile that move from the accumulators to SRAM at a time.
+    - Bytes of all stages: a stage is a buffer for the operands of one step over K, and their scales. The rest of SRAM
+      is two tiles of drained rows, two rows of bias and 1,024 bytes.
+    - Bytes of one stage's scales: with padding for alignment. Only an x of 8 bits has scales.
 
     The three are numbers or arrays, as tm and tn are. tm, tn: rows and columns of a tile; tn counts both sides of a GLU
     pair. glu: True for a GLU pair. x_bits: bits of a value of x.
@@ -160,8 +160,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     over K.
 
     - seconds: time of the product, launch included.
-    - hbm: bytes moved from and to HBM. weights: the bytes of weights in `hbm`; if resident, the bytes of weights that
-      `hbm` does not count. moved: bytes between L2 and cores.
+    - hbm: bytes moved from and to HBM, without the weights if they are resident. weights: bytes of the weights in any
+      case. moved: bytes between L2 and cores.
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
     - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
@@ -233,10 +233,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     port = min(chip.port_rate, shared)
 
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
-        """Seconds to load one step's operands, as a pair: while `active` cores load at once, and with one core alone.
+        """Seconds to load the parts of x and w for one step of the loop over K.
 
-        A core alone is limited by the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in
-        a tile; 0: only w is loaded.
+        Returns a pair: seconds while `active` cores load at once, and seconds of one core alone, which is limited by
+        the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in a tile; 0: only w is
+        loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -271,7 +272,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     def end(part: Any = 1.0) -> tuple[Any, Any]:
         """(seconds until a tile is drained, seconds until it is stored). part: its width as a fraction of a full tile.
 
-        Two pieces overlap: one is drained while the one before is stored. The last piece may be shorter.
+        A tile is drained and stored in pieces of `piece` rows; the last may have fewer. A piece is drained while the
+        piece before it is stored.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         last = (rows - (pieces - 1) * piece) / piece
@@ -333,7 +335,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         _, last_end = end(last_part_n)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any) -> Any:
-            """Seconds to the last matmul: the longer of two chains, of matmuls and of loads up to the last tile's."""
+            """Seconds from the start of the loop to its last matmul: the larger of two sums.
+
+            One sum has the matmuls of all tiles. The other has the loads of all tiles, and the matmuls of the last.
+            rounds: tiles of the core. load_s, alone_s: seconds to load one step's operands while all cores load, and
+            while no other core loads.
+            """
             last = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
             odd = (rounds - 1) % 2
             works = (rounds - 1 - odd) * by_work + odd * unpaired + job_work
@@ -391,7 +398,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         idle = in_step * groups * (wait_s + last_work + all_end)
 
     def to_last_step(loads_s: Any) -> Any:
-        """Seconds until the matmuls of the last step can begin, if all loads from HBM take `loads_s` seconds."""
+        """Seconds until a core's last step over K can begin its matmuls, if loads from HBM take `loads_s` in total."""
         a_step = loads_s / (rounds * job_steps)
         # The last step's load may be shorter than the matmuls of the step before
         later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - a_step * last_part / tk), 0)
@@ -433,10 +440,12 @@ def linear_timing(
     w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
     counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
     grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
-    HBM delivers the weights during earlier ops. The Timing then has the seconds of resident weights, while its
-    hbm_bytes include the weights. Choices are then compared by their seconds or by HBM's time for all their bytes,
-    whichever is longer; among equal choices, the one with the fewest seconds is taken. streamed: True if the L2 keeps
-    neither x nor the result, as in a benchmark that repeats a product larger than the L2.
+    HBM delivers the weights during earlier ops. streamed: True if the L2 keeps neither x nor the result, as in a
+    benchmark that repeats a product larger than the L2.
+
+    With prefetched, the seconds of the Timing are those with resident weights, and its hbm_bytes include the weights.
+    The fastest choice is then the one for which the longer of two times is shortest: its seconds, and HBM's time for
+    all its bytes. Of equal choices, the one with the fewest seconds is taken.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)

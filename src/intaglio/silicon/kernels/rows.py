@@ -106,7 +106,7 @@ class RowsKernel(ChipKernel):
     def columns(self) -> tuple[int, ...]:
         """Widths of the SRAM tiles of one row, as a tuple with the number of FP32 columns of each tile.
 
-        The base class returns self.width for each operand, but at least twice.
+        The base class returns one self.width for each operand, and at least two of them.
         """
         return (self.width,) * max(2, self.operands)
 
@@ -136,16 +136,16 @@ class RowsKernel(ChipKernel):
         return float(vector_cycles(chip, n))
 
     def read_cycles(self, chip: ChipSpec, n: int) -> float:
-        """Number of cycles, from the start of cycles(), until the tiles that were loaded are free for the next loads.
+        """Number of a row's compute cycles until its operands' tiles have been read, and are free for the next loads.
 
-        The base class returns all of cycles(). n: number of values of a row.
+        The base class returns all of the row's cycles(). n: number of values of a row.
         """
         return self.cycles(chip, n)
 
     def load_bytes(self, library: KernelLibrary) -> float:
         """Bytes that a core loads for one row of the op.
 
-        The base class counts `width` activations for each matrix that the op reads. Subclasses may override this.
+        The base class counts a row of `width` activations of each operand. Subclasses may override this.
         """
         return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
 
@@ -203,9 +203,9 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
         op: the op.
         kernel: the op's kernel, which gives the number of column ranges and the number of tiles in a ring.
         rows: number of rows.
-        columns: for each ring (circular SRAM buffer of f32 tiles), the columns of a tile that holds a whole row. The
-            last number is also the width of the row that is divided into ranges. If the row is divided, a tile has at
-            most as many columns as a range.
+        columns: for each ring (circular SRAM buffer of f32 tiles), the number of columns of a whole row. If rows are
+            divided into column ranges, the ring's tiles have at most as many columns as a range. The ranges divide the
+            last of these numbers.
         body: called to emit the instructions of one job, as body(builder, list of rings, slice of one row, slice of the
             job's columns). The last is slice(None) if kernel.gathered is set (rows are read by index).
     """

@@ -253,11 +253,11 @@ class TileJob:
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """Cut the columns 0 .. k - 1 of x into steps. Returns a list of lists of slices: for each part of K, its steps.
+    """Cut the columns 0 .. k - 1 of x into at most cut.parts parts, and each part into steps.
 
-    A step is a slice of at most cut.depth neighbouring columns, which are loaded and multiplied together. All columns
-    of a step have the same scale: columns 0 .. span - 1 share one, the next `span` columns another, and so on. There
-    are at most cut.parts parts. Parts and steps are in ascending order.
+    Returns a list with an item for each part: the list of its steps, as slices of columns, in ascending order. A step
+    has at most cut.depth neighbouring columns, which are loaded and multiplied together. All columns of a step have the
+    same scale: columns 0 .. span - 1 share one, the next `span` columns another, and so on.
     """
     every = [
         shifted(piece, outer.start)
@@ -271,9 +271,9 @@ class TiledProduct:
 
     Tiles at the edge of the result are padded with zeros.
 
-    codes: the rounded x. w: weights of any one job: one item, or two for a GLU pair (gate, up). Only their formats are
-    used, and all jobs have the same. cut: the Tiling. w_first: True to load tiles of w before tiles of x. Half of the
-    cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
+    codes: the rounded x. w: the weights of one of the jobs: one item, or two for a GLU pair (gate, up). Only their
+    formats are used, which are the same for all jobs. cut: the Tiling. w_first: True to load tiles of w before tiles of
+    x. Half of the cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.scaled, groups, cut.columns) if groups else None for _ in w]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
-        """Emit instructions that compute acc = x[rows] @ w[columns].T over the steps of each job, with loads.
+        """Emit the loads and matmuls that compute acc = x[rows] @ w[columns].T for each job, over its steps of K.
 
         The jobs are interleaved: the first step of each job, then the second step of each, and so on.
         """
@@ -337,7 +337,7 @@ class TiledProduct:
         return a
 
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
-        """Divide a step's columns by scales of w. Returns a list of (columns that share a scale, region of the scales).
+        """Group a step's columns of w by their scale. Returns a list of (columns of one scale, region of the scales).
 
         The columns are a slice, counted from the first column of the step. The region is an SRAM tile with one scale
         for each row of w. If w is not quantised, the list has one item: (all columns, None).

@@ -47,7 +47,7 @@ def permute(lane: Lane, op: Permute) -> None:
 
 @sharding_rule(Concat, MixStreams, Sinkhorn)
 def by_token_rows(lane: Lane, op: Op) -> None:
-    """Append an op that joins columns or mixes residual streams to one rank's Program. Returns nothing.
+    """Append an op to one rank's Program: one that joins columns or mixes residual streams. Returns nothing.
 
     If all operands are split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on the
     whole operands.

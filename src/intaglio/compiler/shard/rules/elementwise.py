@@ -16,7 +16,7 @@ def elementwise(lane: Lane, op: Op) -> None:
     - Rows: if all operands are split by token rows, the op computes the rank's rows.
     - Columns: if all operands of more than one column are split alike, the op computes the rank's columns. An operand
       with one column per head may be whole: the rank reads the columns of its heads. If other ops read views (column
-      ranges) of the result, this case also needs the result to be in lane.plan.
+      ranges) of the result, the result is split only if lane.plan, which has the columns of each split tensor, has it.
     - In all other cases the op computes the whole result, from whole operands.
     """
     if lane.has_token_rows(op):
@@ -31,10 +31,11 @@ def elementwise(lane: Lane, op: Op) -> None:
 
 
 def by_head(lane: Lane, op: Op, wide: list[str], shares: list[Share] | None) -> tuple[Op, list[str]]:
-    """Let an elementwise op whose first operand is split by columns read its per-head operands by head.
+    """Make an elementwise op read the columns of the rank's own heads in operands with one column for each head.
 
-    A per-head operand is whole on the rank and has one column for each head. It is replaced by a view of the columns of
-    the rank's own heads; the rank must hold a run of whole heads. The views are added to the Program of `lane`.
+    Such an operand is whole on the rank, while the op's first operand is split by columns. The operand is replaced by a
+    view of the columns of the rank's own heads; the rank must hold a run of whole heads. The views are added to the
+    Program of `lane`.
 
     Returns (the op with the views as operands, a list of the names in `wide` that were not replaced).
 
