@@ -129,7 +129,7 @@ def attention(on: Target, row: Row) -> Timing:
     moved_s = rotated / on.chip.hbm_rate
     launches = on.library.attention_launches - 2  # attention and cache write have their own
     rest = Timing(launches * on.library.launch_s + moved_s, {"HBM": moved_s}, rotated, rotated)
-    rest += cast(on, batch * before * h.kv_heads * h.kv_width, h.bits)
+    rest += cast(on, batch * before * h.kv_heads * h.kv_width(on.library), h.bits)
     return attend_timing(on, h, ((q, before + q, batch),), how.warm_cache) + kv_write_timing(on, tokens, h) + rest
 
 
@@ -157,7 +157,7 @@ def latent_attention(on: Target, row: Row) -> Timing:
     bits = 8 if row["kv_dtype"] == "fp8" else 16
     h = Heads(heads, heads, *MLA_PROMPT)
     if q == 1:
-        h = Heads(heads, 1, *MLA_LATENT, bits=bits, shared_values=True)
+        h = Heads(heads, 1, *MLA_LATENT, bits=bits, values_in_keys=True)
     half = MLA_LATENT[0] // 2  # kv_write counts keys and values; a latent is one row
     launches = on.library.attention_launches - 2
     attended = attend_timing(on, h, ((q, before + q, batch),), conditions(on.library).warm_cache)

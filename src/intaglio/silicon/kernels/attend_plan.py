@@ -152,7 +152,7 @@ def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
 
 def widen_seconds(target: Target, h: Heads) -> float:
     """Seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes; 0 if none is needed."""
-    chip, values = target.chip, target.library.key_tile * h.kv_width
+    chip, values = target.chip, target.library.key_tile * h.kv_width(target.library)
     needed = h.bits < 16 and not chip.att_lanes and product_format(target, h) != "e4m3"
     return float(vector_cycles(chip, target.library.kv_dequant_ops * values)) / chip.clock_hz if needed else 0.0
 
@@ -162,7 +162,7 @@ def two_jobs_fit(target: Target, h: Heads) -> bool:
 
     One job's tile can then be loaded while another job's is converted.
     """
-    return 2 * target.library.key_tile * h.kv_width * (h.bits / 8 + 2) <= target.chip.sram_bytes
+    return 2 * target.library.key_tile * h.kv_width(target.library) * (h.bits / 8 + 2) <= target.chip.sram_bytes
 
 
 def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
@@ -255,7 +255,7 @@ def library_prefill_seconds(
     """
     chip, lib, latency_s, total = target.chip, target.library, target.chip.constants.hbm_latency_s, float(count.sum())
     t, base = tile_seconds(target, h, plan.rows, plan.keys), min(chip.port_rate, chip.l2_rate / min(total, chip.cores))
-    load, whole = (n * h.kv_width * h.bits / 8 / base for n in (keys / tiles, min(float(keys.max()), plan.keys)))
+    load, whole = (n * h.kv_width(lib) * h.bits / 8 / base for n in (keys / tiles, min(float(keys.max()), plan.keys)))
     work = t.work + widen_seconds(target, h) / 2
     results, queries = (rows * width * lib.activation_bytes / base for width in (h.v_dim, h.head_dim))
     blank = t.blank * min(plan.held, np.ceil(total / chip.cores))
@@ -298,7 +298,7 @@ def stream_prefill_seconds(
     active = min(float(count.sum()), chip.cores)
     base, latency_s = min(chip.port_rate, chip.l2_rate / active), chip.constants.hbm_latency_s
     cold = min(base, chip.hbm_rate / max(1.0, missed * active))
-    tile_bytes = keys * h.kv_width * h.bits / 8
+    tile_bytes = keys * h.kv_width(lib) * h.bits / 8
     per_byte = (1 - missed) / base + missed / cold
     load = tile_bytes * per_byte
     work = t.work + widen_seconds(target, h) / 2
@@ -425,7 +425,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
     keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
-    cache = keys * h.kv_heads * h.kv_width * h.bits / 8 * h.hbm_part(target)
+    cache = keys * h.kv_heads * h.kv_width(lib) * h.bits / 8 * h.hbm_part(target)
     for rows, pack in ((r, p) for r in sizes for p in packs):
         wanted = AttendPlan(
             rows=max(rows, pack),
@@ -440,7 +440,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
             continue
         seen, tiles, start, count = prefill_jobs(plan, h, part, lib.activation_bytes >= WIDE)
         loaded = float(seen @ count) / float(tiles @ count) if knows_lengths(lib, plan) else plan.keys
-        read = float(tiles @ count) * loaded * h.kv_width * h.bits / 8
+        read = float(tiles @ count) * loaded * h.kv_width(lib) * h.bits / 8
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         mean = sum(q * n for q, _, n in part) * h.heads / float(count.sum())
         if lib.activation_bytes >= WIDE:
@@ -506,7 +506,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     packs = (lib.pack_windowed or not h.window) and not h.slopes and h.group <= lib.pack_most
     pack = h.group if packs else 1
     rows = int(2 ** np.ceil(np.log2(max(lib.min_query_rows, pack))))
-    tile_bytes = lib.key_tile * h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
+    tile_bytes = lib.key_tile * h.kv_width(lib) * h.bits / 8 * burst_overfetch(lib, h)
     ring = max(2, min(lib.decode_stages, int(chip.sram_bytes // (2 * tile_bytes))))
     wanted = AttendPlan(
         rows=rows, pack=pack, keys=lib.key_tile, depth=ring, ahead=JOBS_AHEAD if lib.persistent else 0,
@@ -571,7 +571,7 @@ def decode_seconds(
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
     active = min(float(count.sum()), slots)
     turns = max(1.0, active / chip.cores)  # jobs on one core take turns
-    key_bytes = h.kv_width * h.bits / 8 * burst_overfetch(lib, h)
+    key_bytes = h.kv_width(lib) * h.bits / 8 * burst_overfetch(lib, h)
     here = 1 - h.hbm_part(target)  # part of a tile that is in the L2; it is loaded last
 
     def key_seconds(active: float, turns: float) -> float:
