@@ -524,7 +524,8 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
         merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
         if parts > 1 and lib.activation_bytes >= WIDE and merged > chip.sram_bytes:
             continue  # SRAM does not fit the parts of a tile when they are merged
-        tiles, seen, count = decode_jobs(plan, keys, n)
+        equal = lib.activation_bytes >= WIDE and not plan.ahead
+        tiles, seen, count = decode_jobs(plan, keys, n, equal)
         loaded = seen if knows_lengths(lib, plan) else tiles * plan.keys
         seconds = decode_seconds(target, h, plan, tiles, loaded, count, missed)
         if parts > 1:
@@ -537,22 +538,24 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     return best
 
 
-def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray, equal: bool) -> tuple[np.ndarray, ...]:
     """The jobs of the chunks with one query, as three arrays with an item for each kind: key tiles, keys, number.
 
     Key tiles and keys are those of one job; the last array is the number of jobs of the kind. A context is cut into
     parts of equally many tiles. The last part, a kind of its own, has the rest.
 
-    keys, n: keys, and number of tiles of queries that attend to so many.
+    keys, n: keys, and number of tiles of queries that attend to so many. equal: True to count the last part like the
+    others: streams that load no jobs ahead start jobs of all cores together.
     """
     tiles = np.ceil(keys / plan.keys)
     per = np.ceil(tiles / plan.parts)
     whole = np.ceil(tiles / per) - 1  # parts of a context, but for the last
+    if equal:
+        return per, per * keys / tiles, n * (whole + 1)
     last = keys - whole * per * plan.keys
     out = (per, tiles - whole * per), (per * plan.keys, last), (n * whole, n)
     kept = np.concatenate(out[2]) > 0
-    tiles, seen, count = (np.concatenate(v)[kept] for v in out)
-    return tiles, seen, count
+    return tuple(np.concatenate(v)[kept] for v in out)
 
 
 def decode_seconds(
