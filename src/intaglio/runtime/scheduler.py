@@ -250,8 +250,8 @@ class Scheduler:
     def allocate(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
 
-        Sequences in flight are not preempted. Returns True if the sequence has the blocks; False if it was itself
-        preempted, or has to wait for later sequences that are in flight.
+        Sequences in flight are not preempted. Returns True if the sequence has the blocks. Returns False if it was
+        itself preempted, or has to wait because all sequences after it in `running` are in flight.
         """
         while (
             missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)
