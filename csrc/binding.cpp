@@ -241,6 +241,7 @@ NB_MODULE(_native, m) {
              s.executable.copy_in(tensor, int64_t(values.shape(0)), values.data());
            }, "tensor"_a, "values"_a)
       .def_prop_ro("page_bytes", [](const Session& s) { return s.executable.page_bytes(); })
+      .def_prop_ro("page_parts", [](const Session& s) { return s.executable.page_parts(); })
       .def("read_page", [](const Session& s, int64_t page, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
              if (int64_t(out.size()) != s.executable.page_bytes()) throw std::invalid_argument("a page has page_bytes bytes");
              s.executable.read_page(page, out.data());

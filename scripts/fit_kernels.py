@@ -26,7 +26,7 @@ from intaglio.codesign.validate import FORMAT
 from intaglio.codesign.written import toml
 
 MIN_US = 20.0  # shorter rows are not used
-MOST_ROWS = 40  # of a kernel on a chip that are fitted to, the first of the table
+MOST_ROWS = 64  # of a kernel on a chip that are fitted to, the first of the table
 MARK = "[[kernels]]\n"
 WHY = "fitted on rows marked fit of table "
 Kind = tuple[str, str, str, str]  # engine, table, kernel, number format

@@ -77,6 +77,13 @@ int64_t Executable::page_bytes() const {
   return total;
 }
 
+std::vector<int64_t> Executable::page_parts() const {
+  std::vector<int64_t> parts;
+  for (const Tensor& t : tensors_)
+    if (t.cache) parts.push_back(t.cache->page_bytes());
+  return parts;
+}
+
 void Executable::read_page(int64_t page, uint8_t* out) const {
   check_page(page);
   for (const Tensor& t : tensors_) {

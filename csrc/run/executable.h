@@ -52,6 +52,7 @@ class Executable {
   // The contents of pages of K/V cache, all caches in the order in which they were added, as they lie in memory.
   // page_bytes() is their size. Not during a step. Throw out_of_range for a page that is not there.
   int64_t page_bytes() const;
+  std::vector<int64_t> page_parts() const;  // bytes of each cache in a page; of each, heads lie one after the other
   void read_page(int64_t page, uint8_t* out) const;
   void write_page(int64_t page, const uint8_t* from);
 

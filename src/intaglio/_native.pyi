@@ -215,6 +215,10 @@ class Executable:
     def page_bytes(self) -> int:
         """Bytes of one page over all K/V caches."""
 
+    @property
+    def page_parts(self) -> list[int]:
+        """Bytes of one page of each K/V cache, in the order in which they were added."""
+
     def read_page(self, page: int, out: np.ndarray) -> None:
         """Copy a page to a uint8 array [page_bytes]. Raises IndexError for a page that is not there."""
 

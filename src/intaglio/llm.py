@@ -50,7 +50,7 @@ from intaglio.runtime import (
 from intaglio.runtime.expert_balance import MOVE_EVERY
 from intaglio.runtime.request import TokenIds
 from intaglio.runtime.windows import with_windows
-from intaglio.tiers import DiskTier, PeerTier, StoreTier
+from intaglio.tiers import BlockOrder, DiskTier, PeerTier, StoreTier
 
 PAGE_TOKENS = 32
 KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
@@ -145,8 +145,7 @@ class LLM:
         kv_peer: in place of `kv_cache_dir`: an address. K/V blocks are kept in memory, and other engines of the model
             that know the address's token can fetch them there. An engine fetches only blocks that it was told of: by
             the router of `intaglio cluster up --prefill`, or by `llm.tier.announce()`.
-        kv_cache_bytes: maximum bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
-            new ones.
+        kv_cache_bytes: maximum bytes of all blocks kept there; the least recently used are deleted for new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
@@ -190,15 +189,16 @@ class LLM:
             raise DeviceError(
                 "device 'silicon' moves no experts; leave out expert_placement and rebalance_every, or use device host"
             )
+        shared = Layout.parse(layout or "tp1")
         if rebalance_every:
-            Layout.parse(layout or "tp1").check_moves_experts()
+            shared.check_moves_experts()
         if threads is not None and (device != "host" or machine):
             why = "takes its threads from the machine" if machine else "takes no number of threads"
             raise DeviceError(f"device {device!r} {why}; leave threads out")
         progress(0, 0, "compiling the model")
         self.model = Model.open(path, weights, kv_format, context, revision, progress)
         self.machine = machine or Machine(threads)
-        placed = Layout.parse(layout or "tp1").placed(Path(expert_placement)) if expert_placement else layout
+        placed = shared.placed(Path(expert_placement)) if expert_placement else layout
         if expert_placement and rebalance_every != 0:
             check_writable(Path(expert_placement))
         try:  # the ranks that run in this process
@@ -240,20 +240,22 @@ class LLM:
             "max_batch_tokens": max_batch_tokens, "max_drafts": max_drafts,
         }  # fmt: skip
         facts = inner.facts()
-        numerics = " ".join(filter(None, (device, facts.isa, layout)))
+        numerics = " ".join(filter(None, (device, facts.isa, shared.numerics)))
         scope = BlockScope.of(
-            self.mesh.last, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
+            self.model.program, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
             " ".join(filter(None, (__version__, facts.build))),
         )  # fmt: skip
         self.tier = _tier(kv_cache_dir, kv_peer, kv_cache_bytes, scope, journal)
+        executable = self.load(progress)
+        if self.tier and len(self.mesh.programs) > 1 and executable.block_parts:
+            self.tier.order = BlockOrder(self.model.program, self.mesh.programs, shared.tp, executable.block_parts)
         engine = partial(RecordedEngine, journal=_journal(journal, self.model.path, opened)) if journal else Engine
         self.engine: Engine = engine(
-            self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+            executable, clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             checkpoint_blocks=0 if state_cache_bytes == 0 else CHECKPOINT_BLOCKS, numerics=numerics,
-            scope=scope, connector=self.tier,
+            scope=scope, connector=self.tier, incarnation=secrets.token_hex(8),
             rebalance_every=MOVE_EVERY if rebalance_every is None else rebalance_every,
-            incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip
         if expert_placement:
@@ -265,9 +267,7 @@ class LLM:
         """Load the model on its device, or on all ranks of its layout, and return the new Executable."""
         progress(0, 0, "loading the weights")
         weights: Weights = self.model.checkpoint
-        if not isinstance(
-            self.device, WorkerDevice | RanksDevice | HostsDevice
-        ):  # a callback cannot follow into another process
+        if not isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice):  # else a callback cannot follow
             weights = ReportedWeights(weights, self.mesh, self.model.checkpoint.shape, progress)
         return self.machine.shared(self.device.load(self.mesh, weights, self.state))
 

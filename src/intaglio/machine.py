@@ -74,8 +74,8 @@ class SharedExecutable(BlockingExecutable):
             return self.inner.step(request)
 
     @property
-    def block_bytes(self) -> int:
-        return self.inner.block_bytes
+    def block_parts(self) -> tuple[int, ...]:
+        return self.inner.block_parts
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         with self.turn:

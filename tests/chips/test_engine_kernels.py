@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from intaglio.chips import CHIPS, ChipError, Target, engine_kernels, engine_library, engine_names, library, target
-from intaglio.chips.engine_kernels import CONSTANTS, GENERATIONS, engine_records, entries
+from intaglio.chips.engine_kernels import CONSTANTS, GENERATIONS, engine_records, entries, measured_generations
 
 
 @pytest.mark.parametrize("engine", engine_names())
@@ -62,6 +62,14 @@ def test_constants_are_those_of_the_generation_or_of_the_one_asked_for() -> None
     for engine, entry, missing in single:
         number = entries(engine).index(entry)
         assert engine_records(engine, missing)[number].changes == engine_records(engine, "ada")[number].changes
+
+
+def test_the_generations_of_a_kernels_measurements_are_those_with_constants() -> None:
+    for engine in engine_names():
+        for entry in entries(engine):
+            found = measured_generations(engine, entry["kernel"])
+            assert found and {g for g in GENERATIONS if g in entry} <= set(found) <= set(GENERATIONS)
+    assert measured_generations("vllm", "none") == measured_generations("llama", "none") == ()
 
 
 def test_constants_of_links_that_another_generation_lends_follow_the_links() -> None:

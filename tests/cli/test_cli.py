@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,25 @@ def run(*words: str, input: str | None = None, code: int = 0) -> Result:
     result = CliRunner().invoke(intaglio.cli.app, list(words), input=input)
     assert result.exit_code == code, result.output
     return result
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("simulate llama-3-8b --batch 0", r"Invalid value for '--batch': .*; see .*simulate --help"),
+        ("simulate llama-3-8b --output x", r"Invalid value for '--output': .*; see .*simulate --help"),
+        ("simulate", r"Missing argument .*; see .*simulate --help"),
+        ("generate --nope", r"No such option: --nope.*; see .*generate --help"),
+        ("cluster up --nope", r"No such option: --nope.*; see .*cluster up --help"),
+        ("bench serve --rate x", r"Invalid value for '--rate': .*; see .*bench serve --help"),
+        ("nope", r"No such command 'nope'; see .* --help"),
+        ("--nope", r"No such option: --nope; see .* --help"),
+    ],
+)
+def test_a_wrong_option_or_argument_is_refused_in_one_line(words: str, says: str) -> None:
+    done = run(*words.split(), code=2)
+    assert re.fullmatch(rf"error: {says}\n", done.stderr), done.output
+    assert done.stdout == ""
 
 
 def test_version_and_help() -> None:

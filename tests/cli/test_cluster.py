@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from intaglio.cli import app
-from intaglio.cli.cluster import blocks_words, read_roles
+from intaglio.cli.cluster import blocks_words, read_layouts, read_roles
 from intaglio.cluster.admin import administration, cluster_folder
+from intaglio.router import Role
 
 REPLICA = {
     "name": "p12", "role": "prefill", "pid": 1234567, "state": "draining", "requests": 4096, "running": 256,
@@ -110,6 +111,30 @@ def test_roles_are_read_from_the_options() -> None:
     for text in ("0", "65", "x", "2..", "3..2", "1..65", "-1", "1...2"):
         with pytest.raises(ValueError, match="write a number from 1 to 64"):
             read_roles(text, None, None)
+
+
+def test_layouts_of_both_roles_get_the_same_bits() -> None:
+    apart: tuple[Role, ...] = ("prefill", "decode")
+    for given, wanted in (
+        ((None, None, None), [None, None]),
+        (("tp2", None, None), ["tp2", "tp2"]),
+        ((None, "tp2", None), ["tp2", "tp1sums2"]),
+        (("tp2pp2", None, "tp4"), ["tp2pp2sums4", "tp4"]),
+        (("tp2sums4", None, "tp1"), ["tp2sums4", "tp1sums4"]),
+        ((None, "pp2", "tp1"), ["pp2", "tp1"]),
+        ((None, "tp4sp", "tp1"), ["tp4sp", "tp1sums4"]),
+    ):
+        assert read_layouts(apart, *given) == dict(zip(apart, wanted, strict=True)), given
+    assert read_layouts(["mixed"], "tp2", None, None) == {"mixed": "tp2"}
+    with pytest.raises(ValueError, match="--decode-layout tp2 goes with --prefill and --decode"):
+        read_layouts(["mixed"], None, None, "tp2")
+    with pytest.raises(ValueError, match="sums3 gives the bits of tp3"):
+        read_layouts(apart, None, "tp3", "tp2")
+    with pytest.raises(ValueError, match="do not give the same bits"):
+        read_layouts(apart, None, "ep2", "tp1")
+    words = "cluster up --ray auto --prefill 1 --decode 1 --prefill-layout tp2"
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code != 0 and "do not go with --ray" in str(result.exception) + result.output
 
 
 def test_ray_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import pytest
 from support.terminal import on_terminal
 from support.tiny import tiny
 
+from intaglio.cli.progress import report_lines
+
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
 FOR_EVER = "1000000"
 
@@ -36,7 +38,20 @@ def test_no_bar_in_json_or_without_a_terminal(folder: str) -> None:
     seen = on_terminal((*words, "--json"))
     assert seen.screen == "" and len(json.loads(seen.piped)["rows"]) == 2
     done = subprocess.run([sys.executable, "-m", "intaglio", *words], capture_output=True, text=True, check=True)
-    assert done.stderr == "" and "\x1b" not in done.stdout
+    assert "\x1b" not in done.stderr + done.stdout
+
+
+def test_a_file_gets_a_line_from_time_to_time() -> None:
+    seconds, written = [0.0], list[str]()
+    report = report_lines(written.append, lambda: seconds[0])
+    for done in range(8):
+        report(done, 8, f"row {done}")
+        seconds[0] += 12
+    report(0, 0, "writing")
+    assert written == ["row 3: 38%, 36 s", "row 6: 75%, 72 s"]
+    seconds[0] = 150
+    report(0, 0, "writing")
+    assert written[2:] == ["writing: 2 min"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from support.clustered import Clustered, asked, clustered, compare, long, plain, runs, send
 from support.served import TEST_TIMEOUT_S, Served, wait_for
@@ -36,19 +37,20 @@ def test_killed_drained_and_added_replicas_change_no_answer(cluster: Clustered, 
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     print(f"{seed=}")
+    descriptors = psutil.Process(cluster.process.pid).num_fds()
 
     def trouble() -> None:
         wait_for(lambda: cluster.replicas()["r0"]["requests"] > 0)
         cluster.kill("r0")
         time.sleep(0.3)
         cluster.ask("drain", replica="r1", restart=True)
-        cluster.kill("r2")
+        cluster.kill_and_wait("r2")
         for _ in range(REQUESTS // 24 - 1):  # one more event for about every 24 requests
             wait_for(lambda: all(r["state"] == "ready" for r in cluster.replicas().values()))
             name = rng.choice([*cluster.replicas()])
             match rng.choice(("kill", "drain", "scale")):
                 case "kill":
-                    cluster.kill(name)
+                    cluster.kill_and_wait(name)
                 case "drain":
                     cluster.ask("drain", replica=name, restart=True)
                 case _:
@@ -59,6 +61,8 @@ def test_killed_drained_and_added_replicas_change_no_answer(cluster: Clustered, 
     cluster.wait_ready()
     cluster.ask("scale", replicas=3)
     assert cluster.metric('intaglio:router_moves_total{cause="lost"}') > 0
+    wait_for(lambda: not any(r["running"] or r["waiting"] or r["kv_usage"] for r in cluster.replicas().values()))
+    wait_for(lambda: psutil.Process(cluster.process.pid).num_fds() <= descriptors)
 
 
 def test_a_drained_replicas_streams_move_and_it_is_gone(cluster: Clustered, alone: Served) -> None:

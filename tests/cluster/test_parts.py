@@ -28,7 +28,7 @@ from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.cluster.threads import threads_that_fit
 from intaglio.router import CacheIndex, PromptMemory, Router
 from intaglio.runtime import Fault, Refused, Scored, Usage
-from intaglio.server.control import READ, FrameBuffer, control_channel, load_report, pack
+from intaglio.server.control import FrameBuffer, control_channel, load_report, pack
 from intaglio.server.driver import ChoiceDelta, Inspect
 from intaglio.server.private_socket import private_socket
 from intaglio.server.problem import Problem
@@ -140,11 +140,11 @@ def test_calls_share_a_link_until_it_ends(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         frames, seen = FrameBuffer(), list[tuple[dict[str, Any], bytes]]()
         while len(seen) < 3:
-            seen += frames.feed(await reader.read(READ))
+            seen += frames.feed(await reader.read(1 << 16))
         for header, body in reversed(seen):
             writer.write(pack({"call": header["call"], "part": 1}, body))
         writer.write(pack({"call": seen[0][0]["call"], "end": True}))
-        assert next(iter(frames.feed(await reader.read(READ))))[0]["do"] == "cancel"
+        assert next(iter(frames.feed(await reader.read(1 << 16))))[0]["do"] == "cancel"
         writer.close()
 
     async def main() -> None:

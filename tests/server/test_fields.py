@@ -215,6 +215,23 @@ def test_offsets_are_places_in_the_text(server: Served, text: str) -> None:
         assert len(whole) == len(places) and [at for at, _ in pieces][: len(places)] == places
 
 
+def test_echo_leaves_out_what_the_tokenizer_adds(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beginning and an end of sequence have no text in the response; special tokens that the prompt spells have."""
+    tokenizer = server.llm.model.tokenizer
+    plain = tokenizer.encode
+    [eos] = plain("<eos>", False)
+
+    def encode(self: object, text: str, special: bool = True) -> list[int]:
+        return [*[eos] * special, *plain(text, False), *[eos] * special]
+
+    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    for text, at in (("abc", [0, 0, 1, 2, 3]), ("a<eos>", [0, 0, 1, 6])):
+        with scripted(server.llm, lambda _: "xy"):
+            got = complete(server, prompt=text, echo=True, logprobs=0, max_tokens=20)["choices"][0]
+        assert got["text"] == text + "xy", text
+        assert got["logprobs"]["text_offset"][: len(at) + 2] == [*at, len(text), len(text) + 1]
+
+
 def test_a_message_may_be_continued(server: Served, truth: LLM) -> None:
     messages = [*USER, {"role": "assistant", "content": " An apple a day"}]
     fields = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}

@@ -254,6 +254,26 @@ def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
         validate_engines(tmp_path, 0.0, 1)
 
 
+def test_a_folder_called_like_no_chip_is_named_also_beside_others(tmp_path: Path) -> None:
+    for folder in ("h100_sxm", "h800_sxm"):
+        engine_table(tmp_path / folder, engine_target("h100_sxm", "vllm"), "CutlassFP8ScaledMMLinearKernel", 0)
+    with pytest.raises(ValueError, match=r"h800_sxm/vllm_gemm.csv: no chip is called 'h800_sxm'; chips are a100_sxm"):
+        validate_engines(tmp_path, 0.0, 1)
+    done = CliRunner().invoke(app, ["validate", str(tmp_path)])
+    assert done.exit_code == 2 and "no chip is called 'h800_sxm'" in done.stderr
+
+
+@pytest.mark.parametrize("chip", ["a100_sxm", "l40s", "h200_sxm", "gb200"])
+def test_a_chip_without_constants_of_its_own_is_validated_and_calibrated(tmp_path: Path, chip: str) -> None:
+    """A kernel slower than on the chip whose constants it has is found from 16 of 40 rows."""
+    kernel, lent = "CutlassFP8ScaledMMLinearKernel", engine_target(chip, "vllm")
+    file = engine_table(tmp_path / chip, lent.with_library(mxu_efficiency=0.4, launch_s=6e-6), kernel, 2)
+    (cold,), _ = validate_engines(tmp_path, 0.0, 0)
+    assert cold.chip == chip and cold.median > 5
+    (rest,) = calibrate_kernels(target(chip), [file], 16, 0.0)[1]
+    assert rest.rows == 24 and rest.median < 0.5 * rest.before
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

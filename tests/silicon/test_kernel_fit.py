@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from intaglio.chips import target
 from intaglio.chips.kernel_record import WIDEST
-from intaglio.codesign.kernel_fit import FOLDS, WIDTH_ROWS, Case, KernelSearch, fit_predicts, width_ranges
+from intaglio.codesign.engine_tables import engine_target
+from intaglio.codesign.kernel_fit import (
+    FOLDS,
+    WIDTH_ROWS,
+    Case,
+    KernelSearch,
+    calibrated_values,
+    engine_values,
+    fit_predicts,
+    width_ranges,
+)
 from intaglio.codesign.validate import predict
 
 H100 = target("h100_sxm")
@@ -58,6 +68,31 @@ def test_a_calibration_moves_a_kernel_only_if_rows_that_it_did_not_see_gain(seed
         assert fit_predicts(case, case.start()) == moved
         few = Case(H100, "matmul", case.rows[: FOLDS - 1])
         assert not fit_predicts(few, few.start())
+
+
+def test_differences_between_two_chips_constants_cost_and_the_total_cost_never_rises() -> None:
+    names = ("mxu_efficiency", "launch_s")
+    cases = [products(seed, {n: f * getattr(H100.library, n) for n in names}, 12) for seed, f in ((1, 1.0), (2, 0.7))]
+    start = cases[0].start()
+    search = KernelSearch(cases, [start, start | {"launch_s": 2 * start["launch_s"]}])
+    apart = [search.cost_apart([start, start | {"launch_s": f * start["launch_s"]}]) for f in (0.25, 0.5, 1, 2, 3)]
+    assert apart[0] > apart[1] > apart[2] == 0 and apart[4] > apart[3] == search.apart
+    assert apart[1] == pytest.approx(apart[3])
+    assert search.total == sum(search.costs) + search.apart
+    before = search.total
+    assert search.run(facts=False) == search.total < before
+    assert search.apart == search.cost_apart(search.values) > 0
+
+
+def test_constants_lent_by_another_generation_are_fitted_to_any_rows_and_known_ones_only_where_rows_gain() -> None:
+    """Three rows are too few for a cross-validation: the constants that H100 lends are fitted, those of H100 stay."""
+    kernel = "CutlassFP8ScaledMMLinearKernel"
+    for chip, fitted in (("h100_sxm", False), ("h200_sxm", False), ("l40s", True)):
+        on = engine_target(chip, "vllm")
+        rows = [{"m": m, "n": "4096", "k": "4096", "dtype": "fp8", "kernel": kernel} for m in ("512", "2048", "8192")]
+        us = 1.3 * predict(on, "matmul", rows)
+        case = Case(target(chip), "matmul", tuple({**r, "us": str(t)} for r, t in zip(rows, us, strict=True)))
+        assert (calibrated_values(case, on) != engine_values(case, on)) == fitted
 
 
 @settings(max_examples=100, deadline=None)

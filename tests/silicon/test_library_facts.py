@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from intaglio.chips import ChipError, target
-from intaglio.codesign.validate import predict
+from intaglio.codesign.validate import predict, timing
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import experts_timing, grouped_target, grouped_timing
@@ -113,6 +115,58 @@ def test_a_kernel_that_converts_the_cache_beforehand_takes_longer_with_8_bits_on
     for dtype, longer in (("fp8", True), ("bfloat16", False)):
         plain, slow = (predict(on, "mla_decode", [{**row, "kv_dtype": dtype}])[0] for on in (H100, casts))
         assert slow > 2 * plain if longer else slow == plain
+
+
+def prompt_row(batch: int, tokens: int, heads: int, kv: int, d: int, dtype: str = "bfloat16") -> dict[str, str]:
+    """A row of a table of prefill attention, without cached keys and without a window."""
+    numbers = {"batch": batch, "query_len": tokens, "context_len": 0, "n_heads": heads, "n_kv_heads": kv, "head_dim": d}
+    return {name: str(value) for name, value in numbers.items()} | {"window": "0", "kv_dtype": dtype}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 64), tokens=st.integers(2, 2048), kv=st.integers(1, 16), group=st.sampled_from([1, 4, 8]),
+    d=st.sampled_from([64, 128, 256]), dtype=st.sampled_from(["bfloat16", "fp8"]),
+)  # fmt: skip
+def test_slow_cores_before_attention_take_longer_and_one_kernel_moves_the_fewest_bytes(
+    batch: int, tokens: int, kv: int, group: int, d: int, dtype: str
+) -> None:
+    """One kernel that rotates and caches reads keys and values once: batch * tokens * kv * d * 4 bytes less."""
+    row = prompt_row(batch, tokens, kv * group, kv, d, dtype)
+    fast, slow = (
+        predict(H100.with_library(fused_rotation=True, core_bytes_per_cycle=rate), "attention_prefill", [row])[0]
+        for rate in (0.0, 7.2)
+    )
+    moved = batch * tokens * d * kv * (4 * group + 4 + (4 if dtype == "bfloat16" else 2))
+    rates = H100.chip.hbm_rate, 7.2 * H100.chip.cores * H100.chip.clock_hz
+    assert slow - fast == pytest.approx((moved / rates[1] - moved / rates[0]) * 1e6, rel=1e-6)
+    apart, one = (timing(H100.with_library(fused_rotation=f), "attention_prefill", row) for f in (False, True))
+    assert apart.hbm_bytes - one.hbm_bytes == pytest.approx(batch * tokens * d * kv * 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    q=st.sampled_from([1, 128, 1024]), keys=st.integers(1, 8192), batch=st.integers(1, 512), kv=st.integers(1, 8),
+    few=st.floats(0, 4000), more=st.floats(0, 4000),
+)  # fmt: skip
+def test_cycles_of_a_tile_and_waits_of_a_job_never_shorten_attention(
+    q: int, keys: int, batch: int, kv: int, few: float, more: float
+) -> None:
+    h, part = Heads(8 * kv, kv, 128, 128), ((q, q + keys, batch),)
+    one, other = (
+        attend_timing(H100.with_library(key_tile_cycles=cycles), h, part).seconds for cycles in (few, few + more)
+    )
+    assert one <= other
+    once, twice = (attend_timing(H100.with_library(decode_waits=n), h, part).seconds for n in (1, 2))
+    assert once < twice if q == 1 else once == twice
+    whole, rest = (attend_timing(H100.with_library(whole_key_tiles=f), h, part).seconds for f in (True, False))
+    assert rest <= 1.001 * whole  # less is read, so a larger part of it comes from HBM
+
+
+def test_a_context_of_one_key_is_read_alone_by_kernels_that_do_not_read_whole_tiles() -> None:
+    h, part = Heads(16, 16, 256, 256), ((1, 1, 2048),)
+    whole, one = (attend_timing(H100.with_library(whole_key_tiles=f), h, part).seconds for f in (True, False))
+    assert one < whole / 4
 
 
 def test_cards_of_a_pcie_tree_share_the_hosts_bridges() -> None:

@@ -68,6 +68,8 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
         ({"concurrency": ""}, "neither concurrency nor batch size"),
     ):  # fmt: skip
         assert row(**columns).refusal() == why
+    [long] = compare_all([row(isl="140000", osl="10")])
+    assert long.refused == "requests of 140,010 tokens; the context of llama-3.1-8b is 131,072"
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="wanted rows with columns backend"):
         rows(tmp_path / "t.csv")
@@ -81,13 +83,13 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
             for v in ("0", "-5", "nan", "inf", "", "x")
         ),
         ("silicon_tpot_ms", "0", "a finite number of milliseconds above 0"),
-        *(("isl", v, "a whole number of at least 1") for v in ("0", "-1", "1.5", "", "nan", "inf")),
-        *(("osl", v, "a whole number of at least 2") for v in ("-1", "0", "1")),
-        *(("concurrency", v, "a whole number of at least 1") for v in ("0", "-3", "2.5")),
-        *(("batch_size", v, "a whole number of at least 1") for v in ("abc", "0")),
-        ("tp_size", "0", "a whole number of at least 1"),
-        ("decode_num_workers", "-1", "a whole number of at least 1"),
-        ("moe_ep_size", "-1", "a whole number of at least 0"),
+        *(("isl", v, "a whole number from 1 to 16,777,216") for v in ("0", "-1", "1.5", "", "nan", "inf", "1e8")),
+        *(("osl", v, "a whole number from 2 to 16,777,216") for v in ("-1", "0", "1", "16777217")),
+        *(("concurrency", v, "a whole number from 1 to 65,536") for v in ("0", "-3", "2.5", "65537", "1e12")),
+        *(("batch_size", v, "a whole number from 1 to 65,536") for v in ("abc", "0")),
+        ("tp_size", "0", "a whole number from 1 to 65,536"),
+        ("decode_num_workers", "-1", "a whole number from 1 to 65,536"),
+        ("moe_ep_size", "-1", "a whole number from 0 to 65,536"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path: Path, column: str, value: str, allowed: str) -> None:
@@ -280,6 +282,18 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_text('description = ""\nstep = 1\n')
     with pytest.raises(ChipError, match="unknown step; a profile has"):
         engine(str(tmp_path / "e.toml"))
+    for text, why in (
+        ("a = ", "not TOML"), ("step_s = 1.0", "description missing"), ('step_s = "x"', "step_s='x'; wanted a number"),
+        ("poll_steps = 3", "poll_steps=3; wanted"), ("poll_steps = [[1, 2, 3]]", "wanted"), ("recipes = 1", "wanted"),
+        ("apart = 1", "apart=1; wanted"), ("[[recipes]]\nfusions = 1", "recipes.fusions=1; wanted"),
+        ("[older]\nbefore = '1.0'\npoll_steps = [1]", "older.poll_steps=1; wanted"),
+        ("[library]\n1 = 2\n[library]", "not TOML"),
+        ("graph_launch_s = true", "graph_launch_s=True; wanted a number"), ("experts = { x = 1 }", "experts.x=1; want"),
+    ):  # fmt: skip
+        given = text if why in ("not TOML", "description missing") else f'description = ""\n{text}'
+        (tmp_path / "e.toml").write_text(given)
+        with pytest.raises(ChipError, match=f"e.toml: .*{why}"):
+            engine(str(tmp_path / "e.toml"))
     with pytest.raises(ValueError, match="step_s is -1"):
         EngineProfile(name="x", description="", step_s=-1.0)
 

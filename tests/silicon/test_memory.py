@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from support.tiny import VOCABULARY, tiny
 
 from intaglio import LLM, SamplingParams
-from intaglio.chips import target
+from intaglio.chips import ChipError, target
 from intaglio.codesign.memory import KvLimit, KvRoom, memory_use, page_bytes
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import Queue, QueueSettings
@@ -85,13 +87,13 @@ def test_deepseek_v4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_the_account_is_what_the_engine_holds(tmp_path: Path, family: str) -> None:
+def test_the_account_is_what_the_engine_holds(tmp_path: Path, family: str, py_rng: random.Random) -> None:
     """At every step of a real engine, K/V bytes of the account are those of the blocks that its pools have given out.
 
     Every running sequence is in every step: prompts that share nothing, computed whole, and then decoded.
     """
     pytest.importorskip("transformers")
-    rng = random.Random(random.randrange(2**40))
+    rng = py_rng
     types = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
     window = rng.randrange(10, 90)
     path = tiny(family, tmp_path / family, sliding_window=window, num_hidden_layers=2, **types)
@@ -155,6 +157,55 @@ def test_room_counts_windows_and_disaggregated_servers_keep_all(gemma: str) -> N
     assert server.kv_bytes(length, whole) == length * server.kv_bytes_per_token
 
 
+@pytest.fixture(scope="module")
+def simulations() -> list[Simulation]:
+    layouts = (("llama-3-8b", "tp2pp2"), ("gpt-oss-20b", "pp2"), ("qwen3.5-397b-a17b", "tp8"))
+    return [Simulation.of(compiled(card, layout), target("b300_sxm"), layout) for card, layout in layouts]
+
+
+def test_what_a_refusal_names_fits_and_one_more_does_not(
+    simulations: list[Simulation], py_rng: random.Random
+) -> None:  # fmt: skip
+    """The largest batch, or the longest prompt or response with a batch of 1, for random loads and sizes of HBM."""
+    seen = set[str]()
+    for _ in range(60):
+        one = py_rng.choice(simulations)
+        load = Serving(*(int(2 ** py_rng.uniform(0, most)) for most in (12, 11, 9)))
+        weights = max(sum(w.nbytes({}) for w in p.of_role("weight")) for p in one.programs)
+        hbm = int(weights * py_rng.choice((1.001, 1.01, 1.2, 2.0)))
+        on = replace(one, target=one.target.changed({"chip.hbm_bytes": hbm}))
+        use = on.memory(load)
+        parts = use.weights, use.kv, use.activations
+        assert min(parts) > 0 and sum(parts) == use.total and use.fits == (use.total <= hbm)
+        if load.input + load.output > on.programs[0].context:
+            continue
+        if use.fits:
+            on.check(load)
+            continue
+        with pytest.raises(ChipError) as refused:
+            on.check(load)
+        found = re.search(
+            r"largest batch that fits is (\d+)|(prompts|responses) of up to ([\d,]+)|nor would", str(refused.value)
+        )
+        assert found, refused.value
+        field = "batch" if found[1] else {"prompts": "input", "responses": "output"}.get(found[2], "")
+        seen.add(field)
+        alone = load if field == "batch" else replace(load, batch=1)
+        if not field:
+            assert not on.memory(replace(alone, input=1)).fits and not on.memory(replace(alone, output=1)).fits
+            continue
+        n = int((found[1] or found[3]).replace(",", ""))
+        assert n < getattr(load, field) and on.memory(replace(alone, **{field: n})).fits
+        assert not on.memory(replace(alone, **{field: n + 1})).fits
+    assert "batch" in seen and len(seen) > 1
+
+
+def test_logits_are_counted() -> None:
+    [program] = compiled("llama-3-8b")
+    few, many = (memory_use(program, Serving(8, n).decode(), 1, 0).activations for n in (2, 1026))
+    assert many - few > 1024 * 128256 * 4
+
+
 class OneSecond:
     """Steps of one second."""
 
@@ -164,12 +215,11 @@ class OneSecond:
         return 1.0, 1.0
 
 
-def test_a_queue_keeps_every_limit_of_its_room() -> None:
+def test_a_queue_keeps_every_limit_of_its_room(py_rng: random.Random) -> None:
     """Requests are admitted in order, as long as the sums of all admitted ones keep each limit; in the end none is."""
-    rng = random.Random()
+    rng = py_rng
     limits = tuple(
-        KvLimit(rng.randrange(10**4, 10**5) * BLOCK, rng.randrange(9) * BLOCK, rng.randrange(1, 9) * BLOCK)
-        for _ in range(3)
+        KvLimit(rng.randrange(40_000, 100_000), rng.randrange(1, 9) * BLOCK, rng.randrange(9) * BLOCK) for _ in range(3)
     )
     room = KvRoom(limits, window=rng.randrange(1, 500))
     queue = Queue(OneSecond(), QueueSettings(room, max_sequences=10**6), prefills=False)

@@ -311,7 +311,7 @@ def test_a_load_that_does_not_fit_is_refused_with_the_largest_that_does() -> Non
     by_hand = (1023 * 8704 + 8192) * 80 * 2 * (128 + 2)  # one K/V head a chip, a scale of two bytes a head
     assert use.kv == pytest.approx(by_hand, rel=0.01) and use.kv > 182e9
     assert use.weights == sum(w.nbytes({}) for w in programs[0].of_role("weight")) and 0 < use.activations < 2e9
-    with pytest.raises(ChipError, match=r"not even a batch of 1 fits; requests of about 5,\d\d\d tokens would"):
+    with pytest.raises(ChipError, match=r"not even a batch of 1 fits; prompts of up to [45],\d\d\d tokens would"):
         simulation.phases(Serving(7000, 1100))
     fits = max(b for b in range(1, 40) if simulation.memory(Serving(2048, 128, b)).fits)
     assert simulation.phases(Serving(2048, 128, fits))

@@ -61,6 +61,12 @@ class Clustered:
     def kill(self, name: str) -> None:
         os.kill(self.replicas()[name]["pid"], signal.SIGKILL)
 
+    def kill_and_wait(self, name: str) -> None:
+        """Kill a replica, and wait until the router has noticed it."""
+        before = self.replicas()[name]["restarts"]
+        self.kill(name)
+        wait_for(lambda: self.replicas()[name]["restarts"] > before)
+
     def wait_ready(self) -> None:
         """Wait until every replica serves, and nothing is in progress."""
         wait_for(lambda: all(r["state"] == "ready" and not r["requests"] for r in self.replicas().values()))

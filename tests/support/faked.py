@@ -15,7 +15,7 @@ from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.link import Link
 from intaglio.router import Autoscaler, Role, Router
-from intaglio.server.control import READ, FrameBuffer, pack
+from intaglio.server.control import FrameBuffer, pack
 from intaglio.server.private_socket import private_socket
 
 LOAD = {
@@ -80,7 +80,7 @@ class FakedProcess:
         self.writers.append(writer)
         frames = FrameBuffer()
         try:
-            while data := await reader.read(READ):
+            while data := await reader.read(1 << 16):
                 for header, _ in frames.feed(data):
                     self._handle(header, writer)
         except ConnectionError:

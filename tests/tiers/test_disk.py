@@ -222,6 +222,30 @@ def test_least_recently_used_files_are_deleted_and_children_before_parents(tmp_p
     assert [i for i, name in enumerate(names) if directory.has(name)] == [0, 1, 11]
 
 
+def test_a_file_that_cannot_be_deleted_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the file system refuses to delete keeps its bytes; one that another process deleted does not."""
+    directory = BlockDirectory(tmp_path, 1000)
+    names = [f"{i:064x}" for i in range(10)]
+    for at, name in enumerate(names, 1):
+        directory.write(name, [bytes(100)])
+        os.utime(directory.file(name), ns=(at, at))
+    refused, gone = (str(directory.file(names[i])) for i in (0, 1))
+    unlink = os.unlink
+
+    def some(path: str) -> None:
+        if path == refused:
+            raise PermissionError(1, "Operation not permitted", path)
+        unlink(path)
+        if path == gone:
+            raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "unlink", some)
+    directory.budget = 850
+    assert directory.evict() == 1  # the third; the first stays, the second was gone
+    assert directory.held == 800 - 100 * (directory.held < 800)
+    assert directory.held == sum(100 for name in names if directory.has(name)) and directory.has(names[0])
+
+
 @pytest.mark.parametrize("kind", ["files", "memory"])
 def test_no_block_is_deleted_before_the_blocks_that_follow_it(kind: str, tmp_path: Path) -> None:
     """Without the block before it a block is of no use; blocks are written in the order in which they are computed."""

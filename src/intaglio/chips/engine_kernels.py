@@ -69,6 +69,15 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
+def measured_generations(engine: str, kernel: str) -> tuple[str, ...]:
+    """The generations of chips on which a serving engine's kernel was measured, as a tuple; () if it is not known.
+
+    engine: the engine's name. kernel: the kernel's name. Raises ChipError for an invalid file of the engine's kernels.
+    """
+    mine = [entry for entry in entries(engine) if entry.get("kernel") == kernel]
+    return tuple(g for g in GENERATIONS if any(g in entry for entry in mine))
+
+
 def lender(entry: dict[str, Any], wanted: str) -> str:
     """Name of the generation of chips whose values are used for the generation `wanted`.
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from intaglio.chips.kernel_record import KernelRecord
@@ -43,7 +45,13 @@ def read_chip(path: Path) -> tuple[ChipSpec, str]:
     if isinstance(table.get("macs"), dict):
         table["macs"] = tuple(table["macs"].items())
     spec = built(path, ChipSpec, {"name": path.stem, **table, "reasons": reasons_of(path, ChipSpec, table)})
+    if not isinstance(sheet, dict):
+        raise ChipError(f"{path}: sheet_flops is {sheet!r}; wanted a table of FLOP/s by format, [sheet_flops]")
     for format, flops in sheet.items():
+        if isinstance(flops, bool) or not isinstance(flops, int | float) or not 0 < flops < inf:
+            raise ChipError(
+                f"{path}: sheet_flops.{format} is {flops!r}; allowed: a number of FLOP/s above 0; correct or remove it"
+            )
         peak = spec.peak_flops(format)
         if abs(peak / flops - 1) > SHEET_TOLERANCE:
             raise ChipError(f"{path}: the peak rate in {format} is {peak:.4g} FLOP/s, but sheet_flops says {flops:.4g}")
@@ -179,7 +187,8 @@ def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "
     Raises ChipError, naming the file, for an unknown or missing field, a wrong type, or values that `kind` refuses.
     """
     hints = get_type_hints(kind)
-    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    none = dataclasses.MISSING
+    required = [f.name for f in dataclasses.fields(kind) if f.default is none and f.default_factory is none]
     for name in table:
         if name not in hints:
             raise ChipError(f"{path}: unknown field {inside}{name}; known: {', '.join(hints)}")
@@ -206,6 +215,11 @@ def typed(what: str, value: Any, kind: Any) -> Any:
             return tuple(typed(what, v, inner[0]) for v in value)
         if len(value) == len(inner):
             return tuple(typed(what, v, k) for v, k in zip(value, inner, strict=True))
+    elif get_origin(kind) is UnionType:  # of a type and None, which TOML cannot say
+        return typed(what, value, get_args(kind)[0])
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        inner = get_args(kind)
+        return {key: typed(f"{what}.{key}", v, inner[1]) for key, v in value.items()}
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif get_origin(kind) is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):

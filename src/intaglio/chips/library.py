@@ -79,11 +79,13 @@ class KernelLibrary:
     scan_kernels: int = 6  # of the chunked delta rule: decays, keys, inverse, two for states, outputs; 1: all in one
 
     # Attention
-    key_tile: int = 64  # keys in a tile; the last tile of a context is loaded whole
+    key_tile: int = 64  # keys in a tile
+    whole_key_tiles: bool = True  # the last tile of a context is loaded whole, if the kernel is not persistent
     query_tiles: tuple[int, ...] = (64, 128)  # query rows of a tile, from which kernels choose
     fused_query_tiles: tuple[int, ...] = (64, 128, 256, 512)  # the same, on a fused attention engine
     min_query_rows: int = 16  # query rows that the matrix array processes at least
     softmax_overlap: float = 0.0  # fraction of the softmax that overlaps with products of other rows
+    key_tile_cycles: float = 0.0  # core cycles of a tile of keys besides products and softmax: waits between them
     pack_gqa: bool = False  # query heads that share a K/V head share a tile of queries
     pack_most: int = 1_000_000  # query heads of a K/V head that decode kernels pack at most; of more they pack none
     pack_windowed: bool = True  # decode kernels pack query heads also with a sliding window; False: one head a job
@@ -92,6 +94,7 @@ class KernelLibrary:
     split_mha: bool = False  # contexts are also split if each query head has its own K/V head
     merge_launch: bool = True  # a separate kernel merges the parts of a context
     decode_jobs: int = 2  # decode jobs that run on a core at a time
+    decode_waits: int = 1  # loads that a decode job waits for in turn before its first product: indices, then keys
     decode_stages: int = 2  # tiles of keys and values in flight, at most
     window_min_keys: int = 256  # keys that a decode kernel reads at least, with a sliding window
     prefill_window_keys: int = 1  # keys that a prefill kernel processes at least for a query, with a sliding window
@@ -99,6 +102,7 @@ class KernelLibrary:
     kv_dequant_ops: int = 8  # operations to convert an 8-bit value to bf16: unpack, convert twice, scale, pack, move
     kv_cast_bytes: float = 0.0  # bytes that a kernel moves beforehand to convert an 8-bit value; 0: none does
     kv_row_cycles: int = 40  # core cycles to store one row of one head in the cache: address, wait, store
+    fused_rotation: bool = False  # one kernel rotates queries and keys and writes the cache, in tables of attention
     attention_launches: int = 3  # kernels of a call measured alone: cache write, preparation, attention
     kv_quant_cycles: float = 0.7  # core cycles to quantise a value to 8 bits; 0: the vector lanes do it
 

@@ -34,7 +34,8 @@ LIBRARY: dict[str, Range] = {
     **dict.fromkeys(
         (
             "activation_bytes", "burst_bytes", "tiles", "split_k", "matmul_stages", "key_tile", "query_tiles",
-            "fused_query_tiles", "min_query_rows", "kv_splits", "decode_jobs", "decode_stages", "window_min_keys",
+            "fused_query_tiles", "min_query_rows", "kv_splits", "decode_jobs", "decode_waits", "decode_stages",
+            "window_min_keys",
             "expert_rows", "expert_columns", "expert_stages", "vector_load_values", "l2_multicast",
             "attention_launches", "prefill_window_keys", "pack_most", "scan_kernels",
         ),
@@ -44,7 +45,7 @@ LIBRARY: dict[str, Range] = {
         (  "half_burst_cost", "kv_dequant_ops", "kv_row_cycles", "kv_quant_cycles", "unaligned_row_cost",
             "fp8_dequant_ops", "fp8_load_bytes_per_cycle", "fp8_overfetch",
             "routing_launches", "routing_ops", "switch_reduce_min_chips", "quantise_launches", "quantise_bytes",
-            "row_cycles", "kv_cast_bytes", "core_bytes_per_cycle", "w4_dequant_ops",
+            "row_cycles", "key_tile_cycles", "kv_cast_bytes", "core_bytes_per_cycle", "w4_dequant_ops",
         ),
         AMOUNT,
     ),

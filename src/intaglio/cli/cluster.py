@@ -9,8 +9,9 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,12 @@ def up(
         int | None, typer.Option(min=1, max=32, help="Replicas that generate; with --prefill, in place of --replicas.")
     ] = None,
     layout: o.Layout = None,
+    prefill_layout: Annotated[
+        str | None, typer.Option(metavar="LAYOUT", help="Of the replicas of --prefill. Default: that of --layout.")
+    ] = None,
+    decode_layout: Annotated[
+        str | None, typer.Option(metavar="LAYOUT", help="Of the replicas of --decode. Default: that of --layout.")
+    ] = None,
     device: o.Device = "host",
     weights: o.Weights = "auto",
     threads: Annotated[
@@ -89,6 +96,9 @@ def up(
         raise ValueError(f"the cluster needs {e.name}: pip install 'intaglio[serve]'") from None
     roles, most = read_roles(replicas, prefill, decode)
     total = sum(roles.values())
+    layouts = read_layouts(roles, layout, prefill_layout, decode_layout)
+    if ray is not None and len(set(layouts.values())) > 1:
+        raise ValueError("--prefill-layout and --decode-layout do not go with --ray; give all replicas one --layout")
     raise_file_limit()
     folder = cluster_folder(name)
     more = list(context.args)
@@ -106,7 +116,7 @@ def up(
     nodes = connect_ray(ray, name) if ray is not None else None
     cores = nodes.threads(most or total) if nodes else max(1, usable_cores() // (most or total))
     share = threads or cores
-    given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
+    given: dict[str, Any] = {"device": device, "weights": weights, "timeout": timeout}
     given["threads"] = share if device == "host" else threads
     given["queue-timeout"], given["otlp-endpoint"] = queue_timeout, otlp_endpoint
     words = [str(model)] if model else []
@@ -125,9 +135,11 @@ def up(
             if nodes:
                 return nodes(replica, role)
             size = size_words(more, peer_budget(role, most or total, Machine().memory)) if peered else []
-            return ReplicaProcess(replica, [*words, *size], folder)
+            return ReplicaProcess(replica, [*words, *layout_words(layouts[role]), *size], folder)
 
         if nodes:
+            [layout] = set(layouts.values())
+            words += layout_words(layout)
             nodes.prepare(words, ranks_of(layout), share, kv_token if apart else None, most or total)
         options = ClusterOptions(
             launch, roles, most, policy, read_weights(weight or []), max_queued,
@@ -226,6 +238,40 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
     if not 1 <= least <= most <= 64:
         raise ValueError(f"--replicas {text}: write a number from 1 to 64, or such as 1..4, the lower first")
     return {"mixed": least}, most if found and found[2] else None
+
+
+def read_layouts(
+    roles: Collection[Role], layout: str | None, prefill: str | None, decode: str | None
+) -> dict[Role, str | None]:
+    """The layout of the replicas of each role: {role: text such as tp2, or None for one rank}.
+
+    Prefill and decode replicas must give the same bits. Of two layouts with unlike tp, the one with the smaller tp
+    computes sums in the parts of the other: tp4 and tp2 become tp4 and tp2sums4.
+
+    layout, prefill, decode: values of --layout, --prefill-layout and --decode-layout. Raises ValueError for one of the
+    last two without replicas of that role, and LayoutError, a ValueError, if no layout has the bits of the other.
+    """
+    from intaglio.compiler import Layout, LayoutError
+
+    given: dict[Role, str | None] = {"prefill": prefill, "decode": decode}
+    for role, text in given.items():
+        if text is not None and role not in roles:
+            raise ValueError(f"--{role}-layout {text} goes with --prefill and --decode; use --layout for all replicas")
+    texts: dict[Role, str | None] = {role: given.get(role) or layout for role in roles}
+    read = {role: Layout.parse(text or "tp1") for role, text in texts.items()}
+    if len({one.numerics for one in read.values()}) == 1:
+        return texts
+    parts = max(max(one.tp, one.sums) for one in read.values())
+    alike = {role: replace(one, sums=1 if one.tp == parts else parts) for role, one in read.items()}
+    if len({one.numerics for one in alike.values()}) > 1:
+        shown = " and ".join(f"{one} of --{role}" for role, one in read.items())
+        raise LayoutError(f"layouts {shown} do not give the same bits; they may differ in tp, pp and sp only")
+    return {role: str(one) for role, one in alike.items()}
+
+
+def layout_words(layout: str | None) -> list[str]:
+    """Arguments of `intaglio serve` for a layout, as a list; [] for None."""
+    return ["--layout", layout] if layout else []
 
 
 def ranks_of(layout: str | None) -> int:

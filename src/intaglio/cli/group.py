@@ -10,13 +10,22 @@ from typer.core import TyperGroup
 from intaglio.cli.progress import interrupted
 from intaglio.devices import DeviceError
 
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of click in newer versions of typer
+
 
 class Group(TyperGroup):
     """Command group that prints a user's error as one line on stderr, instead of a traceback, and exits with code 2.
 
-    Such errors are ValueError, DeviceError and OSError. With --debug they are raised. Ctrl-C exits with code 130, a
-    closed pipe with 141.
+    Such errors are ValueError, DeviceError, OSError, and wrong options and arguments. With --debug they are raised,
+    except the latter. Ctrl-C exits with code 130, a closed pipe with 141.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words before the command as TyperGroup does. Returns a list of the words left."""
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as e:
+            raise _refused(e, ctx) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -26,11 +35,26 @@ class Group(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise typer.Exit(141) from None  # __main__ takes care of what stdout still holds
+        except UsageError as e:
+            raise _refused(e, ctx) from None
         except (ValueError, DeviceError, OSError) as e:
             if ctx.params.get("debug"):
                 raise
             typer.echo(f"error: {_text(e)}", err=True)
             raise typer.Exit(2) from None
+
+
+def _refused(error: Any, ctx: Any) -> Exception:
+    """The exception to raise for a UsageError: typer.Exit, after printing the error as one line with the help to see.
+
+    It is `error` itself if that only asks for the command's help (a command without arguments). ctx: the context of the
+    command group, for errors that have none of their own.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error
+    command = (error.ctx or ctx).command_path.removeprefix("python -m ")
+    typer.echo(f"error: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", err=True)
+    return typer.Exit(2)
 
 
 def _text(error: Exception) -> str:

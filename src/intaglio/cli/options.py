@@ -112,7 +112,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host de
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="How ranks share the model: tp2, pp2, tp4pp2, tp2ep4, tp4sp, ... All run here."),
+    typer.Option(help="How ranks share the model: tp2, pp2, tp4pp2, tp2ep4, tp4sp, tp1sums2, ... All run here."),
 ]
 InProcess = Annotated[
     bool, typer.Option("--in-process", help="With --layout: all ranks in this process instead of one each.")

@@ -1,11 +1,12 @@
 """The progress bar of all commands: one line on stderr with the current work, the share done and the time.
 
-Shown only if stderr is a terminal, and never with --json.
+If stderr is a file or a pipe, it gets a line of text every REPORT_S seconds instead. With --json nothing is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -17,6 +18,7 @@ from rich.text import Text
 from intaglio.cli.show import Stream
 from intaglio.progress import Progress, silent
 
+REPORT_S = 30.0  # seconds between two lines of progress in a file
 console = Stream(stderr=True)  # quiet with --json
 
 
@@ -51,10 +53,11 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
     Yields a callback progress(done, total, what) that updates the bar: `done` of `total` parts are complete, and `what`
     describes the part under way; total 0: unknown. The bar begins with the description `what` and an unknown total, and
-    is erased at the end. Without a terminal, or with --json, nothing is shown.
+    is erased at the end. Without a terminal, lines of text are printed, see report_lines(). With --json nothing is
+    shown.
     """
-    if not console.is_terminal or console.quiet:
-        yield silent
+    if console.quiet or not console.is_terminal:
+        yield silent if console.quiet else report_lines(lambda line: typer.echo(line, err=True))
         return
     text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     columns = (SpinnerColumn(), text, BarColumn(16), Times())
@@ -68,6 +71,23 @@ def progress_bar(what: str) -> Iterator[Progress]:
             bar.update(task, completed=done, description=what)
 
         yield report
+
+
+def report_lines(write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> Progress:
+    """A Progress callback for a file or pipe: calls `write` with a line of text, at most once in REPORT_S seconds.
+
+    The line names the part under way, the share done and the time since this call. clock: gives the time in seconds.
+    """
+    began = last = clock()
+
+    def report(done: float, total: float, what: str) -> None:
+        nonlocal last
+        now = clock()
+        if now - last >= REPORT_S:
+            last = now
+            write(f"{what}: {f'{done / total:.0%}, ' if total else ''}{duration(now - began)}")
+
+    return report
 
 
 def interrupted() -> None:

@@ -6,13 +6,12 @@ runs helper kernels that a served step does not. Validation applies the conditio
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from intaglio.chips import KernelLibrary
-from intaglio.chips.files import DATA
+from intaglio.chips.files import DATA, read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Conditions:
 @lru_cache
 def table() -> dict[str, Any]:
     """The content of the file data/benchmarks.toml, as a dict."""
-    return tomllib.loads((DATA / "benchmarks.toml").read_text(encoding="utf-8"))
+    return read_toml(DATA / "benchmarks.toml")
 
 
 def conditions(library: KernelLibrary) -> Conditions:

@@ -133,12 +133,17 @@ def parts_of(path: Path) -> tuple[str, str]:
 def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
     """Find the CSV files CHIP/ENGINE_TABLE.csv of measured kernel latencies in a folder.
 
-    Returns a list of (file, chip, engine, name of the table), sorted by path. A file is left out if CHIP is not a known
-    chip or ENGINE is not one of ENGINES. Raises ValueError if no file remains.
+    Returns a list of (file, chip, engine, name of the table), sorted by path. A file is left out if ENGINE is not one
+    of ENGINES. Raises ValueError if no file remains, and if the folder of one is not called like a chip.
     """
-    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and parts_of(p)[0] in ENGINES]
+    paths = [p for p in sorted(folder.glob("*/*.csv")) if parts_of(p)[0] in ENGINES]
     if not paths:
         raise ValueError(f"{folder} holds no <chip>/<engine>_<table>.csv; engines are {', '.join(ENGINES)}")
+    if unknown := next((p for p in paths if p.parent.name not in CHIPS), None):
+        raise ValueError(
+            f"{unknown}: no chip is called {unknown.parent.name!r}; chips are {', '.join(CHIPS)}. "
+            f"Call the folder after one of them, or keep it out of {folder}"
+        )
     return [(p, p.parent.name, *parts_of(p)) for p in paths]
 
 

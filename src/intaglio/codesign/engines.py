@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from intaglio.chips import ChipError, Target
+from intaglio.chips.files import built, read_toml, typed
 from intaglio.codesign.fleet import ROUTES
 from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.memory import KvRoom
@@ -17,7 +17,6 @@ from intaglio.codesign.queue import RANKS, QueueSettings
 from intaglio.codesign.steps import StepTimes
 
 SERVERS = ("system", "card", "release", "layout", "prompt")  # what a recipe's server is known by
-PAIRS = ("poll_steps", "decode_sequences")  # fields of pairs (open requests, value)
 ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
@@ -258,16 +257,22 @@ def engines() -> dict[str, Path]:
 def engine(name: str) -> EngineProfile:
     """The EngineProfile called `name`, or read from the file `name` if it ends in .toml.
 
-    Raises ValueError for an unknown name or a wrong value, ChipError for an unknown field.
+    Raises ValueError for an unknown name or a wrong value, ChipError for an unknown field, a wrong type or no TOML.
     """
     path = Path(name) if name.endswith(".toml") else engines().get(name)
     if path is None or not path.is_file():
         raise ValueError(f"there is no serving engine {name!r}; known are {', '.join(engines())}, or give a NAME.toml")
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = read_toml(path)
     known = {one.name for one in fields(EngineProfile)} - {"name"}
     if unknown := sorted(set(table) - known):
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
-    for part in (table, table.get("apart", {}), table.get("older", {}), *table.get("recipes", [])):
-        part |= {"fusions": tuple(part["fusions"])} if "fusions" in part else {}
-        part |= {name: tuple((n, m) for n, m in part[name]) for name in PAIRS if name in part}
-    return EngineProfile(name=path.stem, **{**table, "recipes": tuple(table.get("recipes", ()))})
+    profile: EngineProfile = built(path, EngineProfile, {"name": path.stem, **table})
+    hints = get_type_hints(EngineProfile)
+
+    def checked(where: str, part: dict[str, Any]) -> dict[str, Any]:
+        return {k: typed(f"{path}: {where}.{k}", v, hints[k]) if k in hints else v for k, v in part.items()}
+
+    return replace(
+        profile, apart=checked("apart", profile.apart), older=checked("older", profile.older),
+        recipes=tuple(checked("recipes", one) for one in profile.recipes),
+    )  # fmt: skip

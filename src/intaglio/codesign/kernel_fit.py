@@ -1,8 +1,8 @@
 """Fits kernels of serving engines to measured latencies: facts that hold on every chip, and constants of each chip.
 
 The search is a coordinate descent from the kernels of shipped libraries. It maximises a likelihood of the logarithmic
-errors; facts must gain FACT_GAIN, and constants have a log-normal prior around their start. scripts/fit_kernels.py
-writes the results to data/kernels.
+errors; facts must gain FACT_GAIN, and constants have priors: around their start, and around the other chips' constants.
+scripts/fit_kernels.py writes the results to data/kernels.
 """
 
 from __future__ import annotations
@@ -11,86 +11,33 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
+from itertools import combinations
+from math import log, log1p
 from typing import Any
 
 import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
-from intaglio.chips.engine_kernels import CONSTANTS
+from intaglio.chips.engine_kernels import CONSTANTS, measured_generations
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.codesign.calibrate import ANY_WIDTH, WHY, Fitted, Sample, chosen, fitted, spread
+from intaglio.codesign.kernel_facts import ATTENTION, EIGHT_BITS, FACTS, MENUS, STARTS
 from intaglio.codesign.validate import FAMILY, FORMAT, Row, dtype_of, measured, predict, record_of_row
 
-FLAG = (False, True)
-CUTLASS = tuple((m, n) for m in (64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 32768)  # tiles of its kernels
-CORE_RATES = (0.0, *(round(2 * 1.2**i, 1) for i in range(18)))  # bytes a cycle
-FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # op -> field -> alternatives
-    "products": {
-        "persistent": FLAG, "quantise_launches": (0, 1, 2, 3), "quantise_bytes": (2.0, 3.0, 5.0, 8.0, 12.0),
-        "row_cycles": (0.0, 350.0, 500.0, 1000.0, 1500.0, 2000.0), "core_bytes_per_cycle": CORE_RATES,
-        "matmul_stages": (4, 8), "tiles": (CUTLASS,), "split_k": ((1,), (1, 2, 3, 4, 6, 8, 16, 32)),
-    },
-    "prefill": {
-        "kv_native": FLAG, "pack_gqa": FLAG, "persistent": FLAG, "key_tile": (16, 32, 64, 128),
-        "query_tiles": ((16,), (32,), (64,), (128,), (64, 128), (128, 256), (256,)),
-        "softmax_overlap": (0.0, 0.3, 0.6, 0.9), "attention_launches": (2, 3, 4), "kv_row_cycles": (10, 40, 120),
-        "kv_dequant_ops": (2, 8, 24), "kv_quant_cycles": (0.0, 0.2, 0.7),
-        "prefill_window_keys": (1, 256, 1024, 1536, 1_000_000),
-    },
-    "decode": {
-        "kv_native": FLAG, "split_mha": FLAG, "merge_launch": FLAG, "pack_windowed": FLAG,
-        "key_tile": (16, 32, 64, 128), "half_burst_cost": (1.0, 1.3, 2.0), "attention_launches": (2, 3, 4),
-        "decode_jobs": (1, 2, 4), "decode_stages": (2, 4), "min_query_rows": (1, 16, 64),
-        "kv_splits": ((1,), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64, 128), (8,), (16,)),
-        "window_min_keys": (1, 256, 1024), "kv_dequant_ops": (2, 8, 24), "kv_cast_bytes": (0.0, 5.0, 8.0, 11.0),
-        "pack_most": (8, 16, 32, 1_000_000),
-    },
-    "experts": {
-        "experts_native": FLAG, "expert_tiles": ("best", "by_experts", "by_tokens"), "expert_fused_activation": FLAG,
-        "expert_all_rows": FLAG, "expert_permute": FLAG, "w4_dequant_ops": (0.0, 1.0, 2.0, 4.0, 8.0),
-        "routing_launches": (1, 3, 5, 8), "expert_stages": (2, 4),
-        "expert_rows": ((16, 32, 64, 128, 256), (16, 32, 64), (64, 128), (128,), (64,)),
-        "expert_columns": ((64, 128, 256), (128,), (64,)),
-    },
-    "collectives": {"switch_reduce_min_chips": (2, 4, 8, 16)},
-    "recurrent": {
-        "scan_kernels": (1, 6), "row_cycles": (0.0, 60.0, 100.0, 150.0, 200.0, 8e3, 16e3, 32e3),
-        "core_bytes_per_cycle": CORE_RATES,
-    },
-}  # fmt: skip
-STARTS = ("", "hopper", "blackwell")  # libraries whose facts a search starts from; "": the chip's own
-MENUS: dict[str, tuple[dict[str, Any], ...]] = {  # op -> facts of well-known kernels, from which a search starts too
-    "products": (  # CUTLASS's scaled products: one kernel quantises rows of the activations before them
-        {"tiles": CUTLASS, "split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0},
-        {"split_k": (1,), "quantise_launches": 1, "quantise_bytes": 5.0, "row_cycles": 1500.0},
-        {"quantise_launches": 1, "quantise_bytes": 3.0},
-        {"persistent": True},
-    ),
-    "prefill": (  # Triton's kernels: no packing, and each product waits for the softmax before it
-        {"query_tiles": (64,), "key_tile": 64, "pack_gqa": False, "softmax_overlap": 0.0, "kv_native": False},
-    ),
-    "decode": (
-        {"key_tile": 32, "kv_splits": (8,), "merge_launch": True, "min_query_rows": 16, "kv_native": False},
-    ),
-    "experts": (  # fused products of TensorRT-LLM and CUTLASS
-        {"expert_tiles": "best", "expert_fused_activation": True, "expert_all_rows": False, "routing_launches": 3},
-    ),
-    "collectives": (),
-    "recurrent": ({"scan_kernels": 1, "row_cycles": 16e3},),
-}  # fmt: skip
 FACT_ROUNDS = 2  # of the search that also try facts
 LEAST_GAIN = 0.02  # log-likelihood that another value of a constant, or of a fact that differs already, must gain
 FACT_GAIN = 4.0  # log-likelihood that another fact must gain
 CHIP_GAIN = 12.0  # log-likelihood that facts of its own must gain for a chip
-ATTENTION_CHIP_GAIN = 8.0  # the same in attention, whose kernels are other ones on each generation more often
 DROP_COST = 1.0  # log-likelihood that a fact must be worth to differ from the chip's own library
 SPLIT_GAIN = 8.0  # log-likelihood that values of its own must gain for a range of head widths, on each chip
 LEFT_OUT_GAIN = 2.0  # log-likelihood of rows left out of a fit that a calibration must gain
 FOLDS = 4  # parts of the rows in a cross-validation
 WIDTH_ROWS = 10  # least number of rows of such a range
-PRIOR_WIDTH = 0.25  # standard deviation of the logarithm of a constant about its start
-TIME_WIDTH = 0.5  # that of seconds: benchmarks without a CUDA graph count the host's time of a launch
+# Widths of prior distributions of the logarithm of a constant. Those of seconds are wider: benchmarks without a CUDA
+# graph count the host's time of a launch.
+PRIOR_WIDTH = 0.25  # about the value of the chip's own library
+KNOWN_WIDTH = 0.12  # in a calibration, about the value that was fitted to chips of the same generation
+APART_WIDTH, TIME_APART = 0.15, 0.2  # of the ratio of two chips' constants
 STEPS = (0.3, 0.15, 0.06, 0.03)  # relative steps of the search, one for each round
 LEAST_SPREAD = 0.02  # of the errors; a better fit than that is within the noise of measurements
 LEAST_US = 1e-3  # of a prediction: kernels may be left out altogether
@@ -194,39 +141,66 @@ class KernelSearch:
     Attributes:
         cases: a Case (measured rows on one chip) for each chip.
         values: for each case, a dict {name of a constant or fact: best value so far}.
+        begun: for each case, the values about which the constants' prior distributions lie; those at the start.
+        width: width of these distributions, of a constant's logarithm; twice as wide for seconds.
     """
 
-    def __init__(self, cases: Sequence[Case], values: Sequence[Values]) -> None:
-        self.cases, self.values, self.begun = list(cases), [dict(v) for v in values], [dict(v) for v in values]
+    def __init__(
+        self, cases: Sequence[Case], values: Sequence[Values], begun: Sequence[Values] | None = None,
+        width: float = PRIOR_WIDTH,
+    ) -> None:  # fmt: skip
+        self.cases, self.values, self.width = list(cases), [dict(v) for v in values], width
+        self.begun = [dict(v) for v in begun or values]
         self.costs = [self.cost(i, v) for i, v in enumerate(self.values)]
+        self.apart = self.cost_apart(self.values)
+
+    @property
+    def total(self) -> float:
+        """Sum of the costs of all cases, see cost(), and of the differences between them, see cost_apart()."""
+        return sum(self.costs) + self.apart
+
+    def cost_apart(self, values: Sequence[Values]) -> float:
+        """Negative log-prior of the differences between the chips' constants, on a logarithmic scale.
+
+        One kernel should reach the same fractions of the peak rates, and start in the same time, on every chip. So
+        facts that explain all chips with similar constants are preferred: they hold for chips without measurements.
+        It is 0 for collectives, whose constants follow the chips' links. values: for each case, {name: value}.
+        """
+        op = self.cases[0].op
+        if op == "collectives":
+            return 0.0
+        pairs = [(a[n], b[n], n) for a, b in combinations(values, 2) for n in CONSTANTS[op]]
+        return sum((log(a / b) / (TIME_APART if n.endswith("_s") else APART_WIDTH)) ** 2 / 2 for a, b, n in pairs)
 
     def cost(self, number: int, values: Values) -> float:
         """Negative log-posterior of one case: Case.cost() plus the negative log-prior of its constants.
 
-        number: index of the case. values: {name of a constant or fact: value}.
+        The prior of a constant's logarithm about its start has heavy tails, so that a chip whose constants are others
+        altogether is fitted too. number: index of the case. values: {name of a constant or fact: value}.
         """
         case, begun = self.cases[number], self.begun[number]
-        widths = {n: TIME_WIDTH if n.endswith("_s") else PRIOR_WIDTH for n in CONSTANTS[case.op] if begun[n] > 0}
+        widths = {n: self.width * (1 + n.endswith("_s")) for n in CONSTANTS[case.op] if begun[n] > 0}
         moved = [log(values[n] / begun[n]) / width for n, width in widths.items()]
-        return case.cost(values) + sum(m * m for m in moved) / 2
+        return case.cost(values) + sum(log1p(m * m / 2) for m in moved)
 
-    def attempt(self, changes: Values, numbers: Sequence[int], least: float) -> bool:
+    def attempt(self, changes: Mapping[int, Values], least: float) -> bool:
         """Try new values of constants or facts in some cases, and keep them if these cases then fit better.
 
         Returns True if the values were kept. Otherwise, also if a chip cannot have them (ChipError), nothing changes.
 
         Args:
-            changes: {name of a constant or fact: new value}.
-            numbers: indices of the cases.
-            least: the sum of these cases' costs (see cost()) must fall by at least this.
+            changes: {index of a case: {name of a constant or fact: new value}}.
+            least: the total cost (see `total`) must fall by at least this.
         """
-        tried = {i: self.values[i] | changes for i in numbers}
+        tried = {i: self.values[i] | mine for i, mine in changes.items()}
         try:
             costs = {i: self.cost(i, v) for i, v in tried.items()}
         except ChipError:
             return False
-        if sum(c - self.costs[i] for i, c in costs.items()) > -least:
+        apart = self.cost_apart([tried.get(i, v) for i, v in enumerate(self.values)])
+        if sum(c - self.costs[i] for i, c in costs.items()) + apart - self.apart > -least:
             return False
+        self.apart = apart
         for i, cost in costs.items():
             self.values[i], self.costs[i] = tried[i], cost
         return True
@@ -236,8 +210,10 @@ class KernelSearch:
 
         Facts are the kernel's discrete properties, such as tile sizes. The present values are yielded, too.
         """
+        wide = dtype_of(self.cases[0].rows[0]) == "bfloat16"
         for field, values in FACTS[self.cases[0].op].items():
-            yield from ({field: value} for value in values)
+            if not (wide and field in EIGHT_BITS):
+                yield from ({field: value} for value in values)
 
     def fit_constant(self, number: int, name: str, step: float) -> None:
         """Improve one constant of one case, in place: its value in self.values[number]. Returns nothing.
@@ -251,7 +227,7 @@ class KernelSearch:
             while True:
                 now = self.values[number][name]
                 value = min(now * factor, 1.0) if name.endswith("efficiency") else now * factor
-                if value == now or not self.attempt({name: value}, [number], LEAST_GAIN):
+                if value == now or not self.attempt({number: {name: value}}, LEAST_GAIN):
                     break
 
     def fit_constants(self, step: float) -> None:
@@ -260,16 +236,18 @@ class KernelSearch:
             for name in CONSTANTS[case.op]:
                 self.fit_constant(i, name, step)
 
-    def drop_facts(self, own: Values) -> float:
-        """Set facts (discrete properties) of the kernel back to the values in `own` where that hardly matters.
+    def drop_facts(self) -> float:
+        """Set facts (discrete properties) back to those of the chips' libraries where that hardly matters.
 
-        A fact is set back in every Case at once, if the sum of their costs then rises by at most DROP_COST. Returns the
-        sum of the Cases' costs after that. own: {name of a fact: value}, such as the chip's own library has.
+        A fact is set back, in all cases, if the total cost then rises by at most DROP_COST. Returns the total cost
+        after that.
         """
-        for field, value in own.items():
-            if any(values[field] != value for values in self.values):
-                self.attempt({field: value}, range(len(self.cases)), -DROP_COST)
-        return sum(self.costs)
+        own = [case.start() for case in self.cases]
+        for field in FACTS[self.cases[0].op]:
+            back = {i: {field: v[field]} for i, v in enumerate(own) if self.values[i][field] != v[field]}
+            if back:
+                self.attempt(back, -DROP_COST)
+        return self.total
 
     def run(self, facts: bool = True) -> float:
         """Search for better values, in one round for each step size in STEPS, and keep them in `values`.
@@ -279,12 +257,13 @@ class KernelSearch:
         """
         for number, step in enumerate(STEPS):
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
-                if any(self.values[0][f] != v for f, v in changes.items()):
+                new = {i: changes for i, mine in enumerate(self.values) if changes.items() - mine.items()}
+                if new:
                     # A fact that differs already adds no parameter if it takes a third value
-                    known = all(self.values[0][f] == self.begun[0][f] for f in changes)
-                    self.attempt(changes, range(len(self.cases)), FACT_GAIN if known else LEAST_GAIN)
+                    known = all(self.values[i][f] == self.begun[i][f] for f in changes for i in new)
+                    self.attempt(new, FACT_GAIN if known else LEAST_GAIN)
             self.fit_constants(step)
-        return sum(self.costs)
+        return self.total
 
 
 def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
@@ -299,10 +278,12 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     together = fit_together(cases)
     if len(cases) < 2:
         return together
-    alone = [fit_together([case]) for case in cases]
-    least = ATTENTION_CHIP_GAIN if cases[0].op in ("prefill", "decode") else CHIP_GAIN
-    cost = sum(c for c, _ in alone) + least * (len(cases) - 1)
-    return (cost, [values[0] for _, values in alone]) if cost < together[0] else together
+    alone = [fit_together([case])[1][0] for case in cases]
+    search = KernelSearch(cases, alone, [case.start() for case in cases])
+    for step in STEPS[1:]:
+        search.fit_constants(step)  # again, now with the differences between the chips
+    cost = search.total + CHIP_GAIN * (len(cases) - 1)
+    return (cost, search.values) if cost < together[0] else together
 
 
 def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
@@ -315,21 +296,22 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     chip, at least one.
     """
     best: tuple[float, list[Values]] | None = None
-    tried, op = list[Values](), cases[0].op
-    for name, menu in (*((name, {}) for name in STARTS), *(("", menu) for menu in MENUS[op])):
-        begun = [case.start(name) for case in cases]
-        facts = {f: begun[0][f] for f in FACTS[op]} | menu
+    tried, op = list[list[Values]](), cases[0].op
+    starts = STARTS[:1] if op in ATTENTION else STARTS
+    for name, menu in (*((name, {}) for name in starts), *(("", menu) for menu in MENUS[op])):
+        begun = [case.start(name) | menu for case in cases]
+        facts = [{f: values[f] for f in FACTS[op]} for values in begun]
         if facts in tried:
             continue
         tried.append(facts)
         try:
-            search = KernelSearch(cases, [values | facts for values in begun])
+            search = KernelSearch(cases, begun)
         except ChipError:
             continue
         if menu:  # constants that suit its facts, before other facts are tried
             search.fit_constants(STEPS[0])
         search.run()
-        found = search.drop_facts({f: v for f, v in cases[0].start().items() if f in facts})
+        found = search.drop_facts()
         if best is None or found < best[0]:
             best = found, search.values
     assert best is not None  # the chip's own library always fits it
@@ -396,12 +378,12 @@ def engine_values(case: Case, on: Target) -> Values:
     return case.start() | {n: getattr(kernel, n) for n in (*CONSTANTS[case.op], *FACTS[case.op])}
 
 
-def fit_rows(case: Case, begun: Values, facts: bool) -> Values:
-    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns the fitted values by name.
+def fit_rows(case: Case, begun: Values, facts: bool, width: float = PRIOR_WIDTH) -> Values:
+    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns its {field: value}.
 
-    facts: True to fit facts (discrete properties) too, not only constants.
+    facts: True to fit facts (discrete properties) too, not only constants. width: see KernelSearch.
     """
-    search = KernelSearch([case], [begun])
+    search = KernelSearch([case], [begun], width=width)
     search.run(facts)
     return search.values[0]
 
@@ -410,8 +392,8 @@ def fit_predicts(case: Case, begun: Values) -> bool:
     """True if fitted constants predict the rows of a case clearly better than the values `begun`, by cross-validation.
 
     Clearly is a gain of LEFT_OUT_GAIN in log-likelihood. Rows in the order of their latency are dealt to FOLDS folds in
-    turn. The rows of each fold are predicted by a fit to the others. With fewer rows than folds there is no such test,
-    and the result is False.
+    turn. The rows of each fold are predicted by a fit to the others, from values known to KNOWN_WIDTH. With fewer rows
+    than folds there is no such test, and the result is False.
     """
     if len(case.rows) < FOLDS:
         return False
@@ -420,8 +402,24 @@ def fit_predicts(case: Case, begun: Values) -> bool:
     for fold in range(FOLDS):
         left, kept = order[fold::FOLDS], np.delete(order, np.s_[fold::FOLDS])
         part, rest = (dataclasses.replace(case, rows=tuple(case.rows[i] for i in index)) for index in (left, kept))
-        errors[left] = part.errors(fit_rows(rest, begun, facts=False))
+        errors[left] = part.errors(fit_rows(rest, begun, facts=False, width=KNOWN_WIDTH))
     return len(order) * log(spread(case.errors(begun)) / spread(errors)) > LEFT_OUT_GAIN
+
+
+def calibrated_values(case: Case, on: Target) -> Values:
+    """The {field: value} of a serving engine's kernel that is fitted to the few rows of `case`.
+
+    - The library of `on` has the kernel, measured on chips of the same generation: its constants are fitted if that
+      predicts rows left out of the fit clearly better, see fit_predicts(). If not, they stay.
+    - It has the kernel, but measured on other generations only: the constants are fitted.
+    - It does not have the kernel: the fit starts from the chip's own default kernel, and facts are fitted too.
+    """
+    begun, library = engine_values(case, on), on.library
+    if record_of_row(on, case.table, case.rows[0]) is None:
+        return fit_rows(case, begun, facts=True)
+    if library.generation not in measured_generations(library.engine, case.rows[0]["kernel"]):
+        return fit_rows(case, begun, facts=False)
+    return fit_rows(case, begun, False, KNOWN_WIDTH) if fit_predicts(case, begun) else begun
 
 
 def calibrate_kernel(
@@ -429,11 +427,8 @@ def calibrate_kernel(
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
     """Fit a serving engine's kernel to a few of its measured rows. Returns (KernelRecords, errors of the other rows).
 
-    If the library of `on` has the kernel that a row names, only the kernel's constants (such as efficiencies) are
-    fitted, and its facts (discrete properties such as tile sizes) stay. If not, the fit starts from the chip's own
-    default kernel, and facts change where that is clearly better. A known kernel keeps its constants unless fitted ones
-    predict held-out rows better, see fit_predicts(). There is one KernelRecord, with the fitted values, for each range
-    of head widths for which the library describes the kernel.
+    calibrated_values() says what is fitted. There is one KernelRecord, with the fitted values, for each range of head
+    widths for which the library describes the kernel.
 
     The errors are a Fitted: percentages before and after the fit, with a confidence interval. They are None if the case
     has a single row, which the fit uses.
@@ -454,10 +449,7 @@ def calibrate_kernel(
     records = list[KernelRecord]()
     for widths, rows in parts.items():
         few = dataclasses.replace(case, rows=tuple(rows))
-        begun = engine_values(few, on)
-        known = record_of_row(on, case.table, rows[0]) is not None
-        values = begun if known and not fit_predicts(few, begun) else fit_rows(few, begun, facts=not known)
-        records.append(few.record(values, widths))
+        records.append(few.record(calibrated_values(few, on), widths))
     left = np.setdiff1d(np.arange(len(case.rows)), used)
     if not len(left):
         return tuple(records), None

@@ -292,6 +292,10 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
     """
     if why := row.refusal():
         return Compared(row, refused=why)
+    assert row.card
+    asked, context = row.number("isl") + row.number("osl"), whole(row.card).context
+    if asked > context:
+        return Compared(row, refused=f"requests of {asked:,} tokens; the context of {row.card} is {context:,}")
     try:
         profile = row.profile(profile)
         if row.group == "disaggregated":

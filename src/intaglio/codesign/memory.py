@@ -24,13 +24,13 @@ class MemoryUse:
     Attributes:
         weights: weights of this chip's share of the model.
         kv: keys, values and recurrent state of all requests in flight.
-        activations: buffers of the temps of one step.
+        activations: buffers of the temps of one step, and its outputs: logits of all rows.
         hbm: capacity of the chip.
     """
 
     weights: int
     kv: int  # keys and values of all requests in flight
-    activations: int  # buffers of the temps of one step
+    activations: int  # buffers of the temps of one step, and logits
     hbm: int  # capacity of the chip
 
     @property
@@ -73,7 +73,8 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
     return MemoryUse(
         weights=sum(w.nbytes({}) for w in program.of_role("weight")),
         kv=(full * blocks + windowed * seen) * micro_batches + slot_bytes(program) * 2 * sequences * micro_batches,
-        activations=sum(step.rows_of(b.rows) * b.row_bytes for b in buffers(program).values()),
+        activations=sum(step.rows_of(b.rows) * b.row_bytes for b in buffers(program).values())
+        + sum(t.nbytes(step.sizes) for t in program.of_role("output")),
         hbm=hbm,
     )
 

@@ -7,7 +7,7 @@ read.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,18 @@ class Simulation:
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
+    def shorter(self, s: Serving) -> str:
+        """Text that names the longest prompt with which a batch of 1 fits, or else the longest response."""
+
+        def most(limit: int, change: Callable[[int], Serving]) -> int:
+            return bisect_left(range(1, limit + 1), True, key=lambda n: not self.memory(change(n)).fits)
+
+        if n := most(s.input, lambda n: replace(s, batch=1, input=n)):
+            return f"prompts of up to {n:,} tokens would"
+        if n := most(s.output, lambda n: replace(s, batch=1, output=n)):
+            return f"responses of up to {n:,} tokens would"
+        return "nor would shorter prompts, or shorter responses"
+
     def check(self, s: Serving) -> None:
         """Return nothing if the chips can hold a load; raise ChipError, with the largest batch that fits, if not.
 
@@ -223,11 +235,8 @@ class Simulation:
         use = self.memory(s)
         if use.fits:
             return
-        most, one = self.largest_batch(s), self.memory(replace(s, batch=1))
-        longest = (one.hbm - one.weights - one.activations) / (one.kv / (s.input + s.output // 2)) if one.kv else 0
-        advice = f"the largest batch that fits is {most}" if most else (
-            f"not even a batch of 1 fits; requests of about {max(0, int(longest)):,} tokens would"
-        )  # fmt: skip
+        most = self.largest_batch(s)
+        advice = f"the largest batch that fits is {most}" if most else f"not even a batch of 1 fits; {self.shorter(s)}"
         requests = s.batch * s.output * len(self.plans)
         raise ChipError(
             f"{self.target.chip.name}: {use} a chip, with {requests:,} requests in flight (batch {s.batch}, "

@@ -32,6 +32,8 @@ SIZES = ("batch_size", "tp_size", "pp_size", "attention_dp_size", "moe_tp_size",
 APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
 LENGTHS = ("isl", "osl")  # of the prompts and the responses of measured servers
 SERVERS = ("concurrency", *SIZES, *(phase + name for phase in APART for name in (*SIZES, "num_workers")))  # or empty
+MOST_TOKENS = 16 * 2**20  # of LENGTHS: above the context of every model
+MOST_SERVERS = 2**16  # of SERVERS: each open request and each server takes memory and time in the simulation
 ZERO = (  # columns that may be 0
     "context_len", "window", "step", "window_size", "num_key_value_heads",
     *(phase + name for phase in ("", *APART) for name in ("moe_tp_size", "moe_ep_size")),
@@ -70,19 +72,22 @@ def fault(column: str, value: str, formats: Collection[str]) -> str:
         return "" if LOADS.fullmatch(value) else "balanced or power_law_A with a number A, such as power_law_1.2"
     if column in TEXTS:
         return "" if value else "a name"
+    most = MOST_TOKENS if column in LENGTHS else MOST_SERVERS if column in SERVERS else inf
     least = 2 if column == "osl" else 0 if column in ZERO else 1  # a response of one token has no time per token
     try:
         if column in TIMES:
             good = 0 < float(value) < inf
         elif column in LENGTHS + SERVERS:  # may be written as 8.0, as some programs do if other rows are empty
-            good = least <= float(value) < inf and float(value) % 1 == 0
+            good = least <= float(value) <= most and float(value) % 1 == 0
         else:
             good = int(value) >= least
     except ValueError:
         good = False
     if good:
         return ""
-    return f"a finite number of {TIMES[column]} above 0" if column in TIMES else f"a whole number of at least {least}"
+    if column in TIMES:
+        return f"a finite number of {TIMES[column]} above 0"
+    return f"a whole number of at least {least}" if most == inf else f"a whole number from {least:,} to {most:,}"
 
 
 def check_rows(

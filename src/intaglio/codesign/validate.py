@@ -26,7 +26,7 @@ from intaglio.codesign.table_rows import check_rows, integers, needed
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
-from intaglio.silicon.kernels.experts import elementwise_seconds, experts_timing
+from intaglio.silicon.kernels.experts import core_rate, elementwise_seconds, experts_timing
 from intaglio.silicon.kernels.kv_write import Heads, kv_write_timing
 from intaglio.silicon.kernels.product import linear_timing
 from intaglio.silicon.timing import Timing
@@ -123,14 +123,24 @@ def attention(on: Target, row: Row) -> Timing:
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
     )
     h = Heads(heads, kv, d, d, window, 8 if row["kv_dtype"] == "fp8" else 16)
-    tokens = batch * q
-    how = conditions(on.library)
-    rotated = tokens * (2 * heads + 2 * kv) * d * 2.0
-    moved_s = rotated / on.chip.hbm_rate
+    attended = attend_timing(on, h, ((q, before + q, batch),), conditions(on.library).warm_cache)
     launches = on.library.attention_launches - 2  # attention and cache write have their own
-    rest = Timing(launches * on.library.launch_s + moved_s, {"HBM": moved_s}, rotated, rotated)
-    rest += cast(on, batch * before * h.kv_heads * h.kv_width, h.bits)
-    return attend_timing(on, h, ((q, before + q, batch),), how.warm_cache) + kv_write_timing(on, tokens, h) + rest
+    rest = Timing(launches * on.library.launch_s) + cast(on, batch * before * h.kv_heads * h.kv_width, h.bits)
+    return attended + prepared(on, batch * q, h) + rest
+
+
+def prepared(on: Target, tokens: int, h: Heads) -> Timing:
+    """The modelled Timing of what comes before attention: queries and keys are rotated, keys and values are cached.
+
+    If the library's fused_rotation is True, one kernel does both and reads keys and values once. Otherwise the bytes of
+    the rotation are added to the kernel that writes the cache. Bytes move at HBM's rate, or at core_rate() if that is
+    lower. tokens: number of new tokens.
+    """
+    rate, fused = min(on.chip.hbm_rate, core_rate(on)), on.library.fused_rotation
+    of_head = 4.0 + h.bits / 4 if fused else 4.0  # bytes of a K/V head for each of its columns
+    moved = tokens * h.head_dim * (4.0 * h.heads + of_head * h.kv_heads)
+    timing = Timing(moved / rate, {"HBM": moved / on.chip.hbm_rate}, moved, moved)
+    return timing + (Timing(on.library.launch_s) if fused else kv_write_timing(on, tokens, h))
 
 
 def cast(on: Target, values: float, bits: int) -> Timing:

@@ -9,7 +9,7 @@ from typing import Any
 
 from intaglio.program import ExpertPlacement, ProgramError
 
-WAYS = {"tp": "tensor parallel", "ep": "experts", "pp": "pipeline"}
+WAYS = {"tp": "tensor parallel", "ep": "experts", "pp": "pipeline", "sums": "the bits of a larger tp"}
 REDUNDANT = re.compile(r"(?<=[0-9])r(\d+)$")
 
 
@@ -32,9 +32,13 @@ class Layout:
         redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
             then holds ceil((experts + redundant) / ep) experts, and results do not depend on which experts a group
             holds. None: there are no copies, and each group holds consecutive experts.
+        sums: a larger tp whose results this layout gives, bit for bit: each sum that tp divides among lanes is computed
+            in `sums` parts, which are added in the order in which that many lanes add theirs. A multiple of tp, without
+            ep and sp. 1: the parts are those of tp.
         placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
-    Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
+    Raises LayoutError for sp without tp or with ep, for redundant experts without ep, and for sums that is no multiple
+    of tp or goes with ep or sp.
     """
 
     tp: int = 1
@@ -43,13 +47,14 @@ class Layout:
     sp: bool = False
     redundant: int | None = None
     placement: ExpertPlacement | None = None
+    sums: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """The Layout that a text such as tp4, pp2, tp4pp2 or tp2ep4 describes.
 
         After ep4, "r8" adds 8 redundant experts in all: ep4r8. At the end, "sp" means sequence parallelism: tp4sp.
-        Raises LayoutError for any other text, for sp without tp or with ep, and for redundant experts without ep.
+        tp1sums4 gives the bits of tp4. Raises LayoutError for any other text, and as the class does.
         """
         extra = REDUNDANT.search(text)
         ways = REDUNDANT.sub("", text).removesuffix("sp")
@@ -94,6 +99,11 @@ class Layout:
             raise LayoutError(
                 f"layout '{self}': sp splits norms among lanes of tp; it goes with tp2 or more, without ep"
             )
+        if self.sums > 1 and (self.sums % self.tp or self.ep > 1 or self.sp):
+            raise LayoutError(
+                f"layout '{self}': sums{self.sums} gives the bits of tp{self.sums}; it goes with a tp that divides "
+                f"{self.sums}, without ep and sp, such as tp1sums{self.sums}"
+            )
 
     @property
     def lanes(self) -> int:
@@ -105,10 +115,20 @@ class Layout:
         """Number of ranks in all pipeline stages: tp * ep * pp."""
         return self.lanes * self.pp
 
+    @property
+    def numerics(self) -> str:
+        """What decides the bits of results, such as tp4 for tp4, tp4pp2, tp4sp and tp1sums4; "" if nothing is divided.
+
+        Pipeline stages and sequence parallelism change no bits. Layouts with the same text compute the same K/V, bit
+        for bit.
+        """
+        alike = replace(self, tp=max(self.tp, self.sums), pp=1, sums=1, sp=False, placement=None)
+        return "" if alike == Layout() else str(alike)
+
     def rank(self, stage: int, lane: int) -> int:
         """Number of the rank that is lane number `lane` of pipeline stage number `stage`, from 0."""
         return stage * self.lanes + lane
 
     def __str__(self) -> str:
-        ways = "".join(f"{way}{n}" for way in WAYS if (n := getattr(self, way)) > 1)
+        ways = "".join(f"{way}{n}" for way in WAYS if (n := getattr(self, way)) > 1 or (way == "tp" and self.sums > 1))
         return ways + "sp" * self.sp + (f"r{self.redundant}" if self.redundant is not None else "") or "tp1"

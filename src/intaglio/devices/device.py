@@ -213,9 +213,18 @@ class Executable(ABC):
         """Start a step and return it as a PendingStep. Errors are raised by its result()."""
 
     @property
+    def block_parts(self) -> tuple[int, ...]:
+        """Bytes of one K/V block in each K/V cache; () if this executable cannot read or write blocks.
+
+        The caches are in the order of the Program, those of all ranks one rank after the other. The bytes of a cache
+        are those of its heads, one head after the other.
+        """
+        return ()
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one K/V block over all layers; 0 if this executable cannot read or write blocks."""
-        return 0
+        return sum(self.block_parts)
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         """The contents of K/V blocks, uint8 [blocks, block_bytes], after all steps launched so far.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -72,9 +73,9 @@ class MeshExecutable(BlockingExecutable):
             rank.switch_experts()
 
     @property
-    def block_bytes(self) -> int:
-        sizes = [rank.block_bytes for rank in self.ranks]
-        return sum(sizes) if all(sizes) else 0
+    def block_parts(self) -> tuple[int, ...]:
+        parts = [rank.block_parts for rank in self.ranks]
+        return tuple(chain(*parts)) if all(parts) else ()
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         return np.concatenate([rank.read_blocks(blocks) for rank in self.ranks], axis=1)

@@ -96,8 +96,8 @@ class OracleExecutable(BlockingExecutable):
         self.states = np.full(state.slots, STALE, np.uint64)
 
     @property
-    def block_bytes(self) -> int:
-        return 0 if self.state.window_pages else self.state.page_tokens * self.links.itemsize
+    def block_parts(self) -> tuple[int, ...]:
+        return () if self.state.window_pages else (self.state.page_tokens * self.links.itemsize,)
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         check_blocks(self.state, self.block_bytes, blocks)

@@ -35,28 +35,41 @@ class ReferenceExecutable(RankExecutable):
         self.held |= {t.name: zeroed_state(t, state, program) for t in program.of_role("state")}
 
     @property
-    def block_bytes(self) -> int:
+    def block_parts(self) -> tuple[int, ...]:
         if self.state.window_pages:
-            return 0
-        return sum(x[0].nbytes for x in self._pages())
+            return ()
+        return tuple(sum(a[0].nbytes for a in arrays) for arrays in self._pages())
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         check_blocks(self.state, self.block_bytes, blocks)
-        pages = [b"".join(x[block].tobytes() for x in self._pages()) for block in blocks]
-        return np.frombuffer(b"".join(pages), np.uint8).reshape(len(blocks), self.block_bytes)
+        n = len(blocks)
+        caches = []
+        for arrays in self._pages():
+            by_head = [np.ascontiguousarray(np.moveaxis(a[list(blocks)], 2, 1)) for a in arrays]
+            parts = [a.view(np.uint8).reshape(n, a.shape[1], -1) for a in by_head]
+            caches.append(np.concatenate(parts, axis=2).reshape(n, -1))
+        return np.concatenate(caches, axis=1)
 
     def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
         check_blocks(self.state, self.block_bytes, blocks, contents)
-        at = 0
-        for x in self._pages():
-            part = contents[:, at : at + x[0].nbytes]
-            x[list(blocks)] = np.ascontiguousarray(part).view(x.dtype).reshape(len(blocks), *x.shape[1:])
-            at += x[0].nbytes
+        caches = np.split(contents, np.cumsum(self.block_parts)[:-1], axis=1)
+        for arrays, cache in zip(self._pages(), caches, strict=True):
+            by_head, at = cache.reshape(len(blocks), arrays[0].shape[2], -1), 0
+            for a in arrays:
+                _, tokens, heads, columns = a.shape
+                size = tokens * columns * a.itemsize
+                part = np.ascontiguousarray(by_head[:, :, at : at + size]).view(a.dtype)
+                a[list(blocks)] = np.moveaxis(part.reshape(len(blocks), heads, tokens, columns), 1, 2)
+                at += size
 
-    def _pages(self) -> list[np.ndarray]:
-        """The arrays of all K/V caches, [pages, ...] each, as a list in the order of the Program."""
+    def _pages(self) -> list[list[np.ndarray]]:
+        """The arrays of each K/V cache, [pages, tokens, heads, columns], as a list in the order of the Program.
+
+        A cache without heads has the shape [pages, tokens, 1, columns] here.
+        """
         caches = [self.held[t.name] for t in self.program.of_role("state") if t.shape[0] == "P"]
-        return [a for x in caches for a in (x.arrays.values() if isinstance(x, Quantised) else (x,))]
+        arrays = [[*x.arrays.values()] if isinstance(x, Quantised) else [x] for x in caches]
+        return [[a if a.ndim == 4 else a[:, :, None] for a in cache] for cache in arrays]
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
         """Generator that executes one step of this rank, op by op, and returns the StepResult.

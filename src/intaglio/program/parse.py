@@ -13,6 +13,17 @@ from intaglio.plugins import load_plugins
 from intaglio.program.program import Program, ProgramError
 from intaglio.program.text import BARE
 
+ATTRIBUTE = re.compile(r"(?:(?<=\s)|^)(\w+)=('[^']*'|\"[^\"]*\"|\S+)")
+RESULT = re.compile(r"[^,\[]+\[[^\]]*\](?: %\d+)?")
+
+
+def literal(name: str, text: str) -> object:
+    """The value of an attribute, from its text. name: for the error. Raises ProgramError if it is no Python literal."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ProgramError(f"{name} is {text!r}; wanted a number, a text in quotes, True, False or None") from None
+
 
 class _Parser:
     """Parser of a Program's text form, line by line.
@@ -53,6 +64,8 @@ class _Parser:
     def view(self, site: str, kind: str, rest: str) -> None:
         base, _, start = rest.partition(" from ")
         format, shape, buffer = self.type(kind)
+        if not start.isdecimal():
+            raise ProgramError(f"a view starts at column {start!r}; wanted a number, as in 'view x from 64'")
         self.add(Tensor(self.full(site), shape, format, "temp", view=(self.full(base), int(start)), buffer=buffer))
 
     def op(self, site: str, results: str, call: str) -> None:
@@ -61,18 +74,27 @@ class _Parser:
             raise ProgramError(f"{call!r} is not a call of a known op ({', '.join(sorted(REGISTRY))})")
         cls = REGISTRY[match[1]]
         given: dict[str, object] = {}
-        positional = iter(cls.named("operand"))
+        positional, operands = iter(cls.named("operand")), cls.named("operand", "optional")
         for item in filter(None, (x.strip() for x in match[2].split(","))):
             name, _, value = item.rpartition("=")
-            given[name or next(positional)] = self.full(value)
+            name = name or next(positional, "")
+            if name not in operands or name in given:
+                raise ProgramError(f"{item!r} is no operand of op {match[1]}, or given twice: {', '.join(operands)}")
+            given[name] = self.full(value)
         known = set(cls.named("attribute"))
-        for name, value in re.findall(r"(\w+)=('[^']*'|\"[^\"]*\"|\S+)", match[3]):
+        if rest := ATTRIBUTE.sub("", match[3]).strip():
+            raise ProgramError(f"{rest!r} is no attribute of op {match[1]}; they are written NAME=VALUE")
+        for name, value in ATTRIBUTE.findall(match[3]):
             if name not in known:
                 raise ProgramError(f"op {match[1]} has no attribute {name!r}; it has {', '.join(sorted(known))}")
+            if name in given:
+                raise ProgramError(f"attribute {name} is given twice")
             bare = BARE.fullmatch(value) and value not in ("True", "False", "None")
-            given[name] = value if bare else ast.literal_eval(value)
-        declared = re.findall(r"[^,\[]+\[[^\]]*\](?: %\d+)?", results)
-        for field_name, text in zip(cls.named("result"), declared, strict=True):
+            given[name] = value if bare else literal(name, value)
+        declared, wanted = RESULT.findall(results), cls.named("result")
+        if RESULT.sub("", results).strip(" ,") or len(declared) != len(wanted):
+            raise ProgramError(f"{results!r} are not the {len(wanted)} results of op {match[1]}: {', '.join(wanted)}")
+        for field_name, text in zip(wanted, declared, strict=True):
             words = text.strip(" ,").split(" ")
             role = "output" if words[0] == "output" else "temp"
             words = words[1:] if role == "output" else words
@@ -112,6 +134,7 @@ def parse_program(text: str) -> Program:
         if line.strip():
             try:
                 parser.line(line.strip())
-            except (ProgramError, ValueError, SyntaxError, TypeError, StopIteration) as e:
-                raise ProgramError(f"line {number}: {e}") from None
+            except (ProgramError, ValueError, TypeError) as e:
+                shown = repr(line.strip())
+                raise ProgramError(f"line {number}: {e}{'' if shown in str(e) else f' in {shown}'}") from None
     return Program(head[1], tuple(parser.ops), parser.tensors, int(head[2]), int(head[3]), int(head[4]))

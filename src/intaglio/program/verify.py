@@ -89,6 +89,8 @@ def shapes_agree(p: Program) -> Iterator[str]:
                     yield f"{op.site} ({op.kind}) computes {name} as {format}{list(shape)} but it is declared {t.type}"
         except OpError as e:
             yield str(e)
+        except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as e:  # attributes of other types
+            yield f"{op.site} ({op.kind}) cannot have these operands and attributes: {type(e).__name__}: {e}"
 
 
 def written_before_read(p: Program) -> Iterator[str]:

@@ -29,10 +29,10 @@ class BlockScope:
     """Everything that decides the bits of the K/V blocks of an engine, apart from their tokens and salt.
 
     Attributes:
-        program: hash of the Program.
+        program: hash of the Program; with several ranks, of the whole model's.
         weights: identity of the weights (see devices.Weights); "" if unknown.
         kv_format: formats of the K/V cache, such as "bf16".
-        numerics: device, instruction set and layout, such as "host avx2 tp2".
+        numerics: device, instruction set and what decides bits of the layout, such as "host avx2 tp2".
         block_size: tokens in a block.
         version: version of this package and its compiled part.
     """

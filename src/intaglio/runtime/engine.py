@@ -171,7 +171,7 @@ class Engine:
         Returns None if no such request is live.
         """
         now, left = self.clock.read(), self.live.release(id)
-        return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
+        return Resumption.of(left, now, self.scope.program, self.numerics) if left else None
 
     def resume(self, resumption: Resumption) -> list[Sequence]:
         """Queue a suspended request, to go on after its output. Returns a list of a Sequence per unfinished choice.
@@ -332,7 +332,7 @@ class Engine:
             if request.id in self.requests:
                 raise RequestError(f"request {request.id!r} is still running; every request needs its own id")
             if resumption:
-                resumption.check(self.program.hash, self.numerics)
+                resumption.check(self.scope.program, self.numerics)
             self.admission.check(request)
             sequences = self._sequences(request, seed, choices, self.admission.admit(request, self.load()))
             if resumption:

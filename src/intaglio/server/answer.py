@@ -68,7 +68,7 @@ class CompletionChoice:
         self.prompt_scores: list[Any] | None = None
         hidden = frozenset[int]() if body.skip_special_tokens is False else None
         prompt = prepared.request.prompt
-        self.offsets = Offsets(vocabulary.tokenizer, prompt, bool(body.echo), reading.prefix, hidden)
+        self.offsets = Offsets(vocabulary.tokenizer, prompt, bool(body.echo), hidden, reading.prefix, reading.suffix)
         self.scores: dict[str, list[Any]] = _no_scores()
         self.reason: str | None = None
         self.stop_reason: str | int | None = None

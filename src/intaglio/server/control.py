@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Message
 
@@ -40,7 +40,6 @@ from intaglio.server.service import Service
 log = logging.getLogger("intaglio.server")
 LENGTHS = struct.Struct("!II")
 FRAME_MAX = 1 << 28  # bytes of a frame's header or body
-READ = 1 << 16  # most bytes that are read at once
 ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answers between steps
 
 
@@ -70,7 +69,8 @@ class FrameBuffer:
             middle, end = at + size + head, at + size + head + body
             if len(self._bytes) < end:
                 break
-            yield json.loads(self._bytes[at + size : middle]), bytes(self._bytes[middle:end])
+            head_text = str(self._bytes[at + size : middle], "utf-8")  # json.loads() of bytes guesses the encoding
+            yield json.loads(head_text), bytes(self._bytes[middle:end])
             at = end
         del self._bytes[:at]
 
@@ -87,13 +87,14 @@ async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddre
     """
     connections: set[Connection] = set()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection(app, service, writer)
-        connections.add(connection)
-        try:
-            await connection.run(reader)
-        finally:
-            connections.discard(connection)
+    def connection() -> Connection:
+        return Connection(app, service, connections)
+
+    async def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        taken = connection()
+        writer.transport.set_protocol(taken)  # nothing has arrived yet: the router waits for the end of the handshake
+        taken.connection_made(cast("asyncio.Transport", writer.transport))
+        await taken.ended  # a writer that nobody refers to closes its connection
 
     def refused(why: str) -> None:
         log.warning("control channel: %s", why)
@@ -104,41 +105,54 @@ async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddre
                 log.info("control channel at %s", bound)
                 yield
         else:
-            server = await asyncio.start_unix_server(connected, sock=private_socket(where))
+            server = await asyncio.get_running_loop().create_unix_server(connection, sock=private_socket(where))
             try:
                 yield
             finally:
                 server.close()
                 where.unlink(missing_ok=True)  # the router has done so once it is connected
     finally:
-        for connection in list(connections):
-            connection.close()
+        for open_one in list(connections):
+            open_one.close()
 
 
-class Connection:
+class Connection(asyncio.Protocol):
     """One router's connection to the control channel, with its calls (requests) in progress, each in a task.
 
-    When the connection ends, all its calls are cancelled.
+    When the connection ends, all its calls are cancelled. It is an asyncio.Protocol, since asyncio's streams would take
+    two more turns of the event loop for each frame.
+
+    connections: set of the open connections, in which this one is while it is open. `ended`: future that is done once
+    the connection has ended.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, writer: asyncio.StreamWriter) -> None:
-        self.app, self.service, self.writer = app, service, writer
+    def __init__(self, app: ASGIApp, service: Service, connections: set[Connection]) -> None:
+        self.app, self.service, self.connections = app, service, connections
         self.calls: dict[int, Call] = {}
         self.leases: HeldLeases | None = None  # those of the router; None until it names some
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.Transport
+        self._frames = FrameBuffer()
 
-    async def run(self, reader: asyncio.StreamReader) -> None:
-        """Read the router's frames, and start or cancel calls as they say, until the connection ends."""
-        frames = FrameBuffer()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Keep the connection's transport."""
+        self._transport = transport
+        self.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Start or cancel calls, as the frames say that have arrived. Bytes that are no call end the connection."""
         try:
-            while data := await reader.read(READ):
-                for header, body in frames.feed(data):
-                    self._handle(header, body)
-        except ConnectionError:
-            pass
-        except (ValueError, KeyError) as e:
+            for header, body in self._frames.feed(data):
+                self._handle(header, body)
+        except (ValueError, KeyError, TypeError) as e:
             log.error("control channel: %r is no call; the connection is closed", e)
-        finally:
             self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel all calls."""
+        self.close()
+        self.connections.discard(self)
+        self.ended.set_result(None)
 
     def close(self) -> None:
         """Cancel all calls and close the connection."""
@@ -146,12 +160,12 @@ class Connection:
             call.disconnect()
         if self.leases:
             self.leases.update((), ())
-        self.writer.close()
+        self._transport.close()
 
     def write(self, header: dict[str, Any], body: bytes = b"") -> None:
         """Send a frame, unless the connection is closed."""
-        if not self.writer.is_closing():
-            self.writer.write(pack(header, body))
+        if not self._transport.is_closing():
+            self._transport.write(pack(header, body))
 
     def _handle(self, header: dict[str, Any], body: bytes) -> None:
         number = header["call"]

@@ -395,7 +395,7 @@ class Driver:
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)
         else:
-            self.engine.resume(Resumption(request, tuple(choices), self.engine.program.hash, self.engine.numerics))
+            self.engine.resume(Resumption(request, tuple(choices), self.engine.scope.program, self.engine.numerics))
 
     def _abort(self, submission: Submission) -> None:
         for prompt in submission.prompts:

@@ -65,12 +65,14 @@ class Reading:
         ignored: names of request fields that had no effect.
         echo: text to put in front of the output: the prompt's text if the request asked for echo; "": none.
         prefix: number of tokens at the prompt's beginning, such as BOS, that have no text in `echo`.
+        suffix: number of tokens at its end, such as EOS, that have none.
     """
 
     style: OutputStyle
     ignored: tuple[str, ...] = ()
     echo: str = ""
     prefix: int = 0
+    suffix: int = 0
 
 
 def prepare_completion(
@@ -112,12 +114,12 @@ def prepare_completion(
     return prepared, readings
 
 
-def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
-    """(text, count) for `echo`: the prompt's text, and the number of special tokens that stand before its tokens.
+def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int, int]:
+    """(text, before, after) for `echo`: the prompt's text, and the numbers of tokens before and after its own.
 
-    The tokenizer puts them there, such as a beginning of sequence. If the prompt was given as token ids, was cut, or
-    ends with a special token of the tokenizer, the text is decoded from `ids`, shows special tokens too, and the count
-    is 0. ("", 0) if the request does not ask for echo.
+    The tokenizer adds them, such as a beginning and an end of sequence. If the prompt was given as token ids or was
+    cut, the text is decoded from `ids`, shows special tokens too, and the numbers are 0. ("", 0, 0) if the request does
+    not ask for echo.
 
     Args:
         llm: the model.
@@ -128,14 +130,16 @@ def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[
     Raises Problem if the model has no tokenizer to decode token ids.
     """
     if not body.echo:
-        return "", 0
+        return "", 0, 0
     if isinstance(prompt, str):
         bare = encode(llm, prompt, special=False)
-        if ids[len(ids) - len(bare) :] == bare:
-            return prompt, len(ids) - len(bare)
+        for after in range(len(ids) - len(bare) + 1):
+            before = len(ids) - len(bare) - after
+            if ids[before : before + len(bare)] == bare:
+                return prompt, before, after
     if llm.model.tokenizer is None:
         raise Problem(400, f"{llm.model.path.name} has no tokenizer; leave echo out", param="echo")
-    return llm.model.tokenizer.decode(ids, skip_special=False), 0
+    return llm.model.tokenizer.decode(ids, skip_special=False), 0, 0
 
 
 def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:

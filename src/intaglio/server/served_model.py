@@ -42,13 +42,13 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """(hash of the Program, name of its numerics, digest of its BlockScope), three texts.
+        """(hash of the whole model's Program, name of its numerics, digest of its BlockScope), three texts.
 
         Two replicas give bitwise equal results if all three are equal. The BlockScope includes the weights and the
         version of the package.
         """
         engine = self.driver.engine
-        return engine.program.hash, engine.numerics, engine.scope.digest
+        return engine.scope.program, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.

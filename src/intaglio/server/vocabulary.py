@@ -70,14 +70,16 @@ class Offsets:
         tokenizer: the model's tokenizer; None: all places are 0.
         prompt: the prompt's token ids.
         echo: True if the choice's text begins with the prompt's text.
-        prefix: number of tokens at the prompt's beginning, such as BOS, that this text leaves out.
         hidden: ids that leave no text in the output; None: all special tokens.
+        prefix: number of tokens at the prompt's beginning, such as BOS, that this text leaves out.
+        suffix: number of tokens at its end, such as EOS, that this text leaves out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, prompt: Sequence[int], echo: bool, prefix: int, hidden: Set[int] | None
-    ) -> None:
-        self.at, self.count, self.prefix = 0, 0, prefix
+        self, tokenizer: Tokenizer | None, prompt: Sequence[int], echo: bool, hidden: Set[int] | None, prefix: int = 0,
+        suffix: int = 0,
+    ) -> None:  # fmt: skip
+        self.at, self.count, self.shown = 0, 0, range(prefix, len(prompt) - suffix)
         self.prompt = tokenizer.stream((), frozenset()) if tokenizer and echo else None
         self.output = tokenizer.stream(prompt, hidden) if tokenizer else None
 
@@ -87,9 +89,10 @@ class Offsets:
         Call it once for each token of the prompt, in order. With `echo` the text begins with the prompt; without, all
         places are 0.
         """
-        at, self.count = self.at, self.count + 1
-        if self.prompt and self.count > self.prefix:
+        at = self.at
+        if self.prompt and self.count in self.shown:
             self.at += len(self.prompt.push(id))
+        self.count += 1
         return at
 
     def of_output(self, id: int) -> int:

@@ -182,9 +182,13 @@ class BlockDirectory:
                     break
                 if Path(file.path).stem in pinned:
                     continue
-                with suppress(OSError):
+                try:
                     os.unlink(file.path)
                     deleted += 1
+                except FileNotFoundError:
+                    pass  # another process deleted it
+                except OSError:
+                    continue  # the file system refuses: the file still takes its bytes
                 self.held -= file.size
         return deleted
 

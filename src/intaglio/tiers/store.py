@@ -16,6 +16,7 @@ import numpy as np
 
 from intaglio.runtime import BlockKey, BlockScope, TierCounts
 from intaglio.tiers.block_file import BlockFileError, file_bytes
+from intaglio.tiers.block_order import BlockOrder
 from intaglio.tiers.directory import NoRoom
 
 QUEUE_BYTES = 256 << 20  # of blocks that wait to be written; more are not saved
@@ -131,6 +132,9 @@ class StoreTier:
         scope: BlockScope of the engine's blocks; blocks of another scope are never given.
         report: called with a message for the operator, once for each kind.
         readers: number of threads that read.
+
+    `order`, a BlockOrder, is to be set before the first load or save if the engine's blocks are not in the order of the
+    whole model, which the store has.
     """
 
     def __init__(self, store: BlockStore, scope: BlockScope, report: Callable[[str], None], readers: int = 1) -> None:
@@ -141,6 +145,7 @@ class StoreTier:
         self.closed, self.loads = False, set[StoreLoad]()  # loads: those that have not ended
         self.writes_from = 0.0  # time.monotonic() before which nothing is written
         self.said, self.lock = set[str](), threading.Lock()
+        self.order: BlockOrder | None = None
 
     def lookup(self, names: Sequence[str]) -> int:
         """How many of the first blocks in `names` the store has now. They may be evicted before they are loaded.
@@ -169,7 +174,8 @@ class StoreTier:
                 load.ended.set()
             else:
                 self.loads.add(load)
-                self.reader.submit(self._read, load, list(keys), block_bytes)
+                stored_bytes = self.order.block_bytes if self.order else block_bytes
+                self.reader.submit(self._read, load, list(keys), stored_bytes)
         return load
 
     def save(self, key: BlockKey, content: np.ndarray) -> bool:
@@ -287,7 +293,7 @@ class StoreTier:
     def _read(self, load: StoreLoad, keys: list[BlockKey], block_bytes: int) -> None:
         try:
             for content in self._contents(load, keys, block_bytes):
-                load.contents.append(content)
+                load.contents.append(self.order.to_own(content) if self.order else content)
         finally:
             with self.lock:
                 self.loads.discard(load)
@@ -320,9 +326,10 @@ class StoreTier:
     def _write(self, key: BlockKey, content: np.ndarray) -> None:
         try:
             if time.monotonic() >= self.writes_from and not self.store.has(key.name):
-                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, content), key.parent)
+                stored = self.order.to_whole(content) if self.order else content
+                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, stored), key.parent)
                 self.counts.saved += 1
-                self.counts.saved_bytes += content.nbytes
+                self.counts.saved_bytes += stored.nbytes
         except NoRoom as e:
             self.counts.refused += 1
             self.say("room", f"a K/V block is not kept in {self.store.where}: {e}; further ones are only counted")

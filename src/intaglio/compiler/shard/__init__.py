@@ -8,13 +8,14 @@ compiler/stages.py then cuts each lane into pipeline stages.
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import replace
 
 from intaglio import formats
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard import rules  # noqa: F401 (importing it registers the rules)
 from intaglio.compiler.shard.lane import Lane, sharding_rule
 from intaglio.compiler.shard.plan import make_plan
-from intaglio.compiler.shard.shares import Share
+from intaglio.compiler.shard.shares import Share, joined
 from intaglio.compiler.stages import cut_stages
 from intaglio.ops import Experts
 from intaglio.program import Program
@@ -37,8 +38,8 @@ def shard(
         coded: names of the quantised weights whose codes come from a checkpoint. They keep these codes, in smaller
             groups (values that share a scale) where a cut needs them. None: all quantised weights.
 
-    Raises LayoutError if heads, experts or layers cannot be divided like this, an op has no sharding rule, or a group
-    would be split.
+    Raises LayoutError if heads, experts or layers cannot be divided like this, an op has no sharding rule, a group
+    would be split, or sums of routed experts are to be computed in parts (`sums` of the layout).
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
     sites = {op.site for op in program.ops if isinstance(op, Experts)}
@@ -46,9 +47,29 @@ def shard(
         found = f"the sites of its experts are {', '.join(sorted(sites))}" if sites else "it has no experts"
         raise LayoutError(f"the placement names {unknown[0]}, which {program.name} lacks; {found}")
     lanes = [program]
-    if layout.lanes > 1:
-        plan = make_plan(program, layout)
+    if max(layout.lanes, layout.sums) > 1:
+        finer = make_plan(program, replace(layout, tp=max(layout.tp, layout.sums))) if layout.lanes > 1 else {}
+        plan = {name: joined(shares, layout.lanes) for name, shares in finer.items()}
         coded = {t.name for t in program.of_role("weight") if formats.get(t.format).grouped} if coded is None else coded
-        lanes = [Lane(program, plan, layout, i, wire, coded).run() for i in range(layout.lanes)]
+        parts = _parts(program, layout.sums, coded) if layout.sums > layout.tp else {}
+        lanes = [Lane(program, plan, layout, i, wire, coded, parts).run() for i in range(layout.lanes)]
     places = [(stage, lane) for stage in range(layout.pp) for lane in range(layout.lanes)]
     return tuple(cut_stages(lanes[lane], layout, lane, stage, wire) for stage, lane in places)
+
+
+def _parts(program: Program, tp: int, coded: Set[str]) -> dict[str, list[Share]]:
+    """The ops whose bits depend on tp: {site: columns of each part}, one part for each lane of the layout `tp`.
+
+    They are linears whose sums are divided, with the columns of x in the order in which the parts are added, and embeds
+    whose table is quantised in parts. Raises LayoutError if the layout also divides other sums, which are
+    those of routed experts, and as shard() does.
+    """
+    layout = Layout(tp)
+    lane = Lane(program, make_plan(program, layout), layout, 0, "f32", coded)
+    lane.run()
+    if other := next((op.site for op in program.ops if op.site in lane.totals - lane.divided.keys()), None):
+        raise LayoutError(
+            f"{other}: its sums cannot be computed in the parts of tp{tp} on fewer ranks, because they are those of "
+            f"routed experts; use tp{tp} itself"
+        )
+    return lane.divided

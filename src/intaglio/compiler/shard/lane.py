@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import accumulate
 from math import gcd
@@ -29,6 +29,10 @@ class Lane:
         lane: number of this lane.
         wire: format to which values are rounded before they travel between ranks.
         coded: names of the weights whose codes come from a checkpoint.
+        parts: the columns of each part in which an op is computed to get the bits of a larger tp, by the op's site. The
+            op is a linear whose sum over these columns of x is divided, or an embed whose table is quantised in parts.
+        divided: the same of the ops that this layout divides among lanes in such a way, with a part for each lane.
+        totals: sites of all ops whose results are summed over lanes.
         shares: every lane's share of each result added so far that is split by columns, by the result's name.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
         wholes: names of the gathered copies of split results, by the result's name.
@@ -36,9 +40,11 @@ class Lane:
     """
 
     def __init__(
-        self, p: Program, plan: Plan, layout: Layout, lane: int, wire: str, coded: Set[str] = frozenset()
-    ) -> None:
+        self, p: Program, plan: Plan, layout: Layout, lane: int, wire: str, coded: Set[str] = frozenset(),
+        parts: Mapping[str, list[Share]] | None = None,
+    ) -> None:  # fmt: skip
         self.p, self.plan, self.layout, self.lane, self.wire, self.coded = p, plan, layout, lane, wire, coded
+        self.parts, self.divided, self.totals = parts or {}, dict[str, list[Share]](), set[str]()
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {t.name: t for t in p.tensors.values() if t.role in ("input", "const")}
         self.shares: dict[str, list[Share]] = {}
@@ -52,8 +58,14 @@ class Lane:
     def run(self) -> Program:
         """Apply the sharding rule of every op of the whole Program, and return the Program of this lane (one rank).
 
-        Raises LayoutError for an op without a rule, and for an op or a weight that the layout cannot divide.
+        If there is one lane, only the ops in `parts` change. Raises LayoutError for an op without a rule, and for an op
+        or a weight that the layout cannot divide.
         """
+        if self.layout.lanes == 1:
+            self.tensors = dict(self.p.tensors)
+            for op in self.p.ops:
+                rule_of(op)(self, op) if op.site in self.parts else self.ops.append(op)
+            return self.p.with_ops(self.ops, self.tensors)
         for t in self.p.of_role("state"):
             if t.shape[0] == "P":  # the rules of ops with recurrent state keep theirs
                 self.keep(t.name, self.plan.get(t.name), axis=2)
@@ -98,7 +110,9 @@ class Lane:
             t = replace(t, shape=(t.shape[0], width_of(self.shares[t.name][self.lane])), view=(base, before))
         self.tensors[t.name] = t
 
-    def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
+    def keep(
+        self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "", part: int | None = None
+    ) -> str:
         """Add a weight, const or state of the whole Program to the Program of this lane (one rank); returns its name.
 
         Args:
@@ -106,13 +120,14 @@ class Lane:
             shares: the indices along `axis` that each lane holds; only this lane's are kept. None: all are kept.
             axis: the axis that is cut.
             as_: name of the tensor in this lane's Program; "": the same name.
+            part: which of `shares` is kept; None: this lane's.
 
         Raises LayoutError if the cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         if shares:
             t = self.fitted(t, shares, axis)
-            share, length = shares[self.lane], int(t.shape[axis])
+            share, length = shares[self.lane if part is None else part], int(t.shape[axis])
             shape = (*t.shape[:axis], width_of(share), *t.shape[axis + 1 :])
             if t.role == "const":
                 t = replace(t, shape=shape, values=tuple(t.values[i] for r in share for i in r))
@@ -120,6 +135,16 @@ class Lane:
                 t = replace(t, shape=shape, source=cut_source(t, share, axis, length, axis > 0))
         self.tensors[as_ or name] = replace(t, name=as_ or name)
         return as_ or name
+
+    def tears(self, name: str, shares: Sequence[Share]) -> bool:
+        """True if cuts of a weight's columns divide groups of it, so that each share is quantised with its own scales.
+
+        A weight whose codes come from a checkpoint keeps its scales. shares: the columns that each lane (rank) holds.
+        """
+        t = self.p.tensors[name]
+        fmt, width = formats.get(t.format), int(t.shape[-1])
+        ends = {end for share in shares for r in share for end in (r.start, r.stop)} - {0, width}
+        return fmt.grouped and name not in self.coded and any(fmt.group < 0 or end % fmt.block for end in ends)
 
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
         """Add part of a stack of matrices [E, ...], such as the weights of experts, to the Program of this lane (rank).
@@ -219,6 +244,7 @@ class Lane:
                 adds the blocks to each other. 1: `x` is as wide as `out`.
         """
         t = self.p.tensors[out]
+        self.totals.add(site)
         if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
             self.add(
                 ReduceScatter(site=f"{site}.reduce_scatter", x=x, out=out, group=group, share=self.lane, wire=self.wire)

@@ -44,6 +44,23 @@ def scaled(shares: Sequence[Share], by: int) -> list[Share]:
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
+def joined(shares: Sequence[Share], lanes: int) -> list[Share]:
+    """The shares of fewer lanes (ranks), each of which holds what an equal number of neighbours hold in `shares`.
+
+    lanes: the number of lanes; it divides the number of shares.
+    """
+    each = len(shares) // lanes
+    runs = [zip(*shares[i * each : (i + 1) * each], strict=True) for i in range(lanes)]
+    return [tuple(range(run[0].start, run[-1].stop) for run in lane) for lane in runs]
+
+
+def parts_within(parts: Sequence[Share], held: Share) -> list[int]:
+    """Numbers of the shares in `parts` that lie in `held`, as a list; together they must be all of `held`, else []."""
+    columns = {i for r in held for i in r}
+    found = [i for i, part in enumerate(parts) if all(c in columns for r in part for c in r)]
+    return found if sum(width_of(parts[i]) for i in found) == len(columns) else []
+
+
 def heads_of(share: Share, head_dim: int) -> Share:
     """Indices of the heads whose columns are in `share`: for each range of columns in it, a range of heads. A tuple.
 

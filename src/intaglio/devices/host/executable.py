@@ -142,8 +142,8 @@ class HostExecutable(RankExecutable):
         self.experts.switch()
 
     @property
-    def block_bytes(self) -> int:
-        return 0 if self._python_state or self.state.window_pages else self.native.page_bytes
+    def block_parts(self) -> tuple[int, ...]:
+        return () if self._python_state or self.state.window_pages else tuple(self.native.page_parts)
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         if not self.block_bytes:

@@ -105,7 +105,7 @@ class Rank:
         os.close(self.state_file)
         os.close(self.image_file)
         return executable, RankFacts(
-            job.device.facts().isa or "", executable.program.hash, in_file, executable.block_bytes
+            job.device.facts().isa or "", executable.program.hash, in_file, executable.block_parts
         )
 
     def step(self, executable: Executable, reader: RequestReader, number: int) -> None:

@@ -73,17 +73,17 @@ class RankFacts:
         isa: instruction set; "" if the device has none.
         program: hash of the rank's Program.
         state_in_file: True if the whole K/V cache is in the file that the parent keeps.
-        block_bytes: bytes of one K/V block on this rank; 0 if blocks cannot be read or written.
+        block_parts: bytes of one K/V block on this rank, see Executable; () if blocks cannot be read or written.
     """
 
     isa: str
     program: str
     state_in_file: bool = False
-    block_bytes: int = 0
+    block_parts: tuple[int, ...] = ()
 
     def parts(self) -> list[np.ndarray]:
         """The fields of this object as a list of arrays, to be written as one message; read_facts() reads it."""
-        content = text([self.isa, self.program, self.state_in_file, self.block_bytes])
+        content = text([self.isa, self.program, self.state_in_file, self.block_parts])
         return [np.array([0, len(content)], np.int64), content]
 
 
@@ -94,7 +94,7 @@ def read_facts(message: memoryview) -> RankFacts | str:
     if failed:
         return str(read_result(message))
     content: Any = r.text(size)
-    return RankFacts(*content)
+    return RankFacts(content[0], content[1], content[2], tuple(content[3]))
 
 
 def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None) -> None:

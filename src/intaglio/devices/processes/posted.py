@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,9 @@ class PostedExecutable(Executable):
         return step
 
     @property
-    def block_bytes(self) -> int:
-        sizes = [facts.block_bytes for facts in self.facts]
-        return sum(sizes) if all(sizes) else 0
+    def block_parts(self) -> tuple[int, ...]:
+        parts = [facts.block_parts for facts in self.facts]
+        return tuple(chain(*parts)) if all(parts) else ()
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         if not self.block_bytes:
@@ -141,7 +142,7 @@ class PostedExecutable(Executable):
         if not self.block_bytes:
             return super().write_blocks(blocks, contents)
         check_blocks(self.state, self.block_bytes, blocks, contents)
-        sizes, each = [facts.block_bytes for facts in self.facts], max(1, MESSAGE_BYTES // self.block_bytes)
+        sizes, each = [sum(facts.block_parts) for facts in self.facts], max(1, MESSAGE_BYTES // self.block_bytes)
         for i in range(0, len(blocks), each):
             self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
 

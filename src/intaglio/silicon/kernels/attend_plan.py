@@ -146,7 +146,7 @@ def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
     else:
         softmax = softmax_cycles(chip, rows * keys, h.softcap) + vector_cycles(chip, rows * dv)
     products = (matmul_cycles(target, rows, keys, d, run), matmul_cycles(target, rows, dv, keys, run))
-    softmax = exposed(target, float(softmax))
+    softmax = exposed(target, float(softmax)) + target.library.key_tile_cycles
     return TileSeconds(float(products[0]) / hz, softmax / hz, float(products[1]) / hz, *state, merge)
 
 
@@ -393,10 +393,10 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
     """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
 
-    True for a plan that loads the next jobs' keys ahead (plan.ahead > 0), and for the streams that the simulator
-    executes, whose library has activations in FP32. False in all other cases.
+    True if the plan loads jobs ahead (plan.ahead > 0), if the library's activations are FP32, as in the streams that
+    the simulator executes, or if the library's whole_key_tiles is False. False in all other cases.
     """
-    return plan.ahead > 0 or library.activation_bytes >= WIDE
+    return plan.ahead > 0 or library.activation_bytes >= WIDE or not library.whole_key_tiles
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
@@ -505,7 +505,8 @@ def decode_seconds(
     # A core waits for the first tile of each job, and no conversion overlaps with that.
     first = latency_s + load + widen - loaded
     computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first
-    seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + load + widen - loaded
+    waits = (lib.decode_waits - 1) * latency_s
+    seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + load + widen - loaded + waits
     # Jobs that wait for memory speed up as others end, so the cores' idle time is not counted.
     return float(latency_s + t.blank + max(computed, even_makespan(seconds, count, slots)))
 

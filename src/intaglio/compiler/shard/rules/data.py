@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from intaglio.compiler.layout import LayoutError
 from intaglio.compiler.shard.lane import Lane, sharding_rule
+from intaglio.compiler.shard.shares import Share, parts_within
 from intaglio.ops import AllToAll, Concat, Embed, MixStreams, Op, Permute, Route, Sample, Select, Sinkhorn, Sinusoid
 
 
@@ -21,8 +23,14 @@ def embed(lane: Lane, op: Embed) -> None:
     Returns nothing. The all_gather moves half the bytes of the all_reduce that a table split by vocabulary would need.
     With sequence parallelism there is an all_to_all instead, which gives each rank all columns of its own token rows;
     it moves 1 / tp of the all_gather's bytes.
+
+    Columns that a larger tp quantises with scales of their own are in lane.parts, and are ops of their own here.
     """
+    if op.site in lane.parts:
+        return embed_in_parts(lane, op, lane.parts[op.site])
     shares = lane.plan[op.out]
+    if lane.tears(op.w, shares):
+        lane.divided[op.site] = shares
     own = replace(op, w=lane.own(op, op.w, shares, axis=1))
     if not lane.layout.sp or lane.p.tensors[op.out].role != "temp":
         return lane.add_gathered(own, shares)
@@ -30,6 +38,31 @@ def embed(lane: Lane, op: Embed) -> None:
     group, width = tuple(range(lane.layout.lanes)), int(lane.p.tensors[op.out].shape[1])
     site, x = f"{op.site}.all_to_all", f"{op.out}.part"
     return lane.add(AllToAll(site=site, x=x, out=op.out, group=group, share=lane.lane, width=width, wire=lane.wire))
+
+
+def embed_in_parts(lane: Lane, op: Embed, parts: list[Share]) -> None:
+    """Append an Embed op for each of `parts` that this rank holds, then what joins their columns. Returns nothing.
+
+    parts: the columns of each part of the table, which is quantised separately. Raises LayoutError if the rank's
+    columns are not whole parts.
+    """
+    shares, width = lane.plan.get(op.out), int(lane.p.tensors[op.out].shape[1])
+    held = shares[lane.lane] if shares else (range(width),)
+    own = parts_within(parts, held)
+    if not own:
+        raise LayoutError(f"{op.site}: columns {held} are not whole parts of tp{lane.layout.sums}")
+    joined = ""
+    for i in own:
+        w = lane.keep(op.w, parts, 1, f"{op.site}.{op.w.rpartition('.')[2]}.part{i}", i)
+        name = f"{op.out}.part{i}"
+        lane.add(replace(op, site=f"{op.site}.part{i}", w=w, out=name))
+        if joined:
+            last = i == own[-1]
+            name = (f"{op.out}.own" if shares else op.out) if last else f"{op.out}.joined{i}"
+            lane.add(Concat(site=op.site if last else f"{op.site}.join{i}", a=joined, b=f"{op.out}.part{i}", out=name))
+        joined = name
+    if shares:
+        lane.gather(f"{op.site}.all_gather", joined, op.out, shares, width)
 
 
 @sharding_rule(Permute)
