@@ -1,6 +1,6 @@
-"""Chip kernels of compressed attention. They model the time by the ops' work, and cannot be executed.
+"""Chip kernels of compressed attention (pool_keys, attend_pooled), for timing only, by the ops' FLOPs and bytes.
 
-No instruction of the simulated chips reads a page that has one row for a run of tokens.
+They cannot be executed: no instruction of the simulated chips reads a cache page with one row for several tokens.
 """
 
 from __future__ import annotations

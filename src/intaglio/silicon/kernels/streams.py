@@ -1,6 +1,7 @@
-"""Chip kernels of hyper-connections. They model the time by the ops' work, and cannot be executed.
+"""Chip kernel of hyper-connections (sinkhorn, mix_streams), for timing only, by the ops' FLOPs and bytes.
 
-No instruction of the simulated chips scales a row by a value that another tensor has for it.
+It cannot be executed: no instruction of the simulated chips multiplies each row by a value of its own from another
+tensor.
 """
 
 from __future__ import annotations
