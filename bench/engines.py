@@ -213,15 +213,19 @@ class LlamaCpp:
         """The same prompts as Intaglio's, for after copies of one most sequences would go to the same experts."""
         self.lengths = lengths
         self._open(len(lengths), max(lengths) + steps)
-        self.api.llama_memory_clear(self.memory, False)
-        for s, n in enumerate(lengths):
-            batches = self._prompt_batches(prompt(n, self.vocabulary), s)
-            self._seconds(batches)
-            self._free(batches)
+        self._read_prompts()
         self.steps = [
             self._batch([(decode_token(k, s, len(lengths)), n + k, s, True) for s, n in enumerate(lengths)])
             for k in range(steps)
         ]
+
+    def _read_prompts(self) -> None:
+        """Clear the memory and decode each sequence's prompt."""
+        self.api.llama_memory_clear(self.memory, False)
+        for s, n in enumerate(self.lengths):
+            batches = self._prompt_batches(prompt(n, self.vocabulary), s)
+            self._seconds(batches)
+            self._free(batches)
 
     def decode(self) -> float:
         self._seconds(self.steps[:1])
@@ -257,8 +261,9 @@ class LlamaCpp:
         self.memory = self.api.llama_get_memory(self.context)
 
     def _rewind(self) -> None:
-        for s, n in enumerate(self.lengths):
-            self.api.llama_memory_seq_rm(self.memory, s, n, -1)
+        """Forget the decode steps. A recurrent state cannot lose its last tokens; then the prompts are read again."""
+        if not all(self.api.llama_memory_seq_rm(self.memory, s, n, -1) for s, n in enumerate(self.lengths)):
+            self._read_prompts()
 
     def _prompt_batches(self, ids: Sequence[int], sequence: int = 0, every: bool = False) -> list[Any]:
         rows = [(t, i, sequence, every or i == len(ids) - 1) for i, t in enumerate(ids)]

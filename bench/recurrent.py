@@ -1,4 +1,4 @@
-"""Speed of models with recurrent state on the host device, beside the machine's roofs and PyTorch with transformers.
+"""Speed of models with recurrent state on the host device, beside llama.cpp, transformers and the machine's roofs.
 
 Shapes of about a billion active weights: gated delta nets with experts as in Qwen3-Next, and Mamba-2 blocks as in
 Granite 4, each with some layers of attention. Random weights in bfloat16. Engines take turns; medians are printed.
@@ -11,26 +11,32 @@ import contextlib
 import json
 import os
 import platform
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import Worker, compiled, decode_batches, missing, pages_each, prefill_batches, prompt
+from checkpoints import gguf_path
+from engines import ENGINES, Worker, compiled, decode_batches, missing, pages_each, prefill_batches, prompt
 from host import HEAD, Result, bound, difference, machine, megabytes, moved, say, table, take_turns, versions
 
 from intaglio.batch import Batch
 from intaglio.devices import StateSpec
 from intaglio.devices.host import HostDevice
 from intaglio.measure.bench import Roofs, measured_roofs, read_stream
+from intaglio.models import Checkpoint
 from intaglio.ops import Experts
 from intaglio.program import Program
 
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 FORMAT = "bf16"
 PROMPT, CONTEXT, STEPS = 512, 128, 9  # tokens of the prefill; tokens before decoding; steps of a decode sample
+PHASES = ("decode", "prefill")
 AGREE = 32  # tokens whose logits are compared
 STATE = StateSpec(pages_each(PROMPT), slots=2)
 
@@ -42,7 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "granite-4": {  # 28 of 40 layers of Granite-4.0-H-1B
         "class": "GraniteMoeHybrid", "num_hidden_layers": 28, "hidden_size": 1536, "num_local_experts": 0,
-        "shared_intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 100352,
+        "shared_intermediate_size": 4096, "intermediate_size": 4096, "vocab_size": 100352, "num_attention_heads": 12,
+        "num_key_value_heads": 4,
         "layer_types": (["linear_attention"] * 9 + ["full_attention"]) * 2 + ["linear_attention"] * 8,
         "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2,
         "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22,
@@ -75,6 +82,47 @@ def write_checkpoint(folder: Path, shape: str) -> None:
     (folder / "done").touch()
 
 
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint by name, in float32, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        values = np.asarray(self.checkpoint.read(name), np.float32)
+        self.checkpoint.release(name)
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.entries)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.entries)
+
+
+def write_gguf(folder: Path) -> None:
+    """Write the folder's checkpoint as llama.cpp's GGUF file in BF16, without a tokenizer, unless it is there already.
+
+    The writer is that of the tests of Intaglio's GGUF reader.
+    """
+    path = gguf_path(folder, "BF16")
+    if path.exists():
+        return
+    sys.path.insert(0, str(TESTS))
+    from support.gguf_files import usual, write_file
+
+    config = usual(json.loads((folder / "config.json").read_text()))
+
+    def more(w: Any) -> None:
+        w.add_tokenizer_model("no_vocab")
+        w.add_vocab_size(config["vocab_size"])
+
+    aside = path.with_suffix(".new")
+    for _ in write_file(aside, config, Tensors(Checkpoint.open(folder)), "BF16", more):
+        pass
+    os.replace(aside, path)
+
+
 def batches(phase: str) -> Iterator[Batch]:
     """The steps of one sample's unit: a whole prompt, or one decode step."""
     return prefill_batches([0] * PROMPT, state=STATE) if phase == "prefill" else decode_batches([CONTEXT], 1, STATE)
@@ -92,6 +140,8 @@ def measure(args: argparse.Namespace, shape: str, folder: Path, engines: Sequenc
     """The results of one shape, printed as a table."""
     say(f"{shape}: checkpoint in {folder}")
     write_checkpoint(folder, shape)
+    if "llama.cpp" in engines:
+        write_gguf(folder)
     device, program = HostDevice(args.threads), compiled(folder, FORMAT)
     measured = measured_roofs(device)
     assert isinstance(measured, Roofs)
@@ -106,7 +156,8 @@ def measure(args: argparse.Namespace, shape: str, folder: Path, engines: Sequenc
             w("load")
             w("settle")
             answers[w.name] = w("logits", prompt(AGREE, program.vocabulary))
-        for phase, label in labels.items():
+        for phase in args.phase:
+            label = labels[phase]
             say(f"  {label}")
             for w in workers if phase == "decode" else ():
                 w("fill", [CONTEXT], STEPS)
@@ -126,16 +177,23 @@ def measure(args: argparse.Namespace, shape: str, folder: Path, engines: Sequenc
     print(f"\n{shape}: {weights / 1e9:.2f}e9 weights a token, {state / 1e6:.0f} MB of recurrent state a step, bf16, "
           f"{args.threads} threads; read stream {measured.bandwidth(512) / 1e9:.1f} GB/s")  # fmt: skip
     print(table(HEAD, [r.cells() for r in results]))
-    if len(answers) > 1:
-        apart = difference(*answers.values())
-        print(f"logits after {AGREE} tokens, relative difference of {' and '.join(answers)}: {apart:.3f}", flush=True)
-        assert np.isfinite(apart)
+    for a, b in combinations(answers, 2):
+        print(f"logits of {AGREE} tokens, {a} and {b}: {agreement(answers[a], answers[b])}", flush=True)
     return results
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> str:
+    """How far apart two engines' logits [tokens, vocabulary] are, in words."""
+    apart, same = difference(a, b), float(np.mean(a.argmax(axis=1) == b.argmax(axis=1)))
+    assert np.isfinite(apart)
+    return f"relative difference {apart:.3f}, the same most likely token after {same:.0%}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["qwen3-next", "granite-4"])
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all installed")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="keep checkpoints here and use them again; default: a temporary one")
@@ -145,13 +203,18 @@ def main() -> None:
     print(f"processes that wanted a core in the last minute, before the start: {os.getloadavg()[0]:.1f}")
     if package := missing("torch"):
         parser.error(f"{package} is not installed (pip install -e '.[test,bench]'); it writes the checkpoints")
-    print("llama.cpp: left out, this script writes no GGUF file of these architectures")
+    engines = ["intaglio"]
+    for engine in args.engine:
+        if package := missing(engine):
+            print(f"{engine}: left out, {package} is not installed (pip install -e '.[test,bench]')")
+        elif engine != "intaglio":
+            engines.append(engine)
     results: list[Result] = []
     with tempfile.TemporaryDirectory() if args.dir is None else contextlib.nullcontext(args.dir) as root:
         for shape in args.shape:
             folder = Path(root) / shape
             folder.mkdir(parents=True, exist_ok=True)
-            results += measure(args, shape, folder, ["intaglio", "torch"])
+            results += measure(args, shape, folder, engines)
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
 

@@ -44,7 +44,6 @@ REASONS: dict[str, tuple[str, ...]] = {
     "recurrent blocks that need an op for WKV, which keeps a running maximum; each token mixed with the one before": (
         "RwkvForCausalLM",
     ),
-    "Mamba blocks whose heads have steps, B and C of their own: selective_scan has one B and C": ("ZambaForCausalLM",),
     LOOPED: ("DoryForCausalLM", "HrmTextForCausalLM"),
     HELPER: ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
     "streams of attention for the n-grams ahead": ("ProphetNetForCausalLM",),
@@ -58,7 +57,6 @@ REASONS: dict[str, tuple[str, ...]] = {
     "two attentions in a layer, and experts that compute nothing": ("LongcatFlashForCausalLM",),
     "experts of attention": ("JetMoeForCausalLM",),
     "patches of bytes, whose borders a model of its own finds": ("BltForCausalLM",),
-    "differential attention: the difference of two softmaxes": ("DiffLlamaForCausalLM",),
     "attention biased by a value of each key": ("DogeForCausalLM",),
     "a gate of each attention head; numbers of heads that differ between layers": ("LagunaForCausalLM",),
     "buckets of relative positions, a bias of each": ("CpmAntForCausalLM",),

@@ -21,6 +21,8 @@ NEMOTRON = {
     "moe_shared_expert_intermediate_size": 72, "routed_scaling_factor": 2.5,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
+    "diffllama": {"class": "DiffLlama", "num_key_value_heads": 4, "head_dim": 24, "attention_bias": True},
+    "diffllama_groups": {"class": "DiffLlama", "num_attention_heads": 8, "num_key_value_heads": 2},
     "bert": {"class": "BertLMHeadModel", "config": "BertConfig", **DECODES},
     "ernie": {"class": "Ernie", **DECODES, "hidden_act": "relu"},
     "megatron_bert": {"class": "MegatronBert", **DECODES},

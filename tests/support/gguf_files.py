@@ -95,15 +95,34 @@ def write(
     """(a GGUF file of the checkpoint in `path`, a checkpoint of the values it holds, those values). `kind` is the type
     of matrices, or gives it by name; `extra` adds metadata; `leave_out` are keys not written; `named` is the
     architecture, if not that of the model_type."""
-    import gguf
     import safetensors.numpy
 
     config = usual(json.loads((path / "config.json").read_text()))
-    arrays = safetensors.numpy.load_file(path / "model.safetensors")
-    arch = architecture(config)
-    arrays = hybrids.prepared(arrays, arch)
+    arrays = hybrids.prepared(safetensors.numpy.load_file(path / "model.safetensors"), architecture(config))
     folder.mkdir(exist_ok=True)
-    w = gguf.GGUFWriter(folder / "model.gguf", named or arch)
+    plain = dict(arrays)
+    for changed in write_file(folder / "model.gguf", config, arrays, kind, extra, leave_out, seed, named):
+        plain |= changed
+    shutil.copytree(path, folder / "plain")
+    safetensors.numpy.save_file({n: x.copy(order="C") for n, x in plain.items()},
+                                folder / "plain" / "model.safetensors", {"format": "pt"})  # fmt: skip
+    return folder / "model.gguf", folder / "plain", plain
+
+
+def write_file(
+    file: Path, config: Mapping[str, Any], arrays: Values, kind: str | Callable[[str], str] = "F32",
+    extra: Callable[[Any], None] | None = None, leave_out: tuple[str, ...] = (), seed: int = 2, named: str = "",
+) -> Iterator[Values]:  # fmt: skip
+    """Write a GGUF file of the tensors `arrays`, in float32, of a checkpoint with the config that usual() gives.
+
+    Yields the checkpoint's tensors whose values the types of the file change, each with the values in the file. The
+    file is complete when the iterator ends. Tensors wait in a temporary file, so `arrays` may read them one by one. The
+    other arguments are those of write().
+    """
+    import gguf
+
+    arch = architecture(config)
+    w = gguf.GGUFWriter(file, named or arch, use_temp_file=True)
     for key, value in metadata(config, arch).items():
         if value is not None and key not in leave_out:
             _add(w, f"{named or arch}.{key}", value)
@@ -111,7 +130,7 @@ def write(
         _add(w, key, value)
     if extra:
         extra(w)
-    draw, plain = np.random.default_rng(seed), dict(arrays)
+    draw = np.random.default_rng(seed)
     names = gguf.get_tensor_name_map(
         next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == hybrids.NAMED_AS.get(arch, arch)),
         config["num_hidden_layers"],
@@ -126,15 +145,11 @@ def write(
             continue
         blocks, values = encoded(x, own, draw)
         w.add_tensor(full, blocks, raw_dtype=gguf.GGMLQuantizationType[own])
-        plain |= back(values)
+        yield back(values)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    shutil.copytree(path, folder / "plain")
-    safetensors.numpy.save_file({n: x.copy(order="C") for n, x in plain.items()},
-                                folder / "plain" / "model.safetensors", {"format": "pt"})  # fmt: skip
-    return folder / "model.gguf", folder / "plain", plain
 
 
 def architecture(c: Mapping[str, Any]) -> str:

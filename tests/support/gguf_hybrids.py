@@ -246,6 +246,7 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
             "ssm.inner_size": c["linear_num_value_heads"] * c["linear_value_head_dim"],
             "expert_shared_feed_forward_length": c.get("shared_expert_intermediate_size"),
             "rope.dimension_sections": [11, 11, 10, 0] if arch in TILED else None,
+            "attention.recurrent_layers": [k == "linear_attention" for k in kinds],
         }  # fmt: skip
     return _others(c, arch, [int(k == "sliding_attention") for k in kinds])
 

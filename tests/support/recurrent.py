@@ -83,6 +83,14 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "mamba_d_state": 12, "n_mamba_heads": 4, "mamba_ngroups": 2, "tie_word_embeddings": False,
         "hidden_act": "gelu_pytorch_tanh",
     },
+    "zamba": {
+        "class": "Zamba", "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 6, "num_key_value_heads": 2,
+    },
+    "zamba_three_heads": {
+        "class": "Zamba", "layers_block_type": ["hybrid", "mamba", "hybrid", "mamba"], "mamba_d_state": 5,
+        "hidden_size": 48, "n_mamba_heads": 3, "mamba_dt_rank": 4, "attention_head_dim": 20, "mamba_conv_bias": False,
+        "tie_word_embeddings": False, "num_key_value_heads": 4,
+    },
     "mamba2": {
         "class": "Mamba2", "num_heads": 8, "head_dim": 16, "state_size": 24, "n_groups": 2, "use_bias": True,
         "time_step_limit": [0.1, 1.5],

@@ -6,7 +6,7 @@
     ...gate_up_proj_bias|c1:2/2                    column 1 of every 2 columns
     ...moe_statics.e_score_correction_bias|v       a matrix of one row, as a vector
     ...input_gate_bias|f                           all values of a matrix, as a vector
-    ...conv1d.weight|m                             a tensor [rows, 1, columns], as a matrix
+    ...conv1d.weight|m                             a tensor [a, b, columns], as a matrix [a * b, columns]
     ...kv_b_proj.weight|h16                        a matrix's rows divided into a stack of 16 matrices
     ...kv_b_proj.weight|h16|s4:8/16                then matrices 4 to 7 of every 16
     ...down_proj.weight|g32|c96:192/384            scales repeated for groups of 32 (no value changes), then a cut
@@ -110,18 +110,19 @@ def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
 
 
-def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
+def part_sizes(sources: Sequence[str], length: int, axis: str = "r") -> list[int] | None:
     """How many rows of a weight each of its sources gives, as a list; None if the sources do not say.
 
-    Sources are texts; one with a cut of rows ends with |rA:B/N, rows A to B - 1 of every N rows. Two cases are known:
+    Sources are texts; one with a cut of rows ends with |rA:B/N, rows A to B - 1 of every N rows. The values of a vector
+    are its columns, so there the cut is |cA:B/N. Two cases are known:
 
     - All sources are cuts of rows, and their B - A add up to `length`: these are the numbers of rows.
     - All sources are cuts of the same tensor with the same N, as parts_of() makes them, and `length` is a multiple of
       the sum of their B - A. The tensor then has several runs of N rows, and a source gives B - A rows of each run.
 
-    length: number of rows of the weight.
+    length: number of rows of the weight. axis: "r", or "c" for a vector.
     """
-    cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
+    cuts = [re.fullmatch(rf"(.+)\|{axis}(\d+):(\d+)/(\d+)", source) for source in sources]
     sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
     if len(sizes) == len(sources) and sum(sizes) == length:
         return sizes
@@ -170,7 +171,7 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
         elif step == "f":
             shape = (math.prod(shape),)
         elif step == "m":
-            shape = (shape[0], *shape[2:]) if len(shape) == 3 and shape[1] == 1 else shape
+            shape = (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
         elif step[0] == "h":
             shape = (int(step[1:]), shape[0] // int(step[1:]), *shape[1:])
         else:
@@ -306,7 +307,7 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
             x = x.reshape(-1)
             continue
         if step == "m":
-            x = x.reshape(x.shape[0], x.shape[-1])
+            x = x.reshape(-1, x.shape[-1])
             continue
         if step[0] == "h":
             x = x.reshape(int(step[1:]), -1, *x.shape[1:])

@@ -354,11 +354,12 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = Fal
     Raises LayoutError in two cases: the cut splits a block of the weight's format; or the sources are joined along
     `axis` and cannot be divided. Only sources that are ranges of rows (see part_sizes()) can be divided.
     """
-    if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
+    letter = "r" if len(t.shape) > 1 else "c"
+    if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length, letter)):
         ends, found = list(accumulate(rows)), list[str]()
         for source, n, end in zip(t.source, rows, ends, strict=True):
             own = [range(max(r.start - end + n, 0), min(r.stop - end + n, n)) for r in share]
-            found += [source if len(r) == n else f"{source}|r{r.start}:{r.stop}/{n}" for r in own if r]
+            found += [source if len(r) == n else f"{source}|{letter}{r.start}:{r.stop}/{n}" for r in own if r]
         return tuple(found)
     if len(t.source) > 1 and not each:
         raise LayoutError(

@@ -62,7 +62,7 @@ class Layer:
         pooled: tokens in each run that compressed attention pools into an entry; 0: it attends to its window only.
         indexed: True if runs are pooled with the run before, and an indexer chooses the entries (see Compressed).
         hashed: True if a table lists the experts of each token id (see Mixture.table).
-        shared: (owner, use) if the layer runs a shared block before its mixer (Zamba2, see Decoder.shared), else None.
+        shared: (owner, use) if the layer runs a shared block before its mixer (Zamba, see Decoder.shared), else None.
             owner: number of the layer whose tensor names in the checkpoint hold the block's weights. use: how many
             earlier layers run a shared block; it chooses the adapters.
     """
@@ -95,7 +95,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A transformer block whose weights several layers share (Zamba2): attention and an MLP, without residuals.
+    """A transformer block whose weights several layers share (Zamba, Zamba2): attention and an MLP, without residuals.
 
     The block reads the columns of the layer's input joined with those of the embedding, so its input has 2 * hidden
     columns. A linear that each layer has for itself is applied to the block's result. The sum of the linear's result
@@ -106,12 +106,14 @@ class Shared:
         rank: rank of the low-rank adapters (LoRA) that each layer adds to the MLP; 0: none.
         qkv_rank: rank of the adapters that each layer adds to the projections of queries, keys and values; 0: none.
         bias: True if the MLP's linears have biases.
+        fused: True if gate and up of the MLP are one module, gate_up_proj, False if they are gate_proj and up_proj.
     """
 
     block: str
     rank: int = 0
     qkv_rank: int = 0
     bias: bool = False
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,7 @@ class Decoder:
     temper_all: bool = False  # layers with rope temper their queries too
     mixture: Mixture | None = None
     latent: Latent | None = None
+    differential: bool = False  # attention is the difference of two softmaxes (DiffLlama)
     compressed: Compressed | None = None
     hyper: Hyper | None = None
     block: str = "mlp"  # name of the module of the dense MLP

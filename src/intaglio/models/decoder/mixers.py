@@ -76,6 +76,8 @@ class ScanMixer:
         weights: True if these norms have weights.
         bias: True if in_proj and out_proj have biases.
         conv_bias: True if the convolution has a bias.
+        heads: number of heads (Zamba), each a Mamba block of inner / heads columns with x_proj and dt_proj of its own,
+            stored in one tensor for all heads; the rows of in_proj give x and gate of a column in turn. 0: no heads.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -87,6 +89,7 @@ class ScanMixer:
     weights: bool = False
     bias: bool = False
     conv_bias: bool = True
+    heads: int = 0
     block: str = "mixer"
 
 

@@ -17,7 +17,7 @@ from intaglio.models.decoder.mixers import (
     SsmMixer,
 )
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Decay, HeadLinear, LinearAttention, Map, Norm, RgLru, SelectiveScan, ShortConv
+from intaglio.ops import Decay, HeadLinear, Linear, LinearAttention, Map, Norm, RgLru, SelectiveScan, ShortConv
 from intaglio.program.source import parts_of
 
 
@@ -37,7 +37,7 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
         case SsmMixer():
             return write_ssm(w, m, at, source, x)
         case ScanMixer():
-            return write_scan(w, m, at, source, x)
+            return (write_head_scans if m.heads else write_scan)(w, m, at, source, x)
         case DeltaMixer():
             return write_delta(w, m, at, source, x)
         case LruMixer():
@@ -152,6 +152,61 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
     y = b.op(SelectiveScan, at + "scan", value, step, parts[1], parts[2], rate, skip, state)
     y = b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
     return w.linear(at + "out_proj", y, w.d.hidden, n, source + "out_proj", m.bias)
+
+
+def write_head_scans(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
+    """Add the ops of a Mamba block with heads (Zamba). Returns the name of the result's tensor [T, hidden].
+
+    Each head is written as a Mamba block of its own columns, and the results are added.
+
+    Args:
+        w: writes the ops.
+        m: sizes of the block. Its projections have no biases.
+        at: prefix of the ops' names in the Program.
+        source: prefix of the modules' names in the checkpoint.
+        x: name of the input tensor.
+    """
+    b, d, n = w.b, w.d.hidden, m.inner // m.heads
+    sum_of = ""
+    for h in range(m.heads):
+        own, cut = f"{at}heads.{h}.", f"{h * n}:{(h + 1) * n}/{m.inner}"
+        rows = f"{source}in_proj.weight|r{2 * h * n}:{2 * (h + 1) * n}/{2 * m.inner}"
+        value, gate = (
+            part_linear(w, own + name, x, (n, d), f"{rows}|r{j}:{j + 1}/2") for j, name in enumerate(("value", "gate"))
+        )
+        value = convolved(w, own, source + "conv1d", value, n, m.taps, m.conv_bias, (h * n, m.inner))
+        wide = (m.rank, m.state, m.state)
+        cuts = parts_of(f"{source}x_proj_weight|s{h}:{h + 1}/{m.heads}|m", wide)
+        step, keys, queries = (
+            part_linear(w, own + name, value, (width, n), part)
+            for name, width, part in zip(("dt", "b", "c"), wide, cuts, strict=True)
+        )
+        bias = w.tensor(own + "dt_proj.bias", (n,), f"{source}dt_proj_bias|f|c{cut}", plain=True)
+        step = part_linear(w, own + "dt_proj", step, (n, m.rank), f"{source}dt_proj_weight|m|r{cut}", bias)
+        rate = w.tensor(own + "rate", (n, m.state), f"{source}A_log|m|r{cut}", plain=True)
+        skip = w.tensor(own + "skip", (n,), f"{source}D|f|c{cut}", plain=True)
+        y = b.op(
+            SelectiveScan, own + "scan", value, step, keys, queries, rate, skip, b.state(own + "state", n, m.state)
+        )
+        y = b.op(Map, own + "gated", y, b=gate, expr="a * silu(b)")
+        y = part_linear(w, own + "out_proj", y, (d, n), f"{source}out_proj.weight|c{cut}")
+        sum_of = b.op(Map, own + "add", sum_of, b=y, expr="a + b") if sum_of else y
+    return sum_of
+
+
+def part_linear(w: Writer, site: str, x: str, shape: tuple[int, int], source: str, bias: str | None = None) -> str:
+    """Add a linear whose weight is a part of a checkpoint tensor. Returns the name of the result [T, rows].
+
+    Args:
+        w: writes the op.
+        site: name of the op.
+        x: name of the input tensor [T, columns].
+        shape: (rows, columns) of the weight.
+        source: the part, in the notation of program/source.py.
+        bias: name of the bias in the Program; None: no bias.
+    """
+    weight = w.tensor(f"{site}.weight", shape, source)
+    return w.b.op(Linear, site, x, weight, bias=bias, x_format=w.x_format(weight))
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:

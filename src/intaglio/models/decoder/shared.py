@@ -1,4 +1,4 @@
-"""Writes the ops of a transformer block whose weights several layers share (Zamba2)."""
+"""Writes the ops of a transformer block whose weights several layers share (Zamba, Zamba2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from intaglio.ops import Attend, Concat, KvWrite, Map
 
 
 def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
-    """Add the ops of the shared block (attention and MLP) that runs before the mixer of layer `i` (Zamba2).
+    """Add the ops of the shared block (attention and MLP) that runs before the mixer of layer `i`.
 
     Returns the name of the tensor [T, hidden] that holds x + the block's result.
 
@@ -29,9 +29,13 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
     y = _attention(w, s, i, layer, y)
     y = w.norm(at + "mlp_norm", y, d.hidden, source + "pre_ff_layernorm", shared=held + "mlp_norm")
     n, mlp = d.intermediate, source + "feed_forward."
-    joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
-    joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
-    gate, up = w.views(joint, {at + "gate": n, at + "up": n})
+    if s.fused:
+        joint = w.linear(at + "gate_up_proj", y, 2 * n, d.hidden, mlp + "gate_up_proj", s.bias, held + "gate_up_proj")
+        joint = adapted(w, at + "gate_up", joint, y, 2 * n, d.hidden, s.rank, f"{mlp}gate_up_proj_adapter_list.{use}")
+        gate, up = w.views(joint, {at + "gate": n, at + "up": n})
+    else:
+        names = ("gate_proj", "up_proj")
+        gate, up = (w.linear(at + name, y, n, d.hidden, mlp + name, s.bias, held + name) for name in names)
     y = b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}(a) * b")
     y = w.linear(at + "down_proj", y, d.hidden, n, mlp + "down_proj", s.bias, held + "down_proj")
     y = w.linear(at + "linear", y, d.hidden, d.hidden, f"{d.prefix}layers.{i}.linear")

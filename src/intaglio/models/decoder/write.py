@@ -11,6 +11,7 @@ from intaglio.models.decoder.altup import correct, end_streams, predict, scaled_
 from intaglio.models.decoder.attention import write_attention
 from intaglio.models.decoder.compressed import write_compressed
 from intaglio.models.decoder.description import AltUp, Hyper, Layer
+from intaglio.models.decoder.differential import write_differential
 from intaglio.models.decoder.hyper import collapse, enter, leave, spread
 from intaglio.models.decoder.latent import write_latent
 from intaglio.models.decoder.mlp import write_beside, write_dense, write_mixture
@@ -234,6 +235,8 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
         return w.b.op(Map, f"layers.{i}.attn.join", y, b=write_attention(w, i, layer, x), expr=expr)
     if w.d.compressed:
         return write_compressed(w, w.d.compressed, i, layer, x)
+    if w.d.differential:
+        return write_differential(w, i, layer, x)
     return write_latent(w, w.d.latent, i, layer, x) if w.d.latent else write_attention(w, i, layer, x)
 
 

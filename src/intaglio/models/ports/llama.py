@@ -3,13 +3,14 @@
 Llama 4 (text): layers with rope attend within their chunk only. Every fourth layer has no rope, attends to all
 positions and scales its scores with the position. One routed expert per token, its input weighted by a sigmoid, beside
 a shared one. CWM is a Llama with windows in three layers of four. Emu3 and Llama 3.2 Vision are Llamas for text.
+DiffLlama has differential attention.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from intaglio.models.config import Config
+from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import PRE, TRANSPOSED, Decoder, Layer, Mixture, sizes, sparse, uniform_layers
 from intaglio.models.decoder.rope import parameters, table
 from intaglio.models.ports.family import OTHER_PART, Family
@@ -30,6 +31,21 @@ def llama(c: Config, context: int) -> Decoder:
     c.refuse("layer_types", "sliding_window", why="LlamaForCausalLM has full attention in every layer")
     layers = uniform_layers(c, s, context)
     return Decoder(**s, **layers, norms=PRE, qkv_bias=bias, o_bias=bias, mlp_bias=c.flag("mlp_bias"))
+
+
+def diffllama(c: Config, context: int) -> Decoder:
+    """The Decoder that describes DiffLlama, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
+    s, bias = sizes(c), c.flag("attention_bias")
+    if s["heads"] % 2 or s["kv_heads"] % 2:
+        raise PortError(
+            f"config.json: num_attention_heads={s['heads']} and num_key_value_heads={s['kv_heads']}; wanted even "
+            "numbers, for differential attention divides the heads into halves"
+        )
+    layers = uniform_layers(c, s, context)
+    return Decoder(**s, **layers, norms=PRE, qkv_bias=bias, o_bias=bias, differential=True)
 
 
 def llama4(c: Config, context: int) -> Decoder:
@@ -121,6 +137,10 @@ FAMILIES = (
     Family(
         "Emu3ForCausalLM", "Emu3 (text; images are tokens here)", EMU3, llama, model_types=("emu3_text_model", "emu3"),
         prefixes=("model.", "model.text_model.", "text_model.model."), ignored=("model.vqmodel.", "vqmodel."),
+    ),
+    Family(
+        "DiffLlamaForCausalLM", "DiffLlama 0.3B", {**DEFAULTS, "rms_norm_eps": 1e-5}, diffllama,
+        model_types=("diffllama",),
     ),
     Family("CwmForCausalLM", "Code World Model 32B", CWM, cwm, model_types=("cwm",)),
     Family(

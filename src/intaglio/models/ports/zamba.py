@@ -1,11 +1,12 @@
-"""Zamba2: Mamba-2 blocks; before some of them a transformer block whose weights several layers share."""
+"""Zamba and Zamba2: Mamba or Mamba-2 blocks; before some of them a transformer block that several layers share."""
 
 from __future__ import annotations
 
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import Decoder, Layer, Shared, SsmMixer, sizes
+from intaglio.models.decoder import Decoder, Layer, ScanMixer, Shared, SsmMixer, sizes
 from intaglio.models.decoder.rope import parameters, table
 from intaglio.models.ports.family import Family
+from intaglio.models.ports.mamba import rank_of
 
 KINDS = {"mamba": "linear_attention", "linear_attention": "linear_attention", "hybrid": "hybrid"}
 
@@ -48,7 +49,8 @@ def zamba2(c: Config, context: int) -> Decoder:
         taps=c.whole("mamba_d_conv"), eps=1e-5, bias=bias, out_bias=bias, low=float(low),
     )  # fmt: skip
     rope = c.flag("use_mem_rope")
-    kinds = block_kinds(c)
+    tail = ["mamba"] * 4 + ["hybrid"] + ["mamba"] * 3 + ["hybrid"] + ["mamba"] * 2
+    kinds = block_kinds(c, ["mamba", *(["mamba"] * 5 + ["hybrid"]) * 7, *tail])
     hybrid = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
     blocks = c.whole("num_mem_blocks")
     if not s["tied"]:
@@ -73,14 +75,55 @@ def zamba2(c: Config, context: int) -> Decoder:
     )  # fmt: skip
 
 
-def block_kinds(c: Config) -> list[str]:
+def prepare_first(c: Config) -> None:
+    """Set head_dim of Zamba's attention, which config.json calls attention_head_dim. Returns nothing.
+
+    Raises PortError for missing or wrong settings.
+    """
+    hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
+    width = c.whole("attention_hidden_size", 2 * hidden)
+    if width != 2 * hidden:
+        raise PortError(f"config.json: attention_hidden_size={width}; wanted twice hidden_size, {2 * hidden}")
+    c.table["head_dim"] = c.whole("attention_head_dim", 2 * hidden // heads)
+
+
+def zamba(c: Config, context: int) -> Decoder:
+    """The Decoder that describes Zamba, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
+    c.refuse("mamba_proj_bias", why="the heads of a Mamba block are ported without biases")
+    s, n = sizes(c), c.whole("num_hidden_layers")
+    inner, heads = int(c.real("mamba_expand") * s["hidden"]), c.whole("n_mamba_heads")
+    if inner % heads:
+        raise PortError(f"config.json: n_mamba_heads={heads} does not divide mamba_expand * hidden_size = {inner}")
+    mixer = ScanMixer(
+        inner=inner, state=c.whole("mamba_d_state"), rank=rank_of(c, "mamba_dt_rank"), taps=c.whole("mamba_d_conv"),
+        conv_bias=c.flag("mamba_conv_bias"), heads=heads, block="mamba",
+    )  # fmt: skip
+    period, offset = c.whole("attn_layer_period"), c.get("attn_layer_offset", 4)
+    usual = ["hybrid" if i % period == offset else "mamba" for i in range(n - 3)]
+    kinds = block_kinds(c, ["mamba", "mamba", "hybrid", *usual])
+    hybrid = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
+    blocks = 1 if s["tied"] else len(hybrid)  # transformers ties the blocks only if it ties the embedding
+    for i in hybrid[blocks:]:
+        c.ignored[f"*layers.{i}.shared_transf."] = "a copy of an earlier layer's block (tie_word_embeddings)"
+    layers = tuple(Layer("", mixer=mixer, mlp=False, shared=use_of(i, hybrid, blocks)) for i in range(n))
+    return Decoder(
+        **s | {"scale": (s["head_dim"] / 2) ** -0.5}, layers=layers, ropes={},
+        shared=Shared(block="shared_transf", fused=False), norms={"attn.norm": "input_layernorm"},
+        final_norm="final_layernorm", sources=names(hybrid),
+    )  # fmt: skip
+
+
+def block_kinds(c: Config, usual: list[str]) -> list[str]:
     """A list of the type of each layer, linear_attention (Mamba alone) or hybrid (with a shared block).
+
+    usual: the types if config.json lists none.
 
     Raises PortError for another type, or if config.json lists more or fewer types than num_hidden_layers.
     """
     n = c.whole("num_hidden_layers")
-    tail = ["mamba"] * 4 + ["hybrid"] + ["mamba"] * 3 + ["hybrid"] + ["mamba"] * 2
-    usual = ["mamba", *(["mamba"] * 5 + ["hybrid"]) * 7, *tail]
     found = c.get("layers_block_type") or c.get("layer_types") or usual
     if len(found) != n:
         raise PortError(f"config.json: layers_block_type lists {len(found)} layers but num_hidden_layers={n}")
@@ -124,7 +167,17 @@ DEFAULTS = {
     "mamba_d_state": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 1, "n_mamba_heads": 8,
     "time_step_min": 0.001, "num_mem_blocks": 1, "adapter_rank": 128,
 }  # fmt: skip
+FIRST = {
+    "hidden_act": "gelu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+    "hidden_size": 3712, "intermediate_size": 14848, "num_hidden_layers": 76, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "n_mamba_heads": 2,
+    "mamba_conv_bias": True, "attn_layer_period": 6, "attn_layer_offset": 4,
+}  # fmt: skip
 FAMILIES = (
+    Family(
+        "ZambaForCausalLM", "Zamba 7B", FIRST, zamba, model_types=("zamba",), prepare=prepare_first,
+        tops=("embed_tokens", "final_layernorm"), fixed={"hidden_mamba_act": ("silu",)},
+    ),
     Family(
         "Zamba2ForCausalLM", "Zamba2 1.2B, 2.7B, 7B", DEFAULTS, zamba2, model_types=("zamba2",), prepare=prepare,
         tops=("embed_tokens", "final_layernorm"),

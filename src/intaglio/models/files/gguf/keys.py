@@ -45,7 +45,7 @@ MODEL = {  # keys after the architecture's name
     "rope.dimension_count": "the port's rope is fixed for this architecture",
     "rope.dimension_count_swa": "the port's rope is fixed for this architecture",
     "n_deepstack_layers": "of images", "pooling_type": "of embedding models; logits do not depend on it",
-    "attention.head_count": SHAPES, "attention.head_count_kv": SHAPES,
+    "attention.head_count": SHAPES, "attention.head_count_kv": SHAPES, "attention.recurrent_layers": SHAPES,
     "attention.value_length_swa": SHAPES, "attention.key_length_swa": SHAPES,
 }  # fmt: skip
 
