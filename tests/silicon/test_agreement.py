@@ -24,7 +24,10 @@ from intaglio.silicon.kernels.rows import RowsKernel
 from intaglio.silicon.memory import Region, dense
 from intaglio.silicon.sizes import BatchSizes, sizes_of
 
-BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample")
+BY_ROWS = (
+    "norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample", "moment", "sinkhorn",
+    "mix_streams", "pool_keys",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
