@@ -24,7 +24,10 @@ from intaglio.silicon.kernels.rows import RowsKernel
 from intaglio.silicon.memory import Region, dense
 from intaglio.silicon.sizes import BatchSizes, sizes_of
 
-BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample")
+BY_ROWS = (
+    "norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample", "moment", "sinkhorn",
+    "mix_streams", "pool_keys",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
@@ -69,6 +72,19 @@ def test_prompts_wait_for_keys_that_no_earlier_job_has_read(keys: int, window: i
     caches = [Tensor(name, ("P", "B", 3, 64), "bf16", "state") for name in ("k", "v")]
     call = case(op, [temp("q", 6 * 64), *caches], batch_of([(828, keys - 828)]), "")
     assert 0.9 < compare_kernel(target("sohu"), call).ratio < 1.1
+
+
+@pytest.mark.parametrize("chip", ["h100_sxm", "mi300x"])
+def test_a_library_reads_latents_once(chip: str) -> None:
+    """The first 512 of a latent's 576 columns are also its value. They counted twice in modelled decoding."""
+    widths, heads, sequences, keys = {"kc": 512, "rc": 64}, 16, 8, 4096
+    op = Attend(
+        site="a", q="q", k_cache="kc", v_cache="kc", rope_cache="rc", out="y", heads=heads, scale=0.1
+    )  # fmt: skip
+    caches = [Tensor(name, ("P", "B", 1, width), "bf16", "state") for name, width in widths.items()]
+    call = case(op, [temp("q", heads * 576), *caches], batch_of([(1, keys - 1)] * sequences), "")
+    taken = kernel_class(op).of(op, call.tensors).time(target(chip), sizes_of(call.batch), prefetched=False)
+    assert taken.hbm_bytes == sequences * (keys * 576 + heads * (576 + 512)) * 2
 
 
 @settings(max_examples=50, deadline=None)

@@ -46,6 +46,27 @@ def test_route(chip: str, seed: int, tied: bool, grouped: bool, biased: bool, no
     compare(chip, op, tensors, {"x": x, "b": bias, "f": normal(rng, experts)}, batch, (top + 5) * EPS)
 
 
+@FEW
+@given(
+    chip=CHIP, seed=SEED, normalise=st.booleans(), factored=st.booleans(),
+    score=st.sampled_from(["softmax", "sigmoid", "sqrt_softplus"]),
+)  # fmt: skip
+def test_route_by_a_table(chip: str, seed: int, normalise: bool, factored: bool, score: str) -> None:
+    """The table lists each token's experts, some of them twice. `some_batch` has token ids below 50."""
+    rng = np.random.default_rng(seed)
+    batch, experts = some_batch(rng), int(rng.integers(2, 20))
+    top = int(rng.integers(1, experts + 1))
+    op = Route(
+        site="r", logits="x", weights="w", ids="i", table="t", top=top, score=score, normalise=normalise, scale=2.5,
+        factors="f" if factored else None,
+    )  # fmt: skip
+    tensors = [Tensor("x", ("T", experts), "f32", "temp"), Tensor("t", (50, top), "i32", "weight"),
+               Tensor("f", (experts,), "f32", "weight")]  # fmt: skip
+    table = rng.integers(0, experts, (50, top)).astype(np.int32)
+    values: dict[str, Value] = {"x": normal(rng, len(batch.tokens), experts), "t": table, "f": normal(rng, experts)}
+    compare(chip, op, tensors, values, batch, (top + 5) * EPS)
+
+
 def stack(rng: np.random.Generator, fmt: str, *shape: int) -> Value:
     """Random matrices in a weight format, scaled so that products have unit variance."""
     values = normal(rng, shape[0] * shape[1], shape[2]) / np.float32(np.sqrt(shape[2]))

@@ -24,13 +24,16 @@ from intaglio.ops import (
     KvWrite,
     Linear,
     Map,
+    MixStreams,
+    Moment,
     Norm,
     Permute,
+    PoolKeys,
     Rope,
-    Route,
     Sample,
     Select,
     Send,
+    Sinkhorn,
     Sinusoid,
     Tensor,
     Value,
@@ -170,6 +173,68 @@ def test_permute(chip: str, seed: int) -> None:
     tensors = [Tensor("x", ("T", width), "f32", "temp"), Tensor("order", (width,), "i32", "weight")]
     values: dict[str, Value] = {"x": normal(rng, len(batch.tokens), width)}
     compare(chip, op, tensors, values | {"order": rng.permutation(width).astype(np.int32)}, batch, 0)
+
+
+@FEW
+@given(chip=CHIP, seed=SEED, of=st.sampled_from(["mean", "rms", "std"]))
+def test_moment(chip: str, seed: int, of: str) -> None:
+    rng = np.random.default_rng(seed)
+    batch, width = some_batch(rng), int(rng.integers(1, 90))
+    op = Moment(site="m", x="x", out="y", of=of)
+    values: dict[str, Value] = {"x": normal(rng, len(batch.tokens), width)}
+    compare(chip, op, [Tensor("x", ("T", width), "f32", "temp")], values, batch, 0)
+
+
+@FEW
+@given(chip=CHIP, seed=SEED, n=st.integers(1, 5), iterations=st.integers(1, 4))
+def test_sinkhorn(chip: str, seed: int, n: int, iterations: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch = some_batch(rng)
+    op = Sinkhorn(site="s", x="x", out="y", iterations=iterations, eps=1e-3)
+    values: dict[str, Value] = {"x": normal(rng, len(batch.tokens), n * n)}
+    compare(chip, op, [Tensor("x", ("T", n * n), "f32", "temp")], values, batch, 0)
+
+
+@FEW
+@given(
+    chip=CHIP, seed=SEED, n=st.integers(1, 4), m=st.integers(1, 4), width=st.integers(1, 40), wide=st.booleans(),
+    branch=st.booleans(),
+)  # fmt: skip
+def test_mix_streams(chip: str, seed: int, n: int, m: int, width: int, wide: bool, branch: bool) -> None:
+    """A wide row is divided into jobs."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(rng, [(2, 3), (1, 0)]) if wide else some_batch(rng)
+    width += 2030 * wide
+    given = {"branch": "b", "gains": "g"} if branch else {}
+    op = MixStreams(site="m", x="x", weights="w", out="y", streams=n, **given)
+    columns = {"x": n * width, "w": n * m, "b": width, "g": m}
+    tensors = [Tensor(name, ("T", count), "f32", "temp") for name, count in columns.items()]
+    values: dict[str, Value] = {name: normal(rng, len(batch.tokens), count) for name, count in columns.items()}
+    compare(chip, op, tensors, values, batch, 2 * (n + 1) * EPS)  # two roundings for each term
+
+
+@FEW
+@given(chip=CHIP, seed=SEED, every=st.integers(2, 6), overlap=st.booleans(), fmt=st.sampled_from(["f32", "bf16"]))
+def test_pool_keys(chip: str, seed: int, every: int, overlap: bool, fmt: str) -> None:
+    """Entries of complete runs agree within their roundings; other rows of the cache stay as they were."""
+    rng = np.random.default_rng(seed)
+    batch, d, n = some_batch(rng), 2 * int(rng.integers(1, 20)), 1 + overlap
+    pairs, page = int(rng.integers(1, d // 2 + 1)), -(-4 // every)
+    names = {"value_cache": "v", "gate_cache": "g", "bias": "b", "weight": "w", "frequencies": "f", "entries": "e"}
+    op = PoolKeys(site="p", **names, every=every, overlap=overlap, factor=1.25)
+    caches = {"v": ("P", "B", n, d), "g": ("P", "B", n, d), "e": ("P", f"B/{every}", 1, d)}
+    tensors = {name: Tensor(name, shape, fmt, "state") for name, shape in caches.items()}
+    tensors |= {"b": Tensor("b", (every, n * d), "f32", "weight"), "w": Tensor("w", (d,), "f32", "weight"),
+                "f": Tensor("f", (pairs,), "f32", "const")}  # fmt: skip
+    dtype = formats.get(fmt).dtype
+    values: dict[str, Value] = {name: normal(rng, 64, 4, n, d).astype(dtype) for name in "vg"}
+    entries = normal(rng, 64, page, 1, d).astype(dtype)
+    values |= {"e": entries, "b": normal(rng, every, n * d), "w": normal(rng, d), "f": np.abs(normal(rng, pairs))}
+    _, memory = run_kernel(CHIPS[chip], op, tensors, {**values, "e": entries.copy()}, batch)
+    op.reference(values, batch)
+    tolerance = 16 * EPS if fmt == "f32" else 2**-8
+    got, want = memory.read("e").reshape(entries.shape).astype(np.float32), entries.astype(np.float32)
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
 @FEW
@@ -333,13 +398,6 @@ def test_unsupported_formats_and_column_orders_are_refused() -> None:
     tensors = {n: Tensor(n, (4, 8, 8), "f32", "weight") for n in experts.inputs}
     assert "e: chip kernels do not permute columns of experts" in str(unsupported_reason(experts, tensors))
     assert unsupported_reason(replace(experts, order=None), tensors) is None
-
-
-def test_routes_by_a_table_are_refused() -> None:
-    op = Route(site="r", logits="l", weights="p", ids="i", table="t", top=2)
-    tensors = {"l": Tensor("l", ("T", 6), "f32", "temp"), "t": Tensor("t", (9, 2), "i32", "weight")}
-    assert "op route at r: no instruction looks up a token's experts in a table" in str(unsupported_reason(op, tensors))
-    assert unsupported_reason(replace(op, table=None), tensors) is None
 
 
 def test_indexers_and_chosen_positions_are_refused() -> None:

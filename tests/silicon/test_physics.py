@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from intaglio.chips import Target, target
-from intaglio.codesign.physics import all_cards, draw, over_peak, sizes, timelines, violations
+from intaglio.chips import CHIPS, Target, target
+from intaglio.codesign.physics import ROUNDING, all_cards, draw, over_peak, sizes, timelines, violations
 from intaglio.codesign.simulate import ported, stages
+from intaglio.silicon.kernels.attend import attend_timing
+from intaglio.silicon.kernels.kv_write import Heads
 from intaglio.silicon.kernels.product import linear_timing
 
 
@@ -59,6 +61,39 @@ def test_seconds_and_bytes_of_a_prefetched_product_are_of_one_choice(
 
     took = seconds(on, m)
     assert seconds(faster, m) <= took * (1 + 1e-9) and took <= seconds(on, m + 1) * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    chip=st.sampled_from(sorted(CHIPS)), kv=st.sampled_from([1, 2, 8, 32]), group=st.sampled_from([1, 4, 8]),
+    bits=st.sampled_from([8, 16]), window=st.sampled_from([0, 0, 100, 1000]), decoding=st.integers(0, 300),
+    keys=st.integers(1, 9000), others=st.integers(0, 3), other_keys=st.integers(1, 9000), prompt=st.integers(2, 5000),
+    before=st.integers(0, 5000), prompts=st.integers(0, 3),
+)  # fmt: skip
+@example("mi300x", 16, 4, 8, 0, 1, 52, 1, 1, 2, 0, 0)  # a short sequence lowered the mean of all tiles: 0.65 % faster
+@example("a100_sxm", 1, 1, 16, 0, 34, 1, 1, 643, 25, 678, 1)  # one key more filled the tile: waits of another formula
+@example("mi355x", 2, 1, 16, 0, 98, 1, 0, 447, 7058, 0, 1)  # jobs dealt by length may end earlier with a longer job
+@example("sohu", 2, 1, 16, 1807, 130, 1577, 2, 14468, 424, 0, 1)  # a window may touch one tile less
+@example("sohu", 8, 1, 16, 0, 154, 4, 2, 344, 78, 3656, 1)  # mean loads of all jobs, in the longest job
+def test_more_attention_never_takes_less_time(
+    chip: str, kv: int, group: int, bits: int, window: int, decoding: int, keys: int, others: int, other_keys: int,
+    prompt: int, before: int, prompts: int,
+) -> None:  # fmt: skip
+    """One sequence, prompt, query or key more, or twice as many: of decoding sequences of two lengths, and prompts."""
+    h = Heads(kv * group, kv, 128, 128, window, bits)
+
+    def seconds(*n: int) -> float:
+        decoding, keys, others, other_keys, prompt, before, prompts = n
+        chunks = ((1, keys, decoding), (1, other_keys, others), (prompt, before + prompt, prompts))
+        return attend_timing(target(chip), h, tuple(c for c in chunks if c[2])).seconds
+
+    load = (decoding, keys, others, other_keys, prompt, before, prompts)
+    if not decoding + others + prompts:
+        return
+    base = seconds(*load)
+    for i, n in enumerate(load):
+        for more in (n + 1, 2 * n + 1):
+            assert seconds(*load[:i], more, *load[i + 1 :]) >= base * (1 - ROUNDING), (i, more)
 
 
 def test_a_violation_is_named() -> None:

@@ -18,13 +18,17 @@ from intaglio.ops import (
     KvWrite,
     Linear,
     Map,
+    MixStreams,
+    Moment,
     Norm,
     Op,
     Permute,
+    PoolKeys,
     Rope,
     Route,
     Sample,
     Select,
+    Sinkhorn,
     Sinusoid,
     Tensor,
 )
@@ -255,10 +259,15 @@ def concat(rng: np.random.Generator, on: Target) -> Case:
 
 
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of routing: the choice of 1 to 8 experts out of 8 to 256 by softmax."""
+    """A random Case (one call to be timed) of routing: 1 to 8 experts out of 8 to 256, by softmax.
+
+    In one case of four, a table lists the experts of each token.
+    """
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
-    op = Route(site="route", logits="x", weights="w", ids="i", top=min(n, power(rng, 1, 8)), score="softmax")
-    return case(op, [temp("x", n)], batch, f"m={len(batch.tokens)} experts={n} top={op.top}")
+    top, table = min(n, power(rng, 1, 8)), "t" if rng.random() < 0.25 else None
+    op = Route(site="route", logits="x", weights="w", ids="i", table=table, top=top, score="softmax")
+    tensors = [temp("x", n), Tensor("t", (1024, top), "i32", "weight")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} experts={n} top={top}{' by table' if table else ''}")
 
 
 def sinusoid(rng: np.random.Generator, on: Target) -> Case:
@@ -279,8 +288,56 @@ def sample(rng: np.random.Generator, on: Target) -> Case:
     return case(op, [temp("x", n, rows="R")], batch, f"m={len(batch.tokens)} vocabulary={n}")
 
 
+def moment(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op Moment: the mean or the standard deviation of each row."""
+    width, batch, of = power(rng, 256, widest(on, 16384, 2), 16), tokens(rng, 2048), str(rng.choice(["mean", "std"]))
+    op = Moment(site="moment", x="x", out="y", of=of)
+    return case(op, [temp("x", width)], batch, f"m={len(batch.tokens)} width={width} {of}")
+
+
+def sinkhorn(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op Sinkhorn on matrices of 2 to 8 rows."""
+    n, batch = power(rng, 2, 8), tokens(rng, 2048)
+    op = Sinkhorn(site="sinkhorn", x="x", out="y")
+    return case(op, [temp("x", n * n)], batch, f"m={len(batch.tokens)} n={n}")
+
+
+def mix_streams(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op MixStreams: 2 or 4 streams of 256 to 4,096 columns.
+
+    They are mixed, with a branch, or collapsed into one.
+    """
+    n, width, batch = int(rng.choice([2, 4])), power(rng, 256, 4096, 16), tokens(rng, 1024)
+    m, added = (n, {"branch": "b", "gains": "g"}) if rng.random() < 0.5 else (1, {})
+    op = MixStreams(site="mix_streams", x="x", weights="w", out="y", streams=n, **added)
+    tensors = [temp("x", n * width), temp("w", n * m), *([temp("b", width), temp("g", m)] if added else [])]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} streams={n} to {m} width={width}")
+
+
+def pool_keys(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op PoolKeys: a prompt, or sequences that all close a run.
+
+    Runs have 4 tokens, and are pooled with the run before, or 64 tokens.
+    """
+    overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
+    every = 4 if overlap else 64
+    prompt, decodes = [(power(rng, every, 2048), 0)], [(1, 64 * power(rng, 1, 32) - 1)] * power(rng, 1, 32)
+    batch = batch_of(prompt if rng.random() < 0.5 else decodes)
+    op = PoolKeys(
+        site="pool_keys", value_cache="v", gate_cache="g", bias="b", weight="w", frequencies="f", entries="e",
+        every=every, overlap=overlap,
+    )  # fmt: skip
+    caches = [Tensor(n, ("P", "B", 1 + overlap, d), "bf16", "state") for n in "vg"]
+    caches.append(Tensor("e", ("P", f"B/{every}", 1, d), "bf16", "state"))
+    vectors = [Tensor("w", (d,), "f32", "weight"), Tensor("f", (d // 4,), "f32", "const")]
+    bias = Tensor("b", (every, (1 + overlap) * d), "f32", "weight")
+    words = f"m={len(batch.tokens)} keys={batch.context_len[0]} every={every} d={d}"
+    return case(op, [*caches, *vectors, bias], batch, words)
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
-    "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample,
+    "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
+    "mix_streams": mix_streams, "pool_keys": pool_keys,
 }  # fmt: skip

@@ -66,7 +66,7 @@ def ported(model: str, context: int | None) -> Program:
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
     """The compiled Program of one rank of each pipeline stage of a layout, as a tuple.
 
-    The other ranks of a stage have Programs of equal shapes. layout: such as tp4pp2. weights, kv_format, activations:
+    No other rank of a stage has larger tensors. layout: such as tp4pp2. weights, kv_format, activations:
     names of number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError
     for an unknown format.
     """

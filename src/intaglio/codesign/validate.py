@@ -125,7 +125,9 @@ def attention(on: Target, row: Row) -> Timing:
     h = Heads(heads, kv, d, d, window, 8 if row["kv_dtype"] == "fp8" else 16)
     attended = attend_timing(on, h, ((q, before + q, batch),), conditions(on.library).warm_cache)
     launches = on.library.attention_launches - 2  # attention and cache write have their own
-    rest = Timing(launches * on.library.launch_s) + cast(on, batch * before * h.kv_heads * h.kv_width, h.bits)
+    rest = Timing(launches * on.library.launch_s) + cast(
+        on, batch * before * h.kv_heads * h.kv_width(on.library), h.bits
+    )
     return attended + prepared(on, batch * q, h) + rest
 
 
@@ -167,7 +169,7 @@ def latent_attention(on: Target, row: Row) -> Timing:
     bits = 8 if row["kv_dtype"] == "fp8" else 16
     h = Heads(heads, heads, *MLA_PROMPT)
     if q == 1:
-        h = Heads(heads, 1, *MLA_LATENT, bits=bits, shared_values=True)
+        h = Heads(heads, 1, *MLA_LATENT, bits=bits, values_in_keys=True)
     half = MLA_LATENT[0] // 2  # kv_write counts keys and values; a latent is one row
     launches = on.library.attention_launches - 2
     attended = attend_timing(on, h, ((q, before + q, batch),), conditions(on.library).warm_cache)

@@ -128,7 +128,7 @@ def build_stages(
 ) -> tuple[Program, ...]:
     """The compiled Program of the first rank of each pipeline stage, as a tuple.
 
-    The ranks of a stage are alike, so one of them is enough to model time.
+    No rank of a stage has larger tensors than the first, and ranks wait for each other, so it gives the time of all.
 
     Args:
         program: as ported.

@@ -13,6 +13,14 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 MOMENTS = ("mean", "rms", "std")
 
 
+def moment(x: np.ndarray, of: str) -> np.ndarray:
+    """The mean, root mean square ("rms") or standard deviation ("std") of each row of x, as an array [rows, 1]."""
+    mean = x.mean(axis=1, keepdims=True)
+    if of == "mean":
+        return mean
+    return np.asarray(np.sqrt(np.square(x - mean if of == "std" else x).mean(axis=1, keepdims=True)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moment(Op, kind="moment"):
     """Op that reduces each row of x to one number: out[t] = the mean, root mean square or standard deviation of x[t].
@@ -32,11 +40,7 @@ class Moment(Op, kind="moment"):
         return {self.out: ((rows, 1), "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        x = array(v, self.x).astype(np.float64)
-        y = x.mean(axis=1, keepdims=True)
-        if self.of != "mean":
-            y = np.sqrt(np.square(x - y if self.of == "std" else x).mean(axis=1, keepdims=True))
-        return {self.out: y.astype(np.float32)}
+        return {self.out: moment(array(v, self.x).astype(np.float64), self.of).astype(np.float32)}
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         each = {"mean": 1, "rms": 2, "std": 4}[self.of]

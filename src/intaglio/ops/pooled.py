@@ -53,6 +53,12 @@ def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int
     return rows[last // block_size, last % block_size // every, 0].astype(np.float64)
 
 
+def pool(value: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    """The sum over rows of `value`, each times the softmax over the rows of `gate`: [n] of two arrays [rows, n]."""
+    p = np.exp(gate - gate.max(axis=0))
+    return np.asarray((p / p.sum(axis=0) * value).sum(axis=0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoolKeys(Op, kind="pool_keys"):
     """Op that pools each complete run of `every` tokens into one entry, and writes it to a cache of entries.
@@ -115,8 +121,7 @@ class PoolKeys(Op, kind="pool_keys"):
             value = np.asarray(v[self.value_cache])[where].astype(np.float64)
             gate = np.asarray(v[self.gate_cache])[where].astype(np.float64)
             gate += bias[taken % self.every, half]
-            p = np.exp(gate - gate.max(axis=0))
-            y = (p / p.sum(axis=0) * value).sum(axis=0)
+            y = pool(value, gate)
             y = y / np.sqrt(np.square(y).mean() + self.eps) * weight
             angle = (np.float32(at + 1 - self.every) * frequencies).astype(np.float64)
             cos, sin = np.cos(angle) * self.factor, np.sin(angle) * self.factor

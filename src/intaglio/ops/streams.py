@@ -16,6 +16,19 @@ from intaglio.batch import Batch
 from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
 
 
+def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
+    """The matrices that the op `sinkhorn` makes of x, float64 [rows, n * n], as an array of the same shape."""
+    n = isqrt(x.shape[1])
+    m = x.reshape(-1, n, n)
+    m = np.exp(m - m.max(axis=-1, keepdims=True))
+    m = m / m.sum(axis=-1, keepdims=True) + eps
+    for i in range(iterations):
+        if i:
+            m = m / (m.sum(axis=-1, keepdims=True) + eps)
+        m = m / (m.sum(axis=-2, keepdims=True) + eps)
+    return m.reshape(x.shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Op, kind="sinkhorn"):
     """Op that turns each row of x, an n x n matrix, into one whose rows and columns sum to about 1.
@@ -38,16 +51,8 @@ class Sinkhorn(Op, kind="sinkhorn"):
         return {self.out: (t[self.x].shape, "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        x = array(v, self.x)
-        n = isqrt(x.shape[1])
-        m = x.reshape(-1, n, n).astype(np.float64)
-        m = np.exp(m - m.max(axis=-1, keepdims=True))
-        m = m / m.sum(axis=-1, keepdims=True) + self.eps
-        for i in range(self.iterations):
-            if i:
-                m = m / (m.sum(axis=-1, keepdims=True) + self.eps)
-            m = m / (m.sum(axis=-2, keepdims=True) + self.eps)
-        return {self.out: m.reshape(x.shape).astype(np.float32)}
+        x = array(v, self.x).astype(np.float64)
+        return {self.out: doubly_stochastic(x, self.iterations, self.eps).astype(np.float32)}
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         values = t[self.x].nbytes(batch.sizes) // 4

@@ -37,6 +37,8 @@ class TileLoop:
         load_missed: bytes that HBM moves for each loaded byte; 0: the L2 has all operands.
         store_missed: bytes that HBM moves for each stored byte; 0: the L2 keeps all results.
         store_s: minimum seconds of a job's store; 0: no minimum.
+        one_ring: True if the pieces use one ring of `depth` tiles, in turn.
+        wait_s: minimum seconds from the end of a job's load until its tile can be used.
     """
 
     jobs: int
@@ -51,6 +53,8 @@ class TileLoop:
     load_missed: float = 0.0
     store_missed: float = 0.0
     store_s: float = 0.0
+    one_ring: bool = False
+    wait_s: float = 0.0
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
@@ -219,7 +223,7 @@ class _Core:
     def run(self) -> float:
         """Seconds until the core's last store has ended."""
         loop, count, now = self.loop, self.count, 0.0
-        depth = loop.depth * len(loop.pieces)
+        depth = loop.depth * (1 if loop.one_ring else len(loop.pieces))
         latency_s = self.target.chip.constants.hbm_latency_s
         next_load = next_work = next_store = 0  # number of the next job of each engine
         visible: list[float] = []  # when the tile of each loaded job can be used
@@ -257,7 +261,7 @@ class _Core:
             store_left -= (then - now) * store_rate
             now = then
             if load_ends <= now and load is not None:
-                arrives = now + latency_s * min(1.0, load.missed)
+                arrives = now + max(loop.wait_s, latency_s * min(1.0, load.missed))
                 visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
                 load, changed = None, True
             if read_ends <= now:

@@ -17,11 +17,11 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
     """Divide `width` columns among `lanes` ranks. Returns a list with a one-item tuple, a range, for each rank.
 
-    The ranges are as equal as possible. They end at multiples of the first of `blocks` that divides `width` and gives
-    every rank at least one block. If no block does, ranges end at any column.
+    The ranges are as equal as possible; no rank has a longer one than rank 0. They end at multiples of the first of
+    `blocks` that divides `width` and gives every rank at least one block. If no block does, ranges end at any column.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
-    ends = [width // block * i // lanes * block for i in range(lanes + 1)]
+    ends = [-(-(width // block) * i // lanes) * block for i in range(lanes + 1)]
     return [(range(a, b),) for a, b in pairwise(ends)]
 
 

@@ -38,6 +38,29 @@ def norm_cycles(chip: ChipSpec, n: Any) -> Any:
     return vector_cycles(chip, 4 * n) + 2 * np.log2(chip.vec_lanes)
 
 
+def moment_cycles(chip: ChipSpec, n: Any, moment: str) -> Any:
+    """Cycles of the mean ("mean"), root mean square ("rms") or standard deviation ("std") of n values.
+
+    A deviation takes two passes, the others one; each pass ends with a tree reduction across the lanes.
+    """
+    operations, passes = {"mean": (1, 1), "rms": (2, 1), "std": (4, 2)}[moment]
+    return vector_cycles(chip, operations * n) + passes * np.log2(chip.vec_lanes)
+
+
+def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
+    """Cycles to make a square matrix of n values doubly stochastic, as the op `sinkhorn` does.
+
+    A softmax of the rows, then 2 * iterations - 1 times sums, each a tree reduction, and divisions by them.
+    """
+    rounds = 2 * iterations - 1
+    return vector_cycles(chip, (4 + 2 * rounds) * n, n) + (rounds + 1) * np.log2(np.sqrt(n))
+
+
+def pool_cycles(chip: ChipSpec, n: Any) -> Any:
+    """Cycles to pool n values by the softmax of their gates: six operations and one exponential a value."""
+    return vector_cycles(chip, 6 * n, n)
+
+
 SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 
 

@@ -124,7 +124,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     read = sum(
         n * (decode_keys(lib, h.window, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch
     )
-    cache = read * h.kv_heads * h.kv_width * h.bits / 8 * h.hbm_part(target)
+    cache = read * h.kv_heads * h.kv_width(lib) * h.bits / 8 * h.hbm_part(target)
     cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
     if prefill:
         added, worked, jobs, _, again = prefill_plan(on["prefill"], h, prefill)

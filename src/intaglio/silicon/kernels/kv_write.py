@@ -41,10 +41,8 @@ class Heads:
         bits: bits of a cached key or value.
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
-        values_in_keys: True if values are columns of the key cache (latent attention). The simulated streams load them
-            a second time, and find them in the L2.
-        shared_values: True if values are columns of the key cache and are loaded only once, with the keys, as kernels
-            of libraries do.
+        values_in_keys: True if values are columns of the key cache (latent attention). A library's kernels load them
+            once, with the keys. The simulated streams load them a second time; the L2 still has them then.
     """
 
     heads: int
@@ -56,25 +54,23 @@ class Heads:
     softcap: bool = False
     slopes: bool = False
     values_in_keys: bool = False
-    shared_values: bool = False
 
-    @property
-    def kv_width(self) -> int:
-        """Number of columns that are loaded from the K/V cache for one position and one K/V head.
+    def kv_width(self, library: KernelLibrary) -> int:
+        """Number of columns that a kernel loads from the K/V cache for one position and one K/V head.
 
-        They are the columns of the key and of the value; only the key's if it serves as the value too (MLA latents).
+        They are the columns of the key and of the value; only the key's if a library's kernel finds the value in it. A
+        library whose activations are FP32 stands for the simulated streams.
         """
-        return self.head_dim + (0 if self.shared_values else self.v_dim)
+        once = self.values_in_keys and library.activation_bytes < WIDE
+        return self.head_dim + (0 if once else self.v_dim)
 
     def hbm_part(self, target: Target) -> float:
         """The fraction of the loaded K/V columns that HBM delivers; the L2 delivers the others.
 
-        It is less than 1 if values are loaded a second time, after the keys, and found in the L2. That is so if
-        values_in_keys is set, the chip has an L2, and the library's activations are FP32: such a library stands for the
-        simulated streams.
+        It is 1 except in simulated streams (FP32 activations) on a chip with an L2 if values_in_keys is set.
         """
         twice = self.values_in_keys and target.chip.l2_bytes and target.library.activation_bytes >= WIDE
-        return self.head_dim / self.kv_width if twice else 1.0
+        return self.head_dim / self.kv_width(target.library) if twice else 1.0
 
     @property
     def group(self) -> int:

@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from intaglio.batch import Batch
-from intaglio.chips import ChipSpec, KernelLibrary
+from intaglio.chips import ChipSpec, KernelLibrary, Target
 from intaglio.ops import Route
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.isa.routing import rounds_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_once, vector_bytes
+from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_indices, load_once, vector_bytes
 from intaglio.silicon.memory import Region
+from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
+from intaglio.silicon.timing import Timing
 
 
 @chip_kernel(Route)
@@ -29,6 +31,7 @@ class RouteKernel(RowsKernel):
         top, score, groups, kept_groups, normalise: the op's fields of these names.
         biased: True if the op adds a bias to the scores by which experts are chosen.
         factored: True if the op multiplies the weight of each chosen expert by a factor of the expert (op.factors).
+        listed: True if a table lists the experts of each token. Nothing is searched then.
     """
 
     top: int = 1
@@ -39,6 +42,7 @@ class RouteKernel(RowsKernel):
     normalise: bool = False
     biased: bool = False
     factored: bool = False
+    listed: bool = False
 
     @classmethod
     def of(cls, op: Route, t: Tensors) -> Self:  # type: ignore[override]
@@ -46,18 +50,21 @@ class RouteKernel(RowsKernel):
         vectors = sum(vector_bytes(t[name]) for name in (op.bias, op.factors) if name)
         searches = op.top + op.group_best * (op.groups > 0)
         how = op.top, op.score, searches, op.groups, op.kept_groups, op.normalise, bool(op.bias), bool(op.factors)
-        return cls(rows, int(width), 2, float(vectors), *how)
-
-    @classmethod
-    def unsupported(cls, op: Route, t: Tensors) -> str | None:
-        listed = f"op route at {op.site}: no instruction looks up a token's experts in a table, as {op.table} wants"
-        return listed if op.table else None
+        return cls(rows, int(width), 2, float(vectors), *how, bool(op.table))
 
     def columns(self) -> tuple[int, ...]:
         return self.width, self.width, self.top, self.top, self.top
 
+    def in_runs(self) -> bool:
+        return self.listed
+
+    def held_bytes(self) -> float:
+        return super().held_bytes() + 4.0 * self.top * self.listed
+
     def cycles(self, chip: ChipSpec, n: int) -> float:
         weigh = float(vector_cycles(chip, (1 + 2 * self.normalise + self.factored) * self.top))
+        if self.listed:
+            return weigh + float(vector_cycles(chip, 4 * n + 2 * self.top, n))
         if self.score == "sparsemixer":
             return weigh + float(rounds_cycles(chip, n, self.top, 1) + self.top * vector_cycles(chip, 5 * n, n))
         scored = self.top if self.score == "chosen" else n
@@ -68,24 +75,51 @@ class RouteKernel(RowsKernel):
         return weigh + float(found + vector_cycles(chip, 4 * scored + biased, scored))
 
     def load_bytes(self, library: KernelLibrary) -> float:
-        return float(self.width * library.activation_bytes)
+        return float(self.width * library.activation_bytes) + 4.0 * self.top * self.listed
 
     def store_bytes(self, library: KernelLibrary) -> float:
         return 8.0 * self.top  # ids and weights, four bytes each
+
+    def wait_s(self, target: Target) -> float:
+        return target.chip.constants.hbm_latency_s * self.listed
+
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
+        """As of any RowsKernel. With a table, a core waits for HBM until it has the ids of its tokens.
+
+        The table's rows come from HBM: a RowsKernel counts their bytes there only without an L2.
+        """
+        timing, chip = super().time(target, sizes, prefetched), target.chip
+        if not (self.listed and timing.seconds):
+            return timing
+        hbm = timing.hbm_bytes + 4.0 * self.top * sizes.rows_of(self.rows) * (chip.l2_bytes > 0)
+        seconds = timing.seconds + chip.constants.hbm_latency_s
+        return replace(timing, seconds=seconds, hbm_bytes=hbm, busy={**timing.busy, "HBM": hbm / chip.hbm_rate})
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Route, t: Tensors, batch: Batch) -> list[Stream]:
         logits, weights, ids = mem.region(op.logits), mem.region(op.weights), mem.region(op.ids)
         kernel = cls.of(op, t)
         held: dict[StreamBuilder, list[Region | None]] = {}
+        ones: dict[StreamBuilder, Region] = {}
+        indices: dict[StreamBuilder, tuple[Region, int]] = {}
+        tokens = mem.put_indices(batch.tokens) if op.table else None
 
         def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             bias, factors = load_once(k, mem, held, (op.bias, op.factors))
+            if tokens is not None and op.table:
+                if k not in ones:
+                    ones[k] = k.tile(1, op.top)
+                    k.emit(isa.Fill(dst=ones[k], value=1.0))
+                token = load_indices(k, mem, indices, tokens, rows.start)
             x = load(k, rings[0].next(), logits.part(rows))
             scores = rings[1].next().shaped(x.rows, x.cols)
             taken, out = (ring.next().shaped(x.rows, op.top) for ring in rings[2:4])
             chosen = replace(rings[4].next().shaped(x.rows, op.top), format="i32")
-            if op.score == "sparsemixer":
+            if tokens is not None and op.table:
+                k.emit(isa.Gather(dst=chosen, table=mem.region(op.table), index=token))
+                k.emit(isa.Score(dst=scores, x=x, score=op.score))  # type: ignore[arg-type]
+                k.emit(isa.Weigh(dst=taken, x=ones[k], factors=scores, ids=chosen))  # 1 times the score
+            elif op.score == "sparsemixer":
                 k.emit(isa.SparseMix(ids=chosen, weights=taken, x=x, jitter=op.jitter))
             elif op.score == "chosen":
                 k.emit(isa.TopK(ids=chosen, selected=scores.shaped(x.rows, op.top), key=x, values=x))

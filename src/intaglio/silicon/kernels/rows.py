@@ -81,7 +81,7 @@ class RowsKernel(ChipKernel):
         operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
             stands for one read and one write.
         vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
-        gathered: True if rows are read by index. A core then has a run of rows, whose indices it loads first.
+        gathered: True if rows are read by index.
         in_place: True if a row is stored from the tile into which it was loaded.
     """
 
@@ -118,9 +118,17 @@ class RowsKernel(ChipKernel):
         """Sizes of the pieces in which a core processes a job's columns, as fractions of the columns that sum to 1."""
         return (1.0,)
 
+    def in_runs(self) -> bool:
+        """True if a core has a run of neighbouring rows, whose indices it loads first; otherwise every n-th row."""
+        return self.gathered
+
+    def wait_s(self, target: Target) -> float:
+        """Seconds that a job waits after its loads, at least: HBM's latency if some of its bytes are always in HBM."""
+        return 0.0
+
     def held_bytes(self) -> float:
         """Bytes of SRAM that hold the same operands from a core's first job to its last, such as a norm's weight."""
-        return self.vector_bytes + (INDICES_SRAM if self.gathered else 0)
+        return self.vector_bytes + (INDICES_SRAM if self.in_runs() else 0)
 
     def depth(self, target: Target) -> int:
         """Number of tiles in each of a core's circular buffers for this op; see ring_depth()."""
@@ -159,11 +167,11 @@ class RowsKernel(ChipKernel):
             return Timing(0.0)
         load, store = self.load_bytes(lib), self.store_bytes(lib)
         cycles, read = (f(target.chip, -(-self.width // parts)) for f in (self.cycles, self.read_cycles))
-        gathers = -(-rows // target.chip.cores) if self.gathered else 0
+        gathers = -(-rows // target.chip.cores) if self.in_runs() else 0
         loop = TileLoop(
             jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
             read_s=read / target.chip.clock_hz, depth=self.depth(target), in_place=self.in_place,
-            once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(),
+            once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(), wait_s=self.wait_s(target),
         )  # fmt: skip
         return loop_timing(target, loop, rows * load, rows * store, self.gathered)
 
@@ -207,14 +215,14 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
             divided into column ranges, the ring's tiles have at most as many columns as a range. The ranges divide the
             last of these numbers.
         body: called to emit the instructions of one job, as body(builder, list of rings, slice of one row, slice of the
-            job's columns). The last is slice(None) if kernel.gathered is set (rows are read by index).
+            job's columns). The last is slice(None) if kernel.in_runs().
     """
     parts = kernel.parts()
     step = -(-columns[-1] // parts)
     depth = kernel.depth(mem.target)
     jobs = [(r, c) for r in slices(rows, 1) for c in slices(columns[-1], step)]
     streams = []
-    if kernel.gathered:
+    if kernel.in_runs():
         dealt = [(StreamBuilder(op.site), [(slice(r, r + 1), slice(None)) for r in run]) for run in runs(mem, rows)]
     else:
         dealt = list(deal_jobs(mem.chip, jobs, op.site))
