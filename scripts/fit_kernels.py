@@ -1,4 +1,4 @@
-"""Fit the kernels of serving engines to the rows marked fit of their tables, and write src/intaglio/data/kernels.
+"""Fit the model of serving engines' kernels to measured tables (rows marked fit); write src/intaglio/data/kernels.
 
     python scripts/fit_kernels.py DIR            DIR holds <chip>/<engine>_<table>.csv
     python scripts/fit_kernels.py DIR --engine vllm --table gemm            only some tables, the others' fits stay

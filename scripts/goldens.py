@@ -1,9 +1,10 @@
 """Writes tests/golden's quantised checkpoints, each by the library its format comes from: python scripts/goldens.py.
 
 GPTQ with act-order, in 4 and in 8 bits, by gptqmodel 7.7.0, int4 with act-order by compressed-tensors 0.9.4, AWQ by
-autoawq 0.2.9, K-quants by llama.cpp (llama-cpp-python 0.3.36). These are no test dependencies: gptqmodel wants a newer
-torch than ours, compressed-tensors has stopped writing act-order, autoawq is no longer kept. What the first three
-dequantise their matrices to stands beside each checkpoint, rounded to f16. Source: one random layer, tied, in f16.
+autoawq 0.2.9, K-quants by llama.cpp (llama-cpp-python 0.3.36). These are no test dependencies: gptqmodel needs a newer
+torch than ours, compressed-tensors has stopped writing act-order, autoawq is no longer maintained. Beside each of the
+first three checkpoints are its matrices as the library dequantises them, rounded to f16. Source: one random layer with
+tied embeddings, in f16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The layout rules of docs/design.md: a room (a package or module directly under intaglio) imports only from rooms on
-lower floors; no modules import each other in a circle; a long file says why.
+"""Layering rules of docs/design.md: imports go only to lower layers, there are no import cycles, a long file says why.
 
+A room is a package or module directly under intaglio; a floor is a layer of rooms. docs/images/rooms.svg shows them.
 Reads the source and imports nothing. An import counts wherever it stands: in a function, or for the type checker alone.
 """
 

@@ -1,4 +1,4 @@
-// Detects which instruction sets the CPU supports, and finds the table of kernels of one by its name.
+// The instruction sets that this build and this CPU support, fastest first, and the table of kernels of each by its name.
 #include "isa/select.h"
 
 #include <stdexcept>

@@ -1,5 +1,5 @@
-// Ops that copy rows: embed (lookup by token id), select (rows to sample), permute (columns in another order), concat
-// (the columns of two tensors side by side).
+// Ops that copy rows: embed (lookup by token id or position), select (rows to sample), permute (columns in another order),
+// concat (the columns of two tensors side by side).
 #include <cstring>
 
 #include "run/op.h"

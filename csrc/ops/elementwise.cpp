@@ -39,7 +39,7 @@ class Map : public OpKernel {
   void compile(const std::vector<Token>& tokens) {
     int depth = 0, deepest = 0;
     for (const Token& token : tokens) {
-      steps_.push_back(dequantiser_of(token));
+      steps_.push_back(step_of(token));
       depth += steps_.back().what <= MapStep::Number ? 1 : steps_.back().what == MapStep::Call ? 0 : -1;
       deepest = std::max(deepest, depth);
     }
@@ -47,7 +47,7 @@ class Map : public OpKernel {
       throw std::invalid_argument("the expression needs a stack of " + std::to_string(deepest) + "; the host's has " + std::to_string(kMapStack) + " entries");
   }
 
-  MapStep dequantiser_of(const Token& token) {
+  MapStep step_of(const Token& token) {
     if (auto number = std::get_if<double>(&token)) {
       numbers_.push_back(float(*number));
       return {MapStep::Number, int32_t(numbers_.size()) - 1};

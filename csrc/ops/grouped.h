@@ -1,5 +1,5 @@
-// Grouped: sorts rows by the matrix of a stack with which each is multiplied (grouped GEMM), and divides the products into
-// slices of equal cost.
+// Grouped: the plan of a grouped GEMM (mixture of experts). Sorts rows by the matrix that each is multiplied by, and divides
+// the products into slices of equal cost.
 #pragma once
 #include <algorithm>
 

@@ -1,5 +1,5 @@
-// Packs weights into the layouts of isa/kernels.h, with one function for each kind of format, and quantises values.
-// Long because what packs a format and what reads it back stand side by side.
+// Packs weights into the layouts of isa/kernels.h, with one function for each kind of format; quantises values, and reads
+// packed rows back. Long because the code that packs a format stands beside the code that reads it back.
 #include "pack/pack.h"
 
 #include <algorithm>

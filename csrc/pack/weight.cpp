@@ -1,4 +1,4 @@
-// PackedWeight: packs rows or codes with several threads, and places its memory in a region of another owner.
+// PackedWeight: computes its layout, packs rows or codes with several threads, and moves to a shared region of memory.
 #include "pack/weight.h"
 
 #include <stdexcept>

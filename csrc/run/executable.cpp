@@ -1,4 +1,4 @@
-// Executable: creation of tensors and ops, planning of a step, and its run from one stop to the next.
+// Executable: creates tensors and ops, copies cache pages, plans a step, runs it from one stop (an op of the caller) to the next.
 #include "run/executable.h"
 
 #include <sys/stat.h>

@@ -1,4 +1,4 @@
-// Operands of native ops: tensors (columns of a step's buffers, vectors, packed weights, K/V caches), and the step's batch.
+// Operands of native ops: tensors (buffer columns, vectors, packed weights, K/V caches, recurrent state), and a step's inputs.
 #pragma once
 #include <memory>
 #include <vector>

@@ -1,4 +1,4 @@
-// Loops over the ops of one modelled step (intaglio.silicon.plan), which has too many ops for a loop in Python.
+// Loops over the ops of one modelled step, too many for Python: exposed time of collectives, and ends of ops with prefetch.
 #pragma once
 #include <cstdint>
 #include <utility>

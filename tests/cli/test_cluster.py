@@ -1,4 +1,4 @@
-"""What `intaglio cluster` prints, of a cluster that is only a socket."""
+"""`intaglio cluster`: what it prints, given a fake cluster that is only a socket; its options for roles and layouts."""
 
 from __future__ import annotations
 

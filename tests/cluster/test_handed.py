@@ -1,4 +1,4 @@
-"""What a prefill replica hands over: all of it pinned, or refused and counted; nothing is pinned for ever."""
+"""K/V blocks that a prefill replica hands over: all are pinned, or refused and counted; no pin lasts for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The parts of a cluster without processes: deltas on the wire, jobs read from bodies, links, administration."""
+"""Parts of a cluster, tested without replica processes: messages, links, jobs from request bodies, load reports.
+
+Also the administration socket, API keys, threads per replica, and which replicas may continue an output.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging projections and fusing ops: which ops become one, which stay separate, and the remaining names."""
+"""Merging projections and fusing ops: which ops become one, which stay separate, and the names of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ranks on several hosts: two agents on this machine, or in network namespaces, give the same bits as the mesh."""
+"""Ranks on several hosts: two agents on this machine, or in network namespaces, give the same bits as the mesh.
+
+Also after the loss of a rank or a host, with malformed or forged frames, without the token, and over slow links.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layouts with `sums` give the bits of a larger tp: products of row parallel weights are computed in its parts."""
+"""Layouts with `sums`: tp1sums2 has the bits of tp2, because it adds row-parallel products in the parts of tp2.
+
+Also how layouts name what decides bits (`numerics`), and layouts that are refused.
+"""
 
 from __future__ import annotations
 

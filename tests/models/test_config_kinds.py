@@ -1,4 +1,7 @@
-"""Values of a wrong type in config.json: every port answers with a PortError that names the key, or takes the value."""
+"""Odd values in config.json: every port takes a value of a wrong type, or raises a PortError that names the key.
+
+Also null values, layer numbers beyond the model, and keys that replace other keys.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""GGUF files, written by llama.cpp's library: the values are those it dequantises, the logits those of the model."""
+"""GGUF files, written by llama.cpp's library: number formats, metadata, split files, files that are refused or damaged.
+
+The values are those that the library dequantises, the logits those of the model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Structured output: the text always matches its grammar; drafts and preemption change nothing."""
+"""Structured output: the text always matches its grammar; batches, drafts and preemption do not change it.
+
+Also the matcher's rollback, the cache of compiled grammars, and grammars that are refused.
+"""
 
 from __future__ import annotations
 

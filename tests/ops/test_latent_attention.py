@@ -1,6 +1,6 @@
 """The op head_linear, and latent, chunked and biased attention, compared with computations written out.
 
-Also their shape rules, and their work compared with numbers worked out by hand.
+Also trailing rope, map's broadcast of a column, shape rules, and work compared with numbers worked out by hand.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Placements of experts and the balancer: every expert has a rank, memory is respected, loads are nearly equal."""
+"""Expert placements, their balancer and files: every expert has a rank, ranks hold as many, loads are nearly equal."""
 
 from __future__ import annotations
 

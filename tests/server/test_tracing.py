@@ -1,4 +1,4 @@
-"""Traces for OpenTelemetry: what the spans of a request say, and that they join the client's trace."""
+"""OpenTelemetry traces: the spans of a request, with their times and attributes, belong to the client's trace."""
 
 from __future__ import annotations
 

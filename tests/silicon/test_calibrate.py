@@ -1,4 +1,4 @@
-"""Calibration: planted constants and facts are found in tables that the model itself synthesised, with noise."""
+"""Calibration: finds constants and facts again, from tables that the model made with noise; refuses bad tables."""
 
 from __future__ import annotations
 

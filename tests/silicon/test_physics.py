@@ -1,4 +1,7 @@
-"""Physics of modelled steps on random chips, models, layouts and loads; scripts/physics.py runs more of them."""
+"""Properties of modelled steps, on random chips, models, layouts and loads: no rate above its peak, monotonic times.
+
+scripts/physics.py runs more of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one seed to its end and returns the event log and the violation, if there was one."""
+"""Runs one seed of a simulation, of an engine or of a group of ranks: its event log, and its violation if any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines that documents and other files mention: parsed without being run. Used by tests."""
+"""parse_options(): parses a command line without running it. For tests of the commands that documents mention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of tiny models beside those of tiny.py, in the same form: older architectures, and encoders run as decoders."""
+"""Configurations of more tiny models, in the form of tiny.py: older architectures, and encoders run as decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks killed, stopped and aborted at random moments under a mixed load: `make faults FAULTS=200`.
+"""Fault injection: ranks killed, stopped and aborted at random under a mixed load: `make faults FAULTS=200`.
 
 Every stream must be that of the undisturbed run, and nothing may be left behind: no process, shared memory, descriptor
 or thread. Not a test: tests import it.

@@ -1,4 +1,4 @@
-"""What children of the fork server do in tests; imports little, because each child imports it."""
+"""Functions that children of the fork server run in tests; imports little, because each child imports this file."""
 
 from __future__ import annotations
 

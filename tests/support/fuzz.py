@@ -1,4 +1,4 @@
-"""A server under requests generated from its own OpenAPI description, valid and not: `make fuzz CASES=10000`."""
+"""Fuzz test of the server: requests generated from its OpenAPI description, valid and not: `make fuzz CASES=10000`."""
 
 from __future__ import annotations
 

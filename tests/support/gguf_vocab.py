@@ -1,5 +1,8 @@
-"""Tokenizers of every sort that GGUF files hold: trained on random text, written as llama.cpp's converters do, and
-their judges, transformers' own classes or pre-tokenizers as the models' tokenizer.json have them."""
+"""Tokenizers of every kind that GGUF files hold: trained on random text, written as llama.cpp's converters do.
+
+Each comes with the tokenizer that it must equal: transformers' own class, or the pre-tokenizer that the model's
+tokenizer.json has.
+"""
 
 from __future__ import annotations
 

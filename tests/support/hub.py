@@ -1,4 +1,4 @@
-"""A server that speaks the part of the Hugging Face Hub's API that downloads use, for repositories held in memory."""
+"""Fake Hugging Face Hub: a server with the part of its API that downloads use, for repositories held in memory."""
 
 from __future__ import annotations
 

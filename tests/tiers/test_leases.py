@@ -1,4 +1,4 @@
-"""Leases on blocks of the disk tier: what is pinned stays, what has run out goes, and nothing stays pinned for ever."""
+"""Leases on blocks of the disk tier: pinned blocks are never evicted, and every lease ends, also a killed process's."""
 
 from __future__ import annotations
 

@@ -117,8 +117,7 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
         engine: the engine's name, such as vllm.
         base: the chip's own kernel library.
         constants: generation of chips from which the fitted constants are taken; "": base.generation. Constants of
-            links (SCALED) that come from another generation are multiplied by the ratio of the fields of `base` to
-            those of the other generation's own library.
+            links from another generation are converted, see scaled().
     """
     found = zip(entries(engine), engine_records(engine, base.generation, constants), strict=True)
     records = tuple(scaled(r, base, lender(entry, constants or base.generation)) for entry, r in found)

@@ -1,4 +1,4 @@
-"""Options that several commands share, as Annotated types."""
+"""Options that several commands share, as Annotated types, and the callbacks that parse and check their values."""
 
 from __future__ import annotations
 

@@ -237,8 +237,8 @@ class RelayedRequest:
     def _count_refusal(self, why: str, code: str) -> None:
         """Count a refusal by a replica. Raises Problem 503 if the request is not to be tried again.
 
-        There are two limits. A request that has a deadline and of which the client has been sent output may be refused
-        by busy replicas until its deadline. In all other cases MAX_REFUSALS refusals are allowed.
+        MAX_REFUSALS refusals are allowed. There is one exception: a request with a deadline, of which the client has
+        received output already, may be refused by busy replicas any number of times until its deadline.
 
         Args:
             why: message of the replica's error.

@@ -1,4 +1,4 @@
-"""Prefill and decode on servers of their own, in virtual time: some servers compute prompts, others decode.
+"""Disaggregated serving in virtual time, event by event: some servers compute prompts (prefill), others decode.
 
 A router gives each prompt to a prefill server. Its K/V then travels over the chips' links to a decode server, chosen by
 the router when the prompt is computed. There it waits for a free sequence and room in the cache; the first token counts

@@ -1,8 +1,8 @@
-"""Reads tables of serving engines' kernels, `<chip>/<engine>_<table>.csv`, as rows of the tables of validate.py.
+"""Measured tables of serving engines' kernels, `<chip>/<engine>_<table>.csv`: read, compared with the model, fitted.
 
-Column kernel_source names the kernel that ran; errors are reported by it. A row is modelled by the engine's kernel of
-that name (data/kernels), or by the chip's own library, with the benchmark's conditions. Tables and formats that the
-closed forms do not cover are named.
+Their rows are read as rows of the tables of validate.py. Column kernel_source names the kernel that ran; errors are
+reported for each kernel. A row is modelled by the engine's kernel of that name (data/kernels), or by the chip's own
+library, with the benchmark's conditions. Tables and formats that the closed forms do not cover are reported by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""EngineProfile: what a serving engine adds to the steps of a chip, as data. The profiles are data/engines/*.toml."""
+"""EngineProfile: what a serving engine adds to the steps of a chip, as data. The profiles are data/engines/*.toml.
+
+EngineTimes: step times and energies of a server under such a profile.
+"""
 
 from __future__ import annotations
 

@@ -129,11 +129,11 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """Find norms that an engine computes while the columns of their rows are divided over the chips.
+    """Find norms that an engine computes with a part of each row's columns on every chip, so without an all-gather.
 
-    Such a norm needs no all-gather before it. This is possible if a norm over whole rows is the only reader of the
-    all-gather's result. Each chip then sums the squares of its own columns, and one all_reduce in float32 adds up these
-    sums over the chips, for all such norms of a layer. The Program stays as it is.
+    This is possible if a norm over whole rows is the only reader of the all-gather's result. Each chip then sums the
+    squares of its own columns, and one all_reduce in float32 adds up these sums over the chips, for all such norms of a
+    layer. The Program stays as it is.
 
     Returns (sites of ops that are not launched, {site of an op: kernel that replaces its own}); a site is the name of
     an op's place in the model. The first all-gather of a layer is replaced by the all_reduce, and the layer's other

@@ -1,4 +1,4 @@
-"""Alternatives among which kernel_fit.py chooses facts, and kernels from which its searches start.
+"""Search space of kernel_fit.py: the values that facts of a kernel may have, and kernels from which searches start.
 
 A fact is a discrete property of a kernel, such as its tiles: a field of KernelLibrary that has one value on every chip.
 """

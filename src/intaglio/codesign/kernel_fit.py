@@ -121,11 +121,11 @@ class Case:
         return np.log(found / measured(self.rows))
 
     def cost(self, values: Mapping[str, Any]) -> float:
-        """Negative log-likelihood of the rows, up to a constant; lower is better.
+        """Negative log-likelihood of the measured rows under predicted times, up to a constant; lower is better.
 
-        The logarithmic errors are taken to follow a distribution whose spread is estimated from the errors themselves.
-        values: {field: value} of the kernel with which the times are predicted. Raises ChipError if they do not fit the
-        chip.
+        The errors log(predicted / measured) are taken to follow a distribution whose spread is estimated from the
+        errors themselves. values: {field: value} of the kernel with which the times are predicted. Raises ChipError if
+        they do not fit the chip.
         """
         size = np.abs(self.errors(values))
         spread = LEAST_SPREAD + (float(np.median(size)) + 2 * float(np.minimum(size, MOST_ERROR).mean())) / 3
@@ -364,10 +364,10 @@ def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
 
 
 def engine_values(case: Case, on: Target) -> Values:
-    """The constants and facts of a serving engine's kernel, as a dict {name: value}.
+    """The constants and facts (properties such as tile sizes) of a serving engine's kernel, as a dict {name: value}.
 
-    The kernel is the one that the first row of `case` names. If the library of `on` has no such kernel, the result is
-    case.start(): the values of the chip's own default kernel.
+    The kernel is the one that the first of the case's measured rows names. If the library of `on` has no such kernel,
+    the result is case.start(): the values of the chip's own default kernel.
 
     on: the chip, with a library that has the engine's kernels, see engine_tables.engine_target().
     """

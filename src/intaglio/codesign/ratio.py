@@ -1,4 +1,4 @@
-"""How many servers should prefill and how many decode: a search over the ratio and the load for a number of chips.
+"""Search for the best numbers of prefill and decode servers, and for their load, for a number of chips.
 
 The rates of one server of each kind, in closed form, give the best ratio; the two queues in virtual time confirm it,
 with fewer open requests if their mean latencies break a limit.

@@ -1,4 +1,4 @@
-"""What bounds the modelled time of a call, and in words why a modelled time is far from a measured one."""
+"""Call: the modelled time of one kernel call, what bounds it, and why it may be far from a measured time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weight formats: chooses the storage format of each weight and K/V cache. Ports and ops do not depend on it."""
+"""Storage formats: sets those of weights and K/V caches, and the format to which linears with FP8 weights round inputs.
+
+Ports and ops do not depend on it.
+"""
 
 from __future__ import annotations
 

@@ -291,8 +291,8 @@ class Executable(ABC):
     def between_steps(self, call: Callable[[Executable], T]) -> T:
         """Return call(executable), for work that is not a step, such as moving experts. It raises what `call` raises.
 
-        `call` gets the executable inside all wrappers, and must run no step itself. If several models take turns on one
-        machine, the call waits for this model's turn.
+        An executable may be wrapped in others; `call` gets the innermost one. It must run no step itself. If several
+        models take turns on one machine, the call waits for this model's turn.
         """
         return call(self)
 

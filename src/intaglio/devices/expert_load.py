@@ -1,4 +1,4 @@
-"""ExpertLoad: tokens routed to each expert of a layer, and the experts of each rank; and its merging over ranks."""
+"""ExpertLoad: tokens routed to each expert of a layer, and the experts of each rank; merge_loads() merges ranks."""
 
 from __future__ import annotations
 

@@ -185,8 +185,8 @@ def bench(
 class Stopwatch:
     """Runs steps of an executable, times each of them, and reports progress.
 
-    `done` and `total` count tokens of steps, those of short steps as LEAST_COST. `what`: text of the work under way,
-    for the progress display; callers set it.
+    `done` and `total` count tokens of steps; a step of fewer than LEAST_COST tokens counts as LEAST_COST. `what`: text
+    of the work under way, for the progress display; callers set it.
     """
 
     def __init__(self, executable: Executable, clock: Callable[[], float], progress: Progress) -> None:

@@ -47,9 +47,10 @@ def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: n
 
 
 def check_chosen(op: Op, t: Tensors, name: str | None, what: str) -> None:
-    """Raise OpError unless `name` is a tensor i32 [T, n] of what each token attends to, or None. Returns nothing.
+    """Check an attention op's optional operand that lists what each token attends to. Returns nothing.
 
-    t: the Program's tensors by name. what: "positions" or "entries", for the message.
+    Raises OpError unless `name` is None or the name of a tensor i32 [T, n]. t: the Program's tensors by name. what:
+    "positions" or "entries" (compressed runs of positions), for the message.
     """
     if name is not None:
         ok = t[name].format == "i32" and len(t[name].shape) == 2 and t[name].shape[0] == "T"

@@ -158,8 +158,8 @@ def _terms(p: Program, op: Collective) -> Hashable:
 def _shape_mismatch(members: list[tuple[Program, Grouped]]) -> str:
     """An error message if what the ranks hold of a collective's tensor does not fit together; "" if it does.
 
-    Checked are the columns: together the ranks must give as many as the op joins. Checked are the token rows, if the
-    tensor is split by them: rank i of n must have share T:i/n. members: (Program, its op) of each rank.
+    If the op joins the ranks' columns, their numbers must add up to its width. If the tensor is split by token rows,
+    rank i of n must have the share T:i/n. members: (Program, its op) of each rank.
     """
     op, inputs = members[0][1], [p.tensors[head.x].shape for p, head in members]
     if isinstance(op, AllToAll) or (isinstance(op, AllGather) and not op.tokens):

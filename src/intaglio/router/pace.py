@@ -64,7 +64,10 @@ def paces(replicas: Iterable[Replica]) -> dict[str, Pace]:
 
 
 def _slowness(fit: StepFit, common: Pace) -> float:
-    """How many times as long the steps of a fit take as the common pace says, nearer to 1 the fewer the steps are."""
+    """Mean time of a replica's steps, divided by the time that the common pace gives for them.
+
+    With few steps the quotient is drawn towards 1, see paces(). fit: of the replica's steps.
+    """
     if fit.mean_seconds <= 0:
         return 1.0
     expected = common.per_step + common.per_token * fit.mean_tokens

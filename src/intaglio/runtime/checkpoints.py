@@ -99,9 +99,9 @@ class Checkpoints:
     def keep(self, sequence: Sequence) -> None:
         """Save a sequence's recurrent state for the prefix cache, if its position is one to save at.
 
-        Called after a step. The position must be the end of a block that is in the prefix cache. While the sequence
-        decodes, every such position will do. In its prompt only the borders will do that the class lists. Otherwise
-        nothing happens.
+        Called after a step. A state is saved only at the end of a block that is in the prefix cache. While the sequence
+        decodes, it is saved at every such position; in its prompt, only at the positions that the docstring of the
+        class lists.
         """
         at, size = sequence.computed, self.pool.block_size
         name = sequence.prefix_name

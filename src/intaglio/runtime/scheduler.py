@@ -114,8 +114,8 @@ class Scheduler:
         """Number of a slot of recurrent state that a test step on a replaced device may overwrite.
 
         The slot is not allocated. It is an available slot if there is one. Otherwise it is the slot that the last
-        running sequence writes in its next step, whose content nobody reads before. -1 if the model has no recurrent
-        state. Call it only while no step runs.
+        running sequence writes in its next step: its content is not needed before that. -1 if the model has no
+        recurrent state. Call it only while no step runs.
         """
         if self.slots.free or self.slots.evictable:
             slot = self.slots.allocate()
@@ -250,8 +250,8 @@ class Scheduler:
     def allocate(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
 
-        Sequences in flight are not preempted. Returns True if the sequence has the blocks; False if it was itself
-        preempted, or has to wait for later sequences that are in flight.
+        Sequences in flight are not preempted. Returns True if the sequence has the blocks. Returns False if it was
+        itself preempted, or has to wait because all sequences after it in `running` are in flight.
         """
         while (
             missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)

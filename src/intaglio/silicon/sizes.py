@@ -46,7 +46,7 @@ class BatchSizes:
 
     @cached_property
     def counts(self) -> BatchSizes:
-        """A copy without the lengths of the sequences: all are listed with one query and one key.
+        """A copy in which every sequence has one query and one key, instead of its own numbers.
 
         The numbers of tokens, rows and sequences stay. The copy is the cache key for times of ops other than attention:
         steps that differ only in their sequences' queries and keys share one Timing.

@@ -2,7 +2,7 @@
 
 The builder derives the waits between engines: an instruction waits for the last writer of each tile it reads, and for
 the last readers of each tile it overwrites. A Ring of tiles gives double buffering: an instruction that overwrites a
-tile of the ring waits for the readers of that tile and for nothing else.
+tile of the ring waits for the readers of that tile and for nothing else. Heap allocates HBM.
 """
 
 from __future__ import annotations

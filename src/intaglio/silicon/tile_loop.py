@@ -155,10 +155,11 @@ class L2:
 class _Core:
     """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
 
-    In this class a "job" is one piece of a job of the loop (TileLoop.pieces); each core numbers its jobs from 0.
+    A TileLoop may divide its jobs into pieces (TileLoop.pieces). This class treats each piece as a job of its own, and
+    numbers them from 0 on each core; only `full` and `rest` count whole jobs.
 
-    full: number of jobs of the loop that every core has. rest: number of cores that have one more. l2: model of the L2,
-    which decides which accesses miss; None: loop.load_missed and loop.store_missed are used instead.
+    full: number of whole jobs that every core has. rest: number of cores that have one more. l2: model of the L2, which
+    decides which accesses miss; None: loop.load_missed and loop.store_missed are used instead.
     """
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int, l2: L2 | None = None) -> None:
@@ -171,7 +172,7 @@ class _Core:
         return self.target.chip.cores if job < self.full * len(self.loop.pieces) else self.rest
 
     def piece(self, job: int) -> float:
-        """Size of job number `job`, as a fraction of a whole job of the loop."""
+        """Size of the piece with the number `job`, as a fraction of a whole job of the loop."""
         return self.loop.pieces[job % len(self.loop.pieces)]
 
     def begin_load(self, job: int, storing: int | None) -> _Flow:

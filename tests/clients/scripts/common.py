@@ -1,7 +1,8 @@
-"""Conversation that every client's script runs, with the client's own packages, against the server at sys.argv[1].
+"""What the client scripts share: server address, expected answers, tool get_weather, schema Verdict, and run().
 
-The server's model greets; asked with the tool get_weather, it calls it for Paris; given the tool's result, it answers
-SUNNY. With a schema it writes any text that matches.
+Each script holds the same conversation with its own client package. The server at sys.argv[1] has a model that greets;
+asked with the tool get_weather, it calls it for Paris; given the tool's result, it answers SUNNY. With a schema it
+writes any text that matches.
 """
 
 from __future__ import annotations

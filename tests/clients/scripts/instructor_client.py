@@ -1,4 +1,4 @@
-"""instructor, in its modes of tools and JSON schemas."""
+"""Client script for instructor: structured output in its modes TOOLS, JSON and JSON_SCHEMA, and partial streams."""
 
 import instructor
 from common import KEY, MODEL, URL, Verdict, run

@@ -1,4 +1,4 @@
-"""llama-index, by its class for servers like OpenAI's."""
+"""Client script for llama-index, class OpenAILike: chat, streams, structured output, and an agent with tools."""
 
 import asyncio
 

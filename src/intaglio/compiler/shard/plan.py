@@ -142,8 +142,9 @@ def roots(
 def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
     """Compute the result of roots() for a tensor that is not in `found` yet.
 
-    Returns the names of the linears' results from which the tensor is computed, as a set. None if it also depends on
-    the result of an op that is no linear, not elementwise and of none of the types `through`, or if no op computes it.
+    Returns the names of the linears' results from which the tensor is computed, as a set. Between these and the tensor
+    there may be elementwise ops, and ops of the types `through`. The result is None if there are others, or if no op
+    computes the tensor.
 
     Args:
         p: the Program.

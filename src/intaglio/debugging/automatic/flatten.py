@@ -1,4 +1,4 @@
-"""Flattens the facts of a traced model to values of Decoder's fields, and says where its weights are in the checkpoint.
+"""Properties of a traced model as values of Decoder's fields, and the places of its weights in the checkpoint.
 
 A value may be a Code: text of an expression in the port file, because it depends on sizes.
 """

@@ -264,9 +264,9 @@ def _route(
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
     """What the shared expert of a mixture computes, as a dict with two keys.
 
-    - shared: facts of its MLP (see dense_facts()), with its module's name under `place`; None if there is no shared
-      expert.
-    - shared_gate: name of the linear whose sigmoid multiplies its result; "" for none.
+    - shared: properties of the shared expert's MLP, see dense_facts(), and under the key "place" the name of its
+      module. None if there is no shared expert.
+    - shared_gate: name of the linear whose sigmoid multiplies the shared expert's result; "" for none.
 
     Args:
         t: the trace.

@@ -1,4 +1,4 @@
-"""HostDevice: this machine's CPU as a device."""
+"""HostDevice: this machine's CPU as a device. Also its instruction sets, and a hash of the native build."""
 
 from __future__ import annotations
 

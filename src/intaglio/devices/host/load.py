@@ -210,7 +210,7 @@ def _arrays(program: Program, layout: HostLayout, weights: Weights, state: State
 class _Loader:
     """Declares tensors to a native executable and packs weights.
 
-    `packed`: True if the matrices already hold their values.
+    `packed`: True if the matrices are packed already, for example by a cached file; then only vectors are read.
     """
 
     native: _native.Executable

@@ -1,5 +1,6 @@
-"""Membership of a group of ranks on several hosts: what its coordinator and agents decide, and nothing else.
+"""Membership of a group of ranks on several hosts: what its coordinator and agents decide, without any I/O.
 
+Members (Roster, Epoch, Session), lost or repeated frames (FrameOrder), silent links and hangs (Silence, BeatWatch).
 There are no threads, sockets or clocks here: the callers pass in what happened and what time it is. hosts.py, agent.py,
 link.py and group.py act on the decisions; tests/simulation drives the same classes with simulated networks and clocks.
 """

@@ -1,4 +1,7 @@
-"""Writes the ops of the blocks with recurrent state, which mixers.py describes."""
+"""Writes the ops of blocks with recurrent state: Mamba, Mamba-2, gated delta nets, Griffin, lightning attention.
+
+Also of gated short convolutions. mixers.py describes the blocks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised matrices whose zeros are not whole numbers: those of MLX (Metal) and HQQ.
+"""Reads quantised matrices whose zero points are not whole numbers: those of MLX (Metal) and HQQ.
 
 value = code * scale + bias in MLX, (code - zero) * scale in HQQ. Both become affine4gN or affine8gN, which hold codes,
 scales and minima (-bias, or zero * scale) without rounding. Matrices of HQQ whose groups are not runs of a row become

@@ -1,4 +1,4 @@
-"""Matrices saved by bitsandbytes: NF4 and FP4 (levels of a codebook times the maximum of a block), and LLM.int8."""
+"""Reads matrices saved by bitsandbytes: NF4 and FP4 (codebook levels times the maximum of a block), and LLM.int8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices in the formats of compressed-tensors, which may differ between groups of modules.
+"""Reads matrices in the formats of compressed-tensors, which may differ between groups of modules.
 
 pack-quantized (codes with an offset, packed into words), int-quantized, float-quantized (stored as other FP8),
 mxfp4-pack-quantized, nvfp4-pack-quantized and mxfp8-quantized.

@@ -94,10 +94,9 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
 def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
     """Raise PortError unless all zero points of a matrix of 3-bit codes are 4, as symmetric quantisation gives.
 
-    Programs changed zero points before they stored them in the first version of GPTQ's format: AutoGPTQ subtracted 1
-    from each, GPTQModel subtracted constants from whole 32-bit words. For 3 bits the stored words differ, and a file
-    does not say which program wrote it. So only a zero point of 4 can be recognised: each program has one word pattern
-    for it, and this check accepts the two patterns.
+    In the first version of GPTQ's format, programs store changed zero points: AutoGPTQ subtracts 1 from each, GPTQModel
+    subtracts constants from whole 32-bit words. With 3 bits the two give different words, and a file does not say which
+    program wrote it. This check accepts the words that either program stores for zero points of 4.
 
     Args:
         stored: the checkpoint's tensors.

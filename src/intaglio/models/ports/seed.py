@@ -1,4 +1,4 @@
-"""Seed-OSS: as Llama, with switches of their own for the biases of q, k and v, of o_proj, and of the MLP."""
+"""Seed-OSS: as Llama, with separate switches for the biases of q, k and v, of o_proj, and of the MLP."""
 
 from __future__ import annotations
 

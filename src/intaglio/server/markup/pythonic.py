@@ -67,8 +67,8 @@ def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 def _call(s: Source, known: Tools | None) -> Steps[bool]:
     """Parse one tool call in Python syntax, and yield it as Parts: each argument when it is complete.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if the call was
-    begun. known: tools that the call may name; None: any.
+    This generator also yields None while it waits for more text of the model. Its return value is True if it has
+    yielded the beginning of a call, else False. known: tools that the call may name; None: any.
     """
     while re.fullmatch(r"[A-Za-z_][\w.-]*", s.held) and not s.last:
         yield None

@@ -1,4 +1,4 @@
-"""Instructions that move bytes: from HBM to a core (DMA), from a core to HBM (OUT), and between chips (NET)."""
+"""Instructions that move bytes: from HBM to a core (DMA, also fills), from a core to HBM (OUT), between chips (NET)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instructions of the vector lanes: format conversion, elementwise arithmetic, norms, rotary position embedding."""
+"""Instructions of the vector lanes: conversion, quantisation, column order, elementwise arithmetic, norms, rope."""
 
 from __future__ import annotations
 

@@ -393,7 +393,7 @@ class CollectiveBuilder:
         return self.values[slot]
 
     def set_value(self, slot: Slot, tile: Region, part: ChunkTile) -> None:
-        """Record `tile` as the new content of a schedule's slot, of which it is the part `part`. Returns nothing.
+        """Record that `tile` has the new values of one part of a schedule's buffer. Returns nothing.
 
         For an output slot, also emits a conversion to the wire format, if needed, and the store of the tile to HBM.
         part: the current ChunkTile.

@@ -222,11 +222,11 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """The target for timing experts in these formats: its library has the values of one kernel, see Target.kernel().
+    """A copy of `target` whose library has the values of the kernel that computes experts in these formats.
 
-    A library may describe several kernels, with other values for some fields. The result is `target` itself if the
-    library describes none. name: name of the kernel; "": the default for the wider of the two formats. Raises ChipError
-    if the library describes kernels, and none of this name.
+    See Target.kernel(). The result is `target` itself if the library describes no single kernels. name: name of the
+    kernel; "": the default for the wider of the two formats. Raises ChipError if the library describes kernels, and
+    none of this name.
     """
     return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
 

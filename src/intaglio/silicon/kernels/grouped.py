@@ -1,4 +1,4 @@
-"""Streams of a layer of experts: rows sorted by expert, grouped products with activation, and the sum by token.
+"""Instruction streams of an MoE layer: rows sorted by expert, grouped products with activation, the sum by token.
 
 The products run in the loop of `linear` (tiled.py), with the tiles that the closed form finds fastest for these numbers
 of rows.

@@ -1,7 +1,8 @@
 """ChipKernel: base class of chip kernels, and their registry by op class, which other packages can extend.
 
-A kernel instance holds all that the time of an op depends on apart from the batch. Equal instances (such as those of a
-model's layers) are timed once.
+timing() models a kernel's time in a step, run_op() executes one op on the simulator. WorkKernel is the base of kernels
+that are timed by FLOPs and bytes alone. A kernel instance holds all that the time of an op depends on apart from the
+batch. Equal instances (such as those of a model's layers) are timed once.
 """
 
 from __future__ import annotations

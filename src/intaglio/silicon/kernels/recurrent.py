@@ -1,6 +1,6 @@
-"""Chip kernels of the ops with recurrent state. They model the time by the op's work, and cannot be executed.
+"""Chip kernel of the ops with recurrent state (scans, linear attention, short convolution), for timing only.
 
-No instruction of the simulated chips advances a recurrent state.
+It cannot be executed: no instruction of the simulated chips advances a recurrent state.
 """
 
 from __future__ import annotations

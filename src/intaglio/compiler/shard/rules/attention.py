@@ -1,4 +1,4 @@
-"""The sharding rules of attention and of the K/V cache: split by heads."""
+"""The sharding rules of attention and of the K/V cache (split by heads), and of choose_keys (whole on every rank)."""
 
 from __future__ import annotations
 

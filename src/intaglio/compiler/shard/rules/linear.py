@@ -107,10 +107,10 @@ def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int],
 
 @sharding_rule(HeadLinear)
 def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """Append a HeadLinear op (one matrix per head, as in MLA) to one rank's Program. Returns nothing.
+    """Append a HeadLinear op (one matrix per head or group of heads, as in MLA) to one rank's Program. Returns nothing.
 
-    If the op's input op.x is split between ranks by heads, or by whole groups of heads that share a matrix, the rank's
-    op computes only the rank's matrices. Otherwise it computes all of them.
+    If the op's input op.x is split between ranks so that each has the columns of whole matrices, the rank's op computes
+    only the rank's matrices. Otherwise it computes all of them.
     """
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     each = int(lane.p.tensors[op.x].shape[1]) // heads
