@@ -17,7 +17,6 @@ from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
 from intaglio.ops import Attend, Embed, Linear, Tensor, Value
 from intaglio.silicon.cache import LINE, Cache, lines_of
 from intaglio.silicon.kernels import kernel_class
-from intaglio.silicon.kernels.attend_plan import waiting_jobs
 from intaglio.silicon.kernels.experts import expected_rows, experts_timing
 from intaglio.silicon.kernels.product import time_choices
 from intaglio.silicon.kernels.rows import RowsKernel
@@ -85,32 +84,6 @@ def test_a_library_reads_latents_once(chip: str) -> None:
     call = case(op, [temp("q", heads * 576), *caches], batch_of([(1, keys - 1)] * sequences), "")
     taken = kernel_class(op).of(op, call.tensors).time(target(chip), sizes_of(call.batch), prefetched=False)
     assert taken.hbm_bytes == sequences * (keys * 576 + heads * (576 + 512)) * 2
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data(), cores=st.integers(1, 9))
-def test_jobs_that_wait_are_those_of_a_round_by_round_simulation(data: st.DataObject, cores: int) -> None:
-    """Against jobs listed one by one, each round reading its tiles at once."""
-    kinds = data.draw(
-        st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(1, 7)), min_size=1, max_size=6)
-    )
-    tiles, start, count = (np.array(v, float) for v in zip(*kinds, strict=True))
-    order = sorted(range(len(kinds)), key=lambda i: (-tiles[i], -start[i], i))
-    jobs = [i for i in order for _ in range(int(count[i]))]
-    wanted, read = dict[tuple[int, int], float](), set[int]()
-    for first in range(0, len(jobs), cores):
-        now = [(i, [t for t in range(int(start[i]), int(start[i] + tiles[i])) if t not in read])
-               for i in jobs[first : first + cores]]  # fmt: skip
-        for i, mine in now:  # a job has a tile at the step in which the first job of the round reads it
-            steps = [min(other.index(t) for _, other in now if t in other) + 1 for t in mine]
-            key = i, max(steps, default=0)
-            wanted[key] = wanted.get(key, 0.0) + 1
-        read = read.union(*(mine for _, mine in now))
-    kind, waits, number, _ = waiting_jobs(tiles, start, count, cores)
-    got = dict[tuple[int, int], float]()
-    for i, n, c in zip(kind.tolist(), waits.tolist(), number.tolist(), strict=True):
-        got[i, int(n)] = got.get((i, int(n)), 0.0) + c
-    assert got == wanted
 
 
 def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:

@@ -2,7 +2,7 @@
 
 A job is a tile of queries that iterates over tiles of keys. Long contexts of single queries are split into parts, whose
 results are merged (flash decoding). Runs on matrix array and vector lanes, or on the fused attention engine if there is
-one. Tiles, jobs and closed form are those of attend_plan.py.
+one. Tiles and plans are those of attend_tiles.py and attend_plan.py; the closed form is in attend_loop.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from intaglio.chips import Target
 from intaglio.ops import Attend
 from intaglio.silicon import isa
 from intaglio.silicon.isa.softmax_step import NAME
-from intaglio.silicon.kernels.attend_plan import (
+from intaglio.silicon.kernels.attend_plan import decode_plan, prefill_plan
+from intaglio.silicon.kernels.attend_tiles import (
     LISTED,
     AttendPlan,
     deal,
     decode_keys,
-    decode_plan,
-    prefill_plan,
     product_format,
     tile_seconds,
 )
