@@ -1,4 +1,4 @@
-"""Prefill and decode apart against one mixed engine, real processes on the same cores.
+"""Benchmark of disaggregated prefill and decode against one mixed engine, in real processes on the same cores.
 
 Users stream answers to short prompts in a closed loop, while long prompts, each of other tokens, are sent one after the
 other. Printed for both: time per output token (TPOT) of the users' requests, (last - first token) / (tokens - 1); the

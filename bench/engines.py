@@ -1,6 +1,6 @@
 """Intaglio, llama.cpp and PyTorch behind one interface (load, prefill, decode, logits), each in a process of its own.
 
-Used by bench/host.py and bench/recurrent.py. Batches are laid out and caches filled before the clock starts, and
+Used by bench/host.py, recurrent.py and quality.py. Batches are laid out and caches filled before the clock starts, and
 results are waited for.
 """
 

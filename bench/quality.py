@@ -1,4 +1,4 @@
-"""Errors of weight formats, beside llama.cpp's formats: relative error of random layers, bits per byte of a model.
+"""Accuracy of weight formats and of llama.cpp's: relative error of random layers, bits per byte of a model.
 
 The model is the bundled one, on text it was not trained on; lower is better everywhere.
 """

@@ -1,4 +1,4 @@
-// Python binding (nanobind) of the native part. Releases the GIL while a step runs.
+// Python binding (nanobind): executables, weights, sampling, roofs, timeline. Steps release the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>

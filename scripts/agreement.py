@@ -1,4 +1,4 @@
-"""How far the closed forms of chip kernels are from the simulator: python scripts/agreement.py -h."""
+"""Prints the error of each chip kernel's closed form relative to the simulator: python scripts/agreement.py -h."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fit what serving engines' hosts add to the kernels, on the fit half of a table of measured servers.
+"""Fit the host overhead of serving engines, on the fit half of a table of measured servers.
 
     python scripts/fit_engines.py serving.csv --rows 60
 

@@ -1,4 +1,7 @@
-"""Checks the physics of modelled steps on random chips, models, layouts and loads: python scripts/physics.py -h."""
+"""Search for modelled steps that break a physical bound, on random chips, models, layouts and loads.
+
+python scripts/physics.py -h; the bounds are those of codesign/physics.py.
+"""
 
 from __future__ import annotations
 

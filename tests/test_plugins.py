@@ -1,5 +1,6 @@
-"""A package outside the repository, found by its entry point: an op with its kernels, a chip and a model family, which
-then run on reference, host, mesh and silicon by the commands and the API that everyone uses."""
+"""Plugins: an installed package adds an op with its kernels, a chip and a model family through its entry point.
+
+They run on reference, host, mesh and silicon, from the command line and the API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The binding of groups of ranks: segments, communicators and heartbeats.
+// Python binding (nanobind) of groups of ranks: segments, communicators with their collectives, and heartbeats.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>

@@ -3,7 +3,7 @@
 
 namespace intaglio {
 
-// Adds groups of ranks to the module.
+// Adds the classes of csrc/comm (Segment, Heartbeat, Datagrams, Communicator) to the Python module.
 void bind_comm(nanobind::module_& m);
 
 }  // namespace intaglio

@@ -1,6 +1,6 @@
-// All-reduce over hosts that have several ranks each: every value crosses the network once in each direction. A sum in the order
-// of the ranks cannot be taken inside each host first, as that would add in another order. But ranks of a host are neighbours, so
-// the sum over the ranks of all hosts before is a value that the next host can continue.
+// Chain all-reduce over hosts with several ranks each: a host adds its ranks' values to the sum of the hosts before it.
+// Hosts cannot sum their own ranks first, as that would add in another order than that of the ranks. But ranks of one
+// host are neighbours in it, so the next host can continue the sum. A value crosses the network once in each direction.
 #include <map>
 
 #include "comm/part.h"

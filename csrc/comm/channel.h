@@ -1,4 +1,4 @@
-// A channel: bytes to and from one peer of a group, in order, in both directions. No call waits; waiting is the
+// Channel: bytes to and from one peer of a group, in order, in both directions. No call waits; waiting is the
 // communicator's business, which watches all channels and the group's abort word at once. Implementations: rings in shared
 // memory (shm_channel.h) and TCP (tcp_channel.h). RDMA would be a third: space() its registered buffer, commit() a post.
 #pragma once

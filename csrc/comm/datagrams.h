@@ -1,5 +1,5 @@
-// Sends datagrams at an interval, in the order in which they were added. The other end hears from this process even while Python
-// code keeps Python's lock.
+// Datagrams: a thread that sends datagrams at an interval, in the order in which they were added. So the other end hears
+// from this process even while Python code holds the GIL.
 #pragma once
 #include <sys/socket.h>
 #include <unistd.h>

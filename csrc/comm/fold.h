@@ -1,4 +1,4 @@
-// Communicator::Fold: the sink of a sum over ranks, to which each member of the group brings its values.
+// Communicator::Fold: receives one member's values of a reduction, and adds them to the sum in the group's order.
 #pragma once
 #include <algorithm>
 #include <stdexcept>

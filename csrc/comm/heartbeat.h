@@ -1,4 +1,4 @@
-// Shows that a rank's process runs: a thread counts up the rank's beats in the segment.
+// Heartbeat: a thread that increments the rank's beat counter in the segment, to show that the rank's process runs.
 #pragma once
 #include <memory>
 

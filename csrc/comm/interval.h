@@ -1,5 +1,5 @@
-// A thread that calls a function at once and then at an interval, until the object is destroyed. It does not need Python's lock, so
-// it runs even while Python code keeps the lock.
+// Interval: a thread that calls a function at once and then at an interval, until the object is destroyed. It does not
+// need the GIL, so it runs even while Python code keeps it.
 #pragma once
 #include <chrono>
 #include <condition_variable>

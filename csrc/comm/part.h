@@ -1,4 +1,4 @@
-// Communicator::Part: the sink of a run of values of a block, as another rank has summed them.
+// Communicator::Part: receives values that another rank has already summed, and writes them to a range of a block.
 #pragma once
 #include <stdexcept>
 #include <string>

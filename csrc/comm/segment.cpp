@@ -1,4 +1,4 @@
-// The segment of a group: layout of the shared memory, bells (futex), the abort word, and counters of steps.
+// Segment, the shared memory of a group of ranks: its layout, bells (futex), abort word, step counters and heartbeats.
 #include "comm/segment.h"
 
 #include <sys/stat.h>

@@ -1,5 +1,5 @@
-// The memory that the ranks of one group on one host share, and the process that started them: a ring from every rank to
-// every other, a bell for each process to sleep on, the abort word, and the counters by which steps are handed out.
+// Segment: memory shared by the ranks of a group on one host and the process that started them. It has a ring from each
+// rank to each other, a bell for each process to sleep on, the abort word, and counters of steps and heartbeats.
 //
 // A segment belongs to one epoch of the group: when a rank is replaced, the group gets a new segment, so nothing of the old
 // one can be left in it.

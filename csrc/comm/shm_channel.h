@@ -1,4 +1,4 @@
-// A channel to a rank of the same host: two rings of a segment.
+// ShmChannel: a channel to a rank of the same host, over two rings of a segment.
 #pragma once
 #include <memory>
 

@@ -1,5 +1,5 @@
-// A channel to a rank of another host: a TCP connection. What is committed is sent in pieces as the socket takes them, and
-// without delay once push() has no more to add. Whoever connects has proved to know the group's token
+// TcpChannel: a channel to a rank of another host over TCP. What is committed is sent in pieces as the socket takes
+// them, and without delay once push() has no more to add. Whoever connects has proved to know the group's token
 // (devices/processes/connections.py), before the socket comes here.
 #pragma once
 #include <vector>

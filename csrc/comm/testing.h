@@ -1,4 +1,4 @@
-// Groups of ranks for unit tests: threads or forked processes over one segment.
+// Groups of ranks for unit tests: threads over one segment or several hosts' segments and TCP, or forked processes.
 #pragma once
 #include <netinet/in.h>
 #include <sys/mman.h>

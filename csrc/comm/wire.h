@@ -1,4 +1,4 @@
-// Values on their way: rounded to the wire's format, and the runs in which a block's values lie together.
+// Wire formats (f32, bf16, f16) of values sent between ranks: encoding, decoding, rounding; and parts of a Block.
 #pragma once
 #include <algorithm>
 #include <bit>

@@ -1,8 +1,8 @@
-// Attention over a paged K/V cache. The keys are divided into splits of 512 positions at fixed boundaries. A split computes
-// all its scores, then their maximum, sum of weights and weighted values; splits are merged in ascending order. Each score
-// is one chain of additions over head_dim, each output value one chain over positions, and masked positions have weight 0,
-// so a row's bits do not depend on chunking or batch. Chosen positions (sparse attention) are processed alone where they are few,
-// in an order that leaves every sum as it is.
+// Attention over a paged K/V cache, and the scores of the indexer of sparse attention. Keys are divided into fixed splits of 512
+// positions. A split computes all its scores, then their maximum, sum of weights and weighted values; splits are merged in
+// ascending order. Each score is one chain of additions over head_dim, each output value one chain over positions, and masked
+// positions have weight 0, so a row's bits do not depend on chunking or batch. Chosen positions (sparse attention) are processed
+// alone where they are few, in an order that leaves every sum as it is.
 
 template <Fmt C>
 inline F load_cache(const void* p, int64_t i) {

@@ -1,5 +1,5 @@
-// The matrix product. Each element of the result is one chain of additions over K in ascending order (of single values, of
-// bf16 pairs, or of exact integer sums of groups), so its bits do not depend on tiling, batch or number of threads.
+// The matrix product, and the quantisation of its activations. Each result is one chain of additions over K in ascending order (of
+// single values, bf16 pairs, or exact integer sums of groups), so its bits do not depend on tiling, batch or number of threads.
 // Long because each format's loads, tile and outer loop must be inlined into one another.
 
 // GCC keeps accumulators in registers only if every loop over them is unrolled; -O3 alone does not do so.

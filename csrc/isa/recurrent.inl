@@ -1,6 +1,6 @@
-// Kernels of ops with recurrent state. Each value of a state is one chain of operations over the tokens of its sequence, and
-// each element of a result is one chain over the columns of its head, in ascending order. So bits depend neither on how a
-// prompt was cut nor on the batch. State lies in blocks of kColumns columns; see kernels.h.
+// Kernels of the ops with recurrent state: convolution, decay, linear attention, scan, RG-LRU. Each state value is one chain of
+// operations over its sequence's tokens, each result one chain over the columns of its head, in ascending order. So bits depend
+// neither on how a prompt was cut nor on the batch. State lies in blocks of kColumns columns; see kernels.h.
 
 constexpr int kStateVectors = kColumns / F::N;
 constexpr int64_t kTokensAhead = 3;  // tokens by which rows are prefetched

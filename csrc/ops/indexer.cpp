@@ -1,4 +1,4 @@
-// Op choose_keys: the positions, or the entries, that each token attends to, by the scores of an indexer.
+// Op choose_keys: the positions or pooled entries that each token attends to, by the scores of an indexer.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

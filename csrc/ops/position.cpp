@@ -1,5 +1,5 @@
-// Ops rope (rotary position embedding) and sinusoid (rows of sines and cosines). RopeTable computes the cosines and sines of a step's positions once for all ops with the
-// same frequencies.
+// Ops rope (rotary position embedding) and sinusoid (rows of sines and cosines). RopeTable computes the cosines and sines
+// of a step's positions once for all ops with the same frequencies.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

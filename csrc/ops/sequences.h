@@ -1,4 +1,4 @@
-// Which sequence a token row of a step belongs to, and where a cache holds the pages of that sequence.
+// Lookups in a step's inputs: the sequence of a token row, and the K/V cache blocks of a sequence.
 #pragma once
 #include <algorithm>
 

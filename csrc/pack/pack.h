@@ -1,4 +1,4 @@
-// Packs and quantises checkpoint rows into the panel layout of Weight (isa/kernels.h). Runs once, at load.
+// Packs and quantises checkpoint rows into the panel layout of Weight (isa/kernels.h), once, at load; unpacks single rows.
 #pragma once
 #include <cstdint>
 #include <string>

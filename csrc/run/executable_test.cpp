@@ -1,4 +1,4 @@
-// Unit tests of Executable: stops, taps, seconds by op, cached plans, and what is refused.
+// Unit tests of Executable: stops, taps, seconds by op, cached plans, copies of cache pages, and what is refused.
 #include "run/executable.h"
 
 #include <numeric>

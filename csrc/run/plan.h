@@ -1,5 +1,5 @@
 // Plan: the phases and memory of one step. It depends only on the sizes of a batch, so it is cached and used again for
-// batches of the same sizes. Planner builds one; PlanCache keeps the last few.
+// batches of the same sizes. Planner builds one; PlanCache keeps the last few. Shared: work that several ops share.
 #pragma once
 #include <algorithm>
 #include <any>

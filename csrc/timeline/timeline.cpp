@@ -1,10 +1,10 @@
+// Exposed time of collectives with two half batches, and end times of ops whose weights are prefetched.
 #include "timeline/timeline.h"
 
 #include <algorithm>
 #include <stdexcept>
 
 namespace intaglio {
-
 namespace {
 
 void check(const Numbers& numbers, size_t kernels) {

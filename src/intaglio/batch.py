@@ -1,6 +1,6 @@
-"""The arrays of one step, for any mix of prefill chunks and decodes. `bind()` makes a Batch from a Chunk per sequence.
+"""Batch: the arrays of one step, for any mix of prefill chunks and decodes. bind() makes it from a Chunk per sequence.
 
-Independent of Programs and requests.
+Also the sampling parameters and logit edits of its rows. Independent of Programs and requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chips: peak rates of the data sheets, replace(), chip files, and errors for invalid chips."""
+"""Chips: reasons for the numbers of shipped ones, replace(), chip and library files, and errors for invalid chips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`intaglio simulate` of whole servers: what it recommends, and what it says if nothing fits."""
+"""`intaglio simulate` of disaggregated prefill and decode: which layouts it recommends, and errors if none fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server with K/V blocks on disk: killed and started again it gives the same answer warm, and its metrics tell."""
+"""`intaglio serve` with K/V blocks on disk: after a kill and a restart it answers alike; options that are sizes."""
 
 from __future__ import annotations
 

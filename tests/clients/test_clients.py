@@ -1,5 +1,6 @@
-"""Real clients against the server, each with its own packages: `make clients` installs them, and sets the interpreters.
+"""Published OpenAI-compatible client libraries (openai, LangChain, LiteLLM, ...) against the server.
 
+`make clients` installs each in an environment of its own and names the interpreters; their programs are in scripts/.
 Every client runs against a model whose chat template knows tools, and one whose template does not.
 """
 

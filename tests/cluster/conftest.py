@@ -1,4 +1,4 @@
-"""What the tests with real replicas share: the model, and one server alone whose answers theirs must equal."""
+"""Fixtures of the tests with real replicas: the model, and a single server whose answers theirs must equal."""
 
 from __future__ import annotations
 

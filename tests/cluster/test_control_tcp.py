@@ -1,4 +1,4 @@
-"""Control channels over TCP: only who knows the token gets in, on either end."""
+"""Control channels over TCP: both ends prove that they know the token; addresses, idle connections, retries."""
 
 from __future__ import annotations
 

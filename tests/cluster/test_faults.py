@@ -1,4 +1,4 @@
-"""Faults of replicas and of the cluster's own parts: each is logged, and the cluster goes on. No processes."""
+"""Faults of replicas (faked, without processes) and of the cluster's own parts: the cluster goes on serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefill and decode apart without a shared folder: K/V blocks by TCP, the answers of one server, also after kills."""
+"""Disaggregated prefill and decode with K/V blocks over TCP: answers are those of one server, also after kills."""
 
 from __future__ import annotations
 

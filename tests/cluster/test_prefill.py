@@ -1,4 +1,4 @@
-"""Prefill and decode apart, with real processes: the answers are those of one server, whichever side is killed."""
+"""Disaggregated prefill and decode, real processes: answers are those of one server, whichever replica is killed."""
 
 from __future__ import annotations
 

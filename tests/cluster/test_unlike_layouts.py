@@ -1,4 +1,4 @@
-"""Prefill and decode replicas of unlike tensor parallelism: the answers are those of one server with the larger tp."""
+"""Prefill and decode replicas of different tensor parallelism: the answers of one server with the larger tp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heartbeats as datagrams: which ones count, and a link whose connection is busy is not taken for a dead one."""
+"""Heartbeats over UDP: which datagrams count, and a link whose TCP connection is busy is not taken for a dead one."""
 
 from __future__ import annotations
 

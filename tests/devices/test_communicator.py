@@ -1,5 +1,7 @@
-"""The native communicator beside run_collective(), and ranks whose collectives run inside the native step beside the
-in-process mesh: the same bits. Ranks are threads here; test_ranks.py has processes."""
+"""The native communicator: the same bits as run_collective(), and as the in-process mesh for collectives in a step.
+
+Ranks are threads here; test_ranks.py has processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of devices: modules are imported when a device is opened."""
+"""The registry of devices: modules are imported when a device is opened; facts and clocks of devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts by placement: the results have the same bits whichever rank holds which experts, with and without copies."""
+"""Expert placement: logits are bitwise equal whichever rank holds which experts, with or without redundant experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fork server: children have what they are given and nothing else, and nothing outlives the parent."""
+"""The fork server: children inherit only what they are given, exit statuses, and no process outlives the parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharded models equal unsharded ones: every family with every layout its heads allow, on reference and host.
+"""Sharded models equal unsharded ones: every family with every layout its heads allow; errors of impossible layouts.
 
 Bounds count roundings. Cutting a sum over K into P parts changes only where float32 rounds: at most twice a part on the
 reference (which sums a part in float64), and along the K-long chain on the host; a layer has two such sums.

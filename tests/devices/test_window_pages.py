@@ -1,4 +1,4 @@
-"""Caches of layers with a window in pages of their own: the same bits, and blocks given back are never read."""
+"""Caches of layers with a sliding window, in pages of their own: the same bits; blocks given back are never read."""
 
 from __future__ import annotations
 

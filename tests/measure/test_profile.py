@@ -1,4 +1,4 @@
-"""Profiles: sites folded and in order, sums that agree with the clock, bounds from the roofs, worst sites first."""
+"""Profiles of a model: sites folded over layers, sums equal to the step's time, roofline bounds, worst sites first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every architecture of llama.cpp that there is a port for: a tiny checkpoint under its names gives the same logits."""
+"""Every llama.cpp architecture with a port: a tiny GGUF file has the checkpoint's logits; and what is refused."""
 
 from __future__ import annotations
 

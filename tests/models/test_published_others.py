@@ -1,7 +1,8 @@
-"""bitsandbytes, MLX, Metal, HQQ, AutoRound, Quark, and GPTQ and AWQ of 2, 3 and 8 bits: values, logits, lanes, account.
+"""Checkpoints of bitsandbytes, MLX, Metal, HQQ, AutoRound, Quark, and of GPTQ and AWQ with 2, 3 and 8 bits.
 
-Each format is written out here; the layouts were compared with those of the libraries (bitsandbytes 0.50, mlx 0.32,
-hqq 0.2.8, auto-round 0.16, amd-quark 0.13).
+Values, logits (also with tp2) and the account are checked; settings that may change codes are refused. Each
+format is written out here; the layouts were compared with those of the libraries (bitsandbytes 0.50, mlx 0.32, hqq
+0.2.8, auto-round 0.16, amd-quark 0.13).
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Checkpoints as people have them, with leftovers, old names and settings added by hand: equal to transformers on the
-same files, or refused for the right reason."""
+"""Checkpoints with leftovers, old names and settings added by hand.
+
+Results equal those of transformers on the same files, or the error says why the checkpoint is refused.
+"""
 
 from __future__ import annotations
 

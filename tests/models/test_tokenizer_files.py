@@ -1,5 +1,6 @@
-"""Tokenizer files as people have them: tokens added beside tokenizer.json, truncation, several templates. Ids, text and
-prompts are those of transformers on the same files, or the tokenizer is refused."""
+"""Quirks of published tokenizer files: tokens added beside tokenizer.json, truncation, several chat templates.
+
+Ids, text and prompts are those of transformers on the same files, or the tokenizer is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops embed, select and permute: definition, shape rules, and work counted by hand."""
+"""The ops embed, select, concat and permute: definition, shape rules, and work counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autoscaler in virtual time: up by the queue, down after a quiet time, never outside its bounds."""
+"""The autoscaler in virtual time: adds replicas by queue length, removes them after a quiet time, keeps its bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router before shipped engines in virtual time, with step times that are unlike by chance."""
+"""The router in front of shipped engines in virtual time, with step times that vary at random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of K/V blocks, and the events from which others know which blocks an engine has."""
+"""Names of K/V blocks, and the block events from which a router knows which blocks an engine has."""
 
 from __future__ import annotations
 

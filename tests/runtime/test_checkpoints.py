@@ -1,4 +1,7 @@
-"""Prefix caching and speculation of models with recurrent state, on the oracle device: which borders, hits, rows."""
+"""Prefix caching and speculation of models with recurrent state, on the oracle device.
+
+Which states are kept, reused and evicted, and how a state follows accepted and rejected drafts.
+"""
 
 from __future__ import annotations
 

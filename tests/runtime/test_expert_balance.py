@@ -1,4 +1,4 @@
-"""The balancer of experts between the steps of an engine: what it asks the device, and what becomes of its errors."""
+"""ExpertBalancer in an engine: when it counts and moves experts, and what follows if the device fails meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Journals replay: every simulated history, and one of the host with a worker killed on the way."""
+"""Replay of journals: every simulated history, and a run on the host whose worker is killed; a full disk."""
 
 from __future__ import annotations
 

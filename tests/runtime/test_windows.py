@@ -1,4 +1,4 @@
-"""K/V blocks of layers with a window: given back, shared and reserved, on the oracle and on real devices."""
+"""K/V blocks of layers with a sliding window: given back, shared and reserved, on the oracle and on real devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One tiny model, and one server of it, for the tests of a module."""
+"""Fixtures of the server tests: a tiny model, a server of it for each module, and an LLM that gives its answers."""
 
 from __future__ import annotations
 

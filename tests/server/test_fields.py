@@ -1,4 +1,4 @@
-"""Request fields beyond OpenAI's basic ones: the effect of each, compared with LLM or its definition; and hints."""
+"""Request fields beyond OpenAI's basic ones: the effect of each, compared with the class LLM or its definition."""
 
 from __future__ import annotations
 

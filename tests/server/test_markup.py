@@ -1,4 +1,7 @@
-"""Reasoning and tool calls parsed from streamed text: any division into pieces gives the same parts, without loss."""
+"""Reasoning and tool calls parsed from streamed text: any division into pieces gives the same parts.
+
+No text is lost; formats are recognised by their templates; grammars allow what the parsers read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP server by way of the official client: every endpoint, every option, every refusal; against LLM as truth."""
+"""The HTTP server through the official openai client: endpoints, options and refusals, compared with LLM in-process."""
 
 from __future__ import annotations
 

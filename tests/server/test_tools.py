@@ -1,4 +1,4 @@
-"""Tool calls and reasoning end to end: special tokens as marks, templates without tools, forced calls, histories."""
+"""Tool calls and reasoning end to end: special tokens as delimiters, templates without tools, forced calls, history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed forms of chip kernels against the simulator executing their instructions; the L2 of both."""
+"""Closed forms of chip kernels against the simulator executing their instructions, and the L2 cache that both model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels that say they do not read a batch's keys take equal times for batches that differ only in them."""
+"""Kernels with by_sequence=False: their modelled time depends on counts of the batch, not on each sequence's keys."""
 
 from __future__ import annotations
 

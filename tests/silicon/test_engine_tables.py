@@ -1,4 +1,4 @@
-"""Tables of serving engines: rows are translated, kernels told apart, and what is not covered is named."""
+"""Measured kernels of serving engines: how rows become modelled calls, calibration, rows that are not covered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of kernel libraries in the closed forms: native 8-bit kernels, packing, warm caches, shared PCIe bridges."""
+"""Effects of a kernel library's fields on modelled times: native 8-bit kernels, packing, warm caches, PCIe bridges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instruction encoding, modelled time of the simulator, and its detectors, each with a planted bug."""
+"""Instruction encoding, the simulator's modelled time, and its checks (races, overflow, deadlock), by planted bugs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of measured servers: what they mean, what cannot be expressed, and their comparison; servers apart."""
+"""Rows of measured servers: their layouts and formats, inexpressible rows, comparison; disaggregated servers."""
 
 from __future__ import annotations
 

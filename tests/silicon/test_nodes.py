@@ -1,4 +1,4 @@
-"""Collectives over several nodes: at least their parts inside a node, and the bytes that cross the slowest network."""
+"""Modelled collectives over several nodes: bounds from parts inside a node and from the slowest network; errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of step times, the queue of events and the closed form, against exact steps and the engine itself."""
+"""Modelled serving: table of step times, event queue and closed form, against exact step times and the real engine."""
 
 from __future__ import annotations
 

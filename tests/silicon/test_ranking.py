@@ -1,4 +1,4 @@
-"""Recommended layouts against measured ones: rates per chip, cases, and what counts as close."""
+"""Ranking of layouts by the model against measured servers: rates per chip, cases, and when a choice is good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search over the ratio of prefill to decode servers fills the chips, keeps the limits and finds the best ratio."""
+"""The search for the ratio of prefill to decode servers: fills the chips, keeps latency limits, finds the best."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`PYTHONPATH=tests python -m simulation --seeds 5000 --jobs 2`, or `--seed 7` to see one history.
+"""Command line of the simulation: runs engines under faults; with --groups, groups of ranks on several hosts.
 
-Runs engines under faults; with --groups, groups of ranks on several hosts.
+`PYTHONPATH=tests python -m simulation --seeds 5000 --jobs 2`, or `--seed 7` to see one history.
 """
 
 from __future__ import annotations

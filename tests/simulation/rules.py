@@ -1,4 +1,4 @@
-"""Rules for every history, checked from outside: what clients saw, and what reached the device."""
+"""Rules that every simulated run must keep, checked on what clients receive and on the batches that the device gets."""
 
 from __future__ import annotations
 

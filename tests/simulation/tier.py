@@ -1,4 +1,4 @@
-"""A tier in memory with injected faults and virtual time, for the simulation."""
+"""SimulatedTier: a tier of K/V blocks in memory with injected faults and virtual time, for the simulation."""
 
 from __future__ import annotations
 

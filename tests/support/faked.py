@@ -1,4 +1,4 @@
-"""Replicas of a cluster without processes: a control socket that answers as a test says. Used by tests."""
+"""Fake replicas of a cluster, without processes: a control socket with the answers that a test sets. Used by tests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Writes GGUF files of transformers checkpoints as convert_hf_to_gguf.py does: names by the gguf library's own map,
-rows permuted, experts stacked, norms of Gemma with 1 added; in any type, and the values it stands for beside it."""
+"""Writes GGUF files of transformers checkpoints, in any GGUF type, as convert_hf_to_gguf.py does. Used by tests.
+
+Names come from the gguf library's own map; rows are permuted, experts stacked, and 1 is added to Gemma's norms. A
+second checkpoint holds the values that the GGUF file's tensors stand for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What llama.cpp's converters do to recurrent models and other newer ones, for gguf_files.py: values and metadata."""
+"""GGUF tensors and metadata of recurrent and other newer models, as llama.cpp's converters write them.
+
+Used by gguf_files.py and test_gguf_architectures.py."""
 
 from __future__ import annotations
 

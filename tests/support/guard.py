@@ -1,4 +1,4 @@
-"""A wrapper of an engine that records which thread uses it."""
+"""Guard: a wrapper of an engine that records which thread uses it and its stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests run in many ways that must not change their tokens: drafts, moves between engines, steps that fail."""
+"""Helpers that run requests in ways that must not change their tokens: drafts, moves between engines, failed steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes arrays and a config as a safetensors checkpoint folder."""
+"""Writes arrays and a config as a safetensors checkpoint folder. Used by tests."""
 
 from __future__ import annotations
 

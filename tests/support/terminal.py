@@ -1,4 +1,4 @@
-"""Runs the command line on a pseudo terminal, as a user would see it."""
+"""Runs `intaglio` commands on a pseudo terminal, and returns what a user would see. Used by tests."""
 
 from __future__ import annotations
 

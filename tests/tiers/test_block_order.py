@@ -1,4 +1,4 @@
-"""K/V blocks go between engines of unlike layouts that compute the same bits, and between no others."""
+"""K/V blocks shared by engines with different layouts: taken if both compute the same bits, otherwise not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk tier: its files, its budget, and what a full disk, missing rights or a damaged file come to."""
+"""The disk tier: its files and budget; a full disk, missing permissions and damaged files cost only cached blocks."""
 
 from __future__ import annotations
 

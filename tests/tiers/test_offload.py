@@ -1,4 +1,4 @@
-"""The offload stage of the engine: what is loaded, what is given up, and what stays as it was."""
+"""The offload stage of the engine: K/V blocks loaded from a tier, late and aborted loads, device failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of `intaglio simulate` for prefill and decode on servers of their own."""
+"""Tables and charts of `intaglio simulate` for disaggregated prefill and decode, and why a search found nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`intaglio port`, `check` and `replay`: find a port, compare a model with transformers, a run with its journal."""
+"""`intaglio port`, `check` and `replay`: find a port, compare a model with transformers or two runs, replay a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of `intaglio simulate` for a constant number of open requests: latencies, rates, power, memory."""
+"""Table, chart and recommendation of `intaglio simulate` for a constant number of open requests per design."""
 
 from __future__ import annotations
 

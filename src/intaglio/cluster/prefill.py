@@ -1,4 +1,4 @@
-"""Prefill apart from decode: has a prefill replica compute a prompt before the request goes to a decode replica.
+"""Disaggregated prefill: a prefill replica computes the prompt before the request goes to a decode replica.
 
 The prefill replica saves K/V blocks, while it computes, where all replicas of the cluster load them from: in a folder
 that they share, or in its own memory, from which they fetch them over TCP. The blocks stay pinned there until the

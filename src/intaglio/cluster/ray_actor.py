@@ -1,4 +1,4 @@
-"""ReplicaActor: what runs on a node of a Ray cluster, and starts one replica's process there."""
+"""ReplicaActor: the Ray actor that starts, watches and ends one replica's process on a node of a Ray cluster."""
 
 from __future__ import annotations
 

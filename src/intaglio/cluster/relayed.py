@@ -1,7 +1,8 @@
 """RelayedRequest: one generation request through the router, over as many replicas as it takes.
 
 The router keeps the deltas of everything that it has passed on. If the replica dies or drains, it sends the request to
-another with these deltas, and passes on what follows. What cannot go on ends with an error, never silently.
+another with these deltas, and passes on what follows. A request that no replica can continue ends with an
+error, never silently.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fits constants and facts of a chip and its kernel library to a small table of measured kernel latencies.
 
-Constants (CONSTANTS) are fitted: a few latencies and efficiencies of chip, launches, kernels and collectives. Facts
-(FACTS), such as tiles and fusions, are chosen by likelihood. Errors are those of rows left out of the fit.
+Constants (CONSTANTS: latencies and efficiencies of chip, launches, kernels, collectives) are fitted. Facts (FACTS, such
+as tiles and fusions) are chosen by likelihood. Errors are of rows left out of the fit. wanted(): calls to measure next.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
+"""Comparison of measured serving latencies with modelled ones: each row of a table is served in virtual time.
 
 A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. All
 requests, ten times that number, are queued at the start, as by the load generators of such tables; one is sent when

@@ -1,4 +1,4 @@
-"""Memory of a serving load in the HBM of one chip: weights, K/V cache and activations; and room for K/V of a server.
+"""HBM use of a serving load on one chip (MemoryUse), and how many tokens of K/V cache a server has room for (KvRoom).
 
 Layers with a sliding window hold the K/V blocks that the engine keeps for them (runtime/windows.py).
 """

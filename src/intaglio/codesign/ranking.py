@@ -1,4 +1,4 @@
-"""Whether the model recommends the layouts that measured servers prefer.
+"""Rankings of measured servers: whether the model recommends the layouts that measured best.
 
 A case is one question: model, chip, serving engine and release, formats and lengths; or only a model and a chip, with
 all that was measured of them. Its points are the layouts and numbers of open requests that were measured. The model

@@ -1,6 +1,7 @@
-"""The recipe: which passes run, in which order and why; and build(), which runs them and reports what each changed.
+"""The compiler's recipe: its passes, their order and the reasons; and the functions that run them.
 
-The report compares the Programs before and after a pass, so it cannot differ from what happened.
+build() compiles a Program for one device; build_mesh() and build_stages() also shard it. build() reports what each pass
+changed, by comparing the Programs before and after it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mistakes that concern several ops of a layer: how q, k and v are joined, and what the MLP reads.
+"""Porting mistakes that involve several ops of a layer: how q, k and v are joined; sequential or parallel residual.
 
 Each function yields (site, description of a mistake, {site: op without it}). causes.py tries them.
 """

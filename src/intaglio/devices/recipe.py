@@ -1,4 +1,4 @@
-"""Recipes: a Recipe is (name of a function, its keyword arguments), by which another process makes an equal object."""
+"""Recipe: a function's name and its keyword arguments, with which another process makes an equal object."""
 
 from __future__ import annotations
 

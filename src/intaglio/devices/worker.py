@@ -1,4 +1,4 @@
-"""Runs a device in a child process, so that a crash or a hang of the device does not take down this process.
+"""WorkerDevice: runs a device in a child process, so that a crash or hang of the device does not end this one.
 
 The process is a group of one (see processes/): a child that dies, shows no sign of life, or does not answer a step
 within `step_timeout` seconds becomes DeviceLost.

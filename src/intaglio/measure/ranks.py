@@ -3,6 +3,7 @@
 The rank that spends the least time in a collective is taken to have entered it last. Each other rank of the group has
 waited for that rank, for as long as it spends in the collective beyond that rank's time. A recv is counted whole as
 waiting for its sender. Only durations are used, since the clocks of different ranks are not synchronised.
+chrome_trace() shows a step in Chrome's trace event format.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Kinds of values of config.json: keys that hold a list, a count or a number, and the check of a value against them.
 
-It covers keys that ports read without Config.whole(), real() or flag(), because null, 0 or another type is allowed too.
+The table has the keys that ports read without Config.whole(), real() or flag(), because null, 0 or another type is
+allowed too.
 """
 
 from __future__ import annotations

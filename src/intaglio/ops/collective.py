@@ -1,4 +1,4 @@
-"""Collective ops between the ranks of a mesh.
+"""Collective ops between the ranks of a mesh: all_reduce, all_gather, reduce_scatter, all_to_all, send, recv.
 
 Each rank's Program has its own op; `exchange()` defines all of them at once. The algorithm that moves the bytes is
 chosen elsewhere: see the package `collectives`.

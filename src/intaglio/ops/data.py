@@ -1,4 +1,4 @@
-"""Data movement: embedding lookup, selection of rows, permutation of columns, and two tensors side by side."""
+"""Ops that move data: embedding lookup, selection of rows, permutation of columns, and concatenation of columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: route chooses the experts of each token, experts computes and sums their outputs."""
+"""The ops of mixtures of experts: route chooses the experts of each token, experts computes and sums their outputs."""
 
 from __future__ import annotations
 

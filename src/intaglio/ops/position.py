@@ -1,4 +1,4 @@
-"""Positions: rotary embedding of queries and keys, and sinusoids that are added to the embeddings.
+"""Ops of positions: rotary embedding of queries and keys, and sinusoids that are added to the embeddings.
 
 Every scaling scheme (llama3, longrope, ...) is a table of frequencies, a const of the Program.
 """

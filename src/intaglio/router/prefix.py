@@ -1,6 +1,6 @@
 """Prefix keys of a prompt: chained hashes over chunks of its text, before it is tokenized.
 
-The router does not tokenize. Tokenizing 16 kB takes about as long as many a decode step, and the replica does it
+The router does not tokenize. Tokenizing 16 kB takes about as long as a decode step, and the replica does it
 anyway. Two prompts share their first i keys exactly if they share the salt and their first i chunks of text.
 """
 

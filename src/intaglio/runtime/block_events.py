@@ -1,4 +1,4 @@
-"""Events of an engine's prefix cache, from which others (a router) know which K/V blocks the engine has.
+"""Events of an engine's prefix cache, from which a router knows which K/V blocks the engine has.
 
 A reader takes a snapshot once and then the events after it. Events are numbered without gaps. The last ones are kept;
 a reader that is too late for them, or that finds another incarnation, takes a new snapshot.

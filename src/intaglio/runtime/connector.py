@@ -1,7 +1,7 @@
 """The connector interface: how an engine keeps K/V blocks outside its own pool and gets them back.
 
-Close to vLLM's KVConnector, and smaller: look up, load, save. What is behind it (files, memory that engines share,
-another machine) is a tier.
+Close to vLLM's KVConnector, and smaller: look up, load, save. An implementation is a tier: it keeps blocks in files,
+in memory that engines share, or on another machine.
 """
 
 from __future__ import annotations

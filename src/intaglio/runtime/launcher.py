@@ -1,4 +1,4 @@
-"""The launch stage of a step: starts device steps for scheduled sequences; finds the one that makes a step fail."""
+"""The launch stage: starts device steps for scheduled sequences; finds the sequence that makes a step fail."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A step reads the slot of a sequence's state before the step and writes another one, and the sequence's state moves to
 the other slot only when the step has completed. So a step that fails, or is retried in halves, never advances a state
-twice, and a slot that a sequence reads is never changed. A checkpoint is such a slot that is kept under the name of the
-block at whose end the state stood; any number of sequences may start from it.
+twice, and a slot that a sequence reads is never changed. A checkpoint is a slot that is kept under the name of a
+K/V block: its state is that at the block's end, and any number of sequences may start from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Problem: an error as an HTTP response in OpenAI's format, and the mapping of exceptions to it."""
+"""Problem: an error as an HTTP response in OpenAI's format; the mapping of exceptions to it; and JSON responses."""
 
 from __future__ import annotations
 

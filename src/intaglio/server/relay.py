@@ -1,4 +1,4 @@
-"""Responses through a router: what a replica sends beside the response, so that another replica can go on with it.
+"""Responses through a router: the deltas that a replica sends beside a response, so that another can continue it.
 
 With each part of a response the replica sends the deltas from which it was made. The router keeps them. If the replica
 dies or drains, the router sends the request again to another replica, with all deltas so far; that replica brings its

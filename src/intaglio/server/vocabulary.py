@@ -1,4 +1,7 @@
-"""Text and bytes of single tokens, as log-probabilities show them. Output text is decoded elsewhere (Transcript)."""
+"""Text and bytes of single tokens, and their text_offset, as log-probabilities show them.
+
+Output text is decoded elsewhere (Transcript).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The L2 of a simulated chip: which lines of HBM it holds. Least recently used lines are evicted; writes stay in it."""
+"""Cache: the L2 of a simulated chip, which lines of HBM it holds. Write-back; evicts the least recently used lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timeline of one modelled step of a Program on a chip: start, end and bottleneck of each op, and totals.
+"""Timeline of one modelled step of a Program on a chip: start, end and bottleneck of each op, totals, and energy.
 
 All times are modelled, never measured. chrome_trace() writes timelines as a Perfetto trace.
 """

@@ -1,6 +1,6 @@
 """PeerTier: keeps K/V blocks in memory, gives them to other replicas over TCP, and fetches theirs.
 
-So prefill and decode replicas on several hosts hand blocks over without a folder that they share. Which replica has a
+Prefill and decode replicas on several hosts hand blocks over through it, without a shared folder. Which replica has a
 block is announced with the request that needs it; a block that does not come is computed.
 """
 

@@ -1,4 +1,4 @@
-"""LangChain: chat, streams, tools, and its three methods of structured output."""
+"""Client script, LangChain: chat, streams, tools, and its three methods of structured output."""
 
 from common import GREETING, KEY, MODEL, SUNNY, URL, Verdict, run
 from common import weather as get_weather

@@ -1,4 +1,4 @@
-"""LiteLLM, as its providers openai and hosted_vllm."""
+"""The LiteLLM client, with its providers openai and hosted_vllm."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""openai-agents over the chat API."""
+"""Client script, openai-agents over the chat API: chat, tools, streams and structured output."""
 
 import asyncio
 

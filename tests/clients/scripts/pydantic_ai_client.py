@@ -1,4 +1,4 @@
-"""pydantic-ai: agents with tools, streams, and its ways of structured output."""
+"""Client script, pydantic-ai: chat, streams, tools, and its two ways of structured output."""
 
 import asyncio
 

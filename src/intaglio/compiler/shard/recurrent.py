@@ -1,4 +1,4 @@
-"""The plan of blocks with recurrent state: which of their results are split among lanes, by heads or by channels."""
+"""Sharding plan of blocks with recurrent state: which tensors are split among lanes (ranks), by heads or channels."""
 
 from __future__ import annotations
 

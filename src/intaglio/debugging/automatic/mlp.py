@@ -1,4 +1,4 @@
-"""Finds out from a Trace what an MLP block computes: a dense MLP, or experts with routing and a shared expert."""
+"""What an MLP block computes, found from a Trace: a dense MLP, or experts with routing and a shared expert."""
 
 from __future__ import annotations
 

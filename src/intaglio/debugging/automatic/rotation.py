@@ -1,4 +1,4 @@
-"""Finds out from traced values how a rotary embedding rotates keys or queries: columns, pairs and angles."""
+"""How a rotary embedding rotates keys or queries (columns, pairs and angles), found from traced values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HostExecutable: a Program loaded on the host.
+"""HostExecutable: a Program loaded on the host device (CPU).
 
 A step is one native call, interrupted at collectives and at ops with Python kernels.
 """

@@ -1,4 +1,4 @@
-"""Heartbeats between two hosts as datagrams (UDP), beside the connection that carries frames.
+"""Beacon: heartbeats between two hosts as UDP datagrams, beside the connection that carries frames.
 
 A datagram does not wait behind the frames in a connection, nor until a lost packet is sent again. A native thread sends
 them, so that Python code that keeps the interpreter's lock does not silence a host. Each has a number and an

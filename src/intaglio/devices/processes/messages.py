@@ -1,4 +1,4 @@
-"""Layout of the messages in shared memory that carry steps and results. Nothing is pickled.
+"""Layout of the messages that carry requests (steps, experts, K/V blocks) and their results. Nothing is pickled.
 
 A message is 8-byte integers, then arrays one after another, each at a multiple of 8 bytes. Texts (sites of taps and
 timings, errors) are JSON in UTF-8.

@@ -1,4 +1,4 @@
-"""The compressed attention block (DeepSeek-V4, 2026, section 2.3): a window of keys, and entries pooled from runs.
+"""Writes the ops of compressed attention (DeepSeek-V4, 2026, section 2.3): to a window of keys and to pooled entries.
 
 Keys serve as values, one head for all query heads. A layer attends to the keys of a window, and to entries that are
 pooled from runs of tokens: to all of them, or to those that an indexer chooses, which has small entries of its own.

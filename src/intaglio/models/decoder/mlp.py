@@ -1,4 +1,4 @@
-"""The MLP block of a layer: an MLP, or a mixture of experts with router and shared expert."""
+"""Writes the ops of a layer's MLP block: a dense MLP, a mixture of experts with a shared expert, or both."""
 
 from __future__ import annotations
 

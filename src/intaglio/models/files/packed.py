@@ -1,6 +1,7 @@
 """Integer matrices of GPTQ, AWQ and AutoRound: codes packed into words.
 
-Value = (code - zero) * scale, groups along K.
+Value = (code - zero) * scale, groups along K. auto_round() also reads AutoRound's other layouts: as MLX's, or floats
+with scales.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """BERT and its kin run as decoders (`is_decoder`): norms after each addition, a dense layer before the head.
 
 Roberta counts positions from padding_idx + 1. RoBERTa-PreLayerNorm, XLM-RoBERTa-XL and Megatron-BERT have norms before
-the branches. Electra, RemBERT and RoFormer may have embeddings of another width than the model.
+the branches. Electra, RemBERT and RoFormer may have embeddings of another width than the model. Also here: ERNIE 1 to
+3, BigBird with full attention, BertGeneration and GIT's text decoder.
 """
 
 from __future__ import annotations

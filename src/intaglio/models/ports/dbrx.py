@@ -1,4 +1,4 @@
-"""DBRX: LayerNorms without bias, clipped queries, keys and values in one tensor, experts stacked by rows."""
+"""DBRX: LayerNorms without bias; queries, keys and values clipped, in one tensor; experts stacked by rows."""
 
 from __future__ import annotations
 

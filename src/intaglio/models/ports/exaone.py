@@ -1,7 +1,7 @@
-"""EXAONE 4: norms on the branches' outputs and on each head of q and k.
+"""EXAONE 4 and K-EXAONE. EXAONE 4: norms on the outputs of attention and MLP, and on each head of q and k.
 
 Three layers of four have a sliding window; the full layers of such a model have no rope. K-EXAONE has the same
-attention, norms before the branches, and experts routed as in DeepSeek-V3.
+attention, norms before attention and MLP, and experts routed as in DeepSeek-V3.
 """
 
 from __future__ import annotations

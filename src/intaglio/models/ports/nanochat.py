@@ -1,4 +1,4 @@
-"""NanoChat: RMS norms without weights, also of the embeddings; squared ReLU; rope that turns the other way."""
+"""NanoChat: RMS norms without weights, also of the embeddings; squared ReLU; rope rotates in the opposite direction."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""OLMo 2 and 3: norms on the branches' outputs only; q and k are normed over their whole width.
+"""OLMo 1, 2 and 3, OLMoE and FlexOlmo. OLMo 2: norms only on the outputs of attention and MLP, and on all of q and k.
 
 OLMo 3 has a sliding window in three of four layers; its rope scaling applies to the full layers only. OLMoE has norms
-on the branches' inputs, and eight of 64 experts per token. OLMo 1 has LayerNorms without weights. FlexOlmo is OLMoE
-with the norms of OLMo 2.
+on the inputs of attention and MLP, and eight of 64 experts per token. OLMo 1 has LayerNorms without weights. FlexOlmo
+is OLMoE with the norms of OLMo 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Instructions of flash attention: online softmax on the vector lanes, and the fused attention engine."""
+"""Instructions of flash attention: online softmax, rescale and merge on vector lanes, and fused attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Chip kernel of the op `kv_write`: writes a step's keys and values to their slots of the K/V cache."""
+"""Chip kernel of the op `kv_write`: writes a step's keys and values to their slots of the K/V cache.
+
+Also Heads, the sizes of an attention layer, which the kernels of attention share.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sharding rule of experts."""
+"""The sharding rule of the op Experts, and which experts each expert-parallel group holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sharding rule of rotary positions."""
+"""The sharding rule of the op Rope: a rank rotates only its own heads if the input is split by heads."""
 
 from __future__ import annotations
 

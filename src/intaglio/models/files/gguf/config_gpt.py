@@ -1,6 +1,7 @@
-"""Converts the metadata of a GGUF file to the keys of config.json, for GPT-2 and models whose layers resemble it.
+"""Converts the metadata of a GGUF file to the keys of config.json, for GPT-2 and models with similar layers.
 
-transformers names the tensors of these in many ways. Here they are named as Decoder names them (the key llama_names).
+These are StarCoder 1, GPT-NeoX, Falcon, Phi-1 and 2, StableLM, BLOOM and MPT. transformers
+names their tensors in many ways. Here they are named as Decoder names them (the key llama_names).
 """
 
 from __future__ import annotations
