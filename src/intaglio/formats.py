@@ -76,7 +76,8 @@ class Format:
         name: such as bf16 or int8g128.
         bits: bits of one value, without scales.
         group: number of values along a row that share a scale; 0 for plain formats, ROW (-1) for one scale per row.
-        scale_bits: bits of scale, zero and minimum together, per group.
+        scale_bits: bits of scale, zero and minimum together, per group. In q4_k, q5_k and q6_k, with the group's share
+            of its block's f16 units.
         row_bits: bits of a factor per row that multiplies the row's scales (nvfp4); 0 if there is none.
     """
 

@@ -129,3 +129,33 @@ def test_the_command(checkpoint: Path) -> None:
     assert done.exit_code == 2 and done.stderr.startswith("error: http://127.0.0.1:9/v1: ")
     done = CliRunner().invoke(intaglio.cli.app, [*words, "--base-url", "http://127.0.0.1:9/v1"])
     assert done.exit_code == 2 and "leave out options for a new one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("models", "completion", "error", "words"),
+    [
+        ("", "{}", ValueError, "models answers 200"),
+        ("[1]", "{}", ValueError, "models answers 200"),
+        ('{"data": [{}]}', "{}", ValueError, "models answers 200"),
+        ('{"data": [{"id": "m"}]}', "{}", ValueError, "wanted a completion with usage.prompt_tokens"),
+        ('{"data": [{"id": "m"}]}', '{"usage": {"prompt_tokens": null}}', ValueError, "usage.prompt_tokens"),
+        (None, "{}", OSError, "disconnected"),
+    ],
+)
+def test_a_server_that_is_not_openai_like_is_named(
+    models: str | None, completion: str, error: type[Exception], words: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        text = models if head.startswith(b"GET") else completion
+        if text is not None:
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode())
+            await writer.drain()
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            await probe(Server(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"))
+
+    with pytest.raises(error, match=words):
+        asyncio.run(ask())

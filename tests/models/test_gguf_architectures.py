@@ -372,3 +372,10 @@ def test_another_score_of_experts_is_refused(tmp_path, family):
 
 def test_all_architectures_are_written_here():
     assert set(ARCHITECTURES) == set(WRITTEN.values()) | set(SAME_AS)
+
+
+def test_scales_of_experts_that_an_architecture_does_not_have_are_refused(tmp_path):
+    path, scales = tiny("qwen3moe", tmp_path / "source", decoder_sparse_step=1), np.ones(8, np.float32)
+    file, _, _ = write(path, tmp_path / "out", extra=lambda w: w.add_tensor("blk.0.ffn_down_exps.scale", scales))
+    with pytest.raises(PortError, match=r"tensor blk.0.ffn_down_exps.scale is \[8\]; .* weights with 3 dimensions"):
+        Checkpoint.open(file)

@@ -133,16 +133,16 @@ class Case:
 
 
 class KernelSearch:
-    """A search for the properties of one kernel that make its measured rows on all chips most likely.
+    """A search for the properties of one kernel that explain its measured rows on all chips best.
 
-    Facts are discrete properties, such as tile sizes; they are the same on all chips. Constants are numbers such as
-    efficiencies; each chip has its own.
+    Facts are discrete properties, such as tile sizes; a change of one is tried on all chips at once. Constants are
+    numbers such as efficiencies; each chip has its own, with a prior distribution.
 
     Attributes:
         cases: a Case (measured rows on one chip) for each chip.
         values: for each case, a dict {name of a constant or fact: best value so far}.
-        begun: for each case, the values about which the constants' prior distributions lie; those at the start.
-        width: width of these distributions, of a constant's logarithm; twice as wide for seconds.
+        begun: for each case, {name of a constant: centre of its prior}.
+        width: width of the priors of the constants' logarithms. Constants in seconds have priors twice as wide.
     """
 
     def __init__(

@@ -100,28 +100,39 @@ async def probe(server: Server) -> None:
     """Ask the server for its model, and complete one short prompt. Sets attributes of `server`; returns nothing.
 
     Sets `model`, `context` (None if the server does not report it) and `tokens_per_word`. Raises ValueError if the
-    server does not answer as OpenAI's API does, OSError if it cannot be reached.
+    server does not answer as OpenAI's API does, OSError if it cannot be reached or drops the connection.
     """
+    from aiohttp import ClientError
+
     async with _session() as session:
-        await _probe(session, server)
+        try:
+            await _probe(session, server)
+        except ClientError as e:  # some of these are no OSError
+            raise OSError(str(e) or type(e).__name__) from None
 
 
 async def _probe(session: Any, server: Server) -> None:
     async with session.get(f"{server.url}/models", headers=server.headers) as response:
         answer = await response.json(content_type=None)
-        if response.status != 200 or not answer.get("data"):
+        models = answer.get("data") if isinstance(answer, dict) and response.status == 200 else None
+        if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "id" not in models[0]:
             raise ValueError(
                 f"{server.url}/models answers {response.status} {str(answer)[:200]}; is the address right?"
             )
-    server.model, server.context = answer["data"][0]["id"], answer["data"][0].get("max_model_len")
+    server.model, server.context = models[0]["id"], models[0].get("max_model_len")
     words = min(PROBE, (server.context or PROBE) // 8)
     body = server.body(LoadRequest(0.0, words, 1), random.Random(0))
     plain = {k: v for k, v in body.items() if not k.startswith("stream")}
     async with session.post(f"{server.url}/completions", json=plain, headers=server.headers) as response:
         answer = await response.json(content_type=None)
-        if response.status != 200:
-            raise ValueError(f"{server.url}/completions answers {response.status} {str(answer)[:200]}")
-    server.tokens_per_word = max(0.1, answer["usage"]["prompt_tokens"] / words)
+        usage = answer.get("usage") if isinstance(answer, dict) and response.status == 200 else None
+        tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if not isinstance(tokens, int):
+            raise ValueError(
+                f"{server.url}/completions answers {response.status} {str(answer)[:200]}; wanted a completion with "
+                "usage.prompt_tokens"
+            )
+    server.tokens_per_word = max(0.1, tokens / words)
 
 
 def _session() -> Any:

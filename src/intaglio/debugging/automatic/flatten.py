@@ -262,9 +262,10 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """The number of each layer's rope table, as a list: equal rotations have equal numbers, from 0; -1 for none.
+    """For each layer, the index of its rope table: a list of ints from 0, with -1 for a layer without rope.
 
-    ropes: the rotation traced in each layer.
+    Layers share a table if they rotate equally many columns by the same angles. ropes: the rotation traced in each
+    layer.
     """
     seen: list[Rotation] = []
     out = []

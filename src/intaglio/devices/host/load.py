@@ -145,9 +145,9 @@ def added_sums(program: Program) -> dict[int, dict[str, str]]:
 def add_op(
     native: _native.Executable, op: Op, ids: Mapping[str, int], more: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Append one op to the native executable. Raises DeviceError with the kernel's message if it cannot run the op.
+    """Append one op to the native executable. Raises DeviceError if its kernel cannot run the op.
 
-    Operands and attributes are passed by the field names of the op's class; arrays of the batch are left out.
+    Operands are passed by the field names of the op's class, attributes as the op's NativeKernel gives them.
 
     ids: numbers of the Program's tensors in the native executable, by name. more: further operands that the op's class
     does not have, as {operand's name in the kernel: tensor's name}; for example the residual that an all_reduce adds.

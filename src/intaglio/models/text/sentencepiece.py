@@ -34,7 +34,7 @@ RENUMBERED = {  # classes of transformers whose ids are not the pieces' own, or 
 
 
 class SentencePieceError(ValueError):
-    """Raised for a file that is no SentencePiece model, or one of a kind that is not read."""
+    """Raised for a file that is no SentencePiece model, and for models or tokenizer classes that are not supported."""
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,8 @@ class Tokenizer:
 def has_tokenizer(path: Path) -> bool:
     """True if a checkpoint has a tokenizer: tokenizer.json or tokenizer.model in the folder, or one in the GGUF file.
 
-    Raises TokenizerError if the GGUF file or its tokenizer cannot be read, if a part of the file is missing, or if the
-    folder holds several GGUF models.
+    Only where the folder has neither file is a GGUF file looked at. Raises TokenizerError if it or its tokenizer cannot
+    be read, if a part of the file is missing, or if there are several GGUF models to choose from.
     """
     beside = any((path / name).exists() for name in ("tokenizer.json", SENTENCEPIECE))
     return beside or _embedded(path) is not None

@@ -113,7 +113,7 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
     batch: (queries, keys, number of sequences) of each distinct chunk. warm: True if the L2 holds as much of the keys
     and values as fits. kernel: name of one of the library's attention kernels; "": the library's choice. Raises
-    ChipError for an unknown kernel.
+    ChipError if the library describes kernels, and none of this name.
     """
     chip, lib = target.chip, target.library
     on = {phase: target.kernel(phase, h.format, h.head_dim, kernel) for phase in ("prefill", "decode")}

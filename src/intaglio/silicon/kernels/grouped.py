@@ -55,7 +55,7 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """The argument `reader` of rounded(), for rows of x sorted by expert: a function that makes a core's load function.
+    """Make the argument `reader` of rounded(): it lets the cores load rows of x sorted by expert. Returns a function.
 
     - reader(builder, step) takes the core's StreamBuilder and the largest number of rows of a tile. It returns read.
     - read(tile, rows, columns) emits the load of a part of x into `tile`, and returns the region of `tile` that this

@@ -104,12 +104,13 @@ def x_resident(target: Target, x_bytes: Any) -> Any:
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """How a core's SRAM is divided, as a triple (rows per drain, bytes of all stages, bytes of one stage's scales).
+    """Sizes of a core's buffers in SRAM, as a triple (rows per drain, bytes of all stages, bytes beside operands).
 
     - Rows per drain: rows of a tile that move from the accumulators to SRAM at a time.
-    - Bytes of all stages: a stage is a buffer for the operands of one step over K, and their scales. The rest of SRAM
-      is two tiles of drained rows, two rows of bias and 1,024 bytes.
-    - Bytes of one stage's scales: with padding for alignment. Only an x of 8 bits has scales.
+    - Bytes of all stages: a stage is a buffer for the operands of one step over K. The stages get what two tiles of
+      drained rows, two rows of bias and 1,024 bytes leave, but at least a quarter of SRAM.
+    - Bytes beside operands: the part of a stage that holds scales (if x has 8 bits) and padding for alignment; at most
+      an eighth of all stages.
 
     The three are numbers or arrays, as tm and tn are. tm, tn: rows and columns of a tile; tn counts both sides of a GLU
     pair. glu: True for a GLU pair. x_bits: bits of a value of x.

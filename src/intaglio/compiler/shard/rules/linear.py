@@ -85,9 +85,9 @@ def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
 
 
 def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int], group: tuple[int, ...]) -> None:
-    """Append all_gathers that give every rank of `group` all parts of a sum, and the additions of the parts in order.
+    """Append all_gathers that give every rank of `group` all partial sums, and ops that add these in order.
 
-    names: results of the parts that this rank has computed. own: their numbers. Returns nothing.
+    names: names of the partial sums that this rank has computed. own: their indices. Returns nothing.
     """
     width, each = int(lane.p.tensors[op.out].shape[1]), len(own)
     rows, terms = lane.tensors[names[0]].shape[0], dict[int, str]()

@@ -150,7 +150,7 @@ class _Reader:
         elif match:
             self.tables.add(f"{at}{name.format(e=match[2])}.{suffix}", p)
         elif "{e}" in name:
-            self._add_experts(f"{at}{name}", suffix, p)
+            self._add_experts(f"{at}{name}", suffix, p, full)
         else:
             self._add_one(at + name, own, suffix, p)
 
@@ -169,7 +169,7 @@ class _Reader:
             return
         self.tables.add(full, p, heads, self.own.shift if norm else 0.0)
 
-    def _add_experts(self, name: str, suffix: str, p: Place) -> None:
+    def _add_experts(self, name: str, suffix: str, p: Place, full: str) -> None:
         """Add a stack of experts' matrices as one tensor for each expert. Returns nothing.
 
         Biases of all experts stay one tensor, whose name ends with _bias.
@@ -178,11 +178,19 @@ class _Reader:
             name: name in transformers, with {e} for the expert's number and without suffix.
             suffix: weight or bias.
             p: where the file has the stack [experts, rows, columns], or the biases.
+            full: name of the stored tensor, for errors.
+
+        Raises PortError for another suffix, and for a stack that does not have 3 dimensions.
         """
         if suffix == "bias":
             head, _, own = name.partition("{e}.")
             self.tables.add(f"{head}{own}_bias", p)
             return
+        if suffix != "weight" or len(p.shape) != 3:
+            raise PortError(
+                f"{self.file.path}: tensor {full} is {list(p.shape)}; of experts in one tensor, weights with 3 "
+                "dimensions and biases are read"
+            )
         each = p.shape[1:]
         for e in range(p.shape[0]):
             self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
