@@ -203,7 +203,7 @@ class ReplicaProcess:
             os.truncate(self.log, 0)
 
     def _said(self) -> str:
-        """The text that the process has written to its log since its present start."""
+        """The text that the process has written to its log since its present start, or since the log was trimmed."""
         with self.log.open("rb") as log:
             log.seek(self._begins if self._begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
             return log.read().decode(errors="replace").strip()

@@ -348,7 +348,10 @@ def compare_layouts(
 
 
 def scaled(value: Any, by: float) -> Any:
-    """A field's value times `by`. The value is a number, or pairs (format, rate) whose rates are multiplied."""
+    """A field's value times `by`. The value is a number, or pairs (format, rate) whose rates are multiplied.
+
+    Integers and rates are rounded towards 0.
+    """
     if isinstance(value, tuple):
         return tuple((f, int(rate * by)) for f, rate in value)
     return type(value)(value * by)

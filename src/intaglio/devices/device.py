@@ -250,9 +250,10 @@ class Executable(ABC):
         return any(op.kind == "experts" for op in self.program.ops)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
-        """{site (name of an op): ExpertLoad} of all layers with experts; {} if this executable does not count.
+        """How many tokens each expert has computed in all steps so far, as {site (name of an op): ExpertLoad}.
 
-        All steps launched so far are counted. Raises DeviceLost if the device is lost.
+        There is one item for each layer with experts; none if this executable does not count tokens. Raises DeviceLost
+        if the device is lost.
         """
         return {}
 

@@ -97,9 +97,8 @@ def restacked(
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     """A list of texts for consecutive parts of a checkpoint tensor, such as "qkv.weight|r0:4/12" for rows 0 to 3 of 12.
 
-    The parts have the sizes `sizes` and together make up the tensor, or one block of it: if the tensor's axis is n
-    times as long as the sum of the sizes, the tensor has n equal blocks. Each part then has its rows or columns of
-    every block, one block after another.
+    The parts have the sizes `sizes` and together make up the tensor. If the tensor's axis is longer, it must be a
+    multiple of their sum: the tensor is then a row of equal blocks, and a part has its rows or columns of each block.
 
     Args:
         source: name of the tensor, perhaps with steps that reshape it (see this file's docstring).

@@ -22,9 +22,10 @@ Recurrence = LinearAttention | SelectiveScan | RgLru
 def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> None:
     """Decide how the block around a recurrence is split among tp lanes (ranks), and add that to `plan`.
 
-    Linear attention is split by heads, other recurrences by channels. `plan` gets the columns of each lane for every
-    result between the projections into the block and the projection out of it, and for the states. If some op of the
-    block needs whole operands, nothing is added, so that every lane runs the whole block. Returns nothing.
+    Linear attention is split by heads, other recurrences by channels. An item is added for each state, and for each
+    result between the projections into the block and the projection out of it: the columns of each lane. If an op of
+    the block cannot run with its share, or two ops need different shares of one tensor, nothing is added, so that every
+    lane runs the whole block. Returns nothing.
 
     plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads or
     channels.

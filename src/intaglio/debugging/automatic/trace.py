@@ -225,9 +225,10 @@ def same(a: np.ndarray, b: np.ndarray, near: float = NEAR) -> bool:
 
 
 def factors(y: np.ndarray, *terms: np.ndarray) -> tuple[float, ...] | None:
-    """The numbers f, one for each term, with which y is the sum of f * term, as a tuple; None if there are none.
+    """Express y as a weighted sum of `terms`. Returns the weights as a tuple, one for each term.
 
-    A number within 2e-5 of 1 is returned as exactly 1.
+    They are fitted by least squares. The result is None if the fitted sum is not y (see same()), or if a term has
+    another size than y. A weight within 2e-5 of 1 is returned as exactly 1.
     """
     if any(t.size != y.size for t in terms):
         return None

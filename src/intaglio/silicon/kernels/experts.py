@@ -51,12 +51,12 @@ OPERANDS = 64  # values deep, in two bytes and two stages: what Target asks of a
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Chip kernel of `experts` on one chip. Timed with random routing.
+    """Chip kernel of the op Experts: the routed MLPs that one chip holds. Timed with random routing.
 
     Attributes:
-        top: experts that a token chooses.
-        held: experts on the chip.
-        experts: experts in all.
+        top: number of experts that a token chooses.
+        held: number of experts on the chip.
+        experts: number of experts of the layer on all chips.
         hidden, inner: widths of x and of an expert's inner row.
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.

@@ -161,8 +161,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     over K.
 
     - seconds: time of the product, launch included.
-    - hbm: bytes moved from and to HBM, without the weights if they are resident. weights: bytes of the weights in any
-      case. moved: bytes between L2 and cores.
+    - hbm: bytes moved from and to HBM, without those of the weights if they are resident. weights: bytes of the weights
+      that HBM delivers, or would deliver if they were not resident. moved: bytes between L2 and cores.
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
     - steps: steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.

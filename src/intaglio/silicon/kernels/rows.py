@@ -211,9 +211,8 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
         op: the op.
         kernel: the op's kernel, which gives the number of column ranges and the number of tiles in a ring.
         rows: number of rows.
-        columns: for each ring (circular SRAM buffer of f32 tiles), the number of columns of a whole row. If rows are
-            divided into column ranges, the ring's tiles have at most as many columns as a range. The ranges divide the
-            last of these numbers.
+        columns: for each ring (circular SRAM buffer of f32 tiles), the number of columns of a whole row. The last one
+            is the width that is divided into column ranges. A tile has at most as many columns as a range.
         body: called to emit the instructions of one job, as body(builder, list of rings, slice of one row, slice of the
             job's columns). The last is slice(None) if kernel.in_runs().
     """
