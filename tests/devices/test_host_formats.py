@@ -144,12 +144,12 @@ def stored(c: Checkpoint, p: Program, rng: Rng) -> dict[str, Value]:
     ("llama", {"intermediate_size": 768}), ("qwen3moe", {"moe_intermediate_size": 768, "decoder_sparse_step": 1}),
 ])  # fmt: skip
 def test_lanes_get_whole_blocks(tmp_path: Path, family: str, sizes: dict[str, int], format: str, rng: Rng) -> None:
-    """Three blocks of inner columns for two lanes: one lane gets two of them; no block is split."""
+    """Three blocks of inner columns for two lanes: the first lane gets two of them; no block is split."""
     more = {"hidden_size": 512, "num_hidden_layers": 1, "head_dim": 128}
     c = Checkpoint.open(tiny(family, tmp_path / "model", **more, **sizes))
     whole, ranks = build(port(c), format), build_mesh(port(c), "tp2", format)
     down = "layers.0.mlp.down_proj.weight" if family == "llama" else "layers.0.mlp.experts.down"
-    assert [int(p.tensors[down].shape[-1]) for p in ranks.programs] == [256, 512]
+    assert [int(p.tensors[down].shape[-1]) for p in ranks.programs] == [512, 256]
     arrays = stored(c, whole, rng)
     batch = bind([Chunk(range(40), 0, range(3), range(40))], PAGE)
     want = (
