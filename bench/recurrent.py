@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace, shape: str, folder: Path, engines: Sequenc
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> str:
-    """How far apart two engines' logits [tokens, vocabulary] are, in words."""
+    """A line of text that compares two engines' logits, each [tokens, vocabulary]."""
     apart, same = difference(a, b), float(np.mean(a.argmax(axis=1) == b.argmax(axis=1)))
     assert np.isfinite(apart)
     return f"relative difference {apart:.3f}, the same most likely token after {same:.0%}"

@@ -13,9 +13,6 @@ from intaglio.debugging.automatic.rotation import Rotation
 from intaglio.debugging.automatic.trace import Unmatched
 
 Facts = dict[str, Any]
-SAME_IN_ALL = {  # facts of each layer that Decoder says once for all layers, and the field's name
-    "heads": "heads", "o_bias": "o_bias", "softcap": "attn_softcap",
-}  # fmt: skip
 SPLIT = 'split((("q_proj", heads // kv_heads * head_dim), ("k_proj", head_dim), ("v_proj", head_dim)), "{source}")'
 
 

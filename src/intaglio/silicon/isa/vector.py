@@ -16,6 +16,8 @@ from intaglio.silicon.isa.matrix import EXP_CALLS
 from intaglio.silicon.isa.transfer import check_within
 from intaglio.silicon.memory import CoreMemory, Region
 
+SCALED: Steps = (("operand", "a"), ("operand", "b"), ("binary", "*"))  # a * b, as steps of Map
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Instruction, engine="VEC", opcode=0x31):

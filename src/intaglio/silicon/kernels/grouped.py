@@ -14,6 +14,7 @@ import numpy as np
 from intaglio.chips import Target
 from intaglio.ops import Experts
 from intaglio.silicon import isa
+from intaglio.silicon.isa.vector import SCALED
 from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.product import Grouped
 from intaglio.silicon.kernels.rows import ROWS
@@ -31,8 +32,6 @@ from intaglio.silicon.kernels.tiled import (
 )
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Stream, StreamBuilder
-
-SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 
 
 def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:

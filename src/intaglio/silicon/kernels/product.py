@@ -306,7 +306,8 @@ def product_times(
     depth_s = chip.array_depth / chip.clock_hz
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
-    # Of several tiles, whose pieces take two buffers in turn. If they are even, the first has no shorter piece
+    # Seconds to drain and store one of several tiles. Pieces of tiles use two buffers in turn. With an even number of
+    # pieces, the shorter last piece of every tile uses the same buffer; the other buffer has whole pieces only
     half = np.where(pieces % 2 == 0, (drain + store) * piece / rows * pieces, drain + store)
     per_tile = np.maximum(np.maximum(drain, store), (half + pieces * depth_s) / 2)
 
@@ -404,7 +405,10 @@ def product_times(
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
         def in_line(load_s: Any) -> Any:
-            """Seconds of a tile's steps if each is loaded during the matmuls of the one before. load_s: of one step."""
+            """Seconds of a tile's matmuls if each step's operands are loaded during the matmuls of the step before.
+
+            load_s: seconds to load one step's operands.
+            """
             return (steps - 1) * np.maximum(load_s, work) + np.maximum(load_s * last_part / tk, last_work)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any, edges: Any) -> Any:
@@ -462,7 +466,7 @@ def product_times(
         if lib.persistent:
             behind = wait_s + last_work + first_piece  # seconds from a tile's last load to its first store
             competing = np.clip(competing - behind * chip.hbm_rate / np.maximum(hbm, 1), 0, 1)
-            # None starts before the first tile is drained, and from then on loads have half of HBM's rate or more
+            # No store starts before the first tile is drained. From then on, loads get at least half of HBM's rate
             loading = np.maximum(0, read / chip.hbm_rate - first_store) * chip.hbm_rate
             competing = np.minimum(competing, loading / np.maximum(out_hbm, 1))
         return (read + out_hbm * competing) / chip.hbm_rate

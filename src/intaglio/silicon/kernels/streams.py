@@ -11,7 +11,7 @@ from intaglio.ops import MixStreams, Sinkhorn
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import sinkhorn_cycles
 from intaglio.silicon.isa.instruction import Steps
-from intaglio.silicon.isa.vector import map_cycles
+from intaglio.silicon.isa.vector import SCALED, map_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
 from intaglio.silicon.kernels.rows import RowsKernel, by_jobs
@@ -19,7 +19,6 @@ from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
 COLUMNS = 2048  # of a stream in a job of mix_streams, at most
-SCALED: Steps = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 ADDED: Steps = (*SCALED, ("operand", "c"), ("binary", "+"))
 
 
