@@ -32,12 +32,17 @@ LAYERS = {
 
 
 def cases(rng: random.Random, count: int) -> list[Case]:
-    """Requests of four groups whose prompts begin alike, greedy and sampled. The first two need a second K/V block."""
+    """Requests of four groups whose prompts begin alike, greedy and sampled.
+
+    The first two need a second K/V block while they decode; the third and the last begin with the same 70 tokens, so at
+    least one prefix is shared in every draw.
+    """
     prefixes = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in (1, 29, 40, 70)]
     grows = SamplingParams(max_tokens=12, ignore_eos=True)
     found = [([rng.randrange(VOCABULARY) for _ in range(30)], grows) for _ in range(2)]
-    for _ in range(count - 2):
-        prompt = rng.choice(prefixes) + [rng.randrange(VOCABULARY) for _ in range(rng.choice((0, 1, 2, 9)))]
+    for index in range(2, count):
+        prefix = prefixes[-1] if index in (2, count - 1) else rng.choice(prefixes)
+        prompt = prefix + [rng.randrange(VOCABULARY) for _ in range(rng.choice((0, 1, 2, 9)))]
         options: dict[str, Any] = {"max_tokens": rng.randint(1, 7), "ignore_eos": True}
         if rng.random() < 0.6:
             options |= {"temperature": rng.uniform(0.3, 1.5), "seed": rng.getrandbits(60)}
