@@ -51,7 +51,9 @@ def least_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """The longest job in seconds, or the total divided by the cores if that is longer: a lower bound.
+    """A lower bound on the seconds in which `cores` cores do all jobs.
+
+    It is the longest job, or the sum of all jobs divided by the cores if that is longer.
 
     seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
     """
