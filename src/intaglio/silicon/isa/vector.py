@@ -122,7 +122,7 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
         return Cost(cycles=float(vector_cycles(target.chip, self.dst.rows * self.dst.cols)))
 
 
-def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
+def map_cycles(chip: ChipSpec, steps: Steps, n: float) -> float:
     """Number of cycles of an expression over n values.
 
     Each value takes one operation for each function call and binary operator, and one to write the result. Calls such
@@ -137,7 +137,7 @@ def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
 class Map(Instruction, engine="VEC", opcode=0x33):
     """Evaluate an elementwise expression over a, b, c, given as a stack program (postfix), into dst.
 
-    a, b, c are f32 of one shape; b and c may have one column, which is broadcast.
+    a, b, c are f32 of one shape; b and c may have one row or one column, which is broadcast.
     """
 
     dst: Region
@@ -148,9 +148,11 @@ class Map(Instruction, engine="VEC", opcode=0x33):
     writes = ("dst",)
 
     def shapes(self) -> Shapes:
-        wide: Shapes = {name: ("m", "n") for name in ("b", "c")}
-        column: Shapes = {name: ("m", 1) for name in wide if (r := getattr(self, name)) is not None and r.cols == 1}
-        return {"dst": ("m", "n"), "a": ("m", "n"), **wide, **column}
+        given = {name: r for name in ("b", "c") if (r := getattr(self, name)) is not None}
+        other: Shapes = {
+            name: (1 if r.rows == 1 else "m", 1 if r.cols == 1 else "n") for name, r in given.items()
+        }  # fmt: skip
+        return {"dst": ("m", "n"), "a": ("m", "n"), **other}
 
     def run(self, mem: CoreMemory) -> None:
         value = evaluate(self.steps, lambda name: mem.read32(getattr(self, name)))
