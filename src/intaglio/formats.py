@@ -529,7 +529,7 @@ def _unit(sizes: np.ndarray) -> np.ndarray:
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Scales or minima divided by their unit, rounded to the nearest whole number and clipped to 0..63 (float32)."""
+    """Scales or minima `sizes`, divided by `unit`, rounded to whole numbers and clipped to 0..63, as float32."""
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 
 

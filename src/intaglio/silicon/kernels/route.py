@@ -84,7 +84,9 @@ class RouteKernel(RowsKernel):
         return target.chip.constants.hbm_latency_s * self.listed
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """The Timing of a step, as of any RowsKernel. If a table lists the experts of each token, two things are added:
+        """The Timing of a step, as of any RowsKernel, with two additions if a table lists the experts of each token.
+
+        They are:
 
         - Seconds: HBM's latency, since a core needs the ids of its tokens before it can load their rows of the table.
         - HBM bytes, on a chip with an L2: the table's rows, which come from HBM. Without an L2 they are counted
