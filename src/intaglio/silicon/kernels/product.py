@@ -571,6 +571,12 @@ def linear_timing(
     return Timing(seconds, busy, hbm, moved, 0.0, flops, w["run"], weights, choice, jobs=jobs)
 
 
+def scale_group(tensor: Tensor) -> int:
+    """Number of columns of a row of a weight that share a scale; 0 if it has no scales. Of fp8row it is all columns."""
+    k = int(tensor.shape[-1])
+    return k if tensor.format == "fp8row" else formats.get(tensor.format).group_of(k)
+
+
 def bits_per_value(tensor: Tensor) -> float:
     """Number of bits per value of a weight, scales included; may be a fraction."""
     rows, cols = prod(int(d) for d in tensor.shape[:-1]), int(tensor.shape[-1])
