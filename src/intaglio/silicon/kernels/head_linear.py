@@ -14,7 +14,8 @@ from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.product import bits_per_value, linear_timing
-from intaglio.silicon.kernels.product_loop import ProductLoop
+from intaglio.silicon.kernels.product_loop import product_seconds
+from intaglio.silicon.kernels.product_steps import ProductLoop
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.kernels.tiled import (
     Codes,
@@ -112,7 +113,7 @@ def stream_seconds(target: Target, kernel: HeadLinearKernel, rows: int) -> float
     n, k, heads = kernel.n, kernel.k, kernel.heads
     cut = tiling(target, (rows, n, k), "f32", kernel.w_format, kernel.w_bits, heads=heads)
     loop = ProductLoop(cut=cut, x_format="f32", w_format=kernel.w_format)
-    return loop.follow(target, head_jobs(rows, heads, n, k, cut))[0]
+    return product_seconds(target, loop, head_jobs(rows, heads, n, k, cut))[0]
 
 
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:

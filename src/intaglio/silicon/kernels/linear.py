@@ -16,7 +16,8 @@ from intaglio.silicon.kernels.chip_memory import ChipMemory, codes_of, deal_jobs
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.partial_sums import missed_sums, part_columns, partial_seconds
 from intaglio.silicon.kernels.product import bits_per_value, linear_timing, scale_group
-from intaglio.silicon.kernels.product_loop import ProductLoop
+from intaglio.silicon.kernels.product_loop import product_seconds
+from intaglio.silicon.kernels.product_steps import ProductLoop
 from intaglio.silicon.kernels.tiled import (
     Finish,
     TileJob,
@@ -124,13 +125,15 @@ def stream_seconds(target: Target, kernel: LinearKernel, rows: int) -> float:
     sides, k = 1 + kernel.glu, kernel.k
     how = kernel.x_format, kernel.w_format, kernel.w_bits, kernel.group
     cut = tiling(target, (rows, kernel.n, k), *how, sides)
-    steps = split_steps(k, scale_columns(kernel.group, k), cut)
-    rounded_from = 0.0 if kernel.x_format == "f32" else WIDE * 8 / formats.bits(kernel.x_format)
+    span = scale_columns(kernel.group, k)
+    steps = split_steps(k, span, cut)
     loop = ProductLoop(
-        cut=cut, x_format=kernel.x_format, w_format=kernel.w_format, group=kernel.group, sides=sides,
-        drains=sides if len(steps) > 1 else 1, before=rounded_from,
+        cut=cut, x_format=kernel.x_format, w_format=kernel.w_format, group=kernel.group,
+        span=span if kernel.x_format in ("int8", "e4m3") else 0, sides=sides,
+        drains=sides if len(steps) > 1 else 1,
+        before=0.0 if kernel.x_format == "f32" else WIDE * 8 / formats.bits(kernel.x_format),
     )  # fmt: skip
-    seconds, written = loop.follow(target, tile_jobs(rows, kernel.n // sides, steps, cut))
+    seconds, written = product_seconds(target, loop, tile_jobs(rows, kernel.n // sides, steps, cut))
     if len(steps) > 1:
         missed = missed_sums(target, 4 * len(steps) * rows * kernel.n, written)
         seconds += float(partial_seconds(target, rows, kernel.n, len(steps), 4.0, kernel.glu, missed))
