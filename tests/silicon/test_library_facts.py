@@ -12,8 +12,7 @@ from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import experts_timing, grouped_target, grouped_timing
 from intaglio.silicon.kernels.kv_write import Heads
-from intaglio.silicon.kernels.tiled import tiling
-from intaglio.silicon.memory import dense
+from intaglio.silicon.kernels.tiling import tiling
 
 B200, H100, L40S = target("b200_sxm"), target("h100_sxm"), target("l40s")
 

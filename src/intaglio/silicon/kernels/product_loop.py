@@ -18,6 +18,7 @@ from intaglio.silicon.kernels.l2_blocks import L2Blocks
 from intaglio.silicon.kernels.product_steps import CoreSteps, ProductLoop, ProductSteps, situations
 from intaglio.silicon.kernels.tiling import Job
 
+ROUNDING = 1e-12  # relative error of times in float64
 PARTS = 8  # HBM's bytes of a transfer are rounded to such parts of its size
 
 
@@ -112,7 +113,10 @@ class _Loop:
             for missed, flow in running:
                 flow.rate = min(rate, share / missed) if missed else rate
                 end = self.now + max(0.0, flow.ends[0][0] - flow.moved) / flow.rate
-                if end <= then:
+                # Of transfers that end together, the one that began first ends first
+                if end < then * (1 - ROUNDING) or (
+                    end <= then * (1 + ROUNDING) and (first is None or flow.ends[0][1] < first.ends[0][1])
+                ):
                     then, first = end, flow
             if then == inf:
                 return max(core.stored[-1] for core in self.cores)
