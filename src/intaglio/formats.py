@@ -360,9 +360,10 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
     """The scale of least squared error for each group, out of five candidates, float32 [n, G].
 
-    The candidates differ in the code of the group's value farthest from 0: it is the format's last code, or one or two
-    steps below or above. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales: candidates
-    for the last code, [n, G]; a scale of 0, inf or NaN is returned as it is. csrc/pack/ does the same, to the bit.
+    The candidates differ in the code that the group's value farthest from 0 gets: the format's last code, or a number
+    one or two below or above it. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales:
+    [n, G], the candidates that give the last code; if one is 0, inf or NaN, it is the result. csrc/pack/ does the same,
+    to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest

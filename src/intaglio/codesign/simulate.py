@@ -211,7 +211,11 @@ class Simulation:
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """Text that names the longest prompt with which a batch of 1 fits, or else the longest response."""
+        """End of the error message of check() for a load of which not even one request fits: what would fit.
+
+        It names the longest prompt with which one request would fit; if there is none, the longest response with which
+        it would; or else says that neither helps.
+        """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:
             return bisect_left(range(1, limit + 1), True, key=lambda n: not self.memory(change(n)).fits)

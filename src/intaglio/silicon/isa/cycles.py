@@ -50,7 +50,8 @@ def moment_cycles(chip: ChipSpec, n: Any, moment: str) -> Any:
 def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
     """Cycles to make a square matrix of n values doubly stochastic, as the op `sinkhorn` does.
 
-    A softmax of the rows, then 2 * iterations - 1 times sums, each a tree reduction, and divisions by them.
+    Counted are a softmax of the rows, and then 2 * iterations - 1 passes. A pass sums all rows or all columns, each by
+    a tree reduction, and divides them by their sums.
     """
     rounds = 2 * iterations - 1
     return vector_cycles(chip, (4 + 2 * rounds) * n, n) + (rounds + 1) * np.log2(np.sqrt(n))
