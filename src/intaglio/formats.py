@@ -529,10 +529,14 @@ def _unit(sizes: np.ndarray) -> np.ndarray:
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Scales or minima divided by their unit, rounded to the nearest whole number and clipped to 0..63 (float32)."""
+    """Scales or minima `sizes`, divided by `unit`, rounded to whole numbers and clipped to 0..63, as float32."""
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 
 
 def _nearest(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """The q4_k codes 0..15 nearest to values [32, ...] under these scales and minima [...]; 0 where the scale is 0."""
+    """The q4_k codes (0 to 15) nearest to the values x [32, ...], as an array of that shape.
+
+    A code stands for code * scale - minimum. scale, minimum: of each block of 32 values, [...]. A block with scale 0
+    has the codes 0.
+    """
     return np.rint(np.clip((x + minimum) * _quotient(np.ones_like(scale), scale), 0, STEPS))

@@ -161,11 +161,17 @@ class KvRoom:
         return min(length, self.window) if self.window else length
 
     def fits(self, tokens: float, kept: float) -> bool:
-        """True if sequences fit that have `tokens` tokens in total, of which layers with a window keep `kept`."""
+        """True if there is room for sequences that have `tokens` tokens in total.
+
+        kept: how many of these tokens the layers with a window keep.
+        """
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
     def used(self, tokens: float, kept: float) -> float:
-        """Fraction of the room that sequences fill; the arguments are those of fits()."""
+        """Fraction of the room that sequences fill, which have `tokens` tokens in total.
+
+        kept: how many of these tokens the layers with a window keep.
+        """
         return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
 
     def tokens(self, length: float = 1) -> int:

@@ -147,7 +147,10 @@ def timelines(programs: Sequence[Program], on: Target, load: BatchSizes) -> list
 
 
 def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
-    """Modelled seconds of one step through all pipeline stages. programs: one for each stage."""
+    """Modelled seconds of one step through all pipeline stages.
+
+    programs: one rank's Program of each stage. load: sizes of the step.
+    """
     return sum(plan.cost(load)[0] for plan in Plan.of(programs, on))
 
 

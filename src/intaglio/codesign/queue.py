@@ -306,7 +306,10 @@ class Queue:
 
 
 def check_room(room: KvRoom, prompt: int, output: int) -> None:
-    """Raise ValueError if the K/V cache of an idle server has no room for one request of these lengths."""
+    """Raise ValueError if the K/V cache of an idle server has no room for one request.
+
+    prompt, output: the request's tokens.
+    """
     length = prompt + output
     if not room.fits(length, room.kept(length)):
         raise ValueError(
