@@ -62,6 +62,16 @@ def pool_cycles(chip: ChipSpec, n: Any) -> Any:
     return vector_cycles(chip, 6 * n, n)
 
 
+def scan_cycles(chip: ChipSpec, m: Any, n: Any, normalised: bool) -> Any:
+    """Cycles to advance a state of n columns over m rows, one after the other, so that a row takes whole lanes.
+
+    Two operations and one exponential a value; `normalised` adds three operations and two exponentials (a root takes as
+    long as an exponential).
+    """
+    lanes = np.ceil(n / chip.vec_lanes) * chip.vec_lanes
+    return m * vector_cycles(chip, (2 + 3 * normalised) * lanes, (1 + 2 * normalised) * n)
+
+
 SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 
 

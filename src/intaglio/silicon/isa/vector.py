@@ -121,7 +121,7 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
         return Cost(cycles=float(vector_cycles(target.chip, self.dst.rows * self.dst.cols)))
 
 
-def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
+def map_cycles(chip: ChipSpec, steps: Steps, n: float) -> float:
     """Number of cycles of an expression over n values.
 
     Each value takes one operation for each function call and binary operator, and one to write the result. Calls such
@@ -138,7 +138,7 @@ class Map(Instruction, engine="VEC", opcode=0x33):
 
     A stack program is an expression in postfix order: the steps a, b, * stand for a * b. A step is an operand, a
     number, one of + - * /, or a function that the op `map` has, such as silu. dst, a, b, c f32 [m, n]; b and c may be
-    [m, 1], with one value for a whole row.
+    [m, 1], with one value for a whole row, or [1, n], with one value for a whole column.
     """
 
     dst: Region
@@ -149,9 +149,11 @@ class Map(Instruction, engine="VEC", opcode=0x33):
     writes = ("dst",)
 
     def shapes(self) -> Shapes:
-        wide: Shapes = {name: ("m", "n") for name in ("b", "c")}
-        column: Shapes = {name: ("m", 1) for name in wide if (r := getattr(self, name)) is not None and r.cols == 1}
-        return {"dst": ("m", "n"), "a": ("m", "n"), **wide, **column}
+        given = {name: r for name in ("b", "c") if (r := getattr(self, name)) is not None}
+        other: Shapes = {
+            name: (1 if r.rows == 1 else "m", 1 if r.cols == 1 else "n") for name, r in given.items()
+        }  # fmt: skip
+        return {"dst": ("m", "n"), "a": ("m", "n"), **other}
 
     def run(self, mem: CoreMemory) -> None:
         value = evaluate(self.steps, lambda name: mem.read32(getattr(self, name)))

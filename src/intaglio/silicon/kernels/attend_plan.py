@@ -166,7 +166,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         if lib.activation_bytes >= WIDE:
             jobs = prefill_jobs_of_streams(h, plan, part)
-            seconds = stream_seconds(target, h, plan, jobs, missed, single=False)
+            seconds = stream_seconds(target, h, plan, jobs, single=False)
         else:
             exact = seen if knows_lengths(lib, plan) else tiles * plan.keys
             most = min(plan.rows, pack * max(q for q, *_ in part))
@@ -240,7 +240,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
         tiles, seen, count = decode_jobs(plan, keys, n)
         if lib.activation_bytes >= WIDE:
             jobs = decode_jobs_of_streams(lib, h, plan, part)
-            seconds = stream_seconds(target, h, plan, jobs, missed, single=True)
+            seconds = stream_seconds(target, h, plan, jobs, single=True)
         else:
             loaded = seen if knows_lengths(lib, plan) else tiles * plan.keys
             seconds = decode_seconds(target, h, plan, tiles, loaded, count, missed)
