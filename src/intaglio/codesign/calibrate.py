@@ -241,9 +241,10 @@ class Search:
         return True
 
     def fit_constant(self, name: str, step: float) -> None:
-        """Improve the constant `name` of self.on (a Target), which becomes the best target found. Returns nothing.
+        """Search a better value of the constant `name`, and replace self.on by a Target with the best value found.
 
         The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as it falls.
+        Returns nothing.
         """
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
