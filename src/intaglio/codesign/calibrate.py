@@ -241,10 +241,9 @@ class Search:
         return True
 
     def fit_constant(self, name: str, step: float) -> None:
-        """Search a better value of the constant `name`, and replace self.on by a Target with the best value found.
+        """Replace self.on by the best Target found with other values of its constant `name`. Returns nothing.
 
         The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as it falls.
-        Returns nothing.
         """
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
