@@ -21,12 +21,12 @@ class Transfer:
     """A load or store of one core. Times are in seconds since the start of the launch.
 
     Attributes:
-        start: when it starts, at the earliest.
+        start: the earliest time at which it starts.
         bytes: bytes that it moves, above 0.
-        place: the tile's place in the L2; None: it passes the L2, since its rows are addressed by index.
+        place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
         writes: True for a store.
-        latency_s: seconds from the end of the transfer until its result is visible.
-        ready: when the L2 has all of its bytes.
+        latency_s: seconds from the end of the transfer until its result can be used.
+        ready: for a load, when the L2 has all of the tile; 0.0 for a store.
         end: when it ends.
     """
 
@@ -48,7 +48,7 @@ Program = Iterator[Transfer | None]  # transfers in order; None: it waits for an
 
 
 class TilesInL2:
-    """Tiles that the L2 holds, in the order of their latest use. Stored tiles go to HBM when they are evicted."""
+    """The tiles that the L2 holds, in the order of their latest use. A stored tile goes to HBM when it is evicted."""
 
     def __init__(self, capacity: float, latency_s: float) -> None:
         self.capacity, self.latency_s, self.held = capacity, latency_s, 0.0
@@ -66,7 +66,10 @@ class TilesInL2:
             self.evict()
 
     def access(self, x: Transfer, now: float) -> float:
-        """Record that a transfer starts at `now`. Returns the bytes that HBM moves for it; sets its latency."""
+        """Record that the transfer `x` starts at time `now`. Returns the bytes that HBM moves because of it.
+
+        Sets x.latency_s and x.ready.
+        """
         if x.place is None or not self.capacity:
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
@@ -80,7 +83,7 @@ class TilesInL2:
         return self.evict() + (0.0 if x.writes else missed)
 
     def evict(self) -> float:
-        """Evict the least recently used bytes until the L2 fits. Returns how many of them HBM has to write."""
+        """Evict the least recently used bytes until the others fit. Returns how many of them are written to HBM."""
         written = 0.0
         while self.held > self.capacity and len(self.tiles) > 1:
             place, (size, stored, ready) = next(iter(self.tiles.items()))
@@ -139,7 +142,7 @@ class CoreLoop:
         return now
 
     def advance(self, c: int) -> None:
-        """Continue the programs of core number `c` up to their next transfers, or until one waits for another."""
+        """Continue each program of core number `c` up to its next transfer, or until it waits for another program."""
         loads, compute, stores = self.programs[c]
         later = c + len(self.programs)  # engine of the core's stores
         for engine, program in ((later, stores), (c, loads), (-1, compute), (c, loads), (later, stores)):

@@ -40,7 +40,7 @@ class StreamJob:
 
 
 def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
-    """A list of the jobs of chunks with several queries, in the order of attend.prefill_work().
+    """A list of the StreamJobs of the chunks with several queries, in the order of attend.prefill_work().
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
@@ -57,7 +57,10 @@ def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> li
 
 
 def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
-    """A list of the jobs of chunks with one query, in the order of attend.decode_work(); part: as there."""
+    """A list of the StreamJobs of the chunks with one query, in the order of attend.decode_work().
+
+    part: (queries, keys, number of sequences) of each distinct chunk.
+    """
     out, sequences = [], [keys for _, keys, n in part for _ in range(n)]
     for s, keys in enumerate(sequences):
         low = keys - decode_keys(library, h.window, keys)
@@ -72,12 +75,14 @@ def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, p
 class _Core:
     """Progress of one core. Times are in seconds since the start of the launch.
 
+    The lists grow while the loop is followed: they have an item for each job, or tile, that has come so far.
+
     Attributes:
         jobs: its jobs, in order, each with its number in the launch.
-        begun: of each job, when its queries and sums can be used.
-        loaded: of each tile of keys and values, when it can be used.
-        tiles: of each tile of keys and values, when it was used for the last time.
-        queries, sums, results: of each job, when its queries, its sums and its results were used for the last time.
+        begun: for each job, when its queries and sums can be used.
+        loaded: for each tile of keys and values, when it can be used.
+        tiles: for each tile of keys and values, when it was used for the last time.
+        queries, sums, results: for each job, when its queries, its sums and its results were used for the last time.
     """
 
     jobs: list[tuple[int, StreamJob]]
@@ -90,7 +95,7 @@ class _Core:
 
 
 class _Loop:
-    """The loop of all cores; see stream_seconds() for the arguments."""
+    """Follows the loop of all cores, transfer by transfer. The arguments are those of stream_seconds()."""
 
     def __init__(self, target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> None:
         self.chip, self.h, self.plan, self.single = target.chip, h, plan, single
@@ -162,7 +167,7 @@ class _Loop:
                 tile += 1
 
     def compute(self, c: _Core) -> Program:
-        """Program of a core's computation. Yields to wait for the core's loads or stores."""
+        """Record when a core's computations end. Yields None while the next waits for the core's loads or stores."""
         plan, t, array, lanes, tile = self.plan, self.t, 0.0, 0.0, 0
         for number, (_, job) in enumerate(c.jobs):
             for _ in range(job.low, job.high, plan.keys):
@@ -187,7 +192,7 @@ class _Loop:
             c.sums.append(array if self.split else lanes)
 
     def stores(self, c: _Core) -> Program:
-        """Program of a core's stores. Yields each transfer, or None to wait for the core's computation."""
+        """Yield a core's stores, each as a Transfer; None while the next one waits for the core's computation."""
         scattered, now = not self.single and not self.plan.ahead, 0.0
         columns = self.h.v_dim + 2 * self.split  # with maxima and denominators
         for number, (name, job) in enumerate(c.jobs):
@@ -204,7 +209,13 @@ class _Loop:
 def stream_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> float:
     """Seconds of the streams of some jobs, until the last result is stored, without launch overhead.
 
-    The L2 has the queries as far as they fit, and no keys and values. single: True for chunks with one query, whose
-    queries are gathered by index.
+    At the start the L2 holds the queries, as far as they fit, and no keys and values.
+
+    Args:
+        target: chip and kernel library.
+        h: heads and their sizes.
+        plan: tiles and buffers of the kernel.
+        jobs: all jobs of the launch.
+        single: True for chunks with one query, whose queries are gathered by index.
     """
     return _Loop(target, h, plan, jobs, single).seconds()
