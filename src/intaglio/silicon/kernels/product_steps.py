@@ -1,0 +1,278 @@
+"""ProductSteps: the loads, matmuls and stores of each core in a tiled matrix product, with their bytes and seconds.
+
+For the closed form of the streams of tiled.py: product_loop.py times them. Cores in the same situation have one list.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from intaglio import formats
+from intaglio.chips import Target
+from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
+from intaglio.silicon.kernels.kernel import WIDE
+from intaglio.silicon.kernels.l2_blocks import L2Blocks, fetched_bytes
+from intaglio.silicon.kernels.tiling import Job, Tiling
+
+MANY = 150_000  # steps of all jobs, from which cores with the same number of jobs are followed as one or a few
+RANKS = 3  # of cores that begin with the same weights, so many are followed apart, and the others together
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductLoop:
+    """What the jobs of a product, or of several products, have in common.
+
+    Attributes:
+        cut: sizes of tiles, steps and buffers.
+        x_format, w_format: formats of the operands.
+        group: columns of a row of w that share a scale; 0: w has no scales.
+        span: columns of a row of x that share a scale; 0: x has no scales.
+        sides: 2 for a GLU pair, else 1.
+        drains: drains of a tile: 1, or 2 if the sides of a GLU pair are stored apart.
+        before: bytes that the L2 has read, just before, for each byte of x that was then written; 0: x was not written
+            but read.
+    """
+
+    cut: Tiling
+    x_format: str
+    w_format: str
+    group: int = 0
+    span: int = 0
+    sides: int = 1
+    drains: int = 1
+    before: float = 0.0
+
+
+def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
+    """Deal jobs to the cores in turn. Returns lists of the cores that are in the same situation.
+
+    They have jobs of the same sizes, and in each turn load weights for which as many earlier cores wait. In a long
+    product it is enough that they have as many jobs, and that the latter is so in the first turn.
+    """
+    signs: list[list[Any]] = [[] for _ in range(min(cores, len(jobs)))]
+    seen = set[tuple[int, int]]()
+    for first in range(0, len(jobs), cores):
+        ranks: dict[tuple[int, int], int] = defaultdict(int)
+        for core, job in enumerate(jobs[first : first + cores]):
+            w = job.index, job.columns.start
+            last = job.steps[-1].stop - job.steps[-1].start
+            size = length(job.rows), length(job.columns), len(job.steps), last
+            signs[core].append((size, min(RANKS, ranks[w]), w in seen))
+            ranks[w] += 1
+        seen |= set(ranks)
+    if sum(len(job.steps) for job in jobs) > MANY:
+        signs = [[len(sign), *sign[0][1:]] for sign in signs]
+    found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for core, sign in enumerate(signs):
+        found[core % 2, *sign].append(core)  # every second core loads x first
+    return list(found.values())
+
+
+def length(part: slice) -> int:
+    """Number of items in a slice of step 1."""
+    return part.stop - part.start
+
+
+@dataclass(slots=True)
+class Load:
+    """A load of a core: its bytes, those that HBM reads if the L2 lacks them, and keys of the blocks of all cores."""
+
+    size: float
+    fetched: float
+    keys: list[int]
+
+
+@dataclass(slots=True)
+class Step:
+    """A step of a job; of a GLU pair, for one side.
+
+    Attributes:
+        job: number of the job on its core.
+        loads: its loads, in order.
+        work_s: seconds of its matmuls.
+        first, last: True for the first and the last step of the job.
+        fenced: True if it waits for all stores of earlier jobs.
+    """
+
+    job: int
+    loads: list[Load]
+    work_s: float
+    first: bool
+    last: bool
+    fenced: bool
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows of a job's result that are drained and stored together.
+
+    Attributes:
+        job: number of the job on its core.
+        drain_s: seconds of the drain.
+        size: bytes to store.
+        last: True for the last piece of the job.
+    """
+
+    job: int
+    drain_s: float
+    size: float
+    last: bool
+
+
+@dataclass(frozen=True)
+class CoreSteps:
+    """What each core of a group does: number of cores, steps, and pieces of results, both in order."""
+
+    count: int
+    steps: list[Step]
+    pieces: list[Piece]
+
+
+class ProductSteps:
+    """Lists what the cores do in a product, and what the L2 has before it.
+
+    loop: the product. target: chip and kernel library. jobs: all jobs, in the order in which they are dealt to cores.
+    """
+
+    def __init__(self, loop: ProductLoop, target: Target, jobs: Sequence[Job]) -> None:
+        self.loop, self.target, self.jobs = loop, target, jobs
+        self.bits = {"x": formats.bits(loop.x_format), "w": formats.bits(loop.w_format)}
+        self.k = max(job.steps[-1].stop for job in jobs)
+        self.keys: dict[tuple[str, int, int], int] = {}
+        self.works: dict[tuple[int, int], float] = {}
+        self.places: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
+
+    def key(self, of: str, index: int, start: int) -> int:
+        """The first key of an operand's blocks; those of its later steps follow."""
+        return self.keys.setdefault((of, index, start), len(self.keys) << 20)
+
+    def l2(self) -> L2Blocks:
+        """The L2 as it is before the product: it has x, as far as it fits."""
+        loop, chip = self.loop, self.target.chip
+        xs = {(job.rows.start, job.index): job for job in self.jobs}
+        ws = {(job.columns.start, job.index): job for job in self.jobs}
+        depth = {job.index: job.steps[-1].stop - job.steps[0].start for job in self.jobs}
+        need = sum(length(job.rows) * depth[job.index] for job in xs.values()) * self.bits["x"] / 8 * (1 + loop.before)
+        need += sum(length(job.columns) * depth[job.index] for job in ws.values()) * self.bits["w"] / 8 * loop.sides
+        need += sum(length(job.rows) * length(job.columns) for job in self.jobs) * WIDE * loop.drains
+        l2 = L2Blocks(chip.l2_bytes * self.target.library.l2_usable, need)
+        if not chip.l2_bytes:
+            return l2
+        count = 0
+        for (start, index), job in sorted(xs.items()):
+            for at, bytes_of_row in self.blocks("x", job):
+                size = length(job.rows) * bytes_of_row
+                if l2.tight and loop.before:
+                    count -= 1
+                    l2.put(count, size * loop.before, False)
+                if size:
+                    l2.put(self.key("x", index, start) + at, size, loop.before > 0)
+                l2.evict()
+            for number in range(-(-self.k // loop.span) if loop.span else 0):
+                l2.put(self.key("x scale", index, start) + number, WIDE * length(job.rows), True)
+        l2.results = count
+        return l2
+
+    def work_s(self, step: slice) -> float:
+        """Seconds of a step's matmuls for one side of a GLU pair: one matmul for each scale of w in the step."""
+        loop, group, n = self.loop, self.loop.group, length(step)
+        first = step.start % group if group else 0
+        if (first, n) not in self.works:
+            cuts = [0, *range(group - first, n, group), n] if group else [0, n]
+            run = max(loop.x_format, loop.w_format, key=formats.bits)
+            cycles = (
+                matmul_cycles(self.target, loop.cut.rows, loop.cut.columns, b - a, run) for a, b in pairwise(cuts)
+            )
+            self.works[first, n] = float(sum(cycles)) / self.target.chip.clock_hz
+        return self.works[first, n]
+
+    def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
+        """For each step of a job: (number of the block that x or w has there, bytes of a row in the block).
+
+        A step whose lines earlier steps have loaded has the block of the step before, and 0 bytes.
+        """
+        place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
+        if place not in self.places:
+            out = self.places[place] = list[tuple[int, float]]()
+            for i, step in enumerate(job.steps):
+                ends = step.start, step.stop, self.k, length(job.steps[0])
+                size = fetched_bytes(*(-(-v * bits // 8) for v in ends))
+                out.append((i, size) if size or not i else (out[-1][0], 0.0))
+        return self.places[place]
+
+    def load(self, rows: int, bits: int, step: slice, block: tuple[int, float], bases: Sequence[int]) -> Load:
+        """The load of some rows of x or of w in one step. bases: first keys of the operands of all cores."""
+        return Load(rows * length(step) * bits / 8, rows * block[1], [base + block[0] for base in bases])
+
+    def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[list[Load]]]:
+        """The loads of each step of a job: those before the first side's matmul, and those before the second side's.
+
+        same: the jobs of all cores of a group. w_first: True to load weights before x. started: False for the first job
+        of a core, which begins with weights.
+        """
+        loop, job, scale = self.loop, same[0], range(0)
+        rows, columns = length(job.rows), length(job.columns)
+        x_keys, xs_keys = ([*{self.key(of, j.index, j.rows.start) for j in same}] for of in ("x", "x scale"))
+        ws_keys, *w_keys = (
+            [*{self.key(of, j.index, j.columns.start) for j in same}]
+            for of in ("w scale", "w", "w of up")[: 1 + loop.sides]
+        )
+        for step, x_block, w_block in zip(job.steps, self.blocks("x", job), self.blocks("w", job), strict=True):
+            out = []
+            if loop.group:
+                numbers = range(step.start // loop.group, -(-step.stop // loop.group))
+                if numbers != scale:
+                    scale, size = numbers, WIDE * columns * loop.sides * len(numbers)
+                    out.append(Load(size, size, [key + numbers.start for key in ws_keys]))
+            x = [self.load(rows, self.bits["x"], step, x_block, x_keys)]
+            w = [self.load(columns, self.bits["w"], step, w_block, keys) for keys in w_keys]
+            if loop.span and (step is job.steps[0] or (loop.span < self.k and not step.start % loop.span)):
+                x.append(Load(WIDE * rows, WIDE * rows, [key + step.start // loop.span for key in xs_keys]))
+            if w_first or not started:
+                yield [[*out, *w, *x], *([] for _ in w[1:])]
+            else:
+                yield [[*out, *x, w[0]], *([load] for load in w[1:])]
+            started = True
+
+    def of(self, mine: Sequence[int]) -> CoreSteps:
+        """What the cores of a group do, given by their numbers."""
+        loop, cores, fences = self.loop, self.target.chip.cores, not self.target.library.persistent
+        made = CoreSteps(len(mine), [], [])
+        rounds = list(zip(*(self.jobs[core::cores] for core in mine), strict=True))
+        for first in range(0, len(rounds), loop.cut.at_once):
+            turn = rounds[first : first + loop.cut.at_once]
+            loads = [[*self.loads(same, mine[0] % 2 > 0, number > 0)] for number, same in enumerate(turn, first)]
+            for s in range(max(map(len, loads))):
+                for number, same in enumerate(turn):
+                    if s < len(loads[number]):
+                        last, fenced = s == len(loads[number]) - 1, fences and first > 0 and s == number == 0
+                        work, sides = self.work_s(same[0].steps[s]), enumerate(loads[number][s], 1)
+                        made.steps.extend(
+                            Step(
+                                first + number,
+                                own,
+                                work,
+                                s == 0 and side == 1,
+                                last and side == loop.sides,
+                                fenced and side == 1,
+                            )
+                            for side, own in sides
+                        )
+            for number, same in enumerate(turn, first):
+                made.pieces.extend(self.pieces(number, length(same[0].rows), length(same[0].columns)))
+        return made
+
+    def pieces(self, number: int, rows: int, columns: int) -> list[Piece]:
+        """The pieces of a job's result."""
+        loop, glu, out = self.loop, self.loop.sides > self.loop.drains, list[Piece]()
+        for _ in range(loop.drains):
+            for low in range(0, rows, loop.cut.drain_rows):
+                n = (min(rows, low + loop.cut.drain_rows) - low) * columns
+                cycles = vector_cycles(self.target.chip, n * (3 if glu else 1), n * glu)
+                out.append(Piece(number, float(cycles) / self.target.chip.clock_hz, n * WIDE, False))
+        out[-1].last = True
+        return out
