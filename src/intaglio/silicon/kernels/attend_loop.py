@@ -236,7 +236,7 @@ class _Loop:
                 heapq.heappush(self.waiting, (x.start, place, x))
 
     def loads(self, c: _Core) -> Iterator[_Transfer | None]:
-        """Yield each _Transfer of a core's loads; None while the next waits for the core's computation or stores."""
+        """Program of a core's loads. Yields each transfer, or None to wait for the core's computation or stores."""
         plan, h, t, chip = self.plan, self.h, self.t, self.chip
         listed = (len(c.jobs) if plan.ahead else LISTED) if self.single else 1
         now = visible = index = 0.0  # when the engine is free; when its latest load can be used: they arrive in order
