@@ -46,7 +46,7 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
         assert (0.1 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.05, (on.chip.name, a.ratio, a.case.words)
 
 
-@pytest.mark.parametrize("kind", ["short_conv", "rg_lru"])
+@pytest.mark.parametrize("kind", ["short_conv", "rg_lru", "selective_scan", "linear_attention"])
 def test_closed_form_and_machine_agree_on_recurrent_ops(kind: str, rng: np.random.Generator) -> None:
     """On any chip. Where states come from HBM, cores wait for them partly at the same time, partly in turn."""
     on = target(str(rng.choice(sorted(CHIPS))))

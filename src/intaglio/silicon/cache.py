@@ -69,9 +69,8 @@ class Cache:
         self.uses.append(lines)
         self.held += missed
         self.dirty[lines] |= writes
-        # Rows that are apart share no line, so all bytes of their lines are theirs
-        apart = region.rows > 1 and region.stride - region.row_bytes >= LINE
-        most = missed * LINE if apart else min(missed * LINE, region.nbytes)
+        gaps = region.rows > 1 and region.stride > region.row_bytes
+        most = missed * LINE if gaps else min(missed * LINE, region.nbytes)
         self.fetched = 0.0 if writes else float(most)
         return self.fetched + self._evict() * LINE
 
