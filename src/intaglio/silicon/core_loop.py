@@ -62,7 +62,8 @@ class TilesInL2:
     def hold(self, place: Hashable, size: float) -> None:
         """Put a tile of `size` bytes, which the op before has used, into the L2. Others may be evicted."""
         if self.capacity:
-            self.tiles[place], self.held = (size, False, 0.0), self.held + size
+            self.held += size - self.tiles.pop(place, (0.0, False, 0.0))[0]
+            self.tiles[place] = size, False, 0.0
             self.evict()
 
     def access(self, x: Transfer, now: float) -> float:
