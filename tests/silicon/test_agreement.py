@@ -205,25 +205,32 @@ def test_a_product_whose_k_is_split_has_the_values_of_its_reference(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_cache_holds_the_latest_lines(data: st.DataObject) -> None:
-    """Against a list of lines in order of their latest use, with accesses of whole lines."""
+def test_a_cache_evicts_only_to_make_room(data: st.DataObject) -> None:
+    """Lines that it loses are written back if dirty; it is full from then on. With accesses of whole lines."""
     size = data.draw(st.integers(1, 12))
-    cache, held, dirty = Cache(size * LINE), list[int](), set[int]()
+    cache, held, dirty = Cache(size * LINE), set[int](), set[int]()
     for _ in range(data.draw(st.integers(1, 30))):
-        first, count, writes = data.draw(st.tuples(st.integers(0, 30), st.integers(1, size), st.booleans()))
-        touched = list(range(first, first + count))
-        moved = 0 if writes else sum(line not in held for line in touched)
-        held = [line for line in held if line not in touched] + touched
-        dirty |= set(touched) if writes else set()
-        ends = cache.access(dense("hbm", first * LINE, 1, count * LINE, "int8"), writes)
-        gone = held[: max(0, len(held) - size)]
-        whole = [line for line in gone if line in dirty]
-        # Lines of one access are evicted together, so more than necessary may go.
-        assert ends >= (moved + len(whole)) * LINE
-        together = cache.held
-        assert together <= size
-        held = held[len(held) - together :]
-        dirty &= set(held)
+        first, count, writes = data.draw(st.tuples(st.integers(0, 30), st.integers(1, 20), st.booleans()))
+        touched = set(range(first, first + count))
+        moved = cache.access(dense("hbm", first * LINE, 1, count * LINE, "int8"), writes)
+        now = set(cache.slots[cache.slots >= 0].tolist())
+        assert now <= held | touched and len(now) == cache.held == min(size, len(held | touched))
+        dirty |= touched if writes else set()
+        gone = (held | touched) - now
+        assert moved == (len(touched - held) * (not writes) + len(gone & dirty)) * LINE
+        held, dirty = now, dirty - gone
+
+
+def test_misses_grow_gradually_where_an_array_outgrows_the_cache(rng: np.random.Generator) -> None:
+    """Of a second scan. A cache that evicts the least recently used lines would miss all of them."""
+    lines, row, parts = int(rng.integers(4000, 8000)), 16, []
+    for times in (1.0, 1.05, 1.2, 1.5, 2, 4):
+        cache, rows = Cache(lines * LINE), int(lines * times) // row
+        matrix = dense("hbm", 0, rows, row * LINE, "int8")
+        scans = [[cache.access(matrix.part(slice(r, r + 1)), False) for r in range(rows)] for _ in range(2)]
+        assert sum(scans[0]) == matrix.nbytes
+        parts.append(sum(scans[1]) / matrix.nbytes)
+    assert parts[0] == 0 and parts[-1] > 0.9 and all(0 < b - a < 0.5 for a, b in pairwise(parts)), parts
 
 
 def test_columns_of_half_a_line_fetch_whole_lines_once() -> None:

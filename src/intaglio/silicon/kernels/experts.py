@@ -356,7 +356,7 @@ def experts_parts(
         out["combine"] = Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0))
     else:
         loop, _ = combine_loop(target, tokens, top_k, hidden, False, value)
-        out["combine"] = loop_timing(target, loop, loop.jobs * loop.load, loop.jobs * loop.store, past_l2=True)
+        out["combine"] = loop_timing(target, loop, "hbm")
     return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from intaglio import formats
 from intaglio.chips import ChipSpec, KernelLibrary, Target
@@ -20,7 +20,8 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import L2, TileLoop
+from intaglio.silicon.l2 import Source
+from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -29,25 +30,18 @@ INDICES_SRAM = 4096  # bytes of SRAM that is left to the indices of a core's row
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
-def loop_timing(
-    target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
-) -> Timing:
-    """The Timing of `loop`, launch included. The L2 holds its operands as far as they fit: the op before wrote them.
+def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing:
+    """The Timing of `loop`, launch included. source: where the operands are before the loop, see L2.
 
-    reads, writes: bytes that all jobs together load and store. gathered: True if rows are read by index; all reads then
-    come from HBM. past_l2: True if the op before wrote by index, to HBM and not to the L2; not used if `gathered`.
+    On a chip without an L2 all operands and results are in HBM.
     """
-    chip, lib, moved = target.chip, target.library, reads + writes
-    capacity = chip.l2_bytes * lib.l2_usable
-    if capacity and (writes if gathered else moved) > capacity:
-        source: Literal["l2", "hbm", "gathered"] = "gathered" if gathered else "hbm" if past_l2 else "l2"
-        seconds, hbm = loop.through_l2(target, L2(reads, writes, capacity, source))
-    else:  # nothing is evicted
-        missed, hbm = float(gathered or past_l2 or not capacity), 0.0 if capacity else float(writes)
-        hbm += missed * reads
-        seconds = replace(loop, load_missed=missed, store_missed=float(not capacity)).seconds(target)
+    chip, lib, moved = target.chip, target.library, loop.jobs * (loop.load + loop.store)
+    if chip.l2_bytes * lib.l2_usable:
+        seconds, hbm = loop.through_l2(target, source)
+    else:
+        seconds, hbm = replace(loop, load_missed=1.0, store_missed=1.0).seconds(target), moved
     seconds += lib.launch_s
-    if gathered and not capacity:  # the indices come from HBM, and then the rows
+    if source == "gathered" and not chip.l2_bytes:  # the indices come from HBM, and then the rows
         seconds += chip.constants.hbm_latency_s
     busy = {"VEC": loop.jobs * loop.work_s / chip.cores, "L2": moved / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
     return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
@@ -172,8 +166,9 @@ class RowsKernel(ChipKernel):
             jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
             read_s=read / target.chip.clock_hz, depth=self.depth(target), in_place=self.in_place,
             once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(), wait_s=self.wait_s(target),
+            loads=max(1, (self.operands - 1) // len(self.pieces())),
         )  # fmt: skip
-        return loop_timing(target, loop, rows * load, rows * store, self.gathered)
+        return loop_timing(target, loop, "gathered" if self.gathered else "l2")
 
 
 @dataclass(frozen=True)
