@@ -18,8 +18,10 @@ namespace intaglio::ISA {
 float read_stream(const float* p, int64_t n) {
   F a[8];
   for (F& x : a) x = set(0);
-  for (int64_t i = 0; i + 8 * F::N <= n; i += 8 * F::N)
+  for (int64_t i = 0; i + 8 * F::N <= n; i += 8 * F::N) {
+    if (kIntel) fetch_far((const uint8_t*)(p + i), 8 * F::N * 4);
     for (int j = 0; j < 8; j++) a[j] = a[j] + load(p + i + j * F::N);
+  }
   for (int j = 1; j < 8; j++) a[0] = a[0] + a[j];
   return sum(a[0]);
 }

@@ -360,9 +360,10 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
     """The scale of least squared error for each group, out of five candidates, float32 [n, G].
 
-    The candidates differ in the code of the group's value farthest from 0: it is the format's last code, or one or two
-    steps below or above. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales: candidates
-    for the last code, [n, G]; a scale of 0, inf or NaN is returned as it is. csrc/pack/ does the same, to the bit.
+    The candidates differ in the code that the group's value farthest from 0 gets: the format's last code, or a number
+    one or two below or above it. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales:
+    [n, G], the candidates that give the last code; if one is 0, inf or NaN, it is the result. csrc/pack/ does the same,
+    to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -528,10 +529,14 @@ def _unit(sizes: np.ndarray) -> np.ndarray:
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Scales or minima divided by their unit, rounded to the nearest whole number and clipped to 0..63 (float32)."""
+    """Scales or minima `sizes`, divided by `unit`, rounded to whole numbers and clipped to 0..63, as float32."""
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 
 
 def _nearest(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """The q4_k codes 0..15 nearest to values [32, ...] under these scales and minima [...]; 0 where the scale is 0."""
+    """The q4_k codes (0 to 15) nearest to the values x [32, ...], as an array of that shape.
+
+    A code stands for code * scale - minimum. scale, minimum: of each block of 32 values, [...]. A block with scale 0
+    has the codes 0.
+    """
     return np.rint(np.clip((x + minimum) * _quotient(np.ones_like(scale), scale), 0, STEPS))

@@ -107,9 +107,9 @@ class Model:
     ) -> tuple[Request, list[Transcript]]:  # fmt: skip
         """(the Request for an engine, a list of Transcripts, one per choice).
 
-        special: special tokens that stay in the text. options: fields of Request, such as priority and timeout. Raises
-        RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that cannot be
-        served; the message calls the prompt `name`.
+        id: id of the Request. special: special tokens that stay in the text. options: fields of Request, such as
+        priority and timeout. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or
+        grammar that cannot be served; the message calls the prompt `name`.
         """
         ids = self.encode(prompt, name)
         tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer

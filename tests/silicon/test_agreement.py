@@ -25,17 +25,13 @@ from intaglio.silicon.sizes import BatchSizes, sizes_of
 
 BY_ROWS = (
     "norm", "rope", "map", "embed", "select", "permute", "concat", "route", "sinusoid", "sample", "moment", "sinkhorn",
-    "mix_streams", "pool_keys",
+    "mix_streams", "pool_keys", "decay",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
-    """On any chip, within 5 % if the operands fit the L2.
-
-    Otherwise the model lets all cores wait for the same accesses; cores whose loads hit may run ahead of the others.
-    This holds even where the closed form moves no bytes of HBM: 33.7 MB in 32 MB of an A100 took 1.16 times as long.
-    """
+    """On any chip, within 5 % if operands and results fit the L2. Others were up to 7 % off, of 100 near its size."""
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
@@ -43,7 +39,15 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
         usable = on.chip.l2_bytes * on.library.l2_usable
         evicts = usable and (fits.hbm_bytes or fits.l2_bytes > 0.95 * usable)
-        assert (0.1 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.05, (on.chip.name, a.ratio, a.case.words)
+        assert abs(a.ratio - 1) < (0.15 if evicts else 0.05), (on.chip.name, a.ratio, a.case.words)
+
+
+@pytest.mark.parametrize("kind", ["short_conv", "rg_lru"])
+def test_closed_form_and_machine_agree_on_recurrent_ops(kind: str, rng: np.random.Generator) -> None:
+    """On any chip. Where states come from HBM, cores wait for them partly at the same time, partly in turn."""
+    on = target(str(rng.choice(sorted(CHIPS))))
+    found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
+    assert all(0.8 < a.ratio < 1.25 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
@@ -60,8 +64,15 @@ def test_closed_form_and_machine_agree_on_attention(chip: str, kind: str, rng: n
     """Prompts, decoding sequences, windows and latent attention; see docs/accuracy.md for every chip."""
     on = target(chip)
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(4)]
-    assert all(0.7 < a.ratio < 1.4 for a in found), [(a.ratio, a.case.words) for a in found]
-    assert np.median([abs(a.ratio - 1) for a in found]) < 0.12, [(a.ratio, a.case.words) for a in found]
+    assert all(0.9 < a.ratio < 1.1 for a in found), [(a.ratio, a.case.words) for a in found]
+
+
+def test_queries_that_outgrow_the_l2_come_from_hbm() -> None:
+    """33 MB of latent queries outgrow an A100's L2, so HBM delivers the first: the closed form found them in the L2."""
+    op = Attend(site="a", q="q", k_cache="kc", v_cache="kc", rope_cache="rc", out="y", heads=32, scale=0.1)
+    caches = [Tensor(name, ("P", "B", 1, width), "bf16", "state") for name, width in (("kc", 512), ("rc", 64))]
+    call = case(op, [temp("q", 32 * 576), *caches], batch_of([(450, 0)]), "")
+    assert 0.99 < compare_kernel(target("a100_sxm"), call).ratio < 1.01
 
 
 @pytest.mark.parametrize("keys,window", [(899, 332), (1794, 488), (828, 0)])

@@ -16,8 +16,8 @@ UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of cli
 class Group(TyperGroup):
     """Command group that prints a user's error as one line on stderr, instead of a traceback, and exits with code 2.
 
-    Such errors are ValueError, DeviceError, OSError, and wrong options and arguments. With --debug they are raised,
-    except the latter. Ctrl-C exits with code 130, a closed pipe with 141.
+    Such errors are ValueError, DeviceError, OSError, and wrong options and arguments. With --debug, the first three are
+    raised instead. Ctrl-C exits with code 130, a closed pipe with 141.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -45,10 +45,10 @@ class Group(TyperGroup):
 
 
 def _refused(error: Any, ctx: Any) -> Exception:
-    """The exception to raise for a UsageError: typer.Exit, after printing the error as one line with the help to see.
+    """Print a UsageError as one line, with the help to see, and return the exception to raise: typer.Exit.
 
-    It is `error` itself if that only asks for the command's help (a command without arguments). ctx: the context of the
-    command group, for errors that have none of their own.
+    If `error` only asks for the command's help (a command without arguments), nothing is printed and `error` is
+    returned. ctx: the context of the command group, for errors that have none of their own.
     """
     if type(error).__name__ == "NoArgsIsHelpError":
         return error

@@ -188,8 +188,8 @@ def planned_load(
         count: number of requests.
         rate: requests per second, on average.
         cv: coefficient of variation of the gaps between arrivals; 1 is Poisson.
-        input: prompt tokens of each, without a workload.
-        output: new tokens of each, without a workload.
+        input: prompt tokens of each request; not used with a workload.
+        output: new tokens of each request; not used with a workload.
         context: the model's largest context.
         seed: seed of the random lengths and arrival times.
 

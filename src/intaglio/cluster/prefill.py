@@ -78,7 +78,8 @@ async def _computed(
 
     - tokens: number of tokens of the prompt.
     - handed: number of the prompt's tokens whose K/V other replicas can load.
-    - whole: number that would be handed if all blocks had been kept.
+    - whole: number of the prompt's tokens in full K/V blocks, the only ones that can be handed over. `handed` is less
+      if not all of these blocks have been kept.
     - lease: the lease on the blocks; "" if none are handed.
     - peer: address at which other replicas fetch the blocks; "" if they find them in a folder.
 

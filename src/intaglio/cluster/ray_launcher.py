@@ -61,11 +61,10 @@ class RayLauncher:
             raise ValueError(f"there is no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
 
     def threads(self, replicas: int) -> int:
-        """Number of CPUs to give each replica so that all fit into the Ray cluster: the most possible, an int.
+        """The largest number of CPUs that each replica can get so that all fit into the Ray cluster, as an int.
 
-        The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit.
-
-        replicas: number of replicas, all of equal size.
+        The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit. replicas:
+        number of replicas, all of equal size.
         """
         nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         return threads_that_fit(nodes, replicas)
@@ -217,7 +216,7 @@ class RayReplica(Launched):
         )
 
     async def _unless_killed(self, call: Any, seconds: float | None) -> Any:
-        """The result of `call`, a call of the actor.
+        """Wait for `call`, a call of the actor, and return its result, but stop waiting once kill() is called.
 
         Raises RayError if the call fails, TimeoutError after `seconds` (None: never), and ReplicaFailed once kill() is
         called.

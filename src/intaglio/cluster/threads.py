@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def threads_that_fit(nodes: Sequence[float], replicas: int) -> int:
-    """Number of CPUs to give each replica so that all fit on the nodes: the most possible, an int.
+    """The largest number of CPUs that each replica can get so that all replicas fit on the nodes, as an int.
 
     The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit.
 

@@ -55,7 +55,8 @@ def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
     dimensions.
     """
     slots = int(case.batch.block_table.max(initial=0)) + 1
-    sizes = Sizes(case.batch.sizes, P=slots, B=case.batch.block_size)
+    states = int(case.batch.state_to.max(initial=0)) + 1
+    sizes = Sizes(case.batch.sizes, P=slots, B=case.batch.block_size, N=states)
     dims = [dim_size(d, sizes) for d in t.shape]
     rows, cols = int(np.prod(dims[:-1])) if len(dims) > 1 else 1, int(dims[-1])
     info = formats.get(t.format)

@@ -129,7 +129,7 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """Find norms that an engine computes with a part of each row's columns on every chip, so without an all-gather.
+    """Find norms for which an engine needs no all-gather, since every chip norms only its own columns of each row.
 
     This is possible if a norm over whole rows is the only reader of the all-gather's result. Each chip then sums the
     squares of its own columns, and one all_reduce in float32 adds up these sums over the chips, for all such norms of a

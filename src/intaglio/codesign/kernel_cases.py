@@ -12,6 +12,7 @@ from intaglio.chips import Target
 from intaglio.ops import (
     Attend,
     Concat,
+    Decay,
     Embed,
     Experts,
     HeadLinear,
@@ -24,10 +25,12 @@ from intaglio.ops import (
     Op,
     Permute,
     PoolKeys,
+    RgLru,
     Rope,
     Route,
     Sample,
     Select,
+    ShortConv,
     Sinkhorn,
     Sinusoid,
     Tensor,
@@ -66,12 +69,13 @@ def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
 def batch_of(chunks: list[tuple[int, int]]) -> Batch:
     """A Batch that wants the logits of each sequence's last token.
 
-    chunks: (number of new tokens, number of keys before them) of each sequence.
+    Each sequence has two slots of recurrent state: it reads one, unless it starts, and writes the other. chunks:
+    (number of new tokens, number of keys before them) of each sequence.
     """
     made, used = [], 0
-    for n, before in chunks:
-        blocks = -(-(n + before) // BLOCK)
-        made.append(Chunk([0] * n, before, range(used, used + blocks), rows=(n - 1,)))
+    for i, (n, before) in enumerate(chunks):
+        blocks, state = -(-(n + before) // BLOCK), (2 * i if before else -1, 2 * i + 1)
+        made.append(Chunk([0] * n, before, range(used, used + blocks), rows=(n - 1,), state=state))
         used += blocks
     return bind(made, BLOCK)
 
@@ -335,9 +339,46 @@ def pool_keys(rng: np.random.Generator, on: Target) -> Case:
     return case(op, [*caches, *vectors, bias], batch, words)
 
 
+def stateful(rng: np.random.Generator, most: int) -> Batch:
+    """A random Batch of 1 to `most` tokens: a prompt, at its start or continued, or sequences of one token each."""
+    n = power(rng, 1, most)
+    return batch_of([(n, int(rng.integers(0, 2)))] if rng.random() < 0.5 else [(1, 1)] * n)
+
+
+def decay(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op Decay, with 4 to 128 rates, each of 1 or 64 columns."""
+    heads, per, batch = power(rng, 4, 128), int(rng.choice([1, 64])), tokens(rng, 2048)
+    op = Decay(site="decay", x="x", rate="r", bias="b", step="s", decay="d")
+    tensors = [
+        temp("x", heads * per),
+        *(Tensor(n, (w,), "f32", "weight") for n, w in (("r", heads), ("b", heads * per))),
+    ]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} heads={heads} of {per}")
+
+
+def short_conv(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op ShortConv: filters of 3 or 4 taps of 256 to 8,192 channels."""
+    width, taps, batch = power(rng, 256, 8192, 16), int(rng.integers(3, 5)), stateful(rng, 512)
+    op = ShortConv(site="short_conv", x="x", w="w", state="s", out="y")
+    tensors = [temp("x", width), Tensor("w", (width, taps), "f32", "weight")]
+    tensors.append(Tensor("s", ("N", taps - 1, width), "f32", "state"))
+    words = f"m={len(batch.tokens)} sequences={len(batch.q_len)} width={width} taps={taps}"
+    return case(op, tensors, batch, words)
+
+
+def rg_lru(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op RgLru on 256 to 4,096 channels."""
+    width, batch = power(rng, 256, 4096, 16), stateful(rng, 512)
+    names = {"x": "x", "input_gate": "i", "decay_gate": "g", "rate": "r", "input_bias": "ib", "decay_bias": "gb"}
+    op = RgLru(site="rg_lru", **names, state="s", out="y")
+    tensors = [*(temp(n, width) for n in "xig"), *(Tensor(n, (width,), "f32", "weight") for n in ("r", "ib", "gb"))]
+    words = f"m={len(batch.tokens)} sequences={len(batch.q_len)} width={width}"
+    return case(op, [*tensors, Tensor("s", ("N", width), "f32", "state")], batch, words)
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
     "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
-    "mix_streams": mix_streams, "pool_keys": pool_keys,
+    "mix_streams": mix_streams, "pool_keys": pool_keys, "decay": decay, "short_conv": short_conv, "rg_lru": rg_lru,
 }  # fmt: skip

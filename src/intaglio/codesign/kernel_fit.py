@@ -391,9 +391,9 @@ def fit_rows(case: Case, begun: Values, facts: bool, width: float = PRIOR_WIDTH)
 def fit_predicts(case: Case, begun: Values) -> bool:
     """True if fitted constants predict the rows of a case clearly better than the values `begun`, by cross-validation.
 
-    Clearly is a gain of LEFT_OUT_GAIN in log-likelihood. Rows in the order of their latency are dealt to FOLDS folds in
-    turn. The rows of each fold are predicted by a fit to the others, from values known to KNOWN_WIDTH. With fewer rows
-    than folds there is no such test, and the result is False.
+    Clearly better means a gain of more than LEFT_OUT_GAIN in log-likelihood. Rows, in the order of their latency, are
+    dealt to FOLDS folds in turn. The rows of each fold are predicted by a fit to the rows of the other folds, which
+    starts from `begun` with priors of width KNOWN_WIDTH. With fewer rows than folds the result is False.
     """
     if len(case.rows) < FOLDS:
         return False

@@ -63,8 +63,8 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
             of recurrent state.
         micro_batches: number of such steps in flight in the pipeline, each with its own sequences.
         hbm: bytes of the chip's HBM.
-        window: the longest sliding window of the whole model's layers in tokens, 0 without any: see longest_window().
-            The caches in `program.windows` hold the blocks that a step sees through it.
+        window: the longest sliding window of the whole model's layers in tokens, see longest_window(). The caches in
+            `program.windows` hold only the blocks that a step's queries can see through it. 0: no such layers.
     """
     sequences = sum(n for *_, n in step.sequences)
     blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
@@ -107,9 +107,10 @@ def free_bytes(program: Program, use: MemoryUse, slots: int) -> int:
 
 @dataclass(frozen=True)
 class KvLimit:
-    """A limit on the K/V of all sequences of a server: tokens * full + kept * windowed <= room * BLOCK, in bytes.
+    """A limit in bytes on the K/V of all sequences of a server: (tokens * full + kept * windowed) / BLOCK <= room.
 
-    `tokens` are the tokens of all sequences, `kept` those that layers with a sliding window keep.
+    `tokens` is the number of tokens of all sequences, `kept` the number of those that layers with a sliding window
+    keep.
 
     Attributes:
         room: bytes of K/V blocks that fit.
@@ -141,9 +142,10 @@ class KvRoom:
 
     @classmethod
     def of_state(cls, state: StateSpec, context: int, max_batch_tokens: int, depth: int) -> KvRoom:
-        """The KvRoom of an engine whose K/V cache has the sizes of `state`. Its other arguments are those of Windows.
+        """The KvRoom of an engine whose K/V cache has the sizes in `state`.
 
-        Blocks that all steps share are left out, since no sequence reserves them.
+        Blocks that no sequence reserves, for the rows of the steps under way, are left out. context: context length in
+        tokens. max_batch_tokens: maximum number of token rows in a step. depth: number of steps under way at once.
         """
         limits = (KvLimit(state.pages * BLOCK, BLOCK),)
         if not state.window_pages:
@@ -159,15 +161,21 @@ class KvRoom:
         return min(length, self.window) if self.window else length
 
     def fits(self, tokens: float, kept: float) -> bool:
-        """True if sequences fit that have `tokens` tokens in total, of which layers with a window keep `kept`."""
+        """True if there is room for sequences that have `tokens` tokens in total.
+
+        kept: how many of these tokens the layers with a window keep.
+        """
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
     def used(self, tokens: float, kept: float) -> float:
-        """Fraction of the room that sequences fill; the arguments are those of fits()."""
+        """Fraction of the room that sequences fill, which have `tokens` tokens in total.
+
+        kept: how many of these tokens the layers with a window keep.
+        """
         return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
 
     def tokens(self, length: float = 1) -> int:
-        """Number of tokens that fit, if each sequence has `length` tokens. The last one may be cut."""
+        """Number of tokens that fit, if each sequence has `length` tokens; the last sequence may fit in part only."""
         kept = self.kept(length)
         sizes = [(one.room * BLOCK, length * one.full + kept * one.windowed) for one in self.limits]
         return min(int(room * length // size) for room, size in sizes if size)

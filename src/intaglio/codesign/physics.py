@@ -147,7 +147,10 @@ def timelines(programs: Sequence[Program], on: Target, load: BatchSizes) -> list
 
 
 def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
-    """Modelled seconds of one step through all pipeline stages. programs: one for each stage."""
+    """Modelled seconds of one step through all pipeline stages.
+
+    programs: one rank's Program of each stage. load: sizes of the step.
+    """
     return sum(plan.cost(load)[0] for plan in Plan.of(programs, on))
 
 
@@ -187,8 +190,9 @@ def violations(d: Draw) -> list[str]:
     The properties:
 
     1. No rate of a step is above the data sheet's.
-    2. n chips are at most n times as fast as one. If they may divide the batch into halves, so may the one.
-    3. Twice a resource of a chip, such as its HBM rate (see RESOURCES), does not make a step more than 1 % slower.
+    2. n chips are at most n times as fast as one chip. If the n chips may overlap two halves of a batch, so may the one
+       chip.
+    3. A chip with twice a resource, such as the HBM rate (see RESOURCES), is not more than 1 % slower.
     4. More sequences, keys or prompt tokens do not make a step faster.
 
     Real systems may break 3 and 4 in two ways, so both ways are switched off here. Overlapping halves of a batch are a

@@ -213,7 +213,7 @@ class Queue:
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
-        """(seconds, joules) of one decode step: the middle one of the next `count` decode steps.
+        """(seconds, joules) of the middle one of the next `count` decode steps.
 
         The step is timed as if every running sequence had the mean number of keys.
         """
@@ -306,7 +306,10 @@ class Queue:
 
 
 def check_room(room: KvRoom, prompt: int, output: int) -> None:
-    """Raise ValueError if the K/V cache of an idle server has no room for one request of these lengths."""
+    """Raise ValueError if the K/V cache of an idle server has no room for one request.
+
+    prompt, output: the request's tokens.
+    """
     length = prompt + output
     if not room.fits(length, room.kept(length)):
         raise ValueError(

@@ -211,7 +211,11 @@ class Simulation:
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """Text that names the longest prompt with which a batch of 1 fits, or else the longest response."""
+        """End of the error message of check() for a load of which not even one request fits: what would fit.
+
+        It names the longest prompt with which one request would fit; if there is none, the longest response with which
+        it would; or else says that neither helps.
+        """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:
             return bisect_left(range(1, limit + 1), True, key=lambda n: not self.memory(change(n)).fits)
@@ -289,10 +293,13 @@ def what_helps(
 ) -> list[tuple[str, float]]:
     """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
-    `change` is the name of the change. The speed-up is the seconds from one step to the next on the unchanged chips,
-    divided by the seconds from one step to the next on the changed chips; 1.0 means no effect. The steps have prompts
-    and decoding sequences, or only prompts if each request has one output token. Raises ChipError if the chips cannot
-    hold the load, ValueError for requests longer than the model's context.
+    `change` is the name of the change. The speed-up is the time between two steps on the unchanged chips divided by
+    that on the changed chips; 1.0 means no effect. The steps have prompts and decoding sequences, or only prompts if
+    each request has one output token. Raises ChipError if the chips cannot hold the load, ValueError for requests
+    longer than the model's context.
+
+    programs: one rank's Program of each pipeline stage. layout: such as tp4pp2. s: the load. progress: called before
+    each change.
     """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period

@@ -412,7 +412,10 @@ class StepTimes:
         return seconds, sum(joules(self.target.chip, done, seconds).values())
 
     def _exchange(self, tokens: int) -> Timing:
-        """The Timing of an all_gather of `tokens` rows before a layer's experts, and a reduce_scatter after them."""
+        """The Timings of two collectives, summed: all_gather before a layer's experts, reduce_scatter after them.
+
+        tokens: rows that each of them moves.
+        """
         chips, moved = self.chips_per_stage, tokens * self.width * WIRE
         return collective_timing(self.target, "all_gather", chips, moved) + collective_timing(
             self.target, "reduce_scatter", chips, moved

@@ -308,7 +308,10 @@ class Errors:
 
     @classmethod
     def of(cls, predicted: np.ndarray, us: np.ndarray) -> Errors:
-        """The Errors of rows with these predicted and measured microseconds, both arrays [rows]."""
+        """The Errors of some rows.
+
+        predicted: modelled microseconds of each row. us: measured microseconds of each row.
+        """
         error = (predicted / us - 1) * 100
         size = np.abs(error)
         return cls(len(us), float(np.median(size)), float(size.mean()), float(error.mean()))

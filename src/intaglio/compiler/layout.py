@@ -32,13 +32,13 @@ class Layout:
         redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
             then holds ceil((experts + redundant) / ep) experts, and results do not depend on which experts a group
             holds. None: there are no copies, and each group holds consecutive experts.
-        sums: a larger tp whose results this layout gives, bit for bit: each sum that tp divides among lanes is computed
-            in `sums` parts, which are added in the order in which that many lanes add theirs. A multiple of tp, without
-            ep and sp. 1: the parts are those of tp.
+        sums: another tp, a multiple of this one, whose results this layout gives bit for bit. Every sum that tp divides
+            among lanes is then computed in `sums` parts, added in the order in which `sums` lanes would add theirs. Not
+            allowed with ep or sp. 1: each lane computes one part.
         placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
 
-    Raises LayoutError for sp without tp or with ep, for redundant experts without ep, and for sums that is no multiple
-    of tp or goes with ep or sp.
+    Raises LayoutError for sp without tp or with ep, for redundant experts without ep, and for `sums` above 1 that is no
+    multiple of tp, or with ep or sp.
     """
 
     tp: int = 1

@@ -379,7 +379,10 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
 
 def _tensor_of(module: Any, out: Any) -> Any:
-    """The part of a module's output that is compared: of a tuple the first item, or Llama 4's router's second one."""
+    """The part of a module's output that is compared: the output itself, or an item of it if it is a tuple.
+
+    It is the first item, but the second for the router of Llama 4.
+    """
     if not isinstance(out, tuple):
         return out
     return out[1] if type(module).__name__ == "Llama4Router" else out[0]

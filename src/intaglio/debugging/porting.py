@@ -176,7 +176,7 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def lacking(trial: Trial) -> float:
-    """Number of tensors that a Trial's port reads and the tiny model does not have; inf if it failed otherwise."""
+    """Number of tensors that a Trial's port reads and the tiny model lacks; inf if the port failed in another way."""
     found = re.match(r"lacks (\d+) tensors", trial.why)
     return int(found[1]) if found else float("inf")
 

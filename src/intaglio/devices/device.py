@@ -216,8 +216,8 @@ class Executable(ABC):
     def block_parts(self) -> tuple[int, ...]:
         """Bytes of one K/V block in each K/V cache; () if this executable cannot read or write blocks.
 
-        The caches are in the order of the Program, those of all ranks one rank after the other. The bytes of a cache
-        are those of its heads, one head after the other.
+        The caches are in the order of the Program; in a mesh, those of rank 0 come first, then those of rank 1, and so
+        on. The bytes of a block in a cache are those of the first head, then of the second, and so on.
         """
         return ()
 

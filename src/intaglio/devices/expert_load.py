@@ -16,8 +16,8 @@ class ExpertLoad:
 
     Attributes:
         tokens: tokens routed to each expert since the Program was loaded, i64 [experts].
-        held: for each expert-parallel rank, the numbers of the experts that it holds; () for a rank whose experts are
-            not known. () instead of the whole list if the layout has no redundant experts, so that none can be moved.
+        held: for each expert-parallel rank, a tuple of the experts that it holds; () for a rank whose experts are not
+            known. `held` itself is () if the layout has no redundant experts, so that no expert can be moved.
     """
 
     tokens: np.ndarray

@@ -73,6 +73,8 @@ def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -
     """The token id that the oracle, a fake device for tests, gives after the token ids `ids`; -1 if none is allowed.
 
     It is computed from `ids` alone, without a K/V cache, so that tests can compare it with the device's token.
+
+    vocabulary: number of token ids. sampling: temperature, seed, logit edits and mask; they change the hash.
     """
     links, previous = [], START
     for token in ids:

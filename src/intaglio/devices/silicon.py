@@ -130,8 +130,8 @@ class ModelledStep:
 class SiliconExecutable(Executable):
     """Takes values from another executable and models the time of each step.
 
-    The chips of a pipeline's stages work on different steps at a time. A stage starts a step as soon as the previous
-    stage has ended that step, and it has itself ended the previous step.
+    The chips of a pipeline's stages work on different steps at a time. A stage starts a step as soon as two things have
+    happened: the stage before it has ended this step, and it has itself ended the step before this one.
 
     Attributes:
         inner: the executable that computes the values.

@@ -70,10 +70,10 @@ class AllReduce(Collective, kind="all_reduce"):
         group: numbers of the ranks.
         wire: number format in which values travel between ranks: each x is rounded to it before the sum, and the sum
             before it is sent back.
-        slots: number of blocks of `width` columns that x has. After the sum over ranks, the blocks are added to each
-            other in their order: (s0 + s1) + s2 ... If for each block only one rank has values and the others have
-            zeros, `out` has the same bits whichever rank it is; so the results of experts are summed if experts may
-            move between ranks. 1: x is as wide as out.
+        slots: number of blocks of `width` columns that x has; 1: x is as wide as out. After the sum over ranks, the
+            blocks are added to each other in their order: (s0 + s1) + s2 ... Experts that may move between ranks use
+            several slots: one rank has the values of a block and the others have zeros there, so `out` has the same
+            bits whichever rank computes the block.
     """
 
     x: str = operand()

@@ -24,8 +24,8 @@ def uniform(seed: int, position: int) -> float:
 def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
     """Sampling weight of each id, float64 [vocabulary]: exp((l - max) / temperature), or 0 if the filters drop the id.
 
-    Filters in the order of transformers' generate(), after temperature (above 0): top-k, top-p (over the ids that top-k
-    kept), min-p. Ties go to the lower id.
+    The temperature must be above 0. The filters are applied in the order of transformers' generate(): top-k, top-p over
+    the ids that top-k kept, min-p. Of ids with equal logits, the lower one is kept first.
     """
     wide = logits.astype(np.float64)
     p = np.exp((wide - wide.max()) / s.temperature)

@@ -17,7 +17,10 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 
 
 def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
-    """The matrices that the op `sinkhorn` makes of x, float64 [rows, n * n], as an array of the same shape."""
+    """The matrices that the op `sinkhorn` makes of x, float64 [rows, n * n], as an array of the same shape.
+
+    iterations, eps: the op's fields, see Sinkhorn.
+    """
     n = isqrt(x.shape[1])
     m = x.reshape(-1, n, n)
     m = np.exp(m - m.max(axis=-1, keepdims=True))

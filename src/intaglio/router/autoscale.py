@@ -1,8 +1,8 @@
 """Autoscaler: how many replicas there should be, by the length of the queue and the replicas' pace.
 
-Pure like the Router: callers pass the time in seconds. A replica more is wanted while requests wait in the router
-because no replica has room. One less is wanted after a quiet time in which the sequences that run would hardly be
-slower on the rest.
+It does no input or output and reads no clock: callers pass the time in seconds. One more replica is wanted when
+requests have waited in the router for some time because no replica has room. One fewer is wanted after a quiet time, if
+the running sequences would hardly be slower on the remaining replicas.
 """
 
 from __future__ import annotations

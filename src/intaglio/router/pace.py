@@ -2,8 +2,8 @@
 
 A replica's own fit is wrong in two ways for a comparison of replicas. After few steps, or steps of one size, its
 coefficients are arbitrary. And replicas on one machine disturb each other, so that equal replicas measure unlike times.
-So the router fits one model to the steps of all replicas of a role, and takes of each replica only one number: how slow
-its steps were in proportion to this model. That number counts the more, the more steps it is from.
+So the router fits one model to the steps of all replicas of a role, and takes only one number from each replica: how
+slow its steps were in proportion to this model. The more steps that number is from, the more weight it has.
 """
 
 from __future__ import annotations

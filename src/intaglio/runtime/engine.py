@@ -40,7 +40,7 @@ from intaglio.runtime.windows import Windows
 
 
 class Rng(Protocol):
-    """Interface of the random source that seeds requests without a seed; random.Random satisfies it."""
+    """Interface of the random source that gives seeds to requests without one; random.Random satisfies it."""
 
     def getrandbits(self, k: int, /) -> int:
         """A random integer of `k` bits."""

@@ -221,11 +221,11 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
     """A list of the prompt's token ids `ids`, cut to as many tokens as the body's truncate_prompt_tokens says.
 
-    With -1, as many tokens are kept as leave room for the output in the context, at least 1. The end of the prompt is
-    kept or, with truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem
-    if it is 0.
+    If truncate_prompt_tokens is -1, as many tokens are kept as leave room for `asked` output tokens in the context, at
+    least 1. The end of the prompt is kept or, with truncation_side "right", its beginning. Without
+    truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
 
-    asked: number of output tokens that the request asks for; None: no number, room for one token is left.
+    asked: number of output tokens that the request asks for; None counts as 1.
     """
     most = body.truncate_prompt_tokens
     if most is None:

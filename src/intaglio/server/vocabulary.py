@@ -74,8 +74,8 @@ class Offsets:
         prompt: the prompt's token ids.
         echo: True if the choice's text begins with the prompt's text.
         hidden: ids that leave no text in the output; None: all special tokens.
-        prefix: number of tokens at the prompt's beginning, such as BOS, that this text leaves out.
-        suffix: number of tokens at its end, such as EOS, that this text leaves out.
+        prefix: number of tokens at the prompt's beginning, such as BOS, that have no text in the prompt's text.
+        suffix: number of tokens at the prompt's end, such as EOS, that have none.
     """
 
     def __init__(

@@ -58,11 +58,11 @@ def shard(
 
 
 def _parts(program: Program, tp: int, coded: Set[str]) -> dict[str, list[Share]]:
-    """The ops whose bits depend on tp: {site: columns of each part}, one part for each lane of the layout `tp`.
+    """Find the ops whose results have other bits with `tp` lanes: {site of the op: columns of x or table on each lane}.
 
-    They are linears whose sums are divided, with the columns of x in the order in which the parts are added, and embeds
-    whose table is quantised in parts. Raises LayoutError if the layout also divides other sums, which are
-    those of routed experts, and as shard() does.
+    Such an op is a linear whose lanes each compute a partial sum, or an embed whose lanes each quantise a part of the
+    table. The partial sums are added in the order of the columns in the dict. Raises LayoutError if the lanes also
+    divide sums of routed experts, and as shard() does.
     """
     layout = Layout(tp)
     lane = Lane(program, make_plan(program, layout), layout, 0, "f32", coded)

@@ -29,9 +29,11 @@ class Lane:
         lane: number of this lane.
         wire: format to which values are rounded before they travel between ranks.
         coded: names of the weights whose codes come from a checkpoint.
-        parts: the columns of each part in which an op is computed to get the bits of a larger tp, by the op's site. The
-            op is a linear whose sum over these columns of x is divided, or an embed whose table is quantised in parts.
-        divided: the same of the ops that this layout divides among lanes in such a way, with a part for each lane.
+        parts: {site of an op: columns of each part}, for the ops that are computed in parts so that the bits are those
+            of a larger tp (Layout.sums). A linear then has one partial sum for each part of the columns of x. An embed
+            has a table that is quantised part by part.
+        divided: {site of an op: columns of each lane}, for the linears and embeds whose partial sums or quantised
+            parts this layout divides among the lanes. Filled by the sharding rules.
         totals: sites of all ops whose results are summed over lanes.
         shares: every lane's share of each result added so far that is split by columns, by the result's name.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
@@ -137,9 +139,10 @@ class Lane:
         return as_ or name
 
     def tears(self, name: str, shares: Sequence[Share]) -> bool:
-        """True if cuts of a weight's columns divide groups of it, so that each share is quantised with its own scales.
+        """True if each lane quantises its part of a weight, because a cut between lanes falls inside a group of values.
 
-        A weight whose codes come from a checkpoint keeps its scales. shares: the columns that each lane (rank) holds.
+        A weight whose codes come from a checkpoint keeps the scales that it has there; for it the result is False.
+        shares: the columns that each lane (rank) holds.
         """
         t = self.p.tensors[name]
         fmt, width = formats.get(t.format), int(t.shape[-1])

@@ -45,9 +45,9 @@ def scaled(shares: Sequence[Share], by: int) -> list[Share]:
 
 
 def joined(shares: Sequence[Share], lanes: int) -> list[Share]:
-    """The shares of fewer lanes (ranks), each of which holds what an equal number of neighbours hold in `shares`.
+    """Merge the shares of equally many neighbouring lanes (ranks) each. Returns a list with a Share per new lane.
 
-    lanes: the number of lanes; it divides the number of shares.
+    lanes: the number of new lanes; it divides the number of shares.
     """
     each = len(shares) // lanes
     runs = [zip(*shares[i * each : (i + 1) * each], strict=True) for i in range(lanes)]
@@ -55,7 +55,7 @@ def joined(shares: Sequence[Share], lanes: int) -> list[Share]:
 
 
 def parts_within(parts: Sequence[Share], held: Share) -> list[int]:
-    """Numbers of the shares in `parts` that lie in `held`, as a list; together they must be all of `held`, else []."""
+    """Indices of the shares in `parts` that make up the share `held`, as a list; [] if no shares make up all of it."""
     columns = {i for r in held for i in r}
     found = [i for i, part in enumerate(parts) if all(c in columns for r in part for c in r)]
     return found if sum(width_of(parts[i]) for i in found) == len(columns) else []

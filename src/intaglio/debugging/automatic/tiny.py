@@ -196,9 +196,9 @@ class TinyModels:
     def switches(self) -> dict[str, list[Any]]:
         """Other values to give single keys of the configuration, to see what each key changes in the model.
 
-        Returns {key: list of values}. A flag is inverted, an activation is replaced by another, a float is changed, and
-        so is a number that means every how many layers something occurs. Other integers are not varied. The dict may be
-        empty.
+        Returns {key: list of values}. A flag is inverted, an activation is replaced by another, and a float is changed.
+        Of the integers, only those are changed that say in how many layers one has a feature (every n-th layer). The
+        dict may be empty.
         """
         table = self.settings()
         out: dict[str, list[Any]] = {}

@@ -35,9 +35,11 @@ def default_folder() -> Path:
 
 @cache
 def packing_hash(format: str, group: int, glu: bool) -> str:
-    """SHA-256, in hex, of a small matrix as this build packs it.
+    """SHA-256, in hex, of a small matrix as this build packs it in the given format.
 
     The hash is part of a cache file's key, so that a build that packs differently does not read the file.
+
+    group: group size of the format. glu: True to pack a gate and an up projection together.
     """
     n, k = 134, 512 if format in ("q4_k", "q5_k", "q6_k") else 2 * group + 35
     weight = _native.Weight(format, n, k, group, glu)

@@ -75,9 +75,16 @@ def load(
     Returns a Loaded: numbers of the tensors, the packed matrices, and arrays for Python kernels. Raises DeviceError for
     weights of the wrong shape or type, and for ops that the kernels cannot run.
 
-    cache: folder for packed weights; "auto": the usual folder if there are enough weights to make it worth while; None:
-    no file on disk. image_file: descriptor of a memory file for packed weights that are not kept on disk; None: no such
-    file.
+    Args:
+        native: the empty executable.
+        program: the Program whose ops are created.
+        layout: which weights are packed together, and where native code stops.
+        weights: the source of the weights.
+        state: sizes of the K/V cache and of recurrent state.
+        threads: threads that pack.
+        cache: folder for packed weights; "auto": the usual folder if there are enough weights to make it worth while;
+            None: no file on disk.
+        image_file: descriptor of a memory file for packed weights that are not kept on disk; None: no such file.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)

@@ -187,7 +187,10 @@ class ForkServer:
 
 
 def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """Close the socket of a fork server, which makes the server end, and kill the server if it hangs."""
+    """Close the socket `s` of a fork server, which makes the server's process end. Returns nothing.
+
+    A server that has not ended after END_TIMEOUT seconds is killed.
+    """
     s.close()
     try:
         process.wait(END_TIMEOUT)
@@ -197,7 +200,10 @@ def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
 
 
 def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
-    """Send a message, as JSON, with descriptors. Returns nothing. Raises OSError if the other end is gone."""
+    """Send a message, as JSON, and the file descriptors `files` with it. Returns nothing.
+
+    Raises OSError if the other end is gone.
+    """
     text = json.dumps(message).encode()
     if files:
         socket.send_fds(s, [text], files, socket.MSG_NOSIGNAL)

@@ -155,8 +155,8 @@ class Latent:
     Attributes:
         q_rank: columns of the compressed query; 0: queries are not compressed.
         rank: columns of the K/V latent.
-        nope: columns of a head without rope.
-        rope: columns of a head with rope.
+        nope: columns of a head that rope does not rotate.
+        rope: columns of a head that rope rotates.
         value: columns of a head's value.
         eps: epsilon of the norms of the latents.
         indexer: chooses the positions that queries attend to; None: all. Needs compressed queries.

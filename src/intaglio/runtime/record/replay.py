@@ -236,6 +236,8 @@ class Player:
         """Add or resume a request, by calling `admit`.
 
         Returns None if it is admitted or refused as in the journal, else a sentence (str) that says both outcomes.
+
+        entry: the journal's entry. id: the request's id, for the sentence.
         """
         assert self.engine
         self.requests += 1

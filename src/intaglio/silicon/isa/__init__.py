@@ -11,6 +11,7 @@ from intaglio.silicon.isa.attention import Attend, Merge, Rescale, Softmax
 from intaglio.silicon.isa.control import Check, Halt
 from intaglio.silicon.isa.instruction import ENGINES, Cost, Instruction
 from intaglio.silicon.isa.matrix import Drain, Matmul
+from intaglio.silicon.isa.recurrence import Scan
 from intaglio.silicon.isa.reduction import Moment, Pool, Sinkhorn
 from intaglio.silicon.isa.routing import Combine, Group, Score, SparseMix, TopK, Weigh
 from intaglio.silicon.isa.sampling import Sample
@@ -21,7 +22,7 @@ from intaglio.silicon.isa.vector import Convert, Dequantise, Map, Norm, Permute,
 __all__ = [
     "ENGINES", "Attend", "Check", "Combine", "Convert", "Cost", "Dequantise", "Drain", "Fill", "Gather", "Group",
     "Halt", "Instruction", "Load", "Map", "Matmul", "Merge", "Moment", "Norm", "Permute", "Pool", "Quantise",
-    "Receive", "Rescale", "Rope", "Sample", "Scatter", "Score", "Send", "Sinkhorn", "Softmax", "SoftmaxStep",
+    "Receive", "Rescale", "Rope", "Sample", "Scan", "Scatter", "Score", "Send", "Sinkhorn", "Softmax", "SoftmaxStep",
     "SparseMix", "Store", "TopK", "Weigh",
 ]  # fmt: skip
 

@@ -71,18 +71,27 @@ def online_softmax(
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Instruction, engine="VEC", opcode=0x38):
-    """One step of the online softmax (Milakov & Gimelshein 2018) over one tile of keys: p = exp(s - new m), by rows.
+    """One step of the online softmax, for one tile of queries and one tile of keys (Milakov & Gimelshein 2018).
 
-    m is the running maximum of each row, l its running sum of p; both are updated. alpha is the factor that rescales
-    sums made with the old m. scores f32 [q, n] in accumulators; p [q, n]; m, l, alpha f32 [q, 1].
+    Attention takes the keys of a query tile by tile. Between tiles, m holds the largest score of each query (row) so
+    far, and l the sum of exp(score - m). From the scores s of one tile, the instruction computes for each row:
 
-    s is the score after four steps. It is multiplied by `scale`; soft-capped to softcap * tanh(s / softcap), if
-    `softcap` is above 0; multiplied by 1 + temper * ln(1 + floor(x / every)), where x is the query's position if
-    `from_zero`, else the position + 1; and slope * (key position - query position) is added.
+    - the new m: the largest of m and of the row of s;
+    - p = exp(s - new m), the weights of these keys before division by l;
+    - alpha = exp(old m - new m), the factor for sums of weighted values that were made with the old m;
+    - the new l: l * alpha + the sum of the row of p.
 
-    Row r is a query at position query + r // pack: `pack` query heads share each position. Column j is the key at
-    position key + j. A score becomes -inf if its key comes after the query, if j >= keys (padding), or, with `window`
-    above 0, if its key is `window` or more positions before the query.
+    scores f32 [q, n] in the accumulators, p [q, n], m, l, alpha f32 [q, 1]. Row r is a query at position query + r //
+    pack, since `pack` query heads share a position. Column j is the key at position key + j. The scores s are computed
+    so:
+
+    1. s = scores * scale.
+    2. If `softcap` is above 0: s = softcap * tanh(s / softcap).
+    3. If `temper` is not 0 (Llama 4): s = s * (1 + temper * ln(1 + floor(x / every))), where x is the query's position
+       if `from_zero`, otherwise the position + 1.
+    4. s = s + slope * (key position - query position), the bias of ALiBi.
+    5. s = -inf for a key that the query must not see: a key after the query; a column j >= keys (padding); and, if
+       `window` is above 0, a key `window` or more positions before the query.
     """
 
     p: Region
@@ -124,7 +133,10 @@ class Softmax(Instruction, engine="VEC", opcode=0x38):
 
 @dataclass(frozen=True, kw_only=True)
 class Rescale(Instruction, engine="VEC", opcode=0x39):
-    """Multiply accumulators by a factor for each row: acc = acc * alpha, in FP32; acc [q, n], alpha f32 [q, 1]."""
+    """Multiply each row of accumulators by a factor: acc = acc * alpha, in FP32.
+
+    acc f32 [q, n], alpha f32 [q, 1], as `Softmax` writes it.
+    """
 
     acc: Region
     alpha: Region
@@ -143,11 +155,11 @@ class Rescale(Instruction, engine="VEC", opcode=0x39):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Instruction, engine="VEC", opcode=0x3A):
-    """Merge partial attention results over different keys: dst [q, d] = attention of q queries, from `parts` parts.
+    """Merge the attention of q queries to several parts of the keys into their attention to all keys: dst [q, d].
 
-    Parts are merged in ascending order. Part i occupies rows i * q .. (i + 1) * q of sums [parts * q, d], m and l
-    [parts * q, 1]; it is rescaled to the largest m of all parts. dst is the total of `sums`, divided by the total of
-    `l`.
+    Part i is in rows i * q .. (i + 1) * q - 1 of sums [parts * q, d] (the sums of weighted values), and of m and l
+    [parts * q, 1] (see Softmax). With M the largest m of a query, dst is the sum over i of sums_i * exp(m_i - M),
+    divided by the sum over i of l_i * exp(m_i - M). Parts are added in ascending order, in FP64.
     """
 
     dst: Region
@@ -178,10 +190,13 @@ class Merge(Instruction, engine="VEC", opcode=0x3A):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Instruction, engine="ATT", opcode=0x40):
-    """Attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul fused.
+    """Attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul in one.
 
-    Updates sums f32 [rows, dv] and m, l f32 [rows, 1] from q [rows, d], k [n, d] and v [n, dv]. The weights p are
-    rounded to v's format before the second product. For the other fields see Softmax.
+    1. The scores are q @ k.T, rounded to FP32.
+    2. p, alpha, and the new m and l follow from them as in Softmax. p is rounded to v's format.
+    3. sums = sums * alpha + p @ v.
+
+    q [rows, d], k [n, d], v [n, dv], sums f32 [rows, dv], m, l f32 [rows, 1]. The other fields are those of Softmax.
     """
 
     sums: Region

@@ -13,7 +13,7 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Instruction, engine="SEQ", opcode=0x60):
-    """Raise a trap (MachineError) if `src` holds NaN or infinity."""
+    """Stop the run with an error (MachineError) if `src` holds NaN or infinity."""
 
     src: Region
     writes = ()
@@ -32,7 +32,7 @@ class Check(Instruction, engine="SEQ", opcode=0x60):
 
 @dataclass(frozen=True, kw_only=True)
 class Halt(Instruction, engine="SEQ", opcode=0x61):
-    """Mark the end of a core's stream. It starts when all that it waits for has finished, and takes no time."""
+    """Mark the end of a core's stream. It has no effect and takes no time."""
 
     writes = ()
 

@@ -50,7 +50,8 @@ def moment_cycles(chip: ChipSpec, n: Any, moment: str) -> Any:
 def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
     """Cycles to make a square matrix of n values doubly stochastic, as the op `sinkhorn` does.
 
-    A softmax of the rows, then 2 * iterations - 1 times sums, each a tree reduction, and divisions by them.
+    Counted are a softmax of the rows, and then 2 * iterations - 1 passes. A pass sums all rows or all columns, each by
+    a tree reduction, and divides them by their sums.
     """
     rounds = 2 * iterations - 1
     return vector_cycles(chip, (4 + 2 * rounds) * n, n) + (rounds + 1) * np.log2(np.sqrt(n))
@@ -59,6 +60,16 @@ def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
 def pool_cycles(chip: ChipSpec, n: Any) -> Any:
     """Cycles to pool n values by the softmax of their gates: six operations and one exponential a value."""
     return vector_cycles(chip, 6 * n, n)
+
+
+def scan_cycles(chip: ChipSpec, m: Any, n: Any, normalised: bool) -> Any:
+    """Cycles to advance a state of n columns over m rows, one after the other, so that a row takes whole lanes.
+
+    Two operations and one exponential a value; `normalised` adds three operations and two exponentials (a root takes as
+    long as an exponential).
+    """
+    lanes = np.ceil(n / chip.vec_lanes) * chip.vec_lanes
+    return m * vector_cycles(chip, (2 + 3 * normalised) * lanes, (1 + 2 * normalised) * n)
 
 
 SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert

@@ -36,8 +36,9 @@ class Cost:
 
     Attributes:
         cycles: cycles of the instruction's engine; for a transfer, the minimum number of cycles.
-        bytes: bytes transferred; if not 0, the time follows from the bandwidth that the transfers in flight leave.
-        resource: what the bytes pass: "hbm" or "link"; "" without bytes.
+        bytes: bytes transferred. If not 0, the time is these bytes over the bandwidth that this transfer gets; the
+            transfers in progress share the bandwidth of `resource`.
+        resource: "hbm" or "link", which carries the bytes; "" without bytes.
         latency_s: seconds from the end of the instruction until its result is visible to others.
     """
 

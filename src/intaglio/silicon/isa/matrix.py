@@ -24,11 +24,13 @@ EXP_CALLS = ("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "exp", "softplus")
 
 @dataclass(frozen=True, kw_only=True)
 class Matmul(Instruction, engine="MXU", opcode=0x20):
-    """Multiply tiles: acc = (a @ b.T) * row_scale * col_scale, added to acc if `accumulate`.
+    """Multiply two tiles in the matrix array: acc = (a @ b.T) * row_scale * col_scale.
 
-    a [m, k], b [n, k], acc f32 [m, n], row_scale f32 [m, 1], col_scale f32 [1, n]. With `by_rows`, b is [k, n] and
-    is not transposed. The sum over k is computed in float64, rounded once to FP32, and added to acc in FP32.
-    Operands in two formats run at the rate of the wider format.
+    a [m, k], b [n, k], acc f32 [m, n], row_scale f32 [m, 1], col_scale f32 [1, n]. With `by_rows`, b is [k, n] and the
+    product is a @ b. A scale that is none counts as 1.
+
+    The sum over k is computed in FP64, multiplied by the scales and rounded once to FP32. With `accumulate`, the result
+    is then added to the old acc, in FP32. If a and b differ in format, the time is that of the wider format.
     """
 
     acc: Region
@@ -64,12 +66,16 @@ class Matmul(Instruction, engine="MXU", opcode=0x20):
 
 @dataclass(frozen=True, kw_only=True)
 class Drain(Instruction, engine="VEC", opcode=0x30):
-    """Move an accumulator tile to SRAM with bias, scale, activation f, gate and residual, in FP32.
+    """Move a tile from the accumulators to SRAM, with bias, scale, activation function f, gate and residual.
 
-    With y = (acc + bias) * scale, dst = f(alpha * y) / alpha + residual. With `up` (a GLU pair) and z = (up + up_bias)
-    * scale, dst = f(alpha * y) / alpha * (z + shift) + residual. A `limit` above 0 clamps y to at most limit and z to
-    -limit .. limit. acc, up f32 [m, n] in accumulators; biases [1, n]; residual f32 [m, n]; the result is rounded to
-    dst's format.
+    1. y = (acc + bias) * scale, but at most `limit` if `limit` is above 0.
+    2. If there is an activation f: y = f(alpha * y) / alpha.
+    3. If `up` is given, the second product of a gated MLP: z = (up + up_bias) * scale, clamped to -limit .. limit if
+       `limit` is above 0. Then y = y * (z + shift).
+    4. dst = y + residual, rounded to dst's format.
+
+    acc, up f32 [m, n] in the accumulators; bias, up_bias [1, n]; residual f32 [m, n]; dst [m, n]. A bias or residual
+    that is none counts as 0. (acc + bias) * scale and z are computed in FP64 and rounded to FP32, all else in FP32.
     """
 
     dst: Region

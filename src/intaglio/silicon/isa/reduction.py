@@ -18,7 +18,8 @@ from intaglio.silicon.memory import CoreMemory, Region
 class Moment(Instruction, engine="VEC", opcode=0x4B):
     """Reduce each row of x f32 [m, n] to its mean, root mean square or standard deviation: dst f32 [m, 1].
 
-    Computed in float64 and rounded once. `of` has the same meaning as in the op `moment`.
+    By the field `of`: mean is sum(x) / n, rms is sqrt(sum(x^2) / n), std is sqrt(sum((x - mean)^2) / n). Computed in
+    FP64 and rounded once.
     """
 
     dst: Region
@@ -38,9 +39,11 @@ class Moment(Instruction, engine="VEC", opcode=0x4B):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Instruction, engine="VEC", opcode=0x4C):
-    """Make each row of x f32 [m, n * n], a matrix, doubly stochastic, as in the op `sinkhorn`: dst f32 [m, n * n].
+    """Make matrices doubly stochastic: each row of x f32 [m, n * n] is an n x n matrix, and so is each row of dst.
 
-    Computed in float64 and rounded once. `iterations` and `eps` have the same meaning as in the op.
+    Rows and columns of a resulting matrix sum to about 1 (Sinkhorn & Knopp 1967). The matrix is first softmax(x) over
+    its rows, plus eps; then each column is divided by its sum + eps. Then, `iterations` - 1 times, each row and then
+    each column is divided by its sum + eps. Computed in FP64 and rounded once.
     """
 
     dst: Region
@@ -61,9 +64,9 @@ class Sinkhorn(Instruction, engine="VEC", opcode=0x4C):
 
 @dataclass(frozen=True, kw_only=True)
 class Pool(Instruction, engine="VEC", opcode=0x4D):
-    """Pool rows: dst[0, j] = the sum over i of x[i, j] times the softmax over i of gates[i, j] + bias[i, j].
+    """Pool m rows into one: dst[0, j] = the sum over i of x[i, j] * w[i, j], w the softmax over i of gates + bias.
 
-    dst f32 [1, n], x and gates [m, n] in any float format, bias f32 [m, n]. Computed in float64 and rounded once.
+    dst f32 [1, n], x and gates [m, n] in any float format, bias f32 [m, n]. Computed in FP64 and rounded once.
     """
 
     dst: Region

@@ -28,9 +28,10 @@ def rounds_cycles(chip: ChipSpec, n: Any, rounds: int, rows: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Instruction, engine="VEC", opcode=0x3C):
-    """Compute router scores: dst = softmax of each row of x f32 [m, n], or sigmoid or sqrt(ln(1 + e^x)) of each value.
+    """Compute router scores: dst [m, n] = the softmax, sigmoid or sqrt(softplus) of the logits x f32 [m, n].
 
-    Computed in float64 and rounded once to dst's format.
+    The softmax is over each row. The others apply to each value: sigmoid is 1 / (1 + e^-x), and sqrt_softplus is
+    sqrt(ln(1 + e^x)). Computed in FP64, then rounded.
     """
 
     dst: Region
@@ -57,11 +58,14 @@ class Score(Instruction, engine="VEC", opcode=0x3C):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Instruction, engine="VEC", opcode=0x3D):
-    """Choose the best columns: ids i32 [m, k] = the k columns with the highest key + bias in each row, highest first.
+    """Choose the k best columns of each row: ids i32 [m, k], those with the highest key + bias, the highest first.
 
-    selected f32 [m, k] = `values` in these columns. Ties go to the lowest column. key, values f32 [m, n], bias f32 [1,
-    n]. With `groups` (group-limited routing), the columns form that many equal groups, and only the `kept_groups`
-    groups with the largest sum of their `group_best` highest entries take part.
+    key, values f32 [m, n], bias f32 [1, n], selected f32 [m, k] = `values` in the chosen columns. Of equal columns, the
+    lowest comes first.
+
+    If `groups` is above 0 (group-limited routing), the columns form that many groups of equal size. A group is rated by
+    the sum of its `group_best` highest values of key + bias. Only columns of the `kept_groups` best groups can be
+    chosen.
     """
 
     ids: Region
@@ -101,7 +105,12 @@ class TopK(Instruction, engine="VEC", opcode=0x3D):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMix(Instruction, engine="VEC", opcode=0x3E):
-    """Choose experts by SparseMixer, as the op `route`: ids i32, weights f32 [m, k] from router logits x f32 [m, n]."""
+    """Choose k experts for each row by SparseMixer: ids i32 and weights f32, both [m, k], from logits x f32 [m, n].
+
+    k times, the expert with the largest remaining logit m is chosen. Its weight is its softmax over the remaining
+    experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter. The op `route` with score sparsemixer does the
+    same.
+    """
 
     ids: Region
     weights: Region
@@ -126,10 +135,10 @@ class SparseMix(Instruction, engine="VEC", opcode=0x3E):
 
 @dataclass(frozen=True, kw_only=True)
 class Weigh(Instruction, engine="VEC", opcode=0x3F):
-    """Scale routing weights: dst = x * scale, x f32 [m, k]; with `normalise`, x is first divided by its row's sum.
+    """Compute routing weights from the scores x of chosen experts: dst = x * scale * factors[0, ids].
 
-    1e-20 is added to the sum, which is computed in float64 and rounded once to FP32. With `factors` f32 [1, n] and
-    `ids` i32 [m, k], the result is multiplied by factors[ids].
+    dst, x f32 [m, k], factors f32 [1, n], ids i32 [m, k]. Without `factors` or `ids`, dst = x * scale. With
+    `normalise`, x is first divided by the sum of its row plus 1e-20; the sum is computed in FP64 and rounded to FP32.
     """
 
     dst: Region
@@ -159,11 +168,16 @@ class Weigh(Instruction, engine="VEC", opcode=0x3F):
 
 @dataclass(frozen=True, kw_only=True)
 class Group(Instruction, engine="VEC", opcode=0x49):
-    """Sort routed rows by expert (a stable counting sort), for a rank that holds experts first .. first + held - 1.
+    """Sort routed rows by expert, for a rank that holds the `held` experts from number `first` on.
 
-    ids i32 [1, n] is the expert of each routed row, `top` rows a token. order i32 [1, n] = the indices of ids sorted by
-    id, with ids of other ranks' experts last; tokens i32 [1, n] = order // top; counts i32 [1, held] = rows of each
-    held expert. Raises MachineError for an id outside 0 .. experts - 1.
+    A routed row is a token for one of the `top` experts that the token chose: row i belongs to token i // top, and goes
+    to expert ids[0, i]. The sort is stable. ids i32 [1, n]; the results are:
+
+    - order i32 [1, n]: the numbers of the routed rows, ordered by expert; rows of other ranks' experts are last;
+    - tokens i32 [1, n]: the tokens of these rows, order // top;
+    - counts i32 [1, held]: the number of rows of each held expert.
+
+    Raises MachineError for an id outside 0 .. experts - 1.
     """
 
     order: Region
@@ -199,8 +213,9 @@ class Group(Instruction, engine="VEC", opcode=0x49):
 class Combine(Instruction, engine="VEC", opcode=0x4A):
     """Sum the experts' results of each token: dst[i] = residual[i] + sum over j of parts[i * top + j] * weights[i, j].
 
-    parts f32 [m * top, n], weights f32 [m, top] (none: all 1), residual f32 [m, n]. Products are rounded to FP32;
-    their sum, j ascending, is computed in float64 and rounded once.
+    parts f32 [m * top, n], weights f32 [m, top], residual f32 [m, n], dst [m, n]. Weights that are none count as 1, a
+    residual that is none as 0. Products are rounded to FP32. They are summed in FP64, j ascending, and the sum is
+    rounded to FP32; then the residual is added in FP32.
     """
 
     dst: Region

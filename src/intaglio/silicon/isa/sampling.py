@@ -18,12 +18,19 @@ EDIT_OPS = 5  # operations to edit one logit: read, compare, multiply, add, writ
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Instruction, engine="VEC", opcode=0x48):
-    """Sample a token: token i32 [1, 1] from logits f32 [1, vocabulary], as in the op `sample`.
+    """Sample one token id from a row of logits: token i32 [1, 1], from logits f32 [1, vocabulary].
 
-    logprob f32 [1, 1] is its log-probability. If no token can be drawn, token is negative and logprob NaN. The random
-    number depends only on (seed, position); the filters are top_k, top_p and min_p, after temperature. ids i32, factors
-    and terms f32, [1, k] each, are the logit edits: penalties and biases of single tokens. mask i32 [1, words] is the
-    grammar mask, one bit for each token id, the lowest id in the lowest bit.
+    1. Edit single logits (penalties and logit bias). ids i32, factors f32 and terms f32 are [1, k]. The logit l of the
+       token ids[0, i] becomes l / factors[0, i] if l is above 0, otherwise l * factors[0, i]; then terms[0, i] is
+       added.
+    2. Exclude tokens by the grammar mask i32 [1, words]: bit b of word w is 0 if the token 32 * w + b must not be
+       drawn.
+    3. With temperature 0, take the token with the largest logit. Otherwise divide the logits by the temperature, keep
+       the tokens that top_k, top_p and min_p allow, in this order, and draw one of them. top_k 0, top_p 1 and min_p 0
+       allow all. The random number depends only on seed and position.
+
+    logprob f32 [1, 1] is the natural log-probability of the token under the softmax of the unedited logits. If a logit
+    is NaN, or if the largest is infinite before or after steps 1 and 2, the token is -1 and logprob NaN.
     """
 
     token: Region

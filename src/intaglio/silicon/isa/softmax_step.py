@@ -24,8 +24,8 @@ PASS_OPS = 2  # operations a score, of Softmax's 5: scale and mask in one on the
 class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
     """Softmax and Rescale in one pass over the scores of a tile of keys.
 
-    Writes p and updates m and l as Softmax does. Also rescales the accumulators `sums` f32 [q, dv], the running sum of
-    weighted values, by the factor that Softmax would write to alpha. For the other fields see Softmax.
+    Writes p and updates m and l as Softmax does. Also multiplies the accumulators `sums` f32 [q, dv], the running sums
+    of weighted values, by the factor that Softmax writes to alpha. The other fields are those of Softmax.
     """
 
     p: Region

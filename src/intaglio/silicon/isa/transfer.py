@@ -31,9 +31,9 @@ def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Instruction, engine="DMA", opcode=0x10):
-    """Copy from HBM to a core: dst = src; both have the same shape and format.
+    """Copy a matrix from HBM to the core: dst = src, of the same shape and format.
 
-    With `padded`, dst may have more rows and columns than src; the additional ones are set to zero.
+    With `padded`, dst may have more rows and columns than src; those that src lacks are set to zero.
     """
 
     dst: Region
@@ -58,9 +58,10 @@ class Load(Instruction, engine="DMA", opcode=0x10):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Instruction, engine="DMA", opcode=0x11):
-    """Copy rows by index from HBM, such as embeddings or K/V slots: dst[i] = table[index[0, i]].
+    """Copy rows that an index chooses from HBM to the core: row i of dst = row index[0, i] of table.
 
-    dst [m, n], table [rows, n], index i32 [1, m]. Raises MachineError for an index outside the table.
+    dst [m, n], table [rows, n], index i32 [1, m]. Kernels read embeddings and K/V slots with it. Raises MachineError
+    for an index outside 0 .. rows - 1.
     """
 
     dst: Region
@@ -84,7 +85,7 @@ class Gather(Instruction, engine="DMA", opcode=0x11):
 
 @dataclass(frozen=True, kw_only=True)
 class Fill(Instruction, engine="DMA", opcode=0x12):
-    """Set every element of dst to `value`."""
+    """Set every element of dst, a matrix in the core, to `value`."""
 
     dst: Region
     value: float = 0.0
@@ -102,7 +103,7 @@ class Fill(Instruction, engine="DMA", opcode=0x12):
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Instruction, engine="OUT", opcode=0x18):
-    """Copy from a core to HBM: dst = src, rounded to dst's format; both have the same shape."""
+    """Copy a matrix from the core to HBM: dst = src, of the same shape, rounded to dst's format."""
 
     dst: Region
     src: Region
@@ -121,10 +122,11 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Instruction, engine="OUT", opcode=0x19):
-    """Copy rows by index to HBM, such as new keys into their K/V slots: table[index[0, i]] = src[i].
+    """Copy rows from the core to places in HBM that an index chooses: row index[0, i] of table = row i of src.
 
-    src [m, n], table [rows, n], index i32 [1, m]. A row takes at least `row_cycles` cycles, as in a kernel whose
-    threads compute each row's address. Raises MachineError for an index outside the table.
+    src [m, n], table [rows, n], index i32 [1, m]. Kernels write new keys and values into their K/V slots with it. Each
+    row takes at least `row_cycles` cycles: the time in which a kernel's threads compute its address. Raises
+    MachineError for an index outside 0 .. rows - 1.
     """
 
     table: Region
@@ -150,7 +152,11 @@ class Scatter(Instruction, engine="OUT", opcode=0x19):
 
 @dataclass(frozen=True, kw_only=True)
 class Send(Instruction, engine="NET", opcode=0x50):
-    """Send src to the chip `peer` with `tag`. Finished when the last byte has left the chip."""
+    """Send src, a matrix, to the chip number `peer`.
+
+    Messages between two chips are told apart by their `tag`. The instruction has finished when the last byte has left
+    the chip.
+    """
 
     src: Region
     peer: int
@@ -169,7 +175,12 @@ class Send(Instruction, engine="NET", opcode=0x50):
 
 @dataclass(frozen=True, kw_only=True)
 class Receive(Instruction, engine="NET", opcode=0x51):
-    """Receive a message: dst = what the chip `peer` sent with `tag`. Starts when the message has arrived."""
+    """Receive a matrix: dst = the matrix that the chip number `peer` sent to this chip with the same `tag`.
+
+    The instruction starts when the message has arrived, and finishes one link latency later. Messages of one chip with
+    one tag are received in the order in which they were sent. Raises MachineError if the message has another shape than
+    dst.
+    """
 
     dst: Region
     peer: int

@@ -21,9 +21,9 @@ SCALED: Steps = (("operand", "a"), ("operand", "b"), ("binary", "*"))  # a * b, 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Instruction, engine="VEC", opcode=0x31):
-    """Convert to another format: dst = src rounded to dst's format.
+    """Convert a matrix to another format: dst = src, rounded to dst's format.
 
-    To e4m3: clipped to -448..448, and NaN where src is not finite.
+    dst, src [m, n]. For e4m3, values are first clipped to -448 .. 448, and values that are not finite become NaN.
     """
 
     dst: Region
@@ -43,11 +43,10 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Instruction, engine="VEC", opcode=0x32):
-    """Quantise x f32 [m, k] with one scale a row: codes [m, k] and scale f32 [m, 1].
+    """Quantise x f32 [m, k] with one scale for each row: x is about codes * scale.
 
-    Codes in e4m3: the scale is max|x| of the row / 448, as formats.quantise() computes it for the format fp8row. Codes
-    in int8: the scale is max|x| / 127, as formats.quantise_rows() computes it for activations. With `for_cache`, the
-    scale is rounded to bf16, as formats.quantise() does for int8row.
+    codes [m, k] in e4m3 or int8, scale f32 [m, 1]. The scale of a row is its largest |x|, divided by 448 for e4m3 and
+    by 127 for int8. With `for_cache`, int8 scales are rounded to bf16, as in a K/V cache of the format int8row.
     """
 
     codes: Region
@@ -76,9 +75,9 @@ class Quantise(Instruction, engine="VEC", opcode=0x32):
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantise(Instruction, engine="VEC", opcode=0x36):
-    """Multiply codes by their scales: dst[i, j] = codes[i, j] * scales[i, j // group].
+    """Multiply quantised values by their scales: dst[i, j] = codes[i, j] * scales[i, j // group].
 
-    dst f32 [m, k], codes [m, k], scales [m, ceil(k / group)]: each scale serves `group` neighbouring columns of a row.
+    dst f32 [m, k], codes [m, k], scales [m, ceil(k / group)]: `group` neighbouring columns of a row share a scale.
     """
 
     dst: Region
@@ -100,9 +99,9 @@ class Dequantise(Instruction, engine="VEC", opcode=0x36):
 
 @dataclass(frozen=True, kw_only=True)
 class Permute(Instruction, engine="VEC", opcode=0x37):
-    """Put columns in another order: dst[:, j] = src[:, order[0, j]], f32; order i32 [1, n].
+    """Put the columns of a matrix in another order: column j of dst = column order[0, j] of src.
 
-    Raises MachineError for a column outside src.
+    dst [m, n], src [m, columns], order i32 [1, n]. Raises MachineError for an index outside 0 .. columns - 1.
     """
 
     dst: Region
@@ -122,7 +121,7 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
         return Cost(cycles=float(vector_cycles(target.chip, self.dst.rows * self.dst.cols)))
 
 
-def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
+def map_cycles(chip: ChipSpec, steps: Steps, n: float) -> float:
     """Number of cycles of an expression over n values.
 
     Each value takes one operation for each function call and binary operator, and one to write the result. Calls such
@@ -135,9 +134,11 @@ def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Instruction, engine="VEC", opcode=0x33):
-    """Evaluate an elementwise expression over a, b, c, given as a stack program (postfix), into dst.
+    """Evaluate an elementwise expression of a, b and c: dst = the value of the stack program `steps`.
 
-    a, b, c are f32 of one shape; b and c may have one column, which is broadcast.
+    A stack program is an expression in postfix order: the steps a, b, * stand for a * b. A step is an operand, a
+    number, one of + - * /, or a function that the op `map` has, such as silu. dst, a, b, c f32 [m, n]; b and c may be
+    [m, 1], with one value for a whole row, or [1, n], with one value for a whole column.
     """
 
     dst: Region
@@ -148,9 +149,11 @@ class Map(Instruction, engine="VEC", opcode=0x33):
     writes = ("dst",)
 
     def shapes(self) -> Shapes:
-        wide: Shapes = {name: ("m", "n") for name in ("b", "c")}
-        column: Shapes = {name: ("m", 1) for name in wide if (r := getattr(self, name)) is not None and r.cols == 1}
-        return {"dst": ("m", "n"), "a": ("m", "n"), **wide, **column}
+        given = {name: r for name in ("b", "c") if (r := getattr(self, name)) is not None}
+        other: Shapes = {
+            name: (1 if r.rows == 1 else "m", 1 if r.cols == 1 else "n") for name, r in given.items()
+        }  # fmt: skip
+        return {"dst": ("m", "n"), "a": ("m", "n"), **other}
 
     def run(self, mem: CoreMemory) -> None:
         value = evaluate(self.steps, lambda name: mem.read32(getattr(self, name)))
@@ -162,10 +165,18 @@ class Map(Instruction, engine="VEC", opcode=0x33):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Instruction, engine="VEC", opcode=0x34):
-    """Normalise rows, as in the op `norm`: dst = normalised(x) * (weight + offset) + bias + residual.
+    """Normalise rows, or groups of columns: dst = normalised(x) * (weight + offset) + bias + residual.
 
-    x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span]. `norm` and
-    `eps` have the same meaning as in the op.
+    x, dst, residual f32 [m, n]; weight, bias [1, span]. Each row consists of n / span groups of `span` neighbouring
+    columns. normalised(x) of a group, by the field `norm`:
+
+    - rms: x / sqrt(mean(x^2) + eps);
+    - layer: (x - mean) / sqrt(var + eps), with the mean and variance of the group;
+    - l2: x / sqrt(sum(x^2) + eps);
+    - none: x itself.
+
+    Without a weight, the factor is 1, whatever `offset` is. All but the residual is computed in FP64 and rounded to
+    FP32.
     """
 
     dst: Region
@@ -203,10 +214,14 @@ class Norm(Instruction, engine="VEC", opcode=0x34):
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Instruction, engine="VEC", opcode=0x35):
-    """Rotate pairs of columns of each head of x by position * frequency, as in the op `rope`, into dst.
+    """Rotary position embedding: rotate pairs of columns of each head of x by position * frequency.
 
-    x f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. The rotated values are multiplied
-    by `factor`. With `trailing`, the rotated pairs are the last of each head, otherwise the first.
+    x, dst f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. A pair (u, v) in row i becomes
+    factor * (u * cos t - v * sin t, v * cos t + u * sin t), where t = positions[0, i] * the frequency of the pair.
+
+    The first 2 * pairs columns of each head are rotated, or the last with `trailing`; the other columns are copied.
+    Among the rotated columns, style half pairs column j with column j + pairs, and interleaved pairs column 2j with
+    column 2j + 1.
     """
 
     dst: Region

@@ -139,7 +139,8 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     hbm = cache * (1 - cached) + again + rows
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
-    seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
+    if lib.activation_bytes < WIDE:  # streams count the bytes of each transfer
+        seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
     engine = "ATT" if chip.att_lanes else "MXU"
     busy = {engine: compute, "HBM": hbm / chip.hbm_rate}
     run = "bf16" if chip.att_lanes else product_format(on["prefill" if prefill else "decode"], h)

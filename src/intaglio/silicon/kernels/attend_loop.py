@@ -1,18 +1,22 @@
 """Time of attention's instruction streams: the loop of all cores over their jobs and over tiles of keys.
 
-The closed form of the streams of attend.py. It follows each core through the jobs that deal() gives to it: when each
-transfer, product and store starts and ends, and from when on the L2 has each tile. Cores with work left share the rates
-of the L2 and of HBM equally.
+The closed form of the streams of attend.py. It follows the loads, the computation and the stores of each core through
+the jobs that deal() gives to it. Transfers in flight share the rates of the L2 and of HBM equally. The L2 holds the
+tiles that were used last: keys, values, queries and results.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import exp
+
+import numpy as np
 
 from intaglio.chips import KernelLibrary, Target
+from intaglio.silicon.cache import LINE
 from intaglio.silicon.kernels.attend_tiles import LISTED, AttendPlan, deal, decode_keys, tile_seconds
 from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.kv_write import Heads
@@ -28,6 +32,7 @@ class StreamJob:
         kv_head: number of the K/V head.
         queries: number of queries of each head.
         low, high: the keys are those at positions low .. high - 1.
+        parts: number of parts into which the sequence's context is split; the job has one of them.
     """
 
     sequence: int
@@ -35,6 +40,7 @@ class StreamJob:
     queries: int
     low: int
     high: int
+    parts: int = 1
 
 
 def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
@@ -62,157 +68,247 @@ def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, p
         tiles = -(-(keys - low) // plan.keys)
         cuts = [*range(low, keys, -(-tiles // plan.parts) * plan.keys), keys]
         for head in range(0, h.heads, plan.pack):
-            out += [StreamJob(s, head // h.group, 1, a, b) for a, b in pairwise(cuts)]
+            out += [StreamJob(s, head // h.group, 1, a, b, len(cuts) - 1) for a, b in pairwise(cuts)]
     return out
 
 
 @dataclass
-class _Core:
-    """Times of one core, in seconds since the start of the launch.
+class _Transfer:
+    """A load or store of one core.
 
     Attributes:
-        jobs: its jobs, in order.
-        loads, array, lanes, stores: until when the engine of loads, the matrix array (or the attention engine), the
-            vector lanes and the engine of stores are busy.
-        visible: when the latest load is visible. Loads become visible in order.
-        bytes: bytes that the core has moved.
-        tiles: when each tile of keys was read for the last time.
-        queries, states, results: when the queries, the sums and the results of each job were read for the last time.
+        start: when it starts, at the earliest, in seconds since the start of the launch.
+        bytes: bytes that it moves.
+        place: the tile's place in the L2; None: it passes the L2, since its rows are addressed by index.
+        writes: True for a store.
+        latency_s: seconds from the end of the transfer until its result is visible.
+        ready: when the L2 has all of its bytes.
+        end: when it ends.
     """
 
-    jobs: list[StreamJob]
-    loads: float = 0.0
-    array: float = 0.0
-    lanes: float = 0.0
-    stores: float = 0.0
-    visible: float = 0.0
-    bytes: float = 0.0
+    start: float
+    bytes: float
+    place: Hashable | None = None
+    writes: bool = False
+    latency_s: float = 0.0
+    ready: float = 0.0
+    end: float = 0.0
+
+    @property
+    def visible(self) -> float:
+        """When the result of the transfer can be used."""
+        return max(self.end + self.latency_s, self.ready)
+
+
+class _L2:
+    """Content of an L2 that evicts lines at random (cache.py), as expected values. Stored bytes go to HBM then."""
+
+    def __init__(self, capacity: float, latency_s: float) -> None:
+        self.capacity, self.latency_s = capacity, latency_s
+        self.held = self.evicted = self.stored = 0.0  # bytes in it; evicted so far; in it and not in HBM
+        self.tiles: dict[Hashable, tuple[float, float, float]] = {}  # (bytes, evicted before, when there)
+
+    def access(self, x: _Transfer, now: float) -> float:
+        """Record that a transfer starts at `now`. Returns the bytes that HBM moves for it; sets its latency."""
+        if x.place is None or not self.capacity:
+            x.latency_s = 0.0 if x.writes else self.latency_s
+            return x.bytes
+        size, before, ready = self.tiles.get(x.place, (0.0, 0.0, 0.0))
+        size *= exp((before - self.evicted) / self.capacity) if size else 0.0
+        missed = max(0.0, x.bytes - size)
+        missed = missed if missed > LINE / 2 else 0.0
+        if missed and not x.writes:
+            x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
+        x.ready = 0.0 if x.writes else ready
+        out = max(0.0, self.held + missed - self.capacity)
+        written = out * self.stored / self.capacity
+        self.held, self.evicted = self.held + missed - out, self.evicted + out
+        self.stored = min(self.held, self.stored - written + x.bytes * x.writes)
+        self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
+        return written + (0.0 if x.writes else missed)
+
+
+@dataclass
+class _Core:
+    """Progress of one core. Times are in seconds since the start of the launch.
+
+    Attributes:
+        jobs: its jobs, in order, each with its number in the launch.
+        begun: of each job, when its queries and sums can be used.
+        loaded: of each tile of keys and values, when it can be used.
+        tiles: of each tile of keys and values, when it was used for the last time.
+        queries, sums, results: of each job, when its queries, its sums and its results were used for the last time.
+        programs: its loads, its computation and its stores.
+    """
+
+    jobs: list[tuple[int, StreamJob]]
+    begun: list[float] = field(default_factory=list)
+    loaded: list[float] = field(default_factory=list)
     tiles: list[float] = field(default_factory=list)
     queries: list[float] = field(default_factory=list)
-    states: list[float] = field(default_factory=list)
+    sums: list[float] = field(default_factory=list)
     results: list[float] = field(default_factory=list)
+    programs: tuple[Iterator[_Transfer | None], ...] = ()
 
 
 class _Loop:
     """The loop of all cores; see stream_seconds() for the arguments."""
 
-    def __init__(
-        self, target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], missed: float, single: bool
-    ) -> None:
-        self.chip, self.h, self.plan, self.missed, self.single = target.chip, h, plan, missed, single
+    def __init__(self, target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> None:
+        self.chip, self.h, self.plan, self.single = target.chip, h, plan, single
         self.t = t = tile_seconds(target, h, plan.rows, plan.keys)
-        self.latency_s = self.chip.constants.hbm_latency_s
+        self.split = any(job.parts > 1 for job in jobs)
         seconds = [-(-(job.high - job.low) // plan.keys) * t.work + t.fill + t.merge for job in jobs]
-        self.cores = [_Core([jobs[i] for i in mine]) for mine in deal(seconds, self.chip.cores)]
-        self.live = self.active = len(self.cores)  # cores with loads left; cores with jobs
-        self.there: dict[tuple[int, int, int, bool], tuple[float, int]] = {}  # tile in the L2: (since when, its keys)
+        self.cores = [_Core([(i, jobs[i]) for i in mine]) for mine in deal(seconds, self.chip.cores)]
+        self.l2 = _L2(self.chip.l2_bytes * target.library.l2_usable, self.chip.constants.hbm_latency_s)
+        for i in sorted(range(len(jobs)), key=lambda i: (jobs[i].sequence, jobs[i].high)):  # the op before wrote them
+            self.l2.access(_Transfer(0.0, self.query_bytes(jobs[i]), ("queries", i)), 0.0)
+        self.l2.tiles = {place: (size, before, 0.0) for place, (size, before, _) in self.l2.tiles.items()}
         latent = h.head_dim - h.v_dim
         # Widths of the loads of a tile of keys and values, and True for columns of keys that are not values
         self.columns = [(h.v_dim, False), (latent, True), (h.v_dim, False)] if h.values_in_keys else [
             (h.head_dim, True), (h.v_dim, False)]  # fmt: skip
 
-    def rates(self) -> tuple[float, float]:
-        """The bandwidth of a core's load, in bytes/s, from the L2 and from HBM."""
-        if not self.chip.l2_bytes:
-            return (min(self.chip.port_rate, self.chip.hbm_rate / self.live),) * 2
-        rate = min(self.chip.port_rate, self.chip.l2_rate / self.live)
-        return rate, min(rate, self.chip.hbm_rate / max(1.0, self.missed * self.live))
+    def query_bytes(self, job: StreamJob) -> float:
+        """Bytes of the queries of a job."""
+        return float(job.queries * self.plan.pack * self.h.head_dim * WIDE)
 
     def seconds(self) -> float:
-        """Seconds until the last result is stored. Loads of all cores are followed in the order of their starts."""
-        runs = [self.run(core) for core in self.cores]
-        turns = [(next(run), i) for i, run in enumerate(runs)]
-        heapq.heapify(turns)
-        while turns:
-            _, i = heapq.heappop(turns)
-            start = next(runs[i], None)
-            if start is None:
-                self.live = max(1, self.live - 1)
-            else:
-                heapq.heappush(turns, (start, i))
-        share = (self.chip.l2_rate if self.chip.l2_bytes else self.chip.hbm_rate) / self.active
-        t, held = self.t, self.plan.held
-        shared = (c.bytes / share + t.fill * len(c.jobs) + t.blank * min(held, len(c.jobs)) for c in self.cores)
-        return max(*shared, *(core.stores for core in self.cores))
+        """Seconds until the last result is stored."""
+        n, now = len(self.cores), 0.0
+        left, slowed = np.full(2 * n, np.inf), np.full(2 * n, np.inf)  # of each core's load, then of its store
+        self.waiting: list[tuple[float, int, _Transfer]] = []  # (start, place in `left`, transfer)
+        self.flights: list[_Transfer | None] = [None] * (2 * n)
+        flying = missing = 0
+        for c, core in enumerate(self.cores):
+            core.programs = self.loads(core), self.compute(core), self.stores(core)
+            self.advance(c)
+        while flying or self.waiting:
+            rate = min(self.chip.port_rate, self.chip.l2_rate / max(1, flying))
+            rates = np.minimum(rate, self.chip.hbm_rate / max(1, missing) * slowed)
+            after = left / rates
+            then = now + float(after.min())
+            if self.waiting and self.waiting[0][0] < then:
+                then = max(now, self.waiting[0][0])
+            ended = np.flatnonzero(now + after <= then * (1 + 1e-12))
+            left -= (then - now) * rates
+            now = then
+            for i in ended.tolist():
+                flying, missing = flying - 1, missing - bool(np.isfinite(slowed[i]))
+                left[i] = slowed[i] = np.inf
+                if (done := self.flights[i]) is not None:
+                    done.end, self.flights[i] = now, None
+            for i in ended.tolist():
+                self.advance(i % n)
+            while self.waiting and self.waiting[0][0] <= now:
+                _, i, x = heapq.heappop(self.waiting)
+                moved = self.l2.access(x, now)
+                flying, missing = flying + 1, missing + (moved > 0)
+                left[i], slowed[i] = x.bytes, x.bytes / moved if moved else np.inf
+        assert all(len(core.results) == len(core.jobs) for core in self.cores)
+        return now
 
-    def run(self, c: _Core) -> Iterator[float]:
-        """Follow one core. Yields the start of each of its next loads, and then computes what the load changes."""
+    def advance(self, c: int) -> None:
+        """Continue the programs of core number `c` up to their next transfers, or until one waits for another."""
+        loads, compute, stores = self.cores[c].programs
+        later = c + len(self.cores)  # place of the core's stores
+        for place, program in ((later, stores), (c, loads), (-1, compute), (c, loads), (later, stores)):
+            if place < 0:
+                next(program, None)
+            elif self.flights[place] is None and (x := next(program, None)) is not None:
+                self.flights[place] = x
+                heapq.heappush(self.waiting, (x.start, place, x))
+
+    def loads(self, c: _Core) -> Iterator[_Transfer | None]:
+        """Program of a core's loads. Yields each transfer, or None to wait for the core's computation or stores."""
         plan, h, t, chip = self.plan, self.h, self.t, self.chip
         listed = (len(c.jobs) if plan.ahead else LISTED) if self.single else 1
-        for number, job in enumerate(c.jobs):
-            rows, (l2_rate, hbm_rate) = job.queries * plan.pack, self.rates()
+        now = visible = index = 0.0  # when the engine is free; when its latest load can be used: they arrive in order
+        freed, value_bytes, tile = c.results if self.split else c.sums, h.bits / 8, 0
+        for number, (name, job) in enumerate(c.jobs):
             reused = number - plan.held  # the job whose tiles of queries and results this job takes
             if plan.ahead or not number % plan.lanes:  # sums of one job, or of all that start together
-                merged = (
-                    c.states[reused : reused + 1] if plan.ahead and reused >= 0 else c.states if not plan.ahead else []
-                )
-                c.loads = max([c.loads, *merged[-1:]]) + t.fill * (1 if plan.ahead else plan.lanes)
-                c.visible = state = max(c.visible, c.loads)
+                last = reused if plan.ahead else number - 1
+                while len(freed) <= last:
+                    yield None
+                now = max(now, freed[last] if last >= 0 else 0.0) + t.fill * (1 if plan.ahead else plan.lanes)
             if number < plan.held:
-                c.loads += t.blank
-                c.visible = max(c.visible, c.loads)
-            if (self.single or not plan.ahead) and not number % listed:  # row numbers
-                free = c.queries[-1] if self.single and c.queries else 0.0
-                free = c.results[reused] if not self.single and reused >= 0 else free
-                start = max(c.loads, free)
-                yield start
+                now += t.blank
+            visible = max(visible, now)
+            if (self.single or not plan.ahead) and not number % listed:  # row numbers, over those of earlier jobs
+                while not self.single and len(c.results) <= reused:
+                    yield None
+                free = c.begun[-1:] if self.single else c.results[max(0, reused) : max(0, reused + 1)]
                 count = min(listed, len(c.jobs) - number) if self.single else job.queries
-                c.loads = start + 4 * count / hbm_rate
-                c.visible = index = max(c.visible, c.loads + self.latency_s)
-            start = max(c.loads, c.queries[reused] if reused >= 0 else 0.0, index if self.single else 0.0)
-            yield start
-            rate = min(l2_rate, chip.hbm_rate / self.active) if self.single else l2_rate
-            c.loads = start + rows * h.head_dim * WIDE / rate
-            late = self.latency_s if self.single or not chip.l2_bytes else 0.0  # queries by index come from HBM
-            c.visible = queries = max(c.visible, c.loads + late)
+                x = _Transfer(max(now, *free, 0.0), 4 * count)
+                yield x
+                now, index = x.end, max(visible, x.visible)
+                visible = index
+            while len(c.queries) <= reused:
+                yield None
+            start = max(now, c.queries[reused] if reused >= 0 else 0.0, index if self.single else 0.0)
+            x = _Transfer(start, self.query_bytes(job), None if self.single else ("queries", name))
+            yield x
+            now, visible = x.end, max(visible, x.visible)
+            c.begun.append(visible)
             for low in range(job.low, job.high, plan.keys):
+                while len(c.tiles) <= tile - plan.depth:
+                    yield None
                 keys = min(plan.keys, job.high - low)
-                yield from self.load_tile(c, job, low, keys)
-                start = max(c.array, queries, state, c.visible)
-                if chip.att_lanes:
-                    c.array = scored = start + t.work
+                blank = (plan.keys - keys) * (h.head_dim + h.v_dim) * value_bytes  # after the last key, set to 0
+                now = max(now, c.tiles[tile - plan.depth] if tile >= plan.depth else 0.0)
+                now += blank / chip.sram_bytes_per_cycle / chip.clock_hz
+                for width, only_key in self.columns:
+                    x = _Transfer(now, keys * width * value_bytes, (job.sequence, job.kv_head, low, only_key))
+                    yield x
+                    now, visible = x.end, max(visible, x.visible)
+                c.loaded.append(visible)
+                tile += 1
+
+    def compute(self, c: _Core) -> Iterator[None]:
+        """Program of a core's computation. Yields to wait for the core's loads or stores."""
+        plan, t, array, lanes, tile = self.plan, self.t, 0.0, 0.0, 0
+        for number, (_, job) in enumerate(c.jobs):
+            for _ in range(job.low, job.high, plan.keys):
+                while len(c.loaded) <= tile:
+                    yield
+                start = max(array, c.loaded[tile])
+                if self.chip.att_lanes:
+                    array = scored = start + t.work
                 else:
                     scored = start + t.scores
-                    c.lanes = max(c.lanes, scored) + t.softmax
-                    c.array = c.lanes + t.sums
-                c.tiles.append(c.array)
+                    lanes = max(lanes, scored) + t.softmax
+                    array = lanes + t.sums
+                c.tiles.append(array)
+                tile += 1
             c.queries.append(scored)
-            free = c.results[reused] if reused >= 0 else 0.0
-            c.lanes = max(c.lanes, c.array, free) + t.merge * rows / plan.rows
-            c.states.append(c.lanes)
-            scattered = plan.parts == 1 and (self.single or not plan.ahead)  # by index: to HBM
-            l2_rate, _ = self.rates()
-            rate = min(l2_rate, chip.hbm_rate / self.active) if scattered else l2_rate
-            c.stores = max(c.stores, c.lanes) + rows * h.v_dim * WIDE / rate
-            c.results.append(c.stores)
-            c.bytes += rows * (h.head_dim + h.v_dim) * WIDE
+            if not self.split:
+                reused = number - plan.held
+                while len(c.results) <= reused:
+                    yield
+                free = c.results[reused] if reused >= 0 else 0.0
+                lanes = max(lanes, array, free) + t.merge * job.queries * plan.pack / plan.rows
+            c.sums.append(array if self.split else lanes)
 
-    def load_tile(self, c: _Core, job: StreamJob, low: int, keys: int) -> Iterator[float]:
-        """Load one tile of keys and values to a core. low: position of its first key. keys: number of its keys."""
-        h, value_bytes = self.h, self.h.bits / 8
-        start = max(c.loads, c.tiles[-self.plan.depth] if len(c.tiles) >= self.plan.depth else 0.0)
-        blank = (self.plan.keys - keys) * (h.head_dim + h.v_dim) * value_bytes
-        start += blank / self.chip.sram_bytes_per_cycle / self.chip.clock_hz  # rows after the last key are set to 0
-        for width, only_key in self.columns:
-            yield start
-            l2_rate, hbm_rate = self.rates()
-            place, size = (job.sequence, job.kv_head, low, only_key), keys * width * value_bytes
-            since, have = self.there.get(place, (0.0, 0)) if self.chip.l2_bytes else (0.0, 0)
-            missed = max(0, keys - have) / keys  # part of the tile
-            end = start + size / (l2_rate if have else hbm_rate)
-            c.visible = max(c.visible, end + self.latency_s * missed, since)
-            if missed:
-                self.there[place] = max(since, start + self.latency_s), keys
-            c.loads = start = end
-            c.bytes += size
+    def stores(self, c: _Core) -> Iterator[_Transfer | None]:
+        """Program of a core's stores. Yields each transfer, or None to wait for the core's computation."""
+        scattered, now = not self.single and not self.plan.ahead, 0.0
+        columns = self.h.v_dim + 2 * self.split  # with maxima and denominators
+        for number, (name, job) in enumerate(c.jobs):
+            while len(c.sums) <= number:
+                yield None
+            size = job.queries * self.plan.pack * columns * WIDE
+            place = None if scattered else ("results", name)
+            x = _Transfer(max(now, c.sums[number]), size, place, writes=True)
+            yield x
+            now = x.end
+            c.results.append(now)
 
 
-def stream_seconds(
-    target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], missed: float, single: bool
-) -> float:
+def stream_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> float:
     """Seconds of the streams of some jobs, until the last result is stored, without launch overhead.
 
-    missed: fraction of the loads of keys and values that HBM delivers. single: True for chunks with one query, whose
-    queries and results are gathered and scattered by index.
+    The L2 has the queries as far as they fit, and no keys and values. single: True for chunks with one query, whose
+    queries are gathered by index.
     """
-    return _Loop(target, h, plan, jobs, missed, single).seconds()
+    return _Loop(target, h, plan, jobs, single).seconds()

@@ -34,11 +34,11 @@ PREFILL_LANES = 2  # of kernels that are not persistent: two run on a core
 
 
 def least_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Lower bound in seconds of the time until the last core ends, however jobs are dealt.
+    """Lower bound in seconds of the time until the last core ends, however jobs are dealt to the cores.
 
-    It is the longest of even_makespan() and of these: of the j * cores + 1 longest jobs, one core has j + 1 or more,
-    which take at least as long as the j + 1 shortest of them; for j up to ROUNDS. Exact for equal jobs, up to ROUNDS
-    jobs a core. It never falls if jobs are added or get longer.
+    It is the largest of even_makespan() and of one bound for each j from 1 to ROUNDS: among the j * cores + 1 longest
+    jobs, some core has at least j + 1, and these take at least as long as the j + 1 shortest of them. The bound is
+    exact for equal jobs, up to ROUNDS jobs a core. It never falls if jobs are added or get longer.
 
     seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
     """
@@ -51,7 +51,9 @@ def least_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """The longest job in seconds, or the total divided by the cores if that is longer: a lower bound.
+    """A lower bound on the seconds in which `cores` cores do all jobs.
+
+    It is the longest job, or the sum of all jobs divided by the cores if that is longer.
 
     seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
     """
@@ -164,7 +166,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         if lib.activation_bytes >= WIDE:
             jobs = prefill_jobs_of_streams(h, plan, part)
-            seconds = stream_seconds(target, h, plan, jobs, missed, single=False)
+            seconds = stream_seconds(target, h, plan, jobs, single=False)
         else:
             exact = seen if knows_lengths(lib, plan) else tiles * plan.keys
             most = min(plan.rows, pack * max(q for q, *_ in part))
@@ -238,7 +240,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
         tiles, seen, count = decode_jobs(plan, keys, n)
         if lib.activation_bytes >= WIDE:
             jobs = decode_jobs_of_streams(lib, h, plan, part)
-            seconds = stream_seconds(target, h, plan, jobs, missed, single=True)
+            seconds = stream_seconds(target, h, plan, jobs, single=True)
         else:
             loaded = seen if knows_lengths(lib, plan) else tiles * plan.keys
             seconds = decode_seconds(target, h, plan, tiles, loaded, count, missed)

@@ -177,9 +177,14 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Normalised seconds of a collective with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes each; size None: 0 bytes.
+    """Seconds of a collective over links of 1 byte/s and 1 s latency, from a simulation that is cached.
 
-    Normalised: over links of 1 byte/s and 1 s latency. Simulated once for each set of arguments, then cached.
+    Args:
+        network: the chip's network.
+        ranks: number of ranks.
+        op: the collective, such as "all_reduce".
+        algorithm: a name as in candidate_algorithms(), such as "ring".
+        size: a chunk has 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes.
     """
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
@@ -195,10 +200,10 @@ def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> Schedul
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """Normalised seconds of a collective with chunks of `chunk` bytes: over links of 1 byte/s and 1 s latency.
+    """Seconds of a collective with chunks of `chunk` bytes over links of 1 byte/s and 1 s latency.
 
-    The result is interpolated between two simulated sizes. Its error is 0.2 %, or 15 % where transfers occur in another
-    order at one size than at the other.
+    The result is interpolated between two simulated sizes, see unit_seconds(), which explains the other arguments. Its
+    error is 0.2 %, or 15 % where transfers occur in another order at one size than at the other.
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -209,7 +214,7 @@ def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: 
 
 
 def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
-    """Size of one chunk of the schedule as a fraction of the whole tensor (see link_traffic())."""
+    """Bytes of one chunk of a collective's schedule, as a fraction of the bytes of its tensor (see link_traffic())."""
     ranks = simulated_ranks(network, op)
     return chunk_bytes(collectives.schedule(op, algorithm, ranks), 1.0)[0] * ranks / network.ranks
 

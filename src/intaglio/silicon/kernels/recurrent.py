@@ -1,4 +1,4 @@
-"""Chip kernel of the ops with recurrent state (scans, linear attention, short convolution), for timing only.
+"""Chip kernel of the ops `linear_attention` and `selective_scan`, for timing only.
 
 It cannot be executed: no instruction of the simulated chips advances a recurrent state.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from intaglio.ops import Decay, LinearAttention, RgLru, SelectiveScan, ShortConv
+from intaglio.ops import LinearAttention, SelectiveScan
 from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 
 
-@chip_kernel(Decay, LinearAttention, RgLru, SelectiveScan, ShortConv)
+@chip_kernel(LinearAttention, SelectiveScan)
 @dataclass(frozen=True)
 class RecurrentKernel(WorkKernel):
     """Chip kernel of an op with recurrent state. For timing only: the simulator cannot execute the op.

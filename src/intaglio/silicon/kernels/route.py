@@ -84,9 +84,13 @@ class RouteKernel(RowsKernel):
         return target.chip.constants.hbm_latency_s * self.listed
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """As of any RowsKernel. With a table, a core waits for HBM until it has the ids of its tokens.
+        """The Timing of a step, as of any RowsKernel, with two additions if a table lists the experts of each token.
 
-        The table's rows come from HBM: a RowsKernel counts their bytes there only without an L2.
+        They are:
+
+        - Seconds: HBM's latency, since a core needs the ids of its tokens before it can load their rows of the table.
+        - HBM bytes, on a chip with an L2: the table's rows, which come from HBM. Without an L2 they are counted
+          already.
         """
         timing, chip = super().time(target, sizes, prefetched), target.chip
         if not (self.listed and timing.seconds):

@@ -17,10 +17,10 @@ from intaglio.ops import Op, Tensor
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
+from intaglio.silicon.l2 import Source
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.l2 import Source
 from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
@@ -113,11 +113,17 @@ class RowsKernel(ChipKernel):
         return (1.0,)
 
     def in_runs(self) -> bool:
-        """True if a core has a run of neighbouring rows, whose indices it loads first; otherwise every n-th row."""
+        """True: each core has a run of neighbouring rows, whose indices it loads first. False: rows are dealt in turn.
+
+        The base class returns `gathered`.
+        """
         return self.gathered
 
     def wait_s(self, target: Target) -> float:
-        """Seconds that a job waits after its loads, at least: HBM's latency if some of its bytes are always in HBM."""
+        """Minimum seconds from the end of a job's loads until it can compute; the base class returns 0.
+
+        It is HBM's latency for an op that has some of its bytes only in HBM, never in the L2.
+        """
         return 0.0
 
     def held_bytes(self) -> float:

@@ -24,7 +24,7 @@ def embed(lane: Lane, op: Embed) -> None:
     With sequence parallelism there is an all_to_all instead, which gives each rank all columns of its own token rows;
     it moves 1 / tp of the all_gather's bytes.
 
-    Columns that a larger tp quantises with scales of their own are in lane.parts, and are ops of their own here.
+    If lane.parts lists the op, the table is quantised in parts, and each part gets an Embed op, see embed_in_parts().
     """
     if op.site in lane.parts:
         return embed_in_parts(lane, op, lane.parts[op.site])

@@ -1,0 +1,163 @@
+"""SequenceKernel: timing and jobs shared by the kernels of ops that advance a state, such as short_conv and rg_lru.
+
+A job is a range of columns of one sequence. A core loads the job's state, then computes blocks of up to BLOCK rows in
+order and stores their results, and at the end stores the new state. The next block is loaded while one is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from intaglio.batch import Batch
+from intaglio.chips import ChipSpec, Target
+from intaglio.silicon.kernels.attend_tiles import deal
+from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
+from intaglio.silicon.kernels.kernel import ChipKernel
+from intaglio.silicon.kernels.rows import ring_depth
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.stream import StreamBuilder
+from intaglio.silicon.tile_loop import TileLoop
+from intaglio.silicon.timing import Timing
+
+BLOCK = 16  # rows that are computed together, at most
+MOST_COLUMNS, LEAST_COLUMNS = 1024, 32  # of a job; fewer than the least if the op, or SRAM, has no more
+
+
+@dataclass(frozen=True)
+class SequenceJob:
+    """A range of columns of one sequence.
+
+    Attributes:
+        rows: the sequence's rows of the step.
+        columns: the columns.
+        before, after: slots of the state that the job reads and writes; before -1: the state is zero.
+        start: position of the first row in the sequence.
+    """
+
+    rows: range
+    columns: slice
+    before: int
+    after: int
+    start: int
+
+    def blocks(self) -> list[slice]:
+        """Slices of the rows of the step, each of a block."""
+        return [slice(self.rows.start + s.start, self.rows.start + s.stop) for s in slices(len(self.rows), BLOCK)]
+
+
+@dataclass(frozen=True)
+class SequenceKernel(ChipKernel):
+    """Base class of chip kernels of ops that advance a state along each sequence, each column by itself.
+
+    Attributes:
+        width: columns of the operands and of the result.
+        operands: matrices [T, width] that the op reads.
+        vectors: values that a job loads for each column, such as those of a bias.
+        state_rows: rows of `width` values that a sequence's state has.
+        overlap: rows before a block that are loaded again with it.
+        cold: of `vectors`, those in HBM: a weight with several rows, which the op before has not left in the L2.
+    """
+
+    width: int
+    operands: int
+    vectors: int
+    state_rows: int
+    overlap: int = 0
+    cold: int = 0
+
+    def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
+        """Number of cycles of one core's vector lanes for a block of so many rows and columns."""
+        raise NotImplementedError(f"{type(self).__name__} must define cycles()")
+
+    def first_cycles(self, chip: ChipSpec, columns: float) -> float:
+        """Number of cycles of one core's vector lanes before the first block of a job with so many columns."""
+        return 0.0
+
+    def columns(self, target: Target, sequences: int) -> int:
+        """Columns of a job, at most: few enough that every core has a job, within limits, and that SRAM fits two."""
+        shared = -(-self.width * sequences // target.chip.cores)
+        fit = target.chip.sram_bytes // (10 * self.tile_rows())
+        return max(1, min(self.width, MOST_COLUMNS, max(shared, LEAST_COLUMNS), fit))
+
+    def tile_rows(self, block: int = BLOCK) -> int:
+        """Rows of a job's tiles in SRAM, for blocks of so many rows: operands, result, vectors and state."""
+        return self.operands * (block + self.overlap) + block + self.vectors + self.state_rows
+
+    def depth(self, target: Target, columns: int, longest: int) -> int:
+        """Number of tiles in each of a core's circular buffers; see ring_depth(). longest: rows of any sequence."""
+        block = min(BLOCK, longest)
+        widths = (self.tile_rows(block) * columns + 16 * (self.vectors + 8),)  # with room for alignment
+        return ring_depth(target, widths, 4.0 * self.operands * block * columns)
+
+    def dealt(self, target: Target, lengths: Sequence[int]) -> list[list[tuple[int, slice]]]:
+        """The (sequence, columns) of each job of each core with work, the longest first. lengths: rows by sequence."""
+        parts = slices(self.width, -(-self.width // -(-self.width // self.columns(target, len(lengths)))))
+        jobs = [(s, columns) for s in range(len(lengths)) for columns in parts]
+        seconds = [float(lengths[s] * (columns.stop - columns.start)) for s, columns in jobs]
+        return [[jobs[i] for i in mine] for mine in deal(seconds, target.chip.cores)]
+
+    def jobs(self, mem: ChipMemory, site: str, batch: Batch) -> Iterator[tuple[StreamBuilder, list[SequenceJob]]]:
+        """Yields (StreamBuilder, jobs) for each core that has any."""
+        first, lengths = batch.first_row.tolist(), batch.q_len.tolist()
+        before, after, context = batch.state_from.tolist(), batch.state_to.tolist(), batch.context_len.tolist()
+        for mine in self.dealt(mem.target, lengths):
+            rows = [range(first[s], first[s] + lengths[s]) for s, _ in mine]
+            yield (
+                StreamBuilder(site),
+                [
+                    SequenceJob(own, columns, before[s], after[s], context[s] - lengths[s])
+                    for own, (s, columns) in zip(rows, mine, strict=True)
+                ],
+            )
+
+    def loop(
+        self, target: Target, dealt: list[list[tuple[int, slice]]], lengths: Sequence[int], kept: float
+    ) -> TileLoop:
+        """The loop over blocks of the core with the most rows; all others with jobs count as equal.
+
+        dealt: jobs of each core. lengths: rows by sequence. kept: fraction of the sequences that read a state.
+        """
+        chip, act, latency_s = target.chip, target.library.activation_bytes, target.chip.constants.hbm_latency_s
+        mine = max(dealt, key=lambda mine: sum(lengths[s] * (c.stop - c.start) for s, c in mine))
+        jobs, columns = len(mine), sum(c.stop - c.start for _, c in mine) / len(mine)
+        rows, blocks = (sum(f(lengths[s]) for s, _ in mine) for f in (int, lambda n: -(-n // BLOCK)))
+        state = 4.0 * self.state_rows * columns * jobs * kept
+        first = 4.0 * self.vectors * columns * jobs + state  # loaded before a job's blocks
+        waits, once = kept > 0 or self.cold > 0, first if jobs == 1 < blocks else 0.0
+        load = columns * act * (self.operands * rows + self.overlap * (blocks - jobs)) + first - once
+        cycles = self.cycles(chip, rows / blocks, columns) + self.first_cycles(chip, columns) * jobs / blocks
+        # Cores that read states at the same time wait for HBM; others load at the L2's rate meanwhile. Half of each:
+        rate, missed = min(chip.port_rate, chip.l2_rate / len(dealt)), state + 4.0 * self.cold * self.width / len(dealt)
+        share = chip.hbm_rate / len(dealt)
+        together = missed / min(rate, share) + (load - missed) / rate
+        seconds = (together + max(missed / share, load / rate)) / 2
+        last = (load - first) / blocks / rate  # seconds of a job's own loads, while its state is on its way
+        return TileLoop(
+            jobs=len(dealt) * blocks, load=load / blocks, once=once, work_s=float(cycles) / chip.clock_hz,
+            store=columns * (act * rows + 4.0 * self.state_rows * jobs) / blocks,
+            depth=self.depth(target, max(c.stop - c.start for _, c in mine), max(lengths)),
+            load_missed=(not once) * (missed > 0) * min(1.0, share * seconds / load) if chip.l2_bytes else 1.0,
+            store_missed=float(not chip.l2_bytes), wait_s=max(0.0, latency_s - last) * (waits and jobs == blocks),
+            ready_s=latency_s if waits else 0.0,
+        )  # fmt: skip
+
+    def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
+        """The Timing of the loop() over blocks, launch included."""
+        chip, lib = target.chip, target.library
+        sequences = [(q, keys > q) for q, keys, n in sizes.sequences for _ in range(n)]
+        lengths, kept = [q for q, _ in sequences], sum(has for _, has in sequences) / max(1, len(sequences))
+        if not lengths:
+            return Timing(0.0)
+        dealt = self.dealt(target, lengths)
+        loop, active = self.loop(target, dealt, lengths, kept), target.with_chip(cores=len(dealt))
+        states, cold = self.width * len(sequences) * 4.0 * self.state_rows, 4.0 * self.cold * self.width
+        values = float(self.width * lib.activation_bytes * sum(lengths))
+        reads = self.operands * values + 4.0 * self.width * self.vectors + states * kept
+        writes, capacity = values + states, chip.l2_bytes * lib.l2_usable
+        seconds, hbm = loop.seconds(active), states * kept + cold if capacity else reads + writes
+        if capacity and reads + writes > capacity:
+            seconds, hbm = map(max, (seconds, hbm), loop.through_l2(active, "l2"))
+        work_s = loop.jobs * loop.work_s / chip.cores
+        busy = {"VEC": work_s, "L2": (reads + writes) / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
+        return Timing(seconds + lib.launch_s, busy, hbm, reads + writes, weight_bytes=cold)
