@@ -12,8 +12,7 @@ from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import experts_timing, grouped_target, grouped_timing
 from intaglio.silicon.kernels.kv_write import Heads
-from intaglio.silicon.kernels.tiled import tiling
-from intaglio.silicon.memory import dense
+from intaglio.silicon.kernels.tiling import tiling
 
 B200, H100, L40S = target("b200_sxm"), target("h100_sxm"), target("l40s")
 
@@ -193,9 +192,9 @@ def test_a_chip_too_small_for_every_tile_of_experts_is_refused() -> None:
 
 
 def test_steps_over_k_are_shorter_where_no_tile_fits_a_whole_one() -> None:
-    sohu, w = target("sohu"), dense("hbm", 0, 1024, 4096, "bf16")
-    whole = tiling(sohu, (700, 1024, 4096), "f32", 16.0, w)
+    sohu = target("sohu")
+    whole = tiling(sohu, (700, 1024, 4096), "f32", "bf16", 16.0)
     small = sohu.with_chip(sram_bytes=sohu.chip.sram_bytes // 4)
-    short = tiling(small, (700, 1024, 4096), "f32", 16.0, w)
+    short = tiling(small, (700, 1024, 4096), "f32", "bf16", 16.0)
     assert whole.depth >= 2 * short.depth >= 2
     assert {(c.rows, c.columns) for c in (whole, short)} <= set(sohu.library.tiles)

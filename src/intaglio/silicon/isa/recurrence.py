@@ -1,4 +1,4 @@
-"""Instruction of recurrences: Scan advances a state per column over rows, on the vector lanes."""
+"""Instruction Scan: advances a state row by row, each column by itself, on the vector lanes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from intaglio.silicon.memory import CoreMemory, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Scan(Instruction, engine="VEC", opcode=0x4E):
-    """Advance a state over rows, by columns: for each row i in order, h = exp(decay[i]) * h + x[i]; dst[i] = h.
+    """Advance a state h over the rows of x: for each row i in order, h = exp(decay[i]) * h + x[i], and dst[i] = h.
 
-    dst, decay, x f32 [m, n]; h f32 [1, n] is read and updated. With `normalised`, x[i] is first multiplied by
-    sqrt(1 - exp(2 * decay[i])); with `first`, the first row's factor is 1. Each row is computed in float64, and h is
-    rounded once to FP32.
+    dst, decay, x f32 [m, n]; h f32 [1, n], with one value for each column. With `normalised`, x[i] is first multiplied
+    by sqrt(1 - exp(2 * decay[i])), but row 0 by 1 if `first` is set. Each row is computed in FP64, and then h is
+    rounded to FP32.
     """
 
     dst: Region

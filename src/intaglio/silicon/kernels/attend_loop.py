@@ -44,7 +44,7 @@ class StreamJob:
 
 
 def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
-    """A list of the jobs of chunks with several queries, in the order of attend.prefill_work().
+    """A list of the StreamJobs of the chunks with several queries, in the order of attend.prefill_work().
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
@@ -61,7 +61,10 @@ def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> li
 
 
 def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
-    """A list of the jobs of chunks with one query, in the order of attend.decode_work(); part: as there."""
+    """A list of the StreamJobs of the chunks with one query, in the order of attend.decode_work().
+
+    part: (queries, keys, number of sequences) of each distinct chunk.
+    """
     out, sequences = [], [keys for _, keys, n in part for _ in range(n)]
     for s, keys in enumerate(sequences):
         low = keys - decode_keys(library, h.window, keys)
@@ -74,15 +77,15 @@ def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, p
 
 @dataclass
 class _Transfer:
-    """A load or store of one core.
+    """A load or store of one core. Times are in seconds since the start of the launch.
 
     Attributes:
-        start: when it starts, at the earliest, in seconds since the start of the launch.
+        start: the earliest time at which it starts.
         bytes: bytes that it moves.
-        place: the tile's place in the L2; None: it passes the L2, since its rows are addressed by index.
+        place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
         writes: True for a store.
-        latency_s: seconds from the end of the transfer until its result is visible.
-        ready: when the L2 has all of its bytes.
+        latency_s: seconds from the end of the transfer until its result can be used.
+        ready: for a load, when the L2 has all of the tile; 0.0 for a store.
         end: when it ends.
     """
 
@@ -109,7 +112,10 @@ class _L2:
         self.tiles: dict[Hashable, tuple[float, float, float]] = {}  # (bytes, evicted before, when there)
 
     def access(self, x: _Transfer, now: float) -> float:
-        """Record that a transfer starts at `now`. Returns the bytes that HBM moves for it; sets its latency."""
+        """Record that the transfer `x` starts at time `now`. Returns the bytes that HBM moves because of it.
+
+        Sets x.latency_s and x.ready.
+        """
         if x.place is None or not self.capacity:
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
@@ -132,13 +138,15 @@ class _L2:
 class _Core:
     """Progress of one core. Times are in seconds since the start of the launch.
 
+    The lists grow while the loop is followed: they have an item for each job, or tile, that has come so far.
+
     Attributes:
         jobs: its jobs, in order, each with its number in the launch.
-        begun: of each job, when its queries and sums can be used.
-        loaded: of each tile of keys and values, when it can be used.
-        tiles: of each tile of keys and values, when it was used for the last time.
-        queries, sums, results: of each job, when its queries, its sums and its results were used for the last time.
-        programs: its loads, its computation and its stores.
+        begun: for each job, when its queries and sums can be used.
+        loaded: for each tile of keys and values, when it can be used.
+        tiles: for each tile of keys and values, when it was used for the last time.
+        queries, sums, results: for each job, when its queries, its sums and its results were used for the last time.
+        programs: its loads, its computation and its stores, as iterators.
     """
 
     jobs: list[tuple[int, StreamJob]]
@@ -152,7 +160,7 @@ class _Core:
 
 
 class _Loop:
-    """The loop of all cores; see stream_seconds() for the arguments."""
+    """Follows the loop of all cores, transfer by transfer. The arguments are those of stream_seconds()."""
 
     def __init__(self, target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> None:
         self.chip, self.h, self.plan, self.single = target.chip, h, plan, single
@@ -174,7 +182,7 @@ class _Loop:
         return float(job.queries * self.plan.pack * self.h.head_dim * WIDE)
 
     def seconds(self) -> float:
-        """Seconds until the last result is stored."""
+        """Follow the loop to its end. Returns the seconds until the last result is stored."""
         n, now = len(self.cores), 0.0
         left, slowed = np.full(2 * n, np.inf), np.full(2 * n, np.inf)  # of each core's load, then of its store
         self.waiting: list[tuple[float, int, _Transfer]] = []  # (start, place in `left`, transfer)
@@ -209,7 +217,7 @@ class _Loop:
         return now
 
     def advance(self, c: int) -> None:
-        """Continue the programs of core number `c` up to their next transfers, or until one waits for another."""
+        """Continue each program of core number `c` up to its next transfer, or until it waits for another program."""
         loads, compute, stores = self.cores[c].programs
         later = c + len(self.cores)  # place of the core's stores
         for place, program in ((later, stores), (c, loads), (-1, compute), (c, loads), (later, stores)):
@@ -266,7 +274,7 @@ class _Loop:
                 tile += 1
 
     def compute(self, c: _Core) -> Iterator[None]:
-        """Program of a core's computation. Yields to wait for the core's loads or stores."""
+        """Record when a core's computations end. Yields None while the next waits for the core's loads or stores."""
         plan, t, array, lanes, tile = self.plan, self.t, 0.0, 0.0, 0
         for number, (_, job) in enumerate(c.jobs):
             for _ in range(job.low, job.high, plan.keys):
@@ -291,7 +299,7 @@ class _Loop:
             c.sums.append(array if self.split else lanes)
 
     def stores(self, c: _Core) -> Iterator[_Transfer | None]:
-        """Program of a core's stores. Yields each transfer, or None to wait for the core's computation."""
+        """Yield a core's stores, each as a _Transfer; None while the next one waits for the core's computation."""
         scattered, now = not self.single and not self.plan.ahead, 0.0
         columns = self.h.v_dim + 2 * self.split  # with maxima and denominators
         for number, (name, job) in enumerate(c.jobs):
@@ -308,7 +316,13 @@ class _Loop:
 def stream_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> float:
     """Seconds of the streams of some jobs, until the last result is stored, without launch overhead.
 
-    The L2 has the queries as far as they fit, and no keys and values. single: True for chunks with one query, whose
-    queries are gathered by index.
+    At the start the L2 holds the queries, as far as they fit, and no keys and values.
+
+    Args:
+        target: chip and kernel library.
+        h: heads and their sizes.
+        plan: tiles and buffers of the kernel.
+        jobs: all jobs of the launch.
+        single: True for chunks with one query, whose queries are gathered by index.
     """
     return _Loop(target, h, plan, jobs, single).seconds()

@@ -34,18 +34,15 @@ class QuantisedRegion:
     scales_t: Region  # [G, N]
     group: int
 
-    @property
-    def scale_columns(self) -> int:
-        """Number of columns of an int8 operand x that share a scale.
-
-        It is the smallest multiple of self.group that is at least formats.SPAN.
-        """
-        return self.group * -(-formats.SPAN // self.group)
-
 
 def codes_of(w: Region | QuantisedRegion) -> Region:
     """The region with a tensor's numbers: `w.codes` if `w` is a QuantisedRegion, else `w` itself."""
     return w.codes if isinstance(w, QuantisedRegion) else w
+
+
+def group_of(w: Region | QuantisedRegion) -> int:
+    """Number of columns of a row of `w` that share a scale; 0 if `w` is not quantised."""
+    return w.group if isinstance(w, QuantisedRegion) else 0
 
 
 class ChipMemory:

@@ -25,7 +25,7 @@ RATE, POSITIVE_RATE = postfix("exp(a) * -1.0"), postfix("exp(a)")
 @chip_kernel(Decay)
 @dataclass(frozen=True)
 class DecayKernel(RowsKernel):
-    """Chip kernel of `decay`, row by row; each core loads rates and bias once. A job is whole heads of a row.
+    """Chip kernel of `decay`. A job is some whole heads of one row; each core loads rates and bias once.
 
     Attributes:
         heads: number of rates.
@@ -54,17 +54,23 @@ class DecayKernel(RowsKernel):
         return super().held_bytes() + 4.0 * self.heads + 256  # with exp(rate), and alignment
 
     def steps(self) -> tuple[Steps, ...]:
-        """Expressions of the step size, each over the result of the one before; the first over x (a) and bias (b)."""
+        """The stack programs that compute the step size, one after the other, as a tuple.
+
+        The first computes from x (a) and bias (b); if there is a second, it computes from the first one's result (a).
+        """
         x = f"softplus({self.biased()})"
         first = f"relu({x} - {self.low!r}) + {self.low!r}" if self.low else x
         return postfix(first), *((postfix(f"{self.high!r} - relu({self.high!r} - a)"),) if self.high else ())
 
     def decay(self) -> Steps:
-        """The expression of the log decay: of the step size (a) and the rate (b), or of x, bias and rate (c)."""
+        """The stack program of the log decay, which computes from the step size (a) and the rate (b).
+
+        If the op has a floor, it computes from x (a), bias (b) and rate (c) instead.
+        """
         return postfix(f"sigmoid(({self.biased()}) * c) * {self.floor!r}") if self.floor else SCALED
 
     def biased(self) -> str:
-        """The expression of x (a) with the bias (b), if there is one."""
+        """The sum of x (a) and bias (b), as the text of an expression; only x if the op has no bias."""
         return "a + b" if self.bias else "a"
 
     def cycles(self, chip: ChipSpec, n: int) -> float:

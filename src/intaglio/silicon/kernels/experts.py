@@ -22,7 +22,7 @@ from intaglio.batch import Batch
 from intaglio.chips import ChipError, KernelLibrary, Target
 from intaglio.ops import Experts
 from intaglio.silicon.isa.cycles import vector_cycles
-from intaglio.silicon.kernels.chip_memory import ChipMemory
+from intaglio.silicon.kernels.chip_memory import ChipMemory, group_of
 from intaglio.silicon.kernels.grouped import (
     by_expert,
     combine,
@@ -35,7 +35,8 @@ from intaglio.silicon.kernels.grouped import (
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.product import Grouped, bits_per_value, linear_timing
 from intaglio.silicon.kernels.rows import loop_timing, ring_depth
-from intaglio.silicon.kernels.tiled import ROUNDING, Codes, rounded, scale_columns
+from intaglio.silicon.kernels.tiled import ROUNDING, Codes, rounded
+from intaglio.silicon.kernels.tiling import scale_columns
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Stream
 from intaglio.silicon.tile_loop import TileLoop
@@ -133,7 +134,7 @@ class ExpertsKernel(ChipKernel):
         if rows:
             on = grouped_target(expert_kernel(mem.target, kernel.x_format, kernel.w_format), ids.rows, count)
             *sides, last = (mem.regions[w] for w in (op.gate, op.up, op.down) if w)
-            spans = [scale_columns(w, k) for w, k in ((sides[0], mem.region(op.x).cols), (last, inner))]
+            spans = [scale_columns(group_of(w), k) for w, k in ((sides[0], mem.region(op.x).cols), (last, inner))]
             codes = rounded(mem, op.site, mem.region(op.x), x_format, spans[0], rows, by_expert(mem, op, order, tokens))
             scaled = codes.scales is not None
             hidden = mem.heap.allocate(rows, inner, "f32" if scaled else codes.x.format)

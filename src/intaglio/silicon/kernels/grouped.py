@@ -15,21 +15,26 @@ from intaglio.chips import Target
 from intaglio.ops import Experts
 from intaglio.silicon import isa
 from intaglio.silicon.isa.vector import SCALED
-from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, shifted, slices
+from intaglio.silicon.kernels.chip_memory import (
+    ChipMemory,
+    QuantisedRegion,
+    codes_of,
+    deal_jobs,
+    group_of,
+    load,
+    shifted,
+    slices,
+)
 from intaglio.silicon.kernels.product import Grouped
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.kernels.tiled import (
-    INDEX_TILES,
     Codes,
     RowReader,
     TileJob,
-    Tiling,
-    in_blocks,
     pieces,
     product_streams,
-    split_steps,
-    tiling,
 )
+from intaglio.silicon.kernels.tiling import INDEX_TILES, Tiling, in_blocks, split_steps, tiling
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Stream, StreamBuilder
 
@@ -116,7 +121,8 @@ def grouped_product(
     """
     k, groups = codes.x.cols, Grouped(tuple(counts[counts > 0].tolist()), scattered)
     size = codes.x.rows, len(sides) * n, k
-    cut = tiling(on, size, codes.x.format, bits, sides[0], len(sides), grouped=groups)
+    w = codes_of(sides[0]).format, bits, group_of(sides[0])
+    cut = tiling(on, size, codes.x.format, *w, len(sides), grouped=groups)
     (steps,) = split_steps(k, codes.span, cut)
     jobs = []
     for e, (count, end) in enumerate(zip(counts.tolist(), np.cumsum(counts).tolist(), strict=True)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 from intaglio import formats
@@ -13,17 +14,17 @@ from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.product import bits_per_value, linear_timing
+from intaglio.silicon.kernels.product_loop import product_seconds
+from intaglio.silicon.kernels.product_steps import ProductLoop
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.kernels.tiled import (
     Codes,
     Finish,
     TileJob,
-    in_blocks,
     product_streams,
-    split_steps,
     store_product,
-    tiling,
 )
+from intaglio.silicon.kernels.tiling import Job, Tiling, split_steps, tile_jobs, tiling
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Stream, StreamBuilder
@@ -68,7 +69,10 @@ class HeadLinearKernel(ChipKernel):
             return Timing(0.0)
         x_format = "f32" if out_bytes >= WIDE else "bf16"
         how = x_format, self.w_format, self.w_bits, out_bytes
-        return linear_timing(target, rows, self.n, self.k, *how, heads=self.heads, prefetched=prefetched)
+        found = linear_timing(target, rows, self.n, self.k, *how, heads=self.heads, prefetched=prefetched)
+        if out_bytes < WIDE or prefetched:
+            return found
+        return replace(found, seconds=target.library.launch_s + stream_seconds(target, self, rows))
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
@@ -83,19 +87,33 @@ class HeadLinearKernel(ChipKernel):
         wide, narrow = x.cols // heads, out.cols // heads
         if wide > depth:
             mem.run(copies(mem, op.site, x, out, heads, wide - depth), label=COPY)
-        cut = tiling(mem.target, (x.rows, n, depth), x.format, bits_per_value(t[op.w]), w, heads=heads)
-        (steps,) = split_steps(depth, depth, cut)
-        tiles = in_blocks(slices(x.rows, cut.rows), slices(n, cut.columns), cut.block)
-        jobs = [
-            TileJob(rows, [w], [shifted(columns, h * n)], steps, shifted(columns, h * narrow), first=h * wide)
-            for h in range(heads) for rows, columns in tiles
-        ]  # fmt: skip
+        cut = tiling(mem.target, (x.rows, n, depth), x.format, w.format, bits_per_value(t[op.w]), heads=heads)
+        jobs = []
+        for job in head_jobs(x.rows, heads, n, depth, cut):
+            h, columns = job.index, job.columns
+            out_columns = shifted(columns, h * narrow)
+            jobs.append(TileJob(job.rows, [w], [shifted(columns, h * n)], job.steps, out_columns, h * wide, h))
 
         def finisher(k: StreamBuilder) -> Finish:
             ring = k.ring(2, cut.drain_rows, cut.columns)
             return lambda job: store_product(k, job, out, [job.out], ring)
 
         return product_streams(mem, op.site, Codes(x, None, depth), cut, jobs, finisher)
+
+
+def head_jobs(rows: int, heads: int, n: int, k: int, cut: Tiling) -> list[Job]:
+    """A list of the jobs of all heads, one head after the other: products [rows, k] @ [k, n]. Job.index is the head."""
+    steps = split_steps(k, k, cut)
+    return [replace(job, index=h) for h in range(heads) for job in tile_jobs(rows, n, steps, cut)]
+
+
+@lru_cache(maxsize=65536)
+def stream_seconds(target: Target, kernel: HeadLinearKernel, rows: int) -> float:
+    """Seconds of the streams of the products of all heads with `rows` rows of x in FP32, without launches."""
+    n, k, heads = kernel.n, kernel.k, kernel.heads
+    cut = tiling(target, (rows, n, k), "f32", kernel.w_format, kernel.w_bits, heads=heads)
+    loop = ProductLoop(cut=cut, x_format="f32", w_format=kernel.w_format)
+    return product_seconds(target, loop, head_jobs(rows, heads, n, k, cut))[0]
 
 
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 from intaglio import formats
@@ -11,22 +12,21 @@ from intaglio.batch import Batch
 from intaglio.chips import Target
 from intaglio.ops import Linear
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
-from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.partial_sums import part_columns
-from intaglio.silicon.kernels.product import bits_per_value, linear_timing
+from intaglio.silicon.kernels.chip_memory import ChipMemory, codes_of, deal_jobs, group_of, load, shifted, slices
+from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.partial_sums import missed_sums, part_columns, partial_seconds
+from intaglio.silicon.kernels.product import bits_per_value, linear_timing, scale_group
+from intaglio.silicon.kernels.product_loop import product_seconds
+from intaglio.silicon.kernels.product_steps import ProductLoop
 from intaglio.silicon.kernels.tiled import (
     Finish,
     TileJob,
-    in_blocks,
     pieces,
     product_streams,
     rounded,
-    scale_columns,
-    split_steps,
     store_product,
-    tiling,
 )
+from intaglio.silicon.kernels.tiling import scale_columns, split_steps, tile_jobs, tiling
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
@@ -44,6 +44,7 @@ class LinearKernel(ChipKernel):
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.
         glu: True for a GLU pair.
+        group: columns of a row of w that share a scale; 0: w has no scales.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -54,19 +55,24 @@ class LinearKernel(ChipKernel):
     w_format: str
     w_bits: float
     glu: bool
+    group: int = 0
 
     @classmethod
     def of(cls, op: Linear, t: Tensors) -> LinearKernel:
         w, x_format = t[op.w], formats.element(op.x_format)
         n, k = int(w.shape[0]), int(w.shape[1])
-        return cls(t[op.x].shape[0], n, k, x_format, formats.element(w.format), bits_per_value(w), op.glu)
+        how = x_format, formats.element(w.format), bits_per_value(w), op.glu, scale_group(w)
+        return cls(t[op.x].shape[0], n, k, *how)
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         rows, out_bytes = sizes.rows_of(self.rows), target.library.activation_bytes
         if not rows:
             return Timing(0.0)
         how = self.x_format, self.w_format, self.w_bits, out_bytes, self.glu
-        return linear_timing(target, rows, self.n, self.k, *how, prefetched=prefetched)
+        found = linear_timing(target, rows, self.n, self.k, *how, prefetched=prefetched)
+        if target.library.activation_bytes < WIDE or prefetched:
+            return found
+        return replace(found, seconds=target.library.launch_s + stream_seconds(target, self, rows))
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
@@ -80,16 +86,17 @@ class LinearKernel(ChipKernel):
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1
-        span = scale_columns(w, x.cols)
+        span = scale_columns(group_of(w), x.cols)
         codes = rounded(mem, op.site, x, op.x_format, span)
-        size, bits = (x.rows, sides * out.cols, x.cols), bits_per_value(t[op.w])
-        cut = tiling(mem.target, size, codes.x.format, bits, w, sides, bool(op.residual))
+        size, how = (x.rows, sides * out.cols, x.cols), (codes_of(w).format, bits_per_value(t[op.w]), group_of(w))
+        cut = tiling(mem.target, size, codes.x.format, *how, sides, bool(op.residual))
         steps = split_steps(x.cols, span, cut)
         sums = mem.heap.allocate(x.rows * len(steps), sides * out.cols, "f32") if len(steps) > 1 else None
-        jobs = []
-        for rows, columns in in_blocks(slices(x.rows, cut.rows), slices(out.cols, cut.columns), cut.block):
-            parts = [shifted(columns, j * out.cols) for j in range(sides)]
-            jobs += [TileJob(rows, [w] * sides, parts, each, columns, index=part) for part, each in enumerate(steps)]
+        jobs = [
+            TileJob(job.rows, [w] * sides, parts, job.steps, job.columns, index=job.index)
+            for job in tile_jobs(x.rows, out.cols, steps, cut)
+            for parts in [[shifted(job.columns, j * out.cols) for j in range(sides)]]
+        ]
 
         def finisher(k: StreamBuilder) -> Finish:
             extra = [k.tile(1, cut.columns, mem.region(op.bias).format) if op.bias else None for _ in range(2)]
@@ -110,6 +117,27 @@ class LinearKernel(ChipKernel):
             return streams
         mem.run(streams)
         return add_parts(mem, op, sums, len(steps))
+
+
+@lru_cache(maxsize=65536)
+def stream_seconds(target: Target, kernel: LinearKernel, rows: int) -> float:
+    """Seconds of the streams of a product with `rows` rows of x, without bias and residual and without launches."""
+    sides, k = 1 + kernel.glu, kernel.k
+    how = kernel.x_format, kernel.w_format, kernel.w_bits, kernel.group
+    cut = tiling(target, (rows, kernel.n, k), *how, sides)
+    span = scale_columns(kernel.group, k)
+    steps = split_steps(k, span, cut)
+    loop = ProductLoop(
+        cut=cut, x_format=kernel.x_format, w_format=kernel.w_format, group=kernel.group,
+        span=span if kernel.x_format in ("int8", "e4m3") else 0, sides=sides,
+        drains=sides if len(steps) > 1 else 1,
+        before=0.0 if kernel.x_format == "f32" else WIDE * 8 / formats.bits(kernel.x_format),
+    )  # fmt: skip
+    seconds, written = product_seconds(target, loop, tile_jobs(rows, kernel.n // sides, steps, cut))
+    if len(steps) > 1:
+        missed = missed_sums(target, 4 * len(steps) * rows * kernel.n, written)
+        seconds += float(partial_seconds(target, rows, kernel.n, len(steps), 4.0, kernel.glu, missed))
+    return seconds
 
 
 def drain(

@@ -18,8 +18,7 @@ from intaglio import formats
 from intaglio.chips import Target
 from intaglio.ops import Tensor
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
-from intaglio.silicon.kernels.kernel import WIDE
-from intaglio.silicon.kernels.partial_sums import missed_sums, partial_seconds
+from intaglio.silicon.kernels.partial_sums import partial_seconds
 from intaglio.silicon.timing import Timing, pipeline, waves
 
 DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
@@ -223,15 +222,13 @@ def product_times(
     rows = np.minimum(tm, most)  # of a tile that are loaded and stored
     stage = (tm * x_bits + tn * fetched) * tk / 8
     at_once = np.minimum(np.minimum(np.floor(space / (4 * (stage + beside))), chip.acc_bytes / (8 * tm * tn)), rounds)
-    most_tiles = MOST_GROUPED_TILES if grouped and lib.activation_bytes < WIDE else MOST_TILES
-    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, most_tiles)
+    at_once = np.clip(np.floor(at_once), 1, MOST_GROUPED_TILES if grouped else MOST_TILES)
+    at_once = np.ones_like(tm) if lib.persistent else at_once
     ring = np.clip(np.floor(space / (stage + beside)), 2, lib.matmul_stages * at_once)
     banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
     # Bytes
-    # Partial sums are FP32. Streams store all of them, and add them afterwards; in the libraries' kernels, which were
-    # measured, they take no more of HBM than the result does.
-    sums = 4 * split if lib.activation_bytes >= WIDE else out_bytes / (1 + glu)
-    each = x_bits / 8, w_bits / 8, np.where(split > 1, sums, out_bytes / (1 + glu))
+    # By the libraries' measured times, partial sums take no more of HBM than the result does
+    each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
     x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads, gm, streamed)
     if grouped and grouped.scattered:
         out_hbm = heads * m * n * each[2] + 0 * gn
@@ -491,7 +488,7 @@ def product_times(
     # Those of a vendor's kernels end at other times, the more so the more tiles run on a core at a time.
     idle = 0.0
     if not lib.persistent:
-        in_step = 1.0 if lib.activation_bytes >= WIDE else IN_STEP * (1 - (at_once - 1) / (MOST_GROUPED_TILES - 1))
+        in_step = IN_STEP * (1 - (at_once - 1) / (MOST_GROUPED_TILES - 1))
         idle = in_step * groups * (wait_s + last_work + all_end)
 
     def to_last_step(loads_s: Any) -> Any:
@@ -515,7 +512,7 @@ def product_times(
         )
         by_rows = (gm - 1) * np.maximum(full_s, gn * job_work) + np.maximum(edge_s, gn * job_work)
         seconds = np.maximum(seconds, np.where((split == 1) & (gm > 1), by_rows, 0))
-    missed = missed_sums(target, m * n * each[2], written) * (lib.activation_bytes >= WIDE or not chip.l2_bytes)
+    missed = 0.0 if chip.l2_bytes else 1.0  # the L2 has the partial sums
     partial = partial_seconds(target, m, n, split, out_bytes, glu, missed)
     hbm = hbm + np.where(split > 1, m * n * each[2] * missed, 0)
     seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
@@ -569,6 +566,12 @@ def linear_timing(
     seconds, weights = float(w["seconds"][i]), 0.0 if resident else float(w["weights"][i])
     flops = 2.0 * (sum(grouped.counts) if grouped else heads * m) * n * k
     return Timing(seconds, busy, hbm, moved, 0.0, flops, w["run"], weights, choice, jobs=jobs)
+
+
+def scale_group(tensor: Tensor) -> int:
+    """Number of columns of a row of a weight that share a scale; 0 if it has no scales. Of fp8row it is all columns."""
+    k = int(tensor.shape[-1])
+    return k if tensor.format == "fp8row" else formats.get(tensor.format).group_of(k)
 
 
 def bits_per_value(tensor: Tensor) -> float:

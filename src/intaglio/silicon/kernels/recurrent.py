@@ -1,6 +1,6 @@
 """Chip kernel of the ops `linear_attention` and `selective_scan`, for timing only.
 
-It cannot be executed: no instruction of the simulated chips advances a recurrent state.
+It cannot be executed: no instruction of the simulated chips does what these ops do.
 """
 
 from __future__ import annotations

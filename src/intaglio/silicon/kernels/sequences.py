@@ -1,7 +1,8 @@
 """SequenceKernel: timing and jobs shared by the kernels of ops that advance a state, such as short_conv and rg_lru.
 
-A job is a range of columns of one sequence. A core loads the job's state, then computes blocks of up to BLOCK rows in
-order and stores their results, and at the end stores the new state. The next block is loaded while one is computed.
+A job is a range of columns of one sequence. The core loads the job's state. Then it computes the sequence's rows in
+blocks of up to BLOCK rows, in order, and stores the results of each block; the next block is loaded meanwhile. At the
+end it stores the new state.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ MOST_COLUMNS, LEAST_COLUMNS = 1024, 32  # of a job; fewer than the least if the 
 
 @dataclass(frozen=True)
 class SequenceJob:
-    """A range of columns of one sequence.
+    """A range of columns of one sequence, which one core computes.
 
     Attributes:
-        rows: the sequence's rows of the step.
+        rows: the sequence's rows among those of the step.
         columns: the columns.
-        before, after: slots of the state that the job reads and writes; before -1: the state is zero.
+        before: slot from which the state is read; -1: the state is zero.
+        after: slot to which the new state is written.
         start: position of the first row in the sequence.
     """
 
@@ -42,7 +44,7 @@ class SequenceJob:
     start: int
 
     def blocks(self) -> list[slice]:
-        """Slices of the rows of the step, each of a block."""
+        """A list of the job's blocks of rows, in order, as slices of the rows of the step."""
         return [slice(self.rows.start + s.start, self.rows.start + s.stop) for s in slices(len(self.rows), BLOCK)]
 
 
@@ -52,11 +54,11 @@ class SequenceKernel(ChipKernel):
 
     Attributes:
         width: columns of the operands and of the result.
-        operands: matrices [T, width] that the op reads.
-        vectors: values that a job loads for each column, such as those of a bias.
-        state_rows: rows of `width` values that a sequence's state has.
+        operands: number of matrices [T, width] that the op reads.
+        vectors: number of values that a job loads for each column, such as those of a bias.
+        state_rows: rows of a sequence's state, which is [state_rows, width].
         overlap: rows before a block that are loaded again with it.
-        cold: of `vectors`, those in HBM: a weight with several rows, which the op before has not left in the L2.
+        cold: how many of `vectors` come from HBM: those of a weight with several rows, which is not in the L2 before.
     """
 
     width: int
@@ -67,38 +69,59 @@ class SequenceKernel(ChipKernel):
     cold: int = 0
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
-        """Number of cycles of one core's vector lanes for a block of so many rows and columns."""
+        """Cycles of one core's vector lanes for a block of `rows` rows and `columns` columns."""
         raise NotImplementedError(f"{type(self).__name__} must define cycles()")
 
     def first_cycles(self, chip: ChipSpec, columns: float) -> float:
-        """Number of cycles of one core's vector lanes before the first block of a job with so many columns."""
+        """Cycles of one core's vector lanes for what a job of `columns` columns computes before its first block.
+
+        The base class returns 0.
+        """
         return 0.0
 
     def columns(self, target: Target, sequences: int) -> int:
-        """Columns of a job, at most: few enough that every core has a job, within limits, and that SRAM fits two."""
+        """The largest number of columns of a job.
+
+        So few that every core has a job, but at least LEAST_COLUMNS; at most MOST_COLUMNS, self.width, and the number
+        for which SRAM holds the tiles of two jobs.
+
+        sequences: number of sequences in the step.
+        """
         shared = -(-self.width * sequences // target.chip.cores)
         fit = target.chip.sram_bytes // (10 * self.tile_rows())
         return max(1, min(self.width, MOST_COLUMNS, max(shared, LEAST_COLUMNS), fit))
 
     def tile_rows(self, block: int = BLOCK) -> int:
-        """Rows of a job's tiles in SRAM, for blocks of so many rows: operands, result, vectors and state."""
+        """Rows of all tiles together that a job has in SRAM: operands, result, vectors and state.
+
+        block: rows of a block.
+        """
         return self.operands * (block + self.overlap) + block + self.vectors + self.state_rows
 
     def depth(self, target: Target, columns: int, longest: int) -> int:
-        """Number of tiles in each of a core's circular buffers; see ring_depth(). longest: rows of any sequence."""
+        """Number of tiles in each of a core's rings (circular buffers), see ring_depth().
+
+        columns: columns of a job. longest: rows of the longest sequence.
+        """
         block = min(BLOCK, longest)
         widths = (self.tile_rows(block) * columns + 16 * (self.vectors + 8),)  # with room for alignment
         return ring_depth(target, widths, 4.0 * self.operands * block * columns)
 
     def dealt(self, target: Target, lengths: Sequence[int]) -> list[list[tuple[int, slice]]]:
-        """The (sequence, columns) of each job of each core with work, the longest first. lengths: rows by sequence."""
+        """Deal the jobs to the cores, the longest first. Returns for each core with work a list of (sequence, columns).
+
+        lengths: number of rows of each sequence.
+        """
         parts = slices(self.width, -(-self.width // -(-self.width // self.columns(target, len(lengths)))))
         jobs = [(s, columns) for s in range(len(lengths)) for columns in parts]
         seconds = [float(lengths[s] * (columns.stop - columns.start)) for s, columns in jobs]
         return [[jobs[i] for i in mine] for mine in deal(seconds, target.chip.cores)]
 
     def jobs(self, mem: ChipMemory, site: str, batch: Batch) -> Iterator[tuple[StreamBuilder, list[SequenceJob]]]:
-        """Yields (StreamBuilder, jobs) for each core that has any."""
+        """Yield (StreamBuilder, list of SequenceJobs) for each core that has any.
+
+        site: the op's place in the model, for the streams.
+        """
         first, lengths = batch.first_row.tolist(), batch.q_len.tolist()
         before, after, context = batch.state_from.tolist(), batch.state_to.tolist(), batch.context_len.tolist()
         for mine in self.dealt(mem.target, lengths):
@@ -114,9 +137,10 @@ class SequenceKernel(ChipKernel):
     def loop(
         self, target: Target, dealt: list[list[tuple[int, slice]]], lengths: Sequence[int], kept: float
     ) -> TileLoop:
-        """The loop over blocks of the core with the most rows; all others with jobs count as equal.
+        """The TileLoop over the blocks of the core with the most rows, as if all other cores with jobs were its equals.
 
-        dealt: jobs of each core. lengths: rows by sequence. kept: fraction of the sequences that read a state.
+        dealt: the jobs of each core, as of dealt(). lengths: number of rows of each sequence. kept: fraction of the
+        sequences that read a state.
         """
         chip, act, latency_s = target.chip, target.library.activation_bytes, target.chip.constants.hbm_latency_s
         mine = max(dealt, key=lambda mine: sum(lengths[s] * (c.stop - c.start) for s, c in mine))

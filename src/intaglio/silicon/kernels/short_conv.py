@@ -22,9 +22,9 @@ ADDED = postfix("a * b + c")
 @chip_kernel(ShortConv)
 @dataclass(frozen=True)
 class ShortConvKernel(SequenceKernel):
-    """Chip kernel of `short_conv`: one Map instruction for each tap of a block of rows.
+    """Chip kernel of `short_conv`. A block of rows takes one Map instruction for each tap of the filters.
 
-    A tile has the rows before the block, too: those of the state, or of the block before.
+    The tile of a block also has the taps - 1 rows before the block, from the state or from the block before.
 
     Attributes:
         taps: rows over which a filter reaches.

@@ -1,0 +1,256 @@
+"""Time of the instruction streams of a matrix product: the loop of all cores over their tiles and over steps of K.
+
+The closed form of the streams of tiled.py. It follows the transfers of the cores: when each load and store starts, what
+the L2 has by then, and when it ends at the rates that the transfers in flight leave. Matmuls and drains follow from
+these times. Cores that are in the same situation are followed once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from intaglio.chips import Target
+from intaglio.silicon.kernels.l2_blocks import L2Blocks
+from intaglio.silicon.kernels.product_steps import CoreSteps, ProductLoop, ProductSteps, situations
+from intaglio.silicon.kernels.tiling import Job
+
+ROUNDING = 1e-12  # relative error of times in float64
+PARTS = 8  # HBM's bytes of a transfer are rounded to such parts of its size
+
+
+def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> tuple[float, float]:
+    """Follow the streams of a product. Returns (seconds, part of the stored bytes that has left the L2).
+
+    The seconds are from the first load to the last store, without launch overhead.
+
+    Args:
+        target: chip and kernel library.
+        loop: what the jobs have in common.
+        jobs: the jobs of all cores, in the order in which they are dealt to them.
+    """
+    steps = ProductSteps(loop, target, jobs)
+    cores = [_Cores(steps.of(mine)) for mine in situations(target.chip.cores, jobs)]
+    run = _Loop(loop, target, steps.l2(), cores)
+    seconds = run.run()
+    return seconds, run.l2.gone / max(1.0, run.l2.stored) if target.chip.l2_bytes else 1.0
+
+
+@dataclass(eq=False, slots=True)
+class _Cores:
+    """Cores in the same situation: what each of them does, and when, in seconds since the start.
+
+    Attributes:
+        of: the number of cores, their steps and pieces.
+        loaded: number of loads of the current step that have ended.
+        visible: of each loaded step, when its operands are visible.
+        latest: when the latest load is visible.
+        products: of each step, the end of its matmuls.
+        done: of each job whose product is computed, when it was.
+        drained: of each piece, when its drain is visible.
+        free: of each job, when its accumulators are drained.
+        stored: of each piece, when its store has ended.
+        lanes: until when the vector lanes are busy.
+        loading, storing: True while a transfer is in flight.
+        alarm: next time at which a transfer may begin.
+    """
+
+    of: CoreSteps
+    loaded: int = 0
+    visible: list[float] = field(default_factory=list)
+    latest: float = 0.0
+    products: list[float] = field(default_factory=list)
+    done: dict[int, float] = field(default_factory=dict)
+    drained: list[float] = field(default_factory=list)
+    free: list[float] = field(default_factory=list)
+    stored: list[float] = field(default_factory=list)
+    lanes: float = 0.0
+    loading: bool = False
+    storing: bool = False
+    alarm: float = inf
+
+
+@dataclass(slots=True)
+class _Flows:
+    """Transfers in flight for each of whose bytes HBM moves the same number of bytes.
+
+    Attributes:
+        moved: bytes that each of them would have moved since the beginning.
+        rate: current bytes/s of each.
+        ends: a heap of (value of `moved` at which the transfer ends, its number, its cores, True for a store, how many
+            of the cores miss the L2, latency, when blocks arrive that other cores fetch).
+    """
+
+    moved: float = 0.0
+    rate: float = 0.0
+    ends: list[tuple[float, int, _Cores, bool, float, float, float]] = field(default_factory=list)
+
+
+class _Loop:
+    """The loop of all cores."""
+
+    def __init__(self, loop: ProductLoop, target: Target, l2: L2Blocks, cores: list[_Cores]) -> None:
+        self.cut, self.chip, self.l2, self.cores = loop.cut, target.chip, l2, cores
+        self.latency_s, self.delay_s = self.chip.constants.hbm_latency_s, self.chip.array_depth / self.chip.clock_hz
+        self.now, self.number = 0.0, 0
+        self.users, self.missing = 0, 0.0  # cores with a transfer, for each one; those whose transfer misses the L2
+        self.flows: dict[float, _Flows] = defaultdict(_Flows)  # by HBM's bytes for each byte
+        self.alarms: list[tuple[float, int, _Cores]] = []
+
+    def run(self) -> float:
+        """Seconds until the last store has ended."""
+        for core in self.cores:
+            self.advance(core)
+        chip = self.chip
+        while True:
+            then, first = self.alarms[0][0] if self.alarms else inf, None
+            rate = min(chip.port_rate, chip.l2_rate / self.users) if self.users else inf
+            share = chip.hbm_rate / self.missing if self.missing else inf
+            running = [(missed, flow) for missed, flow in self.flows.items() if flow.ends]
+            for missed, flow in running:
+                flow.rate = min(rate, share / missed) if missed else rate
+                end = self.now + max(0.0, flow.ends[0][0] - flow.moved) / flow.rate
+                # Of transfers that end together, the one that began first ends first
+                if end < then * (1 - ROUNDING) or (
+                    end <= then * (1 + ROUNDING) and (first is None or flow.ends[0][1] < first.ends[0][1])
+                ):
+                    then, first = end, flow
+            if then == inf:
+                return max(core.stored[-1] for core in self.cores)
+            for _, flow in running:
+                flow.moved += (then - self.now) * flow.rate
+            self.now = then
+            if first is not None:
+                core = self.end(first)
+            else:
+                _, _, core = heapq.heappop(self.alarms)
+                core.alarm = inf
+            self.advance(core)
+
+    def begin(
+        self, core: _Cores, size: float, store: bool, missing: float, missed: float, latency_s: float, ready: float
+    ) -> None:
+        """Begin a transfer of `size` bytes of each core."""
+        flow = self.flows[missed]
+        self.number += 1
+        heapq.heappush(flow.ends, (flow.moved + size, self.number, core, store, missing, latency_s, ready))
+        self.users += core.of.count
+        self.missing += missing
+
+    def end(self, flow: _Flows) -> _Cores:
+        """End the first transfer of a flow. Returns its cores."""
+        _, _, core, store, missing, latency_s, ready = heapq.heappop(flow.ends)
+        self.users -= core.of.count
+        self.missing -= missing
+        if not flow.ends:
+            flow.moved = 0.0
+        if store:
+            core.storing = False
+            core.stored.append(self.now)
+            return core
+        core.loading = False
+        core.latest = max(core.latest, self.now + latency_s, ready)  # loads become visible in order
+        core.loaded += 1
+        if core.loaded == len(core.of.steps[len(core.visible)].loads):
+            core.visible.append(core.latest)
+            core.loaded = 0
+        return core
+
+    def advance(self, core: _Cores) -> None:
+        """Work out the matmuls and drains whose operands' times are known. Begin the transfers that can begin."""
+        while self.multiply(core) or self.drain(core):
+            pass
+        alarm, stored = inf, core.stored
+        if not core.storing and len(stored) < len(core.drained):
+            alarm = core.drained[len(stored)]
+            if alarm <= self.now:
+                core.storing, alarm = True, inf
+                self.store(core)
+        if not core.loading and len(core.visible) < len(core.of.steps):
+            at = self.load_begins(core)
+            if at <= self.now:
+                core.loading = True
+                self.load(core)
+            else:
+                alarm = min(alarm, at)
+        if alarm < core.alarm:
+            core.alarm = alarm
+            self.number += 1
+            heapq.heappush(self.alarms, (alarm, self.number, core))
+
+    def multiply(self, core: _Cores) -> bool:
+        """Work out the next steps' matmuls. Returns True if there are any."""
+        before, products, accs = len(core.products), core.products, self.cut.at_once * self.cut.banks
+        while len(products) < len(core.visible):
+            step = core.of.steps[len(products)]
+            start = max(products[-1] if products else 0.0, core.visible[len(products)])
+            if step.first and step.job >= accs:
+                if len(core.free) <= step.job - accs:
+                    break
+                start = max(start, core.free[step.job - accs])
+            products.append(start + step.work_s)
+            if step.last:
+                core.done[step.job] = products[-1]
+        return len(products) > before
+
+    def drain(self, core: _Cores) -> bool:
+        """Work out the next pieces' drains; SRAM holds two pieces. Returns True if there are any."""
+        before, drained, stored = len(core.drained), core.drained, core.stored
+        while len(drained) < len(core.of.pieces):
+            piece, room = core.of.pieces[len(drained)], len(drained) - 2
+            if piece.job not in core.done or room >= len(stored):
+                break
+            core.lanes = max(core.lanes, core.done[piece.job], stored[room] if room >= 0 else 0.0) + piece.drain_s
+            drained.append(core.lanes + self.delay_s)
+            if piece.last:
+                core.free.append(drained[-1])
+        return len(drained) > before
+
+    def load_begins(self, core: _Cores) -> float:
+        """The earliest time of the next load, or inf if it is not known yet."""
+        if core.loaded:
+            return 0.0
+        number, at = len(core.visible), 0.0
+        if number >= self.cut.stages:
+            used = number - self.cut.stages
+            at = core.products[used] if used < len(core.products) else inf
+        step = core.of.steps[number]
+        if step.fenced:
+            last = core.of.pieces[len(core.stored) - 1] if core.stored else None
+            at = at if last and last.last and last.job == step.job - 1 else inf
+        return at
+
+    def store(self, core: _Cores) -> None:
+        """Begin to store the next piece."""
+        size, n = core.of.pieces[len(core.stored)].size, core.of.count
+        if not self.chip.l2_bytes:
+            self.begin(core, size, True, n, 1.0, 0.0, 0.0)
+            return
+        written = self.l2.store(size * n)
+        missed = round(PARTS * written / (size * n)) / PARTS
+        self.begin(core, size, True, n if missed else 0, missed, 0.0, 0.0)
+
+    def load(self, core: _Cores) -> None:
+        """Begin the next load. Without an L2, a step's loads are one."""
+        loads, n = core.of.steps[len(core.visible)].loads, core.of.count
+        if not self.chip.l2_bytes:
+            core.loaded = len(loads) - 1
+            self.begin(core, sum(load.size for load in loads), False, n, 1.0, self.latency_s, 0.0)
+            return
+        load = loads[core.loaded]
+        absent, read, ready, written = self.l2.load(load.keys, load.fetched, self.now + self.latency_s)
+        if absent:
+            missed = max(1, round(PARTS * (read + written) / absent / load.size)) / PARTS
+            latency_s = self.latency_s * min(1.0, read / absent / load.size)
+            late = self.now + self.latency_s if read < absent * load.fetched else 0.0
+            self.begin(core, load.size, False, min(n, absent), missed, latency_s, max(ready, late))
+            return
+        size = load.size
+        while core.loaded + 1 < len(loads) and self.l2.has(loads[core.loaded + 1].keys, loads[core.loaded + 1].fetched):
+            core.loaded += 1  # loads that the L2 has follow each other at one rate
+            load = loads[core.loaded]
+            size, ready = size + load.size, max(ready, self.l2.load(load.keys, load.fetched, self.now)[2])
+        self.begin(core, size, False, 0, 0.0, 0.0, ready)
