@@ -19,6 +19,7 @@ constexpr int kTried = 5;      // candidate scales that quantisation to integers
 constexpr int kBlock = 256;    // values of a K4, K5 or K6 block, which share the units of scales and minima
 constexpr int64_t groups_of_block(Fmt fmt) { return fmt == Fmt::K4 || fmt == Fmt::K5 ? 8 : fmt == Fmt::K6 ? 16 : 1; }
 constexpr int kRows = 512;     // rows of a result tile, at most
+constexpr int kPanels = 8;     // panels whose result tiles a kernel keeps at a time, at most
 constexpr int kSplit = 512;    // positions of K/V in one split of attention; splits are merged in ascending order
 constexpr int kTaskRows = 32;     // query rows (tokens x query heads of a K/V head) of an attention task, about
 constexpr int kMaxTaskRows = 256; // and at most: the heads of one token are not divided
@@ -306,7 +307,8 @@ struct LineBlock {
 struct Kernels {
   const char* name;
   void (*prepare_row)(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row);
-  void (*linear_unit)(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, float* tile);
+  // Units unit .. unit + count - 1 of a product, for at most kRows rows. tile: [kPanels][rows][kPanel].
+  void (*linear_units)(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, int64_t count, float* tile);
   void (*norm_row)(const NormArgs& a, int64_t row);
   // The mean, root mean square or standard deviation of n values.
   float (*moment)(const float* x, int64_t n, MomentOf of);
@@ -344,5 +346,6 @@ struct Kernels {
 const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
 
 }  // namespace intaglio

@@ -8,6 +8,7 @@
 namespace intaglio::ISA {
 
 #include "linear.inl"
+#include "amx.inl"
 #include "rows.inl"
 #include "attention.inl"
 #include "pooled.inl"
@@ -28,7 +29,7 @@ float read_stream(const float* p, int64_t n) {
 
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
-constexpr Kernels kTable = {NAME(ISA), prepare_row, linear_unit, norm_row, moment, map_row,
+constexpr Kernels kTable = {NAME(ISA), prepare_row, linear_units, norm_row, moment, map_row,
                             attend_split, attend_merge, score_keys, attend_list, pool_rows, route_row, combine_row, largest_logit, weigh, read_stream, scales::choose_scale,
                             scales::choose_lines, conv_row, decay_row, attend_state, scan_channels, lru_channels};
 

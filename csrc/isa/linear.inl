@@ -41,6 +41,11 @@ constexpr int kVectors = kPanel / F::N, kHalf = kVectors / 2;  // vectors across
 constexpr int kFloatRows = F::N == 16 ? 12 : 3, kCodeRows = F::N == 16 ? 6 : 3;
 inline int tile_rows(const Weight& w) { return w.integer() ? kCodeRows : kFloatRows; }
 
+// Products by the matrix unit, for the instruction set that has one: amx.inl.
+constexpr int64_t kMatrixPass = 32, kMatrixStep = 32;  // rows of x in a pass; bf16 values of K that an instruction multiplies
+bool uses_matrix_unit(const Weight& w, bool x_bf16);
+void matrix_panels(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, int64_t panels, float* tile);
+
 // Prefetching of the weights after the current block: each pass over the block fetches a part of them.
 struct NextBlock {
   const uint8_t* at;
@@ -398,13 +403,18 @@ void with_rows(int64_t rows, Fn f) {
   }
 }
 
-// The pass that processes `row`. Each block of kRows rows is divided into passes of about equal height.
+// The pass that processes `row`. Each block of kRows rows is divided into passes of about equal height, or for the matrix unit
+// into passes of kMatrixPass rows and the rest.
 struct Pass {
   int64_t first, height;
 };
 inline int64_t passes_over(int64_t rows, int most) { return (rows + most - 1) / most; }
-inline Pass pass_of(const Weight& w, int64_t total, int64_t row) {
+inline Pass pass_of(const Weight& w, bool x_bf16, int64_t total, int64_t row) {
   const int64_t block = row / kRows * kRows, rows = std::min<int64_t>(kRows, total - block);
+  if (uses_matrix_unit(w, x_bf16)) {
+    const int64_t first = row / kMatrixPass * kMatrixPass;
+    return {first, std::min(kMatrixPass, block + rows - first)};
+  }
   const int64_t passes = passes_over(rows, tile_rows(w));
   const int64_t i = ((row - block + 1) * passes - 1) / rows, first = rows * i / passes;
   return {block + first, rows * (i + 1) / passes - first};
@@ -552,12 +562,20 @@ void finish_row(const LinearArgs& a, int64_t row, int64_t unit, const float* y, 
   }
 }
 
-void linear_unit(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, float* tile) {
-  const uint8_t* panel = a.w->data + unit * a.w->unit_bytes();
-  float* up = tile + kRows * kPanel;
-  product_panel(a, first_row, rows, panel, tile);
-  if (a.w->glu) product_panel(a, first_row, rows, panel + a.w->panel_bytes, up);
-  for (int64_t m = 0; m < rows; m++) finish_row(a, first_row + m, unit, tile + m * kPanel, up + m * kPanel);
+void linear_units(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, int64_t count, float* tile) {
+  const bool matrix = uses_matrix_unit(*a.w, a.x_bf16);
+  const int64_t each = a.w->glu ? 2 : 1, together = matrix ? kPanels / each : 1, size = rows * kPanel;
+  for (const int64_t end = unit + count; unit < end; unit += together) {
+    const int64_t panels = std::min(together, end - unit) * each;
+    const uint8_t* panel = a.w->data + unit * a.w->unit_bytes();
+    if (matrix) matrix_panels(a, first_row, rows, panel, panels, tile);
+    else for (int64_t p = 0; p < panels; p++) product_panel(a, first_row, rows, panel + p * a.w->panel_bytes, tile + p * size);
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t p = 0; p < panels; p += each) {
+        const float* y = tile + p * size + m * kPanel;
+        finish_row(a, first_row + m, unit + p / each, y, y + size);
+      }
+  }
 }
 
 // Quantises n activations to int8: scale max|x| / 127, codes rounded to nearest even. Returns the scale; NaN if a value is not
@@ -619,18 +637,26 @@ void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& p
 }
 
 void prepare_row(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row) {
-  const Pass pass = pass_of(w, to.m, row);
+  const Pass pass = pass_of(w, x_bf16, to.m, row);
   const int64_t base = pass.first * w.padded_k, lane = row - pass.first, height = pass.height;
   if (w.integer()) {
     quantise_row(w, x, to, pass, lane);
   } else if (x_bf16 && w.pairs()) {
-    uint16_t* out = (uint16_t*)to.values + base + lane * 2;
+    const int64_t step = uses_matrix_unit(w, x_bf16) ? kMatrixStep : 2;
+    uint16_t* out = (uint16_t*)to.values + base;
     uint16_t rounded[256];
     for (int64_t at = 0; at < w.padded_k; at += 256) {
       const int64_t count = std::min<int64_t>(256, w.padded_k - at), held = std::max<int64_t>(0, std::min(count, w.k - at));
       for (int64_t i = 0; i < held; i++) rounded[i] = to_bf16(x[at + i]);
       std::fill(rounded + held, rounded + count, uint16_t(0));
-      for (int64_t i = 0; i < count; i += 2) std::memcpy(out + (at + i) * height, rounded + i, 4);
+      if (step == 2) {
+        for (int64_t i = 0; i < count; i += 2) std::memcpy(out + (at + i) * height + lane * 2, rounded + i, 4);
+      } else {
+        for (int64_t i = 0; i < count; i += step) {
+          const int64_t width = std::min(step, count - i);
+          std::memcpy(out + (at + i) * height + lane * width, rounded + i, size_t(width) * 2);
+        }
+      }
     }
   } else {
     const int64_t step = w.pairs() ? 2 : 1;

@@ -1,5 +1,5 @@
 // Vectors of floats (F) and of 32-bit integers (I), and the dot products of the linear kernels, for each instruction set.
-// Included only by kernels_isa.cpp, which is compiled once for each: scalar, AVX2, AVX-512 (with BF16 and VNNI).
+// Included only by kernels_isa.cpp, which is compiled once for each: scalar, AVX2, AVX-512 (with BF16 and VNNI), and AMX, which has the vectors of AVX-512.
 #pragma once
 #include <bit>
 #include <cmath>

@@ -167,12 +167,12 @@ class Experts : public OpKernel {
 
   void inner(const Areas& area, int64_t slice, Scratch& mine) const {
     const int64_t units = up_.units() / experts_;
-    grouped_.each_unit(slice, units, [&](const Active& a, int64_t unit) {
+    grouped_.each_run(slice, units, [&](const Active& a, int64_t unit, int64_t count) {
       const Weight w = matrix_of(up_, a.matrix, units, inner_);
       LinearArgs args{&w, {}, x_bf16_, floats_at(area.inner) + a.first * inner_, inner_,
                       up_bias_ ? up_bias_ + a.matrix * (w.glu ? 2 : 1) * inner_ : nullptr, nullptr, 0, 1.0f, activation_, alpha_, limit_, shift_};
       lay_rows(w, x_bf16_, a.rows, at(area.x + a.at[0]), &args.x);
-      products(args, a.rows, unit, mine);
+      products(args, a.rows, unit, count, mine);
     });
   }
 
@@ -187,18 +187,18 @@ class Experts : public OpKernel {
 
   void outer(const Areas& area, int64_t slice, Scratch& mine) const {
     const int64_t units = down_.units() / experts_, n = n_;
-    grouped_.each_unit(slice, units, [&](const Active& a, int64_t unit) {
+    grouped_.each_run(slice, units, [&](const Active& a, int64_t unit, int64_t count) {
       const Weight w = matrix_of(down_, a.matrix, units, n);
       LinearArgs args{&w, {}, x_bf16_, floats_at(area.out) + a.first * n, n, down_bias_ ? down_bias_ + a.matrix * n : nullptr,
                       nullptr, 0, 1.0f, Act::None};
       lay_rows(w, x_bf16_, a.rows, at(area.rounded + a.at[1]), &args.x);
-      products(args, a.rows, unit, mine);
+      products(args, a.rows, unit, count, mine);
     });
   }
 
-  void products(const LinearArgs& args, int64_t rows, int64_t unit, Scratch& mine) const {
+  void products(const LinearArgs& args, int64_t rows, int64_t unit, int64_t count, Scratch& mine) const {
     for (int64_t r = 0; r < rows; r += kRows)
-      context_.kernels.linear_unit(args, r, std::min<int64_t>(kRows, rows - r), unit, mine.floats);
+      context_.kernels.linear_units(args, r, std::min<int64_t>(kRows, rows - r), unit, count, mine.floats);
   }
 
   void combine(const Areas& area, int64_t t) const {

@@ -66,15 +66,16 @@ class Grouped {
   const Active& active_of(int64_t entry) const {
     return *(std::upper_bound(begin(), end(), entry, [](int64_t at, const Active& a) { return at < a.first; }) - 1);
   }
-  // Calls f(active matrix, unit) for the units of slice number `slice`.
+  // Calls f(active matrix, first unit, count) for the units of slice number `slice`.
   template <class Fn>
-  void each_unit(int64_t slice, int64_t units, Fn f) const {
+  void each_run(int64_t slice, int64_t units, Fn f) const {
     const int64_t total = cost_ * units, low = total * slice / slices_, high = total * (slice + 1) / slices_;
     for (const Active& a : *this) {
       const int64_t base = a.before * units;
       auto from = [&](int64_t cost) { return std::clamp<int64_t>((cost - base + a.cost - 1) / a.cost, 0, units); };
       if (base + units * a.cost <= low || base >= high) continue;
-      for (int64_t u = low <= base ? 0 : from(low); u < from(high); u++) f(a, u);
+      const int64_t first = low <= base ? 0 : from(low), end = from(high);
+      if (first < end) f(a, first, end - first);
     }
   }
 

@@ -51,7 +51,9 @@ TEST(slices_cover_every_unit_once) {
     const Sorted s(1 + seed * 3, 2, 5, slices, seed);
     std::vector<int> seen(size_t(5 * units));
     for (int64_t slice = 0; slice < slices; slice++)
-      s.grouped.each_unit(slice, units, [&](const Active& a, int64_t unit) { seen[size_t(a.matrix * units + unit)]++; });
+      s.grouped.each_run(slice, units, [&](const Active& a, int64_t first, int64_t count) {
+        for (int64_t unit = first; unit < first + count; unit++) seen[size_t(a.matrix * units + unit)]++;
+      });
     std::vector<int> wanted(size_t(5 * units));
     for (const Active& a : s.grouped) std::fill_n(wanted.begin() + a.matrix * units, units, 1);
     CHECK(seen == wanted);
@@ -65,7 +67,7 @@ TEST(no_tokens_or_no_matrices_give_no_units) {
   grouped.sort([](int64_t, int64_t) { return int64_t(-1); });
   CHECK_EQUAL(grouped.entries(), 0);
   CHECK(grouped.begin() == grouped.end());
-  for (int64_t slice = 0; slice < 3; slice++) grouped.each_unit(slice, 2, [](const Active&, int64_t) { CHECK(false); });
+  for (int64_t slice = 0; slice < 3; slice++) grouped.each_run(slice, 2, [](const Active&, int64_t, int64_t) { CHECK(false); });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace intaglio {
 namespace {
 
 constexpr int64_t kPrivate = 16384;  // if x has at most this many values, each thread rounds all rows itself
+constexpr int64_t kManyRows = 256;  // rows whose prepared values may not fit in L2, so that units taken together share reading them
 constexpr int64_t kFetch = 1024, kFetchMost = 128 << 10;  // bytes of weights prefetched while waiting: in each turn, in total
 
 class Linear : public OpKernel {
@@ -29,7 +30,8 @@ class Linear : public OpKernel {
       p.workspace(bytes);
       p.phase(Prepare, rows, p.chunk(rows));
     }
-    p.phase(Product, (rows + kRows - 1) / kRows * units, std::max<int64_t>(1, units / (16 * p.threads())));
+    const int64_t parts = rows >= kManyRows ? 8 : 16;  // of a thread's columns, taken one at a time
+    p.phase(Product, (rows + kRows - 1) / kRows * units, std::max<int64_t>(1, units / (parts * p.threads())));
   }
 
   // If each thread rounds x itself, it does so before its first task.
@@ -42,9 +44,10 @@ class Linear : public OpKernel {
       mine.holds = this;
     }
     const int64_t units = w_.units();
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin, count; i < end; i += count) {
       const int64_t first = i / units * kRows;
-      context_.kernels.linear_unit(a, first, std::min<int64_t>(kRows, a.x.m - first), i % units, mine.floats);
+      count = std::min(end - i, units - i % units);
+      context_.kernels.linear_units(a, first, std::min<int64_t>(kRows, a.x.m - first), i % units, count, mine.floats);
     }
   }
 
@@ -114,7 +117,7 @@ class HeadLinear : public OpKernel {
     const Weight own = matrix_of(w_, head, units_, n_);
     LinearArgs a{&own, {}, false, out_.row(0) + head * (n_ + rest_), out_.ld, nullptr, nullptr, 0, 1.0f, Act::None};
     lay_rows(w_, false, t, context_.workspace + head * stride, &a.x);
-    context_.kernels.linear_unit(a, first, std::min<int64_t>(kRows, t - first), unit, mine.floats);
+    context_.kernels.linear_units(a, first, std::min<int64_t>(kRows, t - first), unit, 1, mine.floats);
   }
 
   const Context& context_;

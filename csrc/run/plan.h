@@ -57,7 +57,7 @@ struct Plan {
 };
 
 // Floats of a thread's scratch that every op may use without a request.
-constexpr int64_t kFloats = 2 * kRows * kPanel;
+constexpr int64_t kFloats = kPanels * kRows * kPanel;
 
 // Builds a plan: each op adds its phases and requests memory.
 class Planner {

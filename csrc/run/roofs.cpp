@@ -48,15 +48,15 @@ class ReadStream : public Work {
 class PanelProduct : public Work {
  public:
   static constexpr int64_t kXRows = 96, kDepth = 1024;
-  static constexpr int64_t kFloats = kXRows * kDepth * 2 + kRows * kPanel + kXRows * kPanel;
+  static constexpr int64_t kFloats = kXRows * kDepth * 2 + 2 * kXRows * kPanel;
   PanelProduct(const Kernels& kernels, const Format& format, int64_t group)
       : kernels_(kernels), weight_(format, kPanel, kDepth, group, false), group_(group) {}
   void run(int, int64_t begin, int64_t end, Scratch& mine) override {
     float *x = mine.floats, *tile = x + kXRows * kDepth * 2;
     const Rows rows{x, x + kXRows * kDepth, reinterpret_cast<int32_t*>(x + kXRows * kDepth + kXRows * 32), kXRows, kDepth,
                     group_ ? kDepth / group_ : 0};
-    const LinearArgs a{&weight_.w, rows, true, tile + kRows * kPanel, kPanel, nullptr, nullptr, 0, 1.0f, Act::None};
-    for (int64_t i = begin; i < end; i++) kernels_.linear_unit(a, 0, kXRows, 0, tile);
+    const LinearArgs a{&weight_.w, rows, true, tile + kXRows * kPanel, kPanel, nullptr, nullptr, 0, 1.0f, Act::None};
+    for (int64_t i = begin; i < end; i++) kernels_.linear_units(a, 0, kXRows, 0, 1, tile);
   }
 
  private:
@@ -80,9 +80,10 @@ double read_bandwidth(int threads, int megabytes, int runs, const Kernels& kerne
 double matrix_peak(int threads, const Format& format, int group, int runs, const Kernels& kernels) {
   constexpr int64_t repeats = 96;
   PanelProduct work(kernels, format, group);
-  std::vector<std::vector<float>> memory(size_t(threads), std::vector<float>(size_t(PanelProduct::kFloats)));
+  std::vector<Memory> memory;
+  for (int i = 0; i < threads; i++) memory.emplace_back(PanelProduct::kFloats * 4);
   Team team(threads);
-  for (int i = 0; i < threads; i++) team.scratch(i).floats = memory[size_t(i)].data();
+  for (int i = 0; i < threads; i++) team.scratch(i).floats = reinterpret_cast<float*>(memory[size_t(i)].data());
   const double flops = 2.0 * double(PanelProduct::kXRows * PanelProduct::kDepth * kPanel) * double(repeats);
   return flops * best_rate(team, work, runs, repeats);
 }
