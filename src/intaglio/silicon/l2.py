@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import exp
 from typing import Literal
 
-Source = Literal["l2", "hbm", "gathered"]
+Source = Literal["l2", "hbm", "gathered", "selected"]
+BY_INDEX = "gathered", "selected"
 
 
 class L2:
@@ -19,11 +20,12 @@ class L2:
     - "l2": in the L2, as far as it holds them, since the op before has just written them.
     - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
     - "gathered": in HBM, and read by index. All loads miss, and bring nothing into the L2.
+    - "selected": as with "gathered", but the L2 has the operands too, since the op before has just written them.
     """
 
     def __init__(self, reads: float, capacity: float, source: Source) -> None:
         self.capacity, self.source = capacity, source
-        written = reads if source == "l2" else 0.0  # by the op before
+        written = reads if source in ("l2", "selected") else 0.0  # by the op before
         self.held, self.evicted = min(written, capacity), max(0.0, written - capacity)
         self.dirty = 0.0  # bytes that the loop has stored and that are not in HBM
         self.loaded = 0.0
@@ -36,7 +38,7 @@ class L2:
             since = self.evicted - max(0.0, self.loaded - self.capacity)
             missed = 1 - exp(-max(0.0, since) / self.capacity)
         self.loaded += size
-        return missed, missed * size + (0.0 if self.source == "gathered" else self.insert(missed * size))
+        return missed, missed * size + (0.0 if self.source in BY_INDEX else self.insert(missed * size))
 
     def store(self, size: float) -> float:
         """Record that all cores together store `size` bytes. Returns the bytes that HBM writes for evictions."""

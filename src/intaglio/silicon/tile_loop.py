@@ -215,9 +215,10 @@ class _Core:
         def of(flow: _Flow | None) -> float:
             if flow is None:
                 return 0.0
-            # While cores with a single tile wait for HBM's latency, others have its bandwidth
-            alone_s = AHEAD * chip.constants.hbm_latency_s * flow.part if self.l2 and loop.depth == 1 else 0.0
-            hbm_s = flow.size * flow.missed / share - alone_s
+            hbm_s = flow.size * flow.missed / share
+            # Misses are random, so cores with a single tile have HBM's bandwidth while others wait for its latency
+            if self.l2 is not None and self.l2.source == "l2" and loop.depth == 1:
+                hbm_s -= AHEAD * chip.constants.hbm_latency_s * flow.part
             return min(rate, flow.size / hbm_s) if hbm_s > 0 else rate
 
         return of(load), min(of(store), loop.store / loop.store_s) if loop.store_s else of(store)

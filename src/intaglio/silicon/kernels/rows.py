@@ -17,7 +17,7 @@ from intaglio.ops import Op, Tensor
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
-from intaglio.silicon.l2 import Source
+from intaglio.silicon.l2 import BY_INDEX, Source
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
@@ -41,7 +41,7 @@ def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing
     else:
         seconds, hbm = replace(loop, load_missed=1.0, store_missed=1.0).seconds(target), moved
     seconds += lib.launch_s
-    if source == "gathered" and not chip.l2_bytes:  # the indices come from HBM, and then the rows
+    if source in BY_INDEX and not chip.l2_bytes:  # the indices come from HBM, and then the rows
         seconds += chip.constants.hbm_latency_s
     busy = {"VEC": loop.jobs * loop.work_s / chip.cores, "L2": moved / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
     return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
@@ -75,7 +75,7 @@ class RowsKernel(ChipKernel):
         operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
             stands for one read and one write.
         vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
-        gathered: True if rows are read by index.
+        source: where the operands are before the op, and if they are read by index; see L2.
         in_place: True if a row is stored from the tile into which it was loaded.
     """
 
@@ -85,7 +85,7 @@ class RowsKernel(ChipKernel):
     vector_bytes: float = 0.0
 
     by_sequence: ClassVar[bool] = False
-    gathered: ClassVar[bool] = False
+    source: ClassVar[Source] = "l2"
     in_place: ClassVar[bool] = False
 
     @classmethod
@@ -115,9 +115,9 @@ class RowsKernel(ChipKernel):
     def in_runs(self) -> bool:
         """True: each core has a run of neighbouring rows, whose indices it loads first. False: rows are dealt in turn.
 
-        The base class returns `gathered`.
+        The base class returns True if rows are read by index.
         """
-        return self.gathered
+        return self.source in BY_INDEX
 
     def wait_s(self, target: Target) -> float:
         """Minimum seconds from the end of a job's loads until it can compute; the base class returns 0.
@@ -174,7 +174,7 @@ class RowsKernel(ChipKernel):
             once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(), wait_s=self.wait_s(target),
             loads=max(1, (self.operands - 1) // len(self.pieces())),
         )  # fmt: skip
-        return loop_timing(target, loop, "gathered" if self.gathered else "l2")
+        return loop_timing(target, loop, self.source)
 
 
 @dataclass(frozen=True)
