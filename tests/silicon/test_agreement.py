@@ -109,14 +109,15 @@ def test_closed_form_and_machine_agree_on_random_products(chip: str, kind: str, 
     """See docs/accuracy.md for more calls, on every chip. A few calls of any seed are within these bounds."""
     on = target(chip)
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(9)]
-    assert all(0.5 < a.ratio < 2 for a in found), [(a.ratio, a.case.words) for a in found]
-    assert np.median([abs(a.ratio - 1) for a in found]) < 0.1, [(a.ratio, a.case.words) for a in found]
+    most, median = (2, 0.1) if kind == "experts" else (1.1, 0.02)
+    assert all(1 / most < a.ratio < most for a in found), [(a.ratio, a.case.words) for a in found]
+    assert np.median([abs(a.ratio - 1) for a in found]) < median, [(a.ratio, a.case.words) for a in found]
 
 
 @pytest.mark.parametrize("chip", ["sohu", "tpu_v5e", "a100_sxm", "h100_sxm", "l40s"])
 def test_closed_form_and_machine_agree_on_a_product_of_a_layer(chip: str) -> None:
     """The streams once chose tiles of one row: 105 times the closed form on sohu, 5.5 on H100, 8 on A100."""
-    assert 0.85 < compare_kernel(target(chip), product(target(chip), 256, 512, 512)).ratio < 1.15
+    assert 0.95 < compare_kernel(target(chip), product(target(chip), 256, 512, 512)).ratio < 1.05
 
 
 @pytest.mark.parametrize(

@@ -77,18 +77,22 @@ class L2Blocks:
         return written
 
 
-def fetched_bytes(start: int, stop: int, width: int) -> float:
+def fetched_bytes(start: int, stop: int, width: int, first: int) -> float:
     """Mean bytes of the lines that HBM reads for a load of the bytes start .. stop - 1 of a row.
 
-    width: bytes of a row. Rows need not start at a line. Lines that earlier loads of the same rows touch are not
-    counted again, see cache.py.
+    width: bytes of a row. first: bytes of a row in the first load. Rows need not start at a line. Lines that earlier
+    loads of the same rows touch are not counted again, see cache.py.
     """
-    if width - (stop - start) < LINE:  # without gaps, so the first load touches all lines
-        return stop - start
-    later, last = start > 0, start > 0 and stop == width
-    counts = [
-        -(-(stop + at) // LINE) - (start + at) // LINE - (later and (start + at) % LINE > 0)
-        - (last and (stop + at) % LINE > 0)
-        for at in range(0, LINE, gcd(width, LINE))
-    ]  # fmt: skip
-    return LINE * sum(max(0, n) for n in counts) / len(counts)
+    if width - first < LINE:  # without gaps, so the first load touches all lines
+        return 0.0 if start else stop
+    count = 0
+    offsets = range(0, LINE, gcd(width, LINE))
+    for at in offsets:
+        low, high, end = (start + at) // LINE, -(-(stop + at) // LINE), -(-(width + at) // LINE)
+        if (
+            start
+        ):  # the load before may have touched the first line; the first load of the next row, the row's last line
+            low += (start + at) % LINE > 0
+            high -= high == end and (width + at) % LINE > 0
+        count += max(0, high - low)
+    return LINE * count / len(offsets)

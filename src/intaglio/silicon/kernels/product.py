@@ -145,10 +145,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  streamed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
 
-    This is the time of the loop of the instruction streams (tiled.py). For each of its tiles a core loads operands in
-    steps over K, multiplies them, drains the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at
-    the edge are multiplied whole, since they are padded. Seconds are infinite where K is split into parts of fewer than
-    4 steps, and where K is split although there are several products.
+    This is the time of a library's kernels, in the loop of the instruction streams (tiled.py). product_loop.py has the
+    time of the streams themselves. For each of its tiles a core loads operands in steps over K, multiplies them, drains
+    the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at the edge are multiplied whole, since
+    they are padded. Seconds are infinite where K is split into parts of fewer than 4 steps, and where K is split
+    although there are several products.
 
     m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
     glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were

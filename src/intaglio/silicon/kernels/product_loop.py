@@ -93,6 +93,7 @@ class _Loop:
     """The loop of all cores."""
 
     def __init__(self, loop: ProductLoop, target: Target, l2: L2Blocks, cores: list[_Cores]) -> None:
+        self.stages = loop.cut.stages * loop.sides
         self.cut, self.chip, self.l2, self.cores = loop.cut, target.chip, l2, cores
         self.latency_s, self.delay_s = self.chip.constants.hbm_latency_s, self.chip.array_depth / self.chip.clock_hz
         self.now, self.number = 0.0, 0
@@ -154,7 +155,9 @@ class _Loop:
         core.loading = False
         core.latest = max(core.latest, self.now + latency_s, ready)  # loads become visible in order
         core.loaded += 1
-        if core.loaded == len(core.of.steps[len(core.visible)].loads):
+        while len(core.visible) < len(core.of.steps):
+            if core.loaded < len(core.of.steps[len(core.visible)].loads):
+                break
             core.visible.append(core.latest)
             core.loaded = 0
         return core
@@ -214,8 +217,8 @@ class _Loop:
         if core.loaded:
             return 0.0
         number, at = len(core.visible), 0.0
-        if number >= self.cut.stages:
-            used = number - self.cut.stages
+        if number >= self.stages:
+            used = number - self.stages
             at = core.products[used] if used < len(core.products) else inf
         step = core.of.steps[number]
         if step.fenced:

@@ -9,15 +9,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from intaglio import formats
 from intaglio.chips import Target
-from intaglio.silicon.cache import LINE
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
 from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.l2_blocks import L2Blocks, fetched_bytes
 from intaglio.silicon.kernels.tiling import Job, Tiling
 
+MANY = 150_000  # steps of all jobs, from which cores with the same number of jobs are followed as one or a few
 RANKS = 3  # of cores that begin with the same weights, so many are followed apart, and the others together
 
 
@@ -49,9 +50,10 @@ class ProductLoop:
 def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
     """Deal jobs to the cores in turn. Returns lists of the cores that are in the same situation.
 
-    They have jobs of the same sizes, and begin with weights for which as many earlier cores wait.
+    They have jobs of the same sizes, and in each turn load weights for which as many earlier cores wait. In a long
+    product it is enough that they have as many jobs, and that the latter is so in the first turn.
     """
-    signs: list[list[object]] = [[] for _ in range(min(cores, len(jobs)))]
+    signs: list[list[Any]] = [[] for _ in range(min(cores, len(jobs)))]
     seen = set[tuple[int, int]]()
     for first in range(0, len(jobs), cores):
         ranks: dict[tuple[int, int], int] = defaultdict(int)
@@ -62,7 +64,9 @@ def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
             signs[core].append((size, min(RANKS, ranks[w]), w in seen))
             ranks[w] += 1
         seen |= set(ranks)
-    found: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    if sum(len(job.steps) for job in jobs) > MANY:
+        signs = [[len(sign), *sign[0][1:]] for sign in signs]
+    found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for core, sign in enumerate(signs):
         found[core % 2, *sign].append(core)  # every second core loads x first
     return list(found.values())
@@ -84,7 +88,7 @@ class Load:
 
 @dataclass(slots=True)
 class Step:
-    """A step of a job.
+    """A step of a job; of a GLU pair, for one side.
 
     Attributes:
         job: number of the job on its core.
@@ -140,13 +144,7 @@ class ProductSteps:
         self.k = max(job.steps[-1].stop for job in jobs)
         self.keys: dict[tuple[str, int, int], int] = {}
         self.works: dict[tuple[int, int], float] = {}
-        self.fetched: dict[tuple[str, int, int], float] = {}
-        # Bytes of a row in a block of the L2: whole lines, or the whole row if its first load touches all lines
-        depth = loop.cut.depth
-        self.units = {
-            of: max(LINE, depth * bits // 8) if (self.k - depth) * bits // 8 >= LINE else self.k * bits
-            for of, bits in self.bits.items()
-        }
+        self.places: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
 
     def key(self, of: str, index: int, start: int) -> int:
         """The first key of an operand's blocks; those of its later steps follow."""
@@ -166,9 +164,8 @@ class ProductSteps:
             return l2
         blocks: dict[int, float] = defaultdict(float)  # bytes of x by key
         for (start, index), job in sorted(xs.items()):
-            for step in job.steps:
-                at = (step.start - job.steps[0].start) * self.bits["x"] // 8 // self.units["x"]
-                blocks[self.key("x", index, start) + at] += length(job.rows) * length(step) * self.bits["x"] / 8
+            for at, bytes_of_row in self.blocks("x", job):
+                blocks[self.key("x", index, start) + at] += length(job.rows) * bytes_of_row
         if loop.before:  # the op before wrote x before it was rounded, in this order too
             for key, size in blocks.items():
                 l2.bring(-1 - key, size * loop.before)
@@ -182,7 +179,7 @@ class ProductSteps:
         return l2
 
     def work_s(self, step: slice) -> float:
-        """Seconds of a step's matmuls: one for each scale of w in the step, and for each side."""
+        """Seconds of a step's matmuls for one side of a GLU pair: one matmul for each scale of w in the step."""
         loop, group, n = self.loop, self.loop.group, length(step)
         first = step.start % group if group else 0
         if (first, n) not in self.works:
@@ -191,36 +188,56 @@ class ProductSteps:
             cycles = (
                 matmul_cycles(self.target, loop.cut.rows, loop.cut.columns, b - a, run) for a, b in pairwise(cuts)
             )
-            self.works[first, n] = loop.sides * float(sum(cycles)) / self.target.chip.clock_hz
+            self.works[first, n] = float(sum(cycles)) / self.target.chip.clock_hz
         return self.works[first, n]
 
-    def load(self, of: str, rows: int, job: Job, step: slice, bases: Sequence[int]) -> Load:
-        """The load of one step's rows of x or of w. bases: first keys of the operands of all cores."""
-        bits, place = self.bits[of], (of, step.start, step.stop)
-        if place not in self.fetched:
-            self.fetched[place] = fetched_bytes(*(-(-v * bits // 8) for v in (step.start, step.stop, self.k)))
-        at = (step.start - job.steps[0].start) * bits // 8 // self.units[of]
-        return Load(rows * length(step) * bits / 8, rows * self.fetched[place], [base + at for base in bases])
+    def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
+        """For each step of a job: (number of the block that x or w has there, bytes of a row in the block).
 
-    def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[Load]]:
-        """The loads of each step of a job. same: the jobs of all cores of a group. started: True after a first job."""
+        A step whose lines earlier steps have loaded has the block of the step before, and 0 bytes.
+        """
+        place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
+        if place not in self.places:
+            out = self.places[place] = list[tuple[int, float]]()
+            for i, step in enumerate(job.steps):
+                ends = step.start, step.stop, self.k, length(job.steps[0])
+                size = fetched_bytes(*(-(-v * bits // 8) for v in ends))
+                out.append((i, size) if size or not i else (out[-1][0], 0.0))
+        return self.places[place]
+
+    def load(self, rows: int, bits: int, step: slice, block: tuple[int, float], bases: Sequence[int]) -> Load:
+        """The load of some rows of x or of w in one step. bases: first keys of the operands of all cores."""
+        return Load(rows * length(step) * bits / 8, rows * block[1], [base + block[0] for base in bases])
+
+    def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[list[Load]]]:
+        """The loads of each step of a job: those before the first side's matmul, and those before the second side's.
+
+        same: the jobs of all cores of a group. w_first: True to load weights before x. started: False for the first job
+        of a core, which begins with weights.
+        """
         loop, job, scale = self.loop, same[0], range(0)
-        rows, columns = length(job.rows), loop.sides * length(job.columns)
+        rows, columns = length(job.rows), length(job.columns)
         x_keys, xs_keys = ([*{self.key(of, j.index, j.rows.start) for j in same}] for of in ("x", "x scale"))
-        w_keys, ws_keys = ([*{self.key(of, j.index, j.columns.start) for j in same}] for of in ("w", "w scale"))
-        for step in job.steps:
+        ws_keys, *w_keys = (
+            [*{self.key(of, j.index, j.columns.start) for j in same}]
+            for of in ("w scale", "w", "w of up")[: 1 + loop.sides]
+        )
+        for step, x_block, w_block in zip(job.steps, self.blocks("x", job), self.blocks("w", job), strict=True):
             out = []
             if loop.group:
                 numbers = range(step.start // loop.group, -(-step.stop // loop.group))
                 if numbers != scale:
-                    scale, size = numbers, WIDE * columns * len(numbers)
+                    scale, size = numbers, WIDE * columns * loop.sides * len(numbers)
                     out.append(Load(size, size, [key + numbers.start for key in ws_keys]))
-            x, w = [self.load("x", rows, job, step, x_keys)], [self.load("w", columns, job, step, w_keys)]
+            x = [self.load(rows, self.bits["x"], step, x_block, x_keys)]
+            w = [self.load(columns, self.bits["w"], step, w_block, keys) for keys in w_keys]
             if loop.span and (step is job.steps[0] or (loop.span < self.k and not step.start % loop.span)):
                 x.append(Load(WIDE * rows, WIDE * rows, [key + step.start // loop.span for key in xs_keys]))
-            out += [*w, *x] if w_first or not started else [*x, *w]
+            if w_first or not started:
+                yield [[*out, *w, *x], *([] for _ in w[1:])]
+            else:
+                yield [[*out, *x, w[0]], *([load] for load in w[1:])]
             started = True
-            yield out
 
     def of(self, mine: Sequence[int]) -> CoreSteps:
         """What the cores of a group do, given by their numbers."""
@@ -234,8 +251,18 @@ class ProductSteps:
                 for number, same in enumerate(turn):
                     if s < len(loads[number]):
                         last, fenced = s == len(loads[number]) - 1, fences and first > 0 and s == number == 0
-                        work = self.work_s(same[0].steps[s])
-                        made.steps.append(Step(first + number, loads[number][s], work, s == 0, last, fenced))
+                        work, sides = self.work_s(same[0].steps[s]), enumerate(loads[number][s], 1)
+                        made.steps.extend(
+                            Step(
+                                first + number,
+                                own,
+                                work,
+                                s == 0 and side == 1,
+                                last and side == loop.sides,
+                                fenced and side == 1,
+                            )
+                            for side, own in sides
+                        )
             for number, same in enumerate(turn, first):
                 made.pieces.extend(self.pieces(number, length(same[0].rows), length(same[0].columns)))
         return made

@@ -1,4 +1,4 @@
-"""Streams of a matrix product in the loop that its closed form times (product.py): rounding of x, then the product.
+"""Streams of a matrix product, whose loop product_loop.py follows in closed form: rounding of x, then the product.
 
 x is rounded to the op's x_format by a launch of its own, as the closed form assumes: it times the product of codes.
 """
@@ -112,8 +112,7 @@ class TileJob:
         steps: the steps over K, as slices.
         out: columns of the result.
         first: column of x that is multiplied by the first column of `w`; above 0 if x has the inputs of several heads.
-        index: number of the part of K, in a product whose K is split; number of the expert, in a product of experts;
-            else 0.
+        index: number of the part of K, of the expert or of the head, where there are several; else 0.
         accs: the accumulators, one for each item of `columns`; product_streams() sets them.
         factor: the tile with the row scales of x that were loaded last; None before the first load.
         held: the scales of w that were loaded last: {index into `columns`: (slice of scale numbers along K, tile)}.
@@ -235,7 +234,7 @@ def product_streams(
 ) -> list[Stream]:  # fmt: skip
     """Emit the instructions of a tiled matrix product. Returns a list with one Stream for each core with work.
 
-    Sets job.accs, the accumulators, of each job. time_choices() computes the time of this loop in closed form.
+    Sets job.accs, the accumulators, of each job. product_seconds() computes the time of this loop in closed form.
 
     Args:
         mem: the chip's memory.
