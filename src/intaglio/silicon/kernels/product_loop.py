@@ -93,7 +93,7 @@ class _Loop:
     """The loop of all cores."""
 
     def __init__(self, loop: ProductLoop, target: Target, l2: L2Blocks, cores: list[_Cores]) -> None:
-        self.stages = loop.cut.stages * loop.sides
+        self.stages, self.scattered = loop.cut.stages * loop.sides, loop.scattered
         self.cut, self.chip, self.l2, self.cores = loop.cut, target.chip, l2, cores
         self.latency_s, self.delay_s = self.chip.constants.hbm_latency_s, self.chip.array_depth / self.chip.clock_hz
         self.now, self.number = 0.0, 0
@@ -218,7 +218,7 @@ class _Loop:
             return 0.0
         number, at = len(core.visible), 0.0
         if number >= self.stages:
-            used = number - self.stages
+            used = number - self.stages + core.of.steps[number].shared
             at = core.products[used] if used < len(core.products) else inf
         step = core.of.steps[number]
         if step.fenced:
@@ -229,7 +229,7 @@ class _Loop:
     def store(self, core: _Cores) -> None:
         """Begin to store the next piece."""
         size, n = core.of.pieces[len(core.stored)].size, core.of.count
-        if not self.chip.l2_bytes:
+        if not self.chip.l2_bytes or self.scattered:
             self.begin(core, size, True, n, 1.0, 0.0, 0.0)
             return
         written = self.l2.store(size * n)
