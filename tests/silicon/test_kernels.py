@@ -400,12 +400,28 @@ def test_unsupported_formats_and_column_orders_are_refused() -> None:
     assert unsupported_reason(replace(experts, order=None), tensors) is None
 
 
-def test_indexers_and_chosen_positions_are_refused() -> None:
+@FEW
+@given(chip=CHIP, seed=SEED, every=st.sampled_from([1, 1, 3, 4]), fmt=st.sampled_from(["f32", "bf16"]))
+def test_choose_keys(chip: str, seed: int, every: int, fmt: str) -> None:
+    """Whole numbers, whose products and sums are exact: the choice is equal, with many ties."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(rng, [(int(rng.integers(1, 7)), int(rng.integers(0, 60))) for _ in range(rng.integers(1, 4))])
+    heads, d, top, page = int(rng.integers(1, 5)), int(rng.integers(1, 20)), int(rng.integers(1, 30)), -(-4 // every)
+    op = ChooseKeys(site="i", q="q", weights="w", cache="k", chosen="c", heads=heads, top=top, scale=0.5, every=every)
+    tensors = [Tensor("q", ("T", heads * d), "f32", "temp"), Tensor("w", ("T", heads), "f32", "temp"),
+               Tensor("k", ("P", "B" if every == 1 else f"B/{every}", 1, d), fmt, "state")]  # fmt: skip
+    shapes = {"q": (len(batch.tokens), heads * d), "w": (len(batch.tokens), heads), "k": (64, page, 1, d)}
+    values: dict[str, Value] = {name: rng.integers(-3, 4, shape).astype(np.float32) for name, shape in shapes.items()}
+    values["k"] = np.asarray(values["k"]).astype(formats.get(fmt).dtype)
+    compare(chip, op, tensors, values, batch, 0)
+
+
+def test_chosen_positions_are_refused() -> None:
     op = Attend(site="a", q="q", k_cache="k", v_cache="v", chosen="c", out="y", heads=2, scale=1.0)
     cache = {n: Tensor(n, ("P", "B", 2, 3), "f32", "state") for n in "kv"}
     tensors = cache | {"q": Tensor("q", ("T", 6), "f32", "temp"), "c": Tensor("c", ("T", 2), "i32", "temp")}
     assert "a: chip kernels do not attend to chosen positions" in str(unsupported_reason(op, tensors))
     assert unsupported_reason(replace(op, chosen=None), tensors) is None
     index = ChooseKeys(site="i", q="q", weights="w", cache="k", chosen="c", heads=3, top=2)
-    why = "op choose_keys at i: ChooseKeysKernel does not define streams()"
-    assert why in str(unsupported_reason(index, {**tensors, "w": Tensor("w", ("T", 3), "f32", "temp")}))
+    tensors |= {"w": Tensor("w", ("T", 3), "f32", "temp"), "k": Tensor("k", ("P", "B", 1, 2), "int8row", "state")}
+    assert "i: chip kernels do not choose among keys in int8row" in str(unsupported_reason(index, tensors))

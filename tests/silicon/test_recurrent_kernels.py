@@ -19,7 +19,7 @@ from intaglio.compiler import build
 from intaglio.devices import StateSpec, StepRequest, open_device
 from intaglio.devices.silicon import SiliconDevice
 from intaglio.models import Checkpoint, port
-from intaglio.ops import Decay, RgLru, ShortConv, Tensor, Value
+from intaglio.ops import Decay, LinearAttention, RgLru, SelectiveScan, ShortConv, Tensor, Value
 
 CHIP = st.sampled_from(sorted(CHIPS))
 SEED = st.integers(0, 2**32 - 1)
@@ -109,6 +109,50 @@ def test_rg_lru(chip: str, seed: int, fmt: str) -> None:
     compare_with_state(chip, op, tensors, {**values, "s": normal(rng, SLOTS, width)}, batch, 64 * EPS)
 
 
+@FEW
+@given(chip=CHIP, seed=SEED, n=st.integers(1, 20), fmt=st.sampled_from(["f32", "bf16"]))
+def test_selective_scan(chip: str, seed: int, n: int, fmt: str) -> None:
+    """Each token adds some roundings to a state that decays."""
+    rng = np.random.default_rng(seed)
+    batch, width, dtype = stateful_batch(rng), int(rng.integers(1, 90)), formats.get(fmt).dtype
+    op = SelectiveScan(site="s", x="x", step="d", b="b", c="c", rate="r", skip="k", state="s", out="y")
+    columns = {"x": width, "d": width, "b": n, "c": n}
+    tensors = [Tensor(name, ("T", count), "f32", "temp") for name, count in columns.items()]
+    tensors += [Tensor("r", (width, n), fmt, "weight"), Tensor("k", (width,), fmt, "weight"),
+                Tensor("s", ("N", width, n), "f32", "state")]  # fmt: skip
+    values: dict[str, Value] = {name: normal(rng, len(batch.tokens), count) for name, count in columns.items()}
+    values |= {"r": normal(rng, width, n).astype(dtype), "k": normal(rng, width).astype(dtype)}
+    compare_with_state(chip, op, tensors, {**values, "s": normal(rng, SLOTS, width, n)}, batch, 64 * EPS)
+
+
+@FEW
+@given(
+    chip=CHIP, seed=SEED, repeat=st.integers(1, 3), decays=st.sampled_from(["rates", "head", "key"]),
+    delta=st.booleans(), beta=st.booleans(), skip=st.booleans(),
+)  # fmt: skip
+def test_linear_attention(chip: str, seed: int, repeat: int, decays: str, delta: bool, beta: bool, skip: bool) -> None:
+    """Keys of length below 1, as the delta rule wants: it then takes from the state no more than is there."""
+    rng = np.random.default_rng(seed)
+    batch, (groups, keys, wide) = stateful_batch(rng), rng.integers(1, 12, 3).tolist()
+    heads, rows = groups * repeat, len(batch.tokens)
+    given = {"rates": "r"} if decays == "rates" else {"decay": "a"}
+    op = LinearAttention(
+        site="l", q="q", k="k", v="v", state="s", out="y", heads=heads, delta=delta, scale=0.5, **given,
+        beta="b" if beta else None, skip="d" if skip else None,
+    )  # fmt: skip
+    columns = {"q": groups * keys, "k": groups * keys, "v": heads * wide, "b": heads}
+    columns["a"] = heads * keys if decays == "key" else heads
+    tensors = [Tensor(name, ("T", count), "f32", "temp") for name, count in columns.items()]
+    tensors += [Tensor("r", (heads,), "f32", "weight"), Tensor("d", (heads,), "f32", "weight"),
+                Tensor("s", ("N", heads, keys, wide), "f32", "state")]  # fmt: skip
+    values: dict[str, Value] = {name: normal(rng, rows, count) for name, count in columns.items()}
+    k = normal(rng, rows, groups, keys)
+    values["k"] = (k / (1 + np.linalg.norm(k, axis=-1, keepdims=True))).reshape(rows, -1)
+    values |= {"a": -np.abs(normal(rng, rows, columns["a"])), "b": rng.uniform(0, 1, (rows, heads)).astype(np.float32)}
+    values |= {"r": -np.abs(normal(rng, heads)), "d": normal(rng, heads), "s": normal(rng, SLOTS, heads, keys, wide)}
+    compare_with_state(chip, op, tensors, values, batch, 128 * EPS)
+
+
 @pytest.mark.parametrize("chip", sorted(CHIPS))
 def test_a_wide_convolution_is_divided_into_jobs(chip: str, rng: np.random.Generator) -> None:
     """More columns than a job has, and more jobs than cores."""
@@ -125,7 +169,7 @@ def test_a_wide_convolution_is_divided_into_jobs(chip: str, rng: np.random.Gener
     compare_with_state(chip, op, tensors, values, batch, 2 * taps * EPS)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "recurrent_gemma"])
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "recurrent_gemma", "mamba", "qwen3_next", "kimi_linear"])
 def test_models_with_recurrent_state_run_on_chip_instructions(tmp_path: Path, family: str) -> None:
     """A prompt, then its next token beside another prompt; each step writes other slots of state than it reads."""
     checkpoint = Checkpoint.open(tiny(family, tmp_path / family))

@@ -11,6 +11,7 @@ from intaglio.batch import Batch, Chunk, bind
 from intaglio.chips import Target
 from intaglio.ops import (
     Attend,
+    ChooseKeys,
     Concat,
     Decay,
     Embed,
@@ -18,6 +19,7 @@ from intaglio.ops import (
     HeadLinear,
     KvWrite,
     Linear,
+    LinearAttention,
     Map,
     MixStreams,
     Moment,
@@ -30,6 +32,7 @@ from intaglio.ops import (
     Route,
     Sample,
     Select,
+    SelectiveScan,
     ShortConv,
     Sinkhorn,
     Sinusoid,
@@ -376,9 +379,50 @@ def rg_lru(rng: np.random.Generator, on: Target) -> Case:
     return case(op, [*tensors, Tensor("s", ("N", width), "f32", "state")], batch, words)
 
 
+def selective_scan(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op SelectiveScan: 128 to 4,096 channels with 16 values of state."""
+    width, n, batch = power(rng, 128, 4096, 16), 16, stateful(rng, 64)
+    op = SelectiveScan(site="selective_scan", x="x", step="d", b="b", c="c", rate="r", skip="k", state="s", out="y")
+    tensors = [*(temp(name, columns) for name, columns in (("x", width), ("d", width), ("b", n), ("c", n)))]
+    tensors += [Tensor("r", (width, n), "f32", "weight"), Tensor("k", (width,), "f32", "weight")]
+    words = f"m={len(batch.tokens)} sequences={len(batch.q_len)} width={width}"
+    return case(op, [*tensors, Tensor("s", ("N", width, n), "f32", "state")], batch, words)
+
+
+def linear_attention(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op LinearAttention, as a gated delta net or as in Mamba-2.
+
+    It has 4 to 32 heads with a state of 64 to 128 rows and columns.
+    """
+    heads, d, delta = 4 * int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128])), bool(rng.random() < 0.5)
+    batch, groups = stateful(rng, 64), heads // 4
+    op = LinearAttention(
+        site="linear_attention", q="q", k="k", v="v", decay="a", beta="b", state="s", out="y", heads=heads, delta=delta
+    )  # fmt: skip
+    columns = {"q": groups * d, "k": groups * d, "v": heads * d, "a": heads, "b": heads}
+    tensors = [*(temp(name, n) for name, n in columns.items()), Tensor("s", ("N", heads, d, d), "f32", "state")]
+    words = f"m={len(batch.tokens)} sequences={len(batch.q_len)} heads={heads} d={d} delta={delta}"
+    return case(op, tensors, batch, words)
+
+
+def choose_keys(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of an indexer: 32 to 512 of up to 3,000 positions, or of entries of four.
+
+    It has 4 to 32 heads of width 64; a prompt, or sequences that decode.
+    """
+    heads, top, every = power(rng, 4, 32), power(rng, 32, 512), int(rng.choice([1, 4]))
+    prompt, decodes = [(power(rng, 2, 512), power(rng, 1, 2500))], [(1, power(rng, 1, 3000))] * power(rng, 1, 32)
+    batch = batch_of(prompt if rng.random() < 0.5 else decodes)
+    op = ChooseKeys(site="choose_keys", q="q", weights="w", cache="k", chosen="c", heads=heads, top=top, every=every)
+    cache = Tensor("k", ("P", "B" if every == 1 else f"B/{every}", 1, 64), "bf16", "state")
+    words = f"m={len(batch.tokens)} keys={batch.context_len[0]} every={every} heads={heads} top={top}"
+    return case(op, [temp("q", heads * 64), temp("w", heads), cache], batch, words)
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
     "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
     "mix_streams": mix_streams, "pool_keys": pool_keys, "decay": decay, "short_conv": short_conv, "rg_lru": rg_lru,
+    "selective_scan": selective_scan, "linear_attention": linear_attention, "choose_keys": choose_keys,
 }  # fmt: skip

@@ -76,9 +76,8 @@ class Cache:
             self.arrival[absent] = arrival
             self.ready = float(self.arrival[lines].max())
         self.dirty[lines] |= writes
-        # Rows that are apart share no line, so all bytes of their lines are theirs
-        apart = region.rows > 1 and region.stride - region.row_bytes >= LINE
-        most = missed * LINE if apart else min(missed * LINE, region.nbytes)
+        gaps = region.rows > 1 and region.stride > region.row_bytes
+        most = missed * LINE if gaps else min(missed * LINE, region.nbytes)
         self.fetched = 0.0 if writes else float(most)
         written = sum(self._insert(absent[i : i + self.sets]) for i in range(0, missed, self.sets))
         return self.fetched + written * LINE

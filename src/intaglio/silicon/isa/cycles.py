@@ -72,6 +72,14 @@ def scan_cycles(chip: ChipSpec, m: Any, n: Any, normalised: bool) -> Any:
     return m * vector_cycles(chip, (2 + 3 * normalised) * lanes, (1 + 2 * normalised) * n)
 
 
+def choose_cycles(chip: ChipSpec, m: int, n: int, top: int) -> Any:
+    """Cycles to merge n scores into a list of the `top` best, for m rows.
+
+    Four operations for each score and each entry of the list, and a bisection for the threshold, of 32 passes.
+    """
+    return vector_cycles(chip, 36 * m * (n + top))
+
+
 SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 
 

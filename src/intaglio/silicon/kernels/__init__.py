@@ -1,7 +1,7 @@
 """Chip kernels: for each op a class that times the op on a chip and, for most ops, writes its instruction streams.
 
-A file is named after its op; collectives.py and recurrent.py have several ops, indexer.py has `choose_keys`. kernel.py
-has the base class and the registry. attend_plan.py, chip_memory.py, grouped.py, nodes.py, product.py, rows.py and
+A file is named after its op; collectives.py has several ops, indexer.py has `choose_keys`. kernel.py has the base class
+and the registry. attend_plan.py, chip_memory.py, grouped.py, nodes.py, product.py, rows.py, sequences.py and
 tiled.py are parts of kernels. Importing this package imports every module in it, so that each registers its kernel.
 """
 

@@ -7,16 +7,12 @@ tiles that were used last: keys, values, queries and results.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import exp
-
-import numpy as np
 
 from intaglio.chips import KernelLibrary, Target
-from intaglio.silicon.cache import LINE
+from intaglio.silicon.core_loop import CoreLoop, Program, TilesInL2, Transfer
 from intaglio.silicon.kernels.attend_tiles import LISTED, AttendPlan, deal, decode_keys, tile_seconds
 from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.kv_write import Heads
@@ -76,65 +72,6 @@ def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, p
 
 
 @dataclass
-class _Transfer:
-    """A load or store of one core. Times are in seconds since the start of the launch.
-
-    Attributes:
-        start: the earliest time at which it starts.
-        bytes: bytes that it moves.
-        place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
-        writes: True for a store.
-        latency_s: seconds from the end of the transfer until its result can be used.
-        ready: for a load, when the L2 has all of the tile; 0.0 for a store.
-        end: when it ends.
-    """
-
-    start: float
-    bytes: float
-    place: Hashable | None = None
-    writes: bool = False
-    latency_s: float = 0.0
-    ready: float = 0.0
-    end: float = 0.0
-
-    @property
-    def visible(self) -> float:
-        """When the result of the transfer can be used."""
-        return max(self.end + self.latency_s, self.ready)
-
-
-class _L2:
-    """Content of an L2 that evicts lines at random (cache.py), as expected values. Stored bytes go to HBM then."""
-
-    def __init__(self, capacity: float, latency_s: float) -> None:
-        self.capacity, self.latency_s = capacity, latency_s
-        self.held = self.evicted = self.stored = 0.0  # bytes in it; evicted so far; in it and not in HBM
-        self.tiles: dict[Hashable, tuple[float, float, float]] = {}  # (bytes, evicted before, when there)
-
-    def access(self, x: _Transfer, now: float) -> float:
-        """Record that the transfer `x` starts at time `now`. Returns the bytes that HBM moves because of it.
-
-        Sets x.latency_s and x.ready.
-        """
-        if x.place is None or not self.capacity:
-            x.latency_s = 0.0 if x.writes else self.latency_s
-            return x.bytes
-        size, before, ready = self.tiles.get(x.place, (0.0, 0.0, 0.0))
-        size *= exp((before - self.evicted) / self.capacity) if size else 0.0
-        missed = max(0.0, x.bytes - size)
-        missed = missed if missed > LINE / 2 else 0.0
-        if missed and not x.writes:
-            x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
-        x.ready = 0.0 if x.writes else ready
-        out = max(0.0, self.held + missed - self.capacity)
-        written = out * self.stored / self.capacity
-        self.held, self.evicted = self.held + missed - out, self.evicted + out
-        self.stored = min(self.held, self.stored - written + x.bytes * x.writes)
-        self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
-        return written + (0.0 if x.writes else missed)
-
-
-@dataclass
 class _Core:
     """Progress of one core. Times are in seconds since the start of the launch.
 
@@ -146,7 +83,6 @@ class _Core:
         loaded: for each tile of keys and values, when it can be used.
         tiles: for each tile of keys and values, when it was used for the last time.
         queries, sums, results: for each job, when its queries, its sums and its results were used for the last time.
-        programs: its loads, its computation and its stores, as iterators.
     """
 
     jobs: list[tuple[int, StreamJob]]
@@ -156,7 +92,6 @@ class _Core:
     queries: list[float] = field(default_factory=list)
     sums: list[float] = field(default_factory=list)
     results: list[float] = field(default_factory=list)
-    programs: tuple[Iterator[_Transfer | None], ...] = ()
 
 
 class _Loop:
@@ -168,10 +103,9 @@ class _Loop:
         self.split = any(job.parts > 1 for job in jobs)
         seconds = [-(-(job.high - job.low) // plan.keys) * t.work + t.fill + t.merge for job in jobs]
         self.cores = [_Core([(i, jobs[i]) for i in mine]) for mine in deal(seconds, self.chip.cores)]
-        self.l2 = _L2(self.chip.l2_bytes * target.library.l2_usable, self.chip.constants.hbm_latency_s)
+        self.l2 = TilesInL2.of(target)
         for i in sorted(range(len(jobs)), key=lambda i: (jobs[i].sequence, jobs[i].high)):  # the op before wrote them
-            self.l2.access(_Transfer(0.0, self.query_bytes(jobs[i]), ("queries", i)), 0.0)
-        self.l2.tiles = {place: (size, before, 0.0) for place, (size, before, _) in self.l2.tiles.items()}
+            self.l2.hold(("queries", i), self.query_bytes(jobs[i]))
         latent = h.head_dim - h.v_dim
         # Widths of the loads of a tile of keys and values, and True for columns of keys that are not values
         self.columns = [(h.v_dim, False), (latent, True), (h.v_dim, False)] if h.values_in_keys else [
@@ -182,52 +116,11 @@ class _Loop:
         return float(job.queries * self.plan.pack * self.h.head_dim * WIDE)
 
     def seconds(self) -> float:
-        """Follow the loop to its end. Returns the seconds until the last result is stored."""
-        n, now = len(self.cores), 0.0
-        left, slowed = np.full(2 * n, np.inf), np.full(2 * n, np.inf)  # of each core's load, then of its store
-        self.waiting: list[tuple[float, int, _Transfer]] = []  # (start, place in `left`, transfer)
-        self.flights: list[_Transfer | None] = [None] * (2 * n)
-        flying = missing = 0
-        for c, core in enumerate(self.cores):
-            core.programs = self.loads(core), self.compute(core), self.stores(core)
-            self.advance(c)
-        while flying or self.waiting:
-            rate = min(self.chip.port_rate, self.chip.l2_rate / max(1, flying))
-            rates = np.minimum(rate, self.chip.hbm_rate / max(1, missing) * slowed)
-            after = left / rates
-            then = now + float(after.min())
-            if self.waiting and self.waiting[0][0] < then:
-                then = max(now, self.waiting[0][0])
-            ended = np.flatnonzero(now + after <= then * (1 + 1e-12))
-            left -= (then - now) * rates
-            now = then
-            for i in ended.tolist():
-                flying, missing = flying - 1, missing - bool(np.isfinite(slowed[i]))
-                left[i] = slowed[i] = np.inf
-                if (done := self.flights[i]) is not None:
-                    done.end, self.flights[i] = now, None
-            for i in ended.tolist():
-                self.advance(i % n)
-            while self.waiting and self.waiting[0][0] <= now:
-                _, i, x = heapq.heappop(self.waiting)
-                moved = self.l2.access(x, now)
-                flying, missing = flying + 1, missing + (moved > 0)
-                left[i], slowed[i] = x.bytes, x.bytes / moved if moved else np.inf
-        assert all(len(core.results) == len(core.jobs) for core in self.cores)
-        return now
+        """Seconds until the last result is stored."""
+        programs = [(self.loads(c), self.compute(c), self.stores(c)) for c in self.cores]
+        return CoreLoop(self.chip, self.l2, programs).seconds()
 
-    def advance(self, c: int) -> None:
-        """Continue each program of core number `c` up to its next transfer, or until it waits for another program."""
-        loads, compute, stores = self.cores[c].programs
-        later = c + len(self.cores)  # place of the core's stores
-        for place, program in ((later, stores), (c, loads), (-1, compute), (c, loads), (later, stores)):
-            if place < 0:
-                next(program, None)
-            elif self.flights[place] is None and (x := next(program, None)) is not None:
-                self.flights[place] = x
-                heapq.heappush(self.waiting, (x.start, place, x))
-
-    def loads(self, c: _Core) -> Iterator[_Transfer | None]:
+    def loads(self, c: _Core) -> Program:
         """Program of a core's loads. Yields each transfer, or None to wait for the core's computation or stores."""
         plan, h, t, chip = self.plan, self.h, self.t, self.chip
         listed = (len(c.jobs) if plan.ahead else LISTED) if self.single else 1
@@ -248,14 +141,14 @@ class _Loop:
                     yield None
                 free = c.begun[-1:] if self.single else c.results[max(0, reused) : max(0, reused + 1)]
                 count = min(listed, len(c.jobs) - number) if self.single else job.queries
-                x = _Transfer(max(now, *free, 0.0), 4 * count)
+                x = Transfer(max(now, *free, 0.0), 4 * count)
                 yield x
                 now, index = x.end, max(visible, x.visible)
                 visible = index
             while len(c.queries) <= reused:
                 yield None
             start = max(now, c.queries[reused] if reused >= 0 else 0.0, index if self.single else 0.0)
-            x = _Transfer(start, self.query_bytes(job), None if self.single else ("queries", name))
+            x = Transfer(start, self.query_bytes(job), None if self.single else ("queries", name))
             yield x
             now, visible = x.end, max(visible, x.visible)
             c.begun.append(visible)
@@ -267,19 +160,19 @@ class _Loop:
                 now = max(now, c.tiles[tile - plan.depth] if tile >= plan.depth else 0.0)
                 now += blank / chip.sram_bytes_per_cycle / chip.clock_hz
                 for width, only_key in self.columns:
-                    x = _Transfer(now, keys * width * value_bytes, (job.sequence, job.kv_head, low, only_key))
+                    x = Transfer(now, keys * width * value_bytes, (job.sequence, job.kv_head, low, only_key))
                     yield x
                     now, visible = x.end, max(visible, x.visible)
                 c.loaded.append(visible)
                 tile += 1
 
-    def compute(self, c: _Core) -> Iterator[None]:
+    def compute(self, c: _Core) -> Program:
         """Record when a core's computations end. Yields None while the next waits for the core's loads or stores."""
         plan, t, array, lanes, tile = self.plan, self.t, 0.0, 0.0, 0
         for number, (_, job) in enumerate(c.jobs):
             for _ in range(job.low, job.high, plan.keys):
                 while len(c.loaded) <= tile:
-                    yield
+                    yield None
                 start = max(array, c.loaded[tile])
                 if self.chip.att_lanes:
                     array = scored = start + t.work
@@ -293,13 +186,13 @@ class _Loop:
             if not self.split:
                 reused = number - plan.held
                 while len(c.results) <= reused:
-                    yield
+                    yield None
                 free = c.results[reused] if reused >= 0 else 0.0
                 lanes = max(lanes, array, free) + t.merge * job.queries * plan.pack / plan.rows
             c.sums.append(array if self.split else lanes)
 
-    def stores(self, c: _Core) -> Iterator[_Transfer | None]:
-        """Yield a core's stores, each as a _Transfer; None while the next one waits for the core's computation."""
+    def stores(self, c: _Core) -> Program:
+        """Yield a core's stores, each as a Transfer; None while the next one waits for the core's computation."""
         scattered, now = not self.single and not self.plan.ahead, 0.0
         columns = self.h.v_dim + 2 * self.split  # with maxima and denominators
         for number, (name, job) in enumerate(c.jobs):
@@ -307,7 +200,7 @@ class _Loop:
                 yield None
             size = job.queries * self.plan.pack * columns * WIDE
             place = None if scattered else ("results", name)
-            x = _Transfer(max(now, c.sums[number]), size, place, writes=True)
+            x = Transfer(max(now, c.sums[number]), size, place, writes=True)
             yield x
             now = x.end
             c.results.append(now)

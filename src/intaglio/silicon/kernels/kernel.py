@@ -126,7 +126,7 @@ class WorkKernel(ChipKernel):
     The time is launch overhead, plus HBM latency, plus the longer of two times: that of the op's FLOPs at the rate of
     `engine` (VEC: the vector lanes, MXU: the matrix array in bf16, at the library's efficiency), and that of its bytes
     at HBM's rate. The time does not count bytes of weights that are prefetched. The simulator cannot execute such a
-    kernel.
+    kernel, unless a subclass defines streams().
     """
 
     op: Op

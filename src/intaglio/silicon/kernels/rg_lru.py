@@ -26,8 +26,8 @@ class RgLruKernel(SequenceKernel):
     """Chip kernel of `rg_lru`. A block of rows takes one Map instruction for each of the two gates, and one Scan."""
 
     @classmethod
-    def of(cls, op: RgLru, t: Tensors) -> Self:
-        return cls(int(t[op.x].shape[1]), operands=3, vectors=3, state_rows=1)
+    def of(cls, op: RgLru, t: Tensors) -> Self:  # type: ignore[override]
+        return cls.made(op, t, width=int(t[op.x].shape[1]), operands=3, vectors=3, state_rows=1)
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
         return 2 * map_cycles(chip, GATED, rows * columns) + scan_cycles(chip, rows, columns, normalised=True)

@@ -8,13 +8,15 @@ end it stores the new state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec, Target
+from intaglio.ops import Op
 from intaglio.silicon.kernels.attend_tiles import deal
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
-from intaglio.silicon.kernels.kernel import ChipKernel
+from intaglio.silicon.kernels.kernel import WIDE, Tensors, WorkKernel
 from intaglio.silicon.kernels.rows import ring_depth
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import StreamBuilder
@@ -49,8 +51,11 @@ class SequenceJob:
 
 
 @dataclass(frozen=True)
-class SequenceKernel(ChipKernel):
+class SequenceKernel(WorkKernel):
     """Base class of chip kernels of ops that advance a state along each sequence, each column by itself.
+
+    A library's kernel is timed as any WorkKernel, by the op's FLOPs and bytes. The instruction streams, whose values
+    are FP32, are timed by the loop() over their blocks.
 
     Attributes:
         width: columns of the operands and of the result.
@@ -59,6 +64,7 @@ class SequenceKernel(ChipKernel):
         state_rows: rows of a sequence's state, which is [state_rows, width].
         overlap: rows before a block that are loaded again with it.
         cold: how many of `vectors` come from HBM: those of a weight with several rows, which is not in the L2 before.
+        shared: values of a row that every job of a sequence loads, whatever its columns.
     """
 
     width: int
@@ -67,6 +73,13 @@ class SequenceKernel(ChipKernel):
     state_rows: int
     overlap: int = 0
     cold: int = 0
+    shared: int = 0
+
+    @classmethod
+    def made(cls, op: Op, t: Tensors, **fields: Any) -> Self:
+        """The kernel of an op, from the values of the attributes that WorkKernel does not have."""
+        base = WorkKernel.of(op, t)
+        return cls(op=base.op, tensors=base.tensors, **fields)
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
         """Cycles of one core's vector lanes for a block of `rows` rows and `columns` columns."""
@@ -88,7 +101,7 @@ class SequenceKernel(ChipKernel):
         sequences: number of sequences in the step.
         """
         shared = -(-self.width * sequences // target.chip.cores)
-        fit = target.chip.sram_bytes // (10 * self.tile_rows())
+        fit = (target.chip.sram_bytes - 8 * BLOCK * self.shared) // (10 * self.tile_rows())
         return max(1, min(self.width, MOST_COLUMNS, max(shared, LEAST_COLUMNS), fit))
 
     def tile_rows(self, block: int = BLOCK) -> int:
@@ -104,8 +117,8 @@ class SequenceKernel(ChipKernel):
         columns: columns of a job. longest: rows of the longest sequence.
         """
         block = min(BLOCK, longest)
-        widths = (self.tile_rows(block) * columns + 16 * (self.vectors + 8),)  # with room for alignment
-        return ring_depth(target, widths, 4.0 * self.operands * block * columns)
+        values = self.tile_rows(block) * columns + block * self.shared + 16 * (self.vectors + 8)  # room for alignment
+        return ring_depth(target, (values,), 4.0 * self.operands * block * columns)
 
     def dealt(self, target: Target, lengths: Sequence[int]) -> list[list[tuple[int, slice]]]:
         """Deal the jobs to the cores, the longest first. Returns for each core with work a list of (sequence, columns).
@@ -137,7 +150,7 @@ class SequenceKernel(ChipKernel):
     def loop(
         self, target: Target, dealt: list[list[tuple[int, slice]]], lengths: Sequence[int], kept: float
     ) -> TileLoop:
-        """The TileLoop over the blocks of the core with the most rows, as if all other cores with jobs were its equals.
+        """The loop over blocks of the core with the most rows. Other cores have as many blocks, or one less.
 
         dealt: the jobs of each core, as of dealt(). lengths: number of rows of each sequence. kept: fraction of the
         sequences that read a state.
@@ -146,10 +159,12 @@ class SequenceKernel(ChipKernel):
         mine = max(dealt, key=lambda mine: sum(lengths[s] * (c.stop - c.start) for s, c in mine))
         jobs, columns = len(mine), sum(c.stop - c.start for _, c in mine) / len(mine)
         rows, blocks = (sum(f(lengths[s]) for s, _ in mine) for f in (int, lambda n: -(-n // BLOCK)))
+        every = sum(-(-lengths[s] // BLOCK) for own in dealt for s, _ in own)  # blocks of all cores
         state = 4.0 * self.state_rows * columns * jobs * kept
         first = 4.0 * self.vectors * columns * jobs + state  # loaded before a job's blocks
         waits, once = kept > 0 or self.cold > 0, first if jobs == 1 < blocks else 0.0
-        load = columns * act * (self.operands * rows + self.overlap * (blocks - jobs)) + first - once
+        load = act * (columns * (self.operands * rows + self.overlap * (blocks - jobs)) + self.shared * rows)
+        load += first - once
         cycles = self.cycles(chip, rows / blocks, columns) + self.first_cycles(chip, columns) * jobs / blocks
         # Cores that read states at the same time wait for HBM; others load at the L2's rate meanwhile. Half of each:
         rate, missed = min(chip.port_rate, chip.l2_rate / len(dealt)), state + 4.0 * self.cold * self.width / len(dealt)
@@ -158,7 +173,8 @@ class SequenceKernel(ChipKernel):
         seconds = (together + max(missed / share, load / rate)) / 2
         last = (load - first) / blocks / rate  # seconds of a job's own loads, while its state is on its way
         return TileLoop(
-            jobs=len(dealt) * blocks, load=load / blocks, once=once, work_s=float(cycles) / chip.clock_hz,
+            jobs=every if -(-every // len(dealt)) == blocks else len(dealt) * blocks,
+            load=load / blocks, once=once, work_s=float(cycles) / chip.clock_hz,
             store=columns * (act * rows + 4.0 * self.state_rows * jobs) / blocks,
             depth=self.depth(target, max(c.stop - c.start for _, c in mine), max(lengths)),
             load_missed=(not once) * (missed > 0) * min(1.0, share * seconds / load) if chip.l2_bytes else 1.0,
@@ -167,21 +183,23 @@ class SequenceKernel(ChipKernel):
         )  # fmt: skip
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """The Timing of the loop() over blocks, launch included."""
-        chip, lib = target.chip, target.library
+        """The Timing by FLOPs and bytes; with FP32 activations, as in the streams, that of the loop()."""
+        chip, lib, work = target.chip, target.library, super().time(target, sizes, prefetched)
         sequences = [(q, keys > q) for q, keys, n in sizes.sequences for _ in range(n)]
-        lengths, kept = [q for q, _ in sequences], sum(has for _, has in sequences) / max(1, len(sequences))
-        if not lengths:
-            return Timing(0.0)
+        if lib.activation_bytes < WIDE or not sequences:
+            return work
+        lengths, kept = [q for q, _ in sequences], sum(has for _, has in sequences) / len(sequences)
         dealt = self.dealt(target, lengths)
         loop, active = self.loop(target, dealt, lengths, kept), target.with_chip(cores=len(dealt))
-        states, cold = self.width * len(sequences) * 4.0 * self.state_rows, 4.0 * self.cold * self.width
-        values = float(self.width * lib.activation_bytes * sum(lengths))
+        values, states = 4.0 * self.width * sum(lengths), 4.0 * self.width * len(sequences) * self.state_rows
         reads = self.operands * values + 4.0 * self.width * self.vectors + states * kept
+        reads += 4.0 * self.shared * sum(lengths)
         writes, capacity = values + states, chip.l2_bytes * lib.l2_usable
-        seconds, hbm = loop.seconds(active), states * kept + cold if capacity else reads + writes
-        if capacity and reads + writes > capacity:
-            seconds, hbm = map(max, (seconds, hbm), loop.through_l2(active, "l2"))
-        work_s = loop.jobs * loop.work_s / chip.cores
-        busy = {"VEC": work_s, "L2": (reads + writes) / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
-        return Timing(seconds + lib.launch_s, busy, hbm, reads + writes, weight_bytes=cold)
+        evicted = max(0.0, reads + writes - capacity) if capacity else 0.0
+        if evicted and kept:  # states come from HBM, and stored ones go there as far as they are evicted
+            seconds = replace(loop, store_missed=evicted / (reads + writes)).seconds(active)
+        elif evicted:
+            seconds = max(loop.seconds(active), loop.through_l2(active, "l2")[0])
+        else:
+            seconds = loop.seconds(active)
+        return replace(work, seconds=seconds + lib.launch_s)

@@ -35,10 +35,12 @@ class ShortConvKernel(SequenceKernel):
     bias: bool = False
 
     @classmethod
-    def of(cls, op: ShortConv, t: Tensors) -> Self:
+    def of(cls, op: ShortConv, t: Tensors) -> Self:  # type: ignore[override]
         width, taps = (int(d) for d in t[op.w].shape)
         bias = op.bias is not None
-        return cls(width, 1, taps + bias, taps - 1, taps - 1, taps, taps, bias)
+        past, vectors = taps - 1, taps + bias
+        sizes = {"width": width, "operands": 1, "vectors": vectors, "state_rows": past, "overlap": past, "cold": taps}
+        return cls.made(op, t, **sizes, taps=taps, bias=bias)
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
         n = rows * columns

@@ -1,0 +1,232 @@
+"""Time of a loop of all cores, each with programs of loads, computation and stores, which share the memories.
+
+Finer than tile_loop.py: every core is followed, and every tile in the L2. Transfers in flight share the rates of the L2
+and of HBM equally, as in the simulator. For kernels whose cores have unlike jobs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import exp
+
+import numpy as np
+
+from intaglio.chips import ChipSpec, Target
+from intaglio.silicon.cache import LINE
+
+
+@dataclass
+class Transfer:
+    """A load or store of one core. Times are in seconds since the start of the launch.
+
+    Attributes:
+        start: the earliest time at which it starts.
+        bytes: bytes that it moves, above 0.
+        place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
+        writes: True for a store.
+        latency_s: seconds from the end of the transfer until its result can be used.
+        ready: for a load, when the L2 has all of the tile; 0.0 for a store.
+        end: when it ends.
+    """
+
+    start: float
+    bytes: float
+    place: Hashable | None = None
+    writes: bool = False
+    latency_s: float = 0.0
+    ready: float = 0.0
+    end: float = 0.0
+
+    @property
+    def visible(self) -> float:
+        """When the result of the transfer can be used."""
+        return max(self.end + self.latency_s, self.ready)
+
+
+Program = Iterator[Transfer | None]  # transfers in order; None: it waits for another program of its core
+
+
+class TilesInL2:
+    """Content of an L2 that evicts lines at random (cache.py), as expected values: the tiles that cores access."""
+
+    def __init__(self, capacity: float, latency_s: float) -> None:
+        self.capacity, self.latency_s = capacity, latency_s
+        self.held = self.evicted = self.stored = 0.0  # bytes in it; evicted so far; in it and not in HBM
+        self.tiles: dict[Hashable, tuple[float, float, float]] = {}  # (bytes, evicted before, when there)
+
+    @classmethod
+    def of(cls, target: Target) -> TilesInL2:
+        """An empty L2 of a chip: the part that the library's kernels can use."""
+        return cls(target.chip.l2_bytes * target.library.l2_usable, target.chip.constants.hbm_latency_s)
+
+    def hold(self, place: Hashable, size: float) -> None:
+        """Put a tile into the L2, which the op before has read or written. It evicts others."""
+        if self.capacity:
+            self.insert(size)
+            self.tiles[place] = size, self.evicted, 0.0
+
+    def access(self, x: Transfer, now: float) -> float:
+        """Record that the transfer `x` starts at time `now`. Returns the bytes that HBM moves because of it.
+
+        Sets x.latency_s and x.ready.
+        """
+        if x.place is None or not self.capacity:
+            x.latency_s = 0.0 if x.writes else self.latency_s
+            return x.bytes
+        size, before, ready = self.tiles.get(x.place, (0.0, 0.0, 0.0))
+        size *= exp((before - self.evicted) / self.capacity)
+        missed = max(0.0, x.bytes - size)
+        missed = missed if missed > LINE / 2 else 0.0  # less than a line: probably none
+        if missed and not x.writes:
+            x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
+        x.ready = 0.0 if x.writes else ready
+        written = self.insert(missed)
+        self.stored = min(self.held, self.stored + x.bytes * x.writes)
+        self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
+        return written + (0.0 if x.writes else missed)
+
+    def insert(self, size: float) -> float:
+        """Bring bytes into the L2, and evict what does not fit. Returns how many bytes are written to HBM for it."""
+        out = max(0.0, self.held + size - self.capacity)
+        written = out * self.stored / self.capacity
+        self.held, self.evicted, self.stored = self.held + size - out, self.evicted + out, self.stored - written
+        return written
+
+
+class CoreLoop:
+    """A loop of all cores of a chip. l2: content of the L2 at its start.
+
+    Each core has three programs: generators of its loads and of its stores, and one of its computation. A generator
+    yields a transfer and continues when that has ended, or yields None to wait for another program of its core. The
+    programs tell each other through lists of times, which they share.
+    """
+
+    def __init__(self, chip: ChipSpec, l2: TilesInL2, programs: Sequence[tuple[Program, Program, Program]]) -> None:
+        self.chip, self.l2, self.programs = chip, l2, programs  # of each core: loads, computation, stores
+        self.waiting: list[tuple[float, int, Transfer]] = []  # (start, number of the engine, transfer)
+        self.flights: list[Transfer | None] = [None] * (2 * len(programs))  # of each core's loads, then of its stores
+
+    def seconds(self) -> float:
+        """Seconds until the last transfer has ended. Call it once."""
+        n, now = len(self.programs), 0.0
+        left, slowed = np.full(2 * n, np.inf), np.full(2 * n, np.inf)  # bytes; bytes for each byte that HBM moves
+        flying = missing = 0  # transfers in flight, and those for which HBM moves bytes
+        for c in range(n):
+            self.advance(c)
+        while flying or self.waiting:
+            rate = min(self.chip.port_rate, self.chip.l2_rate / max(1, flying))
+            rates = np.minimum(rate, self.chip.hbm_rate / max(1, missing) * slowed)
+            after = left / rates
+            then = now + float(after.min())
+            if self.waiting and self.waiting[0][0] < then:
+                then = max(now, self.waiting[0][0])
+            ended = np.flatnonzero(now + after <= then * (1 + 1e-12)).tolist()
+            left -= (then - now) * rates
+            now = then
+            for i in ended:
+                flying, missing = flying - 1, missing - bool(np.isfinite(slowed[i]))
+                left[i] = slowed[i] = np.inf
+                if (done := self.flights[i]) is not None:
+                    done.end, self.flights[i] = now, None
+            for i in ended:
+                self.advance(i % n)
+            while self.waiting and self.waiting[0][0] <= now:
+                _, i, x = heapq.heappop(self.waiting)
+                moved = self.l2.access(x, now)
+                flying, missing = flying + 1, missing + (moved > 0)
+                left[i], slowed[i] = x.bytes, x.bytes / moved if moved else np.inf
+        return now
+
+    def advance(self, c: int) -> None:
+        """Continue each program of core number `c` up to its next transfer, or until it waits for another program."""
+        loads, compute, stores = self.programs[c]
+        later = c + len(self.programs)  # engine of the core's stores
+        for engine, program in ((later, stores), (c, loads), (-1, compute), (c, loads), (later, stores)):
+            if engine < 0:
+                next(program, None)
+            elif self.flights[engine] is None and (x := next(program, None)) is not None:
+                self.flights[engine] = x
+                heapq.heappush(self.waiting, (x.start, engine, x))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a core's loop: it loads tiles, computes on them, and stores a result.
+
+    Attributes:
+        loads: (bytes, place) of each load; see Transfer.place.
+        array_s: seconds that the matrix array computes, once the loads can be used.
+        lanes_s: seconds that the vector lanes compute after it.
+        stores: (bytes, place) of each store, once the lanes have computed.
+        fill_s: seconds in which the engine of loads sets tiles to a constant before the loads.
+    """
+
+    loads: tuple[tuple[float, Hashable | None], ...] = ()
+    array_s: float = 0.0
+    lanes_s: float = 0.0
+    stores: tuple[tuple[float, Hashable | None], ...] = ()
+    fill_s: float = 0.0
+
+
+@dataclass
+class _Steps:
+    """Steps of one core with their times.
+
+    Attributes:
+        steps: the steps in order.
+        depth: tiles in each ring: loads of a step wait until the step `depth` before it has been computed, and its
+            lanes until that step's results have been stored.
+        loaded, multiplied, computed, stored: of each step, when that was done.
+    """
+
+    steps: Sequence[Step]
+    depth: int
+    loaded: list[float] = field(default_factory=list)
+    multiplied: list[float] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
+    stored: list[float] = field(default_factory=list)
+
+    def loads(self) -> Program:
+        """The program of loads."""
+        now = visible = 0.0
+        for i, step in enumerate(self.steps):
+            while len(self.computed) <= i - self.depth:
+                yield None
+            now = max(now, self.computed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
+            visible = max(visible, now)
+            for size, place in step.loads:
+                x = Transfer(now, size, place)
+                yield x
+                now, visible = x.end, max(visible, x.visible)
+            self.loaded.append(visible)
+
+    def compute(self) -> Program:
+        """The program of computation. The array's accumulators are free again when the lanes have read them."""
+        array = lanes = 0.0
+        for i, step in enumerate(self.steps):
+            while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
+                yield None
+            array = max(array, self.loaded[i], lanes if step.array_s else 0.0) + step.array_s
+            lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0) + step.lanes_s
+            self.computed.append(lanes)
+
+    def stores(self) -> Program:
+        """The program of stores."""
+        now = 0.0
+        for i, step in enumerate(self.steps):
+            while len(self.computed) <= i:
+                yield None
+            now = max(now, self.computed[i])
+            for size, place in step.stores:
+                x = Transfer(now, size, place, writes=True)
+                yield x
+                now = x.end
+            self.stored.append(now)
+
+
+def steps_seconds(chip: ChipSpec, l2: TilesInL2, cores: Sequence[Sequence[Step]], depth: int) -> float:
+    """Seconds of a loop in which each core has these steps; see _Steps for `depth`."""
+    made = [_Steps(steps, depth) for steps in cores]
+    return CoreLoop(chip, l2, [(s.loads(), s.compute(), s.stores()) for s in made]).seconds()
