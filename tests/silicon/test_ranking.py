@@ -1,4 +1,4 @@
-"""Ranking of layouts by the model against measured servers: rates per chip, cases, and when a choice is good."""
+"""Does the time model rank layouts (tp, pp, ep) of a model as measured servers do? Rates per chip, and good choices."""
 
 from __future__ import annotations
 

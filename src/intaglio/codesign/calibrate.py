@@ -241,7 +241,7 @@ class Search:
         return True
 
     def fit_constant(self, name: str, step: float) -> None:
-        """Improve the constant `name` of self.on (a Target), which becomes the best target found. Returns nothing.
+        """Replace self.on by the best Target found with other values of its constant `name`. Returns nothing.
 
         The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as it falls.
         """

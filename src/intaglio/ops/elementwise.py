@@ -105,7 +105,7 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 class Map(Op, kind="map"):
     """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
 
-    out has the shape of a. b and c have the same shape, or the same rows with fewer columns. A single column is then
+    out has the shape of a. b and c each have the shape of a, or as many rows and fewer columns. A single column is then
     used for all columns of a; n columns are each used for an equal run of a's columns, such as those of one head.
     """
 

@@ -24,9 +24,11 @@ def save(program: Program, path: str | Path) -> None:
 def load(path: str | Path) -> Program:
     """Read a file in text form, verify the Program in it and return it.
 
-    The last line of a file that was edited must be `end`, without a hash. Raises ProgramError naming the line that
-    fails to parse, or the rule that is broken; for a file that is cut, so that its last line is another; and for a file
-    that was changed, so that the Program has another hash.
+    A file ends with the line `end sha256=HASH`, the hash of its Program. If you edit a file by hand, make this line
+    `end`, so that no hash is compared.
+
+    Raises ProgramError naming the line that fails to parse, or the rule that the Program breaks; if the last line is
+    neither of the two, as in a file that is cut; and if the Program has another hash than the line says.
     """
     try:
         text = Path(path).read_text(encoding="utf-8").rstrip()

@@ -40,10 +40,12 @@ class Accounting:
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
         """Apply the result of a step to one of its sequences, emit the sequence's events and count its drafts.
 
-        The sequence's rows begin at index `row` of the result: first one for each prompt position of the chunk whose
-        logits the request wants; then, if the sequence samples in this step, one for the next token and one for each
-        draft. Sampled tokens are appended up to and including the first that differs from its draft or ends the
-        sequence.
+        The sequence's rows begin at index `row` of the result. They are, in this order:
+
+        - a row for each position of the prompt that is in the chunk and whose logits the request wants;
+        - if the sequence samples in this step, a row for the next token, and a row for each draft.
+
+        Sampled tokens are appended up to and including the first that differs from its draft or ends the sequence.
         """
         s, drafts, start = scheduled.sequence, scheduled.drafts, scheduled.sequence.computed
         sampled, accepted = 1 + len(drafts) if scheduled.samples else 0, 0

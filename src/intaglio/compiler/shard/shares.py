@@ -62,7 +62,7 @@ def parts_within(parts: Sequence[Share], held: Share) -> list[int]:
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """Indices of the heads whose columns are in `share`: for each range of columns in it, a range of heads. A tuple.
+    """Convert a share of columns to a share of heads: a tuple with a range of head indices for each range of columns.
 
     A head has `head_dim` columns. `share` must consist of whole heads.
     """
@@ -70,7 +70,7 @@ def heads_of(share: Share, head_dim: int) -> Share:
 
 
 def width_of(share: Share) -> int:
-    """Number of columns, or of heads, in a share, a tuple of ranges."""
+    """Number of columns (or of heads) in a share: the sum of the lengths of its ranges."""
     return sum(map(len, share))
 
 

@@ -181,9 +181,9 @@ def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], Non
 
 
 def check_binding(host: str, token: bytes | None) -> bytes:
-    """The token for connections at the address `host`: `token`, or on loopback a fixed one if it is None.
+    """Return the token that connections at the address `host` use: `token`, or LOOPBACK_TOKEN if `token` is None.
 
-    Raises ValueError for an address outside loopback without a token, and for a token that is too short.
+    Raises ValueError if `token` is None and `host` can be reached from other hosts, and if `token` is too short.
     """
     if token is None:
         if not ipaddress.ip_address(host).is_loopback:

@@ -39,9 +39,10 @@ def spread(w: Writer, h: Hyper, x: str) -> str:
 
 
 def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> Entry:
-    """Add the ops before a block of a layer, which compute its input and the weights that leave() needs after it.
+    """Add the ops that mix the residual streams into the input of a block (the attention or the MLP of a layer).
 
-    Returns an Entry with the names of their results.
+    They also compute the factors with which leave() adds the block's result to the streams. Returns an Entry with the
+    names of these tensors.
 
     Args:
         w: writes the ops.

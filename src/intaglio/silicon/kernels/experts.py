@@ -144,10 +144,13 @@ class ExpertsKernel(ChipKernel):
         """A list of the Streams of the last kernel, which computes the weighted sum of each token's rows.
 
         The kernels before the last are executed in `mem` during the call, since each needs the results of the kernel
-        before. A routed row is one token for one of the experts that the token chose.
+        before. A routed row is one token for one of the experts that the token chose. The kernels before the last are:
 
-        1. Sort the routed rows by expert. 2. Round rows of x, in that order. 3. Gate, up and activation. 4. Round the
-        results, if their format has scales. 5. Set rows of experts that other chips hold to zero, if there are any.
+        1. Sort the routed rows by expert.
+        2. Round the rows of x, in that order.
+        3. Compute gate, up and activation.
+        4. Round the results, if their format has scales.
+        5. Set the rows of experts that other chips hold to zero, if there are any.
         6. Multiply by the down weights, and store the rows in the order before sorting.
         """
         kernel, ids, x_format = cls.of(op, t), mem.region(op.ids), op.x_format

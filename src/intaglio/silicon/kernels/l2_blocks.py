@@ -1,4 +1,4 @@
-"""L2Blocks: the blocks of operands that the L2 has, for closed forms that follow the transfers of all cores."""
+"""L2Blocks: which blocks of data the L2 holds, for closed forms that follow the transfers of all cores."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ class L2Blocks:
 
 
 def fetched_bytes(start: int, stop: int, width: int, first: int) -> float:
-    """Mean bytes of the lines that HBM reads for a load of the bytes start .. stop - 1 of a row.
+    """Mean bytes that HBM reads, in whole lines, for a load of the bytes start .. stop - 1 of each row of a matrix.
 
-    width: bytes of a row. first: bytes of a row in the first load. Rows need not start at a line. Lines that earlier
-    loads of the same rows touch are not counted again, see cache.py.
+    The mean is over rows, which begin at different places of a line. Lines that earlier loads of the same rows touch
+    are not counted again, see cache.py. width: bytes of a row. first: bytes of a row in the first load.
     """
     if width - first < LINE:  # without gaps, so the first load touches all lines
         return 0.0 if start else stop

@@ -183,7 +183,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     shape, seconds = rows.shape, found["seconds"].max(axis=0)
 
     def of_all(v: Any) -> Any:
-        """The value or values of the product of all rows."""
+        """Of an item of `found`, the value or values for the product of all m rows."""
         if isinstance(v, tuple):
             return tuple(of_all(one) for one in v)
         return np.broadcast_to(v, shape)[0] if isinstance(v, np.ndarray) else v
@@ -326,10 +326,12 @@ def product_times(
         return drained, np.maximum(drained, stored(pieces - 1)) + other * last
 
     def turn_load(load_s: Any) -> Any:
-        """Seconds until a stage's operands are there, if they are loaded in `load_s` seconds and come from HBM.
+        """Seconds from the start of a stage's load until its operands are there, if they come from HBM.
 
-        Of cores that share weights, the first to load them waits for HBM's latency after its load, the others during
-        theirs. The first is then the last, so that another is first the next time.
+        load_s: seconds of the load itself. HBM's latency follows it. But if cores share weights (in a persistent
+        kernel, if a block has several rows of tiles), the latency passes only on the core that is the first to load
+        them; for the others it passes during their loads. Cores are first in turn, so the longer of the two times
+        counts.
         """
         return np.where((block[0] > 1) & lib.persistent, np.maximum(load_s, wait_s), load_s + wait_s)
 
@@ -459,7 +461,10 @@ def product_times(
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
     def transfers(read: Any, last_out: Any) -> Any:
-        """Seconds in which HBM moves `read` bytes, and the stores beside them: all but the fraction `last_out`."""
+        """Seconds in which HBM moves `read` bytes, and the bytes of the stores that compete with these reads.
+
+        last_out: fraction of the stored bytes that do not compete, since they are stored after the last load.
+        """
         competing = 1 - last_out
         if lib.persistent:
             behind = wait_s + last_work + first_piece  # seconds from a tile's last load to its first store

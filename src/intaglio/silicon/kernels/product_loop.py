@@ -1,8 +1,8 @@
 """Time of the instruction streams of a matrix product: the loop of all cores over their tiles and over steps of K.
 
-The closed form of the streams of tiled.py. It follows the transfers of the cores: when each load and store starts, what
-the L2 has by then, and when it ends at the rates that the transfers in flight leave. Matmuls and drains follow from
-these times. Cores that are in the same situation are followed once.
+The closed form of the streams of tiled.py. It finds for each load and store of a core when it starts, which of its
+bytes the L2 has then, and when it ends beside the other transfers in flight. The times of matmuls and drains follow
+from these. Cores in the same situation are followed as one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ PARTS = 8  # HBM's bytes of a transfer are rounded to such parts of its size
 
 
 def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> tuple[float, float]:
-    """Follow the streams of a product. Returns (seconds, part of the stored bytes that has left the L2).
+    """The time of a product's streams, as a pair (seconds, fraction of the stored bytes that has left the L2).
 
-    The seconds are from the first load to the last store, without launch overhead.
+    The seconds are from the first load to the last store, without launch overhead. The fraction is 1.0 on a chip
+    without an L2.
 
     Args:
         target: chip and kernel library.
@@ -41,21 +42,21 @@ def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> t
 
 @dataclass(eq=False, slots=True)
 class _Cores:
-    """Cores in the same situation: what each of them does, and when, in seconds since the start.
+    """Cores in the same situation, followed as one: what each does, and when. Times are seconds since the start.
 
     Attributes:
         of: the number of cores, their steps and pieces.
         loaded: number of loads of the current step that have ended.
-        visible: of each loaded step, when its operands are visible.
-        latest: when the latest load is visible.
-        products: of each step, the end of its matmuls.
-        done: of each job whose product is computed, when it was.
-        drained: of each piece, when its drain is visible.
-        free: of each job, when its accumulators are drained.
-        stored: of each piece, when its store has ended.
-        lanes: until when the vector lanes are busy.
+        visible: for each step loaded so far, when its operands can be used.
+        latest: when the operands of the latest load can be used.
+        products: for each step computed so far, when its matmuls end.
+        done: {number of a job: when its product is computed}.
+        drained: for each piece drained so far, when it is in SRAM.
+        free: for each job drained so far, when its accumulators are free.
+        stored: for each piece stored so far, when its store has ended.
+        lanes: when the vector lanes are free.
         loading, storing: True while a transfer is in flight.
-        alarm: next time at which a transfer may begin.
+        alarm: the next time at which a transfer may begin; inf if it is not known.
     """
 
     of: CoreSteps
@@ -75,13 +76,14 @@ class _Cores:
 
 @dataclass(slots=True)
 class _Flows:
-    """Transfers in flight for each of whose bytes HBM moves the same number of bytes.
+    """Transfers in flight that have the same rate: for each of their bytes HBM moves the same number of bytes.
 
     Attributes:
-        moved: bytes that each of them would have moved since the beginning.
-        rate: current bytes/s of each.
-        ends: a heap of (value of `moved` at which the transfer ends, its number, its cores, True for a store, how many
-            of the cores miss the L2, latency, when blocks arrive that other cores fetch).
+        moved: bytes that a transfer has moved that was in flight from the beginning.
+        rate: bytes/s of each transfer now.
+        ends: a heap of transfers, each a tuple: value of `moved` at which it ends; its number; its cores; True for a
+            store; number of its cores whose bytes the L2 lacks; seconds from its end until its result can be used; when
+            the blocks have arrived that other cores fetch.
     """
 
     moved: float = 0.0
@@ -90,7 +92,7 @@ class _Flows:
 
 
 class _Loop:
-    """The loop of all cores."""
+    """The loop of all cores over their jobs: the time, what the L2 holds, and the transfers in flight."""
 
     def __init__(self, loop: ProductLoop, target: Target, l2: L2Blocks, cores: list[_Cores]) -> None:
         self.stages, self.scattered = loop.cut.stages * loop.sides, loop.scattered
@@ -102,7 +104,7 @@ class _Loop:
         self.alarms: list[tuple[float, int, _Cores]] = []
 
     def run(self) -> float:
-        """Seconds until the last store has ended."""
+        """Follow the loop to its end. Returns the seconds until the last store has ended."""
         for core in self.cores:
             self.advance(core)
         chip = self.chip
@@ -134,7 +136,12 @@ class _Loop:
     def begin(
         self, core: _Cores, size: float, store: bool, missing: float, missed: float, latency_s: float, ready: float
     ) -> None:
-        """Begin a transfer of `size` bytes of each core."""
+        """Begin a transfer of `size` bytes for each of the cores `core`. Returns nothing.
+
+        store: True for a store, False for a load. missing: number of the cores whose bytes the L2 lacks. missed: bytes
+        that HBM moves for each byte of the transfer. latency_s: seconds from the end of a load until its operands can
+        be used. ready: when the blocks have arrived that other cores fetch.
+        """
         flow = self.flows[missed]
         self.number += 1
         heapq.heappush(flow.ends, (flow.moved + size, self.number, core, store, missing, latency_s, ready))
@@ -142,7 +149,7 @@ class _Loop:
         self.missing += missing
 
     def end(self, flow: _Flows) -> _Cores:
-        """End the first transfer of a flow. Returns its cores."""
+        """End the transfer of `flow` that is the first to end. Returns its cores."""
         _, _, core, store, missing, latency_s, ready = heapq.heappop(flow.ends)
         self.users -= core.of.count
         self.missing -= missing
@@ -163,7 +170,10 @@ class _Loop:
         return core
 
     def advance(self, core: _Cores) -> None:
-        """Work out the matmuls and drains whose operands' times are known. Begin the transfers that can begin."""
+        """Work out the matmuls and drains whose operands' times are known, and begin the transfers that can begin.
+
+        Returns nothing. For a transfer that can begin later, core.alarm is set.
+        """
         while self.multiply(core) or self.drain(core):
             pass
         alarm, stored = inf, core.stored
@@ -185,7 +195,7 @@ class _Loop:
             heapq.heappush(self.alarms, (alarm, self.number, core))
 
     def multiply(self, core: _Cores) -> bool:
-        """Work out the next steps' matmuls. Returns True if there are any."""
+        """Add to core.products the times of matmuls that can be worked out now. Returns True if there are any."""
         before, products, accs = len(core.products), core.products, self.cut.at_once * self.cut.banks
         while len(products) < len(core.visible):
             step = core.of.steps[len(products)]
@@ -200,7 +210,10 @@ class _Loop:
         return len(products) > before
 
     def drain(self, core: _Cores) -> bool:
-        """Work out the next pieces' drains; SRAM holds two pieces. Returns True if there are any."""
+        """Add to core.drained the times of drains that can be worked out now. Returns True if there are any.
+
+        SRAM holds two pieces, so a drain waits until the piece before the last has been stored.
+        """
         before, drained, stored = len(core.drained), core.drained, core.stored
         while len(drained) < len(core.of.pieces):
             piece, room = core.of.pieces[len(drained)], len(drained) - 2
@@ -213,7 +226,11 @@ class _Loop:
         return len(drained) > before
 
     def load_begins(self, core: _Cores) -> float:
-        """The earliest time of the next load, or inf if it is not known yet."""
+        """The earliest time at which the next load of these cores may begin, in seconds; inf if it is not known yet.
+
+        A step's first load waits until SRAM has a free stage and, if the step is fenced, for the stores of earlier
+        jobs.
+        """
         if core.loaded:
             return 0.0
         number, at = len(core.visible), 0.0
@@ -227,7 +244,7 @@ class _Loop:
         return at
 
     def store(self, core: _Cores) -> None:
-        """Begin to store the next piece."""
+        """Begin to store the next piece of these cores. Returns nothing."""
         size, n = core.of.pieces[len(core.stored)].size, core.of.count
         if not self.chip.l2_bytes or self.scattered:
             self.begin(core, size, True, n, 1.0, 0.0, 0.0)
@@ -237,7 +254,10 @@ class _Loop:
         self.begin(core, size, True, n if missed else 0, missed, 0.0, 0.0)
 
     def load(self, core: _Cores) -> None:
-        """Begin the next load. Without an L2, a step's loads are one."""
+        """Begin the next load of these cores. Returns nothing.
+
+        Loads of a step that the L2 has, and without an L2 all loads of a step, are one transfer.
+        """
         loads, n = core.of.steps[len(core.visible)].loads, core.of.count
         if not self.chip.l2_bytes:
             core.loaded = len(loads) - 1

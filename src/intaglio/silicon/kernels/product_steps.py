@@ -1,6 +1,7 @@
-"""ProductSteps: the loads, matmuls and stores of each core in a tiled matrix product, with their bytes and seconds.
+"""ProductSteps: lists what the cores of a tiled matrix product load, multiply and store, in bytes and seconds.
 
-For the closed form of the streams of tiled.py: product_loop.py times them. Cores in the same situation have one list.
+For the closed form of the streams of tiled.py, which product_loop.py computes. Cores in the same situation have one
+list.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ class ProductLoop:
 
 
 def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
-    """Deal jobs to the cores in turn. Returns lists of the cores that are in the same situation.
+    """The cores with jobs, as lists of the numbers of cores that are in the same situation. Jobs are dealt in turn.
 
-    They have jobs of the same sizes, and in each turn load weights for which as many earlier cores wait. In a long
-    product it is enough that they have as many jobs, and that the latter is so in the first turn.
+    Cores in the same situation have jobs of the same sizes. In each round, as many earlier cores (at most RANKS) load
+    the same weights as they do. Their numbers are all even or all odd, since every second core loads x before w. In a
+    product of more than MANY steps it is enough that they have the same number of jobs, and the same number of earlier
+    cores in the first round.
     """
     signs: list[list[Any]] = [[] for _ in range(min(cores, len(jobs)))]
     seen = set[tuple[int, int]]()
@@ -83,7 +86,13 @@ def length(part: slice) -> int:
 
 @dataclass(slots=True)
 class Load:
-    """A load of a core: its bytes, those that HBM reads if the L2 lacks them, and keys of the blocks of all cores."""
+    """A load that some cores in the same situation have, each for its own data.
+
+    Attributes:
+        size: bytes that each core loads.
+        fetched: bytes that HBM reads for one core if the L2 lacks them.
+        keys: keys of the blocks in the L2 that these cores load, each block once.
+    """
 
     size: float
     fetched: float
@@ -92,14 +101,14 @@ class Load:
 
 @dataclass(slots=True)
 class Step:
-    """A step of a job; of a GLU pair, for one side.
+    """A step over K of a job; for a GLU pair, of one side.
 
     Attributes:
         job: number of the job on its core.
         loads: its loads, in order.
         work_s: seconds of its matmuls.
         first, last: True for the first and the last step of the job.
-        fenced: True if it waits for all stores of earlier jobs.
+        fenced: True if its loads wait for all stores of earlier jobs.
         shared: True if its first load is x for both sides of a GLU pair, so its stage is free after the second side.
     """
 
@@ -131,7 +140,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class CoreSteps:
-    """What each core of a group does: number of cores, steps, and pieces of results, both in order."""
+    """What each of some cores in the same situation does.
+
+    Attributes:
+        count: number of these cores.
+        steps: the steps of each core, in order.
+        pieces: the pieces of results that each core drains and stores, in order.
+    """
 
     count: int
     steps: list[Step]
@@ -139,9 +154,10 @@ class CoreSteps:
 
 
 class ProductSteps:
-    """Lists what the cores do in a product, and what the L2 has before it.
+    """Lists what the cores do in a product, and what the L2 holds before it.
 
-    loop: the product. target: chip and kernel library. jobs: all jobs, in the order in which they are dealt to cores.
+    loop: what the jobs have in common. target: chip and kernel library. jobs: all jobs, in the order in which they are
+    dealt to the cores.
     """
 
     def __init__(self, loop: ProductLoop, target: Target, jobs: Sequence[Job]) -> None:
@@ -153,11 +169,15 @@ class ProductSteps:
         self.places: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
 
     def key(self, of: str, index: int, start: int) -> int:
-        """The first key of an operand's blocks; those of its later steps follow."""
+        """The key of an operand's first block in the L2; its blocks of later steps have the keys that follow.
+
+        of: name of the operand, such as "x" or "w scale". index: number of the job's part of K, expert or head. start:
+        the operand's first row.
+        """
         return self.keys.setdefault((of, index, start), len(self.keys) << 20)
 
     def l2(self) -> L2Blocks:
-        """The L2 as it is before the product: it has x, as far as it fits."""
+        """The L2Blocks at the start of the product, which hold x as far as it fits; nothing on a chip without an L2."""
         loop, chip = self.loop, self.target.chip
         xs = {(job.rows.start, job.index): job for job in self.jobs}
         ws = {(job.columns.start, job.index): job for job in self.jobs}
@@ -187,7 +207,10 @@ class ProductSteps:
         return l2
 
     def work_s(self, step: slice) -> float:
-        """Seconds of a step's matmuls for one side of a GLU pair: one matmul for each scale of w in the step."""
+        """Seconds of a step's matmuls for one side of a GLU pair: one matmul for each scale of w in the step.
+
+        step: the step's columns of x.
+        """
         loop, group, n = self.loop, self.loop.group, length(step)
         first = step.start % group if group else 0
         if (first, n) not in self.works:
@@ -200,9 +223,9 @@ class ProductSteps:
         return self.works[first, n]
 
     def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
-        """For each step of a job: (number of the block that x or w has there, bytes of a row in the block).
+        """For each step of a job: (number of the block in the L2 that x or w has there, bytes of a row in the block).
 
-        A step whose lines earlier steps have loaded has the block of the step before, and 0 bytes.
+        A step whose lines earlier steps have loaded has the block of the step before, and 0 bytes. of: "x" or "w".
         """
         place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
         if place not in self.places:
@@ -214,14 +237,23 @@ class ProductSteps:
         return self.places[place]
 
     def load(self, rows: int, bits: int, step: slice, block: tuple[int, float], bases: Sequence[int]) -> Load:
-        """The load of some rows of x or of w in one step. bases: first keys of the operands of all cores."""
+        """The Load of one step's rows of x or of w.
+
+        Args:
+            rows: number of rows.
+            bits: bits of a value.
+            step: the step's columns.
+            block: the step's item of blocks().
+            bases: for each core, the key of the operand's first block, see key(); each key once.
+        """
         return Load(rows * length(step) * bits / 8, rows * block[1], [base + block[0] for base in bases])
 
     def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[list[Load]]]:
-        """The loads of each step of a job: those before the first side's matmul, and those before the second side's.
+        """Yield for each step of a job the Loads before the first side's matmul, and those before the second side's.
 
-        same: the jobs of all cores of a group. w_first: True to load weights before x. started: False for the first job
-        of a core, which begins with weights.
+        Both are lists, in the order in which a core makes the loads; without a GLU pair there is only the first. same:
+        the jobs that the cores in the same situation have at this time. w_first: True if w is loaded before x. started:
+        False for the first job of a core, which begins with w in any case.
         """
         loop, job, scale = self.loop, same[0], range(0)
         rows, columns = length(job.rows), length(job.columns)
@@ -248,7 +280,7 @@ class ProductSteps:
             started = True
 
     def of(self, mine: Sequence[int]) -> CoreSteps:
-        """What the cores of a group do, given by their numbers."""
+        """The CoreSteps of cores in the same situation. mine: the numbers of these cores."""
         loop, cores, fences = self.loop, self.target.chip.cores, not self.target.library.persistent
         made = CoreSteps(len(mine), [], [])
         rounds = list(zip(*(self.jobs[core::cores] for core in mine), strict=True))
@@ -277,7 +309,10 @@ class ProductSteps:
         return made
 
     def pieces(self, number: int, rows: int, columns: int) -> list[Piece]:
-        """The pieces of a job's result."""
+        """A list of the Pieces in which a job's result is drained and stored.
+
+        number: number of the job on its core. rows, columns: size of the result.
+        """
         loop, glu, out = self.loop, self.loop.sides > self.loop.drains, list[Piece]()
         for _ in range(loop.drains):
             for low in range(0, rows, loop.cut.drain_rows):
