@@ -58,11 +58,11 @@ class TilesInL2:
 
     @classmethod
     def of(cls, target: Target) -> TilesInL2:
-        """An empty L2 of a chip: the part that the library's kernels can use."""
+        """An empty TilesInL2 for a chip, with the capacity that the library's kernels can use."""
         return cls(target.chip.l2_bytes * target.library.l2_usable, target.chip.constants.hbm_latency_s)
 
     def hold(self, place: Hashable, size: float) -> None:
-        """Put a tile into the L2, which the op before has read or written. It evicts others."""
+        """Put a tile of `size` bytes, which the op before has used, into the L2. Others may be evicted."""
         if self.capacity:
             self.insert(size)
             self.tiles[place] = size, self.evicted, 0.0
@@ -96,11 +96,13 @@ class TilesInL2:
 
 
 class CoreLoop:
-    """A loop of all cores of a chip. l2: content of the L2 at its start.
+    """Follows a loop of all cores of a chip, transfer by transfer, to find how long it takes.
 
     Each core has three programs: generators of its loads and of its stores, and one of its computation. A generator
     yields a transfer and continues when that has ended, or yields None to wait for another program of its core. The
     programs tell each other through lists of times, which they share.
+
+    chip: the chip. l2: content of the L2 at the start. programs: for each core, its loads, computation and stores.
     """
 
     def __init__(self, chip: ChipSpec, l2: TilesInL2, programs: Sequence[tuple[Program, Program, Program]]) -> None:
@@ -109,7 +111,7 @@ class CoreLoop:
         self.flights: list[Transfer | None] = [None] * (2 * len(programs))  # of each core's loads, then of its stores
 
     def seconds(self) -> float:
-        """Seconds until the last transfer has ended. Call it once."""
+        """Follow the loop to its end. Returns the seconds until the last transfer has ended. Call it once."""
         n, now = len(self.programs), 0.0
         left, slowed = np.full(2 * n, np.inf), np.full(2 * n, np.inf)  # bytes; bytes for each byte that HBM moves
         flying = missing = 0  # transfers in flight, and those for which HBM moves bytes
@@ -153,13 +155,13 @@ class CoreLoop:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a core's loop: it loads tiles, computes on them, and stores a result.
+    """One step of a core's loop: it loads tiles, computes on them, and stores results.
 
     Attributes:
-        loads: (bytes, place) of each load; see Transfer.place.
+        loads: (bytes, key of the tile in the L2) of each load, see Transfer.place.
         array_s: seconds that the matrix array computes, once the loads can be used.
         lanes_s: seconds that the vector lanes compute after it.
-        stores: (bytes, place) of each store, once the lanes have computed.
+        stores: (bytes, key of the tile in the L2) of each store, which starts when the lanes have computed.
         fill_s: seconds in which the engine of loads sets tiles to a constant before the loads.
     """
 
@@ -172,13 +174,13 @@ class Step:
 
 @dataclass
 class _Steps:
-    """Steps of one core with their times.
+    """The steps of one core, with the times at which their parts end.
 
     Attributes:
         steps: the steps in order.
-        depth: tiles in each ring: loads of a step wait until the step `depth` before it has been computed, and its
-            lanes until that step's results have been stored.
-        loaded, multiplied, computed, stored: of each step, when that was done.
+        depth: tiles in each ring. So the loads of a step wait until the step `depth` before it has been computed, and
+            its lanes wait until that step's results have been stored.
+        loaded, multiplied, computed, stored: for each step so far, when that was done.
     """
 
     steps: Sequence[Step]
@@ -189,7 +191,7 @@ class _Steps:
     stored: list[float] = field(default_factory=list)
 
     def loads(self) -> Program:
-        """The program of loads."""
+        """Yield each Transfer of the core's loads; None while the next waits for the computation."""
         now = visible = 0.0
         for i, step in enumerate(self.steps):
             while len(self.computed) <= i - self.depth:
@@ -203,7 +205,10 @@ class _Steps:
             self.loaded.append(visible)
 
     def compute(self) -> Program:
-        """The program of computation. The array's accumulators are free again when the lanes have read them."""
+        """Record when each step is computed. Yields None while the next step waits for its loads or for earlier stores.
+
+        The array's accumulators are free again when the lanes have read them.
+        """
         array = lanes = 0.0
         for i, step in enumerate(self.steps):
             while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
@@ -213,7 +218,7 @@ class _Steps:
             self.computed.append(lanes)
 
     def stores(self) -> Program:
-        """The program of stores."""
+        """Yield each Transfer of the core's stores; None while the next waits for the computation."""
         now = 0.0
         for i, step in enumerate(self.steps):
             while len(self.computed) <= i:
@@ -227,6 +232,13 @@ class _Steps:
 
 
 def steps_seconds(chip: ChipSpec, l2: TilesInL2, cores: Sequence[Sequence[Step]], depth: int) -> float:
-    """Seconds of a loop in which each core has these steps; see _Steps for `depth`."""
+    """Seconds of a loop in which each core has a list of steps, until the last store has ended.
+
+    Args:
+        chip: the chip.
+        l2: content of the L2 at the start.
+        cores: the steps of each core, in order.
+        depth: tiles in each ring, see _Steps.
+    """
     made = [_Steps(steps, depth) for steps in cores]
     return CoreLoop(chip, l2, [(s.loads(), s.compute(), s.stores()) for s in made]).seconds()

@@ -14,12 +14,14 @@ from intaglio.silicon.memory import CoreMemory, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Choose(Instruction, engine="VEC", opcode=0x4F):
-    """Merge scores into each row's list of its best entries: ids i32 [m, top] and their scores best f32 [m, top].
+    """Merge scores into each row's list of its best entries: ids i32 [m, top], and their scores best f32 [m, top].
 
-    Column j of scores f32 [m, n] is entry first + j, in ascending order over the instructions of a list. Row i belongs
-    to the query at position query + i, which takes part with the entries before (query + i + 1) // every. A list keeps
-    the `top` entries with the highest scores, ties to the lower one, in ascending order. Places left over come first,
-    with id -1; a new list has -1 everywhere. A score that is not a number counts as -inf.
+    A list has the `top` entries with the highest scores, in ascending order of entry; of equal scores, the lower entry
+    is kept. Places without an entry come first, with id -1; in a new list all are -1.
+
+    Column j of scores f32 [m, n] is the score of entry first + j. For the same list, `first` rises from one instruction
+    to the next. Row i belongs to the query at position query + i: only entries before (query + i + 1) // every take
+    part. A score that is NaN counts as -inf.
     """
 
     ids: Region

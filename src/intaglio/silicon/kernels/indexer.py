@@ -30,10 +30,10 @@ ROWS = 128  # query heads of a tile, at most, if a token has no more
 
 @dataclass(frozen=True)
 class ChoosePlan:
-    """Sizes of the tiles.
+    """Sizes of the tiles of an indexer's streams.
 
     Attributes:
-        tokens: tokens of a job, at most.
+        tokens: maximum number of tokens of a job.
         keys: keys of a tile.
         scores: scores of a token that are merged into its list at a time, a multiple of `keys`.
     """
@@ -45,7 +45,7 @@ class ChoosePlan:
 
 @dataclass(frozen=True)
 class IndexJob:
-    """Some tokens of a sequence.
+    """A job of an indexer's streams: some tokens of a sequence.
 
     Attributes:
         sequence: number of the sequence.
@@ -81,13 +81,13 @@ class ChooseKeysKernel(WorkKernel):
 
     @property
     def sizes(self) -> tuple[int, int, float]:
-        """Heads, width of a head, and bytes of a cached value."""
+        """(heads, columns of a head, bytes of a cached value)."""
         assert isinstance(self.op, ChooseKeys)
         cache = next(t for t in self.tensors if t.name == self.op.cache)
         return self.op.heads, int(cache.shape[3]), formats.bits(cache.format) / 8
 
     def plan(self, target: Target) -> ChoosePlan:
-        """Tiles that fit SRAM and accumulators: the most tokens, then the most keys."""
+        """The ChoosePlan whose tiles fit SRAM and accumulators. Where needed, tokens are halved first, then keys."""
         assert isinstance(self.op, ChooseKeys)
         heads, d, width = self.sizes
         tokens, keys = max(1, ROWS // heads), target.library.key_tile
@@ -102,7 +102,10 @@ class ChooseKeysKernel(WorkKernel):
             tokens, keys = (tokens // 2, keys) if tokens > 1 else (tokens, keys // 2)
 
     def jobs(self, target: Target, plan: ChoosePlan, sequences: list[tuple[int, int]]) -> list[list[IndexJob]]:
-        """The jobs of each core with work. sequences: (tokens, keys up to the last of them) of each sequence."""
+        """Deal the jobs to the cores. Returns for each core with work a list of its IndexJobs.
+
+        sequences: for each sequence (new tokens, keys up to the last of them).
+        """
         assert isinstance(self.op, ChooseKeys)
         jobs = [
             IndexJob(s, rows, keys - q + rows.start, (keys - q + rows.stop) // self.op.every)

@@ -27,8 +27,8 @@ DIFFERENCE = postfix("a - b")
 class LinearAttentionKernel(SequenceKernel):
     """Chip kernel of `linear_attention`. A job is some columns of the values of one head.
 
-    Its state has a row for each column of the keys. For each token it is decayed and updated by Maps, and multiplied by
-    k and q by Combines.
+    The job's state has a row for each column of the keys. For each token, Map instructions decay and update the state,
+    and Combine instructions multiply it by k and q.
 
     Attributes:
         values: columns of a head's values.
@@ -57,7 +57,7 @@ class LinearAttentionKernel(SequenceKernel):
         return max(n for n in range(1, self.values + 1) if self.values % n == 0 and (n <= most or n == 1))
 
     def result(self) -> Steps:
-        """The expression of the result, of the sum over the state (a), the value (b) and the skip (c)."""
+        """The stack program of the result, computed from the sum over the state (a), the value (b) and the skip (c)."""
         return postfix(f"a * {self.scale!r} + b * c" if self.skip else f"a * {self.scale!r}")
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:

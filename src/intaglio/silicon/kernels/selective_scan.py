@@ -25,10 +25,10 @@ KEPT, ADDED = postfix("exp(a * b) * c"), postfix("a + b * c")
 @chip_kernel(SelectiveScan)
 @dataclass(frozen=True)
 class SelectiveScanKernel(SequenceKernel):
-    """Chip kernel of `selective_scan`: two Maps and a Combine over the state for each token.
+    """Chip kernel of `selective_scan`. Each token takes two Map instructions and one Combine over the state.
 
-    The state of a job has a row for each of its `state_rows` values a channel, and a column for each channel. In HBM
-    it is the other way round, so each row is loaded by itself.
+    A job's state in SRAM has a row for each of the `state_rows` values of a channel, and a column for each channel. In
+    HBM it is transposed, so each row is loaded by itself.
     """
 
     @classmethod
