@@ -293,6 +293,11 @@ bool few_chosen(const AttendArgs& a, const Query& q, int64_t split, float* scrat
   return true;
 }
 
+// The parts of a split that the matrix unit computes, for the instruction set that has one: amx_attention.inl.
+bool attends_by_matrix_unit(const AttendArgs& a);
+void matrix_scores(const AttendArgs& a, const float* const* query, int rows, const char* const* pages, int64_t base, int begin, int end, float* scores);
+void matrix_values(const AttendArgs& a, int rows, const char* const* pages, int64_t base, int low, int high, float* weights, float* acc);
+
 template <Fmt C>
 void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
   if (few_chosen<C>(a, q, split, scratch, top, total, acc)) return;
@@ -322,8 +327,10 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     if (a.rope) ropes[i] = (const char*)a.rope + at * a.block_bytes(a.rope_dim);
   }
 
-  const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16;
-  for (int64_t i = 0; i < pages; i++) {
+  const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16, base = first * a.page - start;  // base: of the first page, <= 0
+  const bool matrix = attends_by_matrix_unit(a);
+  if (matrix) matrix_scores(a, query, rows, blocks, base, int(begin - start), int(end - start), scratch);
+  for (int64_t i = 0; i < pages && !matrix; i++) {
     const int64_t page = (first + i) * a.page, from = std::max(begin, page), to = std::min(end, page + a.page);
     const int64_t next = i + kFar < pages ? key_bytes : value_bytes;
     by_tile(rows, int(to - from), [&]<int RB, int NV>(int r, int c) {
@@ -347,8 +354,8 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     else
       std::memset(s + (begin - start), 0, size_t(end - begin) * 4);
   }
+  if (matrix) return matrix_values(a, rows, blocks + pages, base, int(low - start), int(high - start), scratch, acc);
   if (a.latent) {
-    const int64_t base = first * a.page - start;  // position of the first page relative to the split's start, <= 0
     for (int r = 0; r < rows; r++) {
       out[r] = scratch + r * kSplit + base;
       for (int64_t t = begin; t < high && C == Fmt::I8; t += F::N) {  // multiply the weights by the scales of the values

@@ -21,6 +21,7 @@ constexpr int64_t groups_of_block(Fmt fmt) { return fmt == Fmt::K4 || fmt == Fmt
 constexpr int kRows = 512;     // rows of a result tile, at most
 constexpr int kPanels = 8;     // panels whose result tiles a kernel keeps at a time, at most
 constexpr int kSplit = 512;    // positions of K/V in one split of attention; splits are merged in ascending order
+constexpr int kMaxHead = 1024;  // values of a head, at most
 constexpr int kTaskRows = 32;     // query rows (tokens x query heads of a K/V head) of an attention task, about
 constexpr int kMaxTaskRows = 256; // and at most: the heads of one token are not divided
 

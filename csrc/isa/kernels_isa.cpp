@@ -11,6 +11,7 @@ namespace intaglio::ISA {
 #include "amx.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "amx_attention.inl"
 #include "pooled.inl"
 #include "experts.inl"
 #include "scales.inl"

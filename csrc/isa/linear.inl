@@ -42,8 +42,11 @@ constexpr int kFloatRows = F::N == 16 ? 12 : 3, kCodeRows = F::N == 16 ? 6 : 3;
 inline int tile_rows(const Weight& w) { return w.integer() ? kCodeRows : kFloatRows; }
 
 // Products by the matrix unit, for the instruction set that has one: amx.inl.
-constexpr int64_t kMatrixPass = 32, kMatrixStep = 32;  // rows of x in a pass; bf16 values of K that an instruction multiplies
-bool uses_matrix_unit(const Weight& w, bool x_bf16);
+constexpr int64_t kMatrixPass = 32;  // rows of x in a pass
+bool uses_matrix_unit(const Weight& w, bool x_bf16, int64_t rows);  // rows: of the whole product
+int64_t matrix_step(const Weight& w);  // values of K that an instruction multiplies
+// Writes row number `lane` of a pass of `height` rows.
+void matrix_bf16_row(const Weight& w, const float* x, int64_t height, uint16_t* pass, int64_t lane);
 void matrix_panels(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, int64_t panels, float* tile);
 
 // Prefetching of the weights after the current block: each pass over the block fetches a part of them.
@@ -411,7 +414,7 @@ struct Pass {
 inline int64_t passes_over(int64_t rows, int most) { return (rows + most - 1) / most; }
 inline Pass pass_of(const Weight& w, bool x_bf16, int64_t total, int64_t row) {
   const int64_t block = row / kRows * kRows, rows = std::min<int64_t>(kRows, total - block);
-  if (uses_matrix_unit(w, x_bf16)) {
+  if (uses_matrix_unit(w, x_bf16, total)) {
     const int64_t first = row / kMatrixPass * kMatrixPass;
     return {first, std::min(kMatrixPass, block + rows - first)};
   }
@@ -563,7 +566,7 @@ void finish_row(const LinearArgs& a, int64_t row, int64_t unit, const float* y, 
 }
 
 void linear_units(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, int64_t count, float* tile) {
-  const bool matrix = uses_matrix_unit(*a.w, a.x_bf16);
+  const bool matrix = uses_matrix_unit(*a.w, a.x_bf16, a.x.m);
   const int64_t each = a.w->glu ? 2 : 1, together = matrix ? kPanels / each : 1, size = rows * kPanel;
   for (const int64_t end = unit + count; unit < end; unit += together) {
     const int64_t panels = std::min(together, end - unit) * each;
@@ -611,7 +614,8 @@ inline int32_t offset_of(Fmt fmt) {
 // Quantises a row of x span by span, and writes the start of each group's sum: -offset * (sum of its codes). For K4 and K5 these
 // multiply the minima, as 16-bit words: those of a span's groups 0 and 2 share one 32-bit word, those of 1 and 3 the next.
 void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& pass, int64_t lane) {
-  const int64_t span = w.group * w.parts(), height = pass.height;
+  const int64_t span = w.group * w.parts(), height = pass.height, step = matrix_step(w);
+  const bool matrix = uses_matrix_unit(w, false, to.m);
   float padded[kMaxSpan];
   int8_t codes[kMaxSpan];
   for (int64_t begin = 0; begin < w.padded_k; begin += span) {
@@ -631,8 +635,11 @@ void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& p
       if (w.lines()) std::memcpy((uint8_t*)(starts + g % 2 * height) + g / 2 * 2, &start, 2);
       else starts[g * height] = start;
     }
-    int8_t* out = (int8_t*)to.values + pass.first * w.padded_k + begin * height + lane * 4;
-    for (int64_t q = 0; q < count / 4; q++) std::memcpy(out + q * height * 4, codes + q * 4, 4);
+    int8_t* out = (int8_t*)to.values + pass.first * w.padded_k + begin * height;
+    if (matrix)
+      for (int64_t i = 0; i < count; i += step) std::memcpy(out + i * height + lane * step, codes + i, size_t(step));
+    else
+      for (int64_t i = 0; i < count; i += 4) std::memcpy(out + i * height + lane * 4, codes + i, 4);
   }
 }
 
@@ -642,21 +649,14 @@ void prepare_row(const Weight& w, bool x_bf16, const float* x, const Rows& to, i
   if (w.integer()) {
     quantise_row(w, x, to, pass, lane);
   } else if (x_bf16 && w.pairs()) {
-    const int64_t step = uses_matrix_unit(w, x_bf16) ? kMatrixStep : 2;
-    uint16_t* out = (uint16_t*)to.values + base;
+    if (uses_matrix_unit(w, x_bf16, to.m)) return matrix_bf16_row(w, x, height, (uint16_t*)to.values + base, lane);
+    uint16_t* out = (uint16_t*)to.values + base + lane * 2;
     uint16_t rounded[256];
     for (int64_t at = 0; at < w.padded_k; at += 256) {
       const int64_t count = std::min<int64_t>(256, w.padded_k - at), held = std::max<int64_t>(0, std::min(count, w.k - at));
       for (int64_t i = 0; i < held; i++) rounded[i] = to_bf16(x[at + i]);
       std::fill(rounded + held, rounded + count, uint16_t(0));
-      if (step == 2) {
-        for (int64_t i = 0; i < count; i += 2) std::memcpy(out + (at + i) * height + lane * 2, rounded + i, 4);
-      } else {
-        for (int64_t i = 0; i < count; i += step) {
-          const int64_t width = std::min(step, count - i);
-          std::memcpy(out + (at + i) * height + lane * width, rounded + i, size_t(width) * 2);
-        }
-      }
+      for (int64_t i = 0; i < count; i += 2) std::memcpy(out + (at + i) * height, rounded + i, 4);
     }
   } else {
     const int64_t step = w.pairs() ? 2 : 1;

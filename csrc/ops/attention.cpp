@@ -8,8 +8,6 @@
 namespace intaglio {
 namespace {
 
-constexpr int kMaxHead = 1024;
-
 // The scales of the cache of an op's operand, one for each head: 1 where the op has none.
 std::vector<float> head_scales(OpArgs& a, const char* operand, const Cache& c) {
   const float* given = a.optional_vector(operand);

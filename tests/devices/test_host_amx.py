@@ -1,16 +1,18 @@
-"""Products by the matrix unit of Intel CPUs (AMX): bf16 products have the bits of the unit's documented arithmetic."""
+"""Products by the matrix unit of Intel CPUs (AMX): bf16 products have the bits of the unit's documented arithmetic, and
+integer products those of AVX-512."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.coded import random_codes
 from support.host_bench import EPS, ISAS, PAGE, Bench, finish
 
 from intaglio import formats
 from intaglio.batch import Chunk, bind
 from intaglio.devices import ArrayWeights, StateSpec, StepRequest
 from intaglio.devices.host import HostDevice
-from intaglio.ops import Linear
+from intaglio.ops import Linear, x_format
 from intaglio.program import Program
 
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="this CPU, its operating system or this build has no AMX")
@@ -42,10 +44,10 @@ def tdpbf16ps(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return total
 
 
-def run(program: Program, bench: Bench, rows: list[int], threads: int) -> np.ndarray:
+def run(program: Program, bench: Bench, rows: list[int], threads: int, isa: str = "amx") -> np.ndarray:
     """The result of op `y` in a step whose batch has these rows of the bench's matrix, each a sequence of its own."""
     batch = bind([Chunk([row], 0, [i], [0]) for i, row in enumerate(rows)], PAGE)
-    ex = HostDevice(threads, "amx").load(program, ArrayWeights(bench.arrays), StateSpec(len(rows), PAGE))
+    ex = HostDevice(threads, isa).load(program, ArrayWeights(bench.arrays), StateSpec(len(rows), PAGE))
     return ex.step(StepRequest(batch, taps=["y"])).taps["y"]
 
 
@@ -78,3 +80,21 @@ def test_bits_do_not_depend_on_the_number_of_rows(rng: Rng) -> None:
     for count in (1, 2, 16, 17, 40, 513):
         rows = rng.permutation(most)[:count].tolist()
         np.testing.assert_array_equal(run(program, bench, rows, 1), whole[rows], err_msg=f"{count} rows")
+
+
+INTEGERS = ["int8g32f16", "int8g96", "int8g128", "int8row", "uint8g128", "uint8g32f16", "affine8g64f16", "int4g32"]
+INTEGERS += ["int4g1024f32", "uint4g64f16", "affine4g128", "affine4row", "mxfp4"]
+
+
+@pytest.mark.parametrize("format", INTEGERS)
+def test_integer_products_have_the_bits_of_avx512(format: str, rng: Rng) -> None:
+    k, n, most = int(rng.integers(1, 2500)), 2 * int(rng.integers(1, 200)), 80
+    bench = Bench(rng, most, k)
+    glu = bool(rng.integers(2))
+    w = bench.weight("w", random_codes(rng, format, n, k))
+    bench.b.op(Linear, "y", bench.x, w, x_format=x_format(format), glu=glu, activation="silu" if glu else "")
+    program = finish(bench)
+    for count in (1, 8, 17, 32, 45, most):
+        rows = rng.permutation(most)[:count].tolist()
+        amx, avx512 = (run(program, bench, rows, 2, isa) for isa in ("amx", "avx512"))
+        np.testing.assert_array_equal(amx, avx512, err_msg=f"{count} rows")
