@@ -20,15 +20,13 @@ from host import machine, say, table
 
 from intaglio.devices.host import isa_names
 
-PREFILLS = (128, 512, 2048)
-DECODES = (1, 4, 16)  # sequences, each with a context of 128 tokens
+CONTEXT = 128  # tokens of each sequence that is decoded
 STEPS = 9  # of a decode sample, the first not counted
 
 
-def loaded(isa: str, folder: Path, format: str, threads: int) -> Intaglio:
-    """The host device with this instruction set, and room for the longest prompt and for the largest batch."""
+def loaded(isa: str, folder: Path, format: str, threads: int, room: list[int]) -> Intaglio:
+    """The host device with this instruction set, and room for contexts of these lengths."""
     os.environ["INTAGLIO_ISA"] = isa
-    room = max([max(PREFILLS)], [128 + STEPS] * max(DECODES), key=lambda lengths: sum(map(pages_each, lengths)))
     engine = Intaglio(folder, format, threads, room)
     engine.load()
     engine.settle()
@@ -62,15 +60,17 @@ def line(label: str, tokens: int, samples: dict[str, list[float]]) -> list[str]:
 def measure(args: argparse.Namespace, shape: str, format: str, folder: Path) -> None:
     say(f"{shape} {format}: checkpoint in {folder}")
     write_random(folder, SHAPES[shape])
-    engines = {isa: loaded(isa, folder, format, args.threads) for isa in args.isa}
+    rooms = [[n] for n in args.prefill] + [[CONTEXT + STEPS] * n for n in args.decode]
+    room = max(rooms, key=lambda lengths: sum(map(pages_each, lengths)))
+    engines = {isa: loaded(isa, folder, format, args.threads, room) for isa in args.isa}
     lines = []
-    for n in PREFILLS:
+    for n in args.prefill:
         say(f"  prefill {n}")
         lines.append(line(f"prefill {n}", n, turns(engines, args.runs, lambda e, n=n: e.prefill(n))))
-    for n in DECODES:
+    for n in args.decode:
         say(f"  decode batch {n}")
         for engine in engines.values():
-            engine.fill([128] * n, STEPS)
+            engine.fill([CONTEXT] * n, STEPS)
         lines.append(line(f"decode batch {n}", n, turns(engines, args.runs, lambda e: e.decode())))
     head = ["", "", *args.isa, *(f"vs {isa}" for isa in args.isa[1:]), "spread"]
     print(f"\n{shape}, {format}, {args.threads} threads\n{table(head, lines)}", flush=True)
@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--isa", nargs="+", choices=isa_names(), default=isa_names()[:2])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["135m", "1b"])
     parser.add_argument("--format", nargs="+", choices=list(OURS), default=list(OURS))
+    parser.add_argument("--prefill", nargs="*", type=int, default=[128, 512, 2048], help="tokens of a prompt")
+    parser.add_argument("--decode", nargs="*", type=int, default=[1, 4, 16], help="sequences, of 128 tokens each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="keep checkpoints here and use them again; default: a temporary one")

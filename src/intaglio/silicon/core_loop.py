@@ -64,7 +64,7 @@ class TilesInL2:
     def hold(self, place: Hashable, size: float) -> None:
         """Put a tile of `size` bytes, which the op before has used, into the L2. Others may be evicted."""
         if self.capacity:
-            self.insert(size)
+            self.insert(max(0.0, size - self.left(place)))
             self.tiles[place] = size, self.evicted, 0.0
 
     def access(self, x: Transfer, now: float) -> float:
@@ -75,8 +75,7 @@ class TilesInL2:
         if x.place is None or not self.capacity:
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
-        size, before, ready = self.tiles.get(x.place, (0.0, 0.0, 0.0))
-        size *= exp((before - self.evicted) / self.capacity)
+        size, ready = self.left(x.place), self.tiles.get(x.place, (0.0, 0.0, 0.0))[2]
         missed = max(0.0, x.bytes - size)
         missed = missed if missed > LINE / 2 else 0.0  # less than a line: probably none
         if missed and not x.writes:
@@ -86,6 +85,11 @@ class TilesInL2:
         self.stored = min(self.held, self.stored + x.bytes * x.writes)
         self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
         return written + (0.0 if x.writes else missed)
+
+    def left(self, place: Hashable) -> float:
+        """Bytes of a tile that the L2 still holds."""
+        size, before, _ = self.tiles.get(place, (0.0, 0.0, 0.0))
+        return size * exp((before - self.evicted) / self.capacity)
 
     def insert(self, size: float) -> float:
         """Bring bytes into the L2, and evict what does not fit. Returns how many bytes are written to HBM for it."""
