@@ -35,14 +35,14 @@ HIDDEN = postfix("(relu(0.0 - a) + relu(a - 1.0)) * -1e30")  # the second number
 
 @dataclass(frozen=True)
 class ChosenJob:
-    """One token and some of its query heads.
+    """One token and some of its query heads, which one core computes.
 
     Attributes:
         sequence: number of the token's sequence.
         row: the token's row, counted from the sequence's first row of the step.
         head: the first query head.
         position: the token's position.
-        listed: the places of the token's list that can hold a position: places before them hold -1.
+        listed: slice of the token's list that can hold positions. The places before it hold -1.
     """
 
     sequence: int
@@ -59,14 +59,17 @@ class ChosenJob:
 
 @dataclass(frozen=True)
 class ChosenPlan:
-    """Sizes of the tiles: query heads, which share a K/V head, and keys."""
+    """Sizes of the tiles. rows: query heads of a tile, which share a K/V head. keys: keys of a tile."""
 
     rows: int
     keys: int
 
 
 def chosen_plan(target: Target, h: Heads, chosen: int) -> ChosenPlan:
-    """Tiles that fit SRAM and accumulators: the most query heads, then the most keys. chosen: places of a list."""
+    """The ChosenPlan whose tiles fit SRAM and accumulators. If needed, keys are halved (down to 32), then rows reduced.
+
+    chosen: places of a token's list.
+    """
     rows = max(n for n in range(1, min(ROWS, h.group) + 1) if h.group % n == 0)
     keys, width = target.library.key_tile, h.head_dim + h.v_dim
     while True:
@@ -82,7 +85,10 @@ def chosen_plan(target: Target, h: Heads, chosen: int) -> ChosenPlan:
 def chosen_jobs(
     target: Target, h: Heads, plan: ChosenPlan, chosen: int, sequences: Sequence[tuple[int, int]]
 ) -> list[list[ChosenJob]]:
-    """The jobs of each core with work. sequences: (tokens, keys up to the last of them) of each sequence."""
+    """Deal the jobs to the cores. Returns for each core with work a list of its ChosenJobs.
+
+    chosen: places of a token's list. sequences: for each sequence (new tokens, keys up to the last of them).
+    """
     jobs = [
         ChosenJob(s, row, head, keys - q + row, slice(max(0, chosen - (keys - q + row + 1)), chosen))
         for s, (q, keys) in enumerate(sequences) for row in range(q) for head in range(0, h.heads, plan.rows)
@@ -107,12 +113,14 @@ def chosen_seconds(target: Target, h: Heads, chosen: int, batch: ChunkCounts) ->
 class _Core:
     """Programs of one core in the closed form, in the order of chosen_streams().
 
+    The lists of times grow while the loop is followed: they have an item for each job, or tile, so far.
+
     Attributes:
         target, h, plan: chip and library, sizes of the layer, tiles.
         jobs: the core's jobs.
-        listed, located: of each job, when its list has been loaded, and when its rows of the cache are known.
-        gathered, multiplied: of each tile of keys, when it can be used, and when it has been.
-        queries, sums, results: of each job, when its queries, its sums and its results were used for the last time.
+        listed, located: for each job, when its list has been loaded, and when its rows of the cache are known.
+        gathered, multiplied: for each tile of keys, when it can be used, and when it has been.
+        queries, sums, results: for each job, when its queries, its sums and its results were used for the last time.
     """
 
     target: Target
@@ -128,7 +136,10 @@ class _Core:
     results: list[float] = field(default_factory=list)
 
     def loads(self) -> Program:
-        """The program of loads: a job's list and queries are loaded before the keys of the job before it."""
+        """Yield each Transfer of the core's loads; None while the next waits for the computation or the stores.
+
+        A job's list and queries are loaded before the keys of the job before it.
+        """
         h, rows, chip, tiles = self.h, self.plan.rows, self.target.chip, 0
         now = visible = 0.0
         widths = [h.v_dim, h.head_dim - h.v_dim, h.v_dim] if h.values_in_keys else [h.head_dim, h.v_dim]
@@ -165,7 +176,10 @@ class _Core:
                 tiles += 1
 
     def compute(self) -> Program:
-        """The program of computation: the next job's rows of the cache are found before a job's first tile."""
+        """Record when the core's computations end. Yields None while the next waits for loads or stores.
+
+        The next job's rows of the cache are found before a job's first tile is computed.
+        """
         h, rows, chip, on = self.h, self.plan.rows, self.target.chip, self.target
         array = lanes = 0.0
         tiles, hz = 0, chip.clock_hz
@@ -198,7 +212,7 @@ class _Core:
             self.sums.append(lanes)
 
     def stores(self) -> Program:
-        """The program of stores."""
+        """Yield each Transfer of the core's stores; None while the next waits for the computation."""
         now = 0.0
         for number, job in enumerate(self.jobs):
             while len(self.sums) <= number:
@@ -226,10 +240,10 @@ class ListTiles:
         self.tables = k.ring(AHEAD, 1, batch.block_table.shape[1], "i32")
 
     def prepare(self, job: ChosenJob) -> tuple[Region, Region, Region]:
-        """Emit the loads of a job's list and queries. Returns its queries, its rows of the cache, and its mask.
+        """Emit the loads of a job's list and queries. Returns (its queries, its rows of the cache, its mask).
 
-        The mask is added to scores. It is 0, or so low that the weight is 0 where the list has no position, or one
-        after the query's.
+        The mask is added to scores. It is 0, except at places of the list that have no position, or a position after
+        the query's: there it is so low that the weight of the key is 0.
         """
         k, h, rows, size = self.k, self.h, self.rows, self.batch.block_size
         row = int(self.batch.first_row[job.sequence]) + job.row
