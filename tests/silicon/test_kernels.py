@@ -416,12 +416,35 @@ def test_choose_keys(chip: str, seed: int, every: int, fmt: str) -> None:
     compare(chip, op, tensors, values, batch, 0)
 
 
-def test_chosen_positions_are_refused() -> None:
+@FEW
+@given(chip=CHIP, seed=SEED, latent=st.booleans(), fmt=st.sampled_from(["f32", "bf16"]), temper=st.booleans())
+def test_attend_to_chosen_positions(chip: str, seed: int, latent: bool, fmt: str, temper: bool) -> None:
+    """Lists shorter and longer than a tile of keys and than the context, with one position or more."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(rng, [(int(rng.integers(1, 5)), int(rng.integers(0, 40))) for _ in range(rng.integers(1, 3))])
+    kv, group, d, dv = (int(n) for n in (1 if latent else rng.integers(1, 3), *rng.integers(1, 5, 3)))
+    d, dv, places = 8 * d, 8 * dv, int(rng.integers(1, 60))
+    keys = {"k_cache": "vc", "rope_cache": "kc"} if latent else {"k_cache": "kc"}
+    op = Attend(site="a", q="q", **keys, v_cache="vc", chosen="c", out="y", heads=kv * group, scale=d**-0.5,
+                temper=0.3 * temper, temper_every=5)  # fmt: skip
+    width = d + dv if latent else d
+    tensors = [Tensor("q", ("T", kv * group * width), "f32", "temp"), Tensor("kc", ("P", "B", kv, d), fmt, "state"),
+               Tensor("vc", ("P", "B", kv, dv), fmt, "state"), Tensor("c", ("T", places), "i32", "temp")]  # fmt: skip
+    chosen = np.full((len(batch.tokens), places), -1, np.int32)
+    for row, at in zip(chosen, batch.positions.tolist(), strict=True):
+        some = np.sort(rng.permutation(at + 1)[: rng.integers(1, places + 1)])
+        row[places - len(some) :] = some
+    values: dict[str, Value] = {"q": normal(rng, len(batch.tokens), kv * group * width), "c": chosen,
+                                "kc": cache(rng, fmt, kv, d), "vc": cache(rng, fmt, kv, dv)}  # fmt: skip
+    compare(chip, op, tensors, values, batch, 32 * EPS * np.sqrt(width))
+
+
+def test_some_sparse_attention_is_refused() -> None:
     op = Attend(site="a", q="q", k_cache="k", v_cache="v", chosen="c", out="y", heads=2, scale=1.0)
     cache = {n: Tensor(n, ("P", "B", 2, 3), "f32", "state") for n in "kv"}
     tensors = cache | {"q": Tensor("q", ("T", 6), "f32", "temp"), "c": Tensor("c", ("T", 2), "i32", "temp")}
-    assert "a: chip kernels do not attend to chosen positions" in str(unsupported_reason(op, tensors))
-    assert unsupported_reason(replace(op, chosen=None), tensors) is None
+    assert unsupported_reason(op, tensors) is None
+    assert "a: chip kernels attend to chosen positions of" in str(unsupported_reason(replace(op, window=3), tensors))
     index = ChooseKeys(site="i", q="q", weights="w", cache="k", chosen="c", heads=3, top=2)
     tensors |= {"w": Tensor("w", ("T", 3), "f32", "temp"), "k": Tensor("k", ("P", "B", 1, 2), "int8row", "state")}
     assert "i: chip kernels do not choose among keys in int8row" in str(unsupported_reason(index, tensors))

@@ -419,10 +419,28 @@ def choose_keys(rng: np.random.Generator, on: Target) -> Case:
     return case(op, [temp("q", heads * 64), temp("w", heads), cache], batch, words)
 
 
+def attend_chosen(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of attention to 32 to 512 chosen positions by latent attention.
+
+    It has 4 to 32 heads; a short prompt, or sequences that decode.
+    """
+    heads, top, widths = 4 * int(2 ** rng.integers(0, 4)), power(rng, 32, 512), {"kc": LATENT, "rc": LATENT_ROPE}
+    prompt, decodes = [(power(rng, 2, 64), power(rng, 1, 2500))], [(1, power(rng, 1, 3000))] * power(rng, 1, 32)
+    batch = batch_of(prompt if rng.random() < 0.5 else decodes)
+    op = Attend(
+        site="attend_chosen", q="q", k_cache="kc", v_cache="kc", rope_cache="rc", chosen="c", out="y", heads=heads,
+        scale=0.1,
+    )  # fmt: skip
+    caches = [Tensor(n, ("P", "B", 1, width), "bf16", "state") for n, width in widths.items()]
+    words = f"m={len(batch.tokens)} keys={batch.context_len[0]} heads={heads} top={top}"
+    return case(op, [temp("q", heads * sum(widths.values())), temp("c", top, "i32"), *caches], batch, words)
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
     "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
     "mix_streams": mix_streams, "pool_keys": pool_keys, "decay": decay, "short_conv": short_conv, "rg_lru": rg_lru,
     "selective_scan": selective_scan, "linear_attention": linear_attention, "choose_keys": choose_keys,
+    "attend_chosen": attend_chosen,
 }  # fmt: skip

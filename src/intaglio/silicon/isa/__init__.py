@@ -8,7 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from intaglio.silicon.isa.attention import Attend, Merge, Rescale, Softmax
-from intaglio.silicon.isa.choosing import Choose
+from intaglio.silicon.isa.choosing import Choose, Locate
 from intaglio.silicon.isa.control import Check, Halt
 from intaglio.silicon.isa.instruction import ENGINES, Cost, Instruction
 from intaglio.silicon.isa.matrix import Drain, Matmul
@@ -22,9 +22,9 @@ from intaglio.silicon.isa.vector import Convert, Dequantise, Map, Norm, Permute,
 
 __all__ = [
     "ENGINES", "Attend", "Check", "Choose", "Combine", "Convert", "Cost", "Dequantise", "Drain", "Fill", "Gather",
-    "Group", "Halt", "Instruction", "Load", "Map", "Matmul", "Merge", "Moment", "Norm", "Permute", "Pool", "Quantise",
-    "Receive", "Rescale", "Rope", "Sample", "Scan", "Scatter", "Score", "Send", "Sinkhorn", "Softmax", "SoftmaxStep",
-    "SparseMix", "Store", "TopK", "Weigh",
+    "Group", "Halt", "Instruction", "Load", "Locate", "Map", "Matmul", "Merge", "Moment", "Norm", "Permute", "Pool",
+    "Quantise", "Receive", "Rescale", "Rope", "Sample", "Scan", "Scatter", "Score", "Send", "Sinkhorn", "Softmax",
+    "SoftmaxStep", "SparseMix", "Store", "TopK", "Weigh",
 ]  # fmt: skip
 
 for _module in iter_modules(__path__):

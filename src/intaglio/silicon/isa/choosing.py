@@ -1,4 +1,4 @@
-"""Instruction of indexers: Choose keeps the entries with the highest scores, on the vector lanes."""
+"""Instructions of sparse attention on the vector lanes: Choose keeps the best entries, Locate finds cached rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from intaglio.chips import Target
-from intaglio.silicon.isa.cycles import choose_cycles
+from intaglio.silicon.isa.cycles import choose_cycles, vector_cycles
 from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes
+from intaglio.silicon.isa.transfer import check_within
 from intaglio.silicon.memory import CoreMemory, Region
 
 
@@ -52,3 +53,32 @@ class Choose(Instruction, engine="VEC", opcode=0x4F):
 
     def cost(self, target: Target) -> Cost:
         return Cost(cycles=float(choose_cycles(target.chip, self.ids.rows, self.scores.cols, self.ids.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Locate(Instruction, engine="VEC", opcode=0x41):
+    """Find the rows of a K/V cache that hold given positions of a sequence: dst and positions i32 [1, n].
+
+    For a position p: dst = (table[0, p // size] * size + p % size) * heads + head. table i32 [1, blocks] is the
+    sequence's block table. A block holds `size` tokens, and a token has `heads` rows, one for each head. A position
+    below 0 counts as 0. Raises MachineError for a position beyond the table.
+    """
+
+    dst: Region
+    positions: Region
+    table: Region
+    size: int
+    heads: int = 1
+    head: int = 0
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": (1, "n"), "positions": (1, "n"), "table": (1, "blocks")}
+
+    def run(self, mem: CoreMemory) -> None:
+        p, table = np.maximum(mem.read(self.positions)[0], 0), mem.read(self.table)[0]
+        check_within("looks up block", p // self.size, self.table.cols, self.table)
+        mem.write(self.dst, ((table[p // self.size] * self.size + p % self.size) * self.heads + self.head)[None])
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(vector_cycles(target.chip, 4 * self.dst.cols)))

@@ -2,12 +2,12 @@
 
 A job is a tile of queries that iterates over tiles of keys. Long contexts of single queries are split into parts, whose
 results are merged (flash decoding). Runs on matrix array and vector lanes, or on the fused attention engine if there is
-one. Tiles and plans are those of attend_tiles.py and attend_plan.py; the closed form is in attend_loop.py.
+one. Tiles and plans are those of attend_tiles.py and attend_plan.py; the closed form is in attend_loop.py. Attention to
+chosen positions is in attend_chosen.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -21,6 +21,7 @@ from intaglio.chips import Target
 from intaglio.ops import Attend
 from intaglio.silicon import isa
 from intaglio.silicon.isa.softmax_step import NAME
+from intaglio.silicon.kernels.attend_chosen import chosen_seconds, chosen_streams
 from intaglio.silicon.kernels.attend_plan import decode_plan, prefill_plan
 from intaglio.silicon.kernels.attend_tiles import (
     LISTED,
@@ -30,7 +31,7 @@ from intaglio.silicon.kernels.attend_tiles import (
     product_format,
     tile_seconds,
 )
-from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, shifted, slices
+from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, rows_of, shifted, slices
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.kv_write import Heads, emit_head_scales
 from intaglio.silicon.memory import Region
@@ -45,6 +46,7 @@ class AttendKernel(ChipKernel):
     """Chip kernel of `attend`: timing and instruction streams. A core takes one job after the other."""
 
     heads: Heads
+    chosen: int = 0  # places of a token's list of positions; 0: there is none
 
     @classmethod
     def of(cls, op: Attend, t: Tensors) -> AttendKernel:
@@ -56,15 +58,24 @@ class AttendKernel(ChipKernel):
         window, bits = op.window or op.chunk or chosen, formats.bits(keys.format)
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
         in_keys = op.v_cache in key_parts(op)
-        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None, in_keys))
+        h = Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None, in_keys)
+        return cls(h, chosen)
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        return attend_timing(target, self.heads, sizes.sequences)
+        timing = attend_timing(target, self.heads, sizes.sequences)
+        if not self.chosen or target.library.activation_bytes < WIDE:
+            return timing
+        seconds = chosen_seconds(target, self.heads, self.chosen, sizes.sequences)
+        return replace(timing, seconds=seconds + target.library.launch_s)
 
     @classmethod
     def unsupported(cls, op: Attend, t: Tensors) -> str | None:
-        if op.chosen is not None:
-            return f"{op.site}: chip kernels do not attend to chosen positions (an indexer); run this model on the host"
+        extras = op.window, op.chunk, op.softcap, op.sinks, op.slopes
+        if op.chosen is not None and (any(extras) or t[op.k_cache].format not in ("f32", "bf16")):
+            return (
+                f"{op.site}: chip kernels attend to chosen positions of an f32 or bf16 cache, without window, chunk, "
+                "softcap, sinks and slopes"
+            )
         return None
 
     @classmethod
@@ -76,6 +87,8 @@ class AttendKernel(ChipKernel):
         returned Streams are the last kernel.
         """
         h, on = cls.of(op, t).heads, mem.target.with_library(activation_bytes=WIDE)
+        if op.chosen:
+            return chosen_streams(mem, on, op, h, batch)
         launches: list[list[Stream]] = []
         chunks = sizes_of(batch).sequences
         prefill, decode = (tuple(p for p in chunks if (p[0] > 1) == several) for several in (True, False))
@@ -418,21 +431,6 @@ def init_softmax(
     part = slice(place * plan.rows, (place + 1) * plan.rows)
     sums, m, length = (r.part(part) for r in tiles.state)
     return sums, m, length
-
-
-def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator[tuple[slice, Region]]:
-    """Yield (slice of `slots`, HBM region of their rows of one K/V head) for each run of consecutive slot numbers.
-
-    Each region has rows at equal distances, so that one Load instruction can read it. cache: region
-    [cache slots * heads, width]. slots: slot numbers, not empty. heads: number of K/V heads. head: the wanted head.
-    """
-    cuts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
-    for a, b in pairwise(cuts):
-        row = int(slots[a]) * heads + head
-        yield (
-            slice(a, b),
-            replace(cache, address=cache.address + row * cache.stride, rows=b - a, stride=heads * cache.stride),
-        )
 
 
 def load_kv(

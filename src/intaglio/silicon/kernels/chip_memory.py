@@ -6,7 +6,8 @@ Also helpers with which kernels write streams: dealing jobs to cores, slicing ra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -158,6 +159,21 @@ def deal_jobs(chip: ChipSpec, jobs: Sequence[Job], site: str) -> Iterator[tuple[
 def slices(n: int, step: int) -> list[slice]:
     """A list of slices of length `step` that cover 0 .. n - 1; the last may be shorter."""
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+
+
+def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator[tuple[slice, Region]]:
+    """Yield (slice of `slots`, HBM region of their rows of one K/V head) for each run of consecutive slot numbers.
+
+    Each region has rows at equal distances, so that one Load instruction can read it. cache: region
+    [cache slots * heads, width]. slots: slot numbers, not empty. heads: number of K/V heads. head: the wanted head.
+    """
+    cuts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
+    for a, b in pairwise(cuts):
+        row = int(slots[a]) * heads + head
+        yield (
+            slice(a, b),
+            replace(cache, address=cache.address + row * cache.stride, rows=b - a, stride=heads * cache.stride),
+        )
 
 
 def shifted(part: slice, by: int) -> slice:

@@ -17,9 +17,8 @@ from intaglio.silicon import isa
 from intaglio.silicon.core_loop import Step, TilesInL2, steps_seconds
 from intaglio.silicon.isa.cycles import choose_cycles, matmul_cycles, vector_cycles
 from intaglio.silicon.isa.vector import map_cycles
-from intaglio.silicon.kernels.attend import rows_of
 from intaglio.silicon.kernels.attend_tiles import deal
-from intaglio.silicon.kernels.chip_memory import ChipMemory, load, shifted, slices
+from intaglio.silicon.kernels.chip_memory import ChipMemory, load, rows_of, shifted, slices
 from intaglio.silicon.kernels.kernel import WIDE, Tensors, WorkKernel, chip_kernel
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder

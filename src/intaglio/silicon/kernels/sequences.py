@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import WIDE, Tensors, WorkKernel
 from intaglio.silicon.kernels.rows import ring_depth
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import StreamBuilder
-from intaglio.silicon.tile_loop import L2, TileLoop
+from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 BLOCK = 16  # rows that are computed together, at most
@@ -199,7 +199,7 @@ class SequenceKernel(WorkKernel):
         if evicted and kept:  # states come from HBM, and stored ones go there as far as they are evicted
             seconds = replace(loop, store_missed=evicted / (reads + writes)).seconds(active)
         elif evicted:
-            seconds, _ = loop.through_l2(active, L2(reads, writes, capacity))
+            seconds = max(loop.seconds(active), loop.through_l2(active, "l2")[0])
         else:
             seconds = loop.seconds(active)
         return replace(work, seconds=seconds + lib.launch_s)
