@@ -113,7 +113,8 @@ void by_tile(int rows, int columns, Fn f) {
       });
 }
 
-constexpr int kFar = 2;  // prefetch distance in blocks: 8 KiB of bf16 with heads of 64
+constexpr int kFar = 2;      // prefetch distance in blocks: 8 KiB of bf16 with heads of 64
+constexpr int kMostFar = 4;  // and of the matrix unit, at most
 
 // The part of a block of `bytes` that a tile prefetches in `steps` steps: tiles of the first rows fetch all of it, divided
 // among their columns.
@@ -295,7 +296,7 @@ bool few_chosen(const AttendArgs& a, const Query& q, int64_t split, float* scrat
 
 // The parts of a split that the matrix unit computes, for the instruction set that has one: amx_attention.inl.
 bool attends_by_matrix_unit(const AttendArgs& a);
-void matrix_scores(const AttendArgs& a, const float* const* query, int rows, const char* const* pages, int64_t base, int begin, int end, float* scores);
+void matrix_scores(const AttendArgs& a, const float* const* query, int rows, const char* const* pages, int64_t base, int low, int high, float* scores);
 void matrix_values(const AttendArgs& a, int rows, const char* const* pages, int64_t base, int low, int high, float* weights, float* acc);
 
 template <Fmt C>
@@ -316,7 +317,7 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
 
   // The blocks in the order in which they are read: keys of all pages, then values of all pages.
   constexpr int64_t each = cache_bytes(C), most = kSplit / 16;
-  const char *blocks[2 * most + kFar] = {}, *ropes[most] = {};
+  const char *blocks[2 * most + kMostFar] = {}, *ropes[most] = {};
   const int64_t first = low / a.page, pages = (high - 1) / a.page + 1 - first;
   const int64_t key_bytes = a.block_bytes(a.head_dim), value_bytes = a.block_bytes(a.v_stride);
   auto scales_of = [&](const char* block, int width) { return (const uint16_t*)(block + int64_t(width) * a.page * each); };
@@ -329,7 +330,7 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
 
   const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16, base = first * a.page - start;  // base: of the first page, <= 0
   const bool matrix = attends_by_matrix_unit(a);
-  if (matrix) matrix_scores(a, query, rows, blocks, base, int(begin - start), int(end - start), scratch);
+  if (matrix) matrix_scores(a, query, rows, blocks, base, int(low - start), int(high - start), scratch);
   for (int64_t i = 0; i < pages && !matrix; i++) {
     const int64_t page = (first + i) * a.page, from = std::max(begin, page), to = std::min(end, page + a.page);
     const int64_t next = i + kFar < pages ? key_bytes : value_bytes;

@@ -1,5 +1,5 @@
-"""Products by the matrix unit of Intel CPUs (AMX): bf16 products have the bits of the unit's documented arithmetic, and
-integer products those of AVX-512."""
+"""Kernels of the matrix unit of Intel CPUs (AMX): bf16 products have the bits of the unit's documented arithmetic,
+integer products those of AVX-512, and attention has the same bits for any number of query rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from intaglio import formats
 from intaglio.batch import Chunk, bind
 from intaglio.devices import ArrayWeights, StateSpec, StepRequest
 from intaglio.devices.host import HostDevice
-from intaglio.ops import Linear, x_format
+from intaglio.devices.reference import ReferenceDevice
+from intaglio.ops import Attend, KvWrite, Linear, x_format
 from intaglio.program import Program
 
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="this CPU, its operating system or this build has no AMX")
@@ -98,3 +99,45 @@ def test_integer_products_have_the_bits_of_avx512(format: str, rng: Rng) -> None
         rows = rng.permutation(most)[:count].tolist()
         amx, avx512 = (run(program, bench, rows, 2, isa) for isa in ("amx", "avx512"))
         np.testing.assert_array_equal(amx, avx512, err_msg=f"{count} rows")
+
+
+@pytest.mark.parametrize("page", [32, 48, 64, 96])
+@pytest.mark.parametrize("trial", range(3))
+def test_attention_by_pages(page: int, trial: int, rng: Rng) -> None:
+    """Pages that are blocks of 32 positions, which the unit reads, and others; one query row, and prompts in chunks; windows.
+
+    Pages that held infinities and NaN before do not change a bit, nor does the number of query rows in a step.
+    """
+    kv_heads, share, width = int(rng.integers(1, 4)), int(rng.integers(1, 12)), int(rng.choice([32, 48, 64, 80, 128]))
+    length, window = int(rng.integers(1, 700)), int(rng.choice([0, 0, 37, 200]))
+    bench = Bench(rng, length + 1, kv_heads * width)
+    v, q = (bench.matrix(n, length + 1, kv_heads * width * times) for n, times in (("v", 1), ("q", share)))
+    for table in ("x.table", "v.table"):
+        bench.arrays[table][length] = rng.choice([np.nan, np.inf])
+    caches = [bench.b.cache(n, kv_heads, width, "bf16") for n in ("k_cache", "v_cache")]
+    bench.b.op(KvWrite, "kv_write", bench.x, v, *caches)
+    bench.b.op(Attend, "y", q, *caches, heads=kv_heads * share, scale=width**-0.5, window=window)
+    program, weights = finish(bench), ArrayWeights(bench.arrays)
+    count = -(-length // page)
+    pages = [int(p) for p in rng.permutation(count + 3)[:count]]
+    state = StateSpec(count + 3, page)
+
+    def rows(device: HostDevice | ReferenceDevice, first: int, *, spoilt: bool = False) -> np.ndarray:
+        """Results from position `first` on, of a step after that of the positions before it."""
+        ex = device.load(program, weights, state)
+        steps = [([length] * (count * page), 0)] if spoilt else []
+        steps += [(range(first), 0)] if first else []
+        for tokens, at in steps:
+            ex.step(StepRequest(bind([Chunk(tokens, at, pages, [0])], page)))
+        return ex.step(StepRequest(bind([Chunk(range(first, length), first, pages, [0])], page), taps=["y"])).taps["y"]
+
+    whole = rows(HostDevice(2, "amx"), 0)
+    # A score's error, as in tests/devices/test_host.py, with sums of two parts of each query, each of 16 to 17 bits.
+    score = (2 * width + 64) * EPS * 6 * np.sqrt(width)
+    bound = (2 * score + (2 * length + 128) * EPS) * 5
+    np.testing.assert_allclose(whole, rows(ReferenceDevice(), 0), rtol=0, atol=bound)
+    for first in {length - 1, max(0, length - 9), int(rng.integers(length))}:
+        got = rows(HostDevice(1, "amx"), first, spoilt=True)
+        np.testing.assert_array_equal(
+            got, whole[first:], err_msg=f"{length} positions, the last {length - first} alone"
+        )
