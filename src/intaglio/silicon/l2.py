@@ -20,7 +20,7 @@ class L2:
     - "l2": in the L2, as far as it holds them, since the op before has just written them.
     - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
     - "gathered": in HBM, and read by index. All loads miss, and bring nothing into the L2.
-Source = Literal["l2", "hbm", "gathered", "selected"]
+    - "selected": as with "gathered", but the L2 has the operands too, since the op before has just written them.
     """
 
     def __init__(self, reads: float, capacity: float, source: Source) -> None:
