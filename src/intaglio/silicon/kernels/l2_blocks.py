@@ -97,15 +97,13 @@ def fetched_bytes(start: int, stop: int, width: int, first: int) -> float:
     The mean is over rows, which begin at different places of a line. Lines that earlier loads of the same rows touch
     are not counted again, see cache.py. width: bytes of a row. first: bytes of a row in the first load.
     """
-    if width - first < LINE:  # without gaps, so the first load touches all lines
-        return 0.0 if start else stop
+    if width - first < LINE:  # the first load touches all lines
+        return 0.0 if start else float(width)
     count = 0
     offsets = range(0, LINE, gcd(width, LINE))
     for at in offsets:
         low, high, end = (start + at) // LINE, -(-(stop + at) // LINE), -(-(width + at) // LINE)
-        if (
-            start
-        ):  # the load before may have touched the first line; the first load of the next row, the row's last line
+        if start:  # the load before has touched the first line, and the next row's first load the last line of this row
             low += (start + at) % LINE > 0
             high -= high == end and (width + at) % LINE > 0
         count += max(0, high - low)

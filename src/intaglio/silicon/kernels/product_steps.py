@@ -19,6 +19,7 @@ from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.l2_blocks import L2Blocks, fetched_bytes
 from intaglio.silicon.kernels.tiling import Job, Tiling
 
+FEW = 4_000  # steps of all jobs, up to which each core is followed by itself
 MANY = 150_000  # steps of all jobs, from which cores with the same number of jobs are followed as one or a few
 RANKS = 3  # of cores that begin with the same weights, so many are followed apart, and the others together
 
@@ -58,8 +59,11 @@ def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
     Cores in the same situation have jobs of the same sizes. In each round, as many earlier cores (at most RANKS) load
     the same weights as they do. Their numbers are all even or all odd, since every second core loads x before w. In a
     product of more than MANY steps it is enough that they have the same number of jobs, and the same number of earlier
-    cores in the first round.
+    cores in the first round. In one of at most FEW steps each core is by itself, which is exact.
     """
+    steps = sum(len(job.steps) for job in jobs)
+    if steps <= FEW:
+        return [[core] for core in range(min(cores, len(jobs)))]
     signs: list[list[Any]] = [[] for _ in range(min(cores, len(jobs)))]
     seen = set[tuple[int, int]]()
     for first in range(0, len(jobs), cores):
@@ -71,7 +75,7 @@ def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
             signs[core].append((size, min(RANKS, ranks[w]), w in seen))
             ranks[w] += 1
         seen |= set(ranks)
-    if sum(len(job.steps) for job in jobs) > MANY:
+    if steps > MANY:
         signs = [[len(sign), *sign[0][1:]] for sign in signs]
     found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for core, sign in enumerate(signs):
