@@ -86,8 +86,9 @@ class TileLoop:
         The L2 decides which accesses miss, instead of load_missed and store_missed. The seconds are from the first load
         to the last store, without launch overhead. source: where the operands are before the loop; see L2.
 
-        A loop that outgrows the L2 is followed for some numbers of jobs. Between two of these its time is scaled by the
-        time of a loop without evictions. So more jobs never take less time.
+        A loop that outgrows the L2 is followed for certain numbers of jobs, see followed_jobs(). For a number between
+        two of these the result is interpolated, the seconds in proportion to those of a loop without evictions, so more
+        jobs never take less time.
         """
         capacity, cores = target.chip.l2_bytes * target.library.l2_usable, target.chip.cores
         read = self.load * (source != "l2")  # bytes of a job that HBM reads in any case
@@ -142,9 +143,9 @@ def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
 
 @lru_cache(maxsize=16384)
 def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) -> tuple[float, float]:
-    """(seconds, bytes that HBM moves) of a loop whose operands and results outgrow the L2, found by following one core.
+    """(seconds, bytes that HBM moves) of a loop that outgrows the L2, found by following one core.
 
-    jobs: number of jobs. loop.jobs is not used. k: the L2 has a k-th of its size.
+    jobs: number of jobs; loop.jobs is not used. k: the L2 has 1 / k of the chip's size.
     """
     capacity = target.chip.l2_bytes * target.library.l2_usable / k
     core = _Core(loop, target, *divmod(jobs, target.chip.cores), L2(jobs * loop.load, capacity, source))
@@ -284,8 +285,8 @@ class _Flow:
         size: bytes that one core moves.
         users: number of cores that make the transfer, this core included.
         missed: bytes that HBM moves for each byte of `size`.
-        part: fraction of the bytes that miss the L2, of a load.
-        late: True if a line of the tile is missed, though others may hit.
+        part: for a load, the fraction of its bytes that miss the L2.
+        late: True if a line of the tile misses the L2, though others may be there.
     """
 
     size: float
