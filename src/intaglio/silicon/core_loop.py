@@ -164,6 +164,7 @@ class Step:
         lanes_s: seconds that the vector lanes compute after it.
         stores: (bytes, place) of each store, once the lanes have computed.
         fill_s: seconds in which the engine of loads sets tiles to a constant before the loads.
+        in_place: True if stores read tiles that were loaded, so that these are free only when the stores have ended.
     """
 
     loads: tuple[tuple[float, Hashable | None], ...] = ()
@@ -171,6 +172,7 @@ class Step:
     lanes_s: float = 0.0
     stores: tuple[tuple[float, Hashable | None], ...] = ()
     fill_s: float = 0.0
+    in_place: bool = False
 
 
 @dataclass
@@ -179,15 +181,16 @@ class _Steps:
 
     Attributes:
         steps: the steps in order.
-        depth: tiles in each ring: loads of a step wait until the step `depth` before it has been computed, and its
+        depth: tiles in each ring: loads of a step wait until those of the step `depth` before it are free, and its
             lanes until that step's results have been stored.
-        loaded, multiplied, computed, stored: of each step, when that was done.
+        loaded, freed, computed, stored: of each step, when its tiles had come and were free again, and when it was
+            computed and stored.
     """
 
     steps: Sequence[Step]
     depth: int
     loaded: list[float] = field(default_factory=list)
-    multiplied: list[float] = field(default_factory=list)
+    freed: list[float] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
     stored: list[float] = field(default_factory=list)
 
@@ -195,9 +198,10 @@ class _Steps:
         """The program of loads."""
         now = visible = 0.0
         for i, step in enumerate(self.steps):
-            while len(self.computed) <= i - self.depth:
+            freed = self.stored if step.in_place else self.freed
+            while len(freed) <= i - self.depth:
                 yield None
-            now = max(now, self.computed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
+            now = max(now, freed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
             visible = max(visible, now)
             for size, place in step.loads:
                 x = Transfer(now, size, place)
@@ -206,13 +210,14 @@ class _Steps:
             self.loaded.append(visible)
 
     def compute(self) -> Program:
-        """The program of computation. The array's accumulators are free again when the lanes have read them."""
+        """The program of computation. There are two accumulators: one is multiplied into while the lanes read one."""
         array = lanes = 0.0
         for i, step in enumerate(self.steps):
             while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
                 yield None
-            array = max(array, self.loaded[i], lanes if step.array_s else 0.0) + step.array_s
+            array = max(array, self.loaded[i], self.computed[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
             lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0) + step.lanes_s
+            self.freed.append(array if step.array_s else lanes)
             self.computed.append(lanes)
 
     def stores(self) -> Program:
