@@ -39,7 +39,6 @@ class TileLoop:
         store_s: minimum seconds of a job's store; 0: no minimum.
         one_ring: True if the pieces use one ring of `depth` tiles, in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
-        ready_s: seconds from the loop's start before which no tile can be used.
     """
 
     jobs: int
@@ -56,7 +55,6 @@ class TileLoop:
     store_s: float = 0.0
     one_ring: bool = False
     wait_s: float = 0.0
-    ready_s: float = 0.0
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
@@ -265,7 +263,7 @@ class _Core:
             now = then
             if load_ends <= now and load is not None:
                 arrives = now + max(loop.wait_s, latency_s * min(1.0, load.missed))
-                visible.append(max(arrives, visible[-1] if visible else loop.ready_s))  # in order
+                visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
                 load, changed = None, True
             if read_ends <= now:
                 read, read_ends = read + 1, inf
