@@ -31,11 +31,7 @@ BY_ROWS = (
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str, rng: np.random.Generator) -> None:
-    """On any chip, within 5 % if the operands fit the L2.
-
-    Otherwise the model lets all cores wait for the same accesses; cores whose loads hit may run ahead of the others.
-    This holds even where the closed form moves no bytes of HBM: 33.7 MB in 32 MB of an A100 took 1.16 times as long.
-    """
+    """On any chip, within 5 % if operands and results fit the L2. Others were up to 7 % off, of 100 near its size."""
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
@@ -43,7 +39,7 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
         usable = on.chip.l2_bytes * on.library.l2_usable
         evicts = usable and (fits.hbm_bytes or fits.l2_bytes > 0.95 * usable)
-        assert (0.1 < a.ratio < 3) if evicts else abs(a.ratio - 1) < 0.05, (on.chip.name, a.ratio, a.case.words)
+        assert abs(a.ratio - 1) < (0.15 if evicts else 0.05), (on.chip.name, a.ratio, a.case.words)
 
 
 FOLLOWED = (
@@ -118,9 +114,8 @@ def test_closed_form_and_machine_agree_on_random_products(chip: str, kind: str, 
     """See docs/accuracy.md for more calls, on every chip. A few calls of any seed are within these bounds."""
     on = target(chip)
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(9)]
-    most, median = (2, 0.1) if kind == "experts" else (1.1, 0.02)
-    assert all(1 / most < a.ratio < most for a in found), [(a.ratio, a.case.words) for a in found]
-    assert np.median([abs(a.ratio - 1) for a in found]) < median, [(a.ratio, a.case.words) for a in found]
+    assert all(1 / 1.1 < a.ratio < 1.1 for a in found), [(a.ratio, a.case.words) for a in found]
+    assert np.median([abs(a.ratio - 1) for a in found]) < 0.02, [(a.ratio, a.case.words) for a in found]
 
 
 @pytest.mark.parametrize("chip", ["sohu", "tpu_v5e", "a100_sxm", "h100_sxm", "l40s"])
@@ -226,25 +221,32 @@ def test_a_product_whose_k_is_split_has_the_values_of_its_reference(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_cache_holds_the_latest_lines(data: st.DataObject) -> None:
-    """Against a list of lines in order of their latest use, with accesses of whole lines."""
+def test_a_cache_evicts_only_to_make_room(data: st.DataObject) -> None:
+    """Lines that it loses are written back if dirty; it is full from then on. With accesses of whole lines."""
     size = data.draw(st.integers(1, 12))
-    cache, held, dirty = Cache(size * LINE), list[int](), set[int]()
+    cache, held, dirty = Cache(size * LINE), set[int](), set[int]()
     for _ in range(data.draw(st.integers(1, 30))):
-        first, count, writes = data.draw(st.tuples(st.integers(0, 30), st.integers(1, size), st.booleans()))
-        touched = list(range(first, first + count))
-        moved = 0 if writes else sum(line not in held for line in touched)
-        held = [line for line in held if line not in touched] + touched
-        dirty |= set(touched) if writes else set()
-        ends = cache.access(dense("hbm", first * LINE, 1, count * LINE, "int8"), writes)
-        gone = held[: max(0, len(held) - size)]
-        whole = [line for line in gone if line in dirty]
-        # Lines of one access are evicted together, so more than necessary may go.
-        assert ends >= (moved + len(whole)) * LINE
-        together = cache.held
-        assert together <= size
-        held = held[len(held) - together :]
-        dirty &= set(held)
+        first, count, writes = data.draw(st.tuples(st.integers(0, 30), st.integers(1, 20), st.booleans()))
+        touched = set(range(first, first + count))
+        moved = cache.access(dense("hbm", first * LINE, 1, count * LINE, "int8"), writes)
+        now = set(cache.slots[cache.slots >= 0].tolist())
+        assert now <= held | touched and len(now) == cache.held == min(size, len(held | touched))
+        dirty |= touched if writes else set()
+        gone = (held | touched) - now
+        assert moved == (len(touched - held) * (not writes) + len(gone & dirty)) * LINE
+        held, dirty = now, dirty - gone
+
+
+def test_misses_grow_gradually_where_an_array_outgrows_the_cache(rng: np.random.Generator) -> None:
+    """Of a second scan. A cache that evicts the least recently used lines would miss all of them."""
+    lines, row, parts = int(rng.integers(4000, 8000)), 16, []
+    for times in (1.0, 1.05, 1.2, 1.5, 2, 4):
+        cache, rows = Cache(lines * LINE), int(lines * times) // row
+        matrix = dense("hbm", 0, rows, row * LINE, "int8")
+        scans = [[cache.access(matrix.part(slice(r, r + 1)), False) for r in range(rows)] for _ in range(2)]
+        assert sum(scans[0]) == matrix.nbytes
+        parts.append(sum(scans[1]) / matrix.nbytes)
+    assert parts[0] == 0 and parts[-1] > 0.9 and all(0 < b - a < 0.5 for a, b in pairwise(parts)), parts
 
 
 def test_columns_of_half_a_line_fetch_whole_lines_once() -> None:

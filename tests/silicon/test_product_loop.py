@@ -43,7 +43,7 @@ def test_blocks_of_the_l2_are_evicted_in_the_order_of_their_latest_use() -> None
 
 
 @settings(max_examples=30, deadline=None)
-@given(cores=st.integers(1, 40), rows=st.integers(1, 9), columns=st.integers(1, 9), steps=st.integers(1, 9))
+@given(cores=st.integers(1, 40), rows=st.integers(1, 9), columns=st.integers(1, 9), steps=st.integers(1, 200))
 def test_each_core_is_in_one_situation(cores: int, rows: int, columns: int, steps: int) -> None:
     parts = [slice(i, i + 1) for i in range(steps)]
     jobs = [Job(slice(r, r + 1), slice(c, c + 1), parts) for r in range(rows) for c in range(columns)]

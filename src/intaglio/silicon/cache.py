@@ -1,30 +1,41 @@
-"""Cache: the L2 of a simulated chip, which lines of HBM it holds. Write-back; evicts the least recently used lines."""
+"""Cache: the L2 of a simulated chip, which lines of HBM it holds. Write-back; evicts lines at random."""
 
 from __future__ import annotations
 
-from collections import deque
+from math import gcd
 
 import numpy as np
 
 from intaglio.silicon.memory import Region
 
 LINE = 128  # bytes
+WAYS = 16  # slots of a set
 
 
 class Cache:
-    """A write-back cache of `size` bytes, such as the L2 of a chip. Its content persists between launches."""
+    """A write-back cache of `size` bytes, such as the L2 of a chip. Its content persists between launches.
+
+    A line that is fetched or written takes a free slot. If there is none, it takes the slot of another line, chosen by
+    pseudo-random numbers with a fixed seed, so a run can be repeated exactly. Vendors do not publish how their L2
+    chooses, but measured miss rates rise gradually as an array outgrows it. If the least recently used line were
+    evicted, a loop over operands of 1.01 times the cache's size would miss all of them.
+    """
 
     def __init__(self, size: float) -> None:
-        self.lines = int(size // LINE)
-        self.held = 0  # lines
-        self.fetched = 0.0  # bytes that the latest access read from HBM
-        self.now = 0  # number of the latest access
-        self.last_use = np.zeros(0, np.int64)  # of each line, the number of its latest access; 0: not in the cache
+        self.ways = min(WAYS, int(size // LINE))
+        self.sets = int(size // LINE) // max(1, self.ways)
+        self.lines = self.sets * self.ways
+        self.slots = np.full(self.lines, -1)  # the line that each slot holds; -1: none
+        self.held = 0  # slots in use, which are the first
+        self.slot = np.zeros(0, np.int64)  # of each line, the slot that it took last
         self.dirty = np.zeros(0, bool)
         self.arrival = np.zeros(0)  # of each line, the seconds of the run at which it comes from HBM
+        self.fetched = 0.0  # bytes that the latest access read from HBM
         self.ready = 0.0  # seconds of the run at which all lines of the latest access have come from HBM
-        self.uses: deque[np.ndarray] = deque()  # the lines of each access, oldest first
-        self.oldest = 1  # number of the access at the left of `uses`
+        self.random = np.random.default_rng(0)
+        self.evictions = 0
+        # The set of an eviction is so far from that of the eviction before: a number without a common divisor with sets
+        self.step = next((n for n in range(int(self.sets * 0.618) + 1, 2 * self.sets) if gcd(n, self.sets) == 1), 1)
 
     def begin(self) -> None:
         """Prepare for a new run of the simulator, whose clock starts at 0: mark all lines in the cache as arrived at 0.
@@ -54,42 +65,44 @@ class Cache:
             self.fetched = 0.0 if writes else float(region.nbytes)
             return float(region.nbytes)
         lines = lines_of(region)
-        if lines[-1] >= len(self.last_use):
+        if lines[-1] >= len(self.slot):
             more = int(lines[-1]) + 1
-            self.last_use = np.concatenate([self.last_use, np.zeros(more, np.int64)])
+            self.slot = np.concatenate([self.slot, np.zeros(more, np.int64)])
             self.dirty = np.concatenate([self.dirty, np.zeros(more, bool)])
             self.arrival = np.concatenate([self.arrival, np.zeros(more)])
-        self.now += 1
-        absent = self.last_use[lines] == 0
-        missed = int(absent.sum())
+        absent = lines[self.slots[self.slot[lines]] != lines]
+        missed = len(absent)
         if not writes:
-            self.arrival[lines[absent]] = arrival
+            self.arrival[absent] = arrival
             self.ready = float(self.arrival[lines].max())
-        self.last_use[lines] = self.now
-        self.uses.append(lines)
-        self.held += missed
         self.dirty[lines] |= writes
         gaps = region.rows > 1 and region.stride > region.row_bytes
         most = missed * LINE if gaps else min(missed * LINE, region.nbytes)
         self.fetched = 0.0 if writes else float(most)
-        return self.fetched + self._evict() * LINE
+        written = sum(self._insert(absent[i : i + self.sets]) for i in range(0, missed, self.sets))
+        return self.fetched + written * LINE
 
-    def _evict(self) -> int:
-        """Evict least recently used lines until the cache fits its size. Returns the number of evicted dirty lines.
+    def _insert(self, lines: np.ndarray) -> int:
+        """Put lines that are not in the cache, at most self.lines, into slots. Returns how many dirty ones it evicts.
 
         A dirty line has been written and not yet copied to HBM, so its eviction costs a write-back.
-
-        Lines of the latest access stay, even if they alone exceed the size.
         """
-        written = 0
-        while self.held > self.lines and len(self.uses) > 1:
-            lines = self.uses.popleft()
-            gone = lines[self.last_use[lines] == self.oldest]
-            self.oldest += 1
-            written += int(self.dirty[gone].sum())
-            self.last_use[gone], self.dirty[gone] = 0, False
-            self.held -= len(gone)
+        free = min(len(lines), self.lines - self.held)
+        self._place(lines[:free], np.arange(self.held, self.held + free))
+        self.held += free
+        if free == len(lines):
+            return 0
+        numbers = self.evictions + np.arange(len(lines) - free)
+        slots = numbers * self.step % self.sets * self.ways + self.random.integers(self.ways, size=len(numbers))
+        self.evictions += len(numbers)
+        gone = self.slots[slots]
+        written = int(self.dirty[gone].sum())
+        self.dirty[gone] = False
+        self._place(lines[free:], slots)
         return written
+
+    def _place(self, lines: np.ndarray, slots: np.ndarray) -> None:
+        self.slots[slots], self.slot[lines] = lines, slots
 
 
 def lines_of(region: Region) -> np.ndarray:

@@ -1,19 +1,20 @@
 """Time of a loop of all cores, each with programs of loads, computation and stores, which share the memories.
 
-Finer than tile_loop.py: every core is followed, and the L2 holds the tiles that were used last. Transfers in flight
-share the rates of the L2 and of HBM equally, as in the simulator. For kernels whose cores have unlike jobs.
+Finer than tile_loop.py: every core is followed, and every tile in the L2. Transfers in flight share the rates of the L2
+and of HBM equally, as in the simulator. For kernels whose cores have unlike jobs.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import exp
 
 import numpy as np
 
 from intaglio.chips import ChipSpec, Target
+from intaglio.silicon.cache import LINE
 
 
 @dataclass
@@ -48,11 +49,12 @@ Program = Iterator[Transfer | None]  # transfers in order; None: it waits for an
 
 
 class TilesInL2:
-    """The tiles that the L2 holds, in the order of their latest use. A stored tile goes to HBM when it is evicted."""
+    """Content of an L2 that evicts lines at random (cache.py), as expected values: the tiles that cores access."""
 
     def __init__(self, capacity: float, latency_s: float) -> None:
-        self.capacity, self.latency_s, self.held = capacity, latency_s, 0.0
-        self.tiles: OrderedDict[Hashable, tuple[float, bool, float]] = OrderedDict()  # (bytes, stored, when there)
+        self.capacity, self.latency_s = capacity, latency_s
+        self.held = self.evicted = self.stored = 0.0  # bytes in it; evicted so far; in it and not in HBM
+        self.tiles: dict[Hashable, tuple[float, float, float]] = {}  # (bytes, evicted before, when there)
 
     @classmethod
     def of(cls, target: Target) -> TilesInL2:
@@ -62,9 +64,8 @@ class TilesInL2:
     def hold(self, place: Hashable, size: float) -> None:
         """Put a tile of `size` bytes, which the op before has used, into the L2. Others may be evicted."""
         if self.capacity:
-            self.held += size - self.tiles.pop(place, (0.0, False, 0.0))[0]
-            self.tiles[place] = size, False, 0.0
-            self.evict()
+            self.insert(max(0.0, size - self.left(place)))
+            self.tiles[place] = size, self.evicted, 0.0
 
     def access(self, x: Transfer, now: float) -> float:
         """Record that the transfer `x` starts at time `now`. Returns the bytes that HBM moves because of it.
@@ -74,27 +75,27 @@ class TilesInL2:
         if x.place is None or not self.capacity:
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
-        size, stored, ready = self.tiles.pop(x.place, (0.0, False, 0.0))
+        size, ready = self.left(x.place), self.tiles.get(x.place, (0.0, 0.0, 0.0))[2]
         missed = max(0.0, x.bytes - size)
+        missed = missed if missed > LINE / 2 else 0.0  # less than a line: probably none
         if missed and not x.writes:
             x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
-        self.tiles[x.place] = max(size, x.bytes), stored or x.writes, ready
         x.ready = 0.0 if x.writes else ready
-        self.held += missed
-        return self.evict() + (0.0 if x.writes else missed)
+        written = self.insert(missed)
+        self.stored = min(self.held, self.stored + x.bytes * x.writes)
+        self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
+        return written + (0.0 if x.writes else missed)
 
-    def evict(self) -> float:
-        """Evict the least recently used bytes until the others fit. Returns how many of them are written to HBM."""
-        written = 0.0
-        while self.held > self.capacity and len(self.tiles) > 1:
-            place, (size, stored, ready) = next(iter(self.tiles.items()))
-            gone = min(size, self.held - self.capacity)
-            self.held -= gone
-            written += gone * stored
-            if gone < size:
-                self.tiles[place] = size - gone, stored, ready  # keeps its turn
-            else:
-                del self.tiles[place]
+    def left(self, place: Hashable) -> float:
+        """Bytes of a tile that the L2 still holds."""
+        size, before, _ = self.tiles.get(place, (0.0, 0.0, 0.0))
+        return size * exp((before - self.evicted) / self.capacity)
+
+    def insert(self, size: float) -> float:
+        """Bring bytes into the L2, and evict what does not fit. Returns how many bytes are written to HBM for it."""
+        out = max(0.0, self.held + size - self.capacity)
+        written = out * self.stored / self.capacity
+        self.held, self.evicted, self.stored = self.held + size - out, self.evicted + out, self.stored - written
         return written
 
 

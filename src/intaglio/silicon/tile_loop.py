@@ -7,14 +7,22 @@ repeats itself, so the rest of a long loop is extrapolated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
-from typing import Literal
 
 from intaglio.chips import Target
+from intaglio.silicon.cache import LINE
+from intaglio.silicon.l2 import L2, Source
 
 FOLLOWED = 4  # depths of the ring after which a loop repeats itself; of a longer one, these and the last are followed
+# Of loops that outgrow the L2:
+SETTLED = 6  # times the rounds that the L2 holds; from there on nearly all loads miss, and a round takes equally long
+GRID = 6  # loops are followed for numbers of rounds that grow by a part 1 / GRID
+PARTLY = 24  # rounds; of a shorter loop, parts of the last round are followed too
+MOST_ROUNDS = 600  # that the L2 holds; of a longer loop, a part is followed
+AHEAD = 0.5  # part of HBM's latency in which other cores have its bandwidth, see _Core.rates(); as in the simulator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +47,7 @@ class TileLoop:
         store_s: minimum seconds of a job's store; 0: no minimum.
         one_ring: True if the pieces use one ring of `depth` tiles, in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
+        loads: number of load instructions of a piece.
     """
 
     jobs: int
@@ -55,6 +64,7 @@ class TileLoop:
     store_s: float = 0.0
     one_ring: bool = False
     wait_s: float = 0.0
+    loads: int = 1
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
@@ -68,16 +78,56 @@ class TileLoop:
             seconds += skipped * (followed(one, target, 2 * period, 0) - followed(one, target, period, 0))
         return seconds
 
-    def through_l2(self, target: Target, l2: L2) -> tuple[float, float]:
-        """Simulate the loop together with the L2. Returns (seconds, bytes that HBM moves); (0.0, 0.0) without jobs.
+    def through_l2(self, target: Target, source: Source) -> tuple[float, float]:
+        """Seconds of the loop on a chip with an L2, and the bytes that HBM moves, as a tuple (seconds, bytes).
 
-        `l2` decides which accesses miss the L2, instead of load_missed and store_missed. The call changes `l2` to its
-        state at the end of the loop. The seconds are from the first load to the last store, without launch overhead.
+        The L2 decides which accesses miss, instead of load_missed and store_missed. The seconds are from the first load
+        to the last store, without launch overhead. source: where the operands are before the loop; see L2.
+
+        A loop that outgrows the L2 is followed for certain numbers of jobs, see followed_jobs(). For a number between
+        two of these the result is interpolated, the seconds in proportion to those of a loop without evictions, so more
+        jobs never take less time.
         """
-        if self.jobs <= 0:
-            return 0.0, 0.0
-        core = _Core(self, target, *divmod(self.jobs, target.chip.cores), l2)
-        return core.run(), core.hbm_bytes
+        capacity, cores = target.chip.l2_bytes * target.library.l2_usable, target.chip.cores
+        read = self.load * (source != "l2")  # bytes of a job that HBM reads in any case
+        kept = int(capacity / (self.store + self.load * (source != "gathered")))  # jobs without evictions
+
+        def usual(jobs: int) -> float:
+            """Seconds of a loop of so many jobs if nothing were evicted."""
+            return replace(self, jobs=jobs, load_missed=float(source != "l2")).seconds(target)
+
+        if self.jobs <= kept:
+            return usual(self.jobs), self.jobs * read
+        one, points = replace(self, jobs=0), [(kept, usual(kept), kept * read)]  # (jobs, seconds, bytes)
+        k = max(1, kept // cores // MOST_ROUNDS)  # a long loop is followed with an L2 and jobs of a k-th
+        for jobs in followed_jobs(kept, cores):
+            seconds, moved = evicting(one, target, source, jobs // k, k)
+            seconds = usual(jobs) + k * (seconds - usual(jobs // k)) if k > 1 else seconds
+            points.append((jobs, max(seconds, points[-1][1]), k * moved))
+            if jobs >= self.jobs:
+                break
+        (low, low_s, low_bytes), (high, high_s, high_bytes) = points[-2:]
+        now, before, after = (usual(jobs) for jobs in (self.jobs, low, high))
+        share = (self.jobs - low) / (high - low)
+        part = (now - before) / (after - before) if after > before else share
+        return low_s + part * (high_s - low_s), low_bytes + share * (high_bytes - low_bytes)
+
+
+def followed_jobs(kept: int, cores: int) -> Iterator[int]:
+    """Numbers of jobs, ascending, for which a loop that outgrows the L2 is followed.
+
+    kept: largest number of jobs with which it does not outgrow the L2.
+    """
+    rounds, latest = kept // cores, kept
+    last = SETTLED * max(1, rounds)
+    while rounds <= last:
+        parts = (1, cores // 4, cores // 2, 3 * cores // 4) if rounds < PARTLY else ()
+        after = rounds + max(1, rounds // GRID)
+        for jobs in (*(rounds * cores + part for part in parts), after * cores):
+            if jobs > latest:
+                yield jobs
+                latest = jobs
+        rounds = after
 
 
 @lru_cache(maxsize=16384)
@@ -89,67 +139,15 @@ def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
     return _Core(loop, target, full, rest).run()
 
 
-class L2:
-    """Content of the L2 during a loop, in bytes. The least recently used bytes are evicted first.
+@lru_cache(maxsize=16384)
+def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) -> tuple[float, float]:
+    """(seconds, bytes that HBM moves) of a loop that outgrows the L2, found by following one core.
 
-    All cores access a tile each at the same time, so an access is counted for all of them together.
-
-    reads: bytes of all operands. writes: bytes of all results. capacity: bytes of the L2, above 0. source: where the
-    operands are before the loop:
-
-    - "l2": in the L2, since the op before has just written them. Loads hit until the L2 is full. From then on a stored
-      result evicts the least recently used bytes. These are the operand bytes that are loaded next, so all later loads
-      miss.
-    - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
-    - "gathered": in HBM, and read by index. All loads count as misses, and bring nothing into the L2.
+    jobs: number of jobs; loop.jobs is not used. k: the L2 has 1 / k of the chip's size.
     """
-
-    def __init__(
-        self, reads: float, writes: float, capacity: float, source: Literal["l2", "hbm", "gathered"] = "l2"
-    ) -> None:
-        self.capacity, self.gathered = capacity, source == "gathered"
-        self.unread = min(reads, capacity) if source == "l2" else 0.0  # bytes of operands that no load has read yet
-        self.misses = source != "l2" or reads > capacity  # True if loads miss
-        self.held = self.unread
-        self.written_part = writes / (writes + reads * (not self.gathered))  # of the bytes that the loop accesses
-        self.ahead = 0.0  # bytes of the loop that are evicted before any that a store has written
-        self.stores = False  # True if a store has begun
-
-    def load(self, size: float, stored: float) -> tuple[float, float, float]:
-        """Record that all cores together load `size` bytes.
-
-        Returns (fraction of the bytes that miss, bytes that HBM reads, bytes that HBM writes for evictions). stored:
-        bytes that all cores together store at the same time, which may evict some of the bytes to load.
-        """
-        if self.gathered:
-            return 1.0, size, 0.0
-        missed = 1.0
-        if not self.misses:
-            missed = min(1.0, max(0.0, self.held + stored - self.capacity) / stored) if stored else 0.0
-            self.unread -= min(self.unread, (1 - missed) * size)
-        self.ahead += size * (not self.stores)
-        self.held += missed * size
-        return missed, missed * size, self.evict()
-
-    def store(self, size: float) -> float:
-        """Record that all cores together store `size` bytes. Returns the bytes that HBM writes for evictions."""
-        self.held, self.stores = self.held + size, True
-        return self.evict()
-
-    def evict(self) -> float:
-        """Evict bytes until the others fit the L2. Returns how many of the evicted bytes HBM must write.
-
-        HBM writes evicted bytes that a store of this loop wrote. Evicted operands need no write.
-        """
-        over = max(0.0, self.held - self.capacity)
-        self.held -= over
-        if over and self.unread:
-            self.misses = True
-            taken = min(self.unread, over)
-            self.unread, over = self.unread - taken, over - taken
-        clean = min(self.ahead, over)
-        self.ahead -= clean
-        return (over - clean) * self.written_part
+    capacity = target.chip.l2_bytes * target.library.l2_usable / k
+    core = _Core(loop, target, *divmod(jobs, target.chip.cores), L2(jobs * loop.load, capacity, source))
+    return core.run(), core.hbm_bytes
 
 
 class _Core:
@@ -166,6 +164,9 @@ class _Core:
         self.loop, self.target, self.full, self.rest, self.l2 = loop, target, full, rest, l2
         self.count = (full + (rest > 0)) * len(loop.pieces)
         self.hbm_bytes = 0.0  # of all cores, counted if there is an L2
+        # Tiles with a missed line, as a sum of probabilities, less those that were late. The slowest core counts: one
+        # core in chip.cores has a first missed line sooner than others
+        self.late_tiles = 1 - 1 / target.chip.cores
 
     def active(self, job: int) -> int:
         """Number of cores that have at least `job` + 1 jobs, and so run a job number `job`."""
@@ -175,35 +176,28 @@ class _Core:
         """Size of the piece with the number `job`, as a fraction of a whole job of the loop."""
         return self.loop.pieces[job % len(self.loop.pieces)]
 
-    def begin_load(self, job: int, storing: int | None) -> _Flow:
-        """The _Flow (a transfer of this core) that loads the tile of job number `job`. Records the load in self.l2.
-
-        storing: number of the job whose store begins at the same time; None: no store does.
-        """
+    def begin_load(self, job: int) -> _Flow:
+        """The _Flow (a transfer of this core) that loads the tile of job number `job`. Records the load in self.l2."""
         loop, users = self.loop, self.active(job)
         own = loop.load * self.piece(job)
         size = own + (0 if job else loop.once)
         if self.l2 is None:
-            return _Flow(size, users, users * (loop.load_missed > 0), loop.load_missed)
-        stored = self.active(storing) * loop.store * self.piece(storing) if storing is not None else 0.0
-        missed, read, written = self.l2.load(users * own, stored)  # what cores load once is always there
-        self.hbm_bytes += read + written
-        if not missed:
-            return _Flow(size, users)
-        return _Flow(size, users, missed * users, (read + written) / (missed * users * size))
+            return _Flow(size, users, loop.load_missed, loop.load_missed)
+        missed, moved = self.l2.load(users * own)  # what cores load once is always there
+        self.hbm_bytes += moved
+        self.late_tiles += 1 - (1 - missed) ** (own / loop.loads / LINE)
+        late = self.late_tiles >= 1
+        self.late_tiles -= late
+        return _Flow(size, users, moved / (users * size), missed, late)
 
     def begin_store(self, job: int) -> _Flow:
-        """The _Flow (a transfer of this core) that stores the result of job number `job`.
-
-        The store is also recorded in self.l2, the account of what the L2 holds, if there is one.
-        """
-        loop, users = self.loop, self.active(job)
-        size = loop.store * self.piece(job)
+        """The _Flow that stores the result of job number `job`. Records the store in self.l2, if there is one."""
+        users, size = self.active(job), self.loop.store * self.piece(job)
         if self.l2 is None:
-            return _Flow(size, users, users * (loop.store_missed > 0), loop.store_missed)
+            return _Flow(size, users, self.loop.store_missed)
         written = self.l2.store(users * size)
         self.hbm_bytes += written
-        return _Flow(size, users, users * (written > 0), written / (users * size))
+        return _Flow(size, users, written / (users * size))
 
     def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
         """The bandwidth of this core's current transfers: (bytes/s of its load, bytes/s of its store).
@@ -213,13 +207,20 @@ class _Core:
         """
         chip, loop = self.target.chip, self.loop
         flows = [flow for flow in (load, store) if flow is not None]
-        users, missing = sum(flow.users for flow in flows), sum(flow.missing for flow in flows)
+        users, missing = sum(flow.users for flow in flows), sum(flow.users for flow in flows if flow.missed)
         rate = min(chip.port_rate, chip.l2_rate / users) if users else 0.0
         share = chip.hbm_rate / missing if missing else inf
-        load_rate, store_rate = (
-            0.0 if flow is None else min(rate, share / flow.missed) if flow.missed else rate for flow in (load, store)
-        )
-        return load_rate, min(store_rate, loop.store / loop.store_s) if loop.store_s else store_rate
+
+        def of(flow: _Flow | None) -> float:
+            if flow is None:
+                return 0.0
+            hbm_s = flow.size * flow.missed / share
+            # Misses are random, so cores with a single tile have HBM's bandwidth while others wait for its latency
+            if self.l2 is not None and self.l2.source == "l2" and loop.depth == 1:
+                hbm_s -= AHEAD * chip.constants.hbm_latency_s * flow.part
+            return min(rate, flow.size / hbm_s) if hbm_s > 0 else rate
+
+        return of(load), min(of(store), loop.store / loop.store_s) if loop.store_s else of(store)
 
     def run(self) -> float:
         """Seconds until the core's last store has ended."""
@@ -231,26 +232,24 @@ class _Core:
         load_left = store_left = 0.0  # bytes of the transfers that run; 0 if none does
         load: _Flow | None = None
         store: _Flow | None = None
-        load_rate = store_rate = 0.0
+        load_rate = store_rate = began = 0.0
         work_ends = read_ends = inf
         read = worked = stored = 0
         changed = True  # True if a transfer has begun or ended
         while stored < count:
-            begins = store is None and next_store < worked  # a store
-            changed |= begins
+            if store is None and next_store < worked:
+                store = self.begin_store(next_store)
+                store_left, next_store, changed = store.size, next_store + 1, True
             if load is None and next_load < count:
                 free = stored if loop.in_place else read
                 if next_load < depth or free > next_load - depth:
-                    load = self.begin_load(next_load, next_store if begins else None)
-                    load_left, next_load, changed = load.size, next_load + 1, True
+                    load = self.begin_load(next_load)
+                    load_left, next_load, changed, began = load.size, next_load + 1, True, now
             ready = next_work < len(visible) and visible[next_work] <= now
             room = loop.in_place or next_work < depth or stored > next_work - depth
             if work_ends == inf and ready and room:
                 work_ends, read_ends = now + loop.work_s, now + (loop.read_s or loop.work_s)
                 next_work += 1
-            if begins:
-                store = self.begin_store(next_store)
-                store_left, next_store = store.size, next_store + 1
             if changed:
                 load_rate, store_rate = self.rates(load, store)
                 changed = False
@@ -262,7 +261,9 @@ class _Core:
             store_left -= (then - now) * store_rate
             now = then
             if load_ends <= now and load is not None:
-                arrives = now + max(loop.wait_s, latency_s * min(1.0, load.missed))
+                arrives = now + max(loop.wait_s, latency_s * min(1.0, load.part))
+                # A missed line comes HBM's latency after the start of the last of the tile's loads
+                arrives = max(arrives, now - (now - began) / loop.loads + latency_s) if load.late else arrives
                 visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
                 load, changed = None, True
             if read_ends <= now:
@@ -281,12 +282,13 @@ class _Flow:
     Attributes:
         size: bytes that one core moves.
         users: number of cores that make the transfer, this core included.
-        missing: number of these cores whose transfers miss the L2, so that HBM moves bytes for them; may be a fraction.
-            If it is above 0, this core is one of them.
-        missed: for each of the `missing` cores, bytes that HBM moves for each byte of `size`.
+        missed: bytes that HBM moves for each byte of `size`.
+        part: for a load, the fraction of its bytes that miss the L2.
+        late: True if a line of the tile misses the L2, though others may be there.
     """
 
     size: float
     users: int
-    missing: float = 0.0
-    missed: float = 0.0
+    missed: float
+    part: float = 0.0
+    late: bool = False

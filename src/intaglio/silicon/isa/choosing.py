@@ -57,11 +57,11 @@ class Choose(Instruction, engine="VEC", opcode=0x4F):
 
 @dataclass(frozen=True, kw_only=True)
 class Locate(Instruction, engine="VEC", opcode=0x41):
-    """Find the rows of a K/V cache that hold positions of a sequence: dst i32 [1, n] from positions i32 [1, n].
+    """Find the rows of a K/V cache that hold given positions of a sequence: dst and positions i32 [1, n].
 
-    table i32 [1, blocks] is the sequence's block table; a block has `size` tokens, and a token `heads` rows, one for
-    each head. dst = (table[p // size] * size + p % size) * heads + head; for p below 0, that of position 0. Raises
-    MachineError for a position beyond the table.
+    For a position p: dst = (table[0, p // size] * size + p % size) * heads + head. table i32 [1, blocks] is the
+    sequence's block table. A block holds `size` tokens, and a token has `heads` rows, one for each head. A position
+    below 0 counts as 0. Raises MachineError for a position beyond the table.
     """
 
     dst: Region

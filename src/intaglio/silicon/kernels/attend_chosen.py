@@ -28,14 +28,14 @@ HIDDEN = postfix("(relu(0.0 - a) + relu(a - 1.0)) * -1e30")  # the second number
 
 @dataclass(frozen=True)
 class ChosenJob:
-    """One token and some of its query heads.
+    """One token and some of its query heads, which one core computes.
 
     Attributes:
         sequence: number of the token's sequence.
         row: the token's row, counted from the sequence's first row of the step.
         head: the first query head.
         position: the token's position.
-        listed: the places of the token's list that can hold a position: places before them hold -1.
+        listed: slice of the token's list that can hold positions. The places before it hold -1.
     """
 
     sequence: int
@@ -54,7 +54,10 @@ def chosen_plan(target: Target, h: Heads, chosen: int) -> GatherPlan:
 def chosen_jobs(
     target: Target, h: Heads, plan: GatherPlan, chosen: int, sequences: list[tuple[int, int]]
 ) -> list[list[ChosenJob]]:
-    """The jobs of each core with work. sequences: (tokens, keys up to the last of them) of each sequence."""
+    """Deal the jobs to the cores. Returns for each core with work a list of its ChosenJobs.
+
+    chosen: places of a token's list. sequences: for each sequence (new tokens, keys up to the last of them).
+    """
     jobs = [
         ChosenJob(s, row, head, keys - q + row, slice(max(0, chosen - (keys - q + row + 1)), chosen))
         for s, (q, keys) in enumerate(sequences) for row in range(q) for head in range(0, h.heads, plan.rows)

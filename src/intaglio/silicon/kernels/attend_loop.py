@@ -121,7 +121,7 @@ class _Loop:
         return CoreLoop(self.chip, self.l2, programs).seconds()
 
     def loads(self, c: _Core) -> Program:
-        """Program of a core's loads. Yields each transfer, or None to wait for the core's computation or stores."""
+        """Yield a core's loads, each as a Transfer; None while the next waits for the computation or the stores."""
         plan, h, t, chip = self.plan, self.h, self.t, self.chip
         listed = (len(c.jobs) if plan.ahead else LISTED) if self.single else 1
         now = visible = index = 0.0  # when the engine is free; when its latest load can be used: they arrive in order

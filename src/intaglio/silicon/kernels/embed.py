@@ -34,7 +34,7 @@ class EmbedKernel(RowsKernel):
 
     row_bytes: float = 0.0  # of a row of the table with its scales
     quantised: bool = False
-    gathered = True
+    source = "gathered"
 
     @classmethod
     def of(cls, op: Embed, t: Tensors) -> Self:  # type: ignore[override]

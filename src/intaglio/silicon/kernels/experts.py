@@ -29,11 +29,12 @@ from intaglio.silicon.kernels.grouped import (
     down,
     gate_up,
     grouped_product,
+    grouped_seconds,
     sort_by_expert,
     zero_rows,
 )
 from intaglio.silicon.kernels.kernel import WIDE, ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import Grouped, bits_per_value, linear_timing
+from intaglio.silicon.kernels.product import Grouped, bits_per_value, linear_timing, scale_group
 from intaglio.silicon.kernels.rows import loop_timing, ring_depth
 from intaglio.silicon.kernels.tiled import ROUNDING, Codes, rounded
 from intaglio.silicon.kernels.tiling import scale_columns
@@ -62,6 +63,7 @@ class ExpertsKernel(ChipKernel):
         x_format, w_format: formats of a value of x and of a weight.
         w_bits: bits of a weight, scales included.
         gated: True if experts have a gate.
+        groups: columns of a row of up weights, and of down weights, that share a scale; 0: they have none.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -74,23 +76,46 @@ class ExpertsKernel(ChipKernel):
     w_format: str
     w_bits: float
     gated: bool = True
+    groups: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
         up, x_format, top = t[op.up], formats.element(op.x_format), int(t[op.ids].shape[1])
         held, inner, hidden = (int(d) for d in up.shape)
         w = formats.element(up.format), bits_per_value(up)
-        return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None)
+        groups = scale_group(up), scale_group(t[op.down])
+        return cls(top, held, op.of or held, hidden, inner, x_format, *w, op.gate is not None, groups)
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        return experts_timing(target, *self.layer(sizes))
+        if target.library.activation_bytes < WIDE:
+            return experts_timing(target, *self.layer(sizes))
+        first, *rest = self.parts(target, sizes).values()
+        return sum(rest, first)
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
         """The modelled Timing of each launch of the op in a step of these sizes, as a dict {label: Timing}.
 
         Labels are names such as "gate_up" and "down"; experts_parts() lists them.
         """
-        return experts_parts(target, *self.layer(sizes))
+        found = experts_parts(target, *self.layer(sizes))
+        counts, launch_s = self.counts(sizes), target.library.launch_s
+        if target.library.activation_bytes < WIDE or not any(counts):
+            return found
+        on = grouped_target(expert_kernel(target, self.x_format, self.w_format), sizes.tokens, self.held)
+        scaled, x_bytes, sides = self.x_format in ("int8", "e4m3"), formats.bits(self.x_format) / 8, 1 + self.gated
+        how = self.x_format, self.w_format, self.w_bits
+        tokens = sizes.tokens / sum(counts)  # for each row
+        seconds = {
+            "gate_up": grouped_seconds(
+                on, counts, self.inner, self.hidden, *how, self.groups[0], sides, False, WIDE if scaled else x_bytes,
+                WIDE / x_bytes * tokens,
+            ),
+            "down": grouped_seconds(
+                on, counts, self.hidden, self.inner, *how, self.groups[1], 1, True, WIDE,
+                WIDE / x_bytes if scaled else 0.0,
+            ),
+        }  # fmt: skip
+        return found | {label: replace(found[label], seconds=launch_s + s) for label, s in seconds.items()}
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
         """The sizes and formats of the layer in a step, as a tuple: arguments of experts_timing() after `target`.
@@ -98,9 +123,13 @@ class ExpertsKernel(ChipKernel):
         They are (tokens, experts that a token chooses, rows of each expert on the chip, experts in all, hidden width,
         inner width, format of x, format of weights, bits of a weight, True if experts have a gate).
         """
-        counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
+        counts = self.counts(sizes)
         how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
+
+    def counts(self, sizes: BatchSizes) -> tuple[int, ...]:
+        """Expected rows of each expert on the chip; see expected_rows()."""
+        return expected_rows(sizes.tokens, self.top, self.experts, self.held)
 
     @classmethod
     def unsupported(cls, op: Experts, t: Tensors) -> str | None:
@@ -360,7 +389,7 @@ def experts_parts(
         out["combine"] = Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0))
     else:
         loop, _ = combine_loop(target, tokens, top_k, hidden, False, value)
-        out["combine"] = loop_timing(target, loop, loop.jobs * loop.load, loop.jobs * loop.store, past_l2=True)
+        out["combine"] = loop_timing(target, loop, "hbm")
     return out
 
 

@@ -7,7 +7,8 @@ of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from intaglio.silicon.kernels.chip_memory import (
     slices,
 )
 from intaglio.silicon.kernels.product import Grouped
+from intaglio.silicon.kernels.product_loop import product_seconds
+from intaglio.silicon.kernels.product_steps import ProductLoop
 from intaglio.silicon.kernels.rows import ROWS
 from intaglio.silicon.kernels.tiled import (
     Codes,
@@ -34,7 +37,7 @@ from intaglio.silicon.kernels.tiled import (
     pieces,
     product_streams,
 )
-from intaglio.silicon.kernels.tiling import INDEX_TILES, Tiling, in_blocks, split_steps, tiling
+from intaglio.silicon.kernels.tiling import INDEX_TILES, Job, Tiling, scale_columns, split_steps, tile_jobs, tiling
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Stream, StreamBuilder
 
@@ -124,12 +127,55 @@ def grouped_product(
     w = codes_of(sides[0]).format, bits, group_of(sides[0])
     cut = tiling(on, size, codes.x.format, *w, len(sides), grouped=groups)
     (steps,) = split_steps(k, codes.span, cut)
-    jobs = []
-    for e, (count, end) in enumerate(zip(counts.tolist(), np.cumsum(counts).tolist(), strict=True)):
-        rows = [shifted(r, end - count) for r in slices(count, cut.rows)]
-        for r, c in in_blocks(rows, slices(n, cut.columns), cut.block):
-            jobs.append(TileJob(r, sides, [shifted(c, e * n)] * len(sides), steps, c, index=e))
+    jobs = [
+        TileJob(job.rows, sides, [shifted(job.columns, job.index * n)] * len(sides), steps, job.columns, 0, job.index)
+        for job in expert_jobs(counts.tolist(), n, steps, cut)
+    ]
     return GroupedProduct(codes, cut, jobs)
+
+
+def expert_jobs(counts: Sequence[int], n: int, steps: Sequence[slice], cut: Tiling) -> list[Job]:
+    """A list of the jobs of all experts that have rows, one expert after the other. Job.index is the expert.
+
+    counts: rows of each expert; rows are sorted by expert. n: columns of the result. steps: the steps over K.
+    """
+    jobs, first = list[Job](), 0
+    for e, count in enumerate(counts):
+        jobs += [replace(job, rows=shifted(job.rows, first), index=e) for job in tile_jobs(count, n, [steps], cut)]
+        first += count
+    return jobs
+
+
+@lru_cache(maxsize=65536)
+def grouped_seconds(
+    on: Target, counts: tuple[int, ...], n: int, k: int, x_format: str, w_format: str, w_bits: float, group: int,
+    sides: int, scattered: bool, out_bytes: float, before: float,
+) -> float:  # fmt: skip
+    """Seconds of the streams of a grouped product, without launch.
+
+    Args:
+        on: a target whose library offers the tile sizes of grouped products, see experts.grouped_target().
+        counts: rows of each expert; at least one is above 0.
+        n: result columns of one side.
+        k: columns of x.
+        x_format: format of a value of x.
+        w_format: format of a weight.
+        w_bits: bits of a weight with its scales.
+        group: columns of a row of weights that share a scale; 0: they have none.
+        sides: 2 for a GLU pair (gate and up), else 1.
+        scattered: True if rows of the result are stored by index.
+        out_bytes: bytes of a value of the result.
+        before: bytes that the L2 has read, just before, for each byte of x that was then written.
+    """
+    rows, groups = sum(counts), Grouped(tuple(c for c in counts if c), scattered)
+    cut = tiling(on, (rows, sides * n, k), x_format, w_format, w_bits, group, sides, grouped=groups)
+    span = scale_columns(group, k)
+    (steps,) = split_steps(k, span, cut)
+    loop = ProductLoop(
+        cut=cut, x_format=x_format, w_format=w_format, group=group, span=span if x_format in ("int8", "e4m3") else 0,
+        sides=sides, out_bytes=out_bytes, scattered=scattered, before=before,
+    )  # fmt: skip
+    return product_seconds(on, loop, expert_jobs(counts, n, steps, cut))[0]
 
 
 Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part of one row

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import Target
+from intaglio.silicon.cache import LINE
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.timing import pipeline
 
@@ -27,8 +28,8 @@ def missed_sums(target: Target, sums: Any, written: Any) -> Any:
     """HBM bytes that are moved for each byte of partial sums that is read back to add them.
 
     The L2 has evicted some of the sums to HBM by then, and fetches these again. A fetched byte takes the place of
-    another byte in the L2. If that byte belongs to the sums too, it is first written back to HBM; the chance of this is
-    the fraction of the L2 that sums take. Returns 1 without an L2.
+    another byte in the L2, chosen at random. HBM writes that byte first if it belongs to the sums; the probability of
+    this is the fraction of the L2 that sums take. Returns 1 without an L2.
 
     sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
     is an array or number like `written`.
@@ -36,9 +37,8 @@ def missed_sums(target: Target, sums: Any, written: Any) -> Any:
     kept = target.chip.l2_bytes * target.library.l2_usable
     if not kept:
         return np.ones_like(written)
-    share = np.minimum(1, sums * (1 - written) / kept)  # of the L2's bytes, those that are sums
-    missed = np.where(share < 1, np.minimum(1, written / np.maximum(1 - share, 1e-9)), written > 0)
-    return missed * (1 + share * (1 - written))
+    left = sums * (1 - written) / kept  # of the L2's bytes, those that are sums
+    return written * (1 + np.minimum(1, left))
 
 
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any) -> Any:
@@ -56,7 +56,10 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
     rate = np.minimum(chip.port_rate, chip.l2_rate / active)
     load_s = 4 * width * split * sides * np.maximum(1 / rate, missed * active / chip.hbm_rate)
     store_s = width * out_bytes * np.maximum(1 / rate, (not chip.l2_bytes) * active / chip.hbm_rate)
-    latency_s = chip.constants.hbm_latency_s * np.minimum(1, missed)
+    # A load with a missed line is late by HBM's latency, though its other lines are in the L2
+    late = 1 - (1 - np.minimum(1, missed)) ** (4 * width * split * sides / LINE)
+    latency_s = chip.constants.hbm_latency_s
+    latency_s = np.maximum(latency_s * np.minimum(1, missed), late * np.maximum(0, latency_s - load_s))
     work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
     # Results appear in order, so a drain waits until the one before, which has the array's latency, has appeared
     drain = vector_cycles(chip, width * (2 * sides - 1)) / chip.clock_hz

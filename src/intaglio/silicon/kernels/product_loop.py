@@ -95,7 +95,7 @@ class _Loop:
     """The loop of all cores over their jobs: the time, what the L2 holds, and the transfers in flight."""
 
     def __init__(self, loop: ProductLoop, target: Target, l2: L2Blocks, cores: list[_Cores]) -> None:
-        self.stages = loop.cut.stages * loop.sides
+        self.stages, self.scattered = loop.cut.stages * loop.sides, loop.scattered
         self.cut, self.chip, self.l2, self.cores = loop.cut, target.chip, l2, cores
         self.latency_s, self.delay_s = self.chip.constants.hbm_latency_s, self.chip.array_depth / self.chip.clock_hz
         self.now, self.number = 0.0, 0
@@ -235,7 +235,7 @@ class _Loop:
             return 0.0
         number, at = len(core.visible), 0.0
         if number >= self.stages:
-            used = number - self.stages
+            used = number - self.stages + core.of.steps[number].shared
             at = core.products[used] if used < len(core.products) else inf
         step = core.of.steps[number]
         if step.fenced:
@@ -246,7 +246,7 @@ class _Loop:
     def store(self, core: _Cores) -> None:
         """Begin to store the next piece of these cores. Returns nothing."""
         size, n = core.of.pieces[len(core.stored)].size, core.of.count
-        if not self.chip.l2_bytes:
+        if not self.chip.l2_bytes or self.scattered:
             self.begin(core, size, True, n, 1.0, 0.0, 0.0)
             return
         written = self.l2.store(size * n)
@@ -264,15 +264,16 @@ class _Loop:
             self.begin(core, sum(load.size for load in loads), False, n, 1.0, self.latency_s, 0.0)
             return
         load = loads[core.loaded]
-        absent, ready, written = self.l2.load(load.keys, load.fetched, self.now + self.latency_s)
+        absent, read, ready, written = self.l2.load(load.keys, load.fetched, self.now + self.latency_s)
         if absent:
-            missed = max(1, round(PARTS * (load.fetched + written / absent) / load.size)) / PARTS
-            latency_s = self.latency_s * min(1.0, load.fetched / load.size)
-            self.begin(core, load.size, False, min(n, absent), missed, latency_s, ready)
+            missed = max(1, round(PARTS * (read + written) / absent / load.size)) / PARTS
+            latency_s = self.latency_s * min(1.0, read / absent / load.size)
+            late = self.now + self.latency_s if read < absent * load.fetched else 0.0
+            self.begin(core, load.size, False, min(n, absent), missed, latency_s, max(ready, late))
             return
         size = load.size
-        while core.loaded + 1 < len(loads) and self.l2.has(loads[core.loaded + 1].keys):
+        while core.loaded + 1 < len(loads) and self.l2.has(loads[core.loaded + 1].keys, loads[core.loaded + 1].fetched):
             core.loaded += 1  # loads that the L2 has follow each other at one rate
             load = loads[core.loaded]
-            size, ready = size + load.size, max(ready, self.l2.load(load.keys, load.fetched, self.now)[1])
+            size, ready = size + load.size, max(ready, self.l2.load(load.keys, load.fetched, self.now)[2])
         self.begin(core, size, False, 0, 0.0, 0.0, ready)

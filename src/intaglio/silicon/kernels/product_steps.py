@@ -19,6 +19,7 @@ from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.l2_blocks import L2Blocks, fetched_bytes
 from intaglio.silicon.kernels.tiling import Job, Tiling
 
+FEW = 4_000  # steps of all jobs, up to which each core is followed by itself
 MANY = 150_000  # steps of all jobs, from which cores with the same number of jobs are followed as one or a few
 RANKS = 3  # of cores that begin with the same weights, so many are followed apart, and the others together
 
@@ -34,6 +35,8 @@ class ProductLoop:
         span: columns of a row of x that share a scale; 0: x has no scales.
         sides: 2 for a GLU pair, else 1.
         drains: drains of a tile: 1, or 2 if the sides of a GLU pair are stored apart.
+        out_bytes: bytes of a value of the result.
+        scattered: True if rows of the result are stored by index. Their bytes go to HBM, not to the L2.
         before: bytes that the L2 has read, just before, for each byte of x that was then written; 0: x was not written
             but read.
     """
@@ -45,6 +48,8 @@ class ProductLoop:
     span: int = 0
     sides: int = 1
     drains: int = 1
+    out_bytes: float = WIDE
+    scattered: bool = False
     before: float = 0.0
 
 
@@ -54,8 +59,11 @@ def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
     Cores in the same situation have jobs of the same sizes. In each round, as many earlier cores (at most RANKS) load
     the same weights as they do. Their numbers are all even or all odd, since every second core loads x before w. In a
     product of more than MANY steps it is enough that they have the same number of jobs, and the same number of earlier
-    cores in the first round.
+    cores in the first round. In one of at most FEW steps each core is by itself, which is exact.
     """
+    steps = sum(len(job.steps) for job in jobs)
+    if steps <= FEW:
+        return [[core] for core in range(min(cores, len(jobs)))]
     signs: list[list[Any]] = [[] for _ in range(min(cores, len(jobs)))]
     seen = set[tuple[int, int]]()
     for first in range(0, len(jobs), cores):
@@ -67,7 +75,7 @@ def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
             signs[core].append((size, min(RANKS, ranks[w]), w in seen))
             ranks[w] += 1
         seen |= set(ranks)
-    if sum(len(job.steps) for job in jobs) > MANY:
+    if steps > MANY:
         signs = [[len(sign), *sign[0][1:]] for sign in signs]
     found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for core, sign in enumerate(signs):
@@ -105,6 +113,7 @@ class Step:
         work_s: seconds of its matmuls.
         first, last: True for the first and the last step of the job.
         fenced: True if its loads wait for all stores of earlier jobs.
+        shared: True if its first load is x for both sides of a GLU pair, so its stage is free after the second side.
     """
 
     job: int
@@ -113,6 +122,7 @@ class Step:
     first: bool
     last: bool
     fenced: bool
+    shared: bool
 
 
 @dataclass(slots=True)
@@ -178,23 +188,26 @@ class ProductSteps:
         depth = {job.index: job.steps[-1].stop - job.steps[0].start for job in self.jobs}
         need = sum(length(job.rows) * depth[job.index] for job in xs.values()) * self.bits["x"] / 8 * (1 + loop.before)
         need += sum(length(job.columns) * depth[job.index] for job in ws.values()) * self.bits["w"] / 8 * loop.sides
-        need += sum(length(job.rows) * length(job.columns) for job in self.jobs) * WIDE * loop.drains
+        if not loop.scattered:
+            results = sum(length(job.rows) * length(job.columns) for job in self.jobs)
+            need += results * loop.out_bytes * loop.drains
         l2 = L2Blocks(chip.l2_bytes * self.target.library.l2_usable, need)
         if not chip.l2_bytes:
             return l2
-        count = 0
+        blocks: dict[int, float] = defaultdict(float)  # bytes of x by key
         for (start, index), job in sorted(xs.items()):
             for at, bytes_of_row in self.blocks("x", job):
-                size = length(job.rows) * bytes_of_row
-                if l2.tight and loop.before:
-                    count -= 1
-                    l2.put(count, size * loop.before, False)
-                if size:
-                    l2.put(self.key("x", index, start) + at, size, loop.before > 0)
-                l2.evict()
+                blocks[self.key("x", index, start) + at] += length(job.rows) * bytes_of_row
+        if loop.before:  # the op before wrote x before it was rounded, in this order too
+            for key, size in blocks.items():
+                l2.bring(-1 - key, size * loop.before)
+        for key, size in blocks.items():
+            if loop.before:
+                l2.put(l2.missing(-1 - key, size * loop.before))
+            l2.bring(key, size, loop.before > 0)
+        for (start, index), job in xs.items():
             for number in range(-(-self.k // loop.span) if loop.span else 0):
-                l2.put(self.key("x scale", index, start) + number, WIDE * length(job.rows), True)
-        l2.results = count
+                l2.bring(self.key("x scale", index, start) + number, WIDE * length(job.rows), True)
         return l2
 
     def work_s(self, step: slice) -> float:
@@ -291,6 +304,7 @@ class ProductSteps:
                                 s == 0 and side == 1,
                                 last and side == loop.sides,
                                 fenced and side == 1,
+                                any(loads[number][s][side:]),  # the second side has loads of its own: x came first
                             )
                             for side, own in sides
                         )
@@ -308,6 +322,6 @@ class ProductSteps:
             for low in range(0, rows, loop.cut.drain_rows):
                 n = (min(rows, low + loop.cut.drain_rows) - low) * columns
                 cycles = vector_cycles(self.target.chip, n * (3 if glu else 1), n * glu)
-                out.append(Piece(number, float(cycles) / self.target.chip.clock_hz, n * WIDE, False))
+                out.append(Piece(number, float(cycles) / self.target.chip.clock_hz, n * loop.out_bytes, False))
         out[-1].last = True
         return out

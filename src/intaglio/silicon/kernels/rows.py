@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from intaglio import formats
 from intaglio.chips import ChipSpec, KernelLibrary, Target
@@ -17,10 +17,11 @@ from intaglio.ops import Op, Tensor
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
+from intaglio.silicon.l2 import BY_INDEX, Source
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import L2, TileLoop
+from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -29,25 +30,18 @@ INDICES_SRAM = 4096  # bytes of SRAM that is left to the indices of a core's row
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
-def loop_timing(
-    target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False, past_l2: bool = False
-) -> Timing:
-    """The Timing of `loop`, launch included. The L2 holds its operands as far as they fit: the op before wrote them.
+def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing:
+    """The Timing of `loop`, launch included. source: where the operands are before the loop, see L2.
 
-    reads, writes: bytes that all jobs together load and store. gathered: True if rows are read by index; all reads then
-    come from HBM. past_l2: True if the op before wrote by index, to HBM and not to the L2; not used if `gathered`.
+    On a chip without an L2 all operands and results are in HBM.
     """
-    chip, lib, moved = target.chip, target.library, reads + writes
-    capacity = chip.l2_bytes * lib.l2_usable
-    if capacity and (writes if gathered else moved) > capacity:
-        source: Literal["l2", "hbm", "gathered"] = "gathered" if gathered else "hbm" if past_l2 else "l2"
-        seconds, hbm = loop.through_l2(target, L2(reads, writes, capacity, source))
-    else:  # nothing is evicted
-        missed, hbm = float(gathered or past_l2 or not capacity), 0.0 if capacity else float(writes)
-        hbm += missed * reads
-        seconds = replace(loop, load_missed=missed, store_missed=float(not capacity)).seconds(target)
+    chip, lib, moved = target.chip, target.library, loop.jobs * (loop.load + loop.store)
+    if chip.l2_bytes * lib.l2_usable:
+        seconds, hbm = loop.through_l2(target, source)
+    else:
+        seconds, hbm = replace(loop, load_missed=1.0, store_missed=1.0).seconds(target), moved
     seconds += lib.launch_s
-    if gathered and not capacity:  # the indices come from HBM, and then the rows
+    if source in BY_INDEX and not chip.l2_bytes:  # the indices come from HBM, and then the rows
         seconds += chip.constants.hbm_latency_s
     busy = {"VEC": loop.jobs * loop.work_s / chip.cores, "L2": moved / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
     return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
@@ -81,7 +75,7 @@ class RowsKernel(ChipKernel):
         operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
             stands for one read and one write.
         vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
-        gathered: True if rows are read by index.
+        source: where the operands are before the op, and if they are read by index; see L2.
         in_place: True if a row is stored from the tile into which it was loaded.
     """
 
@@ -91,7 +85,7 @@ class RowsKernel(ChipKernel):
     vector_bytes: float = 0.0
 
     by_sequence: ClassVar[bool] = False
-    gathered: ClassVar[bool] = False
+    source: ClassVar[Source] = "l2"
     in_place: ClassVar[bool] = False
 
     @classmethod
@@ -121,9 +115,9 @@ class RowsKernel(ChipKernel):
     def in_runs(self) -> bool:
         """True: each core has a run of neighbouring rows, whose indices it loads first. False: rows are dealt in turn.
 
-        The base class returns `gathered`.
+        The base class returns True if rows are read by index.
         """
-        return self.gathered
+        return self.source in BY_INDEX
 
     def wait_s(self, target: Target) -> float:
         """Minimum seconds from the end of a job's loads until it can compute; the base class returns 0.
@@ -178,8 +172,9 @@ class RowsKernel(ChipKernel):
             jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
             read_s=read / target.chip.clock_hz, depth=self.depth(target), in_place=self.in_place,
             once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(), wait_s=self.wait_s(target),
+            loads=max(1, (self.operands - 1) // len(self.pieces())),
         )  # fmt: skip
-        return loop_timing(target, loop, rows * load, rows * store, self.gathered)
+        return loop_timing(target, loop, self.source)
 
 
 @dataclass(frozen=True)

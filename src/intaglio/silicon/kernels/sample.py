@@ -51,7 +51,7 @@ class SampleKernel(ChipKernel):
             jobs=rows, load=logits, work_s=cycles / target.chip.clock_hz, store=RESULT_BYTES,
             depth=ring_depth(target, [self.vocabulary], logits),
         )  # fmt: skip
-        return loop_timing(target, loop, rows * logits, rows * RESULT_BYTES)
+        return loop_timing(target, loop)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Sample, t: Tensors, batch: Batch) -> list[Stream]:

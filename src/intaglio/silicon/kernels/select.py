@@ -19,7 +19,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 class SelectKernel(CopyKernel):
     """Chip kernel of `select`: copies, by index, the rows of tokens whose logits are wanted. It works row by row."""
 
-    gathered = True
+    source = "selected"
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Select, t: Tensors, batch: Batch) -> list[Stream]:
