@@ -48,7 +48,6 @@ class TileLoop:
         one_ring: True if the pieces use one ring of `depth` tiles, in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
         loads: number of load instructions of a piece.
-        ready_s: seconds from the loop's start before which no tile can be used.
     """
 
     jobs: int
@@ -66,7 +65,6 @@ class TileLoop:
     one_ring: bool = False
     wait_s: float = 0.0
     loads: int = 1
-    ready_s: float = 0.0
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
@@ -266,7 +264,7 @@ class _Core:
                 arrives = now + max(loop.wait_s, latency_s * min(1.0, load.part))
                 # A missed line comes HBM's latency after the start of the last of the tile's loads
                 arrives = max(arrives, now - (now - began) / loop.loads + latency_s) if load.late else arrives
-                visible.append(max(arrives, visible[-1] if visible else loop.ready_s))  # in order
+                visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
                 load, changed = None, True
             if read_ends <= now:
                 read, read_ends = read + 1, inf
