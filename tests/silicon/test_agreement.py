@@ -154,7 +154,7 @@ def test_causes_of_earlier_differences_of_products(chip: str, sizes: tuple[int, 
     chip=st.sampled_from(sorted(CHIPS)), narrow=st.booleans(), experts=st.sampled_from([8, 16, 64]),
     top=st.sampled_from([1, 2, 8]), hidden=st.integers(2, 64), inner=st.integers(2, 64), first=st.integers(1, 500),
 )  # fmt: skip
-@example(chip="mi300x", narrow=False, experts=8, top=2, hidden=2, inner=5, first=60)  # a second row of tiles hid latency
+@example(chip="mi300x", narrow=False, experts=8, top=2, hidden=2, inner=5, first=60)  # a second row hid latency
 def test_more_tokens_of_experts_never_take_less_time(
     chip: str, narrow: bool, experts: int, top: int, hidden: int, inner: int, first: int
 ) -> None:
