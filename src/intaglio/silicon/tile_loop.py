@@ -84,9 +84,9 @@ class TileLoop:
         The L2 decides which accesses miss, instead of load_missed and store_missed. The seconds are from the first load
         to the last store, without launch overhead. source: where the operands are before the loop; see L2.
 
-        A loop that outgrows the L2 is followed for certain numbers of jobs, see followed_jobs(). For a number between
-        two of these the result is interpolated, the seconds in proportion to those of a loop without evictions, so more
-        jobs never take less time.
+        A loop that outgrows the L2 is followed only for the numbers of jobs that followed_jobs() lists. The result for
+        a number between two of these is interpolated: the seconds rise from one to the other as the seconds of a loop
+        without evictions do. So more jobs never take less time.
         """
         capacity, cores = target.chip.l2_bytes * target.library.l2_usable, target.chip.cores
         read = self.load * (source != "l2")  # bytes of a job that HBM reads in any case
