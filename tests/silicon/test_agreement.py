@@ -42,12 +42,17 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
         assert abs(a.ratio - 1) < (0.15 if evicts else 0.05), (on.chip.name, a.ratio, a.case.words)
 
 
-@pytest.mark.parametrize("kind", ["short_conv", "rg_lru", "selective_scan", "linear_attention"])
-def test_closed_form_and_machine_agree_on_recurrent_ops(kind: str, rng: np.random.Generator) -> None:
-    """On any chip. Where states come from HBM, cores wait for them partly at the same time, partly in turn."""
+FOLLOWED = (
+    "short_conv", "rg_lru", "selective_scan", "linear_attention", "choose_keys", "attend_chosen", "attend_pooled"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_closed_form_and_machine_agree_on_followed_loops(kind: str, rng: np.random.Generator) -> None:
+    """On any chip: the closed form follows every core, and the tiles in the L2."""
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
-    assert all(0.8 < a.ratio < 1.25 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
+    assert all(0.9 < a.ratio < 1.1 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:
@@ -149,6 +154,7 @@ def test_causes_of_earlier_differences_of_products(chip: str, sizes: tuple[int, 
     chip=st.sampled_from(sorted(CHIPS)), narrow=st.booleans(), experts=st.sampled_from([8, 16, 64]),
     top=st.sampled_from([1, 2, 8]), hidden=st.integers(2, 64), inner=st.integers(2, 64), first=st.integers(1, 500),
 )  # fmt: skip
+@example(chip="mi300x", narrow=False, experts=8, top=2, hidden=2, inner=5, first=60)  # a second row hid latency
 def test_more_tokens_of_experts_never_take_less_time(
     chip: str, narrow: bool, experts: int, top: int, hidden: int, inner: int, first: int
 ) -> None:

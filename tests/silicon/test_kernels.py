@@ -16,6 +16,7 @@ from intaglio.formats import Quantised
 from intaglio.ops import (
     REGISTRY,
     Attend,
+    AttendPooled,
     ChooseKeys,
     Concat,
     Embed,
@@ -437,6 +438,37 @@ def test_attend_to_chosen_positions(chip: str, seed: int, latent: bool, fmt: str
     values: dict[str, Value] = {"q": normal(rng, len(batch.tokens), kv * group * width), "c": chosen,
                                 "kc": cache(rng, fmt, kv, d), "vc": cache(rng, fmt, kv, dv)}  # fmt: skip
     compare(chip, op, tensors, values, batch, 32 * EPS * np.sqrt(width))
+
+
+@FEW
+@given(
+    chip=CHIP, seed=SEED, every=st.sampled_from([2, 3, 4]), listed=st.booleans(), sinks=st.booleans(),
+    fmt=st.sampled_from(["f32", "bf16"]),
+)  # fmt: skip
+def test_attend_pooled(chip: str, seed: int, every: int, listed: bool, sinks: bool, fmt: str) -> None:
+    """Windows shorter and longer than the context, and no entries yet. Blocks of 4 tokens hold lists of 2 or 4."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(rng, [(int(rng.integers(1, 5)), int(rng.integers(0, 40))) for _ in range(rng.integers(1, 3))])
+    every, heads, d, places = 2 if listed and every == 3 else every, int(rng.integers(1, 7)), 8, int(rng.integers(1, 9))
+    op = AttendPooled(
+        site="a", q="q", cache="k", entries="e", sinks="s" if sinks else None, chosen="c" if listed else None, out="y",
+        heads=heads, scale=d**-0.5, window=int(rng.integers(1, 30)), every=every,
+    )  # fmt: skip
+    tensors = [
+        Tensor("q", ("T", heads * d), "f32", "temp"), Tensor("k", ("P", "B", 1, d), fmt, "state"),
+        Tensor("e", ("P", f"B/{every}", 1, d), fmt, "state"), Tensor("s", (heads,), fmt, "weight"),
+        Tensor("c", ("T", places), "i32", "temp"),
+    ]  # fmt: skip
+    chosen = np.full((len(batch.tokens), places), -1, np.int32)
+    for row, at in zip(chosen, batch.positions.tolist(), strict=True):
+        some = np.sort(rng.permutation((at + 1) // every)[: rng.integers(0, places + 1)])
+        row[places - len(some) :] = some
+    dtype = formats.get(fmt).dtype
+    values: dict[str, Value] = {
+        "q": normal(rng, len(batch.tokens), heads * d), "k": normal(rng, 64, 4, 1, d).astype(dtype),
+        "e": normal(rng, 64, -(-4 // every), 1, d).astype(dtype), "s": normal(rng, heads).astype(dtype), "c": chosen,
+    }  # fmt: skip
+    compare(chip, op, tensors, values, batch, 32 * EPS * np.sqrt(d))
 
 
 def test_some_sparse_attention_is_refused() -> None:

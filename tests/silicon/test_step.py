@@ -50,7 +50,7 @@ def two_steps(program: object, weights: object, device: object) -> list[np.ndarr
     return [executable.step(StepRequest(b, logits=True)).logits for b in (first, second)]
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *MIXTURES, "deepseek_v32", "glm_moe_dsa"))
+@pytest.mark.parametrize("family", (*FAMILIES, *MIXTURES, "deepseek_v32", "glm_moe_dsa", "deepseek_v4"))
 def test_every_family_runs_on_chip_instructions(folder: Path, family: str) -> None:
     """Whole models: views, caches over several steps, compiled Programs. For single kernels see test_kernels.py."""
     checkpoint = Checkpoint.open(tiny(family, folder / family))

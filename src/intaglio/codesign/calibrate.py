@@ -264,10 +264,10 @@ class Search:
     def choose_facts(self) -> None:
         """Try other values of the kernels' discrete properties (FACTS), and keep those that are clearly more likely.
 
-        This is done for each kernel family of the samples; for attention and experts, for each number format. First,
-        all properties together get the values of one shipped library, for each library. Then each single property gets
-        each of its values in FACTS. A trial is kept, in self.on and self.facts, if the log-likelihood rises by
-        FACT_GAIN, or by twice FACT_GAIN where several properties change. Returns nothing.
+        Each kernel family of the samples is tried on its own, and of attention and experts each number format. First,
+        all properties at once are set to those of a shipped library, of one library after the other. Then one property
+        at a time is set to each of its values in FACTS. A trial is kept, in self.on and self.facts, if it raises the
+        log-likelihood by FACT_GAIN, or by twice FACT_GAIN if it changes several properties. Returns nothing.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]

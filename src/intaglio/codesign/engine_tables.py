@@ -63,7 +63,8 @@ NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts t
 def translated(table: str, row: Row, engine: str = "") -> dict[str, str] | None:
     """Translate a row of an engine's table to the column names of validate.TABLES. Returns the new row, a dict.
 
-    Its column `kernel` has the name of the row's kernel. Returns None if the row's number format is not one of FORMATS.
+    The new row also has a column `kernel`: the name that the library records give to the kernel that was measured.
+    Returns None if the row's number format is not one of FORMATS.
 
     table: name of the engine's table, a key of COLUMNS. engine: name of the engine; "": any.
     """

@@ -11,6 +11,7 @@ from intaglio.batch import Batch, Chunk, bind
 from intaglio.chips import Target
 from intaglio.ops import (
     Attend,
+    AttendPooled,
     ChooseKeys,
     Concat,
     Decay,
@@ -436,11 +437,30 @@ def attend_chosen(rng: np.random.Generator, on: Target) -> Case:
     return case(op, [temp("q", heads * sum(widths.values())), temp("c", top, "i32"), *caches], batch, words)
 
 
+def attend_pooled(rng: np.random.Generator, on: Target) -> Case:
+    """A random Case (one call to be timed) of the op AttendPooled: a window of 128 keys, and entries of 4 or 64 tokens.
+
+    Of entries of 4 tokens, 32 to 256 are chosen. It has 4 to 32 heads; a short prompt, or sequences that decode.
+    """
+    heads, d, chosen = 4 * int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128])), bool(rng.random() < 0.5)
+    every, top = 4 if chosen else 64, power(rng, 32, 256)
+    prompt, decodes = [(power(rng, 2, 64), power(rng, 1, 2500))], [(1, power(rng, 1, 3000))] * power(rng, 1, 32)
+    batch = batch_of(prompt if rng.random() < 0.5 else decodes)
+    op = AttendPooled(
+        site="attend_pooled", q="q", cache="k", entries="e", sinks="s", chosen="c" if chosen else None, out="y",
+        heads=heads, scale=0.1, window=128, every=every,
+    )  # fmt: skip
+    caches = [Tensor("k", ("P", "B", 1, d), "bf16", "state"), Tensor("e", ("P", f"B/{every}", 1, d), "bf16", "state")]
+    tensors = [temp("q", heads * d), Tensor("s", (heads,), "f32", "weight"), *caches]
+    words = f"m={len(batch.tokens)} keys={batch.context_len[0]} every={every} heads={heads} d={d} chosen={chosen}"
+    return case(op, [*tensors, *([temp("c", top, "i32")] if chosen else [])], batch, words)
+
+
 CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
     "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
     "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
     "concat": concat, "route": route, "sinusoid": sinusoid, "sample": sample, "moment": moment, "sinkhorn": sinkhorn,
     "mix_streams": mix_streams, "pool_keys": pool_keys, "decay": decay, "short_conv": short_conv, "rg_lru": rg_lru,
     "selective_scan": selective_scan, "linear_attention": linear_attention, "choose_keys": choose_keys,
-    "attend_chosen": attend_chosen,
+    "attend_chosen": attend_chosen, "attend_pooled": attend_pooled,
 }  # fmt: skip

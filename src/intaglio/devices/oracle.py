@@ -51,8 +51,8 @@ def link(previous: int, token: int) -> int:
 def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
     """The next token id of a sequence on the oracle, a fake device for tests; -1 if the mask allows no token id.
 
-    It is a hash of all links and their order, of the row's logit edits and mask, and with a temperature above 0 of the
-    seed. A link is the content of one K/V slot: a hash of the sequence's tokens up to there, see link().
+    A link is the content of one K/V slot: a hash of the sequence's tokens up to there, see link(). The token id is a
+    hash of all links in their order, of the row's logit edits and mask, and of the seed if the temperature is above 0.
 
     links: those of all tokens of the sequence, in order. vocabulary: number of token ids. sampling: parameters of the
     row.

@@ -47,11 +47,13 @@ class Pace:
 def paces(replicas: Iterable[Replica]) -> dict[str, Pace]:
     """The Pace of each replica, by name.
 
-    Replicas of one role share a fit over the steps of all of them. Each has this common pace times its own slowness:
+    A common pace is fitted to the steps of all replicas of one role. A replica's pace is the common one times its own
+    slowness:
 
-        (mean time of its steps / time of a step of their mean size by the common pace) ** (w / (w + TRUSTED_STEPS))
+        (mean time of its steps / time that the common pace gives to a step of their mean size) ** trust
 
-    w is the weight of its steps, see StepFit: a replica with few steps so far is taken to be as fast as the others.
+    trust = w / (w + TRUSTED_STEPS), from 0 to 1, where w is the weight of its steps (see StepFit). So a replica with
+    few steps so far is taken to be as fast as the others.
     """
     by_role: dict[str, list[Replica]] = {}
     for replica in replicas:

@@ -15,10 +15,10 @@ WAYS = 16  # slots of a set
 class Cache:
     """A write-back cache of `size` bytes, such as the L2 of a chip. Its content persists between launches.
 
-    A line that is fetched or written takes a free slot. Without one it takes the slot of another line, chosen by
-    pseudo-random numbers with a fixed seed, so a run gives the same times again. Vendors do not publish how their L2
-    chooses; measured miss rates rise gradually as an array outgrows it. Were the least recently used lines evicted, a
-    loop over operands of 1.01 times the cache's size would miss all of them.
+    A line that is fetched or written takes a free slot. If there is none, it takes the slot of another line, chosen by
+    pseudo-random numbers with a fixed seed, so a run can be repeated exactly. Vendors do not publish how their L2
+    chooses, but measured miss rates rise gradually as an array outgrows it. If the least recently used line were
+    evicted, a loop over operands of 1.01 times the cache's size would miss all of them.
     """
 
     def __init__(self, size: float) -> None:

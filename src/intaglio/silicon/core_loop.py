@@ -167,6 +167,7 @@ class Step:
         lanes_s: seconds that the vector lanes compute after it.
         stores: (bytes, key of the tile in the L2) of each store, which starts when the lanes have computed.
         fill_s: seconds in which the engine of loads sets tiles to a constant before the loads.
+        in_place: True if stores read tiles that were loaded, so that these are free only when the stores have ended.
     """
 
     loads: tuple[tuple[float, Hashable | None], ...] = ()
@@ -174,6 +175,7 @@ class Step:
     lanes_s: float = 0.0
     stores: tuple[tuple[float, Hashable | None], ...] = ()
     fill_s: float = 0.0
+    in_place: bool = False
 
 
 @dataclass
@@ -182,15 +184,16 @@ class _Steps:
 
     Attributes:
         steps: the steps in order.
-        depth: tiles in each ring. So the loads of a step wait until the step `depth` before it has been computed, and
-            its lanes wait until that step's results have been stored.
-        loaded, multiplied, computed, stored: for each step so far, when that was done.
+        depth: tiles in each ring. So the loads of a step wait until the tiles of the step `depth` before it are free,
+            and its lanes wait until that step's results have been stored.
+        loaded, freed, computed, stored: for each step so far, when its tiles had come, when they were free again, and
+            when it was computed and stored.
     """
 
     steps: Sequence[Step]
     depth: int
     loaded: list[float] = field(default_factory=list)
-    multiplied: list[float] = field(default_factory=list)
+    freed: list[float] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
     stored: list[float] = field(default_factory=list)
 
@@ -198,9 +201,10 @@ class _Steps:
         """Yield each Transfer of the core's loads; None while the next waits for the computation."""
         now = visible = 0.0
         for i, step in enumerate(self.steps):
-            while len(self.computed) <= i - self.depth:
+            freed = self.stored if step.in_place else self.freed
+            while len(freed) <= i - self.depth:
                 yield None
-            now = max(now, self.computed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
+            now = max(now, freed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
             visible = max(visible, now)
             for size, place in step.loads:
                 x = Transfer(now, size, place)
@@ -211,14 +215,15 @@ class _Steps:
     def compute(self) -> Program:
         """Record when each step is computed. Yields None while the next step waits for its loads or for earlier stores.
 
-        The array's accumulators are free again when the lanes have read them.
+        There are two accumulators: the array multiplies into one while the lanes read the other.
         """
         array = lanes = 0.0
         for i, step in enumerate(self.steps):
             while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
                 yield None
-            array = max(array, self.loaded[i], lanes if step.array_s else 0.0) + step.array_s
+            array = max(array, self.loaded[i], self.computed[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
             lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0) + step.lanes_s
+            self.freed.append(array if step.array_s else lanes)
             self.computed.append(lanes)
 
     def stores(self) -> Program:

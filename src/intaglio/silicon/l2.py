@@ -10,10 +10,10 @@ BY_INDEX = "gathered", "selected"
 
 
 class L2:
-    """Content of an L2 that evicts lines at random (cache.py), in bytes, as expected values.
+    """Expected content, in bytes, of an L2 that evicts lines at random (see cache.py).
 
-    A line that came into the L2 is still there with probability exp(-evicted / capacity), with the bytes that were
-    evicted since. This is the same for all cores.
+    A line that has come into the L2 is still there with probability exp(-evicted / capacity), where `evicted` is the
+    number of bytes evicted since it came.
 
     reads: bytes of all operands. capacity: bytes of the L2, above 0. source: where the operands are before the loop:
 
@@ -41,7 +41,7 @@ class L2:
         return missed, missed * size + (0.0 if self.source in BY_INDEX else self.insert(missed * size))
 
     def store(self, size: float) -> float:
-        """Record that all cores together store `size` bytes. Returns the bytes that HBM writes for evictions."""
+        """Record that all cores together store `size` bytes. Returns the bytes that HBM writes for evicted lines."""
         written = self.insert(size)
         self.dirty += size
         return written

@@ -86,10 +86,10 @@ class StreamBuilder:
         return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
 
     def emit(self, instruction: Instruction) -> None:
-        """Append a copy of `instruction` to the stream. Its field `wait` is set, whatever it was. Returns nothing.
+        """Append a copy of `instruction`, with a new value of its field `wait`, to the stream. Returns nothing.
 
-        The copy waits for the earlier instructions that write what it reads, and for those that read or write what it
-        overwrites. It also waits for all instructions before the last fence().
+        The new value lets it wait for the earlier instructions that write what it reads, for those that read or write
+        what it overwrites, and for all instructions before the last fence().
         """
         engine = ENGINES.index(instruction.engine)
         need = list(self.fenced)

@@ -48,7 +48,6 @@ class TileLoop:
         one_ring: True if the pieces use one ring of `depth` tiles, in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
         loads: number of load instructions of a piece.
-        ready_s: seconds from the loop's start before which no tile can be used.
     """
 
     jobs: int
@@ -66,7 +65,6 @@ class TileLoop:
     one_ring: bool = False
     wait_s: float = 0.0
     loads: int = 1
-    ready_s: float = 0.0
 
     def seconds(self, target: Target) -> float:
         """Seconds from the first load to the last store, without launch overhead."""
@@ -86,8 +84,9 @@ class TileLoop:
         The L2 decides which accesses miss, instead of load_missed and store_missed. The seconds are from the first load
         to the last store, without launch overhead. source: where the operands are before the loop; see L2.
 
-        A loop that outgrows the L2 is followed for some numbers of jobs. Between two of these its time is scaled by the
-        time of a loop without evictions. So more jobs never take less time.
+        A loop that outgrows the L2 is followed only for the numbers of jobs that followed_jobs() lists. The result for
+        a number between two of these is interpolated: the seconds rise from one to the other as the seconds of a loop
+        without evictions do. So more jobs never take less time.
         """
         capacity, cores = target.chip.l2_bytes * target.library.l2_usable, target.chip.cores
         read = self.load * (source != "l2")  # bytes of a job that HBM reads in any case
@@ -142,9 +141,9 @@ def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
 
 @lru_cache(maxsize=16384)
 def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) -> tuple[float, float]:
-    """(seconds, bytes that HBM moves) of a loop whose operands and results outgrow the L2, found by following one core.
+    """(seconds, bytes that HBM moves) of a loop that outgrows the L2, found by following one core.
 
-    jobs: number of jobs. loop.jobs is not used. k: the L2 has a k-th of its size.
+    jobs: number of jobs; loop.jobs is not used. k: the L2 has 1 / k of the chip's size.
     """
     capacity = target.chip.l2_bytes * target.library.l2_usable / k
     core = _Core(loop, target, *divmod(jobs, target.chip.cores), L2(jobs * loop.load, capacity, source))
@@ -265,7 +264,7 @@ class _Core:
                 arrives = now + max(loop.wait_s, latency_s * min(1.0, load.part))
                 # A missed line comes HBM's latency after the start of the last of the tile's loads
                 arrives = max(arrives, now - (now - began) / loop.loads + latency_s) if load.late else arrives
-                visible.append(max(arrives, visible[-1] if visible else loop.ready_s))  # in order
+                visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
                 load, changed = None, True
             if read_ends <= now:
                 read, read_ends = read + 1, inf
@@ -284,8 +283,8 @@ class _Flow:
         size: bytes that one core moves.
         users: number of cores that make the transfer, this core included.
         missed: bytes that HBM moves for each byte of `size`.
-        part: fraction of the bytes that miss the L2, of a load.
-        late: True if a line of the tile is missed, though others may hit.
+        part: for a load, the fraction of its bytes that miss the L2.
+        late: True if a line of the tile misses the L2, though others may be there.
     """
 
     size: float

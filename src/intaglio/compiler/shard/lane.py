@@ -256,7 +256,7 @@ class Lane:
             self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire, slots=slots))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
-        """Append an all_gather that joins the columns of `x`, which are split among lanes, in `out`. Returns nothing.
+        """Append an all_gather: each lane holds some columns of `x`, and `out` has all of them. Returns nothing.
 
         Args:
             site: site (name) of the new op.

@@ -42,8 +42,8 @@ A *stream* is the list of instructions of one core. Each instruction belongs to 
 - Each instruction holds {engines} numbers, one for each engine. It starts when its own engine is free and every
   engine's counter has reached its number. `VEC Drain ... after MXU:3`, for example, starts when the MXU has finished 3
   instructions. Nothing else orders instructions of different engines.
-- An instruction that reads the result of an earlier one of the same engine needs such a number too, since its engine
-  may be free before that result is visible. An instruction that only overwrites the result needs none.
+- An instruction that reads the result of an earlier one of the same engine must wait for it by such a number too,
+  since its engine may be free before that result is visible. One that only overwrites the result needs no number.
 
 Authors of chip kernels do not write these numbers. They allocate *tiles* (matrices in SRAM or in the accumulators) and
 issue instructions that read and write them; `silicon/stream.py` derives the numbers.

@@ -58,7 +58,7 @@ class Load(Instruction, engine="DMA", opcode=0x10):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Instruction, engine="DMA", opcode=0x11):
-    """Copy rows that an index chooses from HBM to the core: row i of dst = row index[0, i] of table.
+    """Load into row i of dst the row of `table` (in HBM) that has the number index[0, i], for every i.
 
     dst [m, n], table [rows, n], index i32 [1, m]. Kernels read embeddings and K/V slots with it. Raises MachineError
     for an index outside 0 .. rows - 1.
@@ -122,7 +122,7 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Instruction, engine="OUT", opcode=0x19):
-    """Copy rows from the core to places in HBM that an index chooses: row index[0, i] of table = row i of src.
+    """Store row i of src in HBM, in the row of `table` that has the number index[0, i], for every i.
 
     src [m, n], table [rows, n], index i32 [1, m]. Kernels write new keys and values into their K/V slots with it. Each
     row takes at least `row_cycles` cycles: the time in which a kernel's threads compute its address. Raises

@@ -115,6 +115,8 @@ class AttendKernel(ChipKernel):
 
     @classmethod
     def runs_on(cls, target: Target, op: Attend, t: Tensors, batch: Batch) -> Target:
+        if op.chosen:
+            return target
         h = cls.of(op, t).heads
         phase = "decode" if min(batch.q_len) == 1 else "prefill"
         return target.kernel(phase, h.format, h.head_dim)

@@ -104,7 +104,7 @@ class HeadLinearKernel(ChipKernel):
 def head_jobs(rows: int, heads: int, n: int, k: int, cut: Tiling) -> list[Job]:
     """A list of the jobs of all heads, one head after the other: products [rows, k] @ [k, n]. Job.index is the head.
 
-    K is not split, also where a single head's product would be.
+    K is never split, though the K of a single product of this size may be.
     """
     steps = split_steps(k, k, replace(cut, parts=1))
     return [replace(job, index=h) for h in range(heads) for job in tile_jobs(rows, n, steps, cut)]

@@ -9,9 +9,9 @@ from intaglio.silicon.cache import LINE
 
 
 class L2Blocks:
-    """What an L2 has that evicts lines at random (cache.py), as expected values: blocks of operands, and results.
+    """The expected content of an L2 that evicts lines at random (see cache.py): blocks of operands, and results.
 
-    capacity: bytes. need: bytes of all that is used; if they fit, nothing is evicted.
+    capacity: bytes that it can hold. need: bytes of everything that will be used; if that fits, nothing is evicted.
     """
 
     def __init__(self, capacity: float, need: float) -> None:
@@ -22,7 +22,10 @@ class L2Blocks:
         self.stored = self.gone = 0.0  # bytes of results: stored, and written back to HBM since
 
     def put(self, size: float, dirty: bool = False) -> float:
-        """Bring bytes into the L2 and evict as many as do not fit. Returns the bytes that are written back to HBM."""
+        """Bring `size` bytes into the L2, and evict what does not fit. Returns the bytes that are written back to HBM.
+
+        dirty: True if the bytes are not in HBM, so that they are written back when they are evicted.
+        """
         if not self.tight:
             return 0.0
         out = max(0.0, self.held + size - self.capacity)
@@ -35,13 +38,20 @@ class L2Blocks:
         return written
 
     def bring(self, key: int, size: float, dirty: bool = False, arrival: float = 0.0) -> float:
-        """Bring an absent block into the L2. Returns the bytes that are written back to HBM."""
+        """Bring bytes of a block into the L2. Returns the bytes that are written back to HBM for it.
+
+        Args:
+            key: the block.
+            size: bytes of the block that the L2 lacks.
+            dirty: True if they are not in HBM.
+            arrival: when they have come from HBM, in seconds of the run.
+        """
         written = self.put(size, dirty)
         self.blocks[key] = arrival, self.evicted
         return written
 
     def missing(self, key: int, size: float) -> float:
-        """Bytes of a block that the L2 lacks; 0.0 if the probability that it lacks any is small."""
+        """Expected bytes of a block of `size` bytes that the L2 lacks; 0.0 if that is less than half a line."""
         found = self.blocks.get(key)
         if found is None:
             return size
@@ -51,10 +61,14 @@ class L2Blocks:
         return lacks if lacks > LINE / 2 else 0.0
 
     def load(self, keys: Sequence[int], size: float, arrival: float) -> tuple[int, float, float, float]:
-        """Load blocks of `size` bytes.
+        """Load blocks of `size` bytes each. Returns (absent, read, ready, written).
 
-        Returns (number of blocks of which bytes were missing, bytes that HBM reads, when the others are there, bytes
-        that are written back to HBM).
+        - absent: number of blocks of which bytes were missing.
+        - read: bytes that HBM reads.
+        - ready: when the last of the other blocks has come from HBM, in seconds of the run.
+        - written: bytes that are written back to HBM.
+
+        keys: the blocks. arrival: when the bytes that HBM reads will have come, in seconds of the run.
         """
         absent, read, ready, written = 0, 0.0, 0.0, 0.0
         for key in keys:
@@ -67,11 +81,11 @@ class L2Blocks:
         return absent, read, ready, written
 
     def has(self, keys: Sequence[int], size: float) -> bool:
-        """True if all these blocks are in the L2, or on their way there."""
+        """True if all blocks `keys`, of `size` bytes each, are in the L2 or on their way there."""
         return not any(self.missing(key, size) for key in keys)
 
     def store(self, size: float) -> float:
-        """Store results. Returns the bytes that are written back to HBM."""
+        """Store `size` bytes of results. Returns the bytes that are written back to HBM for it."""
         written = self.put(size, True)
         self.stored, self.results = self.stored + size, self.results + size
         return written

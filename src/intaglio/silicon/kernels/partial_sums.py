@@ -28,8 +28,8 @@ def missed_sums(target: Target, sums: Any, written: Any) -> Any:
     """HBM bytes that are moved for each byte of partial sums that is read back to add them.
 
     The L2 has evicted some of the sums to HBM by then, and fetches these again. A fetched byte takes the place of
-    another byte in the L2, at random. With the chance of a dirty byte, which is that of the sums, HBM writes this one.
-    Returns 1 without an L2.
+    another byte in the L2, chosen at random. HBM writes that byte first if it belongs to the sums; the probability of
+    this is the fraction of the L2 that sums take. Returns 1 without an L2.
 
     sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
     is an array or number like `written`.

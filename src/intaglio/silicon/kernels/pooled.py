@@ -1,38 +1,26 @@
-"""Chip kernels of compressed attention: `pool_keys`, and `attend_pooled`, of which only the time is modelled."""
+"""Chip kernel of the op `pool_keys` of compressed attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.chips import Target
-from intaglio.ops import AttendPooled, PoolKeys
+from intaglio.ops import PoolKeys
 from intaglio.ops.pooled import closers
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import norm_cycles, pool_cycles, vector_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load, slices
-from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, WorkKernel, chip_kernel
+from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.rows import INDEX_BYTES, ring_depth, runs
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Stream, StreamBuilder
 from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
-
-
-@chip_kernel(AttendPooled)
-@dataclass(frozen=True)
-class AttendPooledKernel(WorkKernel):
-    """Chip kernel of the op `attend_pooled`. For timing only: the simulator cannot execute the op.
-
-    Like any WorkKernel it is timed by the longer of two times: its FLOPs on the matrix array in bf16, and its HBM
-    bytes.
-    """
-
-    engine: ClassVar[str] = "MXU"
 
 
 @chip_kernel(PoolKeys)

@@ -173,14 +173,17 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
     """
     how = x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed
-    if grouped or not target.library.persistent:
+    if not target.library.persistent:
         return product_times(target, m, n, k, *how)
-    # A product of the rows above the tiles at the lower edge, or of the first tiles alone, never takes longer
+    # A product of the first row of tiles alone, or of the rows above the tiles at the lower edge, never takes longer
     tm, _, _ = choices(target.library.tiles, target.library.split_k)
-    gm = np.ceil(m / tm)
-    rows = np.stack([m + 0 * tm, np.where(gm > 1, (gm - 1) * tm, m), np.minimum(m, tm)])
-    found = product_times(target, rows, n, k, *how)
-    shape, seconds = rows.shape, found["seconds"].max(axis=0)
+    if grouped:
+        m = np.array(grouped.counts)[:, None]
+    rows = [m + 0 * tm, np.minimum(m, tm)]
+    if not grouped:
+        rows.append(np.where(m > tm, (np.ceil(m / tm) - 1) * tm, m))
+    found = product_times(target, np.stack(rows), n, k, *how)
+    shape, seconds = found["seconds"].shape, found["seconds"].max(axis=0)
 
     def of_all(v: Any) -> Any:
         """Of an item of `found`, the value or values for the product of all m rows."""
@@ -197,7 +200,9 @@ def product_times(
 ) -> dict[str, Any]:  # fmt: skip
     """Times of a product for every choice of tile and K split, as a dict of arrays; see time_choices().
 
-    In a persistent kernel, tiles of the last round that lie at the lower edge load and store only their rows.
+    With `grouped`, m may be an array [..., products, choices] with the rows of each product; a number is ignored, and
+    the rows are those of `grouped`. In a persistent kernel, tiles of the last round that lie at the lower edge load and
+    store only their rows.
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
@@ -205,8 +210,9 @@ def product_times(
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     gm, most, fetched = np.ceil(m / tm), m, w_bits  # gm: tiles of one product's rows; fetched: bits moved for a weight
     if grouped:
-        counts, heads = np.array(grouped.counts), len(grouped.counts)
-        m, most, gm = counts.mean(), counts.max(), np.ceil(counts[:, None] / tm).sum(axis=0) / heads
+        counts = m if isinstance(m, np.ndarray) else np.array(grouped.counts)[:, None]
+        heads, gm = len(grouped.counts), np.ceil(counts / tm).mean(axis=-2)
+        m, most = counts.mean(axis=-2), counts.max(axis=-2)
         run, fetched = grouped.run or run, w_bits * grouped.overfetch
     x_bits = formats.bits(x_format)
     piece, space, beside = stage_space(target, tm, tn, glu, x_bits)

@@ -158,10 +158,10 @@ class CoreSteps:
 
 
 class ProductSteps:
-    """Lists what the cores do in a product, and what the L2 holds before it.
+    """Lists what the cores do in a product (its jobs), and what the L2 holds before the product.
 
-    loop: what the jobs have in common. target: chip and kernel library. jobs: all jobs, in the order in which they are
-    dealt to the cores.
+    loop: properties that all jobs of the product share. target: chip and kernel library. jobs: all jobs (tiles of the
+    result, for one part of K), in the order in which they are dealt to the cores.
     """
 
     def __init__(self, loop: ProductLoop, target: Target, jobs: Sequence[Job]) -> None:

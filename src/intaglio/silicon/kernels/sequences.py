@@ -7,20 +7,20 @@ end it stores the new state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec, Target
 from intaglio.ops import Op
+from intaglio.silicon.core_loop import Step, TilesInL2, steps_seconds
 from intaglio.silicon.kernels.attend_tiles import deal
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
 from intaglio.silicon.kernels.kernel import WIDE, Tensors, WorkKernel
 from intaglio.silicon.kernels.rows import ring_depth
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import StreamBuilder
-from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 BLOCK = 16  # rows that are computed together, at most
@@ -55,7 +55,7 @@ class SequenceKernel(WorkKernel):
     """Base class of chip kernels of ops that advance a state along each sequence, each column by itself.
 
     A library's kernel is timed as any WorkKernel, by the op's FLOPs and bytes. The instruction streams, whose values
-    are FP32, are timed by the loop() over their blocks.
+    are FP32, are timed by the steps() of their blocks.
 
     Attributes:
         width: columns of the operands and of the result.
@@ -147,59 +147,46 @@ class SequenceKernel(WorkKernel):
                 ],
             )
 
-    def loop(
-        self, target: Target, dealt: list[list[tuple[int, slice]]], lengths: Sequence[int], kept: float
-    ) -> TileLoop:
-        """The loop over blocks of the core with the most rows. Other cores have as many blocks, or one less.
-
-        dealt: the jobs of each core, as of dealt(). lengths: number of rows of each sequence. kept: fraction of the
-        sequences that read a state.
-        """
-        chip, act, latency_s = target.chip, target.library.activation_bytes, target.chip.constants.hbm_latency_s
-        mine = max(dealt, key=lambda mine: sum(lengths[s] * (c.stop - c.start) for s, c in mine))
-        jobs, columns = len(mine), sum(c.stop - c.start for _, c in mine) / len(mine)
-        rows, blocks = (sum(f(lengths[s]) for s, _ in mine) for f in (int, lambda n: -(-n // BLOCK)))
-        every = sum(-(-lengths[s] // BLOCK) for own in dealt for s, _ in own)  # blocks of all cores
-        state = 4.0 * self.state_rows * columns * jobs * kept
-        first = 4.0 * self.vectors * columns * jobs + state  # loaded before a job's blocks
-        waits, once = kept > 0 or self.cold > 0, first if jobs == 1 < blocks else 0.0
-        load = act * (columns * (self.operands * rows + self.overlap * (blocks - jobs)) + self.shared * rows)
-        load += first - once
-        cycles = self.cycles(chip, rows / blocks, columns) + self.first_cycles(chip, columns) * jobs / blocks
-        # Cores that read states at the same time wait for HBM; others load at the L2's rate meanwhile. Half of each:
-        rate, missed = min(chip.port_rate, chip.l2_rate / len(dealt)), state + 4.0 * self.cold * self.width / len(dealt)
-        share = chip.hbm_rate / len(dealt)
-        together = missed / min(rate, share) + (load - missed) / rate
-        seconds = (together + max(missed / share, load / rate)) / 2
-        last = (load - first) / blocks / rate  # seconds of a job's own loads, while its state is on its way
-        return TileLoop(
-            jobs=every if -(-every // len(dealt)) == blocks else len(dealt) * blocks,
-            load=load / blocks, once=once, work_s=float(cycles) / chip.clock_hz,
-            store=columns * (act * rows + 4.0 * self.state_rows * jobs) / blocks,
-            depth=self.depth(target, max(c.stop - c.start for _, c in mine), max(lengths)),
-            load_missed=(not once) * (missed > 0) * min(1.0, share * seconds / load) if chip.l2_bytes else 1.0,
-            store_missed=float(not chip.l2_bytes), wait_s=max(0.0, latency_s - last) * (waits and jobs == blocks),
-            ready_s=latency_s if waits else 0.0,
-        )  # fmt: skip
-
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """The Timing by FLOPs and bytes; with FP32 activations, as in the streams, that of the loop()."""
-        chip, lib, work = target.chip, target.library, super().time(target, sizes, prefetched)
+        """The Timing by FLOPs and bytes; with FP32 activations, as in the streams, that of their steps()."""
+        work = super().time(target, sizes, prefetched)
         sequences = [(q, keys > q) for q, keys, n in sizes.sequences for _ in range(n)]
-        if lib.activation_bytes < WIDE or not sequences:
+        if target.library.activation_bytes < WIDE or not sequences:
             return work
-        lengths, kept = [q for q, _ in sequences], sum(has for _, has in sequences) / len(sequences)
-        dealt = self.dealt(target, lengths)
-        loop, active = self.loop(target, dealt, lengths, kept), target.with_chip(cores=len(dealt))
-        values, states = 4.0 * self.width * sum(lengths), 4.0 * self.width * len(sequences) * self.state_rows
-        reads = self.operands * values + 4.0 * self.width * self.vectors + states * kept
-        reads += 4.0 * self.shared * sum(lengths)
-        writes, capacity = values + states, chip.l2_bytes * lib.l2_usable
-        evicted = max(0.0, reads + writes - capacity) if capacity else 0.0
-        if evicted and kept:  # states come from HBM, and stored ones go there as far as they are evicted
-            seconds = replace(loop, store_missed=evicted / (reads + writes)).seconds(active)
-        elif evicted:
-            seconds = max(loop.seconds(active), loop.through_l2(active, "l2")[0])
-        else:
-            seconds = loop.seconds(active)
-        return replace(work, seconds=seconds + lib.launch_s)
+        dealt, l2 = self.dealt(target, [q for q, _ in sequences]), TilesInL2.of(target)
+        for s, columns in sorted((job for mine in dealt for job in mine), key=lambda job: (job[0], job[1].start)):
+            for block in slices(sequences[s][0], BLOCK):
+                for size, place in self.block_loads(s, columns, block):
+                    l2.hold(place, size)
+            l2.hold(("vectors", columns.start), 4.0 * (self.vectors - self.cold) * (columns.stop - columns.start))
+        cores = [[step for s, c in mine for step in self.steps(target, s, c, *sequences[s])] for mine in dealt]
+        most = max(c.stop - c.start for mine in dealt for _, c in mine)
+        depth = self.depth(target, most, max(q for q, _ in sequences))
+        return replace(work, seconds=target.library.launch_s + steps_seconds(target.chip, l2, cores, depth))
+
+    def block_loads(self, sequence: int, columns: slice, block: slice) -> list[tuple[float, Hashable]]:
+        """(bytes, place in the L2) of the loads of a block. block: its rows, counted from the sequence's first."""
+        rows, at = block.stop - block.start, (sequence, block.start)
+        overlap = self.overlap if block.start else 0
+        size = 4.0 * self.operands * (rows + overlap) * (columns.stop - columns.start)
+        return [(size, ("x", *at, columns.start)), *([(4.0 * self.shared * rows, ("shared", *at))] * bool(self.shared))]
+
+    def steps(self, target: Target, sequence: int, columns: slice, rows: int, kept: bool) -> Iterator[Step]:
+        """The steps of a job: one for each block. rows: rows of the sequence. kept: True if it reads a state."""
+        chip, n, blocks = target.chip, columns.stop - columns.start, slices(rows, BLOCK)
+        hz, state = chip.clock_hz, 4.0 * self.state_rows * n
+        loads = list[tuple[float, Hashable | None]]()
+        loads += [(4.0 * self.cold * n, ("weights", columns.start))] if self.cold else []
+        warm = 4.0 * (self.vectors - self.cold) * n
+        loads += [(warm, ("vectors", columns.start))] if warm else []
+        loads += [(state, ("state", sequence, columns.start))] if kept else []
+        fill = 0.0 if kept else state / chip.sram_bytes_per_cycle / hz
+        cycles = self.first_cycles(chip, n)
+        for block in blocks:
+            m = block.stop - block.start
+            stores: list[tuple[float, Hashable | None]] = [(4.0 * m * n, ("y", sequence, block.start, columns.start))]
+            stores += [(state, ("new state", sequence, columns.start))] if block.stop == rows else []
+            cycles += self.cycles(chip, m, n)
+            loads += self.block_loads(sequence, columns, block)
+            yield Step(tuple(loads), 0.0, float(cycles) / hz, tuple(stores), fill, in_place=len(blocks) == 1)
+            loads, cycles, fill = [], 0.0, 0.0

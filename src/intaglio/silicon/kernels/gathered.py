@@ -1,0 +1,260 @@
+"""Attention whose keys are gathered by index, as `attend` to chosen positions and `attend_pooled`: streams and time.
+
+A job is one token and some of its query heads. What says where its keys are is loaded while the job before it is
+computed, so that the keys can be gathered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from intaglio.chips import Target
+from intaglio.ops.elementwise import postfix
+from intaglio.silicon import isa
+from intaglio.silicon.core_loop import CoreLoop, Program, TilesInL2, Transfer
+from intaglio.silicon.isa.cycles import exposed, matmul_cycles, softmax_cycles, vector_cycles
+from intaglio.silicon.isa.vector import map_cycles
+from intaglio.silicon.kernels.chip_memory import slices
+from intaglio.silicon.kernels.kernel import WIDE
+from intaglio.silicon.memory import Region
+from intaglio.silicon.stream import StreamBuilder
+
+ROWS = 64  # query heads of a job, at most
+AHEAD = 3  # jobs whose indices and queries SRAM holds at a time
+SPARE = 16384  # bytes of SRAM for block tables and alignment
+ADDED = postfix("a + b")
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """Sizes of the tiles, and of what is gathered.
+
+    Attributes:
+        rows: query heads of a job; they share a K/V head.
+        keys: keys of a tile.
+        d, dv: widths of a key and of a value.
+        gathered: widths of the gathers of a tile; more than d in all if values are gathered beside their keys.
+        bits: bits of a cached value.
+    """
+
+    rows: int
+    keys: int
+    d: int
+    dv: int
+    gathered: tuple[int, ...]
+    bits: int
+
+    @classmethod
+    def of(
+        cls, target: Target, group: int, d: int, dv: int, gathered: tuple[int, ...], bits: int, places: int
+    ) -> GatherPlan:
+        """Tiles that fit SRAM and accumulators: the most query heads, then the most keys.
+
+        group: query heads that share a K/V head. places: indices of a job, at most.
+        """
+        rows = max(n for n in range(1, min(ROWS, group) + 1) if group % n == 0)
+        keys = target.library.key_tile
+        while True:
+            sram = 2 * keys * sum(gathered) * bits / 8 + AHEAD * rows * (d + dv) * WIDE + rows * (keys + 8) * WIDE
+            sram += AHEAD * 12 * places + SPARE
+            fits = sram <= target.chip.sram_bytes and rows * (2 * dv + keys) * WIDE + 256 <= target.chip.acc_bytes
+            if fits or rows * keys == 1:
+                return cls(rows, keys, d, dv, gathered, bits)
+            smaller = [n for n in range(1, rows) if rows % n == 0]
+            rows, keys = (rows, keys // 2) if keys > 32 or not smaller else (smaller[-1], keys)
+
+
+@dataclass(frozen=True)
+class GatherJob:
+    """One job, as the closed form sees it.
+
+    Attributes:
+        place: key of its queries and of its results in the L2.
+        lists: (bytes, place in the L2) of each load that says where its keys are.
+        prepare: cycles of the vector lanes to find the rows of its keys.
+        tiles: (keys, True if a mask is added to their scores) of each tile.
+        indexed: True if gathers read its first list itself: the list that replaces it waits until they have ended.
+    """
+
+    place: tuple[int, ...]
+    lists: tuple[tuple[float, Hashable | None], ...]
+    prepare: float
+    tiles: tuple[tuple[int, bool], ...]
+    indexed: bool = False
+
+
+def gathered_seconds(
+    target: Target, plan: GatherPlan, cores: Sequence[Sequence[GatherJob]], held: Sequence[tuple[Hashable, float]]
+) -> float:
+    """Seconds of the streams until the last result is stored, without launch overhead.
+
+    cores: jobs of each core. held: (place, bytes) of what the L2 has at the start, besides the queries.
+    """
+    l2 = TilesInL2.of(target)
+    for place, size in held:
+        l2.hold(place, size)
+    for job in sorted((job for mine in cores for job in mine), key=lambda job: job.place):
+        l2.hold(("queries", *job.place), plan.rows * plan.d * 4.0)
+    made = [_Core(target, plan, mine) for mine in cores]
+    return CoreLoop(target.chip, l2, [(c.loads(), c.compute(), c.stores()) for c in made]).seconds()
+
+
+@dataclass
+class _Core:
+    """Programs of one core in the closed form, in the order of the streams.
+
+    Attributes:
+        target, plan: chip and library, tiles.
+        jobs: the core's jobs.
+        listed, located: of each job, when its lists have been loaded, and when the rows of its keys are known.
+        gathered, multiplied: of each tile of keys, when it can be used, and when it has been.
+        queries, sums, results: of each job, when its queries, its sums and its results were used for the last time.
+    """
+
+    target: Target
+    plan: GatherPlan
+    jobs: Sequence[GatherJob]
+    listed: list[float] = field(default_factory=list)
+    located: list[float] = field(default_factory=list)
+    gathered: list[float] = field(default_factory=list)
+    multiplied: list[float] = field(default_factory=list)
+    queries: list[float] = field(default_factory=list)
+    sums: list[float] = field(default_factory=list)
+    results: list[float] = field(default_factory=list)
+
+    def loads(self) -> Program:
+        """The program of loads: a job's lists and queries are loaded before the keys of the job before it."""
+        plan, chip, tiles = self.plan, self.target.chip, 0
+        now = visible = 0.0
+        ends = list(accumulate(len(job.tiles) for job in self.jobs))  # number of tiles up to each job
+        for number in range(-1, len(self.jobs)):
+            if number + 1 < len(self.jobs):
+                job, reused = self.jobs[number + 1], number + 1 - AHEAD
+                if job.indexed and reused >= 0:
+                    now = max(now, self.gathered[ends[reused] - 1])
+                for size, place in job.lists:
+                    x = Transfer(now, size, place)
+                    yield x
+                    now, visible = x.end, max(visible, x.visible)
+                self.listed.append(visible)
+                while len(self.queries) <= reused:
+                    yield None
+                now = max(now, self.queries[reused] if reused >= 0 else 0.0)
+                x = Transfer(now, 4.0 * plan.rows * plan.d, ("queries", *job.place))
+                yield x
+                now, visible = x.end, max(visible, x.visible)
+            if number < 0:
+                continue
+            while len(self.sums) <= number - 2 or len(self.located) <= number:
+                yield None
+            now = max(now, self.sums[number - 2] if number >= 2 else 0.0)
+            now += 4.0 * plan.rows * (plan.dv + 2) / chip.sram_bytes_per_cycle / chip.clock_hz
+            for n, _ in self.jobs[number].tiles:
+                while len(self.multiplied) <= tiles - 2:
+                    yield None
+                now = max(now, self.located[number], self.multiplied[tiles - 2] if tiles >= 2 else 0.0)
+                for width in plan.gathered:
+                    x = Transfer(now, n * width * plan.bits / 8)
+                    yield x
+                    now, visible = x.end, max(visible, x.visible)
+                self.gathered.append(visible)
+                tiles += 1
+
+    def compute(self) -> Program:
+        """The program of computation: the rows of the next job's keys are found before a job's first tile."""
+        plan, chip, on, rows = self.plan, self.target.chip, self.target, self.plan.rows
+        array = lanes = 0.0
+        tiles, hz = 0, chip.clock_hz
+        for number in range(-1, len(self.jobs)):
+            if number + 1 < len(self.jobs):
+                while len(self.listed) <= number + 1:
+                    yield None
+                if self.jobs[number + 1].prepare:
+                    lanes = max(lanes, self.listed[number + 1]) + self.jobs[number + 1].prepare / hz
+                self.located.append(max(self.listed[number + 1], lanes * bool(self.jobs[number + 1].prepare)))
+            if number < 0:
+                continue
+            for n, masked in self.jobs[number].tiles:
+                while len(self.gathered) <= tiles:
+                    yield None
+                softmax = softmax_cycles(chip, rows * n) + vector_cycles(chip, rows * plan.dv)
+                cycles = map_cycles(chip, ADDED, rows * n) * masked + exposed(on, float(softmax))
+                scored = max(array, self.gathered[tiles]) + float(matmul_cycles(on, rows, n, plan.d, "f32")) / hz
+                lanes = max(lanes, scored) + cycles / hz
+                array = lanes + float(matmul_cycles(on, rows, plan.dv, n, "f32")) / hz
+                self.multiplied.append(array)
+                tiles += 1
+            self.queries.append(scored)
+            while len(self.results) <= number - 2:
+                yield None
+            free = self.results[number - 2] if number >= 2 else 0.0
+            lanes = max(lanes, array, free) + float(vector_cycles(chip, 2 * rows * plan.dv, rows)) / hz
+            self.sums.append(lanes)
+
+    def stores(self) -> Program:
+        """The program of stores."""
+        now, size = 0.0, 4.0 * self.plan.rows * self.plan.dv
+        for number, job in enumerate(self.jobs):
+            while len(self.sums) <= number:
+                yield None
+            x = Transfer(max(now, self.sums[number]), size, ("results", *job.place), writes=True)
+            yield x
+            now = x.end
+            self.results.append(now)
+
+
+class GatherTiles:
+    """Tile buffers of one core: queries of AHEAD jobs, two tiles of keys, two sums and results."""
+
+    def __init__(self, k: StreamBuilder, plan: GatherPlan, format: str) -> None:
+        self.k, self.plan, rows = k, plan, plan.rows
+        self.queries, self.results = k.ring(AHEAD, rows, plan.d), k.ring(2, rows, plan.dv)
+        self.pairs, self.p = k.ring(2, plan.keys, sum(plan.gathered), format), k.tile(rows, plan.keys)
+        self.totals, self.scores = k.ring(2, rows, plan.dv, "f32", "acc"), k.tile(rows, plan.keys, "f32", "acc")
+        self.maxima, self.lengths, self.alpha = k.ring(2, rows, 1), k.ring(2, rows, 1), k.tile(rows, 1)
+
+    def attend(
+        self, queries: Region, parts: Sequence[tuple[Sequence[Region], Region, Region | None]], sinks: Region | None,
+        how: dict[str, Any],
+    ) -> Region:  # fmt: skip
+        """Emit the instructions of one job, which attends to all keys of `parts`. Returns the tile of its result.
+
+        Values are the last columns of what is gathered for a key.
+
+        Args:
+            queries: its queries.
+            parts: for each part of its keys: the tables from which a key's columns are gathered, the rows in them, and
+                what is added to scores, or None.
+            sinks: scores of an extra key without value, [1, rows] in SRAM, or None.
+            how: fields of Softmax for its scale and temperature; `query` is the token's position.
+        """
+        k, plan, rows = self.k, self.plan, self.plan.rows
+        sums, m, length = self.totals.next(), self.maxima.next(), self.lengths.next()
+        k.emit(isa.Fill(dst=sums, value=0.0))
+        k.emit(isa.Fill(dst=length, value=0.0 if sinks is None else 1.0))
+        if sinks is None:
+            k.emit(isa.Fill(dst=m, value=float("-inf")))
+        else:
+            k.emit(isa.Convert(dst=m.shaped(1, rows), src=sinks))
+        for tables, index, mask in parts:
+            for tile in slices(index.cols, plan.keys):
+                n, pair, done = tile.stop - tile.start, self.pairs.next(), 0
+                for table in tables:
+                    to = pair.part(slice(0, n), slice(done, done + table.cols))
+                    k.emit(isa.Gather(dst=to, table=table, index=index.part(cols=tile)))
+                    done += table.cols
+                pair, s, weights = pair.part(slice(0, n)), self.scores.shaped(rows, n), self.p.shaped(rows, n)
+                k.emit(isa.Matmul(acc=s, a=queries, b=pair.part(cols=slice(0, plan.d))))
+                if mask is not None:
+                    k.emit(isa.Map(dst=s, a=s, b=mask.part(cols=tile), steps=ADDED))
+                seen = {"pack": rows, "keys": n, "key": how["query"] - n + 1}
+                k.emit(isa.Softmax(p=weights, m=m, l=length, alpha=self.alpha, scores=s, **seen, **how))
+                k.emit(isa.Rescale(acc=sums, alpha=self.alpha))
+                values = pair.part(cols=slice(done - plan.dv, done))
+                k.emit(isa.Matmul(acc=sums, a=weights, b=values, by_rows=True, accumulate=True))
+        y = self.results.next()
+        k.emit(isa.Merge(dst=y, sums=sums, m=m, l=length))
+        return y
