@@ -104,7 +104,7 @@ def test_integer_products_have_the_bits_of_avx512(format: str, rng: Rng) -> None
 @pytest.mark.parametrize("page", [32, 48, 64, 96])
 @pytest.mark.parametrize("trial", range(3))
 def test_attention_by_pages(page: int, trial: int, rng: Rng) -> None:
-    """Pages that are blocks of 32 positions, which the unit reads, and others; one query row, and prompts in chunks; windows.
+    """Pages of blocks of 32 positions, which the unit reads, and others; one query row, prompts in chunks, windows.
 
     Pages that held infinities and NaN before do not change a bit, nor does the number of query rows in a step.
     """
