@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import gcd
+from math import exp, gcd
 
 import numpy as np
 import pytest
@@ -33,13 +33,17 @@ def test_steps_fetch_the_bytes_that_the_cache_counts(width: int, depth: int, rep
         assert abs(moved - rows * fetched_bytes(start, stop, width, depth)) <= (width - depth) + 2 * LINE
 
 
-def test_blocks_of_the_l2_are_evicted_in_the_order_of_their_latest_use() -> None:
-    l2 = L2Blocks(capacity=300, need=1000)
-    assert l2.load([1, 2], 100, 5.0) == (2, 0.0, 0.0)
-    assert l2.load([1], 100, 9.0) == (0, 5.0, 0.0)  # on its way since the first load
-    assert l2.store(100) == 0 and l2.has([1, 2])
-    assert l2.load([3], 100, 9.0) == (1, 0.0, 0.0) and l2.has([1]) and not l2.has([2])
-    assert l2.load([4, 5], 100, 9.0)[2] == 100 and l2.gone == l2.stored == 100  # the stored bytes leave after block 1
+def test_blocks_of_the_l2_are_evicted_at_random() -> None:
+    """Three blocks fill the L2; one more evicts a third of its bytes, stored results among them."""
+    size = 100_000.0
+    l2 = L2Blocks(capacity=3 * size, need=10 * size)
+    assert l2.load([1, 2], size, 5.0) == (2, 2 * size, 0.0, 0.0)
+    assert l2.load([1], size, 9.0) == (0, 0.0, 5.0, 0.0)  # on its way since the first load
+    assert l2.store(size) == 0 and l2.has([1, 2], size)
+    assert l2.load([3], size, 9.0) == (1, size, 0.0, pytest.approx(size / 3))
+    assert l2.has([3], size) and not l2.has([1], size) and l2.missing(4, size) == size
+    assert l2.missing(1, size) == l2.missing(2, size) == pytest.approx(size * (1 - exp(-1 / 3)))
+    assert (l2.gone, l2.stored) == (pytest.approx(size / 3), size)
 
 
 @settings(max_examples=30, deadline=None)
