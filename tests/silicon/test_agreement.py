@@ -239,7 +239,7 @@ def test_a_cache_evicts_only_to_make_room(data: st.DataObject) -> None:
 
 
 def test_misses_grow_gradually_where_an_array_outgrows_the_cache(rng: np.random.Generator) -> None:
-    """Of a second scan. A cache that evicts the least recently used lines would miss all of them."""
+    """The part that a second scan misses. If the least recently used lines were evicted, it would miss all of them."""
     lines, row, parts = int(rng.integers(4000, 8000)), 16, []
     for times in (1.0, 1.05, 1.2, 1.5, 2, 4):
         cache, rows = Cache(lines * LINE), int(lines * times) // row

@@ -112,7 +112,7 @@ def test_rg_lru(chip: str, seed: int, fmt: str) -> None:
 @FEW
 @given(chip=CHIP, seed=SEED, n=st.integers(1, 20), fmt=st.sampled_from(["f32", "bf16"]))
 def test_selective_scan(chip: str, seed: int, n: int, fmt: str) -> None:
-    """Each token adds some roundings to a state that decays."""
+    """Values of the stream against the reference. Each token rounds the state a few times, which decays with it."""
     rng = np.random.default_rng(seed)
     batch, width, dtype = stateful_batch(rng), int(rng.integers(1, 90)), formats.get(fmt).dtype
     op = SelectiveScan(site="s", x="x", step="d", b="b", c="c", rate="r", skip="k", state="s", out="y")

@@ -168,7 +168,7 @@ class KvRoom:
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
     def used(self, tokens: float, kept: float) -> float:
-        """Fraction of the room that sequences fill, which have `tokens` tokens in total.
+        """Fraction of the room that is filled by sequences with `tokens` tokens in total.
 
         kept: how many of these tokens the layers with a window keep.
         """

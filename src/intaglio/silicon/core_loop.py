@@ -9,12 +9,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp
 
 import numpy as np
 
 from intaglio.chips import ChipSpec, Target
 from intaglio.silicon.cache import LINE
+from intaglio.silicon.l2 import RandomL2
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Transfer:
 Program = Iterator[Transfer | None]  # transfers in order; None: it waits for another program of its core
 
 
-class TilesInL2:
-    """Content of an L2 that evicts lines at random (cache.py), as expected values: the tiles that cores access."""
+class TilesInL2(RandomL2):
+    """Expected content of an L2 that evicts lines at random: how many bytes it holds of each tile that cores access."""
 
     def __init__(self, capacity: float, latency_s: float) -> None:
-        self.capacity, self.latency_s = capacity, latency_s
-        self.held = self.evicted = self.stored = 0.0  # bytes in it; evicted so far; in it and not in HBM
+        super().__init__(capacity)
+        self.latency_s = latency_s
         self.tiles: dict[Hashable, tuple[float, float, float]] = {}  # (bytes, evicted before, when there)
 
     @classmethod
@@ -62,7 +62,7 @@ class TilesInL2:
         return cls(target.chip.l2_bytes * target.library.l2_usable, target.chip.constants.hbm_latency_s)
 
     def hold(self, place: Hashable, size: float) -> None:
-        """Put a tile of `size` bytes, which the op before has used, into the L2. Others may be evicted."""
+        """Put a tile of `size` bytes, which the op before has used, into the L2. Parts of others may be evicted."""
         if self.capacity:
             self.insert(max(0.0, size - self.left(place)))
             self.tiles[place] = size, self.evicted, 0.0
@@ -82,21 +82,14 @@ class TilesInL2:
             x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
         x.ready = 0.0 if x.writes else ready
         written = self.insert(missed)
-        self.stored = min(self.held, self.stored + x.bytes * x.writes)
+        self.dirty = min(self.held, self.dirty + x.bytes * x.writes)
         self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
         return written + (0.0 if x.writes else missed)
 
     def left(self, place: Hashable) -> float:
         """Bytes of a tile that the L2 still holds."""
         size, before, _ = self.tiles.get(place, (0.0, 0.0, 0.0))
-        return size * exp((before - self.evicted) / self.capacity)
-
-    def insert(self, size: float) -> float:
-        """Bring bytes into the L2, and evict what does not fit. Returns how many bytes are written to HBM for it."""
-        out = max(0.0, self.held + size - self.capacity)
-        written = out * self.stored / self.capacity
-        self.held, self.evicted, self.stored = self.held + size - out, self.evicted + out, self.stored - written
-        return written
+        return size * self.kept(before)
 
 
 class CoreLoop:

@@ -63,9 +63,9 @@ class DecayKernel(RowsKernel):
         return postfix(first), *((postfix(f"{self.high!r} - relu({self.high!r} - a)"),) if self.high else ())
 
     def decay(self) -> Steps:
-        """The stack program of the log decay, which computes from the step size (a) and the rate (b).
+        """The stack program that computes the log decay from the step size (a) and the rate (b).
 
-        If the op has a floor, it computes from x (a), bias (b) and rate (c) instead.
+        If the op has a floor, it computes it from x (a), bias (b) and rate (c) instead.
         """
         return postfix(f"sigmoid(({self.biased()}) * c) * {self.floor!r}") if self.floor else SCALED
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, gcd
+from math import gcd
 
 from intaglio.silicon.cache import LINE
+from intaglio.silicon.l2 import RandomL2
 
 
-class L2Blocks:
-    """The expected content of an L2 that evicts lines at random (see cache.py): blocks of operands, and results.
+class L2Blocks(RandomL2):
+    """The expected content of an L2 that evicts lines at random: blocks of operands, and results.
 
     capacity: bytes that it can hold. need: bytes of everything that will be used; if that fits, nothing is evicted.
     """
 
     def __init__(self, capacity: float, need: float) -> None:
-        self.capacity, self.held, self.tight = capacity, 0.0, need > capacity
+        super().__init__(capacity)
+        self.tight = need > capacity
         self.blocks: dict[int, tuple[float, float]] = {}  # by key: (arrival from HBM, bytes evicted before)
-        self.evicted = self.dirty = 0.0  # bytes evicted so far; in the L2 and not in HBM
         self.results = 0.0  # the part of `dirty` that are results of this product
         self.stored = self.gone = 0.0  # bytes of results: stored, and written back to HBM since
 
@@ -28,13 +29,11 @@ class L2Blocks:
         """
         if not self.tight:
             return 0.0
-        out = max(0.0, self.held + size - self.capacity)
-        part = out / self.capacity  # of all that the L2 has
-        written = self.dirty * part
-        self.gone += self.results * part
-        self.results -= self.results * part
-        self.held, self.evicted = self.held + size - out, self.evicted + out
-        self.dirty = min(self.held, self.dirty - written + size * dirty)
+        before = self.evicted
+        written = self.insert(size)
+        gone = self.results * (self.evicted - before) / self.capacity
+        self.gone, self.results = self.gone + gone, self.results - gone
+        self.dirty = min(self.held, self.dirty + size * dirty)
         return written
 
     def bring(self, key: int, size: float, dirty: bool = False, arrival: float = 0.0) -> float:
@@ -57,7 +56,7 @@ class L2Blocks:
             return size
         if not self.tight or self.evicted == found[1]:
             return 0.0
-        lacks = size * (1 - exp((found[1] - self.evicted) / self.capacity))
+        lacks = size * (1 - self.kept(found[1]))
         return lacks if lacks > LINE / 2 else 0.0
 
     def load(self, keys: Sequence[int], size: float, arrival: float) -> tuple[int, float, float, float]:
