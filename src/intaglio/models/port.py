@@ -96,17 +96,13 @@ def port(
 ) -> Program:
     """Returns the Program of a checkpoint: the model as a list of ops, for positions below `context`.
 
-    Weights keep the formats they are stored in. Issues a warning if ignored settings may matter.
+    Weights keep the formats they are stored in. Issues a warning if ignored settings may matter. The default context is
+    the model's own limit or, with LongRoPE and dynamic NTK scaling, the longest context with the rope frequencies of
+    short texts.
 
-    Args:
-        checkpoint: the open checkpoint.
-        context: number of positions. None: the model's own limit or, with LongRoPE and dynamic NTK scaling, the longest
-            context with the rope frequencies of short texts.
-        name: name of the Program; None: the folder's name.
-        family: the port to use; None: the port for the checkpoint's architecture.
-
-    Raises PortError for an architecture that is not ported, a setting that is not implemented, a context out of range,
-    or tensors that do not match config.json. Raises CheckpointError for a checkpoint that cannot be read.
+    name: name of the Program; None: the folder's name. family: the port to use; None: the port for the checkpoint's
+    architecture. Raises PortError for an architecture that is not ported, a setting that is not implemented, a context
+    out of range, or tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:
@@ -119,17 +115,14 @@ def port_checkpoint(
 ) -> Ported:
     """Port a checkpoint. Returns a Ported: the Program (the model as a list of ops) with a report of keys and tensors.
 
-    Issues no warnings; the report has them as notes.
+    Issues no warnings; the report has them as notes. Raises PortError for a checkpoint that is not ported, and
+    CheckpointError for a checkpoint that cannot be read.
 
     Args:
         checkpoint: the open checkpoint.
-        context: number of positions. None: the model's own limit or, with LongRoPE and dynamic NTK scaling, the longest
-            context with the rope frequencies of short texts.
+        context: number of positions; None: the model's default.
         name: name of the Program; None: the folder's name.
         family: the port to use; None: the port for the checkpoint's architecture.
-
-    Raises PortError for an architecture that is not ported, a setting that is not implemented, a context out of range,
-    or tensors that do not match config.json. Raises CheckpointError for a checkpoint that cannot be read.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -179,15 +172,9 @@ def port_config(
 ) -> Program:
     """Returns the Program (the model as a list of ops) for a config.json without weights.
 
-    Args:
-        config: contents of config.json.
-        context: number of positions. None: the model's own limit or, with LongRoPE and dynamic NTK scaling, the longest
-            context with the rope frequencies of short texts.
-        name: name of the Program; None: the architecture's name.
-        format: number format of all weights. None: the config's dtype, or bf16 if the config has none.
-
-    Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
-    quantisation settings.
+    context: number of positions; None: the model's default. name: name of the Program; None: the architecture's name.
+    format: number format of all weights; None: the config's dtype, or bf16 if it has none. Raises PortError for an
+    architecture, setting, dtype or context that is not supported, and for a config with quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
@@ -208,9 +195,7 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     """Returns (the Family, that is the port, for a config; text that says which key of the config named it).
 
     As in transformers, `architectures` decides if its class belongs to model_type, or if model_type is unknown;
-    otherwise model_type decides. Raises PortError if there is no port for the config.
-
-    config: contents of config.json. where: the checkpoint, for errors.
+    otherwise model_type decides. Raises PortError if there is no port. where: the checkpoint, for errors.
     """
     known = families()
     by_type = {t: f for f in known.values() for t in f.model_types}
@@ -277,9 +262,8 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
     """Returns the Config of the text model.
 
     It has the keys of text_config or, without that table, all keys of `config`. tie_word_embeddings is also read
-    outside text_config. The family's aliases of keys and its function `prepare` are applied.
-
-    family: the port. config: contents of config.json.
+    outside text_config. The family's aliases of keys and its function `prepare` are applied. config: contents of
+    config.json.
     """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:
@@ -312,14 +296,8 @@ def _layout(
 
     The function sets the prefix of tensor names, the K/V cache's format and scales, the names of the output head and
     its bias, whether the head is tied to the embedding, how experts are stored, and whether a router has a correction.
-    It also applies `family.adapt`, except for GGUF files whose tensors have the names that Decoder uses.
-
-    Args:
-        checkpoint: the checkpoint.
-        family: the port.
-        prefix: prefix of the decoder's tensor names, such as "model.".
-        scales: scales of the K/V cache that the checkpoint has.
-        notes: list to which each call of the function may add messages for the user.
+    It also applies `family.adapt`, except for GGUF files whose tensors have the names that Decoder uses. Each call may
+    add messages for the user to `notes`. scales: scales of the K/V cache that the checkpoint has.
     """
     names = checkpoint.names
 
@@ -406,10 +384,7 @@ def _long_note(length: int, usual: int, limit: int) -> str:
     The context for which a Program is made selects its table, so results depend on the context. The text says which
     table the Program has, and how to get the other table.
 
-    Args:
-        length: the context of the Program, in tokens.
-        usual: the longest context with the first table, in tokens.
-        limit: the longest context with the second table, in tokens.
+    length: the context of the Program. usual, limit: the longest contexts with the first and with the second table.
     """
     if length > usual:
         return (
@@ -426,12 +401,8 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     """Check that a Program fits its checkpoint. Adds the reason for each unused tensor to ported.unused.
 
     Returns nothing. Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has
-    another shape than the Program needs; or an unused tensor might change results.
-
-    Args:
-        ported: the Program with its report.
-        checkpoint: the checkpoint.
-        prefix: prefix of the decoder's tensor names.
+    another shape than the Program needs; or an unused tensor might change results. prefix: prefix of the decoder's
+    tensor names.
     """
     program, family = ported.program, ported.family
     wanted = {
@@ -489,11 +460,9 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
 
 
 def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
-    """Returns the likely cause of missing tensors as text that begins with "; ", for the end of an error message.
+    """Returns the likely cause of missing tensors as text for the end of an error message: "; " and a phrase, or "".
 
-    Returns "" if no cause is known.
-
-    missing: names of the missing tensors. ported: the Program with its report. checkpoint: the checkpoint.
+    missing: names of the missing tensors.
     """
     if all(n.endswith(("bias", "sinks")) for n in missing):
         ends = {"norm" if "norm" in n else "mlp" if "mlp" in n else "attention" for n in missing}
@@ -514,10 +483,9 @@ def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
 
 
 def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """Returns a list of prefixes of tensor names. Tensors with these prefixes belong to multi-token-prediction layers.
+    """Returns a list of prefixes of tensor names: tensors of multi-token-prediction layers, which Programs do not use.
 
-    Programs do not use such layers. config: contents of config.json. prefix: prefix of the decoder's tensor names, such
-    as "model.".
+    config: contents of config.json. prefix: prefix of the decoder's tensor names, such as "model.".
     """
     n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
     return [*(f"{prefix}layers.{i}." for i in range(n, n + more)), "mtp.", "model.mtp."]
