@@ -14,7 +14,7 @@ from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.agreement import compare_kernel
 from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
-from intaglio.ops import Attend, Embed, Linear, Tensor, Value
+from intaglio.ops import Attend, ChooseKeys, Embed, Linear, SelectiveScan, Tensor, Value
 from intaglio.silicon.cache import LINE, Cache, lines_of
 from intaglio.silicon.kernels import kernel_class
 from intaglio.silicon.kernels.experts import expected_rows, experts_timing
@@ -52,7 +52,25 @@ def test_closed_form_and_machine_agree_on_followed_loops(kind: str, rng: np.rand
     """On any chip: the closed form follows every core, and the tiles in the L2."""
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
-    assert all(0.9 < a.ratio < 1.1 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
+    assert all(0.95 < a.ratio < 1.05 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
+
+
+@pytest.mark.parametrize(("chip", "width"), [("a100_sxm", 3296), ("l40s", 800), ("tpu_v5e", 320)])
+def test_first_column_of_a_transposed_state_brings_the_lines_of_the_others(chip: str, width: int) -> None:
+    """The closed form loaded the columns of rates and state as one tile, and was up to 6 % off on an A100."""
+    names = {"x": "x", "step": "d", "b": "b", "c": "c", "rate": "r", "skip": "k", "state": "s"}
+    tensors = [temp(name, columns) for name, columns in (("x", width), ("d", width), ("b", 16), ("c", 16))]
+    tensors += [Tensor("r", (width, 16), "f32", "weight"), Tensor("k", (width,), "f32", "weight")]
+    tensors.append(Tensor("s", ("N", width, 16), "f32", "state"))
+    call = case(SelectiveScan(site="s", **names, out="y"), tensors, batch_of([(1, 1)] * 3), "")
+    assert 0.99 < compare_kernel(target(chip), call).ratio < 1.01
+
+
+def test_an_indexer_multiplies_while_the_lanes_sum_and_choose() -> None:
+    """The closed form kept an accumulator until the keys were chosen, and was 10 % slower than the machine."""
+    op = ChooseKeys(site="c", q="q", weights="w", cache="k", chosen="c", heads=4, top=418)
+    tensors = [temp("q", 4 * 64), temp("w", 4), Tensor("k", ("P", "B", 1, 64), "bf16", "state")]
+    assert 0.99 < compare_kernel(target("trainium2"), case(op, tensors, batch_of([(14, 1820)]), "")).ratio < 1.01
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Transfer:
         bytes: bytes that it moves, above 0.
         place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
         writes: True for a store.
+        lines: bytes of the L2's lines that it touches, if these are more than `bytes`: the L2 moves whole lines.
         latency_s: seconds from the end of the transfer until its result can be used.
         ready: for a load, when the L2 has all of the tile; 0.0 for a store.
         end: when it ends.
@@ -35,6 +37,7 @@ class Transfer:
     bytes: float
     place: Hashable | None = None
     writes: bool = False
+    lines: float = 0.0
     latency_s: float = 0.0
     ready: float = 0.0
     end: float = 0.0
@@ -76,14 +79,15 @@ class TilesInL2(RandomL2):
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
         size, ready = self.left(x.place), self.tiles.get(x.place, (0.0, 0.0, 0.0))[2]
-        missed = max(0.0, x.bytes - size)
+        touched = max(x.bytes, x.lines)
+        missed = max(0.0, touched - size)
         missed = missed if missed > LINE / 2 else 0.0  # less than a line: probably none
         if missed and not x.writes:
-            x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
+            x.latency_s, ready = self.latency_s * min(1.0, missed / x.bytes), max(ready, now + self.latency_s)
         x.ready = 0.0 if x.writes else ready
         written = self.insert(missed)
-        self.dirty = min(self.held, self.dirty + x.bytes * x.writes)
-        self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
+        self.dirty = min(self.held, self.dirty + touched * x.writes)
+        self.tiles[x.place] = max(size, touched), self.evicted, ready
         return written + (0.0 if x.writes else missed)
 
     def left(self, place: Hashable) -> float:
@@ -150,25 +154,40 @@ class CoreLoop:
                 heapq.heappush(self.waiting, (x.start, engine, x))
 
 
+class Move(NamedTuple):
+    """A load or store of a Step. The attributes are those of Transfer."""
+
+    bytes: float
+    place: Hashable | None = None
+    lines: float = 0.0
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a core's loop: it loads tiles, computes on them, and stores results.
 
     Attributes:
-        loads: (bytes, key of the tile in the L2) of each load, see Transfer.place.
+        loads: the loads, in order.
         array_s: seconds that the matrix array computes, once the loads can be used.
         lanes_s: seconds that the vector lanes compute after it.
-        stores: (bytes, key of the tile in the L2) of each store, which starts when the lanes have computed.
+        stores: the stores, in order. The first starts when the lanes have computed.
         fill_s: seconds in which the engine of loads sets tiles to a constant before the loads.
         in_place: True if stores read tiles that were loaded, so that these are free only when the stores have ended.
+        early_s: seconds that the vector lanes compute before the rest of the step, with the results of its first
+            `early` loads only.
+        early: number of these loads.
+        drain_s: the first part of lanes_s, after which the array may overwrite the accumulator. 0: all of lanes_s.
     """
 
-    loads: tuple[tuple[float, Hashable | None], ...] = ()
+    loads: tuple[Move, ...] = ()
     array_s: float = 0.0
     lanes_s: float = 0.0
-    stores: tuple[tuple[float, Hashable | None], ...] = ()
+    stores: tuple[Move, ...] = ()
     fill_s: float = 0.0
     in_place: bool = False
+    early_s: float = 0.0
+    early: int = 0
+    drain_s: float = 0.0
 
 
 @dataclass
@@ -179,12 +198,14 @@ class _Steps:
         steps: the steps in order.
         depth: tiles in each ring. So the loads of a step wait until the tiles of the step `depth` before it are free,
             and its lanes wait until that step's results have been stored.
+        early: for each step so far, when the tiles of its first step.early loads had come.
         loaded, freed, computed, stored: for each step so far, when its tiles had come, when they were free again, and
             when it was computed and stored.
     """
 
     steps: Sequence[Step]
     depth: int
+    early: list[float] = field(default_factory=list)
     loaded: list[float] = field(default_factory=list)
     freed: list[float] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
@@ -199,10 +220,13 @@ class _Steps:
                 yield None
             now = max(now, freed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
             visible = max(visible, now)
-            for size, place in step.loads:
-                x = Transfer(now, size, place)
+            for number, move in enumerate(step.loads):
+                if number == step.early:
+                    self.early.append(visible)
+                x = Transfer(now, move.bytes, move.place, lines=move.lines)
                 yield x
                 now, visible = x.end, max(visible, x.visible)
+            self.early += [visible] * (len(self.early) <= i)
             self.loaded.append(visible)
 
     def compute(self) -> Program:
@@ -211,11 +235,18 @@ class _Steps:
         There are two accumulators: the array multiplies into one while the lanes read the other.
         """
         array = lanes = 0.0
+        drained = list[float]()  # when the lanes had read the accumulator of each step
         for i, step in enumerate(self.steps):
+            if step.early_s:
+                while len(self.early) <= i:
+                    yield None
+                lanes = max(lanes, self.early[i]) + step.early_s
             while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
                 yield None
-            array = max(array, self.loaded[i], self.computed[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
-            lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0) + step.lanes_s
+            array = max(array, self.loaded[i], drained[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
+            lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0)
+            drained.append(lanes + (step.drain_s or step.lanes_s))
+            lanes += step.lanes_s
             self.freed.append(array if step.array_s else lanes)
             self.computed.append(lanes)
 
@@ -226,8 +257,8 @@ class _Steps:
             while len(self.computed) <= i:
                 yield None
             now = max(now, self.computed[i])
-            for size, place in step.stores:
-                x = Transfer(now, size, place, writes=True)
+            for move in step.stores:
+                x = Transfer(now, move.bytes, move.place, writes=True, lines=move.lines)
                 yield x
                 now = x.end
             self.stored.append(now)

@@ -14,7 +14,8 @@ from typing import Any, Self
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec, Target
 from intaglio.ops import Op
-from intaglio.silicon.core_loop import Step, TilesInL2, steps_seconds
+from intaglio.silicon.cache import LINE
+from intaglio.silicon.core_loop import Move, Step, TilesInL2, steps_seconds
 from intaglio.silicon.kernels.attend_tiles import deal
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
 from intaglio.silicon.kernels.kernel import WIDE, Tensors, WorkKernel
@@ -65,6 +66,7 @@ class SequenceKernel(WorkKernel):
         overlap: rows before a block that are loaded again with it.
         cold: how many of `vectors` come from HBM: those of a weight with several rows, which is not in the L2 before.
         shared: values of a row that every job of a sequence loads, whatever its columns.
+        transposed: True if the state is [width, state_rows] in HBM, so that each of its rows is moved by itself.
     """
 
     width: int
@@ -74,6 +76,7 @@ class SequenceKernel(WorkKernel):
     overlap: int = 0
     cold: int = 0
     shared: int = 0
+    transposed: bool = False
 
     @classmethod
     def made(cls, op: Op, t: Tensors, **fields: Any) -> Self:
@@ -156,37 +159,63 @@ class SequenceKernel(WorkKernel):
         dealt, l2 = self.dealt(target, [q for q, _ in sequences]), TilesInL2.of(target)
         for s, columns in sorted((job for mine in dealt for job in mine), key=lambda job: (job[0], job[1].start)):
             for block in slices(sequences[s][0], BLOCK):
-                for size, place in self.block_loads(s, columns, block):
-                    l2.hold(place, size)
+                for move in self.block_loads(s, columns, block):
+                    l2.hold(move.place, move.bytes)
             l2.hold(("vectors", columns.start), 4.0 * (self.vectors - self.cold) * (columns.stop - columns.start))
         cores = [[step for s, c in mine for step in self.steps(target, s, c, *sequences[s])] for mine in dealt]
         most = max(c.stop - c.start for mine in dealt for _, c in mine)
         depth = self.depth(target, most, max(q for q, _ in sequences))
         return replace(work, seconds=target.library.launch_s + steps_seconds(target.chip, l2, cores, depth))
 
-    def block_loads(self, sequence: int, columns: slice, block: slice) -> list[tuple[float, Hashable]]:
-        """(bytes, place in the L2) of the loads of a block. block: its rows, counted from the sequence's first."""
+    def block_loads(self, sequence: int, columns: slice, block: slice) -> list[Move]:
+        """The loads of a block. block: its rows, counted from the sequence's first."""
         rows, at = block.stop - block.start, (sequence, block.start)
         overlap = self.overlap if block.start else 0
         size = 4.0 * self.operands * (rows + overlap) * (columns.stop - columns.start)
-        return [(size, ("x", *at, columns.start)), *([(4.0 * self.shared * rows, ("shared", *at))] * bool(self.shared))]
+        shared = [Move(4.0 * self.shared * rows, ("shared", *at))] if self.shared else []
+        return [Move(size, ("x", *at, columns.start)), *shared]
 
     def steps(self, target: Target, sequence: int, columns: slice, rows: int, kept: bool) -> Iterator[Step]:
         """The steps of a job: one for each block. rows: rows of the sequence. kept: True if it reads a state."""
         chip, n, blocks = target.chip, columns.stop - columns.start, slices(rows, BLOCK)
         hz, state = chip.clock_hz, 4.0 * self.state_rows * n
-        loads = list[tuple[float, Hashable | None]]()
-        loads += [(4.0 * self.cold * n, ("weights", columns.start))] if self.cold else []
+        loads = by_columns(n, self.cold, ("weights", columns.start))
+        early = len(loads)
         warm = 4.0 * (self.vectors - self.cold) * n
-        loads += [(warm, ("vectors", columns.start))] if warm else []
-        loads += [(state, ("state", sequence, columns.start))] if kept else []
+        loads += [Move(warm, ("vectors", columns.start))] if warm else []
+        early = early or len(loads)
+        if kept:
+            loads += self.state_moves(n, ("state", sequence, columns.start))
         fill = 0.0 if kept else state / chip.sram_bytes_per_cycle / hz
-        cycles = self.first_cycles(chip, n)
+        first_s = self.first_cycles(chip, n) / hz
         for block in blocks:
             m = block.stop - block.start
-            stores: list[tuple[float, Hashable | None]] = [(4.0 * m * n, ("y", sequence, block.start, columns.start))]
-            stores += [(state, ("new state", sequence, columns.start))] if block.stop == rows else []
-            cycles += self.cycles(chip, m, n)
+            stores = [Move(4.0 * m * n, ("y", sequence, block.start, columns.start))]
+            if block.stop == rows:
+                stores += self.state_moves(n, ("new state", sequence, columns.start))
             loads += self.block_loads(sequence, columns, block)
-            yield Step(tuple(loads), 0.0, float(cycles) / hz, tuple(stores), fill, in_place=len(blocks) == 1)
-            loads, cycles, fill = [], 0.0, 0.0
+            lanes_s = float(self.cycles(chip, m, n)) / hz
+            yield Step(tuple(loads), 0.0, lanes_s, tuple(stores), fill, len(blocks) == 1, early_s=first_s, early=early)
+            loads, early, first_s, fill = [], 0, 0.0, 0.0
+
+    def state_moves(self, columns: int, place: Hashable) -> list[Move]:
+        """The loads or stores of a job's state. columns: columns of the job. place: key of the state in the L2."""
+        if self.transposed:
+            return by_columns(columns, self.state_rows, place)
+        return [Move(4.0 * self.state_rows * columns, place)]
+
+
+def by_columns(rows: int, columns: int, place: Hashable) -> list[Move]:
+    """The loads, or the stores, of the columns of an FP32 matrix [rows, columns] without gaps, one after the other.
+
+    A column is scattered over the lines of the L2, each of which has values of several columns. So the first of these
+    columns moves all of their lines between the L2 and HBM, and the others find the lines in the L2.
+
+    place: key of the matrix in the L2.
+    """
+    moves, together = list[Move](), LINE // 4
+    for first in range(0, columns, together):
+        count = min(together, columns - first)
+        key, lines = (place, first), 4.0 * rows * count
+        moves += [Move(4.0 * rows, key, lines), *([Move(4.0 * rows * (count - 1), key, lines)] * (count > 1))]
+    return moves
