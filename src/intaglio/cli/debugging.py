@@ -32,8 +32,7 @@ def port(
         typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
     ] = None,
 ) -> None:
-    """Find the port (loader code) that fits an architecture; print the line that adds it to FAMILIES, or what is
-    missing.
+    """Find the port (loader code) that fits an architecture; print its line for FAMILIES, or what is missing.
 
     FAMILIES is the table of supported architectures in a file of models/ports/. Needs torch and transformers.
     """

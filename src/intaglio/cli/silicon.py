@@ -444,9 +444,7 @@ def validate(
     ] = "engine",
     as_json: o.Json = False,
 ) -> None:
-    """Compare predicted with measured kernel times of real chips; print errors by kernel and bottleneck, and worst
-    calls.
-    """
+    """Compare predicted with measured kernel times; print errors by kernel and bottleneck, and the worst calls."""
     from intaglio.codesign.engine_tables import validate_engines
     from intaglio.codesign.regime import BUSY_SHARE, LAUNCH_SHARE, REGIMES
     from intaglio.codesign.validate import SERVING, as_dict
