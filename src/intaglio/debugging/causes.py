@@ -30,8 +30,8 @@ class Scene:
     Attributes:
         program: the Program.
         batch: the batch of the step.
-        values: values after the step by name: all tensors of the Program, K/V caches included, and those of `spare`.
-        spare: vectors of the checkpoint that the Program does not read, by name.
+        values: {name: value after the step}, for all tensors of the Program (K/V caches included) and all of `spare`.
+        spare: vectors of the checkpoint that the Program does not read: {name: vector}.
     """
 
     program: Program
@@ -41,9 +41,15 @@ class Scene:
 
 
 def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
-    """The likely cause of the difference at `site`, as text; if none is found, a description of the difference.
+    """Return the likely cause of the difference at `site` (an op's name), as text.
 
-    theirs: transformers' value at the site. good: sites whose values are correct.
+    If no common mistake explains the difference, the text describes the difference instead.
+
+    Args:
+        scene: the values of our step.
+        site: the name of the op whose result differs from transformers.
+        theirs: transformers' value of that result.
+        good: the sites whose values agree with transformers.
     """
     name = _result(scene.program, site)
     ours = np.asarray(scene.values[name], np.float64)
@@ -63,17 +69,19 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
 
 
 def _result(p: Program, site: str) -> str:
-    """Name of the tensor to compare at `site`, the name of an op or of a view (a slice of a tensor's columns).
+    """Return the name of the tensor to compare at `site`.
 
-    It is the op's first result. If no op with results has this name, `site` itself is returned: the name of a view.
+    If `site` is the name of an op, the tensor is the op's first result. Otherwise `site` is the name of a view (a slice
+    of a tensor's columns), and is returned unchanged.
     """
     return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
 
 
 def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
-    """The ops that compute the tensor `name` from values at correct sites, in order, as a list.
+    """Return the ops that compute the tensor `name`, starting from values known to be correct, as a list in order.
 
-    good: names of these sites. If one of the ops reads a K/V cache, the ops that wrote the cache are in the list.
+    `good` has the names of the correct values. If one of the ops reads a K/V cache, the ops that wrote the cache are in
+    the list too.
     """
     wanted, seen = {p.base(name)}, []
     for op in reversed(p.ops):
@@ -85,10 +93,15 @@ def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
 
 
 def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
-    """Run the ops of `chain` again with some of them replaced. Returns the tensor `name` as float64.
+    """Run the ops of `chain` again with some of them replaced. Returns the new value of the tensor `name`, as float64.
 
-    Returns None if an op refuses its operands. changed: {site (name of an op's place in the model): the op to run
-    there instead}.
+    Returns None if an op refuses its operands.
+
+    Args:
+        scene: the values from which the ops start.
+        chain: the ops to run, in order.
+        changed: {site (an op's name): the op to run instead of the op with this name}.
+        name: the tensor to return.
     """
     p, v = scene.program, dict(scene.values)
     for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
@@ -109,8 +122,8 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each common porting mistake in this kind of op.
 
-    The text describes a mistake that the port may have made. The op is a copy of `op` without that mistake, to be run
-    in its place. Nothing is yielded for kinds of ops that have no list of mistakes.
+    The text describes a mistake that the port may have made. The yielded op is a copy of `op` without this mistake.
+    Nothing is yielded for a kind of op that has no list of mistakes.
     """
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
@@ -119,10 +132,11 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 
 
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that a rope op may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting a rope op.
 
-    The op of a pair is `op` with one change: the other way to pair columns, the last columns of a head instead of the
-    first or another number of them, no attention factor, or another table of the Program.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: the other way to pair columns, the
+    other end of a head's columns, another number of rotated columns, no attention factor, or another rope table of the
+    Program.
     """
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
@@ -137,11 +151,12 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (text that says what is changed, op) for Rope ops that rotate another number of columns than `op`.
+    """Yield pairs (text, op) in which the op is a copy of `op` that rotates another number of a head's columns.
 
-    About 64 numbers are tried, from 2 columns to the whole head. The frequencies are theta^(-i / n) for n pairs of
-    columns, with the theta of `op`'s table of frequencies. The new tables are added to scene.values. Nothing is yielded
-    if the table has fewer than two frequencies, or its second one is not less than the first.
+    The text describes the change. About 64 numbers are tried, from 2 columns to the whole head. The frequencies for n
+    pairs of columns are theta^(-i / n), where i counts the pairs and theta is found from `op`'s table of frequencies.
+    The new tables are added to scene.values. Nothing is yielded if `op`'s table has fewer than two frequencies, or if
+    its second frequency is not less than its first.
     """
     values, have = scene.values, np.asarray(scene.values[op.frequencies], np.float64)
     assert isinstance(values, dict)
