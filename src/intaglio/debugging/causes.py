@@ -173,10 +173,10 @@ def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield a pair for each mistake that the port of a norm may have: (the mistake in words, the op without it).
+    """Yield a pair (text, op) for each common mistake in porting a norm.
 
-    The mistakes are a wrong offset of the weight, a wrong kind of norm, a wrong epsilon or weight, and a residual too
-    many.
+    The text describes the mistake. The yielded op is a copy of `op` without it. The mistakes are a wrong offset of the
+    weight, a wrong kind of norm, a wrong epsilon, a wrong weight, and a residual that should not be added.
     """
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
@@ -200,10 +200,10 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
 
 
 def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that a linear may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting a linear op.
 
-    The op of a pair is `op` with one change: no bias, a bias of the checkpoint that the port does not use, another
-    weight, the weight transposed, no scale, or another activation.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: no bias, a bias that is in the
+    checkpoint and that the port does not use, another weight, the transposed weight, no scale, or another activation.
     """
     if op.bias is not None:
         yield "a bias that does not belong there", replace(op, bias=None)
@@ -223,10 +223,10 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 
 
 def _turned(scene: Scene, op: Linear) -> Op:
-    """A copy of the linear `op` that multiplies with the transposed weight, to try if the port forgot to transpose.
+    """Return a copy of the linear `op` with the transposed weight, to try in case the port forgot to transpose.
 
-    The transposed weight is added to scene.values under the name WEIGHT.turned. A quantised weight is not transposed or
-    added; rerun() then returns None for the copy.
+    The transposed weight is added to scene.values under the name WEIGHT.turned. A quantised weight is not transposed
+    and nothing is added; rerun() then returns None for the copy.
     """
     values = scene.values
     assert isinstance(values, dict)
@@ -237,10 +237,10 @@ def _turned(scene: Scene, op: Linear) -> Op:
 
 
 def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that attention may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting attention.
 
-    The op of a pair is `op` with one change: another window, chunk, softcap or scale, no temperature, no sinks, or
-    sinks of the checkpoint that the port does not use.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: another window, chunk, softcap or
+    scale, no temperature, no sinks, or sinks that are in the checkpoint and that the port does not use.
     """
     length = len(scene.batch.tokens)
     windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
@@ -266,10 +266,10 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 
 
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
-    """Yield a pair for each mistake that the port of an elementwise op may have.
+    """Yield a pair (text, op) for each common mistake in porting an elementwise op.
 
-    A pair is (the mistake in words, the op without it). The mistakes are swapped operands, a wrong activation, and a
-    wrong scale of the residual.
+    The text describes the mistake. The yielded op is a copy of `op` without it. The mistakes are swapped operands, a
+    wrong activation, and a wrong scale of the residual.
     """
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
@@ -286,10 +286,11 @@ def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
 
 
 def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that expert routing may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting expert routing.
 
-    The op of a pair is `op` with one change: the other normalisation, another score function, no scale, no groups, no
-    correction bias, or a bias of the checkpoint that the port does not use.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: the other setting of `normalise`,
+    another score function, another scale or none, no groups, no correction bias, or a correction bias that is in the
+    checkpoint and that the port does not use.
     """
     does = "are not" if op.normalise else "are"
     yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
@@ -313,10 +314,11 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that the op Experts may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting the experts of a layer.
 
-    Tried are swapped or transposed matrices, other activations and clamps, the routing weight on the experts' input
-    instead of their result (or the reverse), and no biases.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: gate and up swapped, transposed
+    matrices, another activation or clamp, no biases, or routing weights multiplied with the experts' input instead of
+    their result (or the reverse).
     """
     if op.gate is not None:
         yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
@@ -339,12 +341,11 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
 
 
 def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
-    """A copy of an experts op that multiplies with transposed matrices.
+    """Return a copy of the experts op `op` that multiplies with transposed matrices.
 
-    The transposed matrices are added to scene.values under the name NAME.turned. Quantised matrices are not transposed
-    or added; rerun() then returns None for the copy.
-
-    which: the matrices to transpose: "gate", "up" or "down".
+    `which` says which matrices are transposed: "gate", "up" or "down". The transposed matrices are added to
+    scene.values under the name NAME.turned. Quantised matrices are not transposed and nothing is added; rerun() then
+    returns None for the copy.
     """
     values, name = scene.values, getattr(op, which)
     assert isinstance(values, dict)
@@ -355,9 +356,10 @@ def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
 
 
 def _alike(scene: Scene, weight: str) -> list[str]:
-    """Names of up to 12 other weights with the shape of `weight`, as a list.
+    """Return the names of up to 12 other weights that have the shape of the weight named `weight`, as a list.
 
-    Weights that are near it in the Program's list of weights come first. [] if the Program has no tensor `weight`.
+    The names nearest to `weight` in the Program's list of weights come first. The list is empty if the Program has no
+    tensor `weight`.
     """
     tensors = scene.program.tensors
     names = [t.name for t in scene.program.of_role("weight")]
@@ -367,18 +369,23 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """A list of names of vectors in the checkpoint that the port does not read and that `op` perhaps ought to have.
+    """Return a list of names of vectors in the checkpoint that the port does not read and that `op` may need.
 
-    They are the names in scene.spare that end with `ending`. For an op in a layer, only names of that layer count.
+    They are the names in scene.spare that end with `ending`. If `op` is in a layer, only vectors of that layer are
+    returned.
     """
     layer = ".".join(op.site.split(".")[:2]) + "."
     return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Describe, as text, a difference that no known mistake explains: a factor, a bias, NaN, or which tokens differ.
+    """Return a text that describes how our values differ from those of transformers, if no known mistake explains it.
 
-    ours, theirs: the values [tokens, columns].
+    The text names a factor, a bias, NaN or infinite values, or the tokens that differ.
+
+    Args:
+        ours: our values [tokens, columns].
+        theirs: transformers' values [tokens, columns].
     """
     bad = ~np.isfinite(ours)
     if bad.any():

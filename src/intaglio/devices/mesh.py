@@ -37,9 +37,9 @@ from intaglio.program.expert_placement import Ranks
 
 
 class MeshExecutable(BlockingExecutable):
-    """The executables of all ranks of a mesh, used as one.
+    """Runs all ranks of a mesh in this process, as one executable.
 
-    `program` is that of the last rank, which computes the logits.
+    Its `program` is the Program of the last rank, which computes the logits.
     """
 
     def __init__(self, ranks: Sequence[RankExecutable], state: StateSpec) -> None:
@@ -47,10 +47,10 @@ class MeshExecutable(BlockingExecutable):
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank. Returns one StepResult, made by merge_ranks(): the last rank's tokens and logits.
+        """Run one step of every rank, and merge the ranks' results into one StepResult.
 
-        The seconds of each op are summed over ranks, and rank r's tap is named `site@r`. Raises DeviceError for a batch
-        out of range.
+        Tokens and logits are those of the last rank. The seconds of each op are summed over ranks. An op's result that
+        was asked for (a tap) has the name `NAME@r` for rank r. Raises DeviceError for a batch out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
@@ -89,10 +89,13 @@ class MeshExecutable(BlockingExecutable):
 
 
 class MeshStep:
-    """A step of all ranks in progress.
+    """A step of all ranks of a mesh, while it runs.
 
-    `waiting`: for each rank that is not done, (collective at which it waits, the rank's input). `messages`: tensors
-    sent and not yet received, by (sender, receiver).
+    Attributes:
+        ranks: each rank's step, a generator that yields at collectives.
+        waiting: {rank that has not ended: (collective at which it waits, the rank's input)}.
+        results: {rank that has ended: its StepResult}.
+        messages: tensors that were sent and not yet received: {(sender, receiver): queue of tensors}.
     """
 
     def __init__(self, ranks: Sequence[CollectiveSteps]) -> None:
@@ -102,9 +105,9 @@ class MeshStep:
         self.messages: dict[tuple[int, int], deque[np.ndarray]] = {}  # by (sender, receiver)
 
     def run(self) -> list[StepResult]:
-        """Run all ranks to their end and return a list of their StepResults in order of rank.
+        """Run the step of every rank to its end. Returns a list of the StepResults, in order of rank.
 
-        Raises DeviceError if they deadlock.
+        Raises DeviceError if the ranks deadlock.
         """
         for rank in range(len(self.ranks)):
             self.resume(rank, None)
