@@ -122,10 +122,13 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run one rank until its next collective or its end. Returns nothing.
+        """Continue the step of one rank until its next collective or its end. Returns None.
 
-        It stores the collective and the rank's input in `waiting`, or the StepResult in `results`. output: the rank's
-        result of the collective at which it waits; None after a send, and to begin.
+        At a collective, the op and the rank's input are stored in `waiting`. At the end, the StepResult is stored in
+        `results`.
+
+        `output` is the rank's result of the collective at which it waits. It is None after a send, and to begin the
+        step.
         """
         self.waiting.pop(rank, None)
         try:
@@ -134,7 +137,7 @@ class MeshStep:
             self.results[rank] = end.value
 
     def exchange(self, rank: int) -> None:
-        """Run the collective at which `rank` waits, if its peers wait there, too; otherwise do nothing."""
+        """Run the collective at which `rank` waits if all ranks that take part wait at it; otherwise do nothing."""
         op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None
@@ -151,18 +154,19 @@ class MeshStep:
                     self.resume(r, output)
 
     def _positions(self) -> tuple[int, list[str]]:
-        """(number of ranks that wait at a collective, list of these collectives' sites, i.e. names of their ops).
+        """Return a tuple (number of waiting ranks, list of the names of the collective ops at which they wait).
 
-        The caller compares two results, before and after it has tried the collective of every waiting rank. If they are
-        equal, no rank went on, and the ranks are deadlocked.
+        The caller compares the results before and after it has tried the collective of every waiting rank. If they are
+        equal, no rank could continue, and the ranks are deadlocked.
         """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 
 
 def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run a collective on the inputs of its ranks, in order of rank. Returns a list of each rank's output.
+    """Run the collective `op` on the inputs of its ranks. Returns a list with each rank's output, in order of rank.
 
-    Sums are in order of rank, so that the bits equal those of op.exchange().
+    `inputs` has one array per rank, in order of rank. Sums are added in this order, so that they are bitwise identical
+    to those of op.exchange().
     """
     carried = [op.carried(x) for x in inputs]
     s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(inputs))
@@ -179,14 +183,17 @@ def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray
 
 
 class MeshDevice(Device):
-    """Runs all ranks of a mesh in this process, each on the device `inner`."""
+    """A device that runs all ranks of a mesh in this process, each on the device `inner`."""
 
     def __init__(self, inner: Device) -> None:
         self.inner, self.name, self.clock = inner, inner.name, inner.clock
 
     @classmethod
     def of(cls, inner: Recipe) -> MeshDevice:
-        """A MeshDevice that runs each rank on a device made from a Recipe (a function's name and its arguments)."""
+        """Return a MeshDevice that runs each rank on a device made from the Recipe `inner`.
+
+        A Recipe is a tuple (name of a function, its arguments).
+        """
         device = make(inner)
         assert isinstance(device, Device)
         return cls(device)
