@@ -225,8 +225,8 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 def _turned(scene: Scene, op: Linear) -> Op:
     """Return a copy of the linear `op` with the transposed weight, to try in case the port forgot to transpose.
 
-    The transposed weight is added to scene.values under the name WEIGHT.turned. A quantised weight is not transposed
-    and nothing is added; rerun() then returns None for the copy.
+    The transposed weight is added to scene.values under the weight's name plus ".turned". A quantised weight is not
+    transposed, and nothing is added. rerun() then returns None for the copy.
     """
     values = scene.values
     assert isinstance(values, dict)
@@ -344,8 +344,8 @@ def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
     """Return a copy of the experts op `op` that multiplies with transposed matrices.
 
     `which` says which matrices are transposed: "gate", "up" or "down". The transposed matrices are added to
-    scene.values under the name NAME.turned. Quantised matrices are not transposed and nothing is added; rerun() then
-    returns None for the copy.
+    scene.values under the weight's name plus ".turned". Quantised matrices are not transposed, and nothing is added.
+    rerun() then returns None for the copy.
     """
     values, name = scene.values, getattr(op, which)
     assert isinstance(values, dict)

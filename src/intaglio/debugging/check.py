@@ -57,13 +57,13 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """The error of one op's result, compared with transformers.
+    """The error of one op's result, compared with a reference: transformers, or in bisect() the first of two runs.
 
     Attributes:
         site: the op's name, such as layers.3.mlp.down_proj.
-        error: ||ours - theirs|| / ||theirs||, where `theirs` is the result of transformers in float32.
+        error: ||ours - theirs|| / ||theirs||, where `theirs` is the reference's result, in float32 for transformers.
         tolerance: the largest error that rounding alone may explain.
-        bf16: the same error of transformers' own run in bf16; None if that run was not made or has no such result.
+        bf16: the error of transformers' own run in bf16; None if that run was not made or has no such result.
     """
 
     site: str

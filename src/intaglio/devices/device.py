@@ -34,7 +34,7 @@ class ReplacementRefused(DeviceError):
 class DeviceLost(DeviceError):
     """Raised if the device's process died, hung or sent an unreadable answer.
 
-    The K/V cache and all other state on the device are lost. The Program must be loaded again.
+    The executable can no longer be used. The Program must be loaded again.
     """
 
 
@@ -45,9 +45,7 @@ class Weights(Protocol):
     """
 
     def read(self, name: str) -> Value:
-        """Return the values of the checkpoint tensor `name`: an array in its stored type, or a Quantised object.
-
-        A Quantised object holds the codes and scales of quantised values.
+        """Return the checkpoint tensor `name`: an array in its stored type, or a Quantised (codes and scales).
 
         Raises CheckpointError if the checkpoint has no such tensor.
         """
@@ -162,8 +160,8 @@ def merge_ranks(results: Sequence[StepResult]) -> StepResult:
     """Merge the StepResults of all ranks of a mesh into one StepResult.
 
     Tokens, log-probabilities and logits are taken from the last rank. The results of ops that the caller asked for
-    (taps) are taken from all ranks: for rank r, an op's result is stored under the name `NAME@r`. `timings` has the
-    seconds of each op summed over the ranks. `rank_timings` has the seconds of each rank.
+    (taps) are taken from all ranks. The tap of an op on rank r is stored under the op's name followed by `@r`.
+    `timings` has the seconds of each op summed over the ranks. `rank_timings` has the seconds of each rank.
 
     `results` has one result per rank, in order of rank, and must not be empty.
     """
@@ -207,16 +205,10 @@ class CompletedStep:
 
 
 class Executable(ABC):
-    """A Program loaded on a device, with packed weights and K/V cache.
+    """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
 
-    Steps run in the order in which they are launched.
-
-    Attributes:
-        program: the Program.
-        state: size of the K/V cache and recurrent state.
-        depth: number of steps that should be launched before waiting for the first: the number of pipeline stages; 1
-            without a pipeline.
-        state_kept: True if this executable replaces a lost one and still has the lost executable's K/V cache.
+    `depth` is the number of steps to launch before waiting for the first: the number of pipeline stages, or 1 without a
+    pipeline. `state_kept` is True if this executable replaces a lost one and still has the lost executable's K/V cache.
     """
 
     program: Program
@@ -307,10 +299,11 @@ class Executable(ABC):
         return self
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """Call `call` with the innermost executable while no step runs, and return its result.
+        """Return the result of `call(executable)`.
 
-        Errors of `call` are raised. It is meant for work such as moving experts. `call` must not run a step. If several
-        models take turns on one machine, this waits for the model's turn.
+        Use this for work that must not overlap a step, such as moving experts. The argument of `call` is the innermost
+        executable, without those that wrap it. `call` must not run a step. If several models take turns on one machine,
+        this waits for the model's turn. Raises the errors of `call`.
         """
         return call(self)
 
@@ -395,11 +388,8 @@ class DeviceFacts:
 class Device(ABC):
     """Base class of devices. load() takes a Program and its weights and returns an Executable, which runs steps.
 
-    A device may pack weights, fuse ops and use threads, as long as all results stay bitwise identical.
-
-    Attributes:
-        name: the name under which open_device() opens the device.
-        clock: the clock that times the device's steps, measured or modelled.
+    A device may pack weights, fuse ops and use threads, as long as all results stay bitwise identical. `name` is the
+    device's name for open_device(). `clock` is the clock that times its steps, measured or modelled.
     """
 
     name: str
@@ -432,10 +422,9 @@ class Device(ABC):
         """Load one Program (a whole model, or one rank of a mesh) with its weights. Returns an Executable."""
 
     def recipe(self) -> Recipe:
-        """Return the Recipe with which another process makes an equal device.
+        """Return the Recipe with which another process makes an equal device: (name of a function, its arguments).
 
-        It is a tuple (name of a function, its arguments). Subclasses whose constructor has arguments override this
-        method.
+        Subclasses whose constructor has arguments override this method.
         """
         return f"{type(self).__module__}:{type(self).__qualname__}", {}
 
@@ -445,13 +434,9 @@ class Device(ABC):
 
 
 def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], contents: np.ndarray | None = None) -> None:
-    """Raise DeviceError for an invalid block number or for invalid block contents. Returns None.
+    """Raise DeviceError if a block number is not in 0 .. state.pages - 1 or the block contents do not fit.
 
-    Args:
-        state: size of the K/V cache; a block number must be less than its `pages`.
-        block_bytes: bytes of one block.
-        blocks: the block numbers.
-        contents: contents of the blocks, which must be uint8 [blocks, block_bytes]; None: not checked.
+    Returns None. `contents` must be uint8 [number of blocks, block_bytes]; None is not checked.
     """
     if blocks and not 0 <= min(blocks) <= max(blocks) < state.pages:
         bad = next(b for b in blocks if not 0 <= b < state.pages)

@@ -26,7 +26,7 @@ class HostsDevice(Device):
         cache: folder for packed weights on each host, "auto" or None, as described at HostDevice.
         patience: seconds to wait until enough agents have connected.
         step_timeout: seconds after which a step, or a wait inside a step, is given up.
-        silence: seconds without a sign of life after which a stopped process counts as hung.
+        silence: seconds without a sign of life after which a suspended process (SIGSTOP) counts as hung.
     """
 
     name = "host"

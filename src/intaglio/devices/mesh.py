@@ -49,8 +49,9 @@ class MeshExecutable(BlockingExecutable):
     def run(self, request: StepRequest) -> StepResult:
         """Run one step of every rank, and merge the ranks' results into one StepResult.
 
-        Tokens and logits are those of the last rank. The seconds of each op are summed over ranks. An op's result that
-        was asked for (a tap) has the name `NAME@r` for rank r. Raises DeviceError for a batch out of range.
+        Tokens and logits are those of the last rank. The seconds of each op are summed over ranks. If the result of an
+        op was asked for (a tap), its value on rank r is stored under the op's name followed by `@r`. Raises DeviceError
+        for a batch out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())

@@ -117,9 +117,8 @@ class TinyModels:
     def _sized(self, key: str) -> bool:
         """True if the tiny model sets the size `key` to a small value; False if it leaves out the key.
 
-        The key is left out if the value in the original model is None, because None switches a feature off. The keys
-        listed in the code, such as head_dim, are exceptions: there, None means that the size is computed from other
-        sizes.
+        The key is left out if its value in the original model is None, because None switches a feature off. A few keys,
+        such as head_dim, are set even then, because for them None means that the size is computed from other sizes.
         """
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
         return value is not None or key in (

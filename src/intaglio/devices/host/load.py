@@ -278,10 +278,7 @@ class _Loader:
         return self.buffers[key]
 
     def _vector(self, t: Tensor) -> int:
-        """Declare a vector, or a stack of vectors, to the native executable.
-
-        Returns the number that it gives the vector.
-        """
+        """Declare a vector, or a stack of vectors, to the native executable. Returns the vector's number there."""
         return self.native.vector(self.vector(t))
 
     def vector(self, t: Tensor) -> np.ndarray:

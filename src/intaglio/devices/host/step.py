@@ -69,10 +69,10 @@ class Timings(Mapping[str, float]):
 
 
 def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | None:
-    """Convert the logit edits and grammar masks of all rows to one native object. None if no row has any.
+    """Convert the logit edits and grammar masks of all rows to native form. Returns None if no row has any.
 
-    `sampling` has the Sampling of each row to sample, in order. Raises DeviceError if an edited token id is not less
-    than `vocabulary`, or if a mask is not uint32 [ceil(vocabulary / 32)].
+    The result is a _native.Edits. `sampling` has the Sampling of each row to sample, in order. Raises DeviceError if an
+    edited token id is not less than `vocabulary`, or if a mask is not uint32 [ceil(vocabulary / 32)].
     """
     if all(s.edits is None and s.mask is None for s in sampling):
         return None

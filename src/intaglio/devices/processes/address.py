@@ -29,9 +29,9 @@ class TcpAddress:
 
     @property
     def unspecified(self) -> bool:
-        """True if the host is 0.0.0.0 or ::, which means all addresses of a host.
+        """True if the host is 0.0.0.0 or ::, which stand for all addresses of a host.
 
-        One can listen but not connect to it.
+        A process can listen at such an address, but nobody can connect to it.
         """
         try:
             return ip_address(self.host).is_unspecified

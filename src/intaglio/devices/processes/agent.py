@@ -276,7 +276,7 @@ def pack_messages(messages: list[bytes]) -> bytes:
 
 
 def unpack_messages(message: bytes) -> list[memoryview]:
-    """Split a message made by pack_messages() into the original messages. Returns a list of memoryviews of copies."""
+    """Split a message made by pack_messages() into the original messages. Returns copies as a list of memoryviews."""
     r = Reader(memoryview(message))
     count = int(r.array(np.int64, 1)[0])
     sizes = np.frombuffer(message, np.int64, count, 8).tolist()
@@ -303,7 +303,7 @@ class Agent:
         self.link: Link | None = None
 
     def serve(self, once: bool = False) -> None:
-        """Serve the coordinator until stop() is called. A lost connection is made again. Returns None.
+        """Serve the coordinator until stop() is called. If the connection is lost, connect again. Returns None.
 
         If `once` is True, return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses
         this agent TRIES times in a row, and ValueError for a missing or too short token.

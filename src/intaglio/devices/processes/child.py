@@ -92,7 +92,7 @@ class Rank:
     def load(self) -> tuple[Executable, RankFacts]:
         """Open the device and load the Program of this rank. Returns a tuple (executable, RankFacts).
 
-        The RankFacts are what the parent is told about this rank.
+        The RankFacts hold the properties that this rank reports to the parent.
         """
         options: dict[str, object] = {}
         if self.joins:
