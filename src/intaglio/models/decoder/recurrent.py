@@ -25,7 +25,7 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
     """Add the ops of a layer's recurrent block or short convolution. Returns the result's tensor name [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: description of the block; its class decides which function here writes it.
         i: number of the layer.
         x: name of the input tensor.
@@ -50,7 +50,7 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
     """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -69,7 +69,7 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
     """Add the ops of a Mamba-2 block. Returns the name of the result's tensor [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -106,7 +106,7 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
     """Add the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block; with norm "" only the gate is added.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -126,7 +126,7 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
     """Add the ops of a Mamba block. Returns the name of the result's tensor [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -160,7 +160,7 @@ def write_head_scans(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> s
     Each head is written as a Mamba block of its own columns, and the results are added.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block. Its projections have no biases.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -198,7 +198,7 @@ def part_linear(w: Writer, site: str, x: str, shape: tuple[int, int], source: st
     """Add a linear whose weight is a part of a checkpoint tensor. Returns the name of the result [T, rows].
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         site: name of the op.
         x: name of the input tensor [T, columns].
         shape: (rows, columns) of the weight.
@@ -213,7 +213,7 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
     """Add the ops of a gated delta net. Returns the name of the result's tensor [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -247,7 +247,7 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
     """Add the ops of a Griffin block, with its gated linear recurrence. Returns the result's tensor name [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -273,7 +273,7 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
     """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -300,7 +300,7 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
     which gives beta [T, heads]; and a, which gives the decay [T, heads].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -319,7 +319,7 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
     has the rows of b and a in the same order of heads.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -345,7 +345,7 @@ def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> l
     heads], or [T, heads * keys] with m.by_key.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -398,7 +398,7 @@ def decay(
     checkpoint.
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         at: prefix of the op's name in the Program.
         source: prefix of the tensors' names in the checkpoint.
         step: name of x: [T, heads], or [T, width] if `width` is given.
@@ -423,7 +423,7 @@ def convolved(
     """Add a short causal convolution over tokens and the activation silu. Returns the result's tensor name [T, width].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names in the Program.
         source: name of the convolution's module in the checkpoint.
         x: name of the input tensor [T, width].
@@ -445,7 +445,7 @@ def short_conv(
     """Add a short causal convolution over tokens, with the state that it needs. Returns the result's tensor name.
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         site: name of the op in the Program.
         source: name of the convolution's module in the checkpoint.
         x: name of the input tensor [T, width]; the result has the same shape.

@@ -13,7 +13,7 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
     Returns the name of the tensor [T, hidden] that holds x + the block's result.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         s: description of the block.
         i: number of the layer.
         layer: the layer's description. Its attribute `shared` must be set: (number of the layer under which the
@@ -46,7 +46,7 @@ def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
     """Add the attention of a shared block, from projections to o_proj. Returns the result's tensor name [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         s: description of the block.
         i: number of the layer.
         layer: the layer's description.
@@ -73,7 +73,7 @@ def adapted(w: Writer, site: str, y: str, x: str, rows: int, cols: int, rank: in
     """Add a low-rank adapter: y + x A^T B^T. Returns the result's tensor name; `y` itself for rank 0.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         site: prefix of the ops' names in the Program.
         y: name of the result to which the adapter adds [T, rows].
         x: name of the input tensor [T, cols].

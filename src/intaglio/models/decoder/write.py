@@ -55,7 +55,7 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
     Returns the name of the tensor [R, hidden] that the head reads.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         altup: sizes of AltUp.
         inputs: name of the tensor of per-layer inputs. In each layer, the result of the per-layer branch that reads
             them is added to all streams but the first.
@@ -94,7 +94,7 @@ def _per_layer(w: Writer, x: str) -> str:
     table; tokens beyond the table's end get its first row. b is a projection of the embeddings x, after a norm.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         x: name of the tensor of embeddings.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
@@ -115,7 +115,7 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
     `inputs`)). The caller adds this tensor to the residual.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
         inputs: name of the tensor that _per_layer() returned.
         x: name of the tensor that the gate reads.
@@ -172,7 +172,7 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
     Returns the name of the tensor [T, hidden] with the layer's result. A part that the layer does not have is left out.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
         layer: the layer's description.
         x: name of the tensor that the layer reads.
@@ -205,7 +205,7 @@ def _laurel(w: Writer, i: int, x: str) -> str:
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
         x: name of the tensor that attention reads too.
     """
@@ -222,7 +222,7 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     A layer with `beside` has both, and the result is their weighted sum.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
         layer: the layer's description.
         x: name of the tensor that they read, after its norm.
@@ -247,7 +247,7 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
     the results of both are then added.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
         layer: the layer's description.
         x: name of the MLP's input tensor, which is already normed.
@@ -269,7 +269,7 @@ def _head(w: Writer, x: str) -> None:
     named logits, next_tokens and logprobs.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         x: name of the tensor [R, hidden] of the rows whose logits are wanted.
     """
     d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
