@@ -1,4 +1,7 @@
-"""LLM, the main class of the Python API: a model on a device that generates text and computes logits."""
+"""LLM, the main class of the Python API: a model on a device that generates text and computes logits.
+
+Long because the options of an LLM are explained in one place.
+"""
 
 from __future__ import annotations
 

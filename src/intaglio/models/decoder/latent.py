@@ -94,7 +94,7 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
         m: sizes of the attention.
         index: sizes of the indexer.
         i: number of the layer.
-        layer: the layer's description.
+        layer: description of the layer.
         x: name of the input tensor, from which the indexer's keys and the weights of its heads are projected.
         narrow: name of the tensor of compressed queries, from which the indexer's queries are projected.
     """
