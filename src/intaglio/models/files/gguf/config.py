@@ -165,10 +165,9 @@ def mistral3(m: Metadata) -> dict[str, Any]:
 
 
 def qwen(model: str) -> Any:
-    """Make the function that returns the config.json of Qwen2 or Qwen3 as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a dense Qwen2 or Qwen3 GGUF file into a config.json (a dict).
 
-    For models without experts. The function raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
     model: value of the key `architectures`, such as Qwen2ForCausalLM.
     """
@@ -192,7 +191,7 @@ def phi3(m: Metadata) -> dict[str, Any]:
 
 
 def granite(model: str) -> Any:
-    """Make the function that returns the config.json of Granite as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a Granite GGUF file into a config.json (a dict).
 
     The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
@@ -246,7 +245,7 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 
 
 def plain(model: str) -> Any:
-    """Make the function that returns the config.json of a model as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a Llama-like GGUF file into a config.json (a dict).
 
     It serves model families whose GGUF files have the same keys as those of Llama. The function raises CheckpointError
     for a missing key, PortError for a value that is not supported.
@@ -385,7 +384,7 @@ def minicpm3(m: Metadata) -> dict[str, Any]:
 
 
 def bitnet(usual: str) -> Any:
-    """Make the function that returns the config.json of BitNet b1.58 as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a BitNet b1.58 GGUF file into a config.json (a dict).
 
     The function raises CheckpointError for a missing key, PortError for an activation that is not supported.
 

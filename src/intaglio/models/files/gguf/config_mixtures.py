@@ -53,10 +53,9 @@ def llama4(m: Metadata) -> dict[str, Any]:
 
 
 def qwen_moe(model: str, normalised: bool) -> Any:
-    """Make the function that returns the config.json of a Qwen mixture as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a Qwen2-MoE or Qwen3-MoE GGUF file into a config.json (a dict).
 
-    For Qwen2-MoE and Qwen3-MoE. The function raises CheckpointError for a missing key, PortError for a value that is
-    not supported.
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
     model: value of the key `architectures`, such as Qwen3MoeForCausalLM. normalised: True if the weights of the chosen
     experts are divided by their sum.
@@ -225,11 +224,11 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 
 
 def indexed(model: str) -> Any:
-    """Make the function that returns the config.json of a sparse model as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a DeepSeek-V3.2 or GLM-5 GGUF file into a config.json (a dict).
 
-    For DeepSeek-V3.2 and GLM-5. The sparse attention of these models has an indexer. The key `indexer_types` is "full"
-    for a layer with tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function
-    raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The sparse attention of these models has an indexer. The key `indexer_types` is "full" for a layer with tensors of
+    an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
 
     model: value of the key `architectures`.
     """

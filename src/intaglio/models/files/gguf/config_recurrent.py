@@ -187,10 +187,10 @@ def ungated_experts(m: Metadata) -> dict[str, Any]:
 
 
 def delta_nets(model: str) -> Any:
-    """Make the function that returns the config.json of a Qwen as a dict, from the metadata of a GGUF file.
+    """Make the function that turns the metadata of a Qwen3-Next or Qwen3.5 GGUF file into a config.json (a dict).
 
-    For Qwen3-Next and Qwen3.5. A layer is a gated delta net if the file has a tensor A_log (ssm_a) for it, otherwise
-    attention. The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    A layer is a gated delta net if the file has a tensor A_log (ssm_a) for it, otherwise attention. The function raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
 
     model: value of the key `architectures`.
     """
