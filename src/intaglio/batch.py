@@ -20,14 +20,14 @@ class BatchError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """Changes to a row's logits before sampling: penalties and logit bias, for k token ids.
+    """Changes to one row of logits before sampling: penalties and logit bias, for k token ids.
 
     The logit l of an edited id becomes (l / scale if l > 0 else l * scale) + add, in float32.
 
     Attributes:
-        ids: token ids, all different, int32 [k].
-        scale: one for each of `ids`, float32 [k].
-        add: one for each of `ids`, float32 [k].
+        ids: ids of the tokens whose logits change, all different, int32 [k].
+        scale: the value `scale` of the formula for each of `ids`, float32 [k].
+        add: the value `add` of the formula for each of `ids`, float32 [k].
     """
 
     ids: np.ndarray
@@ -37,7 +37,7 @@ class Edits:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of one row.
+    """Parameters for drawing one token from one row of logits.
 
     Attributes:
         temperature: the logits are divided by it; 0: the likeliest token is taken.
@@ -47,7 +47,7 @@ class Sampling:
         seed: seed of the random numbers. They depend on the seed and the token's position only.
         edits: changes to the logits, made before `mask` is applied; None: no changes.
         mask: uint32 [(vocabulary + 31) // 32], one bit for each token id, the lowest bit first. An id whose bit is 0
-            cannot be drawn. None: every id can.
+            cannot be drawn. None: every id can be drawn.
     """
 
     temperature: float = 0.0
@@ -66,19 +66,20 @@ SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: rank a
 
 
 def shared_rows(rows: int, share: int, shares: int) -> range:
-    """The range of token rows that rank number `share` holds if `rows` token rows are divided among `shares` ranks.
+    """Returns the indices of the token rows that rank number `share` holds, as a Python range.
 
-    The ranges of all ranks are consecutive. Their lengths differ by at most one row, and rank 0's is the longest. A
-    range is empty if there are fewer rows than ranks and the rank gets none.
+    `rows` token rows are divided among `shares` ranks in consecutive parts, whose lengths differ by at most one. No
+    part is longer than the part of rank 0. A part is empty if there are fewer rows than ranks and no row is left for
+    the rank.
     """
     return range(-(-rows * share // shares), -(-rows * (share + 1) // shares))
 
 
 class Sizes(dict[str, int]):
-    """A dict {name of a symbolic dimension, such as "T": size}, which also computes the sizes of parts of T.
+    """A dict {name of a symbolic dimension, such as "T": its size}, which also answers keys for one rank's part of T.
 
-    sizes["T:1/4"] is the number of token rows that rank number 1 of 4 holds (see shared_rows()). Any other missing name
-    raises KeyError.
+    The T token rows of a batch can be divided among ranks, numbered from 0. sizes["T:1/4"] is the number of token rows
+    that rank 1 of 4 ranks holds. Any other missing name raises KeyError.
     """
 
     def __missing__(self, dim: str) -> int:
@@ -90,20 +91,20 @@ class Sizes(dict[str, int]):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens of one sequence that a step computes, at positions start, start + 1, ...; input of bind().
+    """Tokens of one sequence that one step computes. bind() combines several chunks into a Batch.
 
     Attributes:
-        tokens: token ids to compute.
+        tokens: ids of the tokens to compute. Their positions in the sequence are start, start + 1, ...
         start: position of the first of `tokens`.
-        blocks: numbers of all K/V blocks of the sequence, in order, also of blocks that earlier steps filled.
-        rows: offsets into `tokens` of the rows whose logits are wanted.
-        sampling: parameters for all these rows, or one per row.
-        state: (slot that is read, slot that is written) of recurrent state. The first holds the state before these
-            tokens; -1 at start 0, where there is none. The second gets the state after them. (-1, -1) for a model
-            without such state.
-        window_blocks: the sequence's blocks in the caches of layers with a window, in order, up to the last token
-            computed; -1 for a block that was given back, whose positions no query sees any more. () if these caches use
-            `blocks` too.
+        blocks: numbers of all K/V blocks of the sequence, in order, including the blocks that earlier steps filled.
+        rows: indices into `tokens` of the tokens whose logits are wanted.
+        sampling: one Sampling for all `rows`, or a sequence with one Sampling for each of `rows`.
+        state: (slot that the step reads, slot that the step writes), two numbers of slots of recurrent state. The first
+            slot holds the state before `tokens`; it is -1 if `start` is 0, because there is no earlier state. The
+            second slot gets the state after `tokens`. (-1, -1) for a model without recurrent state.
+        window_blocks: numbers of the sequence's K/V blocks in the caches of sliding-window layers, in order, at least
+            up to the block of the last of `tokens`. -1 stands for a block that was given back because all its positions
+            have left the window. () if these caches use `blocks`.
     """
 
     tokens: Sequence[int]
@@ -116,24 +117,32 @@ class Chunk:
 
 
 def numbers_size(t: int, s: int, r: int, columns: int, windows: int) -> int:
-    """Length of `Batch.numbers` for t token rows, s sequences, r sampled rows and `columns` columns of block_table.
+    """Returns the length of `Batch.numbers`, the one array that holds all arrays of a batch.
 
-    windows: 1 if there are window_slots and a window_table, else 0.
+    Args:
+        t: number of token rows.
+        s: number of sequences.
+        r: number of rows to sample.
+        columns: number of columns of the block table.
+        windows: 1 if sliding-window layers have K/V blocks of their own, else 0.
     """
     return PER_TOKEN * t + PER_SEQUENCE * s + r + s * columns + windows * (t + s * columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The arrays of one step: T token rows, S sequences, R rows to sample. bind() makes it.
+    """The input arrays of one step, which computes T token rows of S sequences and samples R of the rows.
+
+    bind() makes a Batch.
 
     Attributes:
-        numbers: one int32 array of which the other arrays are views, in this order: tokens, positions, slots,
-            first_row, q_len, context_len, state_from, state_to, rows, block_table, and window_slots and window_table if
-            the caches of layers with a window have blocks of their own.
-        counts: (T, S, R, number of columns of block_table, 1 if there is a window_table, else 0).
+        numbers: one int32 array that holds all other arrays one after another: tokens, positions, slots, first_row,
+            q_len, context_len, state_from, state_to, rows and block_table. If sliding-window layers have K/V blocks of
+            their own, window_slots and window_table follow.
+        counts: (T, S, R, columns, windows). `columns` is the number of columns of block_table. `windows` is 1 if
+            `numbers` has a window_table, else 0.
         block_size: tokens in a K/V block.
-        sampling: R Samplings, one per row to sample.
+        sampling: R Samplings, one for each row to sample.
     """
 
     numbers: np.ndarray
@@ -173,12 +182,18 @@ class Batch:
 
     @cached_property
     def state_from(self) -> np.ndarray:
-        """Slot of each sequence's recurrent state before this step, int32 [S]; -1: none, the state is zero."""
+        """Slot that holds each sequence's recurrent state before this step, int32 [S].
+
+        -1: the sequence has no earlier state, so it starts from zeros.
+        """
         return self._per_sequence(3)
 
     @cached_property
     def state_to(self) -> np.ndarray:
-        """Slot to which each sequence's recurrent state after this step is written, int32 [S]; -1: none is written."""
+        """Slot to which each sequence's recurrent state after this step is written, int32 [S].
+
+        -1: no state is written for the sequence.
+        """
         return self._per_sequence(4)
 
     @cached_property
@@ -196,16 +211,19 @@ class Batch:
 
     @cached_property
     def window_slots(self) -> np.ndarray:
-        """K/V slot of each token in the caches of layers with a window, int32 [T]; empty if they use `slots`."""
+        """K/V slot of each token in the caches of sliding-window layers, int32 [T].
+
+        Empty, int32 [0], if sliding-window layers have no K/V blocks of their own but use `slots`.
+        """
         t, s, _, columns, windows = self.counts
         return self.numbers[len(self.numbers) - s * columns - t :][:t] if windows else self.numbers[:0]
 
     @cached_property
     def window_table(self) -> np.ndarray:
-        """Numbers of each sequence's K/V blocks in the caches of layers with a window, int32 [S, columns].
+        """Numbers of each sequence's K/V blocks in the caches of sliding-window layers, int32 [S, columns].
 
-        -1 means a block that was given back, and fills up short rows. The shape is [0, 0] if these layers use
-        `block_table`.
+        An entry is -1 if its block was given back, or if the sequence has fewer blocks than the table has columns. The
+        shape is [0, 0] if sliding-window layers have no K/V blocks of their own but use `block_table`.
         """
         _, s, _, columns, windows = self.counts
         if not windows:
@@ -214,9 +232,10 @@ class Batch:
 
     @cached_property
     def of_windows(self) -> Batch:
-        """A Batch for the ops of layers with a window: its slots and block_table are window_slots and window_table.
+        """The Batch that sliding-window layers compute with: its `slots` and `block_table` are those layers' own.
 
-        The Batch itself if these layers have no blocks of their own.
+        They are copies of this Batch's window_slots and window_table. If sliding-window layers have no K/V blocks of
+        their own, the result is this Batch itself.
         """
         t, s, r, columns, windows = self.counts
         if not windows:
@@ -228,9 +247,9 @@ class Batch:
 
     @property
     def sizes(self) -> Sizes:
-        """A dict of the sizes of symbolic dimensions: "T" (tokens), "S" (sequences), "R" (rows with wanted logits).
+        """A dict {name of a symbolic dimension: size}: "T" token rows, "S" sequences, "R" rows whose logits are wanted.
 
-        It also answers keys such as "T:1/4": the number of token rows that rank 1 of 4 holds.
+        A key such as "T:1/4" gives the number of token rows that rank 1 of 4 ranks holds; ranks are numbered from 0.
         """
         t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
@@ -249,16 +268,18 @@ class Batch:
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """Combine chunks, one per sequence, into one Batch and return it. block_size: tokens in a K/V block.
+    """Combine chunks, one for each sequence, into one Batch and return the Batch.
 
-    Raises BatchError if
+    block_size: tokens in a K/V block. Raises BatchError in these cases:
 
-    - there are no chunks,
-    - a chunk has no tokens, too few blocks or window blocks, a row outside its tokens, or another number of Samplings
-      than rows,
-    - a chunk has a recurrent state to read at start 0, or none at a later start,
-    - two tokens have the same K/V slot,
-    - a slot of recurrent state is written twice, or both read and written.
+    - There are no chunks.
+    - A chunk has no tokens, or too few K/V blocks or window blocks for its tokens.
+    - One of a chunk's `rows` is not an index into its tokens.
+    - A chunk has a list of Samplings that is not as long as its list of rows.
+    - A chunk reads a slot of recurrent state at start 0, reads none but writes one at a later start, or reads one but
+      writes none.
+    - Two tokens have the same K/V slot.
+    - Two chunks write the same slot of recurrent state, or a slot is both read and written.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
@@ -299,10 +320,10 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
 
 
 def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
-    """The error message for the first two tokens that have the same K/V slot, naming their chunks.
+    """Returns the error message for the first two tokens that have the same K/V slot; the message names their chunks.
 
-    Call it only if there are two such tokens. slots: K/V slot of each token. first_row: index of each chunk's first
-    token.
+    Call it only if there are two such tokens. slots: K/V slot of each token. first_row: index in `slots` of each
+    chunk's first token. block_size: tokens in a K/V block.
     """
     seen: dict[int, int] = {}
     for at, slot in enumerate(slots):
@@ -317,11 +338,13 @@ def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
 
 
 def _check_states(before: list[int], after: list[int]) -> None:
-    """Raise BatchError if two sequences write one slot of recurrent state in a step, or if a slot is read and written.
+    """Raise BatchError if two sequences write the same slot of recurrent state, or if a slot is both read and written.
 
     A sequence must not write the slot that it reads itself, either, so that a failed step can run again.
 
-    before, after: number of the slot that each sequence reads, and of the one that it writes; -1: none.
+    Args:
+        before: number of the slot that each sequence reads; -1: it reads none.
+        after: number of the slot that each sequence writes; -1: it writes none.
     """
     written = [slot for slot in after if slot >= 0]
     if not written:
@@ -351,11 +374,15 @@ def _check_window(i: int, c: Chunk, block_size: int) -> None:
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if a chunk cannot be run. `i` is the chunk's number, for the message.
+    """Raise BatchError if chunk number `i` cannot be run.
 
-    A chunk cannot be run if it has no tokens, positions outside its blocks, or rows outside its tokens; if it has a
-    list of Samplings that is not as long as its rows; or if its recurrent state does not fit: a state is read at start
-    0, none is read at a later start, or one is read and none is written.
+    A chunk cannot be run in these cases:
+
+    - It has no tokens, or its positions are outside its blocks.
+    - One of its `rows` is not an index into its tokens.
+    - It has a list of Samplings that is not as long as its list of rows.
+    - It reads a slot of recurrent state at start 0, reads none but writes one at a later start, or reads one but writes
+      none.
     """
     n = len(c.tokens)
     if n == 0:

@@ -40,15 +40,16 @@ def engine_names() -> tuple[str, ...]:
 
 
 def engine_records(engine: str, generation: str, constants: str = "") -> tuple[KernelRecord, ...]:
-    """A tuple with one KernelRecord (facts and fitted constants of a kernel) for each kernel of a serving engine.
+    """Returns the KernelRecords of a serving engine's kernels, as a tuple with one record for each kernel.
 
-    The tuple is empty if there is no file of this engine's kernels. Raises ChipError for an invalid file.
+    A KernelRecord holds the facts about a kernel and its fitted constants, such as efficiencies. The tuple is empty if
+    there is no file of this engine's kernels. Raises ChipError for an invalid file.
 
     Args:
         engine: the engine's name, such as vllm.
-        generation: generation of the chip, such as hopper.
-        constants: generation of chips from which the records take their fitted constants; "": `generation`. If a kernel
-            was not measured on that generation, its record takes the constants of another generation, see merged().
+        generation: generation of the chips for which the facts are wanted, such as hopper.
+        constants: generation of the chips for which the fitted constants are wanted; "": `generation`. A kernel that
+            was not measured on a wanted generation gets its values from another generation.
     """
     path = KERNELS / f"{engine}.toml"
     return tuple(record_of(path, merged(entry, generation, constants)) for entry in entries(engine))
@@ -79,26 +80,26 @@ def measured_generations(engine: str, kernel: str) -> tuple[str, ...]:
 
 
 def lender(entry: dict[str, Any], wanted: str) -> str:
-    """Name of the generation of chips whose values are used for the generation `wanted`.
+    """Returns the name of the chip generation whose values an engine's kernel uses on chips of the generation `wanted`.
 
-    entry: a table `[[kernels]]` of an engine's file. The result is `wanted` if the table has values for it, otherwise
-    the first of GENERATIONS for which the table has values; "" if it has values for none.
+    entry: the kernel's table `[[kernels]]` in the engine's file. If the table has values for `wanted`, the result is
+    `wanted`. Otherwise it is the first of GENERATIONS for which the table has values; "" if it has values for none.
     """
     having = [g for g in GENERATIONS if g in entry]
     return wanted if wanted in having else next(iter(having), "")
 
 
 def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[str, Any]:
-    """Flatten a table `[[kernels]]` of an engine's file into one dict {field: value} and return it.
+    """Returns one kernel's table `[[kernels]]` of an engine's file as a flat dict {field: value} for one generation.
 
-    The dict has the kernel's facts (fields that hold on every chip, and those of `generation`) and its fitted
-    constants. If the table lacks a generation, the first of GENERATIONS that the table covers takes its place. The
-    field `default` is False unless the table sets it.
+    The dict holds the fields that are the same on every chip, the fields of `generation`, and the kernel's fitted
+    constants. If the table has no values for a generation, the dict has the values of the first of GENERATIONS that the
+    table does cover. The field `default` is False unless the table sets it.
 
     Args:
         entry: the table.
         generation: generation of the chip, such as hopper.
-        constants: generation of chips from which the constants are taken; "": `generation`.
+        constants: generation of chips from which the fitted constants are taken; "": `generation`.
     """
     own, lent = (entry.get(lender(entry, g), {}) for g in (generation, constants or generation))
     names = CONSTANTS.get(entry.get("op", ""), ())
@@ -108,16 +109,17 @@ def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """A copy of the kernel library `base` with a serving engine's kernels added at the head of its `kernels`.
+    """A copy of the kernel library `base` with a serving engine's kernels put before the other kernels.
 
-    An added kernel is used where a caller asks for it by name; if its table sets `default` to true, also elsewhere.
-    Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an invalid file.
+    An added kernel is used only where a caller asks for it by name, unless its table in the engine's file sets
+    `default` to true. Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an
+    invalid file.
 
     Args:
         engine: the engine's name, such as vllm.
         base: the chip's own kernel library.
         constants: generation of chips from which the fitted constants are taken; "": base.generation. Constants of
-            links from another generation are converted, see scaled().
+            links that were fitted on another generation are converted to the chips of `base`.
     """
     found = zip(entries(engine), engine_records(engine, base.generation, constants), strict=True)
     records = tuple(scaled(r, base, lender(entry, constants or base.generation)) for entry, r in found)
@@ -127,14 +129,15 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
 
 
 def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
-    """The record of a collective with its link constants converted from another generation of chips.
+    """Returns a copy of a collective's record whose link constants are converted from another generation of chips.
 
-    Returned unchanged: a record of another op, and one that needs no conversion since `lent` is base.generation or "".
+    Each constant is multiplied by the ratio of a value in `base` to the same value in the other generation's library.
+    The record itself is returned if it is not of a collective, and if `lent` is base.generation or "".
 
     Args:
         record: the kernel's record.
         base: library of the chips for which the constants are wanted.
-        lent: the generation of chips on which they were fitted.
+        lent: the generation of chips on which the constants were fitted.
     """
     if record.op != "collectives" or lent in ("", base.generation):
         return record

@@ -25,14 +25,14 @@ SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 
 
 
 def read_chip(path: Path) -> tuple[ChipSpec, str]:
-    """Read a chip file (TOML). Returns (ChipSpec, the chip's default kernel library as text).
+    """Read a chip file (TOML). Returns (ChipSpec, name or path of the chip's default kernel library).
 
-    The text is the name of a library, or the path of a library file if it ends in .toml. The key `base` of a chip file
+    The second item is text: a path if it ends in .toml, otherwise the name of a library. The key `base` of a chip file
     may name another chip file, from which missing values are taken.
 
-    Raises ChipError, naming the file, if it or its base cannot be read, for an unknown key, a wrong type, values that
-    ChipSpec refuses, or a missing `library`, and if a peak rate differs by more than 1 % from the one in
-    `[sheet_flops]`, the rates of the data sheet.
+    Raises ChipError, naming the file, in these cases: The file or its base cannot be read. A key is unknown, `library`
+    is missing, a value has the wrong type, or ChipSpec refuses a value. A peak rate differs by more than 1 % from the
+    rate in the section `[sheet_flops]`, which repeats the data sheet.
     """
     table = merged(path, "chips")
     sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
@@ -62,8 +62,8 @@ def read_library(path: Path) -> KernelLibrary:
     """Read a kernel library file (TOML) and return the KernelLibrary.
 
     The key `base` of a library file may name another library file, from which missing values are taken. Raises
-    ChipError, naming the file, if it or its base cannot be read, for an unknown key, a wrong type, and for values that
-    KernelLibrary refuses.
+    ChipError, naming the file, if the file or its base cannot be read, for an unknown key, for a value of the wrong
+    type, and for a value that KernelLibrary refuses.
     """
     table = merged(path, "libraries")
     protocols = table.get("protocols")
@@ -77,11 +77,11 @@ def read_library(path: Path) -> KernelLibrary:
 
 
 def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
-    """The KernelRecord (description of one kernel) in one table `[[kernels]]` of a library file.
+    """Returns the KernelRecord (description of one kernel) that one table `[[kernels]]` of a library file describes.
 
-    path: the file, for errors. entry: the table as a dict. It has fields of KernelRecord, and those fields of
-    KernelLibrary in which this kernel differs from the library. Raises ChipError for an unknown or missing field, a
-    wrong type, or a field that a kernel cannot change (FIXED).
+    path: the file, for errors. entry: the table as a dict. Its keys are fields of KernelRecord, and fields of
+    KernelLibrary for which this kernel has another value than the library. Raises ChipError for an unknown or missing
+    field, for a value of the wrong type, and for a field of FIXED, which a kernel cannot change.
     """
     own = {f.name for f in dataclasses.fields(KernelRecord)} - {"changes"}
     hints = get_type_hints(KernelLibrary)
@@ -101,9 +101,14 @@ def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
 
 
 def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The section `[reasons]` of a chip or library file, as a tuple of (field, source of its value).
+    """Returns the section `[reasons]` of a chip or library file, as a tuple of (field, text that says its source).
 
-    table: the whole file. Raises ChipError for a field that the class `kind` does not have.
+    Args:
+        path: the file, for errors.
+        kind: the class that has the fields, ChipSpec or KernelLibrary.
+        table: the contents of the whole file.
+
+    Raises ChipError if the section names a field that `kind` does not have.
     """
     fields = [f.name for f in dataclasses.fields(kind)]
     for name in table["reasons"]:
@@ -113,11 +118,12 @@ def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[t
 
 
 def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
-    """The result tiles of one entry of `tiles` in a library file, as a list of (rows, columns).
+    """Returns the tiles that one item of the list `tiles` in a library file stands for, as a list of (rows, columns).
 
-    An entry is one tile, [rows, columns], or a grid. A grid is a table with the lists `rows` and `columns`, and stands
-    for all pairs of them. `transposed = true` adds the pairs (columns, rows). `max_values = n` leaves out tiles of more
-    than n values. Raises ChipError for any other entry.
+    A tile is the part of a result that one core computes at a time. The item `entry` is one tile, [rows, columns], or a
+    grid: a table with the lists `rows` and `columns` that stands for all pairs of them. `transposed = true` in the grid
+    adds the pairs (columns, rows). `max_values = n` leaves out tiles of more than n values. Raises ChipError for any
+    other item.
     """
     if isinstance(entry, list):
         if len(entry) != 2:
@@ -146,15 +152,18 @@ def read_toml(path: Path) -> dict[str, Any]:
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a chip or library file as a dict. Values that the file lacks come from the file that its key `base` names.
 
-    The base's `reasons` (texts that say where a value comes from) are taken over with the values, and its kernels come
-    after the file's own. Its `[sheet_flops]` (peak rates that only check a chip's own values) are left out. The result
-    has no key `base`. Raises ChipError for a file that cannot be read or is not TOML, for a base that does not exist,
-    and for bases in a circle.
+    The result has no key `base`. Three parts of the base are special. Its `reasons` (texts that say where a value comes
+    from) are taken for the values that are taken. Its kernels come after the file's own kernels. Its `[sheet_flops]`
+    (peak rates that only check a chip's own values) are left out.
 
     Args:
         path: the file.
-        folder: "chips" or "libraries": the shipped files among which a base is looked up, after the file's own folder.
+        folder: "chips" or "libraries", the folder of shipped files. The base is looked up in the file's own folder,
+            then in this folder.
         above: files that have `path` as their base, directly or through other files.
+
+    Raises ChipError for a file that cannot be read or is not TOML, for a base that does not exist, and for bases in a
+    circle.
     """
     table = read_toml(path)
     base = table.pop("base", None)

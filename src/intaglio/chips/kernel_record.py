@@ -16,17 +16,18 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """One kernel of a KernelLibrary: the calls that it computes, and its own values for some of the library's fields.
+    """Description of one kernel of a KernelLibrary: the calls that it computes, and its values of the library's fields.
 
     Attributes:
         op: kind of the calls, one of OPS.
         kernel: name of the kernel, as in profilers and measured tables.
         why: source of the values, or the reason for them.
-        changes: pairs (field of KernelLibrary, this kernel's value).
-        formats: formats of weights, or of keys and values, that the kernel takes; (): every format.
-        head_dims: (smallest, largest) head width that the kernel takes.
-        default: True if the kernel may be chosen for every call of `op` with these formats and head widths; False: it
-            is chosen only if the caller of KernelLibrary.record() or Target.kernel() gives its name.
+        changes: pairs (name of a field of KernelLibrary, this kernel's value). The library's value holds for other
+            fields.
+        formats: number formats that the kernel takes, of weights or of keys and values; (): every format.
+        head_dims: (smallest, largest) width of an attention head that the kernel takes.
+        default: True if the kernel may be chosen for every call that it can compute. False if it is chosen only when
+            the caller of KernelLibrary.record() or Target.kernel() gives its name.
     """
 
     op: str
@@ -38,10 +39,10 @@ class KernelRecord:
     default: bool = True
 
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
-        """True if this kernel computes `op` for operands in `format` and heads of `head_dim` columns.
+        """True if this kernel may be chosen for an `op` with operands in `format` and heads of `head_dim` columns.
 
-        kernel: name of the kernel that was asked for; the result is False if it is not this kernel's name. "": none was
-        asked for; the result is False unless `default` is True.
+        kernel: name of the wanted kernel; a kernel of another name gives False. "": no particular kernel is wanted;
+        then a kernel whose `default` is False gives False.
         """
         least, most = self.head_dims
         fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most

@@ -164,7 +164,7 @@ class KernelLibrary:
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
         """A copy of the library that describes one kernel: its fields have the record's values, `kernels` is empty.
 
-        record: the kernel; None: the kernel that the library's own fields describe.
+        record: the kernel's record; None: the copy keeps the library's own values.
         """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 
@@ -192,7 +192,7 @@ def check(library: KernelLibrary) -> None:
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with other values of fields. changes: the new values, by field.
+    """A copy of `library` with some fields changed. changes: the new values, by the fields' names.
 
     The new values hold for all kernels of the library: a kernel record's own value of such a field is dropped. Raises
     ChipError for an unknown field or a value outside its range.

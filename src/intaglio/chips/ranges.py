@@ -72,5 +72,5 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def number(value: float) -> str:
-    """A bound of a range as text: 1,000 or 0.5, and with an exponent from a million on (1e+12)."""
+    """Returns a number as text for an error message: 1,000 or 0.5; from a million on with an exponent (1e+12)."""
     return f"{value:g}" if value >= 1e6 or 0 < value < 1 else f"{value:,.0f}"

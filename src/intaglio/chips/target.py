@@ -39,7 +39,7 @@ class Target:
                 )
 
     def __hash__(self) -> int:
-        """The hash of chip and library, computed once: caches of times look a target up for every kernel of a step."""
+        """Returns the hash of chip and library. It is computed once, because targets are often keys of caches."""
         known: int | None = self.__dict__.get("_hash")
         if known is None:
             known = hash((self.chip, self.library))
@@ -67,29 +67,29 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """A copy of this target whose library has the field values of the kernel that computes a call.
+        """Returns a copy of this target whose library describes only the kernel that computes a given kind of call.
 
-        A library may have records: descriptions of single kernels, with other values for some fields. The first record
-        that fits the call gives the values, see KernelLibrary.record() and reduced(). If none fits, the library's own
-        values stay. If the library has no records at all, the result is this target itself, whatever `name` is.
+        `library.kernels` are records, each of one kernel and with its own values for some fields of the library. The
+        copy has the values of the first record that fits the call, or the library's own values if no record fits. If
+        `library.kernels` is empty, the result is this target itself, whatever `name` is.
 
         Args:
             op: kind of call, such as "products" or "prefill".
             format: number format of the weights, or of the keys and values.
             head_dim: columns of an attention head; 0 for other calls.
-            name: name of the kernel to use; "": the first that fits among those used by default.
+            name: name of the kernel to use; "": the first that fits among the kernels used by default.
 
         Raises ChipError if the library has records, but none called `name`.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A copy of this target whose library has the values of `record`, and no records of other kernels. Cached.
+        """A copy of this target whose library describes one kernel: the values of `record`, and no other records.
 
-        The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor; products above 1
-        become 1. The result's memory_factor is 1.
+        memory_factor is the share of the chip's memory bandwidth that the kernel reaches. The copy's chip has
+        hbm_efficiency and l2_efficiency multiplied by it, but not above 1. The copy's own memory_factor is 1.
 
-        record: one of the library's `kernels`; None: the kernel that the library's own fields describe.
+        record: one of the library's `kernels`; None: the copy keeps the library's own values.
         """
         return reduced_target(self, record)
 
@@ -106,7 +106,7 @@ class Target:
         return getattr(getattr(self.chip, inside) if inside else self.chip, field)
 
     def parse(self, name: str, text: str) -> Any:
-        """Convert text to a value of the type of one field, such as changed() needs. Returns the value.
+        """Convert text to a value of one field's type and return the value.
 
         name: `chip.FIELD` or `library.FIELD`. text: a number such as 8e12, true or false, a word, numbers with commas,
         or a TOML list. Raises ChipError for an unknown field, for a field that is a table, and for text that does not
@@ -136,7 +136,7 @@ class Target:
         raise ChipError(f"{name}={text}; wanted {wanted(kind)}, such as {example(self.get(name))}")
 
     def changed(self, changes: Mapping[str, Any]) -> Target:
-        """A copy of the target with other values of fields. changes: {name such as `library.launch_s`: new value}.
+        """A copy of the target with some fields changed. changes: {name such as `library.launch_s`: new value}.
 
         Raises ChipError for an unknown name, and for values that are invalid.
         """
@@ -149,19 +149,27 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """A target that describes only the kernel that computes a call. Cached; it does the work of Target.kernel().
+    """Returns a copy of the target `on` whose library describes only the kernel that computes a given call. Cached.
 
-    on: the target. op, format, head_dim, name: as in Target.kernel(). Raises ChipError if no record of the library has
-    the name `name`; "" is no name, and never raises.
+    Args:
+        on: the target.
+        op: kind of call, such as "products" or "prefill".
+        format: number format of the weights, or of the keys and values.
+        head_dim: columns of an attention head; 0 for other calls.
+        name: name of the kernel to use; "": the first that fits among the kernels used by default.
+
+    Raises ChipError if no kernel record of the library is called `name`.
     """
     return reduced_target(on, on.library.record(op, format, head_dim, name))
 
 
 @lru_cache(maxsize=4096)
 def reduced_target(on: Target, record: KernelRecord | None) -> Target:
-    """A target that describes only one kernel of the target `on`. Cached; it does the work of Target.reduced().
+    """Returns a copy of the target `on` whose library describes only one kernel. Cached.
 
-    record: the kernel, one of on.library.kernels; None: the kernel that the library's own fields describe.
+    The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor, but do not exceed 1.
+
+    record: the kernel, one of on.library.kernels; None: the copy keeps the library's own values.
     """
     reduced = on.library.with_record(record)
     factor, own = reduced.memory_factor, on.chip.constants
@@ -177,7 +185,10 @@ KINDS = {"chip": {**get_type_hints(ChipSpec), **INSIDE}, "library": get_type_hin
 
 
 def example(value: Any) -> str:
-    """A field's value as text that Target.parse() accepts, such as 8e12 or 64,128; a tuple is cut to four items."""
+    """Returns a field's value as text that Target.parse() accepts, such as 8e12 or 64,128.
+
+    Of a tuple, only the first four items are shown.
+    """
     match value:
         case bool():
             return str(value).lower()
@@ -189,7 +200,7 @@ def example(value: Any) -> str:
 
 
 def split(name: str) -> tuple[str, str]:
-    """Split a name `chip.FIELD` or `library.FIELD` into (part, field); part is "chip" or "library".
+    """Split a name `chip.FIELD` or `library.FIELD` into a pair (part, field). `part` is "chip" or "library".
 
     Raises ChipError for any other text, and for a field that the chip or library does not have.
     """
@@ -206,7 +217,7 @@ def split(name: str) -> tuple[str, str]:
 
 
 def target(chip_name: str, library_name: str | None = None) -> Target:
-    """The Target of a chip with a kernel library.
+    """Returns the Target that combines a chip with a kernel library.
 
     chip_name, library_name: a name or a file (*.toml); library_name None: the chip's default library. Raises ChipError
     for an unknown name or an invalid file, or if the library does not fit the chip; PluginError if a plugin fails to

@@ -29,16 +29,17 @@ def apart_table(
     question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
     budget: int, as_json: bool, plot: Path | None = None, chips: int = 0, by: str = "watt",
 ) -> None:  # fmt: skip
-    """Print latencies and rates of each pair of a prefill and a decode layout, at each concurrency, as a table.
+    """Print a table of latencies and rates for each pair of a prefill and a decode layout, at each concurrency.
 
     Args:
         question: the model and its load.
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
-        decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
-        concurrency: numbers of requests open at once, to simulate. If empty, search instead: for each prefill layout
-            with each decode layout, find the numbers of servers and the load with the most output per chip, and order
-            the pairs of layouts by `by`, the best first.
+        decode: layouts of decode servers. With `concurrency`, the i-th is paired with the i-th of `prefill`. Without
+            it, each is paired with each of `prefill`.
+        concurrency: numbers of requests open at once, to simulate. If empty, the function searches instead: for each
+            pair of layouts it finds the numbers of servers and the load with the most output per chip, and it orders
+            the pairs by `by`, the best first.
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
@@ -109,13 +110,15 @@ def given_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int], budget: int,
     progress: Progress,
 ) -> list[tuple[str, str, ApartResult]]:  # fmt: skip
-    """A list of (prefill layout, decode layout, ApartResult), one for each pair of layouts at each concurrency.
+    """Returns a list of (prefill layout, decode layout, ApartResult): one for each pair of layouts at each concurrency.
+
+    An ApartResult holds the modelled latencies and rates of such a deployment.
 
     Args:
         q: the model and its load.
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
-        decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
+        decode: layouts of decode servers. The i-th is paired with the i-th of `prefill`.
         concurrency: numbers of requests open at once.
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         progress: called before each pair and concurrency.
@@ -153,24 +156,24 @@ def searched_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, by: str,
     progress: Progress,
 ) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]], str]:  # fmt: skip
-    """For each pair of layouts, search how many servers should prefill and decode, and with how many open requests.
+    """For each pair of layouts, search for the numbers of servers and open requests with the most output per chip.
 
-    Returns (found, refused, unfit).
+    Returns a tuple (found, refused, unfit):
 
-    found: a list of (prefill layout, decode layout, ApartResult), ordered by per(), the most output per watt or per
-    chip first. refused: a list of (layout, reason) of layouts that do not fit. unfit: "" if a pair was found, else the
-    result of why_unfit().
-
-    The numbers of servers and the load of each pair are those with the most output per chip, whatever `by` is.
+    - found: a list of (prefill layout, decode layout, ApartResult). The result with the most output tokens per second,
+      per watt or per chip as `by` says, comes first.
+    - refused: a list of (layout, reason) for the layouts that do not fit.
+    - unfit: "" if a pair was found. Otherwise a text that says why no pair was found, or "" if the limits are the
+      reason.
 
     Args:
-        q: the model and its load.
+        q: the model, its load and the latency limits.
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
         decode: layouts of decode servers.
         chips: number of chips that all servers have together.
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
-        by: "watt" or "chip", the measure that orders the pairs.
+        by: "watt" or "chip". It only orders `found`; the search itself always maximises output per chip.
         progress: called as pairs are searched.
 
     Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
@@ -191,9 +194,10 @@ def per(r: ApartResult, by: str) -> float:
 
 
 def why_unfit(prefill: Sequence[str], decode: Sequence[str], chips: int, limited: bool) -> str:
-    """The reason why a search found no pair of layouts: a text that also says what to change.
+    """Returns a text that says why a search found no pair of layouts, and what to change.
 
-    The result is "" if the layouts can use all chips and `limited` is True: then the limits are the likely reason.
+    The text is "" if the function finds no reason in the layouts and `limited` is True. The latency limits are then the
+    likely reason.
 
     Args:
         prefill: layouts of prefill servers that fit their chips; empty if none does.
@@ -221,16 +225,15 @@ def why_unfit(prefill: Sequence[str], decode: Sequence[str], chips: int, limited
 
 
 def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool, by: str) -> str:
-    """A chart, as SVG text, of the modelled results of servers with disaggregated prefill and decode.
+    """Returns a chart, as SVG text, of modelled results of servers with disaggregated prefill and decode.
 
     Args:
         q: the question that the results answer; the title names its model and lengths.
         on: the chip, for the title.
         found: (prefill layout, decode layout, ApartResult) of each result.
         by_load: True for a line chart with one line for each pair of layouts: x is output tokens/s per user, y is
-            output tokens/s per chip. False for a bar chart with one bar for each result: its output tokens/s per watt
-            or per chip, see `by`.
-        by: "watt" or "chip", what the bars show.
+            output tokens/s per chip. False for a bar chart with one bar for each result.
+        by: "watt" or "chip". The bars show output tokens/s per watt or per chip; the lines do not depend on `by`.
     """
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:
@@ -244,7 +247,10 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
-    """A tuple with one row of the table: a text for each of HEADERS. first, second: layouts of prefill and decode."""
+    """Returns the texts of one table row that shows the result `r`, as a tuple with a text for each column.
+
+    first, second: layouts of the prefill and the decode servers.
+    """
     return (
         first, second, f"{r.concurrency:,}", whole(r.ttft * 1e3), f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
         whole(r.tokens_per_s / r.chips), f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",

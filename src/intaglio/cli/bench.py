@@ -115,7 +115,11 @@ def profile(
 
 
 def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
-    """The table of experts' loads that `intaglio profile` prints for a mixture of experts, as a rich Table."""
+    """Returns the table that `intaglio profile` prints for a mixture-of-experts model, as a rich Table.
+
+    loads: the load of each layer's experts, by the name of the op that routes tokens to them. Each makes one line, with
+    the number of routed tokens and how unevenly they are spread over the experts.
+    """
     lines = []
     for site, load in loads.items():
         total, hottest = int(load.tokens.sum()), int(load.tokens.argmax())
@@ -128,7 +132,7 @@ def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
 
 
 def rank_table(ranks: Sequence[RankTimes]) -> Table:
-    """The table of ranks that `intaglio profile --layout` prints, as a rich Table: one line for each rank."""
+    """Returns the table that `intaglio profile --layout` prints, as a rich Table with one line for each rank."""
     headers = ("rank", "ops\nms", "in collectives\nms", "of these waiting\nms", "for\nrank")
     lines = []
     for r in ranks:
@@ -140,7 +144,7 @@ def rank_table(ranks: Sequence[RankTimes]) -> Table:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """The table that `intaglio bench model` prints, as a rich Table: one line for each Row."""
+    """Returns the table that `intaglio bench model` prints, as a rich Table with one line for each of `rows`."""
     headers = (
         "phase", "sequences", "prompt\ntokens", "measured\ntokens/s", "measured\nms", "bound\nms", "bound\nby",
         "share\nof roof",
@@ -156,7 +160,7 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def profile_table(p: Profile) -> Table:
-    """The table that `intaglio profile` prints, as a rich Table: the ops of a profile, the slowest first.
+    """Returns the table that `intaglio profile` prints, as a rich Table with one line for each op, the slowest first.
 
     The last line is the time outside the ops.
     """
@@ -172,10 +176,10 @@ def profile_table(p: Profile) -> Table:
 
 
 def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
-    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, reason).
+    """Measure what `intaglio bench model` prints. Returns (rows of its table, reason why they have no roofline bounds).
 
-    The reason is "" if the rows have roofline bounds; if not, it says why. sizes: keyword arguments of
-    measure.bench.bench().
+    The reason is "" if the rows have roofline bounds. sizes: keyword arguments of measure.bench.bench(), such as the
+    prompt lengths.
     """
     from intaglio.measure.bench import bench
 
@@ -183,10 +187,12 @@ def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
 
 
 def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, str]:
-    """Measure the roofs of this machine, then call `measure` with them.
+    """Measure this machine's roofs (its peak rates of arithmetic and memory), then call `measure` with them.
 
-    Returns (the result of `measure`, the reason why there are no roofs or ""). measure: a function that is called as
-    measure(executable, Roofs or None, progress=..., **sizes). A model on several ranks has no roofs.
+    Returns (the result of `measure`, the reason why there are no roofs). The reason is "" if there are roofs. A model
+    that runs on several ranks has no roofs.
+
+    measure: a function that is called as measure(executable, Roofs or None, progress=..., **sizes).
     """
     from intaglio.measure.bench import Roofs, measured_roofs
 
@@ -200,9 +206,10 @@ def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, 
 
 
 def facts(llm: LLM, why: str) -> dict[str, Any]:
-    """A dict for JSON that describes the measurement: "program", "device" and "no_bounds".
+    """Returns a dict for JSON that describes what was measured, with the keys "program", "device" and "no_bounds".
 
-    why: the reason why the measured times have no roofline bounds; "" if they have, which makes "no_bounds" None.
+    why: the reason why the measured times have no roofline bounds; "" if they have such bounds. It becomes the value of
+    "no_bounds", as None if it is "".
     """
     return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
 

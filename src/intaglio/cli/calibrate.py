@@ -131,15 +131,18 @@ def calibrate_engine(
 def check_base(chip_name: str, output: Path) -> None:
     """Raise ChipError if the chip is a file in another folder than `output`, the folder of the files to be written.
 
-    The new files name the chip as their base, and a base is looked for in the folder of the file that names it. A chip
-    that is given by its name, not by a file NAME.toml, is always accepted.
+    The files to be written name the chip as their base, and a base is looked up in the folder of the file that names
+    it. A chip that is given by its name, not by a file NAME.toml, is always accepted.
     """
     if chip_name.endswith(".toml") and Path(chip_name).parent.resolve() != output.resolve():
         raise ChipError(f"the new files name {chip_name} as their base; write them beside it, with --output")
 
 
 def error_table(first: str, fits: Sequence[Fitted]) -> Table:
-    """Errors before and after a fit as a rich Table, one line for each Fitted. first: heading of the first column."""
+    """Returns a rich Table of the errors before and after a fit, with one line for each of `fits`.
+
+    first: heading of the first column.
+    """
     headers = (first, "format", "rows", "median\nbefore", "median\nafter", "95 %\ninterval", "mean\nafter")
     lines = [
         (f.table, f.dtype, f"{f.rows:,}", f"{f.before:.1f}%", f"{f.median:.1f}%", f"{f.low:.1f}-{f.high:.1f}%",

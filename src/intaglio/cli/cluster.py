@@ -198,7 +198,7 @@ def down(name: Name = "default") -> None:
 
 
 def show(state: dict[str, Any], as_json: bool) -> None:
-    """Print a cluster's state as a table, or with `as_json` as JSON. state: as Cluster.state() returns it."""
+    """Print a cluster's state as a table, or as JSON if `as_json` is True. state: result of Cluster.state()."""
     if as_json:
         print(json.dumps(state))
         return
@@ -213,9 +213,11 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """Read the options of `up`: returns ({role: number of replicas}, maximum with autoscaling, or None without it).
+    """Returns the number of replicas that the options of `up` ask for: ({role: number of replicas}, maximum).
 
-    Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
+    The maximum is the largest number of replicas with autoscaling; None without autoscaling. replicas, prefill, decode:
+    values of the options of these names, None if not given. Raises ValueError for options that do not go together, and
+    for a wrong text in `replicas`.
     """
     if prefill is None and decode is None:
         return read_replicas(replicas or "2")
@@ -227,11 +229,12 @@ def read_roles(replicas: str | None, prefill: int | None, decode: int | None) ->
 
 
 def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
-    """Parse --replicas: returns ({"mixed": number of replicas at the start}, maximum with autoscaling or None).
+    """Parse the value of --replicas. Returns ({"mixed": number of replicas at the start}, maximum).
 
-    1..4 means 1 at the start and at most 4: ({"mixed": 1}, 4). A single number, such as 2, means no autoscaling:
-    ({"mixed": 2}, None). "mixed" is the role of replicas that prefill and decode. Raises ValueError for other texts,
-    for numbers outside 1 to 64, and if the first number is above the second.
+    The maximum is the largest number of replicas with autoscaling; None without autoscaling. "1..4" means 1 at the
+    start and at most 4: ({"mixed": 1}, 4). A single number, such as "2", means no autoscaling: ({"mixed": 2}, None).
+    "mixed" is the role of replicas that prefill and decode. Raises ValueError for other texts, for numbers outside 1 to
+    64, and if the first number is above the second.
     """
     found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
@@ -243,13 +246,15 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
 def read_layouts(
     roles: Collection[Role], layout: str | None, prefill: str | None, decode: str | None
 ) -> dict[Role, str | None]:
-    """The layout of the replicas of each role: {role: text such as tp2, or None for one rank}.
+    """Returns the layout of the replicas of each role: {role: text such as "tp2", or None for one rank}.
 
-    Prefill and decode replicas must give the same bits. Of two layouts with unlike tp, the one with the smaller tp
-    computes sums in the parts of the other: tp4 and tp2 become tp4 and tp2sums4.
+    Prefill and decode replicas must compute the same bits, and the order of sums depends on tp. If the layouts of the
+    two roles have different tp, the layout with the smaller tp is told to sum in the parts of the larger: tp4 and tp2
+    become tp4 and tp2sums4.
 
-    layout, prefill, decode: values of --layout, --prefill-layout and --decode-layout. Raises ValueError for one of the
-    last two without replicas of that role, and LayoutError, a ValueError, if no layout has the bits of the other.
+    layout, prefill, decode: values of --layout, --prefill-layout and --decode-layout. Raises ValueError if
+    --prefill-layout or --decode-layout is given without replicas of that role. Raises LayoutError, a ValueError, if the
+    two layouts cannot compute the same bits.
     """
     from intaglio.compiler import Layout, LayoutError
 
@@ -270,12 +275,15 @@ def read_layouts(
 
 
 def layout_words(layout: str | None) -> list[str]:
-    """Arguments of `intaglio serve` for a layout, as a list; [] for None."""
+    """Returns the arguments that give `intaglio serve` a layout, as a list of words; [] if `layout` is None."""
     return ["--layout", layout] if layout else []
 
 
 def ranks_of(layout: str | None) -> int:
-    """Number of ranks of a layout such as tp2pp2; 1 for None. Raises LayoutError, a ValueError, for a wrong layout."""
+    """Returns the number of ranks of a layout such as tp2pp2; 1 for None.
+
+    Raises LayoutError, a ValueError, for a wrong layout.
+    """
     from intaglio.compiler import Layout
 
     return Layout.parse(layout).ranks if layout else 1
@@ -294,7 +302,7 @@ def connect_ray(address: str, name: str) -> RayLauncher:
 
 
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
-    """Arguments of `intaglio serve`, as a list, that make replicas keep K/V blocks in `folder`.
+    """Returns arguments of `intaglio serve`, as a list of words, that make replicas keep K/V blocks in `folder`.
 
     The list has --kv-cache-dir. It also has --kv-cache-size, with half of the disk's free space but at most
     BLOCKS_BYTES (8 GiB), unless the user's own arguments, `given`, have that option.
@@ -306,9 +314,10 @@ def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def check_free_port(given: Sequence[str]) -> None:
-    """Raise ValueError if --kv-peer, among arguments of `intaglio serve`, is wrong or has a port other than 0.
+    """Raise ValueError if the arguments `given` have a --kv-peer address that is wrong or has a port other than 0.
 
-    All replicas get the same arguments, and a port is for one of them. Returns nothing.
+    given: arguments of `intaglio serve`. With port 0 each replica takes a free port. Any other port would be the same
+    for all replicas, but only one replica can use it.
     """
     words = [part for word in given for part in word.split("=", 1)]
     for address in [peer_address(after) for word, after in pairwise(words) if word == "--kv-peer"]:

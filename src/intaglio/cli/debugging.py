@@ -53,10 +53,10 @@ def port(
 
 
 def _show_automatic(made: AutoPort, output: Path | None) -> None:
-    """Print the report of an automatic port, and the port's source if the port is verified.
+    """Print the report of an automatic port and, if the port is verified, also its source.
 
-    output: file to which the source is written instead; None: it is printed. Raises typer.Exit with code 1 if the port
-    is not verified.
+    output: file to which the source is written instead of being printed; None: it is printed. Raises typer.Exit with
+    code 1 if the port is not verified.
     """
     for line in str(made).splitlines():
         say(line)
@@ -106,7 +106,10 @@ def check(
 
 
 def site_table(report: Report) -> Table:
-    """The table of each op's errors that `intaglio check` prints, as a rich Table without empty columns."""
+    """Returns the table that `intaglio check` prints, as a rich Table with the errors of each op.
+
+    Columns in which no op has a value are left out.
+    """
     headers = ["site", "error", "allowed"]
     columns = [
         [r.site for r in report.rows],

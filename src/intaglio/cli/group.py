@@ -16,12 +16,15 @@ UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of cli
 class Group(TyperGroup):
     """Command group that prints a user's error as one line on stderr, instead of a traceback, and exits with code 2.
 
-    Such errors are ValueError, DeviceError, OSError, and wrong options and arguments. With --debug, the first three are
-    raised instead. Ctrl-C exits with code 130, a closed pipe with 141.
+    A user's error is a ValueError, DeviceError or OSError, or a wrong option or argument. With --debug, the three
+    exceptions are raised instead. Ctrl-C exits with code 130, a closed pipe with 141.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words before the command as TyperGroup does. Returns a list of the words left."""
+        """Parse the options that precede the name of the command. Returns the remaining words, as a list.
+
+        A wrong option is printed as one line, and raises typer.Exit with code 2.
+        """
         try:
             return super().parse_args(ctx, args)
         except UsageError as e:
@@ -45,10 +48,10 @@ class Group(TyperGroup):
 
 
 def _refused(error: Any, ctx: Any) -> Exception:
-    """Print a UsageError as one line, with the help to see, and return the exception to raise: typer.Exit.
+    """Print a UsageError as one line that also names the help to read. Returns typer.Exit, for the caller to raise.
 
-    If `error` only asks for the command's help (a command without arguments), nothing is printed and `error` is
-    returned. ctx: the context of the command group, for errors that have none of their own.
+    If `error` only asks for a command's help (a command without arguments), nothing is printed, and `error` itself is
+    returned. ctx: the command group's context, used if the error has none.
     """
     if type(error).__name__ == "NoArgsIsHelpError":
         return error
@@ -58,7 +61,10 @@ def _refused(error: Any, ctx: Any) -> Exception:
 
 
 def _text(error: Exception) -> str:
-    """The message of an error. For a failed file operation: the path and the reason, without the error number."""
+    """Returns the message of an error as text.
+
+    For a failed file operation, the message is the path and the reason, without the error number.
+    """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -68,7 +74,7 @@ class Bench(TyperGroup):
     """Command group of `bench`. `bench MODEL` means `bench model MODEL`: measure the model itself, without a server."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments as TyperGroup does, after inserting `model` if they do not begin with a command or --help.
+        """Insert the command `model` if the arguments begin with neither a command nor --help, then parse them.
 
         Returns a list of the arguments left for the command.
         """

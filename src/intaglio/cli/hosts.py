@@ -83,10 +83,10 @@ def launch(
 
 
 def agent_command(name: str, rendezvous: str, token_file: Path | None) -> list[str]:
-    """The command line that starts an agent on the host `name`, as a list of words: over SSH, or here for localhost.
+    """Returns the command that starts an agent on the host `name`, as a list of words.
 
-    rendezvous: HOST:PORT to which the agent connects. token_file: path of the token, the same on every host; None: no
-    token.
+    The command goes over SSH, except for localhost. rendezvous: HOST:PORT to which the agent connects. token_file: path
+    of the file with the token, the same on every host; None: no token.
     """
     options = ["agent", "--rendezvous", rendezvous, "--once"]
     options += [] if token_file is None else ["--token-file", str(token_file.absolute())]

@@ -24,8 +24,8 @@ def open_llm(
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
-    All arguments but `no_cache` are those of the class LLM. model: path or hub id; None: the bundled model. no_cache:
-    True to neither use nor keep packed weights on disk. Raises the errors of LLM.
+    The arguments are those of the class LLM, except `no_cache`: True to neither use nor keep packed weights on disk.
+    model: path or hub id; None: the bundled model. Raises the same errors as the class LLM.
     """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
@@ -53,7 +53,7 @@ def compile_model(
     model: Path | None, weights: str, kv_format: str, context: int | None, report: list[str], raw: bool = False,
     revision: str | None = None,
 ) -> Program:  # fmt: skip
-    """The Program of a checkpoint: as ported if `raw`, else compiled.
+    """Returns the Program of a checkpoint: compiled, or if `raw` is True as ported, before the compiler has run.
 
     Args:
         model: checkpoint folder, GGUF file or hub id; None: the bundled model.
@@ -79,10 +79,20 @@ def compile_rank(
     model: Path | None, layout: str, rank: int, weights: str, kv_format: str, context: int | None, raw: bool,
     revision: str | None = None,
 ) -> Program:  # fmt: skip
-    """The Program of rank number `rank` of a layout: as sharded if `raw`, else compiled.
+    """Returns the Program of one rank of a model that is split among several ranks.
 
-    layout: such as tp4pp2. The other arguments are those of compile_model(); None has the same meaning as there. Raises
-    ValueError if the layout has no such rank, LayoutError if the layout does not fit the model.
+    Args:
+        model: checkpoint folder, GGUF file or hub id; None: the bundled model.
+        layout: how the ranks share the model, such as tp4pp2.
+        rank: number of the rank, from 0.
+        weights: format of weights, such as auto or int8.
+        kv_format: format of the K/V cache.
+        context: largest context length; None: the model's own.
+        raw: True for the Program as it is split, before the compiler has run.
+        revision: revision of a hub repository; None: its main branch.
+
+    Raises ValueError if the layout has no such rank, LayoutError if the layout does not fit the model, and the errors
+    of compile_model().
     """
     from intaglio.compiler import build_mesh, shard
 

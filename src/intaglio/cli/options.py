@@ -36,12 +36,13 @@ def parse_size(text: str) -> int:
 
 
 def checked_by(read: Callable[[str], object], others: str = "") -> Callable[[typer.CallbackParam, Any], Any]:
-    """Make a callback of an option that returns the option's text unchanged; None if the option is not given.
+    """Returns a callback that checks the text of a command-line option by calling `read` with the text.
 
-    The callback calls `read` with the text. If `read` raises ValueError, so does the callback, with a message that
-    names the option.
+    The callback returns the text unchanged; None if the option is not given. If `read` raises ValueError, the callback
+    raises ValueError with a message that names the option.
 
-    others: end of that message, such as ", or auto": further values that `read` accepts and its errors do not name.
+    others: text put at the end of that message, such as ", or auto", for values that `read` accepts but does not
+    mention.
     """
 
     def callback(param: typer.CallbackParam, text: str | None) -> str | None:

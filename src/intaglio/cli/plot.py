@@ -23,7 +23,7 @@ Point = tuple[float, float, str]  # x, y, label
 
 
 def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    """The text of an SVG file of `width` x `height` pixels, with a title and the elements `parts`, each as SVG text."""
+    """Returns the text of an SVG file of `width` x `height` pixels. parts: the elements to draw, each as SVG text."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     return "\n".join((
         f'{head} aria-label="{escape(title, {chr(34): "&quot;"})}">', STYLE,
@@ -32,7 +32,10 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def label(x: float, y: float, text: str, kind: str = "note") -> str:
-    """The SVG element, as text, that writes `text` at (x, y) in pixels. kind: names of its classes in STYLE."""
+    """Returns an SVG element, as text, that writes `text` at (x, y) in pixels.
+
+    kind: names of CSS classes of the element, from STYLE.
+    """
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 

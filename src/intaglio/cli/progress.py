@@ -29,7 +29,7 @@ def quiet_with_json(as_json: bool) -> bool:
 
 
 class Times(ProgressColumn):
-    """Progress column: elapsed time, and if the total is known also the percentage done and the estimated time left."""
+    """Progress column that shows the elapsed time and, if the total is known, the percentage done and the time left."""
 
     def render(self, task: Task) -> Text:
         elapsed = duration(task.elapsed or 0)
@@ -40,7 +40,7 @@ class Times(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """A duration as text in s, min or h: the largest unit with which the number is 2 or more (119 s, 2 min)."""
+    """Returns a duration as text in s, min or h: the largest unit with which the number is 2 or more (119 s, 2 min)."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -49,12 +49,13 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
-    """Context manager that shows a progress bar on stderr during the block.
+    """Context manager that shows a progress bar on stderr while its block runs.
 
     Yields a callback progress(done, total, what) that updates the bar: `done` of `total` parts are complete, and `what`
-    describes the part under way; total 0: unknown. The bar begins with the description `what` and an unknown total, and
-    is erased at the end. Without a terminal, lines of text are printed, see report_lines(). With --json nothing is
-    shown.
+    describes the part in progress. A total of 0 means that it is unknown. The bar first shows the argument `what`, and
+    is erased at the end of the block.
+
+    If stderr is not a terminal, lines of text are printed instead. With --json nothing is shown.
     """
     if console.quiet or not console.is_terminal:
         yield silent if console.quiet else report_lines(lambda line: typer.echo(line, err=True))
@@ -74,9 +75,10 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
 
 def report_lines(write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> Progress:
-    """A Progress callback for a file or pipe: calls `write` with a line of text, at most once in REPORT_S seconds.
+    """Returns a callback progress(done, total, what) that reports progress as lines of text, for a file or pipe.
 
-    The line names the part under way, the share done and the time since this call. clock: gives the time in seconds.
+    It calls `write` with a line, at most once in REPORT_S seconds. The line has the text `what`, the percentage done
+    and the time since report_lines() was called. clock: function that returns the time in seconds.
     """
     began = last = clock()
 

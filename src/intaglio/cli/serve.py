@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def state_cache_bytes(text: str) -> int | None:
-    """The number of bytes that the text of --state-cache-size stands for; None for "auto", 0 for "0".
+    """Returns the number of bytes that the value of --state-cache-size stands for; None for "auto", 0 for "0".
 
     Raises ValueError for a text that is no size.
     """
@@ -42,7 +42,7 @@ def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
 
 
 def control_address(text: str | None) -> Path | TcpAddress | None:
-    """The address in the text of --control: a socket's Path, or a TcpAddress; None for None.
+    """Returns the address that the value of --control stands for: a socket's Path, or a TcpAddress; None for None.
 
     Raises ValueError for a wrong TCP address, and if the environment variable with its token is not set or too short.
     """
@@ -54,7 +54,7 @@ def control_address(text: str | None) -> Path | TcpAddress | None:
 
 
 def peer_address(text: str | None) -> TcpAddress | None:
-    """The TcpAddress in the text of --kv-peer; None for None.
+    """Returns the TcpAddress that the value of --kv-peer stands for; None for None.
 
     Raises ValueError for a wrong address, for one at which other hosts cannot connect, such as 0.0.0.0, and if
     INTAGLIO_KV_TOKEN is not set or too short.
@@ -73,9 +73,10 @@ def peer_address(text: str | None) -> TcpAddress | None:
 
 
 def address_with_token(text: str, variable: str) -> TcpAddress:
-    """The TcpAddress of a text such as tcp://10.0.0.5:8001, with the token in an environment variable.
+    """Returns the TcpAddress for a text such as tcp://10.0.0.5:8001. Its token is the value of an environment variable.
 
-    Raises ValueError for a wrong address, and if the variable is not set or the token too short.
+    variable: name of the environment variable. Raises ValueError for a wrong address, and if the variable is not set or
+    the token is too short.
     """
     from intaglio.devices.processes.address import TcpAddress
 
@@ -297,12 +298,13 @@ def read_template(path: Path) -> str:
 
 
 def named_folders(models: list[str], name: str | None) -> dict[str, Path | None]:
-    """A dict from the name of each model in the API to its path, in the order given.
+    """Returns a dict {name of the model in the API: path of its checkpoint}, in the order of `models`.
+
+    If `models` is empty, the dict has the bundled model, with None as path.
 
     Args:
-        models: arguments NAME=MODEL, or MODEL alone, which is named after its folder or hub id. None given: the bundled
-            model, whose path is None.
-        name: name of the only model in place of its own; None: the names that `models` give.
+        models: arguments of the form NAME=MODEL or MODEL. A MODEL without a name is named after its folder or hub id.
+        name: name to give to the only model; None: the names that `models` give.
 
     Raises ValueError for an empty name, a name that is used twice, and `name` with several models.
     """

@@ -42,14 +42,14 @@ def say(text: str) -> None:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, style: str = "") -> Table:
-    """A rich table that fits 80 columns.
+    """Returns a rich table that fits 80 columns.
 
     Args:
         headers: a text for each column; a second line, after a newline, may have the unit.
-        rows: a text for each column of each row.
-        words: number of columns, from the first, that hold text and are wrapped. The others hold numbers, which are not
-            wrapped. If `words` is 2 or more, names of at most LONGEST_NAME characters in the first column are not
-            wrapped either.
+        rows: for each row of the table, a sequence with a text for each column.
+        words: number of columns, from the first, that hold text, which is wrapped. The other columns hold numbers,
+            which are not wrapped. If `words` is 2 or more, the first column is not wrapped either, as long as its texts
+            are single words of at most LONGEST_NAME characters.
         style: rich's style of the whole table; "": none.
     """
     rows = list(rows)
@@ -67,7 +67,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1,
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """A rich table of two columns, from pairs (name, value); the values are wrapped."""
+    """Returns a rich table of two columns, names and values, from pairs (name, value). The values are wrapped."""
     shown = Table.grid(padding=(0, 2))
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
@@ -77,7 +77,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
 
 
 def whole(x: float) -> str:
-    """A number as text without decimals; from a million on in millions with one decimal (1.5M)."""
+    """Returns a number as text without decimals; from a million on in millions with one decimal (1.5M)."""
     return f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.1f}M"
 
 

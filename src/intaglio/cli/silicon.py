@@ -86,9 +86,10 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
-    """Two lines in one text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
+    """Returns two lines, in one text: the modelled times, on a chip, of a prefill and of the decode step after it.
 
-    The prompt has 256 tokens, or one token less than the context if that is shorter. chip_name: the chip, such as sohu.
+    The prompt has 256 tokens, or one token less than the context if that is shorter. chip_name: a preset chip, such as
+    sohu.
     """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes
@@ -110,9 +111,9 @@ LAYOUTS = ("tp8", "tp4pp2", "tp2pp4", "pp8")  # of eight chips
 
 
 def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
-    """Print the modelled speed of Llama-3-70B on eight `sohu` chips, as docs/sohu.md describes.
+    """Print a table of the modelled speed of Llama-3-70B on eight `sohu` chips.
 
-    layouts: how the eight chips share the model; each gives one row.
+    layouts: ways in which the eight chips share the model, such as tp8; each gives one row.
     """
     from intaglio.codesign.simulate import Serving, compare_layouts
 
@@ -123,16 +124,18 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """Three texts such as "43%": the shares of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
+    """Returns three texts such as "43%": the shares of peak FLOP/s, HBM and link bandwidth that a step uses.
 
-    They are the cells of the table columns USED. The FLOP/s are of all chips together. HBM and link bandwidth are of
-    the slowest pipeline stage.
+    FLOP/s are those of all chips together; HBM and link bandwidth are those of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
 
 def by_layout(found: Sequence[LayoutResult]) -> None:
-    """Print layouts side by side: rates and utilisation, each layout's bottleneck, and the change that helps most."""
+    """Print a table of layouts with their rates and utilisation.
+
+    One line for each layout follows: its bottleneck, and the change that helps most.
+    """
     rows = []
     for a in found:
         p = a.mixed
@@ -330,10 +333,10 @@ def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str
 
 
 def kernel_facts(record: KernelRecord) -> tuple[str, str]:
-    """Two texts that describe a kernel record: (its op, description).
+    """Returns two texts that describe a kernel record: (its op, description).
 
-    The description has the kernel's name, the calls it is chosen for, the values it sets and, on a second line, their
-    source.
+    The description has the kernel's name, the calls it is chosen for and the values it sets. Its second line says where
+    the values come from.
     """
     least, most = record.head_dims
     width = f"head width {least} to {most}" if most < WIDEST else f"head width from {least}" if least else ""
@@ -418,7 +421,10 @@ def isa(
 
 
 def checked_split(split: str | None) -> str | None:
-    """Callback of --split: returns it unchanged. Raises ValueError unless it is fit, test or None (not given)."""
+    """Callback of --split: returns the option's value unchanged.
+
+    Raises ValueError unless the value is "fit", "test" or None (option not given).
+    """
     if split not in (None, "fit", "test"):
         raise ValueError(f"--split is {split!r}; give fit or test, or leave the option out for all rows")
     return split

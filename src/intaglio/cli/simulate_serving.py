@@ -181,10 +181,11 @@ def simulate_serving(
 def planned_load(
     workload: str | None, count: int, rate: float, cv: float, input: int, output: int, context: int, seed: int
 ) -> list[LoadRequest]:
-    """The requests of a load, as a list of `count` LoadRequests with their arrival times.
+    """Returns the requests of a simulated load, as a list of `count` LoadRequests with their arrival times.
 
     Args:
-        workload: a trace whose lengths are drawn, scaled to fit `context`; None: all have `input` and `output` tokens.
+        workload: name of a trace from which the requests' lengths are drawn, scaled to fit `context`; None: every
+            request has `input` and `output` tokens.
         count: number of requests.
         rate: requests per second, on average.
         cv: coefficient of variation of the gaps between arrivals; 1 is Poisson.
@@ -207,7 +208,10 @@ def planned_load(
 
 
 def cost_per_million(done: ServingResult, price: float) -> float:
-    """Cost of a million output tokens. price: price of one chip for an hour; the result has the same unit of money."""
+    """Returns the cost of a million output tokens in the simulated run `done`.
+
+    price: price of one chip for an hour. The result is in the same currency as `price`.
+    """
     return 1e6 * price / 3600 / done.output_tokens_per_s_per_chip
 
 
@@ -226,7 +230,10 @@ def chart(title: str, done: ServingResult) -> str:
 
 
 def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:
-    """A tuple with one row of the table: a text for each of HEADERS. chip, layout: names of the chip and the layout."""
+    """Returns the texts of one table row that shows the simulated run `done`, as a tuple with a text for each column.
+
+    chip, layout: names of the chip and the layout, for the first columns.
+    """
     mean = {name: done.summary.times.get(name, {}).get("mean", float("nan")) for name in ("ttft", "tpot")}
     return (
         chip, layout, f"{mean['ttft'] * 1e3:,.1f}", f"{mean['tpot'] * 1e3:,.2f}",

@@ -26,14 +26,14 @@ def steady_table(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], concurrency: Sequence[int],
     budget: int | None, find: bool, by: str, as_json: bool, plot: Path | None = None,
 ) -> None:  # fmt: skip
-    """Print a table of designs: every chip and layout, each at all numbers of open requests in `concurrency`.
+    """Print a table of serving designs: every layout on every chip, at each number of open requests in `concurrency`.
 
-    With `find`, each chip and layout has only one design: the best one within the limits.
+    With `find`, each pair of chip and layout has only one design: the best one within the limits.
 
     Args:
         question: the model, its load and the limits.
         targets: chips with their libraries.
-        layouts: how chips share the model; each is a candidate on every target.
+        layouts: ways in which chips share the model. Each layout is tried on every target; such a pair is a candidate.
         concurrency: numbers of requests open at once; not used with `find`.
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). None: 2048, and
             with `find` several are tried.
@@ -105,9 +105,10 @@ def steady_table(
 
 
 def nothing_fits(question: Question, refused: Sequence[tuple[str, str, str]]) -> ChipError:
-    """The error for a question whose model no candidate can hold; its text names the first candidate and the reason.
+    """Returns the ChipError to raise if no candidate (chip and layout) can hold a question's model and one request.
 
-    refused: (chip, layout, reason) of the candidates; empty if each holds the weights, but not one request beside them.
+    refused: (chip, layout, reason) of each candidate that cannot hold the weights; the error names the first. If
+    `refused` is empty, the error says that no candidate has room for a request beside the weights.
     """
     name = question.program.name
     if not refused:
@@ -152,9 +153,10 @@ def limits_text(question: Question) -> str:
 
 
 def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
-    """Print a recommendation: the first of `designs` that keeps the latency limits. If none does, print that.
+    """Print the recommended design: the first of `designs` that keeps the latency limits.
 
-    Returns nothing. designs: ordered, the best first. by: "watt" or "chip", the measure that is printed.
+    If no design keeps the limits, the printed text says so. designs: serving designs, the best first. by: "watt" or
+    "chip", the measure that is printed.
     """
     kept = [d for d in designs if d.within]
     if not kept:
@@ -171,7 +173,7 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
 
 
 def cells(d: Design) -> tuple[str, ...]:
-    """A tuple with one row of the table: a text for each of HEADERS."""
+    """Returns the texts of one table row that shows the design `d`, as a tuple with a text for each column."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",

@@ -112,10 +112,12 @@ def validate_serving(
 
 
 def say_ranking(ranked: Mapping[str, Sequence[Ranked]], worst: int) -> None:
-    """Print how often the layout that the model recommends comes within 5 % of the best measured one.
+    """Print in how many cases the layout that the model recommends comes within 5 % of the best measured layout.
 
-    ranked: the compared cases, by a text that says which cases they are. worst: number of cases to print for each such
-    text; cases with the worst recommendation come first.
+    Args:
+        ranked: groups of compared cases, each under a text that names the group. A case is one question for which
+            several layouts were measured.
+        worst: number of cases to print for each group. The cases with the worst recommendations are printed.
     """
     for kind, cases in ranked.items():
         if not cases:

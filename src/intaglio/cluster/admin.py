@@ -43,11 +43,11 @@ def cluster_folder(name: str) -> Path:
 
 @contextmanager
 def blocks_folder(cluster: Path) -> Iterator[Path]:
-    """Context manager: yields a new folder for the K/V blocks that replicas hand over, and removes it at the end.
+    """Context manager that yields a new folder for the K/V blocks that replicas hand over, and removes it at the end.
 
-    The folder is in memory where the system has /dev/shm. `cluster`, the cluster's own folder, gets a link to it. With
-    this link the next start finds and removes the folder that a killed router has left. Raises ValueError if a cluster
-    of this folder is running.
+    The folder is in memory where the system has /dev/shm. `cluster`, the cluster's own folder, gets a link to it. If a
+    router is killed, the link lets the next start find and remove the folder that was left. Raises ValueError if a
+    cluster already runs in the folder `cluster`.
     """
     refuse_running(cluster)
     link = cluster / BLOCKS
@@ -64,7 +64,7 @@ def blocks_folder(cluster: Path) -> Iterator[Path]:
 
 
 def refuse_running(cluster: Path) -> None:
-    """Raise ValueError if a cluster answers on the socket of this folder; return nothing otherwise."""
+    """Raise ValueError if a running cluster answers on the socket in the folder `cluster`; return nothing otherwise."""
     if in_use(cluster / SOCKET):
         raise ValueError(f"a cluster {cluster.name!r} runs already; end it with `intaglio cluster down`")
 
@@ -102,10 +102,10 @@ def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
 
 @asynccontextmanager
 async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIterator[None]:
-    """Async context manager that answers commands on the socket in a cluster's folder until the block ends.
+    """Async context manager that answers commands on the socket in a cluster's folder until its block ends.
 
-    commands: async functions by command name; each takes the command and returns the answer. Raises ValueError if
-    another cluster is running there.
+    commands: {name of the command: async function that takes the command and returns the answer}. Raises ValueError if
+    another cluster already answers on the socket.
     """
     path = folder / SOCKET
     refuse_running(folder)

@@ -42,10 +42,11 @@ class Backends:
     Args:
         router: decides on which replica a request is placed.
         silence: seconds without a load report after which a replica counts as lost, even if its process lives.
-        clock: the time in seconds.
+        clock: function that returns the time in seconds.
 
-    Set `on_lost` to a function (name, reason, error) that is called when a replica is lost. reason: why this process
-    has given the replica up; "" if the connection ended by itself. error: an unexpected error that led to it, or None.
+    The owner sets the attribute `on_lost` to a function (name, reason, error), which is called when a replica is lost.
+    `name` is the replica. `reason` says why this process gave the replica up; "" if the connection ended by itself.
+    `error` is the unexpected exception that caused the loss, or None.
     """
 
     def __init__(self, router: Router, silence: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -101,9 +102,9 @@ class Backends:
         self.pump()
 
     def drain(self, name: str) -> int:
-        """Place nothing more on the replica `name`, and move its requests if another replica can take them.
+        """Place no more requests on the replica `name`, and move its requests if another replica can take them.
 
-        Returns how many requests it has, moved or not.
+        Returns the number of requests that the replica has at this moment, whether or not they are moved.
         """
         jobs = self.router.drain(name)
         if any(r.placeable for r in self.router.replicas.values()):
@@ -113,12 +114,12 @@ class Backends:
         return len(jobs)
 
     def leaving(self, name: str) -> bool:
-        """True if replica `name` drains and another replica can take its requests."""
+        """True if the replica `name` is being drained and another replica can take its requests."""
         others = any(r.placeable for r in self.router.replicas.values())
         return self.router.replicas[name].state == "draining" and others
 
     async def emptied(self, name: str, timeout: float) -> bool:
-        """Wait until a replica has no requests, at most `timeout` seconds. Returns True if it has none then."""
+        """Wait until a replica has no requests, at most `timeout` seconds. Returns True if it then has none."""
         ends = self.clock() + timeout
         while (replica := self.router.replicas.get(name)) and replica.jobs and self.clock() < ends:
             await asyncio.sleep(TICK)
@@ -178,9 +179,10 @@ class Backends:
     async def place(self, job: Job, again: bool = False) -> Placement:
         """Queue a job, wait until it is placed on a replica, and return the Placement.
 
-        again: True if the job was placed before; it is then queued in any case, and waits as long as its deadline
-        allows. The caller must call ended() for the job afterwards, also if this raises. Raises Refusal if the job is
-        not admitted, or not placed in its time.
+        The caller must call ended() for the job afterwards, even if this method raises. Raises Refusal if the job is
+        not admitted, or is not placed within the time that it may wait.
+
+        again: True if the job was placed before. It is then always admitted, and may wait until its deadline.
         """
         if again:
             job = replace(job, start_by=None)
@@ -206,13 +208,13 @@ class Backends:
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
         """Tell the router that a job's first token has come. Returns nothing.
 
-        The router then knows that the prompt has been computed, and which K/V blocks the replica has. If blocks were
-        handed over for the job, the lease that protects them from eviction is ended.
+        The router then knows that the prompt is computed, and which K/V blocks the replica holds. If a prefill replica
+        handed over blocks for the job, the lease that protects these blocks from eviction is ended.
 
         Args:
             job: the job.
-            head: facts about the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
-                Without them the job's own estimate of the tokens is used, and no names.
+            head: facts about the prompt, from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
+                If `head` has no `tokens`, the job's own estimate is used; if it has no `names`, no blocks are recorded.
         """
         self.router.started(job.id, self.clock(), head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
@@ -220,9 +222,9 @@ class Backends:
         self.pump()
 
     def release(self, job: Job) -> None:
-        """End the lease on the K/V blocks that a prefill replica keeps for a job, if there is one. Returns nothing.
+        """End the lease on the K/V blocks that a prefill replica keeps for a job, if there is a lease. Returns nothing.
 
-        The replica learns of it with the next poll, and may then evict the blocks.
+        The prefill replica is told of it with the next poll, and may then evict the blocks.
         """
         if found := self.leases.pop(job.id, None):
             replica, lease = found
@@ -230,9 +232,9 @@ class Backends:
                 self.released.setdefault(replica, []).append(lease)
 
     def _forget_leases(self, name: str) -> None:
-        """Forget the leases (protection of K/V blocks from eviction) that the lost replica `name` renewed.
+        """Delete the router's record of the leases on K/V blocks of the lost replica `name`. Returns nothing.
 
-        Without renewal they run out by themselves. Returns nothing.
+        A lease protects the blocks of a job from eviction. It ends by itself if nobody renews it.
         """
         self.released.pop(name, None)
         for id in [id for id, (replica, _) in self.leases.items() if replica == name]:
@@ -266,7 +268,10 @@ class Backends:
 
 
 def read_report(load: dict[str, Any]) -> LoadReport:
-    """The LoadReport from `load`, a replica's answer to the call "load"."""
+    """Returns the LoadReport (queue and cache state of a replica) contained in `load`.
+
+    load: the replica's answer to the call "load", a dict.
+    """
     names = (
         "running", "waiting", "kv_usage", "draining", "max_sequences", "max_batch_tokens", "prompt_tokens",
         "cached_tokens", "output_tokens",
@@ -275,9 +280,10 @@ def read_report(load: dict[str, Any]) -> LoadReport:
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:
-    """Update `index`, the router's record of a replica's cached blocks, with the events or the snapshot in `load`.
+    """Update `index`, the router's record of the K/V blocks that a replica has cached. Returns nothing.
 
-    load: the replica's answer to the call "load".
+    load: the replica's answer to the call "load". It has either the changes since the last call, or a list of all
+    blocks.
     """
     if (snapshot := load.get("snapshot")) is not None:
         index.snapshot(load["incarnation"], load["sequence"], snapshot)

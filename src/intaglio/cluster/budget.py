@@ -11,7 +11,7 @@ DECODE_BYTES = 256 << 20  # the maximum of a decode replica, because nobody fetc
 
 
 def peer_budget(role: Role, replicas: int, memory: int) -> int:
-    """Default for the maximum bytes of K/V blocks that a replica keeps in memory for other replicas, an int.
+    """Returns the default for the maximum bytes of K/V blocks that a replica keeps in memory for other replicas.
 
     1/8 of the node's memory is divided equally among its replicas. Each replica gets at most 8 GiB. A decode replica
     gets at most 256 MiB, because no other replica fetches its blocks.
@@ -26,10 +26,13 @@ def peer_budget(role: Role, replicas: int, memory: int) -> int:
 
 
 def size_words(given: Sequence[str], size: int) -> list[str]:
-    """Arguments of `intaglio serve` that set --kv-cache-size to `size` bytes; [] if `given` already has that option."""
+    """Returns the arguments of `intaglio serve` that set --kv-cache-size to `size` bytes, as a list of words.
+
+    The list is empty if `given`, the user's own arguments, already has that option.
+    """
     return [] if gives(given, "--kv-cache-size") else ["--kv-cache-size", str(size)]
 
 
 def gives(words: Sequence[str], option: str) -> bool:
-    """True if a command line has the option, as a word of its own or as OPTION=VALUE."""
+    """True if `words`, a command line, has the option `option`, as a word of its own or as OPTION=VALUE."""
     return any(word.split("=")[0] == option for word in words)

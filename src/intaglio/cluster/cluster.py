@@ -54,10 +54,10 @@ class Cluster:
         backends.on_lost = self._lost
 
     async def start(self, replicas: Mapping[Role, int]) -> None:
-        """Start replicas and wait until all serve. Returns nothing. To be called once, before all other methods.
+        """Start replicas and wait until all serve. Returns nothing. Call it once, before all other methods.
 
-        replicas: how many of each role. Raises ReplicaFailed if one does not start; the others then keep running until
-        stop().
+        replicas: number of replicas of each role. If a replica does not start, ReplicaFailed is raised; the other
+        replicas keep running until stop().
         """
         self.roles = tuple(replicas)
         self.backends.start()
@@ -68,11 +68,11 @@ class Cluster:
             self._tasks.append(asyncio.ensure_future(self._autoscale(self.autoscaler)))
 
     async def scale(self, replicas: int, role: Role | None = None) -> None:
-        """Start or drain replicas of a role until the cluster has `replicas` of that role.
+        """Start or drain replicas of one role until the cluster has `replicas` of them. Returns nothing.
 
-        role: None is "mixed", or "decode" if the cluster has separate replicas for prefill and decode. Raises
-        ValueError for a number outside 1..MAX_REPLICAS and for a role that the cluster does not have, ReplicaFailed if
-        a replica does not start, or is drained before it serves.
+        role: the role; None stands for "decode" if the cluster has separate replicas for prefill and decode, else for
+        "mixed". Raises ValueError for a number outside 1..MAX_REPLICAS and for a role that the cluster does not have.
+        Raises ReplicaFailed if a replica does not start, or is drained before it serves.
         """
         if not 1 <= replicas <= MAX_REPLICAS:
             raise ValueError(f"{replicas} replicas; allowed: 1 to {MAX_REPLICAS}")
@@ -86,10 +86,10 @@ class Cluster:
         await self._started(starts)  # which may take long: others may be drained meanwhile
 
     async def drain(self, name: str, restart: bool = False) -> int:
-        """Move a replica's requests to other replicas and stop it; start it again if `restart`.
+        """Move a replica's requests to other replicas and stop the replica. If `restart` is True, start it again.
 
-        Returns the number of requests that it had when draining began. Raises ValueError if there is no such replica or
-        no other to take its requests, ReplicaFailed if it does not start again.
+        Returns the number of requests that the replica had when draining began. Raises ValueError if there is no such
+        replica, or no other replica to take its requests. Raises ReplicaFailed if the replica does not start again.
         """
         async with self._changing:
             if name not in self.processes or name in self._leaving:
@@ -139,23 +139,23 @@ class Cluster:
         }  # fmt: skip
 
     def _note(self, what: str, level: int = logging.ERROR, error: Exception | None = None) -> None:
-        """Log what happened to a replica, and add it to the incidents that state() shows. Returns nothing.
+        """Log an event of a replica, and add it to the list of incidents that state() shows. Returns nothing.
 
-        Of a text with several lines, incidents have only the first, since every tenant may read them.
+        If the text has several lines, the list gets only the first line, because every tenant may read the list.
 
         Args:
-            what: the text.
+            what: the text that describes the event.
             level: level of the log entry.
-            error: an error whose traceback is logged, too; None: none.
+            error: an error whose traceback is logged, too; None: no traceback.
         """
         log.log(level, "%s", what, exc_info=error)
         self.incidents.append((time.time(), what.partition("\n")[0][:INCIDENT]))
 
     def _enrol(self, roles: Sequence[Role]) -> dict[str, asyncio.Future[None]]:
-        """Add one more replica for each of `roles` and begin to start it.
+        """Add one new replica for each of `roles`, and begin to start the replicas.
 
         Returns a dict {name of the replica: asyncio future}. The future is done once the replica serves; it has the
-        error if the replica does not start. Wait for it with _started().
+        error if the replica does not start. _started() waits for all of these futures.
         """
         starts: dict[str, asyncio.Future[None]] = {}
         for role in roles:
@@ -171,10 +171,12 @@ class Cluster:
         return start
 
     async def _started(self, starts: Mapping[str, asyncio.Future[None]]) -> None:
-        """Wait until all of these replicas serve or have failed to start. Returns nothing.
+        """Wait until each of the replicas in `starts` serves or has failed to start. Returns nothing.
 
-        starts: {name of the replica: future of its start}. If several replicas fail, the error of the first one in
-        `starts` is raised. The error of a replica that was removed before it served is ReplicaFailed.
+        If replicas fail, the error of the first of them is raised. For a replica that was removed before it served, the
+        error is ReplicaFailed.
+
+        starts: {name of the replica: asyncio future that is done when the replica serves}.
         """
         results = await asyncio.gather(*starts.values(), return_exceptions=True)
         for name, result in zip(starts, results, strict=True):
@@ -202,10 +204,10 @@ class Cluster:
         self._supervisors[name] = asyncio.ensure_future(self._supervise(name, process))
 
     async def _remove(self, names: Sequence[str]) -> int:
-        """Drain replicas, all at the same time, and stop their processes.
+        """Drain the replicas `names`, all at the same time, and stop their processes.
 
-        Each has up to DRAIN_TIMEOUT seconds for its requests to end. Returns the number of requests that they had
-        together when draining began.
+        Each replica has up to DRAIN_TIMEOUT seconds in which its requests can end. Returns the number of requests that
+        the replicas had, all together, when draining began.
         """
         self._leaving.update(names)
         try:
@@ -218,10 +220,10 @@ class Cluster:
         return moved
 
     async def _stop_drained(self, name: str) -> None:
-        """Stop a replica once it has no requests, at the latest after DRAIN_TIMEOUT seconds, and forget it.
+        """Wait until a replica has no requests, at most DRAIN_TIMEOUT seconds. Then stop the replica and forget it.
 
-        name: name of a replica that is given no more requests. If it is still being started, its start is cancelled,
-        and its process is killed at once.
+        name: name of a replica that is given no more requests. If the replica is still being started, the start is
+        cancelled and the process is killed at once.
         """
         if start := self._starting.get(name):
             start.cancel()
@@ -239,9 +241,9 @@ class Cluster:
         self.restarts.pop(name, None)
 
     async def _autoscale(self, autoscaler: Autoscaler) -> None:
-        """Start and remove replicas as the autoscaler says, every AUTOSCALE seconds until the task is cancelled.
+        """Start and remove replicas as `autoscaler` decides, every AUTOSCALE seconds. Runs until the task is cancelled.
 
-        If replicas cannot be started, the error is noted, and the next round tries again.
+        If replicas cannot be started, the error is added to the incidents, and the next round tries again.
         """
         while True:
             await asyncio.sleep(AUTOSCALE)
@@ -257,7 +259,10 @@ class Cluster:
                 self._note(f"a replica could not be added: {e or type(e).__name__}", error=None if known else e)
 
     async def _supervise(self, name: str, process: Launched) -> None:
-        """Restart a replica's process each time it ends. Runs until cancelled, or until the replica is removed."""
+        """Start a replica's process again each time it ends.
+
+        Runs until cancelled, or until the replica is being removed.
+        """
         wait = BACKOFF_FIRST
         while True:
             code = await process.wait()
@@ -282,7 +287,7 @@ class Cluster:
                 process.kill()
 
     async def _tidy(self) -> None:
-        """Move replicas' logs aside when they become long (see ReplicaProcess.trim_log()). Runs until cancelled."""
+        """Shorten the log files of replicas that have become long, again and again. Runs until cancelled."""
         while True:
             await asyncio.sleep(TIDY)
             for process in self.processes.values():

@@ -36,8 +36,8 @@ class FrontOptions:
     """Options of the router's HTTP application.
 
     Attributes:
-        keys: accepted API keys; empty: no key is needed. If there are keys, a client's tenant is key0, key1, ... by the
-            number of its key.
+        keys: accepted API keys; empty: no key is needed. A client that uses the first key is the tenant key0, one that
+            uses the second key is key1, and so on.
         limits: how long a request may take and wait.
         max_body: maximum bytes of a request's body.
         max_open: maximum number of requests open at once; more are refused with 429.
@@ -106,9 +106,9 @@ class Front:
         await self._own(path, method)(scope, receive, send)
 
     def _own(self, path: str, method: str) -> Response:
-        """The response of the router itself to a path, such as /health, /metrics or /cluster.
+        """Returns the response to a request that the router answers itself, such as GET /health, /metrics or /cluster.
 
-        Raises Problem 405 for a method that a known path does not take, 404 for an unknown path.
+        Raises Problem 405 for a known path with a method that it does not take, 404 for an unknown path.
         """
         if method not in ("GET", "HEAD") and path in (*PUBLIC, *GENERATE, "/cluster"):
             raise Problem(405, f"{method} {path}: the path does not take this method")
@@ -130,10 +130,10 @@ class Front:
         raise Problem(404, f"{method} {path}: there is no such path")
 
     def _tenant(self, path: str, headers: dict[str, str]) -> str:
-        """The name of the tenant that a request counts for.
+        """Returns the name of the tenant to which a request is charged.
 
-        - If API keys are set: key0, key1, ... for the first, second, ... key.
-        - Else, and for the paths in PUBLIC: the value of the header x-tenant-id; "" without that header.
+        - If API keys are set: key0 for the first key, key1 for the second key, and so on.
+        - Without API keys, and for the paths in PUBLIC: the value of the header x-tenant-id; "" without that header.
 
         Raises Problem 401 for a missing or wrong key, and 429 if too many requests are open. Requests for the paths in
         PUBLIC, such as /health, are never refused.
@@ -168,12 +168,14 @@ class Front:
             self.metrics.ended(request)
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
-        """Pass a request that generates nothing to a replica, and send the replica's response.
+        """Pass a request that generates no text, such as a list of models, to a replica, and send the response.
 
-        Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers, 408
-        if the body comes too slowly, and 413 if it is too large; ClientDisconnected if the client disconnects.
+        Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if no replica answers,
+        408 if the body comes too slowly, and 413 if the body is too large. Raises ClientDisconnected if the client
+        disconnects.
 
-        headers: the request's headers, with names in lower case; the replica gets some of them.
+        headers: the request's headers, with names in lower case. Only the headers in PASSED_HEADERS are sent to the
+        replica.
         """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
@@ -203,7 +205,7 @@ class Front:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """The fields of a request's body, as a dict; {} if the body is no JSON object, which the replica refuses."""
+    """Returns the fields of a request's body, as a dict; {} if the body is not a JSON object."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):

@@ -19,11 +19,11 @@ Frame = tuple[dict[str, Any], bytes]
 
 
 class LinkLost(ConnectionError):
-    """Raised for a call that a replica cannot answer: the connection or the process has ended, or the call failed."""
+    """Raised if a replica cannot answer a call: the connection or the process has ended, or the call failed."""
 
 
 class Moved(Exception):
-    """Raised for a call that has to go on at another replica, because its own is being drained."""
+    """Raised for a call that another replica has to continue, because the replica of the call is being drained."""
 
 
 class Call:
@@ -35,7 +35,7 @@ class Call:
         self._arrived: asyncio.Future[None] | None = None  # set while frame() waits
 
     def put(self, frame: Frame | Exception) -> None:
-        """Add a frame of the answer, or an exception that frame() raises in its turn."""
+        """Add a frame of the answer, or an exception, to the end of the queue from which frame() reads."""
         self._frames.append(frame)
         if self._arrived and not self._arrived.done():
             self._arrived.set_result(None)
@@ -43,8 +43,8 @@ class Call:
     async def frame(self) -> Frame:
         """Wait for the next frame of the answer. Returns (header, body): a dict and bytes.
 
-        Raises LinkLost if the connection to the replica has ended. Raises Moved after a call of move(), which means
-        that the request is to go on at another replica. Both are raised only after all earlier frames were returned.
+        Raises LinkLost if the connection to the replica has ended. Raises Moved if move() was called: another replica
+        is to continue the request. Frames that arrived earlier are all returned before an exception is raised.
         """
         while not self._frames:
             self._arrived = asyncio.get_running_loop().create_future()
@@ -55,7 +55,7 @@ class Call:
         return got
 
     async def whole(self) -> tuple[dict[str, Any], bytes]:
-        """Wait for the whole answer. Returns (header of its first frame, bodies of all frames joined).
+        """Wait for the whole answer. Returns (header of the first frame, bodies of all frames joined).
 
         Raises LinkLost if the connection ends or the first frame has no HTTP status. Raises Moved if move() was called
         meanwhile.
@@ -70,9 +70,10 @@ class Call:
         return start, bytes(whole)
 
     def move(self) -> None:
-        """Tell the task that reads the replica's answer to go on at another replica, because this one is being drained.
+        """Tell the task that reads the answer to continue the request at another replica. Returns nothing.
 
-        The task's calls of frame() return the frames that have already arrived, and then raise Moved. Returns nothing.
+        The replica of this call is being drained. The task's calls of frame() return the frames that have already
+        arrived, and then raise Moved.
         """
         self.put(Moved())
 
@@ -83,9 +84,10 @@ class Call:
 
 
 class Link(asyncio.Protocol):
-    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it is lost.
+    """A connection to one replica, over which many calls can run at the same time.
 
-    It is an asyncio.Protocol, since asyncio's streams would take two more turns of the event loop for each frame.
+    The owner sets the attribute `on_lost` to a function that is called once, when the connection ends. A Link is an
+    asyncio.Protocol, since asyncio's streams would take two more turns of the event loop for each frame.
     """
 
     def __init__(self) -> None:
@@ -99,10 +101,10 @@ class Link(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
-        """Connect to the control channel at a Unix socket's path or a TCP address, and return the Link.
+        """Connect to a replica's control channel, at a Unix socket's path or a TCP address, and return the Link.
 
-        patience: seconds during which a failed attempt is repeated. Raises OSError if none succeeds: NotAuthenticated,
-        a subclass, if the other end does not know the address's token.
+        patience: seconds during which a failed attempt is repeated. Raises OSError if no attempt succeeds. The error is
+        its subclass NotAuthenticated if the other end does not know the token of the address.
         """
         ends = time.monotonic() + patience
         while True:
@@ -119,11 +121,10 @@ class Link(asyncio.Protocol):
 
     @classmethod
     def _over(cls, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> Link:
-        """Make a Link that takes over an open connection after its handshake.
+        """Returns a Link that takes over an open connection, on which the handshake is done.
 
-        From then on the Link receives what arrives; nobody may read from the streams any more.
-
-        streams: the reader and writer of the connection.
+        streams: the reader and writer of the connection. Nobody else may read from the reader afterwards, because the
+        Link receives all data that arrives.
         """
         link, (_, writer) = cls(), streams
         link._streams = streams  # a writer that nobody refers to closes its connection
@@ -132,9 +133,9 @@ class Link(asyncio.Protocol):
         return link
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
-        """Send a call to the replica, and return a Call from which the answer can be read as it arrives.
+        """Send a call to the replica, and return a Call, from which the answer can be read as it arrives.
 
-        header: a JSON object with the key `do`, which names what the replica should do, and its arguments. body: bytes
+        header: a JSON object. Its key `do` names what the replica should do; the other keys are arguments. body: bytes
         sent after the header. Raises LinkLost if the connection has ended.
         """
         if self.lost or self._transport.is_closing():
@@ -157,9 +158,9 @@ class Link(asyncio.Protocol):
             self.calls.pop(call.number, None)
 
     def write(self, header: dict[str, Any], body: bytes = b"") -> None:
-        """Send a frame. Returns nothing, and never fails.
+        """Send a frame. Returns nothing, and raises no error.
 
-        If the connection has ended, nothing is sent. Calls that wait for an answer over it raise LinkLost.
+        If the connection has ended, nothing is sent. Calls that wait for an answer over the connection raise LinkLost.
         """
         if not self._transport.is_closing():  # uvloop raises RuntimeError where asyncio drops the bytes
             self._transport.write(pack(header, body))
@@ -176,11 +177,11 @@ class Link(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep the connection's transport."""
+        """Store `transport`, the connection to write to. asyncio calls this method when the connection is open."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Give the frames that have arrived to their calls. Bytes that are no frame end the connection."""
+        """Give each frame that has arrived to the call that it answers. Bytes that are no frame end the connection."""
         try:
             for header, body in self._frames.feed(data):
                 number = header.pop("call")
@@ -192,7 +193,10 @@ class Link(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Have all calls raise LinkLost, and call `on_lost`."""
+        """Let every open call raise LinkLost, and call `on_lost`.
+
+        asyncio calls this method when the connection has ended.
+        """
         self.lost = True
         for call in self.calls.values():
             call.put(LinkLost("the replica has ended"))

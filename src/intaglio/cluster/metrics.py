@@ -22,9 +22,10 @@ MODELS_MAX = 64  # different values of the label `model`, which clients choose
 
 
 class RouterMetrics:
-    """The router's Prometheus metrics: request counts and latencies.
+    """The router's Prometheus metrics: counters of requests and histograms of their latencies.
 
-    The method render() also gives the metrics of RouterCollector, which are read at each scrape.
+    render() returns these metrics together with those of RouterCollector, which are read from the router at that
+    moment.
     """
 
     def __init__(self, backends: Backends) -> None:
@@ -41,7 +42,7 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as bytes.
+        """Returns all metrics in Prometheus' text format, as bytes.
 
         First deletes the latencies of replicas that have been removed from the router, so that they do not appear any
         more.
@@ -52,9 +53,9 @@ class RouterMetrics:
         return generate_latest(self.registry)
 
     def incoming(self, model: str) -> None:
-        """Count a request that has come in. model: the name that it gives.
+        """Count a request that has come in. model: the name of the model that the request asks for.
 
-        Beyond MODELS_MAX different names, a new name counts as "other".
+        Once MODELS_MAX different names have been counted, a new name counts as "other".
         """
         if (counter := self._models.get(model)) is None:
             model = model if len(self._models) < MODELS_MAX else "other"
@@ -62,7 +63,10 @@ class RouterMetrics:
         counter.inc()
 
     def ended(self, request: RelayedRequest) -> None:
-        """Observe a request that has ended: latency by replica and status, time to the first token by replica."""
+        """Record the latencies of a request that has ended.
+
+        The time of the whole request is recorded by replica and status, the time to the first token by replica.
+        """
         now = self.backends.clock()
         seconds = now - request.began
         labels = request.replica, str(request.status or "none")

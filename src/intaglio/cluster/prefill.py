@@ -25,7 +25,7 @@ PREFILLS = ("handed", "partial", "empty", "lost", "drained", "refused")  # parti
 async def prefill(
     backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes
 ) -> tuple[Job, bool, str]:
-    """Have a prefill replica compute a job's prompt, if the cluster has one and enough of the prompt is not cached.
+    """Have a prefill replica compute a job's prompt, if there are such replicas and enough of it is not cached.
 
     Up to ATTEMPTS replicas are tried. Raises Refusal if the job is not admitted, or not placed in its time.
 
@@ -38,9 +38,11 @@ async def prefill(
     Returns (job, placed, peer):
 
     - job: if a replica has computed the prompt, a copy of the job with the prompt's true length and the number of
-      tokens handed over; else the same job.
-    - placed: True if the job was placed on a prefill replica, even one that failed. It is then not admitted again.
-    - peer: address at which other replicas fetch the K/V blocks; "" if they find them in a folder, or there are none.
+      tokens whose K/V is handed over. Otherwise the job itself.
+    - placed: True if the job was placed on a prefill replica, even on a replica that failed. The job has then been
+      admitted already.
+    - peer: address at which other replicas fetch the K/V blocks; "" if the blocks are in a folder, or no blocks are
+      handed over.
     """
     placed = False
     for _ in range(ATTEMPTS):
@@ -72,16 +74,16 @@ async def prefill(
 async def _computed(
     backends: Backends, job: Job, replica: str, header: dict[str, Any], raw: bytes
 ) -> dict[str, Any] | None:
-    """Have `replica` compute the prompt and return its answer; None if the answer is an error.
+    """Have `replica` compute the prompt of a job, and return the replica's answer; None if the answer is an error.
 
     The answer is a dict with the keys:
 
     - tokens: number of tokens of the prompt.
     - handed: number of the prompt's tokens whose K/V other replicas can load.
-    - whole: number of the prompt's tokens in full K/V blocks, the only ones that can be handed over. `handed` is less
-      if not all of these blocks have been kept.
-    - lease: the lease on the blocks; "" if none are handed.
-    - peer: address at which other replicas fetch the blocks; "" if they find them in a folder.
+    - whole: number of the prompt's tokens that lie in full K/V blocks. Only full blocks can be handed over. `handed` is
+      less than `whole` if the replica did not keep all of these blocks.
+    - lease: the lease that protects the blocks from eviction; "" if no blocks are handed over.
+    - peer: address at which other replicas fetch the blocks; "" if the blocks are in a folder.
 
     header: header of the call. raw: body of the HTTP request. Raises LinkLost if the replica is lost, Moved if it is
     being drained.

@@ -29,11 +29,11 @@ LOG_BYTES = 8 << 20  # a log that is longer is moved to NAME.log.1, in place of 
 
 
 class ReplicaFailed(ValueError):
-    """Raised for a replica process that ended, or did not serve in time, when it was started."""
+    """Raised if the process of a replica was started, but ended or did not serve in time."""
 
 
 class Launched(Protocol):
-    """A replica's process, wherever it runs. The cluster starts it again whenever it has ended.
+    """Interface of a replica's process, on this machine or another. The cluster restarts the process when it ends.
 
     name: the replica's name. log: path of the process's log on its node. node: name of the node; "": this machine.
     """
@@ -47,7 +47,7 @@ class Launched(Protocol):
         """Process id of the process on its node; None before start()."""
 
     async def start(self) -> Link:
-        """Start the process and return the Link to it once it serves.
+        """Start the process, wait until it serves, and return the Link to it.
 
         Raises ReplicaFailed if it does not serve in time, OSError if it cannot be started or connected to.
         """
@@ -59,10 +59,10 @@ class Launched(Protocol):
         """Ask the process to end, and kill it if it has not ended after some seconds."""
 
     def kill(self) -> None:
-        """End the process and all that it started, at once."""
+        """End the process, and all processes that it started, at once."""
 
     def trim_log(self) -> None:
-        """Keep the replica's log short: once it is longer than LOG_BYTES, move its content to NAME.log.1.
+        """Move the content of the replica's log to NAME.log.1 if the log is longer than LOG_BYTES.
 
         Raises OSError if that fails.
         """
@@ -87,7 +87,7 @@ class ReplicaProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id; None before start()."""
+        """Process id of the process; None before start()."""
         return self.process.pid if self.process else None
 
     @property
@@ -133,10 +133,10 @@ class ReplicaProcess:
         return await self._launch(str(TcpAddress(host, 0, token.encode())), {TOKEN_VARIABLE: token}, found)
 
     async def _launch(self, control: str, more: Mapping[str, str], ready: Callable[[], Awaitable[T | None]]) -> T:
-        """Start the process and call `ready` until it returns a value other than None; return that value.
+        """Start the process, then call `ready` until it returns a value other than None. Returns that value.
 
-        control: address for the control channel. more: additional environment variables. Raises ReplicaFailed as
-        start() does.
+        control: address for the control channel. more: additional environment variables. Raises ReplicaFailed, with the
+        end of the log, if the process ends first or no value comes within STARTING seconds.
         """
         words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", control]
         environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16), **more}
@@ -182,10 +182,10 @@ class ReplicaProcess:
             self.process.stdin.close()
 
     def kill(self) -> None:
-        """Kill the process and all that it started (its process group) with SIGKILL.
+        """Kill the process, and all processes that it started (its process group), with SIGKILL.
 
-        The first call after the process has ended still kills what it started. Later calls do nothing, because the
-        system may have given the group's number to another process by then.
+        If the process has already ended, the first call still kills the processes that it started. Later calls do
+        nothing, because the system may have given the group's number to another process by then.
         """
         if self.process is None or self._group_ended:
             return
@@ -203,11 +203,17 @@ class ReplicaProcess:
             os.truncate(self.log, 0)
 
     def _said(self) -> str:
-        """The text that the process has written to its log since its present start, or since the log was trimmed."""
+        """Returns the text that the process has written to its log since it was last started.
+
+        If the log was emptied since then, the text begins there.
+        """
         with self.log.open("rb") as log:
             log.seek(self._begins if self._begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
             return log.read().decode(errors="replace").strip()
 
     def _tail(self) -> str:
-        """The last TAIL characters that the process has written to its log; "it said nothing" if there are none."""
+        """Returns the last TAIL characters that the process has written to its log.
+
+        If it has written nothing, the result is "it said nothing".
+        """
         return self._said()[-TAIL:] or "it said nothing"

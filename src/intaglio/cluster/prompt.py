@@ -20,7 +20,7 @@ TOKEN_BYTES = 4  # of a token id in the text of a prompt that is given as ids
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """The router's limits on a request's time, in seconds; None: no limit. A request may ask for less.
+    """The router's limits on the duration of a request, in seconds; None: no limit. A request may set lower limits.
 
     Attributes:
         timeout: time from the request's arrival to its end.
@@ -34,14 +34,14 @@ class TimeLimits:
 def make_job(
     id: str, body: dict[str, Any], memory: PromptMemory, now: float, limits: TimeLimits, tenant: str, output: float
 ) -> Job:
-    """The Job of a generation request.
+    """Returns the Job (what the router plans with) of a generation request.
 
     Args:
         id: the job's id.
-        body: the request's fields; one that is missing or has a wrong type gets its default.
-        memory: token counts of earlier prompts, for the estimate of this prompt's length.
+        body: the request's fields. A field that is missing or has a wrong type gets its default.
+        memory: token counts of earlier prompts, from which this prompt's length is estimated.
         now: the time in seconds.
-        limits: limits on the request's time.
+        limits: limits on the request's duration.
         tenant: name of the tenant that is charged.
         output: mean output length of recent requests, in tokens.
     """
@@ -65,9 +65,9 @@ def make_job(
 
 
 def _pieces(body: dict[str, Any]) -> Iterator[bytes]:
-    """Yield the prompt as bytes, in pieces: the tools and then each message of a chat, or the prompt of a completion.
+    """Yield a request's prompt in pieces of bytes: the tools and each message of a chat, or the prompt of a completion.
 
-    Of several prompts only the first is yielded.
+    If the body has several prompts, only the first is yielded.
     """
     if "prompt" in body:
         prompt = body["prompt"]

@@ -16,7 +16,7 @@ from intaglio.tiers.peer import TOKEN_VARIABLE
 
 
 class ReplicaActor:
-    """The methods of a Ray actor that runs one replica's process, which ends with the actor.
+    """Class of the Ray actor that runs one replica's process. The process ends with the actor.
 
     words: arguments of `intaglio serve`. cluster: name of the folder for logs on this node. role: the replica's role.
     sharing: how many replicas of the cluster may share this node and its memory. kv_token: secret with which replicas
@@ -35,9 +35,9 @@ class ReplicaActor:
     async def listen(self, token: str) -> dict[str, Any]:
         """Start the replica's server process, with its control channel at the address of this Ray node.
 
-        Returns a dict once the process serves: host and port of the control channel, node (id of the Ray node), pid (of
-        the process) and log (path of its log file). If the process does not start, the dict has one key, failed, with
-        the reason.
+        Returns a dict once the process serves. Its keys are host and port (of the control channel), node (id of the Ray
+        node), pid (of the process) and log (path of its log file). If the process does not start, the dict has only the
+        key failed, whose value is the reason.
 
         token: secret that a client must know.
         """
@@ -58,7 +58,7 @@ class ReplicaActor:
         await self.process.stop()
 
     async def kill(self) -> None:
-        """End the process and all that it started, at once."""
+        """End the process, and all processes that it started, at once."""
         self.process.kill()
 
     async def trim_log(self) -> None:
@@ -70,8 +70,9 @@ class ReplicaActor:
 
 
 def peer_words(host: str) -> list[str]:
-    """Arguments of `intaglio serve`, a list, that make a replica keep K/V blocks in memory for other replicas to fetch.
+    """Returns arguments of `intaglio serve`, a list, that make a replica keep K/V blocks in memory for other replicas.
 
-    The replica listens for them at a free TCP port. host: this node's address, at which it listens.
+    Other replicas fetch the blocks at a free TCP port of this node. host: this node's address, at which the replica
+    listens.
     """
     return ["--kv-peer", f"tcp://{f'[{host}]' if ':' in host else host}:0"]

@@ -39,11 +39,11 @@ LOST = -1  # exit code of a process whose actor is gone
 
 
 class RayLauncher:
-    """Connection to a Ray cluster, and maker of the replicas that run there.
+    """A connection to a Ray cluster. Calling it makes a replica that runs there, a RayReplica.
 
     Args:
-        address: address of the Ray cluster, such as 10.0.0.1:6379; auto: the one of this machine.
-        cluster: name of this cluster, for the folder of logs on each node.
+        address: address of the Ray cluster, such as 10.0.0.1:6379. "auto" stands for the Ray cluster of this machine.
+        cluster: name of this Intaglio cluster, for the folder of logs on each node.
 
     Raises ValueError if there is no Ray cluster at the address.
     """
@@ -61,10 +61,10 @@ class RayLauncher:
             raise ValueError(f"there is no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
 
     def threads(self, replicas: int) -> int:
-        """The largest number of CPUs that each replica can get so that all fit into the Ray cluster, as an int.
+        """Returns the largest number of CPUs for each replica with which all replicas fit into the Ray cluster.
 
-        The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit. replicas:
-        number of replicas, all of equal size.
+        The CPUs of a replica must be on one node. The result is 1 if the replicas do not even fit with one CPU each.
+        replicas: number of replicas, which all get the same number of CPUs.
         """
         nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         return threads_that_fit(nodes, replicas)
@@ -72,11 +72,16 @@ class RayLauncher:
     def prepare(
         self, words: Sequence[str], ranks: int, threads: int, kv_token: str | None = None, replicas: int = 1
     ) -> None:
-        """Set the command and the CPUs of every replica that is started from now on.
+        """Set the command and the number of CPUs of every replica that is started from now on. Returns nothing.
 
-        words: arguments of `intaglio serve`. ranks: ranks of a replica. threads: CPUs of all ranks of a replica
-        together. kv_token: secret with which replicas fetch K/V blocks of each other; None if they fetch none.
-        replicas: maximum number of replicas of the cluster. Raises ValueError if no node has so many CPUs.
+        Args:
+            words: arguments of `intaglio serve`.
+            ranks: number of ranks of a replica.
+            threads: number of CPUs that all ranks of one replica have together.
+            kv_token: secret with which replicas fetch K/V blocks of each other; None if they fetch none.
+            replicas: maximum number of replicas of the cluster.
+
+        Raises ValueError if no node has enough CPUs for a replica.
         """
         self.kv_token = kv_token
         self.words, self.bundles = tuple(words), [{"CPU": float(max(1, threads // ranks))} for _ in range(ranks)]
@@ -90,33 +95,33 @@ class RayLauncher:
 
     @property
     def cpus(self) -> float:
-        """Number of CPUs of a replica, all ranks together."""
+        """Number of CPUs that all ranks of one replica have together."""
         return sum(bundle["CPU"] for bundle in self.bundles)
 
     def __call__(self, name: str, role: Role) -> RayReplica:
-        """A RayReplica of this name and role, which is not started."""
+        """Returns a new RayReplica with this name and role. Its process is not started yet."""
         self.replicas[name] = RayReplica(name, role, self)
         return self.replicas[name]
 
     def choose_node(self, name: str, nodes: Sequence[Mapping[str, Any]]) -> str:
-        """Id of the node on which to start a replica; "" if no node has enough CPUs.
+        """Returns the id of the node on which to start a replica; "" if no node has enough CPUs.
 
-        Of the nodes with enough CPUs, it is the one on which the fewest replicas of this cluster run. So two replicas
-        share a node only if they must.
+        Among the nodes with enough CPUs, the node with the fewest replicas of this cluster is chosen. So replicas share
+        a node only if they must.
 
-        name: name of the replica to place, which itself does not count. nodes: the answer of ray.nodes().
+        name: name of the replica to place, which is not counted itself. nodes: the result of ray.nodes().
         """
         used = Counter(r.node_id for r in self.replicas.values() if r.name != name)
         fitting = [n for n in nodes if n["Alive"] and n["Resources"].get("CPU", 0.0) >= self.cpus]
         return min((n["NodeID"] for n in fitting), key=lambda id: (used[id], id), default="")
 
     def close(self) -> None:
-        """End the connection; Ray then ends what is left of the replicas."""
+        """End the connection to the Ray cluster. Ray then ends all replicas that still run."""
         ray.shutdown()
 
 
 class RayReplica(Launched):
-    """A replica on a node of a Ray cluster. Methods are called on the event loop."""
+    """A replica whose process runs on a node of a Ray cluster. Its methods must be called on the event loop."""
 
     def __init__(self, name: str, role: Role, launcher: RayLauncher) -> None:
         self.name, self.role, self.launcher = name, role, launcher
@@ -188,7 +193,7 @@ class RayReplica(Launched):
             self._actor.trim_log.remote()  # what comes of it does not matter here
 
     async def _placed(self) -> PlacementGroup:
-        """Wait until CPUs for this replica are reserved, and return their placement group.
+        """Wait until the CPUs for this replica are reserved, and return their placement group.
 
         Raises ReplicaFailed after PLACING seconds, or once kill() is called.
         """
@@ -216,10 +221,10 @@ class RayReplica(Launched):
         )
 
     async def _unless_killed(self, call: Any, seconds: float | None) -> Any:
-        """Wait for `call`, a call of the actor, and return its result, but stop waiting once kill() is called.
+        """Wait for `call`, a call of the actor, and return its result. The wait ends early if kill() is called.
 
-        Raises RayError if the call fails, TimeoutError after `seconds` (None: never), and ReplicaFailed once kill() is
-        called.
+        Raises RayError if the call fails, ReplicaFailed if kill() is called, and TimeoutError after `seconds`; None: no
+        limit.
         """
 
         async def result() -> Any:
@@ -238,7 +243,7 @@ class RayReplica(Launched):
                 task.cancel()
 
     async def _release(self) -> None:
-        """End the actor, with the process and all that it started, and give the placement group back."""
+        """End the actor, the replica's process and all processes that it started, and remove the placement group."""
         actor, group, self._actor, self._group = self._actor, self._group, None, None
         self._pid, self.node_id = None, ""
         if actor is not None:

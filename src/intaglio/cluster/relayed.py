@@ -32,14 +32,14 @@ BUSY = frozenset(("queue_full", "late", "too_many_requests"))  # a replica serve
 
 
 class RelayedRequest:
-    """One generation request of a client on its way through the router. run() serves it.
+    """One generation request of a client, which the router passes to replicas. run() serves it.
 
     Attributes:
         job: what the router knows of the request: prefix keys, lengths, tenant and deadlines.
         path, headers, raw: path, headers and body of the HTTP request.
         stream: True if the response is streamed.
         began: time at which the request arrived, in seconds by the router's clock.
-        output_tokens: number of tokens passed on so far.
+        output_tokens: number of tokens passed on to the client so far.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class RelayedRequest:
         self.status = 0
 
     async def run(self, send: Send) -> None:
-        """Serve the request to its end.
+        """Serve the request to its end. Returns nothing.
 
-        If it fails, raise Problem while no response has begun; afterwards end the response with the error.
+        If the request fails before the response has begun, Problem is raised. If it fails later, the response is ended
+        with the error.
         """
         try:
             again = await self._prefill()
@@ -79,9 +80,9 @@ class RelayedRequest:
     async def _prefill(self) -> bool:
         """Have a prefill replica compute the prompt, if the router decides so.
 
-        Returns True if the router placed the job on a prefill replica, even if that replica then failed; else False.
-        After True the caller must not have the job admitted a second time. Raises Problem if the router refuses the
-        job.
+        Returns True if the router placed the job on a prefill replica, even if that replica then failed; else False. If
+        the result is True, the job has been admitted and must not be admitted a second time. Raises Problem if the
+        router refuses the job.
         """
         try:
             made = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
@@ -91,10 +92,10 @@ class RelayedRequest:
         return placed
 
     async def _attempt(self, send: Send, again: bool) -> bool:
-        """Run the request on one replica. Returns True if it has ended, False if it has to go on at another replica.
+        """Run the request on one replica. Returns True if the request has ended, else False.
 
-        again: True if the job was placed before. Raises Problem if the router refuses the job, or after MAX_LOSSES lost
-        replicas.
+        After False, another replica must continue the request. again: True if the job was placed before. Raises Problem
+        if the router refuses the job, or if the request has lost MAX_LOSSES replicas.
         """
         try:
             with span("wait for a replica"):
@@ -135,10 +136,10 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of the call that sends this request to a replica, as a dict.
+        """Returns the header of the call that sends this request to a replica, as a dict.
 
-        Keys: do, method, path, headers (of the HTTP request) and relay (fields of a Relay). The relay has the output
-        that the client has already been sent, so that the replica only generates the tokens after it.
+        The keys are do, method, path, headers (of the HTTP request) and relay (fields of a Relay). The relay has the
+        output that the client has already been sent, so that the replica only generates the tokens after it.
 
         prefill: True if the replica should compute only the K/V of the prompt.
         """
@@ -155,9 +156,10 @@ class RelayedRequest:
         """Pass the frames of a replica's answer on to the client, as they arrive.
 
         Returns True once the whole response, or an error, has been sent. Returns False if the replica refuses the
-        request or ends it for a reason that does not concern other replicas, such as being full. Raises LinkLost if the
-        replica fails, Moved if it is drained, and Problem if replicas have refused too often. After False, LinkLost and
-        Moved another replica can take the request.
+        request or ends it, but another replica may take it; for example, the replica is full.
+
+        Raises LinkLost if the replica fails, Moved if it is being drained; another replica may then continue the
+        request. Raises Problem if replicas have refused the request too often.
 
         Args:
             call: the call whose answer is passed on.
@@ -200,10 +202,16 @@ class RelayedRequest:
         self.output_tokens += tokens
 
     async def _refused(self, call: Call, header: dict[str, Any], body: bytes, send: Send) -> bool:
-        """Handle a replica's error response, whose first frame is (header, body).
+        """Handle a replica's error response. Returns True if the client has been sent the error.
 
-        Returns False if another replica has to take the request. Otherwise sends the error to the client and returns
-        True. Raises Problem 503 after too many refusals, or after the job's deadline.
+        Returns False if another replica must take the request. Raises Problem 503 if a request that may be refused any
+        number of times is past its deadline.
+
+        Args:
+            call: the call to the replica.
+            header: header of the error response's first frame.
+            body: body of the first frame.
+            send: ASGI's function that sends to the client.
         """
         whole, part = bytearray(body), header
         while not part.get("end"):
@@ -226,20 +234,20 @@ class RelayedRequest:
         return True
 
     def _patient(self, code: str | None) -> bool:
-        """True if a refused request is tried again until its deadline, however often it is refused.
+        """True if a refused request is tried again until its deadline, no matter how often it is refused.
 
-        That is so if three things hold: the request has a deadline, the client has been sent output, and the replica
-        refused because it is busy.
+        This needs three things: the request has a deadline, the client has been sent output, and the replica refused
+        because it is busy.
 
         code: the code of the refusal; None if it has none.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 
     def _count_refusal(self, why: str, code: str) -> None:
-        """Count a refusal by a replica. Raises Problem 503 if the request is not to be tried again.
+        """Count a refusal by a replica. Raises Problem 503 if the request must not be tried again.
 
-        MAX_REFUSALS refusals are allowed. There is one exception: a request with a deadline, of which the client has
-        received output already, may be refused by busy replicas any number of times until its deadline.
+        A request may be refused MAX_REFUSALS times. Refusals by busy replicas do not count if the request has a
+        deadline and the client has been sent output; such a request is tried again until its deadline.
 
         Args:
             why: message of the replica's error.
@@ -254,16 +262,19 @@ class RelayedRequest:
             raise Problem(503, f"its timeout is over; to the last attempt the answer was: {why}", code="late")
 
     async def _fail(self, send: Send, problem: Problem) -> None:
-        """End a response that has begun, after an error. A stream gets `problem` as its last event.
+        """End a response that has already begun, after an error. Returns nothing.
 
-        Any other response is cut off.
+        If the response is a stream, its last event is `problem`. Any other response is cut off.
         """
         body = b"data: " + dumps(problem.as_dict()) + b"\n\n" + DONE if self.stream else b""
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def as_problem(refusal: Refusal) -> Problem:
-    """The HTTP error for a job that the router refuses: 503 if no replica serves, else 429, which invites a retry."""
+    """Returns the HTTP error for a job that the router refuses.
+
+    The status is 503 if no replica serves. Otherwise it is 429, and the client may try again later.
+    """
     if refusal.reason == "unavailable":
         return Problem(503, str(refusal), code="unavailable", retry_after=refusal.retry_after)
     code = "queue_full" if refusal.reason == "full" else "late"

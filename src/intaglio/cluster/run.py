@@ -30,10 +30,10 @@ class ClusterOptions:
 
     Attributes:
         launch: function that makes the process of a replica from its name and role.
-        replicas: number of replicas by role.
+        replicas: number of replicas of each role.
         most: largest number of replicas that the autoscaler may start; None: no autoscaling.
         policy: name of the router's placement policy, a key of router.POLICIES.
-        weights: weight of each tenant by name; 1 for those not named.
+        weights: weight of each tenant by name; tenants that are not named have weight 1.
         max_queued: maximum number of requests that wait in the router.
         front: options of the HTTP application.
     """
@@ -50,17 +50,17 @@ class ClusterOptions:
 async def run_cluster(
     options: ClusterOptions, listener: socket.socket, folder: Path, announce: Callable[[Cluster], None]
 ) -> int:
-    """Run a cluster until SIGINT, SIGTERM or the command `down`. Returns the exit code.
+    """Run a cluster until SIGINT, SIGTERM or the command `down`. Returns the exit code of the process.
 
-    The code is 0, or 130 if the cluster is ended before all replicas serve. The first signal lets running requests end,
-    the second ends them. Raises ReplicaFailed if a replica does not start. Raises ValueError for an unknown policy, a
-    wrong weight or number of replicas, or if another cluster runs in the folder.
+    The code is 0, or 130 if the cluster is ended before all replicas serve. After the first signal, running requests
+    may still end; the second signal ends them. Raises ReplicaFailed if a replica does not start. Raises ValueError for
+    an unknown policy, a wrong weight or number of replicas, or if another cluster runs in the folder.
 
     Args:
         options: the options of the cluster.
         listener: socket on which the router serves HTTP.
         folder: the cluster's folder.
-        announce: called with the Cluster once all replicas serve.
+        announce: function that is called with the Cluster once all replicas serve.
     """
     router = Router(options.policy, Limits(options.max_queued), options.weights)
     backends = Backends(router)

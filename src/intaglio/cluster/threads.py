@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def threads_that_fit(nodes: Sequence[float], replicas: int) -> int:
-    """The largest number of CPUs that each replica can get so that all replicas fit on the nodes, as an int.
+    """Returns the largest number of CPUs for each replica with which all replicas fit on the nodes.
 
-    The CPUs of a replica must be on one node. The result is 1 if even replicas of one CPU do not all fit.
+    The CPUs of a replica must be on one node. The result is 1 if the replicas do not even fit with one CPU each.
 
     Args:
-        nodes: number of CPUs of each node; fractions do not count.
-        replicas: number of replicas, all of equal size.
+        nodes: number of CPUs of each node; a fraction of a CPU is not used.
+        replicas: number of replicas, which all get the same number of CPUs.
     """
     fitting = (t for t in range(int(max(nodes, default=0.0)), 1, -1) if sum(int(n) // t for n in nodes) >= replicas)
     return next(fitting, 1)

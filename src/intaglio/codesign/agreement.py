@@ -29,12 +29,12 @@ LEFT_OUT = (ROUNDING, ROUTING)  # labels of launches that are not compared
 
 @dataclass(frozen=True)
 class KernelAgreement:
-    """Modelled seconds of one call, launch overhead included, by two models of time.
+    """Modelled times of one kernel call in two models: the simulator and the closed form. Launch overhead is included.
 
     Attributes:
         case: the call.
-        machine: seconds by the simulator, which times the instruction streams.
-        closed: seconds by the closed form of the op's chip kernel.
+        machine: seconds in the simulator, which times the instruction streams.
+        closed: seconds in the closed form (the formula) of the op's chip kernel.
     """
 
     case: Case
@@ -48,11 +48,15 @@ class KernelAgreement:
 
 
 def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
-    """Put one tensor of a call into the simulated HBM. Returns its Region, or None for a quantised tensor.
+    """Allocate one tensor of a call in the simulated HBM. Returns its Region; None for a quantised tensor.
 
-    A quantised weight is stored too, as codes and scales; kernels find it by its name. A K/V cache gets a page for each
-    block up to the highest in the batch's block table. case: the call; its batch gives the sizes of symbolic
-    dimensions.
+    A quantised weight is stored as codes and scales, which kernels find by the tensor's name. A K/V cache gets one page
+    for each block number up to the highest in the batch's block table.
+
+    Args:
+        memory: the simulated memories.
+        t: the tensor.
+        case: the call. Its batch gives the sizes of symbolic dimensions.
     """
     slots = int(case.batch.block_table.max(initial=0)) + 1
     states = int(case.batch.state_to.max(initial=0)) + 1
@@ -70,10 +74,10 @@ def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
 
 
 def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
-    """Bring a call's operands into the simulated L2, where the op before the call would have left them.
+    """Read a call's operands into the simulated L2, where the preceding op would have left them. Returns nothing.
 
-    The first row of every region is read, then the second row of every region, and so on: no operand is older in the
-    L2 than the others. Returns nothing. memory: the simulated memories. regions: the operands' places in simulated HBM.
+    The first row of every operand is read, then the second row of every operand, and so on. So all operands are equally
+    recent in the L2. memory: the simulated memories. regions: the places of the operands in simulated HBM.
     """
     for row in range(max((r.rows for r in regions), default=0)):
         for region in regions:
@@ -82,14 +86,14 @@ def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
 
 
 def compare_kernel(on: Target, case: Case) -> KernelAgreement:
-    """Time one call by the simulator and by the closed form. Returns a KernelAgreement with the seconds of each.
+    """Time one call with the simulator and with the closed form. Returns a KernelAgreement with both times.
 
-    For the comparison, the closed form is told to do as the simulated streams do: values between ops are FP32, and the
-    experts' activation function is fused into the product before it. Launches of rounding and of routing (LEFT_OUT) are
-    not counted on either side, since libraries do them in other ways than the streams, or not at all. Raises ChipError
-    if the op has no chip kernel.
+    The closed form is set to compute what the simulated instruction streams compute: values between ops are FP32, and
+    the experts' activation function is fused into the product before it. Launches for rounding and for routing
+    (LEFT_OUT) are counted in neither time, because libraries do these steps in other ways than the streams, or not at
+    all.
 
-    on: the chip and its library. case: the call.
+    on: the chip and its library. case: the call. Raises ChipError if the op has no chip kernel.
     """
     on = on.with_library(activation_bytes=VALUE_BYTES, expert_fused_activation=True)
     memory = ChipMemory(on, values=False)
@@ -116,19 +120,19 @@ def compare_kernel(on: Target, case: Case) -> KernelAgreement:
 
 
 def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: int) -> list[KernelAgreement]:
-    """Time `count` random calls of an op by the simulator and by the closed form. Returns a list of KernelAgreements.
+    """Time `count` random calls of one op, each with the simulator and with the closed form.
 
-    Each KernelAgreement has one call and the modelled seconds of both. rng: draws the calls. on: chip and kernel
-    library. kind: the op, a key of CASES.
+    Returns a list of KernelAgreements; each has one call and its two modelled times. rng: random generator that draws
+    the calls. on: chip and kernel library. kind: the op, a key of CASES.
     """
     return [compare_kernel(on, CASES[kind](rng, on)) for _ in range(count)]
 
 
 def differences(found: Sequence[KernelAgreement]) -> tuple[float, float, KernelAgreement]:
-    """(median error, largest error, KernelAgreement with the largest error) of some calls.
+    """Returns (median error, largest error, KernelAgreement with the largest error) of the calls in `found`.
 
-    An error is abs(ratio - 1); ratio is the simulator's seconds divided by the closed form's. found: one call or more;
-    ValueError for none.
+    The error of a call is abs(a / b - 1), where a is the simulator's time and b the closed form's time. Raises
+    ValueError if `found` is empty.
     """
     off = np.array([abs(a.ratio - 1) for a in found])
     return float(np.median(off)), float(off.max()), found[int(off.argmax())]

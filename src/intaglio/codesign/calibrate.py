@@ -2,6 +2,7 @@
 
 Constants (CONSTANTS: latencies and efficiencies of chip, launches, kernels, collectives) are fitted. Facts (FACTS, such
 as tiles and fusions) are chosen by likelihood. Errors are of rows left out of the fit. wanted(): calls to measure next.
+Long because the likelihood, the search and its cross-validation work on the same constants and facts.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
 class Sample:
     """Measured kernel latencies to which parameters are fitted: rows of one table in one number format.
 
-    rows: the calls, each a dict by column name. us: their measured microseconds, an array [rows].
+    rows: the measured calls, each a dict {column: text}. us: the measured microseconds of each row, an array [rows].
     """
 
     table: str
@@ -68,19 +69,19 @@ class Sample:
     us: np.ndarray
 
     def part(self, index: np.ndarray) -> Sample:
-        """A Sample of the rows with the indices `index`."""
+        """Returns a Sample with some of the rows. index: array of the rows' indices."""
         return Sample(self.table, self.dtype, tuple(self.rows[i] for i in index), self.us[index])
 
     def errors(self, on: Target) -> np.ndarray:
-        """log(predicted / measured) of each row, with times predicted for the target `on`, as an array [rows]."""
+        """Returns log(predicted / measured time) of each row, as an array [rows]; `on` predicts the times."""
         return np.log(predict(on, self.table, self.rows) / self.us)
 
 
 def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
-    """A list of Samples, one for each table and number format, with the rows of at least `min_us` microseconds.
+    """Returns a list of Samples, one for each table and number format, with the rows of at least `min_us` microseconds.
 
-    tables: {name of a table: its rows}. Rows of collectives are all kept, since short ones show the start-up time. A
-    table and format without such rows gives no Sample.
+    tables: {name of a table: its rows}. Rows of collectives are all kept, whatever their time, since short ones show
+    the start-up time. There is no Sample for a table and format without rows to keep.
     """
     out = []
     for table, rows in tables.items():
@@ -93,9 +94,9 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 
 
 def chosen(sample: Sample, points: int) -> np.ndarray:
-    """An array of the indices of `points` rows at even quantiles of the latency.
+    """Returns the indices of `points` rows of a sample, at even quantiles of the latency, as an array [points].
 
-    If `points` is 0 or not below the number of rows, the array has the indices of all rows, ordered by latency.
+    If `points` is 0, or not below the number of rows, the array has the indices of all rows, ordered by latency.
     """
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
@@ -104,10 +105,10 @@ def chosen(sample: Sample, points: int) -> np.ndarray:
 
 
 def value_of(on: Target, name: str) -> Any:
-    """The value of a parameter of `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
+    """Returns the value of one parameter of the target `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    FAMILY.FIELD is the library's value for a kind of kernels, such as prefill (attention over prompts). It is taken
-    from the kernel that the library uses for bf16 calls with 128 columns a head.
+    FAMILY is a kind of kernels, such as prefill (attention over prompts). FAMILY.FIELD is the value of the library's
+    field for the kernel that serves bf16 calls of that kind with 128 columns a head.
     """
     part, field = name.split(".")
     if part in ("chip", "library"):
@@ -116,14 +117,14 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target with another value of one parameter. Raises ChipError for a value out of range.
+    """A copy of the target `on` with another value of one parameter. Raises ChipError for a value out of range.
 
     Args:
         on: the target.
         name: chip.FIELD, library.FIELD, or FAMILY.FIELD for a field of all kernels of a family, such as prefill.
-        value: the new value. For a FAMILY.FIELD in CONSTANTS, such as prefill.mxu_efficiency, each kernel's value is
-            multiplied by value / value_of(on, name), so that kernels keep their ratios; products above 1 become 1.
-        format: for FAMILY.FIELD, only kernels for calls in this number format change; "": kernels of all formats.
+        value: the new value. If FAMILY.FIELD is in CONSTANTS, such as prefill.mxu_efficiency, each kernel's value is
+            multiplied by value / value_of(on, name), so that the ratios between kernels stay; values above 1 become 1.
+        format: for FAMILY.FIELD, change only the kernels for this number format; "": kernels of all formats.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -152,24 +153,24 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
 
 
 def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """The pairs (field, value) of record.changes, with `field` set to `value`, as a tuple; `record` stays as it is."""
+    """Returns record.changes (pairs of field and value) with `field` set to `value`, as a new tuple."""
     return tuple({**dict(record.changes), field: value}.items())
 
 
 def spread(errors: np.ndarray) -> float:
-    """Spread of logarithmic errors: half of (median + mean) of their absolute values, at least LEAST_SPREAD.
+    """Returns the spread of logarithmic errors: half of (median + mean) of the absolute values.
 
-    Absolute values above 2 count as 2, so that a few rows do not decide.
+    The spread is at least LEAST_SPREAD. Absolute values above 2 count as 2, so that a few rows do not decide.
     """
     size = np.minimum(np.abs(errors), 2.0)
     return max(LEAST_SPREAD, float(np.median(size) + size.mean()) / 2)
 
 
 class Search:
-    """A search for the target that makes the measured samples most likely, from a target to start with.
+    """A search for the chip and library (a Target) that make the measured samples most likely.
 
-    The likelihood is for logarithmic errors with a Laplace distribution of unknown spread. Constants have a
-    log-normal prior around their values at the start. run() searches.
+    The likelihood is for logarithmic errors with a Laplace distribution of unknown spread. Constants have a log-normal
+    prior around their values in `start`. run() does the search.
 
     Attributes:
         start: the target to start with.
@@ -188,7 +189,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """Names of the constants on which predicted times of the samples depend, as a list in the order of fitting."""
+        """Names of the constants that influence the samples' predicted times, as a list in the order of fitting."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -199,38 +200,45 @@ class Search:
 
     @staticmethod
     def cost(on: Target, sample: Sample) -> float:
-        """Negative log-likelihood of a sample, up to a constant; inf if the target cannot run its calls."""
+        """Returns the negative log-likelihood of a sample, up to a constant; inf if `on` cannot run its calls."""
         try:
             return len(sample.rows) * log(spread(sample.errors(on)))
         except (ChipError, ZeroDivisionError):
             return inf
 
     def affected(self, name: str) -> list[int]:
-        """The indices in `data` of the samples whose predictions a constant may change, as a list.
+        """Returns the indices in `data` of the samples whose predicted times can change with a constant, as a list.
 
-        A constant of one kernel family, such as prefill.mxu_efficiency, changes this family's samples. One that all
-        families share, such as launch overhead, changes all samples except collectives.
+        name: the constant. A constant of one kernel family, such as prefill.mxu_efficiency, changes the samples of this
+        family. A constant that all families share, such as launch overhead, changes all samples except collectives.
         """
         family = next(f for f, many in CONSTANTS.items() if name in many)
         families = [FAMILY[s.table] for s in self.data]
         return [i for i, f in enumerate(families) if (f == family if family else f != "collectives")]
 
     def weight(self, number: int, common: bool) -> float:
-        """Weight of one sample in attempt(): PRODUCTS_WEIGHT for matrix products if `common` is True, otherwise 1.
+        """Returns the weight of one sample in attempt(): PRODUCTS_WEIGHT or 1.
 
-        number: the sample's index in `data`. common: True if the constant that changed is one that all kernels share.
-        Matrix products then decide most, because their times are modelled best.
+        It is PRODUCTS_WEIGHT for a sample of matrix products if `common` is True: matrix products are modelled best, so
+        they should decide about constants that all kernels share. number: the sample's index in `data`. common: True if
+        all kernels share the constant that changed.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
     def attempt(
         self, other: Target, numbers: Sequence[int], prior: float = 0.0, least: float = 1e-6, common: bool = False
     ) -> bool:
-        """Make `other` the best target so far if it has a lower cost than `self.on`. Returns True if that is so.
+        """Replace the best target, `self.on`, by `other` if the cost falls by at least `least`. Returns True if so.
 
-        The cost is the samples' negative log-likelihood plus the constants' negative log-prior. It must be lower by at
-        least `least`. numbers: indices of the samples to compare. prior: the negative log-prior of `other` minus that
-        of self.on. common: True if all kernels share the constant that changed, see weight().
+        The cost is the negative log-likelihood of the samples plus the negative log-prior of the constants.
+
+        Args:
+            other: the target to try.
+            numbers: indices of the samples to compare.
+            prior: the negative log-prior of `other` minus the negative log-prior of `self.on`.
+            least: least fall of the cost.
+            common: True if all kernels share the constant that changed; the samples then have other weights, see
+                weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -241,9 +249,10 @@ class Search:
         return True
 
     def fit_constant(self, name: str, step: float) -> None:
-        """Replace self.on by the best Target found with other values of its constant `name`. Returns nothing.
+        """Replace `self.on` by the best target found that differs only in the constant `name`. Returns nothing.
 
-        The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as it falls.
+        The constant is multiplied by 1 + step as long as the cost falls, then divided by 1 + step as long as the cost
+        falls.
         """
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
@@ -264,10 +273,10 @@ class Search:
     def choose_facts(self) -> None:
         """Try other values of the kernels' discrete properties (FACTS), and keep those that are clearly more likely.
 
-        Each kernel family of the samples is tried on its own, and of attention and experts each number format. First,
-        all properties at once are set to those of a shipped library, of one library after the other. Then one property
-        at a time is set to each of its values in FACTS. A trial is kept, in self.on and self.facts, if it raises the
-        log-likelihood by FACT_GAIN, or by twice FACT_GAIN if it changes several properties. Returns nothing.
+        Each kernel family of the samples is tried separately; attention and experts also each number format. First all
+        properties at once are set to the values of a shipped library, for one library after the other. Then one
+        property at a time is set to each of its values in FACTS. Values are kept, in self.on and self.facts, if the
+        log-likelihood rises by FACT_GAIN, or by twice FACT_GAIN if several properties change. Returns nothing.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -301,8 +310,8 @@ class Search:
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
         """Search for the target that makes the samples most likely, in one round for each of STEPS, and return it.
 
-        Constants are fitted. facts: True to choose the kernels' discrete properties (FACTS) too. progress: called
-        before each round, with the description `name`.
+        Constants are always fitted. facts: True to choose the kernels' discrete properties (FACTS), too. progress:
+        called before each round, with the description `name`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -340,7 +349,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Result of calibrate(): the fitted target, its errors on rows that no fit saw, and calls to measure next."""
+    """Result of calibrate(): the fitted target, its errors on rows that were not fitted, and calls to measure next."""
 
     on: Target
     kept: str  # "nothing", "constants" or "constants and facts": what of the fit best predicts rows that were left out
@@ -352,9 +361,10 @@ class Calibration:
 
 
 def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
-    """Errors of a sample before and after a fit, as a Fitted. before, errors: log(predicted / measured) of each row.
+    """Returns a Fitted: the errors of a sample's rows before and after a fit, in per cent.
 
-    rng: draws 1000 bootstrap resamples of the rows, for the confidence interval of the median error after the fit.
+    before, errors: log(predicted / measured) of each row before and after the fit. rng: draws 1000 bootstrap resamples
+    of the rows, for the confidence interval of the median error after the fit.
     """
     size = np.abs(np.expm1(errors)) * 100
     draws = np.median(size[rng.integers(0, len(size), (1000, len(size)))], axis=1)
@@ -369,8 +379,8 @@ def calibrate(
     """Fit a target to measured latencies. Returns a Calibration.
 
     Constants, such as latencies and efficiencies, are fitted. Facts, such as tiles or native 8-bit kernels, are chosen
-    among the alternatives in FACTS. Of three results, the one that predicts left-out rows best is kept: the start
-    unchanged, fitted constants, or fitted constants and facts.
+    among the alternatives in FACTS. There are three candidates: the unchanged start, fitted constants, and fitted
+    constants with chosen facts. The result is the candidate that best predicts rows left out of the fit.
 
     Args:
         start: chip and kernel library to start from.
@@ -411,11 +421,14 @@ def calibrate(
 def left_out(
     start: Target, used: Sequence[Sample], turns: Sequence[np.ndarray], folds: int, facts: bool, progress: Progress
 ) -> tuple[list[np.ndarray], list[Target]]:
-    """Cross-validate a fit: returns a list with an array of log errors for each sample, and a list of targets by fold.
+    """Cross-validate a fit. Returns (errors, targets).
 
-    For each fold, a target is fitted to the rows of the other folds and predicts the fold's own rows. start: the target
-    where fits begin. used: the samples. turns: for each sample an array with the number of each row's fold. facts: True
-    to choose the kernels' properties in FACTS too, besides fitting constants.
+    For each fold, a target is fitted to the rows of the other folds and predicts the times of the fold's own rows.
+    `errors` is a list with an array for each sample: log(predicted / measured) of its rows. `targets` is a list of the
+    fitted targets, one for each fold.
+
+    start: the target where fits begin. used: the samples. turns: for each sample, an array with the fold number of each
+    row. facts: True to choose the kernels' properties in FACTS, too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):
@@ -429,12 +442,12 @@ def left_out(
 
 
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
-    """Calls that should be measured next, as a list of (table, call as text, spread in per cent).
+    """Returns calls that should be measured next, as a list of (table, call as text, spread in per cent).
 
-    For each sample (measured rows of one table), up to 20 calls are made up at random. Each has the columns of one row
-    and the size (m, tokens, batch or bytes) of another. `fits` are targets fitted to different parts of the rows; a
-    call's spread is the standard deviation of the times that they predict. The list has the three calls of each sample
-    with the largest spread, or fewer if fewer were made up; none for a sample of one row.
+    `fits` are targets fitted to different parts of the rows. The spread of a call is the standard deviation of the
+    times that they predict; calls with a large spread are worth measuring. For each sample, up to 20 calls are made up
+    at random: each has the columns of one measured row, but the size (m, tokens, batch or bytes) of another. The list
+    has the three of them with the largest spread, or fewer if fewer were made up. A sample with one row gives no calls.
     """
     out = []
     for s in data:
@@ -459,14 +472,14 @@ def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Genera
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """The values of a row that describe its call, as a tuple: all columns but `us` and `split`."""
+    """Returns the values that describe a row's call, as a tuple: all columns of the row except `us` and `split`."""
     return tuple(v for c, v in row.items() if c not in ("us", "split"))
 
 
 def table_of(columns: Sequence[str]) -> str:
-    """Name of the table that has these columns: matmul, attention, experts or collectives.
+    """Returns the name of the kind of table that has these columns: matmul, attention, experts or collectives.
 
-    Raises ValueError if none has them, or column `us` is missing.
+    Raises ValueError if no kind of table has these columns, or if the column `us` is missing.
     """
     marks = {"top_k": "experts", "n_chips": "collectives", "query_len": "attention", "k": "matmul"}
     found = next((table for mark, table in marks.items() if mark in columns), None)
@@ -478,11 +491,13 @@ def table_of(columns: Sequence[str]) -> str:
 
 
 def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
-    """Collect the rows of all files by table. Returns {name of a table, a key of FAMILY: its rows}.
+    """Collect the rows of all files by kind of table. Returns {name of the kind, a key of FAMILY: its rows}.
 
-    The columns of a file tell its table. Attention rows with one new token per sequence, and keys before it, go to
-    attention_decode, other attention rows to attention_prefill. files: {path: rows}. Raises ValueError for a file
-    without rows or with the columns of no table; TableError, a ValueError, for rows that check_rows() refuses.
+    The kind follows from the columns of a file. Attention rows with one new token for each sequence, and earlier keys
+    in the cache, belong to attention_decode, other attention rows to attention_prefill.
+
+    files: {path: rows}. Raises ValueError for a file without rows or with the columns of no kind of table; TableError,
+    a ValueError, for rows that check_rows() refuses.
     """
     out: dict[str, list[Row]] = {}
     for path, rows in files.items():

@@ -21,11 +21,11 @@ class Conditions:
     Attributes:
         weight_copies: number of copies of a matrix product's weights; repeated calls use the copies in turn.
         warm_cache: True if keys and values are in the L2 when attention starts, as far as they fit.
-        older_experts: True for the benchmark's older version. It gave all models' experts a gate projection, also where
-            a model has none. It rounded each expert's number of token rows, and gave the rows that rounding left over
-            to the experts with the largest rounded numbers.
-        expert_kernels: {number format: name of the kernel, in the chip's kernel library, that ran the experts}. It has
-            only the formats in which this was not the library's default kernel.
+        older_experts: True for the benchmark's older version, which differs in two ways. It gave the experts of every
+            model a gate projection, even if the model has none. And it rounded each expert's number of token rows, then
+            gave the rows that were left over to the experts with the largest rounded numbers.
+        expert_kernels: {number format: name of the kernel, in the chip's kernel library, that ran the experts}. A
+            format is missing if the library's default kernel ran the experts.
     """
 
     weight_copies: int
@@ -36,15 +36,15 @@ class Conditions:
 
 @lru_cache
 def table() -> dict[str, Any]:
-    """The content of the file data/benchmarks.toml, as a dict."""
+    """Returns the content of the file data/benchmarks.toml, as a dict."""
     return read_toml(DATA / "benchmarks.toml")
 
 
 def conditions(library: KernelLibrary) -> Conditions:
-    """The Conditions under which the shipped tables of kernel latencies were measured on a generation of chips.
+    """Returns the Conditions under which the shipped tables of kernel latencies were measured on a generation of chips.
 
-    Conditions say, for example, whether the L2 was warm. They are read from data/benchmarks.toml: the values of the
-    section `default`, replaced by those of the section for library.generation, such as hopper, if there is one.
+    Conditions say, for example, whether the L2 was warm. They are read from data/benchmarks.toml. The values of its
+    section for library.generation, such as hopper, if there is one, replace those of the section `default`.
 
     library: the chip's kernel library.
     """

@@ -41,15 +41,17 @@ class Apart:
 
     @property
     def chips(self) -> int:
-        """Number of chips of all servers."""
+        """Number of chips that all servers have together."""
         return self.prefill.server.placement.chips + self.decode.server.placement.chips
 
     def transfer_s(self, tokens: int) -> float:
-        """Seconds from the end of a prompt's prefill until its K/V is on the decode server.
+        """Returns the seconds from the end of a prompt's prefill until its K/V is on the decode server.
 
-        tokens: length of the prompt. The result is the link latency plus the K/V bytes of one chip over the rate of one
-        chip's links: all chips that hold the prompt's K/V send their parts at the same time. If crosses_nodes is True,
-        latency and rate are those of a chip's network adapter.
+        The result is a latency plus the K/V bytes of one chip divided by the rate of one chip's links, because all
+        chips that hold the prompt's K/V send their parts at the same time. If crosses_nodes is True, latency and rate
+        are those of a chip's network adapter.
+
+        tokens: length of the prompt.
         """
         links, apart = self.prefill.target.chip.links, self.crosses_nodes
         latency = links.node_latency_s if apart else self.prefill.target.library.link_latency_s
@@ -58,21 +60,22 @@ class Apart:
 
     @property
     def crosses_nodes(self) -> bool:
-        """True if K/V travels between nodes: there are more chips than the links of one node connect.
+        """True if K/V travels between nodes: the deployment has more chips than the links of one node connect.
 
-        False also if the chip has no links between nodes.
+        It is always False if the chip has no links between nodes.
         """
         links = self.prefill.target.chip.links
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
-        """Start times in seconds of the first `concurrency` requests, as a list: 0, and then evenly spaced.
+        """Returns start times in seconds for the first `concurrency` requests, as a list: 0, then evenly spaced.
 
-        Request i starts at T * i / concurrency, with T the estimated time from a request's start to its end. T is one
-        prefill step with this prompt alone, plus one decode step for each output token. For the decode steps, all open
-        requests are spread over the decode servers, and half of the response is in the cache.
+        Request i starts at T * i / concurrency, where T is the estimated time from a request's start to its end. T is
+        the time of one prefill step with this prompt alone, plus one decode step for each output token. A decode step
+        is estimated for a decode server's equal share of the open requests, each with half of its response in the
+        cache.
 
-        request: the lengths, equal for all requests.
+        request: prompt and output length, the same for all requests.
         """
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
         each = max(1, concurrency // self.decode.server.placement.replicas)
@@ -108,7 +111,7 @@ class ApartResult:
     chips: int
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: all fields, tokens/s per chip, and tokens per joule."""
+        """Returns a dict for JSON: all fields, and also the tokens/s per chip and the tokens per joule."""
         per = {
             "tokens_per_s_per_chip": self.tokens_per_s / self.chips,
             "tokens_per_joule": self.tokens_per_s / self.watts,
@@ -132,7 +135,9 @@ class ApartRun:
 
 
 def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
-    """Serve requests on disaggregated servers (some prefill, the others decode) in virtual time. Returns the ApartRun.
+    """Simulate requests on disaggregated servers in virtual time. Returns the ApartRun.
+
+    Some servers only prefill, the others only decode.
 
     Args:
         apart: the servers. Its field `route` names how a router chooses among them.
@@ -200,9 +205,9 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
     """Simulate a constant load on separate prefill and decode servers. Returns the ApartResult.
 
-    The load is `concurrency` open requests like `request`, until turns * concurrency requests have ended. The first
-    requests start at the times of Apart.spread(). Raises ValueError for a request that a cache cannot hold,
-    or with fewer than two output tokens.
+    `concurrency` requests are open at all times, each with the lengths of `request`. The load ends when turns *
+    concurrency requests have ended. The first requests start at the times of Apart.spread(). Raises ValueError for a
+    request that a cache cannot hold, or with fewer than two output tokens.
     """
     total = turns * concurrency
     run = run_apart(apart, [request] * total, apart.spread(request, concurrency))

@@ -61,10 +61,10 @@ NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts t
 
 
 def translated(table: str, row: Row, engine: str = "") -> dict[str, str] | None:
-    """Translate a row of an engine's table to the column names of validate.TABLES. Returns the new row, a dict.
+    """Returns a row of an engine's table with the column names of validate.TABLES, as a new dict.
 
-    The new row also has a column `kernel`: the name that the library records give to the kernel that was measured.
-    Returns None if the row's number format is not one of FORMATS.
+    The new row also has a column `kernel`: the name that the library records give to the kernel that was measured. The
+    result is None if the row's number format is not one of FORMATS.
 
     table: name of the engine's table, a key of COLUMNS. engine: name of the engine; "": any.
     """
@@ -126,7 +126,10 @@ def read_rows(
 
 
 def parts_of(path: Path) -> tuple[str, str]:
-    """(engine, name of the table) in the name of a file <engine>_<table>.csv; the table is "" without an underscore."""
+    """Returns (engine, name of the table) from the name of a file <engine>_<table>.csv.
+
+    The table is "" if the name has no underscore.
+    """
     engine, _, table = path.stem.partition("_")
     return engine, table
 
@@ -135,7 +138,7 @@ def tables_of(folder: Path) -> list[tuple[Path, str, str, str]]:
     """Find the CSV files CHIP/ENGINE_TABLE.csv of measured kernel latencies in a folder.
 
     Returns a list of (file, chip, engine, name of the table), sorted by path. A file is left out if ENGINE is not one
-    of ENGINES. Raises ValueError if no file remains, and if the folder of one is not called like a chip.
+    of ENGINES. Raises ValueError if no file remains, and if the folder CHIP of a file is not named after a chip.
     """
     paths = [p for p in sorted(folder.glob("*/*.csv")) if parts_of(p)[0] in ENGINES]
     if not paths:
@@ -160,14 +163,14 @@ def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def engine_target(chip: str, engine: str, constants: str = "") -> Target:
-    """The Target of a chip, whose kernel library is the chip's own with the kernels of a serving engine added.
+    """Returns a Target: a chip with its own kernel library, to which the kernels of a serving engine are added.
 
     If the engine's kernels are not known, nothing is added. Raises ChipError for an unknown chip.
 
     Args:
         chip: name or file of the chip.
         engine: the engine's name, such as vllm.
-        constants: generation of chips whose fitted constants the engine's kernels get, such as hopper; "": the
+        constants: generation of chips, such as hopper, whose fitted constants the engine's kernels get; "": the
             generation of this chip.
     """
     on = target(chip)
@@ -177,19 +180,19 @@ def engine_target(chip: str, engine: str, constants: str = "") -> Target:
 def validate_engines(
     folder: Path, min_us: float, worst: int, split: str | None = None, library_name: str = "engine"
 ) -> tuple[list[Record], list[str]]:
-    """Compare modelled with measured times of serving engines' kernels. Returns (Records, remarks).
+    """Compare modelled with measured times of serving engines' kernels. Returns (list of Records, list of remarks).
 
-    There is a Record for each chip, engine's table, kernel and format, and a remark, one line of text, for each table
-    or format that the closed forms do not cover.
+    There is one Record for each combination of chip, engine's table, kernel and number format. A remark is one line of
+    text about a table or number formats that the closed forms do not cover.
 
     Args:
         folder: holds `<chip>/<engine>_<table>.csv`.
         min_us: rows that took fewer microseconds are left out.
         worst: how many rows with the largest errors a Record lists.
         split: "fit" or "test": only rows of this half, see read_rows(); None: all rows.
-        library_name: what models the rows. "engine": the engine's kernel that the row names if it is known, otherwise
-            the chip's own library. "chip": the chip's own library. Any other text: the library of this name or file,
-            on all chips.
+        library_name: which kernel library models the rows. "engine": the engine's kernel that the row names, or the
+            chip's own library if that kernel is not known. "chip": the chip's own library. Any other text: the library
+            of this name or file, on all chips.
 
     Raises ValueError if the folder has no such file; TableError, a ValueError, for rows that check_rows() refuses;
     ChipError if a chip cannot run a row's call, and for an unknown library.
@@ -216,7 +219,10 @@ def validate_engines(
 
 
 def is_engine_table(path: Path) -> bool:
-    """True if a file is called <engine>_<table>.csv and has a column kernel_source, as the tables of engines have."""
+    """True if a file is a table of a serving engine.
+
+    Such a file is called <engine>_<table>.csv and has a column kernel_source.
+    """
     with path.open(newline="") as f:
         columns = next(csv.reader(f), [])
     return parts_of(path)[0] in ENGINES and "kernel_source" in columns
@@ -227,9 +233,9 @@ def calibrate_kernels(
 ) -> tuple[Target, list[Fitted]]:
     """Fit a serving engine's kernels on a chip to a few measured rows of each kernel. Returns (Target, errors).
 
-    The Target's library is that of `base`, with the fitted kernels before its own. The errors are a list with a Fitted
-    for each kernel and number format: its errors on the rows that were not used for the fit. A kernel of which only one
-    row is left (see min_us) is not fitted.
+    The Target has the chip of `base`, and its library with the fitted kernels put first. `errors` is a list with a
+    Fitted for each kernel and number format: the errors on the rows that were not used for the fit. A kernel with only
+    one row of at least `min_us` microseconds is not fitted.
 
     Args:
         base: the chip with its own library.

@@ -137,9 +137,10 @@ class EngineProfile:
             )
 
     def is_older(self, release: str) -> bool:
-        """True if `release` is older than the release self.older["before"], or is "" (not known).
+        """True if `release` is an older release of the engine: before self.older["before"], or "" (not known).
 
-        False if the profile has no `older` values, and for a release whose name does not start with a number.
+        False if the profile has no values for older releases, and for a release whose name does not start with a
+        number.
         """
         if not self.older:
             return False
@@ -148,16 +149,17 @@ class EngineProfile:
     def of(
         self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = "", prompt: int = 0
     ) -> EngineProfile:
-        """A copy of this profile with the values that hold for one server; `recipes`, `apart` and `older` are empty.
+        """A copy of this profile for one server: its values are the ones that hold for this server.
 
-        First, a disaggregated server gets the values in `self.apart`. Any other server gets those in `self.older` if
-        is_older() says that its release is an older one. Then the values of each matching recipe are used, in order.
+        A disaggregated server gets the values in `self.apart`. Any other server gets the values in `self.older` if
+        is_older() is True for its release. Then the values of each matching recipe are applied, in order. In the copy,
+        `recipes`, `apart` and `older` are empty.
 
         Args:
             release: the engine's release, such as 0.17.0; "": not known, and taken as an older release.
             card: name of the model's card (its shipped config).
-            layout: text of the server's Placement, such as tp8; for disaggregated servers, the text of one prefill
-                server's.
+            layout: text of the server's Placement, such as tp8. For any disaggregated server, give the text of one
+                prefill server's Placement.
             apart: True for a disaggregated server, which only prefills or only decodes.
             system: name of the chip, such as b200_sxm.
             prompt: tokens of a request's prompt.
@@ -173,12 +175,16 @@ class EngineProfile:
     def on(self, target: Target, experts: str = "") -> Target:
         """A copy of `target` whose kernel library has this engine's values for some fields.
 
-        The values are those of self.library. They are overridden by those of self.generations for the generation of
-        chips (such as hopper) that target.library is for, and these by those of self.experts for the generation and the
-        format `experts`. If the engine has no values, the result is `target` itself.
+        There are three sources of values; a later source overrides an earlier one:
 
-        experts: format of the weights of routed experts, such as nvfp4; "": the model has none. Raises ChipError for an
-        unknown field of a library, or a value out of range.
+        - self.library.
+        - self.generations, for the generation of target.library, such as hopper.
+        - self.experts, for the same generation and the format `experts`.
+
+        If the engine has no values, the result is `target` itself.
+
+        experts: format of the weights of routed experts, such as nvfp4; "": the model has no routed experts. Raises
+        ChipError for an unknown field of a library, or a value out of range.
         """
         generation = target.library.generation
         own = self.experts.get(generation, {}).get(experts, {})
@@ -188,12 +194,12 @@ class EngineProfile:
     def settings(
         self, kv: KvRoom, copies: int = 1, concurrency: int = 1, decodes: bool = False
     ) -> QueueSettings:  # fmt: skip
-        """The QueueSettings (limits and host times for simulating a queue) of one server of this engine.
+        """Returns the QueueSettings (limits and host times for simulating a queue) of one server of this engine.
 
         Args:
             kv: room for K/V of the server's sequences.
             copies: data-parallel copies of the attention layers (DP ranks) in the server. Each runs up to
-                self.max_sequences sequences, or self.decode_sequences if `decodes` is True.
+                self.max_sequences sequences, or up to self.decode_sequences if `decodes` is True.
             concurrency: number of requests open at once on the server; for a disaggregated server, on all servers
                 together. It selects the values in self.poll_steps and self.decode_sequences.
             decodes: True for a disaggregated server that decodes.
@@ -207,10 +213,11 @@ class EngineProfile:
 
 
 class EngineTimes:
-    """Step times and energies of a server under one serving engine: the modelled times of its kernels, times a factor.
+    """Modelled step times and energies of a server that runs under one serving engine.
 
-    The engine's profile has a factor for steps with prompts, and one for steps that only decode. For steps that only
-    decode, a kernel's launch overhead may be that of CUDA graphs (`graph_launch_s`) in place of the library's.
+    A step takes the modelled time of its kernels, multiplied by a factor of the engine's profile. There is one factor
+    for steps with prompts, and one for steps that only decode. In steps that only decode, the profile's
+    `graph_launch_s` (launch overhead with CUDA graphs) replaces the library's launch overhead, if it is set.
 
     times: the server's StepTimes. profile: the engine's profile.
     """
@@ -222,12 +229,15 @@ class EngineTimes:
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step.
+        """Returns (seconds, joules) of one step. The joules are those of all chips of the server.
 
         The profile's factors make the step longer than its kernels; in the added time the chips draw idle power.
 
-        decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
-        chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
+        Args:
+            decoding: number of decoding sequences in the step.
+            context: mean number of keys (tokens in the cache) of the decoding sequences.
+            chunks: the step's prompt chunks, each as (new tokens, keys including the new tokens, number of such
+                chunks).
         """
         factor = self.profile.prefill_factor if chunks else self.profile.decode_factor
         seconds, joules = (self.times if chunks else self.graphs).cost(decoding, context, chunks)
@@ -236,31 +246,33 @@ class EngineTimes:
 
 
 def of_load(pairs: Sequence[tuple[int, int]], concurrency: int, default: int) -> int:
-    """Look up a setting that depends on the load. Returns the value of a pair, or `default`.
+    """Returns the value of a setting that depends on the number of open requests.
 
-    Of the pairs whose number of open requests is at most `concurrency`, the last one counts. If there is none, the
-    result is `default`.
-
-    pairs: (number of open requests, value), ascending by the number.
+    pairs: (least number of open requests, value), ascending by the number. The result is the value of the last pair
+    whose number is at most `concurrency`, or `default` if there is no such pair.
     """
     return next((value for least, value in reversed(pairs) if concurrency >= least), default)
 
 
 def numbers(release: str) -> tuple[int, ...]:
-    """The numbers with which a release's name starts, as a tuple: (1, 2, 0) for 1.2.0rc6; () if it starts with none."""
+    """Returns the numbers with which a release's name starts, as a tuple: (1, 2, 0) for 1.2.0rc6.
+
+    () if the name does not start with a number.
+    """
     found = re.match(r"\d+(\.\d+)*", release)
     return tuple(int(n) for n in found[0].split(".")) if found else ()
 
 
 def engines() -> dict[str, Path]:
-    """{name of a serving engine: TOML file of its profile} for the profiles that ship with the package."""
+    """Returns {name of a serving engine: TOML file of its profile} for the profiles that ship with the package."""
     return {path.stem: path for path in sorted(ENGINES.glob("*.toml"))}
 
 
 def engine(name: str) -> EngineProfile:
-    """The EngineProfile called `name`, or read from the file `name` if it ends in .toml.
+    """Returns the EngineProfile called `name`, or the one in the file `name` if `name` ends in .toml.
 
-    Raises ValueError for an unknown name or a wrong value, ChipError for an unknown field, a wrong type or no TOML.
+    Raises ValueError for an unknown name or a wrong value. Raises ChipError for an unknown field, a value of the wrong
+    type, or a file that is not TOML.
     """
     path = Path(name) if name.endswith(".toml") else engines().get(name)
     if path is None or not path.is_file():

@@ -25,7 +25,7 @@ REPORT = 1000  # arrivals between two reports of progress
 
 @dataclass(frozen=True)
 class FleetResult:
-    """Outcomes, steps and energy of a load that many replicas served.
+    """Result of simulating a load on many replicas: outcomes of the requests, steps and energy.
 
     Attributes:
         outcomes: a tuple for each replica: the Outcomes of its requests, in the order in which they ended.
@@ -48,13 +48,13 @@ class FleetResult:
 
 
 class Member:
-    """One replica of the fleet in virtual time.
+    """One replica of a fleet that is simulated in virtual time.
 
     Attributes:
         number: number of the replica, from 0.
         queue: the replica's Queue of requests.
-        next: time in seconds at which the replica must be simulated further, by take(); see look_ahead(). NEVER
-            (infinity) if no request is open.
+        next: time in seconds at which take() must be called next; look_ahead() sets it. NEVER (infinity) if no request
+            is open.
         given: number of requests that the router gave the replica.
     """
 
@@ -64,18 +64,18 @@ class Member:
     def look_ahead(self) -> None:
         """Admit waiting requests, then set the attribute `next`. Returns nothing.
 
-        `next` becomes the time in seconds at which the following run of decode steps would end if no request arrived.
-        It is the current time if a prompt is being computed, and NEVER (infinity) if no request is open.
+        `next` is set to the time in seconds at which the next decode steps end if no further request arrives. It is set
+        to the current time if a prompt is being computed, and to NEVER (infinity) if no request is open.
         """
         self.queue.admit()
         self.next = self.queue.next_event() if self.queue.open else NEVER
 
     def take(self, until: float = NEVER) -> None:
-        """Simulate the replica's next run of steps, then set `next` by look_ahead(). Returns nothing.
+        """Simulate the replica's next steps, then set `next` by look_ahead(). Returns nothing.
 
-        A run is one step with a prompt, or one or more decode steps. Decode steps stop when a response ends, when the
-        engine looks for new requests, or when the next step would begin at or after `until` seconds, the time of
-        another event of the simulation. If no request is admitted, no step is simulated.
+        The next steps are one step with a prompt, or one or more decode steps. Decode steps stop when a response ends,
+        when the engine looks for new requests, or when the next step would begin at or after `until` seconds, the time
+        of another event of the simulation. If no request is admitted, no step is simulated.
         """
         self.queue.take_steps(until)
         self.look_ahead()
@@ -109,15 +109,19 @@ class Member:
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:
-    """The Member (replica) with the fewest open requests. Among equals, the one that was given the fewest so far.
+    """Returns the Member (replica) with the fewest open requests.
 
-    number: number of the arriving request; not used.
+    Among several, it is the Member that has been given the fewest requests so far. number: number of the arriving
+    request; not used.
     """
     return min(members, key=lambda m: (m.queue.open, m.given, m.number))
 
 
 def in_turn(members: Sequence[Member], number: int) -> Member:
-    """The Member (replica) that is next in round-robin order. number: number of the arriving request, from 0."""
+    """Returns the Member (replica) that is next in round-robin order.
+
+    number: number of the arriving request, from 0.
+    """
     return members[number % len(members)]
 
 
@@ -125,10 +129,10 @@ Choice = Callable[[Sequence[Member], int], Member]
 
 
 def choice(route: str) -> Choice:
-    """The function choose(members, number) by which a router chooses a replica for an arriving request.
+    """Returns the function choose(members, number) by which a router chooses a replica for an arriving request.
 
     `members` are the replicas, as Members; `number` counts the requests in order of arrival, from 0. The function
-    returns one of the members.
+    returns one of `members`.
 
     route: "least-open" or "round-robin" (ROUTES). Raises ValueError for another text.
     """
@@ -141,11 +145,11 @@ def serve_fleet(
     times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], replicas: int, route: str = "least-open",
     progress: Progress = silent,
 ) -> FleetResult:  # fmt: skip
-    """Serve a load on equal replicas in virtual time. Returns the FleetResult.
+    """Simulate a load on equal replicas in virtual time. Returns the FleetResult.
 
     A router gives each request to one replica when the request arrives. The route "least-open" takes the replica with
-    the fewest open requests. They are counted when the request arrives; but if a replica is in a step with prompts
-    then, its count is that at the end of the step. Each replica works as queue.serve() does for a single server.
+    the fewest open requests at that time. For a replica that is in a step with prompts, the open requests at the end of
+    that step are counted instead. Each replica is simulated as queue.serve() simulates a single server.
 
     Args:
         times: step times of one replica.
@@ -187,18 +191,18 @@ def simulate_fleet(
     server: Server, target: Target, requests: Sequence[LoadRequest], settings: EngineSettings, limits: Limits,
     route: str = "least-open", progress: Progress = silent,
 ) -> ServingResult:  # fmt: skip
-    """Serve a load on all replicas of a placement, event by event. Returns the ServingResult.
+    """Simulate a load on all replicas of a placement, event by event. Returns the ServingResult.
 
-    Step times come from a StepTimes table. K/V for the prompt and the whole response of a request is reserved when the
-    request is admitted, so nothing is preempted.
+    Step times come from a StepTimes table. When a request is admitted, K/V is reserved for its prompt and its whole
+    response, so no request is preempted.
 
     Args:
-        server: one replica, compiled; its placement says how many there are.
+        server: one compiled replica. Its placement gives the number of replicas.
         target: chip and kernel library.
         requests: the load, ordered by time of arrival.
         settings: settings of each replica's engine.
-        limits: latencies that a good response keeps.
-        route: one of ROUTES.
+        limits: the latencies that a good response must not exceed.
+        route: how the router chooses a replica, one of ROUTES.
         progress: called as requests arrive.
 
     Raises ChipError if weights and K/V cache do not fit. Raises ValueError for an unknown route, and for a request that

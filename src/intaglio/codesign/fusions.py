@@ -35,7 +35,7 @@ ADD = "a + b"
 
 @dataclass(frozen=True)
 class FusedKernel(ChipKernel):
-    """Several kernels in one launch: the sum of their times, with one launch overhead instead of one for each."""
+    """Several kernels fused into one launch. The time is the sum of their times, with only one launch overhead."""
 
     parts: tuple[ChipKernel, ...]
 
@@ -51,9 +51,9 @@ class FusedKernel(ChipKernel):
 
 
 def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
-    """The chip kernels that an engine launches for a Program's ops, in order, as a list of ChipKernels.
+    """Returns the kernels that an engine launches for a Program's ops, as a list of ChipKernels in order.
 
-    Ops of routed experts are left out: the caller times them with the tokens of all chips.
+    Ops of routed experts are left out, because the caller times them with the tokens of all chips.
 
     fusions: names in FUSIONS, each a way in which the engine fuses, splits or replaces ops; (): one kernel for each op.
     Raises ValueError for another name, ChipError for an op without a chip kernel.
@@ -110,10 +110,10 @@ def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
 
 
 def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
-    """Find the rotary embeddings of each layer. Returns a list with a tuple for each layer that has some.
+    """Find the rotary embeddings of each layer. Returns a list with one tuple for each layer that has Rope ops.
 
-    The tuple is (list of the layer's Rope ops, the op that writes to the layer's K/V cache); None stands for a missing
-    write.
+    The tuple is (list of the layer's Rope ops, the op that writes to the layer's K/V cache). The second item is None if
+    the layer has no such write.
     """
     layers: dict[str, tuple[list[Rope], list[KvWrite]]] = {}
     for op in ops:
@@ -129,18 +129,19 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """Find norms for which an engine needs no all-gather, since every chip norms only its own columns of each row.
+    """Find norms over whole rows that each chip can compute from its own columns, so that no all-gather is needed.
 
-    This is possible if a norm over whole rows is the only reader of the all-gather's result. Each chip then sums the
-    squares of its own columns, and one all_reduce in float32 adds up these sums over the chips, for all such norms of a
-    layer. The Program stays as it is.
+    A norm qualifies if it is the only op that reads the result of an all-gather. Instead of gathering, each chip sums
+    the squares of its own columns. One all_reduce in float32 for each layer then adds up these sums over the chips, for
+    all such norms of the layer. The Program is not changed.
 
-    Returns (sites of ops that are not launched, {site of an op: kernel that replaces its own}); a site is the name of
-    an op's place in the model. The first all-gather of a layer is replaced by the all_reduce, and the layer's other
-    all-gathers are not launched. Each norm is replaced by a norm over one chip's columns. Both results are empty if
-    no norm qualifies.
+    Returns (dropped, kernels). `dropped` is a set of sites (names of an op's place in the model) of ops that are not
+    launched. `kernels` is {site of an op: kernel that replaces the op's own}. The first all-gather of a layer is
+    replaced by the all_reduce, the layer's other all-gathers are dropped, and each norm is replaced by a norm over one
+    chip's columns. Both results are empty if no norm qualifies.
 
-    program: the Program of one rank. ops: its ops, without experts. users: {tensor name: list of ops that read it}.
+    program: the Program of one rank. ops: its ops, without experts. users: {tensor name: list of ops that read the
+    tensor}.
     """
     layers: dict[str, list[tuple[AllGather, Norm]]] = {}
     for op in ops:

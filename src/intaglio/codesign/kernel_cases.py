@@ -47,13 +47,13 @@ MAPS = ("silu(a) * b", "a + b", "tanh(a / 30.0) * 30.0", "a + b * sigmoid(c)")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of one op, to compare its closed-form time with the time of its simulated instruction streams.
+    """One call of an op, for comparing its closed-form time with the time of its simulated instruction streams.
 
     Attributes:
         op: the op.
-        tensors: its operands and results by name.
+        tensors: the op's operands and results, by name.
         batch: the tokens and sequences of the step.
-        words: its sizes as text, such as "m=64 n=4096 k=4096 bf16".
+        words: the sizes of the call as text, such as "m=64 n=4096 k=4096 bf16".
     """
 
     op: Op
@@ -63,7 +63,7 @@ class Case:
 
 
 def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
-    """A random number from `low` to `high`, rounded down to a multiple of `step`; at least `step`.
+    """Returns a random number from `low` to `high`, rounded down to a multiple of `step`, but at least `step`.
 
     The logarithm of the number is evenly distributed before the rounding.
     """
@@ -71,10 +71,10 @@ def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
 
 
 def batch_of(chunks: list[tuple[int, int]]) -> Batch:
-    """A Batch that wants the logits of each sequence's last token.
+    """Returns a Batch with one sequence for each of `chunks`, which wants the logits of each sequence's last token.
 
-    Each sequence has two slots of recurrent state: it reads one, unless it starts, and writes the other. chunks:
-    (number of new tokens, number of keys before them) of each sequence.
+    chunks: (number of new tokens, number of keys before them) of each sequence. Each sequence has two slots of
+    recurrent state. It writes one, and reads the other if it has keys before the new tokens.
     """
     made, used = [], 0
     for i, (n, before) in enumerate(chunks):
@@ -85,13 +85,13 @@ def batch_of(chunks: list[tuple[int, int]]) -> Batch:
 
 
 def tokens(rng: np.random.Generator, most: int) -> Batch:
-    """A random Batch of 1 to `most` tokens: one prompt, or sequences of one token each."""
+    """Returns a random Batch of 1 to `most` tokens: one prompt, or sequences of one token each."""
     n = power(rng, 1, most)
     return batch_of([(n, 0)] if rng.random() < 0.5 else [(1, 0)] * n)
 
 
 def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
-    """Make the Case (one call to be timed) of an op on a batch. Tensors for the op's results are added to its operands.
+    """Returns the Case (one call to be timed) of an op on a batch. Tensors for the results are added.
 
     Args:
         op: the op.
@@ -105,7 +105,7 @@ def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
 
 
 def temp(name: str, width: int, format: str = "f32", rows: str = "T") -> Tensor:
-    """A temporary Tensor (role "temp") of shape [rows, width], which holds activations.
+    """Returns a temporary Tensor (role "temp") of shape [rows, width], which holds activations.
 
     rows: symbolic dimension: "T" for the tokens of the step, "R" for the rows whose logits are wanted.
     """
@@ -113,10 +113,10 @@ def temp(name: str, width: int, format: str = "f32", rows: str = "T") -> Tensor:
 
 
 def weight_format(rng: np.random.Generator, on: Target) -> tuple[str, str]:
-    """Two random names of number formats for a matrix product: (format of activations, format of weights).
+    """Returns two random names of number formats for a matrix product: (format of activations, format of weights).
 
-    Both are bf16 or both are fp8row, with equal probability; always bf16 if the chip's matrix arrays do not multiply
-    E4M3.
+    Both are bf16 or both are fp8row, with equal probability. They are always bf16 if the chip's matrix arrays do not
+    multiply FP8 numbers (E4M3).
     """
     kinds = [("bf16", "bf16"), *([("fp8row", "fp8row")] if "e4m3" in dict(on.chip.macs) else [])]
     return kinds[rng.integers(len(kinds))]
@@ -199,10 +199,9 @@ def kv_write(rng: np.random.Generator, on: Target) -> Case:
 
 
 def widest(on: Target, most: int, tiles: int) -> int:
-    """The largest number of columns, at most `most`, for which a kernel's rows fit the SRAM of one core.
+    """Returns the largest number of columns, at most `most`, with which a kernel's rows fit into the SRAM of one core.
 
-    The kernel keeps `tiles` FP32 rows of so many columns in SRAM; room for one more row is left free. The result is 0
-    if not even one column fits.
+    The kernel keeps `tiles` rows of FP32 values in SRAM. Room for one more row is left free.
     """
     return min(most, on.chip.sram_bytes // (4 * tiles + 4))
 
@@ -267,9 +266,9 @@ def concat(rng: np.random.Generator, on: Target) -> Case:
 
 
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of routing: 1 to 8 experts out of 8 to 256, by softmax.
+    """A random Case (one call to be timed) of the op Route, which chooses 1 to 8 of 8 to 256 experts for each token.
 
-    In one case of four, a table lists the experts of each token.
+    Scores are by softmax. In one case of four, the experts of a token are not chosen but read from a table.
     """
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
     top, table = min(n, power(rng, 1, 8)), "t" if rng.random() < 0.25 else None
@@ -311,9 +310,10 @@ def sinkhorn(rng: np.random.Generator, on: Target) -> Case:
 
 
 def mix_streams(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op MixStreams: 2 or 4 streams of 256 to 4,096 columns.
+    """A random Case (one call to be timed) of the op MixStreams, which mixes 2 or 4 residual streams.
 
-    They are mixed, with a branch, or collapsed into one.
+    A stream has 256 to 4,096 columns. The result has as many streams, to which a layer's output is added, or one
+    stream, to which nothing is added. Both are equally likely.
     """
     n, width, batch = int(rng.choice([2, 4])), power(rng, 256, 4096, 16), tokens(rng, 1024)
     m, added = (n, {"branch": "b", "gains": "g"}) if rng.random() < 0.5 else (1, {})
@@ -323,9 +323,10 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
 
 
 def pool_keys(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op PoolKeys: a prompt, or sequences that all close a run.
+    """A random Case (one call to be timed) of the op PoolKeys, which pools each run of 4 or 64 tokens into one entry.
 
-    Runs have 4 tokens, and are pooled with the run before, or 64 tokens.
+    A run of 4 tokens is pooled together with the preceding run. The batch is a prompt, or sequences of one token, each
+    of which completes a run.
     """
     overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
     every = 4 if overlap else 64
@@ -344,13 +345,17 @@ def pool_keys(rng: np.random.Generator, on: Target) -> Case:
 
 
 def stateful(rng: np.random.Generator, most: int) -> Batch:
-    """A random Batch of 1 to `most` tokens: a prompt, at its start or continued, or sequences of one token each."""
+    """Returns a random Batch of 1 to `most` tokens for an op with recurrent state.
+
+    The batch is one prompt, with or without an earlier token, or sequences of one token each, which have an earlier
+    token.
+    """
     n = power(rng, 1, most)
     return batch_of([(n, int(rng.integers(0, 2)))] if rng.random() < 0.5 else [(1, 1)] * n)
 
 
 def decay(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Decay, with 4 to 128 rates, each of 1 or 64 columns."""
+    """A random Case (one call to be timed) of the op Decay, with 4 to 128 heads, each of 1 or 64 columns."""
     heads, per, batch = power(rng, 4, 128), int(rng.choice([1, 64])), tokens(rng, 2048)
     op = Decay(site="decay", x="x", rate="r", bias="b", step="s", decay="d")
     tensors = [
@@ -361,7 +366,10 @@ def decay(rng: np.random.Generator, on: Target) -> Case:
 
 
 def short_conv(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op ShortConv: filters of 3 or 4 taps of 256 to 8,192 channels."""
+    """A random Case (one call to be timed) of the op ShortConv, a convolution with 3 or 4 taps.
+
+    It has 256 to 8,192 channels.
+    """
     width, taps, batch = power(rng, 256, 8192, 16), int(rng.integers(3, 5)), stateful(rng, 512)
     op = ShortConv(site="short_conv", x="x", w="w", state="s", out="y")
     tensors = [temp("x", width), Tensor("w", (width, taps), "f32", "weight")]
@@ -391,9 +399,9 @@ def selective_scan(rng: np.random.Generator, on: Target) -> Case:
 
 
 def linear_attention(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op LinearAttention, as a gated delta net or as in Mamba-2.
+    """A random Case (one call to be timed) of the op LinearAttention, either as a gated delta net or as in Mamba-2.
 
-    It has 4 to 32 heads with a state of 64 to 128 rows and columns.
+    There are 4 to 32 heads, each with a state of 64 x 64 or 128 x 128 values.
     """
     heads, d, delta = 4 * int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128])), bool(rng.random() < 0.5)
     batch, groups = stateful(rng, 64), heads // 4
@@ -407,9 +415,10 @@ def linear_attention(rng: np.random.Generator, on: Target) -> Case:
 
 
 def choose_keys(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of an indexer: 32 to 512 of up to 3,000 positions, or of entries of four.
+    """A random Case (one call to be timed) of the op ChooseKeys (sparse attention's indexer), with 4 to 32 heads.
 
-    It has 4 to 32 heads of width 64; a prompt, or sequences that decode.
+    The op chooses 32 to 512 of up to 3,000 positions for each token, or in half of the cases 32 to 512 entries that
+    each stand for 4 positions. Heads are 64 wide. The batch is a prompt, or sequences that decode.
     """
     heads, top, every = power(rng, 4, 32), power(rng, 32, 512), int(rng.choice([1, 4]))
     prompt, decodes = [(power(rng, 2, 512), power(rng, 1, 2500))], [(1, power(rng, 1, 3000))] * power(rng, 1, 32)
@@ -421,9 +430,9 @@ def choose_keys(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend_chosen(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of attention to 32 to 512 chosen positions by latent attention.
+    """A random Case (one call to be timed) of latent attention to 32 to 512 chosen positions, with 4 to 32 heads.
 
-    It has 4 to 32 heads; a short prompt, or sequences that decode.
+    The batch is a short prompt, or sequences that decode.
     """
     heads, top, widths = 4 * int(2 ** rng.integers(0, 4)), power(rng, 32, 512), {"kc": LATENT, "rc": LATENT_ROPE}
     prompt, decodes = [(power(rng, 2, 64), power(rng, 1, 2500))], [(1, power(rng, 1, 3000))] * power(rng, 1, 32)
@@ -438,9 +447,10 @@ def attend_chosen(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend_pooled(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op AttendPooled: a window of 128 keys, and entries of 4 or 64 tokens.
+    """A random Case (one call to be timed) of the op AttendPooled, with 4 to 32 heads.
 
-    Of entries of 4 tokens, 32 to 256 are chosen. It has 4 to 32 heads; a short prompt, or sequences that decode.
+    Each token attends to a window of 128 keys and to entries, each pooled from 4 or 64 tokens. Of the entries of 4
+    tokens, only 32 to 256 chosen ones are attended to. The batch is a short prompt, or sequences that decode.
     """
     heads, d, chosen = 4 * int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128])), bool(rng.random() < 0.5)
     every, top = 4 if chosen else 64, power(rng, 32, 256)

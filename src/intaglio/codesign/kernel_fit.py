@@ -73,12 +73,12 @@ class Case:
         return FAMILY[self.table]
 
     def start(self, library: str = "") -> Values:
-        """The values from which a fit starts: {name: value} for all constants and facts of this kind of kernel.
+        """Returns the values from which a fit starts, as a dict {name of a constant or fact: value}.
 
         Constants (CONSTANTS) are numbers such as efficiencies. They start with the values of the chip's own library.
-        Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`. Each of the
-        two libraries gives the values of its default kernel for the call in self.rows[0]. The fact "tiles" starts as
-        None: the value of the chip's own library.
+        Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`; but the fact
+        "tiles" starts as None, which stands for the value of the chip's own library. Both libraries are asked for the
+        values of their default kernel for the call in self.rows[0].
 
         library: name of a shipped library; "": the chip's own.
         """
@@ -92,7 +92,7 @@ class Case:
         return out | {name: None if name == "tiles" else getattr(facts, name) for name in FACTS[self.op]}
 
     def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = ANY_WIDTH) -> KernelRecord:
-        """Make a KernelRecord (description of one kernel) for the kernel and the number format of this case's rows.
+        """Returns a KernelRecord (description of one kernel) for the kernel and the number format of this case's rows.
 
         Args:
             values: {field: value}. A field with the value None is left out, so that the library's own value holds.
@@ -106,14 +106,15 @@ class Case:
         )  # fmt: skip
 
     def target(self, values: Mapping[str, Any]) -> Target:
-        """A Target with this case's chip, whose library has a single kernel record: that of record(values).
+        """Returns a Target with this case's chip, whose library has only one kernel record, made by record(values).
 
-        The record has the kernel name of this case's rows, so predictions of these rows use `values`: {field: value}.
+        The record has the kernel name of this case's rows, so the predicted times of these rows use `values`: {field:
+        value}.
         """
         return Target(self.on.chip, dataclasses.replace(self.on.library, kernels=(self.record(values),)))
 
     def errors(self, values: Mapping[str, Any]) -> np.ndarray:
-        """log(predicted / measured) of the microseconds of each row, as an array [rows].
+        """Returns log(predicted / measured time) of each row, as an array [rows].
 
         values: {field: value} of the kernel with which the times are predicted.
         """
@@ -121,11 +122,10 @@ class Case:
         return np.log(found / measured(self.rows))
 
     def cost(self, values: Mapping[str, Any]) -> float:
-        """Negative log-likelihood of the measured rows under predicted times, up to a constant; lower is better.
+        """Returns the negative log-likelihood of the measured rows, up to a constant; lower is better.
 
-        The errors log(predicted / measured) are taken to follow a distribution whose spread is estimated from the
-        errors themselves. values: {field: value} of the kernel with which the times are predicted. Raises ChipError if
-        they do not fit the chip.
+        The spread of the errors log(predicted / measured time) is estimated from the errors themselves. values: {field:
+        value} of the kernel with which the times are predicted. Raises ChipError if the chip cannot have these values.
         """
         size = np.abs(self.errors(values))
         spread = LEAST_SPREAD + (float(np.median(size)) + 2 * float(np.minimum(size, MOST_ERROR).mean())) / 3
@@ -133,10 +133,10 @@ class Case:
 
 
 class KernelSearch:
-    """A search for the properties of one kernel that explain its measured rows on all chips best.
+    """A search for the properties of one kernel that best explain its measured rows on all chips.
 
-    Facts are discrete properties, such as tile sizes; a change of one is tried on all chips at once. Constants are
-    numbers such as efficiencies; each chip has its own, with a prior distribution.
+    Facts are discrete properties, such as tile sizes; a change of a fact is tried on all chips at once. Constants are
+    numbers such as efficiencies; each chip has its own value, with a prior distribution.
 
     Attributes:
         cases: a Case (measured rows on one chip) for each chip.
@@ -156,15 +156,17 @@ class KernelSearch:
 
     @property
     def total(self) -> float:
-        """Sum of the costs of all cases, see cost(), and of the differences between them, see cost_apart()."""
+        """The cost that the search minimises: the sum of cost() over all cases, plus cost_apart()."""
         return sum(self.costs) + self.apart
 
     def cost_apart(self, values: Sequence[Values]) -> float:
-        """Negative log-prior of the differences between the chips' constants, on a logarithmic scale.
+        """Returns the negative log-prior of the differences between the chips' constants. Larger differences cost more.
 
         One kernel should reach the same fractions of the peak rates, and start in the same time, on every chip. So
-        facts that explain all chips with similar constants are preferred: they hold for chips without measurements.
-        It is 0 for collectives, whose constants follow the chips' links. values: for each case, {name: value}.
+        facts that explain all chips with similar constants are preferred; they should also hold for chips without
+        measurements. The result is 0 for collectives, because their constants follow the chips' links.
+
+        values: for each case, {name of a constant or fact: value}.
         """
         op = self.cases[0].op
         if op == "collectives":
@@ -173,10 +175,11 @@ class KernelSearch:
         return sum((log(a / b) / (TIME_APART if n.endswith("_s") else APART_WIDTH)) ** 2 / 2 for a, b, n in pairs)
 
     def cost(self, number: int, values: Values) -> float:
-        """Negative log-posterior of one case: Case.cost() plus the negative log-prior of its constants.
+        """Returns the negative log-posterior of one case: Case.cost() plus the negative log-prior of its constants.
 
-        The prior of a constant's logarithm about its start has heavy tails, so that a chip whose constants are others
-        altogether is fitted too. number: index of the case. values: {name of a constant or fact: value}.
+        The prior of a constant's logarithm has its centre in self.begun. It has heavy tails, so that a chip whose
+        constants are very different is fitted, too. number: index of the case. values: {name of a constant or fact:
+        value}.
         """
         case, begun = self.cases[number], self.begun[number]
         widths = {n: self.width * (1 + n.endswith("_s")) for n in CONSTANTS[case.op] if begun[n] > 0}
@@ -184,13 +187,13 @@ class KernelSearch:
         return case.cost(values) + sum(log1p(m * m / 2) for m in moved)
 
     def attempt(self, changes: Mapping[int, Values], least: float) -> bool:
-        """Try new values of constants or facts in some cases, and keep them if these cases then fit better.
+        """Try new values of constants or facts in some cases, and keep the values if the total cost falls enough.
 
-        Returns True if the values were kept. Otherwise, also if a chip cannot have them (ChipError), nothing changes.
+        Returns True if the values were kept. Otherwise nothing changes. Values that a chip cannot have are not kept.
 
         Args:
             changes: {index of a case: {name of a constant or fact: new value}}.
-            least: the total cost (see `total`) must fall by at least this.
+            least: the total cost (see `total`) must fall by at least this number.
         """
         tried = {i: self.values[i] | mine for i, mine in changes.items()}
         try:
@@ -208,7 +211,8 @@ class KernelSearch:
     def alternatives(self) -> Iterator[Values]:
         """Yield {name of a fact: value} for each fact of the kernel and each of the fact's possible values in FACTS.
 
-        Facts are the kernel's discrete properties, such as tile sizes. The present values are yielded, too.
+        Facts are the kernel's discrete properties, such as tile sizes. Values that are in use already are yielded, too.
+        Facts about 8-bit formats are left out for bf16 kernels.
         """
         wide = dtype_of(self.cases[0].rows[0]) == "bfloat16"
         for field, values in FACTS[self.cases[0].op].items():
@@ -216,10 +220,10 @@ class KernelSearch:
                 yield from ({field: value} for value in values)
 
     def fit_constant(self, number: int, name: str, step: float) -> None:
-        """Improve one constant of one case, in place: its value in self.values[number]. Returns nothing.
+        """Improve the value of one constant of one case, in place in self.values[number]. Returns nothing.
 
-        The value is multiplied by 1 + step as long as the case's cost falls by 0.02 or more, then divided by 1 + step
-        as long as the cost falls by that much. An efficiency stays at most 1.
+        The value is multiplied by 1 + step as long as the case's cost falls by 0.02 or more each time, then divided by
+        1 + step as long as that holds. An efficiency stays at most 1.
 
         number: index of the case. name: name of the constant.
         """
@@ -231,16 +235,16 @@ class KernelSearch:
                     break
 
     def fit_constants(self, step: float) -> None:
-        """Improve each constant of each case in turn, in place in self.values, by fit_constant(). Returns nothing."""
+        """Improve all constants of all cases by fit_constant(), in place in self.values. Returns nothing."""
         for i, case in enumerate(self.cases):
             for name in CONSTANTS[case.op]:
                 self.fit_constant(i, name, step)
 
     def drop_facts(self) -> float:
-        """Set facts (discrete properties) back to those of the chips' libraries where that hardly matters.
+        """Set facts (discrete properties) back to the values of the chips' own libraries where this hardly matters.
 
-        A fact is set back, in all cases, if the total cost then rises by at most DROP_COST. Returns the total cost
-        after that.
+        A fact is set back, in all cases, if the total cost then rises by at most DROP_COST. Returns the total cost at
+        the end.
         """
         own = [case.start() for case in self.cases]
         for field in FACTS[self.cases[0].op]:
@@ -250,10 +254,10 @@ class KernelSearch:
         return self.total
 
     def run(self, facts: bool = True) -> float:
-        """Search for better values, in one round for each step size in STEPS, and keep them in `values`.
+        """Search for better values, in one round for each step size in STEPS, and store the best in `values`.
 
-        Returns the sum of the cases' costs (negative log-posteriors, see cost()). facts: True to try other values of
-        the kernel's discrete properties (FACTS) too, in the first FACT_ROUNDS rounds; False to fit constants only.
+        Returns the total cost at the end, see `total`. facts: True to try other values of the kernel's discrete
+        properties (FACTS), too, in the first FACT_ROUNDS rounds; False to fit constants only.
         """
         for number, step in enumerate(STEPS):
             for changes in self.alternatives() if facts and number < FACT_ROUNDS else ():
@@ -267,11 +271,11 @@ class KernelSearch:
 
 
 def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
-    """Fit one kernel to its measured rows on one or more chips.
+    """Fit one kernel to its measured rows on one or more chips. Returns (cost, values).
 
-    Returns (cost, list with {name of a constant or fact: value} for each case). The cost is a negative log-posterior:
-    lower is better. Facts (discrete properties such as tile sizes) are the same in all cases, unless separate facts for
-    each case are clearly better. Then the engine has different kernels of this name on these chips.
+    The cost is a negative log-posterior: lower is better. `values` is a list with a dict {name of a constant or fact:
+    value} for each case. Facts (discrete properties such as tile sizes) are the same in all cases, unless a separate
+    fit of each case is clearly better; the engine then uses different kernels of this name on these chips.
 
     cases: the rows, one Case for each chip.
     """
@@ -289,11 +293,11 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
 def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     """Fit one kernel to its rows on one or more chips, with the same facts (discrete properties) on all chips.
 
-    Returns (cost, list with {name of a constant or fact: value} for each case); a lower cost is better.
+    Returns (cost, values). A lower cost is better. `values` is a list with a dict {name of a constant or fact: value}
+    for each case.
 
-    There is one search for each set of facts to start from: those of each library in STARTS, and those of each kernel
-    in MENUS. The result of the search that ends with the lowest cost is returned. cases: the rows, one Case for each
-    chip, at least one.
+    Several searches are run, and the result with the lowest cost is returned. They start from the facts of each library
+    in STARTS and of each kernel in MENUS. cases: the rows, one Case for each chip, at least one.
     """
     best: tuple[float, list[Values]] | None = None
     tried, op = list[list[Values]](), cases[0].op
@@ -343,15 +347,18 @@ def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str,
 
 
 def by_chip(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
-    """{name of a chip: values of its case}. values: for each case, in the same order, {constant or fact: value}."""
+    """Returns a dict {name of a chip: values of the chip's case}.
+
+    values: for each of `cases`, in the same order, a dict {name of a constant or fact: value}.
+    """
     return {c.on.chip.name: v for c, v in zip(cases, values, strict=True)}
 
 
 def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
     """Divide the head widths from 0 to WIDEST into ranges. Returns a list of (least, largest), both included.
 
-    In each range, the cases together have at least WIDTH_ROWS rows with such a head_dim. If there are fewer rows in
-    all, or none with a column head_dim, the list has one range.
+    Each range is so wide that at least WIDTH_ROWS rows of all cases together have a head_dim in it. If there are fewer
+    rows in all, or no rows with a column head_dim, the list has one range.
     """
     counts = Counter(int(r["head_dim"]) for c in cases for r in c.rows if "head_dim" in r)
     ends, rows = list[int](), 0
@@ -364,10 +371,10 @@ def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
 
 
 def engine_values(case: Case, on: Target) -> Values:
-    """The constants and facts (properties such as tile sizes) of a serving engine's kernel, as a dict {name: value}.
+    """Returns the constants and facts (properties such as tile sizes) of a serving engine's kernel, as {name: value}.
 
-    The kernel is the one that the first of the case's measured rows names. If the library of `on` has no such kernel,
-    the result is case.start(): the values of the chip's own default kernel.
+    The kernel is the one named by the first of the case's measured rows. If the library of `on` has no such kernel, the
+    result is case.start(), the values of the chip's own default kernel.
 
     on: the chip, with a library that has the engine's kernels, see engine_tables.engine_target().
     """
@@ -379,9 +386,13 @@ def engine_values(case: Case, on: Target) -> Values:
 
 
 def fit_rows(case: Case, begun: Values, facts: bool, width: float = PRIOR_WIDTH) -> Values:
-    """Fit a kernel to the rows of one case, starting from the values `begun`. Returns its {field: value}.
+    """Fit a kernel to the rows of one case. Returns the fitted values, {name of a constant or fact: value}.
 
-    facts: True to fit facts (discrete properties) too, not only constants. width: see KernelSearch.
+    Args:
+        case: the measured rows.
+        begun: the values to start from; priors of constants have their centres there.
+        facts: True to fit facts (discrete properties), too, not only constants.
+        width: width of the priors of the constants' logarithms.
     """
     search = KernelSearch([case], [begun], width=width)
     search.run(facts)
@@ -391,9 +402,9 @@ def fit_rows(case: Case, begun: Values, facts: bool, width: float = PRIOR_WIDTH)
 def fit_predicts(case: Case, begun: Values) -> bool:
     """True if fitted constants predict the rows of a case clearly better than the values `begun`, by cross-validation.
 
-    Clearly better means a gain of more than LEFT_OUT_GAIN in log-likelihood. Rows, in the order of their latency, are
-    dealt to FOLDS folds in turn. The rows of each fold are predicted by a fit to the rows of the other folds, which
-    starts from `begun` with priors of width KNOWN_WIDTH. With fewer rows than folds the result is False.
+    Clearly better means that the log-likelihood of the rows rises by more than LEFT_OUT_GAIN. Rows, in the order of
+    their latency, are dealt to FOLDS folds in turn. A fit to the rows of the other folds, which starts from `begun`
+    with priors of width KNOWN_WIDTH, predicts the rows of each fold. With fewer rows than folds the result is False.
     """
     if len(case.rows) < FOLDS:
         return False
@@ -407,12 +418,14 @@ def fit_predicts(case: Case, begun: Values) -> bool:
 
 
 def calibrated_values(case: Case, on: Target) -> Values:
-    """The {field: value} of a serving engine's kernel that is fitted to the few rows of `case`.
+    """Returns the values {name of a constant or fact: value} of an engine's kernel, fitted to the few rows of `case`.
 
-    - The library of `on` has the kernel, measured on chips of the same generation: its constants are fitted if that
-      predicts rows left out of the fit clearly better, see fit_predicts(). If not, they stay.
-    - It has the kernel, but measured on other generations only: the constants are fitted.
-    - It does not have the kernel: the fit starts from the chip's own default kernel, and facts are fitted too.
+    What is fitted depends on the library of `on`:
+
+    - It has the kernel, measured on chips of this generation: constants are fitted if fit_predicts() is True, that is,
+      if they then predict rows left out of the fit clearly better. Otherwise the values stay.
+    - It has the kernel, but measured on other generations only: constants are fitted.
+    - It does not have the kernel: the fit starts from the chip's own default kernel; constants and facts are fitted.
     """
     begun, library = engine_values(case, on), on.library
     if record_of_row(on, case.table, case.rows[0]) is None:
@@ -425,13 +438,13 @@ def calibrated_values(case: Case, on: Target) -> Values:
 def calibrate_kernel(
     case: Case, on: Target, points: int = 24, seed: int = 0
 ) -> tuple[tuple[KernelRecord, ...], Fitted | None]:
-    """Fit a serving engine's kernel to a few of its measured rows. Returns (KernelRecords, errors of the other rows).
+    """Fit a serving engine's kernel to a few of its measured rows. Returns (KernelRecords, errors).
 
-    calibrated_values() says what is fitted. There is one KernelRecord, with the fitted values, for each range of head
-    widths for which the library describes the kernel.
+    KernelRecords is a tuple with one record of the fitted values for each range of head widths that has its own record
+    in the library of `on`. `errors` is a Fitted: the errors on the rows that were not used, before and after the fit,
+    in per cent. It is None if the case has only one row, which the fit uses.
 
-    The errors are a Fitted: percentages before and after the fit, with a confidence interval. They are None if the case
-    has a single row, which the fit uses.
+    calibrated_values() says what is fitted.
 
     Args:
         case: the rows, at least one.
