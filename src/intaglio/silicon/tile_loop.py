@@ -114,7 +114,7 @@ class TileLoop:
             if jobs >= self.jobs:
                 break
         (low, low_s, low_bytes), (high, high_s, high_bytes) = points[-2:]
-        if self.jobs < PARTLY * cores:  # a short loop is followed itself
+        if k == 1 and (self.jobs < PARTLY * cores or low == kept):  # whether the last tiles miss matters
             seconds, moved = evicting(one, target, source, self.jobs, 1)
             return max(seconds, low_s if high >= self.jobs else high_s), moved
         now, before, after = (usual(jobs) for jobs in (self.jobs, low, high))
