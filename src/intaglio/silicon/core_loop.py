@@ -7,7 +7,7 @@ and of HBM equally, as in the simulator. For kernels whose cores have unlike job
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ class Transfer:
         bytes: bytes that it moves, above 0.
         place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
         writes: True for a store.
-        lines: bytes of the L2's lines that it touches, if these are more than `bytes`: the L2 moves whole lines.
+        lines: bytes of the L2's lines that the tile alone touches, as the L2 moves whole lines. None: `bytes`.
+        edges: keys of the other lines that it touches, which have bytes of other tiles too.
         latency_s: seconds from the end of the transfer until its result can be used.
         ready: for a load, when the L2 has all of the tile; 0.0 for a store.
         end: when it ends.
@@ -37,7 +38,8 @@ class Transfer:
     bytes: float
     place: Hashable | None = None
     writes: bool = False
-    lines: float = 0.0
+    lines: float | None = None
+    edges: Sequence[Hashable] = ()
     latency_s: float = 0.0
     ready: float = 0.0
     end: float = 0.0
@@ -78,9 +80,9 @@ class TilesInL2(RandomL2):
         if x.place is None or not self.capacity:
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
-        size, ready = self.left(x.place), self.tiles.get(x.place, (0.0, 0.0, 0.0))[2]
-        touched = max(x.bytes, x.lines)
-        missed = max(0.0, touched - size)
+        ready = max(self.tiles.get(key, (0.0, 0.0, 0.0))[2] for key in (x.place, *x.edges))
+        size, touched = self.left(x.place), x.bytes if x.lines is None else x.lines
+        missed = max(0.0, touched - size) + sum(LINE - self.left(key) for key in x.edges)
         missed = missed if missed > LINE / 2 else 0.0  # less than a line: probably none
         if missed and not x.writes:
             x.latency_s, ready = self.latency_s * min(1.0, missed / x.bytes), max(ready, now + self.latency_s)
@@ -88,6 +90,8 @@ class TilesInL2(RandomL2):
         written = self.insert(missed)
         self.dirty = min(self.held, self.dirty + touched * x.writes)
         self.tiles[x.place] = max(size, touched), self.evicted, ready
+        for key in x.edges:
+            self.tiles[key] = LINE, self.evicted, ready
         return written + (0.0 if x.writes else missed)
 
     def left(self, place: Hashable) -> float:
@@ -159,7 +163,8 @@ class Move(NamedTuple):
 
     bytes: float
     place: Hashable | None = None
-    lines: float = 0.0
+    lines: float | None = None
+    edges: Sequence[Hashable] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,12 @@ class Step:
         early_s: seconds that the vector lanes compute before the rest of the step, with the results of its first
             `early` loads only.
         early: number of these loads.
+        begins: True for the first step of a job whose first `early` loads, and whose fill, go to rings of `depth` tiles
+            for each job. They wait for the job `depth` before: the loads until it is computed, the fill until it is
+            stored. The other loads wait for the step `depth` before. False: all wait for that step.
+        fill_at: number of loads before the fill.
+        late_fill_s: seconds in which the engine of loads sets a tile to a constant that the step before reads, so that
+            it waits for that step. It does so before the loads.
         drain_s: the first part of lanes_s, after which the array may overwrite the accumulator. 0: all of lanes_s.
     """
 
@@ -187,7 +198,17 @@ class Step:
     in_place: bool = False
     early_s: float = 0.0
     early: int = 0
+    begins: bool = False
+    fill_at: int = 0
+    late_fill_s: float = 0.0
     drain_s: float = 0.0
+
+
+def until(times: Sequence[float], number: int) -> Generator[None, None, float]:
+    """Yield None until times[number] is known, and return it. Below 0 the time is 0.0."""
+    while len(times) <= number:
+        yield None
+    return times[number] if number >= 0 else 0.0
 
 
 @dataclass
@@ -214,20 +235,28 @@ class _Steps:
     def loads(self) -> Program:
         """Yield each Transfer of the core's loads; None while the next waits for the computation."""
         now = visible = 0.0
+        ends = list[int]()  # numbers of the steps with stores: the last of each job
         for i, step in enumerate(self.steps):
-            freed = self.stored if step.in_place else self.freed
-            while len(freed) <= i - self.depth:
-                yield None
-            now = max(now, freed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
-            visible = max(visible, now)
-            for number, move in enumerate(step.loads):
+            before, freed = i - self.depth, self.stored if step.in_place else self.freed
+            job = ends[-self.depth] if len(ends) >= self.depth else -1
+            now = max(now, (yield from until(self.freed, job) if step.begins else until(freed, before)))
+            for number in range(len(step.loads) + 1):
+                if number == step.fill_at and (step.fill_s or step.late_fill_s):
+                    now = max(now, (yield from until(self.stored, job))) if step.begins else now
+                    now += step.fill_s
+                    if step.late_fill_s:
+                        now = max(now, (yield from until(self.computed, i - 1))) + step.late_fill_s
+                    visible = max(visible, now)
                 if number == step.early:
                     self.early.append(visible)
-                x = Transfer(now, move.bytes, move.place, lines=move.lines)
-                yield x
-                now, visible = x.end, max(visible, x.visible)
-            self.early += [visible] * (len(self.early) <= i)
-            self.loaded.append(visible)
+                    now = max(now, (yield from until(freed, before))) if step.begins else now
+                if number < len(step.loads):
+                    move = step.loads[number]
+                    x = Transfer(now, move.bytes, move.place, lines=move.lines, edges=move.edges)
+                    yield x
+                    now, visible = x.end, max(visible, x.visible)
+            self.loaded.append(max(visible, now))
+            ends += [i] * bool(step.stores)
 
     def compute(self) -> Program:
         """Record when each step is computed. Yields None while the next step waits for its loads or for earlier stores.

@@ -147,11 +147,10 @@ class ChooseKeysKernel(WorkKernel):
         scored = job.entries > top
         first, last = self.query_loads(job) if scored else [], Move(n * top * 4.0, ("chosen", *job.place))
         if not job.entries:
-            yield Step(stores=(last,), fill_s=fill)
+            yield Step(stores=(last,), fill_s=fill, begins=True)
         for part in slices(job.entries, plan.scores):
             choose = float(choose_cycles(chip, n, part.stop - part.start, top)) / hz
-            if not scored:
-                fill += n * (part.stop - part.start) * 4 / chip.sram_bytes_per_cycle / hz
+            zeros = 0.0 if scored else n * (part.stop - part.start) * 4 / chip.sram_bytes_per_cycle / hz
             for keys in slices(part.stop - part.start, plan.keys if scored else plan.scores):
                 count, ends = keys.stop - keys.start, part.start + keys.stop == part.stop
                 values = n * heads * count
@@ -164,6 +163,9 @@ class ChooseKeysKernel(WorkKernel):
                     (lanes / hz if scored else 0.0) + choose * ends,
                     (last,) if ends and part.stop == job.entries else (),
                     fill,
+                    early=len(first),
+                    begins=fill > 0,
+                    late_fill_s=zeros,
                     drain_s=drain / hz if scored else 0.0,
                 )
                 first, fill = [], 0.0

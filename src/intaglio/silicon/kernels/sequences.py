@@ -180,29 +180,44 @@ class SequenceKernel(WorkKernel):
         chip, n, blocks = target.chip, columns.stop - columns.start, slices(rows, BLOCK)
         hz, state = chip.clock_hz, 4.0 * self.state_rows * n
         loads = by_columns(n, self.cold, ("weights", columns.start))
-        early = len(loads)
         warm = 4.0 * (self.vectors - self.cold) * n
         loads += [Move(warm, ("vectors", columns.start))] if warm else []
-        early = early or len(loads)
+        early = len(loads)
         if kept:
-            loads += self.state_moves(n, ("state", sequence, columns.start))
+            loads += self.state_moves(columns, sequence, "state")
         fill = 0.0 if kept else state / chip.sram_bytes_per_cycle / hz
-        first_s = self.first_cycles(chip, n) / hz
+        first_s, begins = self.first_cycles(chip, n) / hz, True
         for block in blocks:
             m = block.stop - block.start
             stores = [Move(4.0 * m * n, ("y", sequence, block.start, columns.start))]
             if block.stop == rows:
-                stores += self.state_moves(n, ("new state", sequence, columns.start))
+                stores += self.state_moves(columns, sequence, "new state")
             loads += self.block_loads(sequence, columns, block)
             lanes_s = float(self.cycles(chip, m, n)) / hz
-            yield Step(tuple(loads), 0.0, lanes_s, tuple(stores), fill, len(blocks) == 1, early_s=first_s, early=early)
-            loads, early, first_s, fill = [], 0, 0.0, 0.0
+            yield Step(tuple(loads), 0.0, lanes_s, tuple(stores), fill, len(blocks) == 1, first_s, early, begins, early)
+            loads, early, first_s, fill, begins = [], 0, 0.0, 0.0, False
 
-    def state_moves(self, columns: int, place: Hashable) -> list[Move]:
-        """The loads or stores of a job's state. columns: columns of the job. place: key of the state in the L2."""
+    def state_moves(self, columns: slice, sequence: int, which: str) -> list[Move]:
+        """The loads or stores of a job's state, in HBM in order of the sequences.
+
+        which: name of the state, that before or after the step.
+        """
+        n, place = columns.stop - columns.start, (which, sequence, columns.start)
         if self.transposed:
-            return by_columns(columns, self.state_rows, place)
-        return [Move(4.0 * self.state_rows * columns, place)]
+            return by_columns(n, self.state_rows, place)
+        inner, edges = 0, list[Hashable]()
+        for start in self.state_starts(columns, sequence):
+            first, last = start // LINE, (start + 4 * n - 1) // LINE
+            shared = {first} if start % LINE else set()
+            shared |= {last} if (start + 4 * n) % LINE else set()
+            inner += last + 1 - first - len(shared)
+            edges += [(which, line) for line in sorted(shared)]
+        return [Move(4.0 * self.state_rows * n, place, float(LINE * inner), edges)]
+
+    def state_starts(self, columns: slice, sequence: int) -> list[int]:
+        """Byte at which each row of a job's state begins in the states of all sequences."""
+        first = sequence * self.state_rows
+        return [4 * (row * self.width + columns.start) for row in range(first, first + self.state_rows)]
 
 
 def by_columns(rows: int, columns: int, place: Hashable) -> list[Move]:
