@@ -62,7 +62,6 @@ def stay_in_l2(on: Target, weights: int, w_bits: float, others: float = 0.0) -> 
     """True if the weights of a matrix product stay in the L2 cache while a benchmark repeats the product.
 
     The benchmark uses several copies of the weights in turn, see Conditions.weight_copies. All copies must fit.
-
     weights: number of weights in one copy. w_bits: bits per weight, with its scales. others: bytes of other data that
     must fit too.
     """
@@ -71,10 +70,7 @@ def stay_in_l2(on: Target, weights: int, w_bits: float, others: float = 0.0) -> 
 
 
 def formats_of(row: Row) -> tuple[str, str, float]:
-    """The number formats of a row: (format of weights, format of activations, bits per weight with its scales).
-
-    row: a row of a measured table with a column dtype.
-    """
+    """(format of weights, format of activations, bits per weight with its scales) of a row that has a column dtype."""
     format = FORMAT[row["dtype"]]
     return format, X_FORMAT.get(row["dtype"], format), W_BITS.get(row["dtype"], formats.bits(format))
 
@@ -94,10 +90,7 @@ def quantise(on: Target, m: int, k: int) -> Timing:
 
 
 def quantised(on: Target, row: Row) -> Timing:
-    """The modelled Timing of the kernels that quantise bf16 activations [m, k].
-
-    row: a row of a measured table, with columns m and k.
-    """
+    """The modelled Timing of the kernels that quantise bf16 activations [m, k]. row: a measured row with m and k."""
     return quantise(on, *integers(row, "m", "k"))
 
 
@@ -123,7 +116,7 @@ def attention(on: Target, row: Row) -> Timing:
     """The modelled Timing of the attention call that a row of a measured table describes.
 
     The Timing includes the rotation of queries and keys, and the write of the new keys and values to the K/V cache.
-    Raises ChipError if the chip's arrays do not take the number format.
+    Raises ChipError if the chip's arrays do not take the format.
     """
     batch, q, before, heads, kv, d, window = integers(
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
@@ -155,9 +148,8 @@ def cast(on: Target, values: float, bits: int) -> Timing:
     """The modelled Timing of a kernel that converts cached keys and values to bf16 before attention.
 
     No such kernel runs, and the Timing is 0 s, if the library's kv_cast_bytes is 0, if the cached values have more than
-    8 bits, or if `values` is 0.
-
-    values: number of cached key and value elements that attention reads. bits: bits per element.
+    8 bits, or if `values` is 0. values: number of cached key and value elements that attention reads. bits: bits per
+    element.
     """
     moved = values * on.library.kv_cast_bytes
     if not moved or bits > 8:
@@ -224,9 +216,9 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         top_k: number of experts of each token, so that tokens * top_k rows are computed on all ranks.
         n: number of experts on all ranks.
         ep: number of ranks that share the experts.
-        load: how the rows are distributed, as in the benchmark that measured the table. "balanced": evenly.
-            "power_law_A", such as power_law_1.2: in proportion to n evenly spaced quantiles of the density x**-A on 1
-            <= x <= 0.8 * tokens, in a fixed random order; an expert has at most `tokens` rows.
+        load: how the benchmark distributed the rows. "balanced": evenly. "power_law_A", such as power_law_1.2: in
+            proportion to n evenly spaced quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in a fixed random
+            order, with at most `tokens` rows per expert.
         in_order: which experts get the rows that are left over after rounding. True (the older benchmark): those with
             the largest rounded counts first. False: those with the largest counts before rounding first. If rounding
             gives too many rows, experts lose rows in the reverse order.
@@ -351,8 +343,7 @@ class Record(Errors):
         chip: name of the chip.
         table: name of the table, such as matmul.
         dtype: number format, as written in the table.
-        halves: {half: Errors of its rows}. A half, "fit" or "test", is a value in the rows' column `split`; {} if there
-            is no such column.
+        halves: {value of the rows' column `split`, "fit" or "test": Errors of these rows}; {} without such a column.
         regimes: {what limits the modelled time, one of regime.REGIMES: Errors of these rows}, without empty groups.
         causes: {cause of an error, a key of regime.CAUSES: number of rows}, over the 5 % of rows with the largest
             errors.
@@ -392,11 +383,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row as text: its column dtype, or if it has none, its column kv_dtype.
-
-    For a row with neither column, such as a collective's, the text is "two bytes", because such rows have 16-bit
-    values.
-    """
+    """The number format of a row as text: its column dtype or kv_dtype; "two bytes" for a row with neither."""
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 
 
@@ -425,8 +412,8 @@ def validate(
         worst: number of rows with the largest errors that each Record lists.
         progress: called before each table.
 
-    Raises ValueError for an unknown chip or table, and if the folder has no table. Raises ChipError if a chip cannot
-    run a row's call.
+    Raises ValueError for an unknown chip or table or a folder without tables, ChipError if a chip cannot run a row's
+    call.
     """
     out = []
     progress(0, 0, f"reading {folder}")
