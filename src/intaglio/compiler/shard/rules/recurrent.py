@@ -31,7 +31,7 @@ def short_conv(lane: Lane, op: ShortConv) -> None:
 
 @sharding_rule(Decay)
 def decay(lane: Lane, op: Decay) -> None:
-    """Append a Decay op, which computes the decay rates of a recurrence, to one rank's Program. Returns nothing.
+    """Append a Decay op (step sizes and log decays of a recurrence) to one rank's Program. Returns nothing.
 
     If the input op.x is divided among the ranks at head boundaries, the rank computes only its own columns. Otherwise
     it computes all columns.
