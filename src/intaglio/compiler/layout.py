@@ -36,9 +36,9 @@ class Layout:
             None: there are no copies, and each group holds consecutive experts.
         placement: says which experts each group holds. None: experts are placed by ExpertPlacement.even() if
             `redundant` is not None.
-        sums: a larger tp, a multiple of `tp`, whose results this layout reproduces bit for bit. Each sum that tp
-            divides among lanes is computed in `sums` parts, which are added in the order in which `sums` lanes would
-            add them. 1: each lane computes one part.
+        sums: a multiple of `tp`. The layout gives the results of a layout with tp = `sums`, bit for bit: each sum that
+            is divided among lanes is computed in `sums` parts, and the parts are added in the order in which `sums`
+            lanes would add them. 1: each lane computes one part.
 
     Raises LayoutError in these cases: `sp` with tp 1 or with ep; redundant experts without ep; `sums` above 1 that is
     no multiple of `tp`; `sums` above 1 with ep or `sp`.
@@ -122,10 +122,10 @@ class Layout:
 
     @property
     def numerics(self) -> str:
-        """The part of the layout that decides the bits of results, as text; "" if it is the same as for one rank.
+        """The part of the layout that decides the bits of results, as text; "" if the bits are those of a single rank.
 
-        It is tp4 for tp4, tp4pp2, tp4sp and tp1sums4: pipeline stages and sequence parallelism change no bits. Layouts
-        with the same text compute the same K/V, bit for bit.
+        For tp4, tp4pp2, tp4sp and tp1sums4 the text is tp4: pipeline stages and sequence parallelism change no bits.
+        Layouts with the same text compute the same K/V, bit for bit.
         """
         alike = replace(self, tp=max(self.tp, self.sums), pp=1, sums=1, sp=False, placement=None)
         return "" if alike == Layout() else str(alike)

@@ -76,8 +76,8 @@ def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
 def _runs(layers: int, stages: int, head: float) -> list[int]:
     """The number of the pipeline stage of each layer, from 0, as an ascending list.
 
-    Stages get near-equal numbers of layers. The last stage, which also has the output head, gets fewer layers if the
-    longest stage becomes at least 5 % (WORTH) shorter that way.
+    Stages get near-equal numbers of layers. The last stage, which also has the output head, gets fewer layers if this
+    makes the longest stage at least 5 % (WORTH) shorter.
 
     Args:
         layers: number of layers.

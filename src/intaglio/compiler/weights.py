@@ -27,7 +27,8 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
       "f16" it does not change. With other weights it becomes bf16, except that an e4m3 cache, which a checkpoint asked
       for, stays.
     - Activations are rounded to the format that fits the weight's new format (the op's attribute x_format).
-    - An op keeps the scales of a cache (k_scale, v_scale) if the cache is e4m3, and loses them otherwise.
+    - An op that reads or writes a K/V cache has scales (k_scale, v_scale) only if the cache is e4m3; other scales are
+      removed.
     - Short names (int8, int4, fp8) mean the size of groups (values that share a scale) that fits each weight. A q4_k
       weight whose rows are not whole blocks of 256 becomes int4g32, which has as many bits.
     - If `weights` is a 4-bit format, the weight of the output head (tied to the embedding or not) gets int8g128
@@ -101,11 +102,12 @@ def _output_heads(p: Program, products: list[Op]) -> set[str]:
 
 
 def fitted(name: str, *weights: Tensor) -> str:
-    """The name of the format `name` with the group size that fits all the weights: it divides their numbers of columns.
+    """The name of the format `name` with a group size that fits all the weights.
 
-    In a format with groups of 128 values, the group becomes the largest of 128, 96, 64 and 32 that divides the columns
-    of all weights, because padding would be stored and multiplied too; if none does, the name does not change. q4_k
-    becomes int4g32 if 256 does not divide the columns. Any other format does not change.
+    A group size fits if it divides the number of columns of each weight. In a format with groups of 128 values, the
+    group becomes the largest of 128, 96, 64 and 32 that divides the columns of all weights, because padding would be
+    stored and multiplied too; if none does, the name does not change. q4_k becomes int4g32 if 256 does not divide the
+    columns. Any other format does not change.
     """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:

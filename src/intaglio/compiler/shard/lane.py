@@ -180,9 +180,9 @@ class Lane:
         """The weight `t`, with smaller groups if a cut along `axis` would split a group (values that share a scale).
 
         Only weights in self.coded, whose codes come from a checkpoint, are changed: with smaller groups they keep these
-        codes, while a split group would have to be quantised anew. Any other weight is returned unchanged, and so is a
-        weight no group of which is split. shares: for each lane, its indices along `axis`. Raises LayoutError if no
-        group size fits.
+        codes, while a split group would have to be quantised anew. Any other weight is returned unchanged. So is a
+        weight whose groups the cut does not split. shares: for each lane, its indices along `axis`. Raises LayoutError
+        if no group size fits.
         """
         fmt = formats.get(t.format)
         if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:

@@ -128,12 +128,12 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 def roots(
     p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
 ) -> set[str] | None:
-    """Names of the results of linears from which the tensor `name` is computed, as a set; None if that is not all.
+    """Find the linears from which the tensor `name` is computed. Returns the names of their results as a set, or None.
 
-    The search goes back from `name` through elementwise ops and ops of the types `through`. It returns None if it comes
-    to the result of any other op, or if no op computes `name`. Weights, constants and inputs of the Program are
-    ignored. A view of a linear's result counts as a linear's result. found: cache {name: result for this tensor}; new
-    results are added.
+    The search goes back from `name` through elementwise ops and ops of the types `through`. The result is None if the
+    search comes to the result of any other op, or if no op computes `name`. Weights, constants and inputs of the
+    Program are ignored. A view of a linear's result counts as a linear's result. found: cache {name: result for this
+    tensor}; new results are added.
     """
     found = {} if found is None else found
     if name not in found:

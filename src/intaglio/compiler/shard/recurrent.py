@@ -130,11 +130,11 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 
 
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
-    """Find how the operands and results of `op` must be divided if the tensor `name` is. Returns {tensor: columns}.
+    """Find how the operands and results of `op` must be divided if the tensor `name` is divided in a given way.
 
-    The value for a tensor is a list with the columns of each rank. The result is {} if the block ends at this op,
-    because the op is a linear or because `name` can be gathered before it. The result is None if the op cannot run with
-    a divided `name`; the block is then not divided at all.
+    Returns a dict {tensor: list with the columns of each rank}. The result is {} if the block ends at this op, because
+    the op is a linear or because `name` can be gathered before it. The result is None if the op cannot run with a
+    divided `name`; the block is then not divided at all.
 
     Args:
         p: the Program before it is divided.

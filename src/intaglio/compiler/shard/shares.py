@@ -17,9 +17,8 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
     """Divide `width` columns among `lanes` ranks. Returns a list with a Share, a tuple of one range, for each rank.
 
-    The ranges are as equal as possible, and no range is longer than that of rank 0. They end at multiples of a block
-    size: the first in `blocks` that divides `width` and gives every rank at least one block. If there is none, they end
-    at any column.
+    The ranges are as equal as possible, and rank 0 has a longest one. They end at multiples of a block size: the first
+    in `blocks` that divides `width` and gives every rank at least one block. If there is none, they end at any column.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [-(-(width // block) * i // lanes) * block for i in range(lanes + 1)]

@@ -203,9 +203,9 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
 
 
 def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The argument or result of a norm as an array of shape `shape`, which is [heads, tokens, head_dim].
+    """Bring the argument or result of a norm to the shape `shape`, [heads, tokens, head_dim]. Returns the array.
 
-    x: an array of this shape, or an array with as many values that has tokens before heads.
+    x: an array of this shape, or an array with as many values whose axes have tokens before heads.
     """
     if x.shape == shape:
         return x

@@ -235,7 +235,7 @@ def _sized(tiny: TinyModels) -> set[str]:
 
 
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
-    """A statement for a port file, as text, that raises PortError if a key of config.json has a value not ported.
+    """A statement for a port file, as text. It raises PortError if `key` in config.json has a value that is not ported.
 
     The statement accepts the value that the tiny model has. If this value is false (0, None, False) and `new` is true,
     it accepts every false value.

@@ -68,7 +68,10 @@ def fits(expression: str, wanted: Sequence[Any], variants: Sequence[Variant]) ->
 
 
 def equal(a: Any, b: Any) -> bool:
-    """True if two values are equal; numbers may differ by 1e-4 of the second. False if `a` is MISSING."""
+    """True if two values are equal. Two numbers are equal if they differ by at most 1e-4 of `b`.
+
+    False if `a` is MISSING.
+    """
     if a is MISSING:
         return False
     if isinstance(a, bool) or isinstance(b, bool):

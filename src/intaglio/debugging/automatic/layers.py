@@ -233,11 +233,10 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """Find how the results of attention and MLP are added to the residual. Returns {"parallel", "residual_scale"}.
+    """Find how the results of attention and MLP are added to the residual. Returns a dict with two keys.
 
-    The value of parallel is True if the MLP reads the layer's input instead of its sum with attention's result. The
-    value of residual_scale is the factor by which both results are multiplied. Norms before the MLP and norms after an
-    addition are added to `n`.
+    parallel is True if the MLP reads the layer's input instead of its sum with attention's result. residual_scale is
+    the factor by which both results are multiplied. Norms before the MLP and norms after an addition are added to `n`.
 
     Args:
         call: the call of the layer.

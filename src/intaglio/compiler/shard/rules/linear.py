@@ -85,9 +85,9 @@ def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
 
 
 def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int], group: tuple[int, ...]) -> None:
-    """Append all_gathers that give every rank of `group` all partial sums of a linear, and ops that add them in order.
+    """Append all_gathers that give every rank of `group` all partial sums of a linear, and ops that add these sums.
 
-    Returns nothing.
+    The sums are added in the order of their numbers. Returns nothing.
 
     Args:
         lane: the rank's Program.
