@@ -243,7 +243,7 @@ class CacheIndex:
                 self._assumed[key] = min(self._assumed[key], now + CONFIRMED_SECONDS)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
-        """Returns how many tokens at the beginning of a prompt the replica has in its K/V cache: an estimate, an int from 0.
+        """Returns how many tokens at the beginning of a prompt the replica has in its K/V cache, an estimate.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
