@@ -73,7 +73,7 @@ class Load(Protocol):
         """Wait up to `seconds` seconds for the transfer to end. Returns True if it has ended."""
 
     def blocks(self) -> list[np.ndarray]:
-        """Returns the contents of the blocks loaded so far, as a new list of uint8 [block_bytes], in the order requested.
+        """Returns the contents of the blocks loaded so far, a new list of uint8 [block_bytes], in the order requested.
 
         The list ends before the first block that the tier did not have or that failed a check.
         """

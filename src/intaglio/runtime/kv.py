@@ -126,7 +126,7 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """Returns the numbers of the cached blocks that hold the beginning of a sequence, as a list; [] if there are none.
+        """Returns a list of the numbers of the cached blocks that hold the beginning of a sequence; [] for none.
 
         The list ends before the first whole block that is not in the prefix cache. Reference counts do not change: call
         share() to hold the blocks.
