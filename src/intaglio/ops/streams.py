@@ -20,7 +20,7 @@ def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
     """Returns the matrices that the op Sinkhorn computes from `x`: their rows and columns sum to about 1.
 
     `x` and the result are float64 [rows, n * n]: each row is an n x n matrix, written row by row. The class Sinkhorn
-    describes the computation, and its fields `iterations` and `eps`.
+    describes the computation and the meaning of `iterations` and `eps`.
     """
     n = isqrt(x.shape[1])
     m = x.reshape(-1, n, n)

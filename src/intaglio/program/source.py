@@ -73,11 +73,11 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """Returns source texts that read the matrices `wanted` of a stack, made from those that read the matrices `held`.
+    """Returns source texts that read the matrices `wanted` of a stack, made from source texts for the matrices `held`.
 
     This is used when experts move to another rank: a stack has one matrix for each expert. A source text names
     checkpoint tensors, and says how to cut or transpose them. The result is a tuple with one text for each run of
-    consecutive numbers in `wanted`. It keeps the transpositions and the cuts of rows or columns in sources[0].
+    consecutive numbers in `wanted`. Each text has the transpositions and the cuts of rows or columns of sources[0].
 
     Args:
         sources: source texts that read the matrices `held`. Only the first text is used as a template.
@@ -121,7 +121,7 @@ def part_sizes(sources: Sequence[str], length: int, axis: str = "r") -> list[int
     A source is a text that names a checkpoint tensor. If it takes only some rows of the tensor, it ends with |rA:B/N,
     which means rows A to B - 1 of every N rows. The row counts are known in two cases:
 
-    - All sources end so, and their numbers B - A add up to `length`. The result is then these numbers.
+    - All sources have this ending, and their numbers B - A add up to `length`. The result is then these numbers.
     - All sources take rows of the same tensor with the same N, and `length` is k times the sum of their numbers B - A.
       The tensor then has k blocks of N rows, and each source provides k * (B - A) rows.
 

@@ -97,10 +97,13 @@ def shapes_agree(p: Program) -> Iterator[str]:
 
 
 def written_before_read(p: Program) -> Iterator[str]:
-    """Yield an error message for each temp (intermediate result) or output tensor that is used in the wrong order.
+    """Yield an error message for each wrong read or write of a temp (intermediate result) or output tensor.
 
-    The faults are: the tensor is read before it is written; it is never written, or written twice; an op writes a view,
-    or a tensor that is neither a temp nor an output.
+    The faults are:
+
+    - The tensor is read before it is written.
+    - The tensor is never written, or is written twice.
+    - An op writes a view, or a tensor that is neither a temp nor an output.
     """
     written: set[str] = set()
     for op in p.ops:

@@ -263,8 +263,8 @@ class CacheIndex:
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
         """Returns the number of tokens of a prompt's prefix if the replica has it cached; None if not.
 
-        Returns 0 if that cannot be said, because `memory` has no K/V block for the prefix: it is shorter than a block,
-        or the replicas reported no block names. A longer prefix may still be cached.
+        Returns 0 if this is unknown, because `memory` has no K/V block for the prefix: it is shorter than a block, or
+        the replicas reported no block names. A longer prefix may still be cached.
 
         Args:
             key: prefix key of the prefix (see prefix_keys()).

@@ -30,11 +30,11 @@ class Pace:
 
     @classmethod
     def fitted(cls, fit: StepFit) -> Pace:
-        """Returns the Pace with the coefficients of a StepFit, which is a fit of step times.
+        """Returns the Pace with the coefficients of `fit`, a fit of step times.
 
-        Returns the default Pace if it is empty. If all steps had about the same number of tokens, the fit gives no time
-        per token. The time per token is then 1/32 of the time per step: with 0, a cached prefix would seem to save
-        nothing.
+        If the fit has no steps, returns the default Pace. If all steps had about the same number of tokens, the fit
+        gives no time per token. The time per token is then 1/32 of the time per step: with 0, a cached prefix would
+        seem to save nothing.
         """
         if fit.mean_seconds <= 0:
             return cls()

@@ -57,9 +57,9 @@ Policy = Callable[[Sequence[Estimate]], Estimate]
 def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, pace: Pace, ahead: int = 0) -> Estimate:
     """Returns the Estimate of a job on a replica: cached prompt tokens, and seconds until its first token and its end.
 
-    The first token comes after two prefills: that of the jobs before this job, and that of its own uncached tokens. Its
-    decode steps follow. At least the last prompt token is computed, because its logits are needed. A job of stage
-    "prefill" ends with its first token.
+    The replica first prefills the jobs before this job, then this job's uncached tokens. After that the first token
+    comes, and the decode steps follow. At least the last prompt token is computed, because its logits are needed. A job
+    of stage "prefill" ends with its first token.
 
     Args:
         replica: the replica.

@@ -127,7 +127,7 @@ class Replica:
         """Returns the estimated number of prompt tokens that the replica still has to compute for its jobs, a float.
 
         The replica computes prompts in the order of placement, so it works at the first job without an output token.
-        The number of this job's prompt tokens that are done is estimated as the time since the replica began it /
+        For this job, the number of tokens already computed is estimated: the time since the replica began the job /
         `per_token`.
 
         Args:

@@ -92,12 +92,11 @@ class Accounting:
 
     @staticmethod
     def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:
-        """Store what the request asked for about its prompt in the sequence `s`.
+        """Store a step's results for the prompt in the sequence `s`. Returns the index of the next row to read.
 
-        Returns the index of the next row to read. If the request has `scored` set (evaluation of a text, without
-        generation), the logits of the prompt rows are added to `s.logits`. Else, prompt_logprobs is set, and a Scored
-        is added to `s.prompt_scores` for each row: the log-probability of the prompt token that follows the row's
-        position.
+        If the request has `scored` set (evaluation of a text, without generation), the logits of the prompt rows are
+        added to `s.logits`. If prompt_logprobs is set, a Scored is added to `s.prompt_scores` for each row: the
+        log-probability of the prompt token that follows the row's position.
 
         Args:
             s: the sequence.

@@ -50,8 +50,8 @@ class BlockScope:
     ) -> BlockScope:
         """Returns the BlockScope of the K/V blocks of a Program.
 
-        The Program gives its fields `program` and `kv_format`. The arguments `block_size`, `numerics`, `weights` and
-        `version` become the fields of the same names.
+        Its fields `program` and `kv_format` are taken from the Program. The arguments `block_size`, `numerics`,
+        `weights` and `version` become the fields of the same names.
         """
         formats = sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"})
         return cls(program.hash, weights, " ".join(formats), numerics, block_size, version)

@@ -45,7 +45,7 @@ class Checkpoints:
         return bool(self.slots.total and self.every)
 
     def usable(self, known: Many[int]) -> int:
-        """Returns how many of the cached blocks at its beginning a new sequence can reuse, an int from 0 to len(known).
+        """Returns the number of cached K/V blocks that a new sequence can reuse, counted from its first block, an int.
 
         Without recurrent state, it can reuse all of them. With recurrent state, it also needs a checkpoint at the end
         of the last reused block. The result is then the largest possible number; 0 if there is no such checkpoint.
@@ -100,11 +100,11 @@ class Checkpoints:
         return min([*borders, stop]) - start
 
     def keep(self, sequence: Sequence) -> None:
-        """Save a sequence's recurrent state for the prefix cache, if its present position is one at which to save it.
+        """Save a sequence's recurrent state for the prefix cache, if a checkpoint is due at its present position.
 
-        Called after a step. Returns nothing. A state is saved only at the end of a block that is in the prefix cache.
-        During decoding it is saved at every such position, during the prompt only at the positions that the class
-        docstring lists.
+        Returns nothing. Called after a step. A checkpoint is saved only at the end of a block that is in the prefix
+        cache. During decoding, it is due at every such position; in the prompt, it is due only at the positions that
+        the class docstring lists.
         """
         at, size = sequence.computed, self.pool.block_size
         name = sequence.prefix_name

@@ -85,8 +85,8 @@ class StepFit:
 class LatencyEstimator:
     """Predicts how long steps and whole requests take, from the times of recent steps and requests.
 
-    `steps` is the StepFit of recent steps. While the time per token cannot be fitted, estimates are too low rather than
-    too high, so that requests are admitted and their steps can be measured.
+    `steps` is the StepFit of recent steps. While the time per token cannot be fitted, estimates are rather too low than
+    too high. So requests are admitted, and the estimator learns from their steps.
 
     Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951):
 

@@ -19,7 +19,7 @@ POLL = 0.05  # seconds that a wait for a load may take when nothing else can run
 
 
 class BlockDevice(Protocol):
-    """Interface for reading and writing the K/V blocks of a device. An Executable and a Launcher have it."""
+    """Interface for reading and writing the K/V blocks of a device. Executable and Launcher implement it."""
 
     @property
     def block_bytes(self) -> int:
@@ -173,8 +173,9 @@ class Offload:
     def touch(self, blocks: list[int]) -> list[int]:
         """Tell the tier that a sequence uses the given blocks now, so that it evicts other blocks first.
 
-        Returns a list of those of the blocks that are in the prefix cache; [] if there is no tier. Called when a
-        sequence starts and again when it ends, because blocks saved in between were not in the tier at its start.
+        Returns a list of the numbers in `blocks` whose blocks are in the prefix cache; [] if there is no tier. Called
+        when a sequence starts and again when it ends, because blocks saved in between were not in the tier at its
+        start.
 
         blocks: numbers of the blocks.
         """
@@ -241,10 +242,10 @@ class Offload:
         return BlockKey(cached.name, cached.parent, cached.tokens)
 
     def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
-        """Begin to load the blocks of a sequence that the tier has.
+        """Begin to load blocks of a waiting sequence from the tier.
 
-        Returns the SequenceLoad, or None if there is nothing to load. The first block to load is the block after the
-        cached blocks; the blocks to load end before the first that the tier does not have. A block that ends with the
+        Returns the SequenceLoad, or None if the tier has none. The first block to load is the block after the cached
+        blocks. The blocks to load end before the first block that the tier does not have. A block that ends with the
         sequence's last token is not loaded, because this token is always computed.
 
         sequence: the sequence. cached: number of blocks at its beginning that are in the prefix cache.

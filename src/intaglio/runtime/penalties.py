@@ -29,7 +29,7 @@ class Penalties:
         self.scale = np.array([p.repetition_penalty if id in in_prompt else 1.0 for id in first], np.float32)
 
     def push(self, token: int) -> None:
-        """Count one more output token, if the request has a penalty that depends on it. Returns nothing."""
+        """Count one more output token, if the request has a penalty that depends on output tokens. Returns nothing."""
         if not (self.repeated or self.counted):
             return
         row = self.row.setdefault(token, len(self.row))

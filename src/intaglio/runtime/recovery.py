@@ -18,8 +18,8 @@ MAX_DEVICE_LOSSES_PER_SEQUENCE = 2  # steps with only this sequence, no token be
 class Recovery:
     """Replaces a lost device, and ends a sequence whose steps make the device fail again and again.
 
-    If the device is lost MAX_DEVICE_LOSSES_PER_SEQUENCE times in steps that contain only one sequence, and this
-    sequence samples no token in between, it ends in error.
+    A sequence ends in error if the device is lost MAX_DEVICE_LOSSES_PER_SEQUENCE times in steps that contain only this
+    sequence, and the sequence samples no token in between.
 
     `restart` is the function that loads the same Program again on another device. After a loss, it is tried up to
     `max_restarts` times. If all attempts fail, every sequence ends in error, and `failed` has the reason.
@@ -41,8 +41,9 @@ class Recovery:
         positions, so earlier K/V is intact.) Otherwise all running sequences are preempted and recomputed from their
         token ids.
 
-        The sequences in flight become suspects: each runs in a step of its own, without drafts, until it has sampled a
-        token. A sequence that loses the device MAX_DEVICE_LOSSES_PER_SEQUENCE times in such steps ends in error.
+        The sequences that were in flight at the loss become suspects: each runs in a step of its own, without drafts,
+        until it has sampled a token. A sequence ends in error if it loses the device MAX_DEVICE_LOSSES_PER_SEQUENCE
+        times in this way.
 
         lost: the error that the device raised.
         """

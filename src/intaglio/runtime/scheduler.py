@@ -224,12 +224,12 @@ class Scheduler:
         """True if a waiting sequence should not start yet, since a running one is about to compute K/V blocks for both.
 
         This is so if the running sequence has not yet computed the first K/V block that the waiting sequence lacks, and
-        has the same tokens in at least half of the blocks that it lacks. Otherwise these tokens would be computed
-        twice. Always False for models with recurrent state.
+        has the same tokens in at least half of the lacking blocks. If the waiting sequence started now, these tokens
+        would be computed twice. Always False for models with recurrent state.
 
         Args:
             sequence: the waiting sequence.
-            tokens: the tokens of it whose blocks may be shared.
+            tokens: its tokens whose blocks may be shared.
             known: number of blocks at its beginning that are in the prefix cache.
         """
         size, full = self.pool.block_size, len(tokens) // self.pool.block_size
@@ -286,7 +286,7 @@ class Scheduler:
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
 
     def update_blocks(self, sequence: Sequence) -> None:
-        """Add the blocks of a sequence that the last step has filled to the prefix cache. Returns nothing.
+        """Add to the prefix cache the blocks of a sequence that became full in the last step. Returns nothing.
 
         If a block with the same name is in the cache already, the sequence uses that block, which has the same bits,
         and frees its own. So a sequence that holds a cached block also holds all cached blocks before it, and none of
@@ -312,13 +312,12 @@ class Scheduler:
         self.windows.give_back(sequence)
 
     def _schedule_chunk(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-        """Append a ScheduledSequence with the next tokens of a sequence to `scheduled`.
+        """Append the next tokens of a sequence to the step `scheduled`. Returns how many tokens of `budget` are left.
 
-        Returns the number of tokens left to budget. The sequence gets as many of its tokens as `budget` allows. With
-        recurrent state it gets fewer, if the state is to be saved for the prefix cache at an earlier position (see
-        Checkpoints.cut()).
+        The tokens are appended as one ScheduledSequence, as many as `budget` allows. With recurrent state they are
+        fewer, if the state is to be saved for the prefix cache at an earlier position (see Checkpoints.cut()).
 
-        budget: maximum number of tokens.
+        budget: maximum number of tokens to append.
         """
         num_tokens = self.checkpoints.cut(sequence, min(budget, sequence.remaining))
         if num_tokens:
@@ -326,10 +325,10 @@ class Scheduler:
         return budget - num_tokens
 
     def _preempt_for_priority(self) -> None:
-        """Preempt running sequences until the first waiting sequence can start, if they have a worse priority.
+        """Preempt running sequences that have a worse priority than the first waiting sequence, until it can start.
 
-        Returns nothing. The last running sequences are preempted first; sequences in flight are left alone. No sequence
-        is preempted if that would not free enough blocks.
+        The last running sequences are preempted first; sequences in flight are left alone. No sequence is preempted if
+        that would not free enough blocks. Returns nothing.
         """
         if not self.waiting:
             return
@@ -351,8 +350,8 @@ class Scheduler:
         suspected of having made the device fail.
 
         With recurrent state, a step whose drafts are rejected does not advance the state, so the next step computes the
-        accepted tokens again. If there are more than `max_drafts` of these, that step gets no drafts, so that the state
-        advances.
+        accepted tokens again. If these are more than `max_drafts`, the next step gets no drafts, so that it advances
+        the state.
         """
         drafted = []
         for one in scheduled:

@@ -18,8 +18,8 @@ class SlotError(RuntimeError):
 class SlotPool:
     """Allocator of `total` slots of recurrent state, with reference counts and checkpoints.
 
-    Slots are numbered from 0. A checkpoint is a state that is saved for the prefix cache, under the name of the K/V
-    block at whose end it was the state. A slot is in one of three states. It is free, or it is held by one or more
+    Slots are numbered from 0. A checkpoint is a state that is saved for the prefix cache: the state at the end of a K/V
+    block, saved under the block's name. A slot is in one of three states. It is free, or it is held by one or more
     sequences, which its reference count counts, or it is evictable. An evictable slot is held by no sequence, but keeps
     its checkpoint until the slot is needed.
 
@@ -99,11 +99,11 @@ class SlotPool:
                 self.free.append(slot)
 
     def keep(self, slot: int, name: str) -> bool:
-        """Save the recurrent state in a slot for the prefix cache, under the name `name`. Returns True if it was saved.
+        """Save the recurrent state in a slot for the prefix cache, under the block name `name`.
 
-        `name` is the name of the K/V block at whose end it is the state. Nothing is copied: the slot is not reused
-        until the saved state is dropped or evicted. Returns False if a state is already saved under `name`, or if the
-        slot already has a name. Raises SlotError if the slot is not held.
+        Returns True if it was saved. It must be the state at the end of the K/V block with this name. Nothing is
+        copied: the slot is not reused until the saved state is dropped or evicted. Returns False if a state is already
+        saved under `name`, or if the slot already has a name. Raises SlotError if the slot is not held.
         """
         self._check_held(slot)
         if name in self.checkpoints or slot in self.named:

@@ -75,10 +75,10 @@ def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
     max_sequences: int, depth: int = 1,
 ) -> StateSpec:  # fmt: skip
-    """Returns a StateSpec with K/V pages of their own for the layers with a sliding window, if that is wanted.
+    """Returns a copy of `state` in which layers with a sliding window have K/V pages of their own, if that is wanted.
 
     Otherwise returns `state` itself, and all layers share the same pages. A page is the room of a K/V block in the
-    device's memory.
+    device's memory. The result is a StateSpec.
 
     Args:
         state: sizes of the K/V cache.
@@ -167,9 +167,9 @@ class Windows:
     def usable(self, names: Many[str]) -> int:
         """Returns how many cached K/V blocks a new sequence can reuse, as far as layers with sliding windows allow.
 
-        Through its window, the next token after the reused blocks sees some of them. These must also be cached as
-        window blocks. The result is the largest number for which that is so. It is len(names) if layers with windows
-        have no blocks of their own.
+        The next token after the reused blocks sees some of them through its window. These must also be cached as window
+        blocks. The result is the largest number of blocks that meets this condition. It is len(names) if layers with
+        windows have no blocks of their own.
 
         names: names of the blocks at the sequence's beginning that are in the prefix cache of the other layers, in
         order.

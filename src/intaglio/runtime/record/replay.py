@@ -21,8 +21,8 @@ from intaglio.runtime.resumption import Resumption
 class JournalError(ValueError):
     """Raised for a journal that cannot be replayed.
 
-    Its first entry does not describe the engine, or it was recorded with another Program or another K/V cache size, or
-    a request in it has no seed.
+    There are three reasons: its first entry does not describe the engine; it was recorded with another Program or
+    another K/V cache size; or a request in it has no seed.
     """
 
 
