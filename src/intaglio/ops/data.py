@@ -43,10 +43,7 @@ class Embed(Op, kind="embed"):
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Op, kind="select"):
-    """Op that selects rows of x: out[r] = x[rows[r]].
-
-    x is f32 [T, width], rows is int32 [R], out is f32 [R, width].
-    """
+    """Op that selects rows of x: out[r] = x[rows[r]]. x is f32 [T, width], rows int32 [R], out f32 [R, width]."""
 
     x: str = operand()
     rows: str = operand("index")

@@ -145,7 +145,7 @@ class Map(Op, kind="map"):
         return self.moved(t, batch, steps * (t[self.out].nbytes(batch.sizes) // 4))
 
     def other_of_sum(self, x: str) -> str | None:
-        """The name of the operand that the op adds to its operand `x`; None if the op computes anything else."""
+        """Returns the name of the operand that the op adds to operand `x`; None if the op does not add two operands."""
         others = [name for name in self.inputs if name != x]
         steps = postfix(self.expr)
         sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == ("binary", "+")

@@ -316,7 +316,7 @@ class Op:
 
     @property
     def rounds_x(self) -> bool:
-        """True if the op has the attribute x_format, the format that its x is rounded to before a product."""
+        """True if the op has the attribute x_format: the number format to which x is rounded before a product."""
         return "x_format" in self.named("attribute")
 
     @property
