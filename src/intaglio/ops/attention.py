@@ -83,12 +83,12 @@ class KvWrite(Op, kind="kv_write"):
     """Op that stores the keys and values of the step's T tokens in the K/V cache.
 
     Keys k and values v are f32 [T, kv heads * head_dim]. Token t is stored in the cache slot that the batch assigns to
-    it, rounded to the cache's format. An int8row cache has one scale per token and head. An e4m3 cache holds x divided
-    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. To store only keys (for the
-    indexer's op choose_keys), let k_cache and v_cache be the same cache, and v be k.
+    the token, rounded to the cache's format. An int8row cache has one scale per token and head. In an e4m3 cache, each
+    value is divided by the scale of its head and clipped to -448..448; a value that is not finite becomes NaN. To store
+    only keys (for the indexer's op choose_keys), let k_cache and v_cache be the same cache, and v be k.
 
     Attributes:
-        k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
+        k_scale: [heads of k_cache], the scales of an e4m3 cache for keys; other formats do not use them. None means 1.
         v_scale: [heads of v_cache], the scales of an e4m3 cache for values. None means 1.
     """
 

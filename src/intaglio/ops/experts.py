@@ -411,8 +411,8 @@ class Experts(Op, kind="experts"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """Returns the Work (FLOPs and bytes) of one step.
 
-        A step does not read the weights of experts that no token chose. weight_bytes counts the number of experts that
-        random routing of T tokens is expected to reach: E * (1 - (1 - top / E)^T) of E experts.
+        A step does not read the weights of experts that no token chose. weight_bytes counts as many experts as random
+        routing of T tokens is expected to reach: E * (1 - (1 - top / E)^T) of E experts.
         """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.up].shape[0])

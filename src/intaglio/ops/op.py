@@ -249,9 +249,10 @@ class Op:
         raise NotImplementedError
 
     def reach(self, cache: str) -> int:
-        """Returns how many tokens of a K/V cache a query of this op attends to at most, its own token included.
+        """Returns the largest number of tokens in a K/V cache that a query of this op attends to.
 
-        It is the window of an op with a sliding window, for example. 0: there is no limit.
+        The query's own token counts. For an op with a sliding window it is the window, for example. 0: there is no
+        limit.
 
         cache: name of one of the op's K/V caches.
         """

@@ -61,9 +61,9 @@ def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int
 
 
 def pool(value: np.ndarray, gate: np.ndarray) -> np.ndarray:
-    """Returns the weighted sum of the rows of `value`, an array [n].
+    """Returns the sum of the rows of `value`, weighted by the softmax of `gate` over the rows: an array [n].
 
-    Column by column, weights are the softmax of `gate`. value, gate: [rows, n]. The softmax is over the rows.
+    value, gate: arrays [rows, n]. Each column has weights of its own.
     """
     p = np.exp(gate - gate.max(axis=0))
     return np.asarray((p / p.sum(axis=0) * value).sum(axis=0))

@@ -14,9 +14,9 @@ MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """Returns a pseudo-random number in [0, 1) that depends only on `seed` and `position` (splitmix64, Steele et al.
+    """Returns a pseudo-random number in [0, 1) that depends only on `seed` and `position`.
 
-    2014).
+    It is the output of the generator splitmix64 (Steele et al. 2014).
     """
     z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & MASK
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
