@@ -24,11 +24,14 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
     Two formats are read:
 
-    - a JSON list of calls, after an opener or without one;
-    - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each opener.
+    - a JSON list of calls, with or without the delimiter `opener` in front;
+    - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each delimiter.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
-    begun. opener: the delimiter that was consumed before the calls; "": none, and then a call must name one of `tools`.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
+    a call was yielded.
+
+    opener: the delimiter in front of the calls, which is already consumed; "" if there is none. Without a delimiter, a
+    call must name one of `tools`.
     """
     if not (yield from blanks(s)):
         return False

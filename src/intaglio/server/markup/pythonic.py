@@ -16,11 +16,12 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def pythonic(*ends: str) -> Reading:
-    """Make a parser (Reading) of tool calls in Python syntax, or JSON, that end with one of the delimiters `ends`.
+    """Returns a parser of tool calls in Python syntax or JSON. One of the delimiters `ends` may follow the calls.
 
-    The delimiter at the end may be missing; without `ends` none is expected. The parser is a generator function of
-    three arguments: the model's output as a Source; the delimiter in front of the calls, which was already consumed, or
-    ""; and the request's tools. The generator yields Parts; its return value is True if a call was begun, else False.
+    The parser is a generator function with the arguments (s, opener, tools): the model's output as a Source; the
+    delimiter in front of the calls, already consumed, or ""; and the request's tools. Its generator yields Parts, and
+    None while it waits for more text of the model. The generator's return value is True if the start of a call was
+    yielded, else False.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
@@ -38,11 +39,11 @@ def pythonic(*ends: str) -> Reading:
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse tool calls written as Python, in a bracketed list or one per line, and yield them as Parts.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
-    begun, even if it is cut off.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
+    a call was yielded, even if the call is cut off.
 
-    s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "":
-    none, and then a call must name one of `tools`.
+    s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "" if
+    there is none. Without a delimiter, a call must name one of `tools`.
     """
     if s.held[0] == "[":
         while re.fullmatch(r"\[\s*", s.held) and not s.last:
