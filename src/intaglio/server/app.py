@@ -78,7 +78,7 @@ def build(service: Service) -> ASGIApp:
 
 
 def _unrouted(scope: Scope, error: HTTPException) -> Problem:
-    """Returns the error response, a Problem, for a request with an unknown path (404) or a method not allowed there (405).
+    """Returns the error response, a Problem, for an unknown path (404) or a method that the path does not take (405).
 
     scope: the ASGI scope of the request. error: the router's exception; its status code and headers are kept.
     """
@@ -276,9 +276,9 @@ class Api:
         return Json(self.service.find(request.path_params["name"]).card(self.service.started))
 
     async def health(self, request: Request) -> Response:
-        """GET /health. Returns a response with status 200 if the server is healthy, else 503.
+        """GET /health. Returns a response with status 200 if the engine of every model works, else 503.
 
-        The status is 503 if no model can serve requests any more, or if a step of an engine takes too long.
+        An engine does not work if it has failed, or if its current step takes longer than the option step_timeout.
         """
         why = self.service.alive()
         return Json({"status": why or "ok"}, 503 if why else 200)
@@ -301,7 +301,7 @@ class Api:
         return Response(self.service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def state(self, request: Request) -> Response:
-        """GET /state. Returns a JSON response with queue, K/V cache and steps of one model, and the names of all models.
+        """GET /state. Returns a JSON response with queue, K/V cache and steps of one model, and all models' names.
 
         The query parameter `model` selects the model (default: the first). The query parameter `since` is the number of
         a step: only later steps are included. Raises Problem if one of these parameters is invalid.

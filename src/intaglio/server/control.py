@@ -143,10 +143,10 @@ class Connection(asyncio.Protocol):
         self.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Handle the frames that are complete with the new bytes `data`. A frame starts a call, cancels a call or asks for load.
+        """Handle the frames that are complete with the new bytes `data`.
 
-        Closes the connection if the bytes are not valid frames. A frame that asks for load is answered with
-        load_report().
+        A frame starts a call, cancels a call, or asks for a load report, which is sent back (see load_report()). Closes
+        the connection if the bytes are not valid frames.
         """
         try:
             for header, body in self._frames.feed(data):

@@ -28,7 +28,7 @@ class NotAuthenticated(ConnectionError):
 
 
 async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a control channel and authenticate both ends with the token. Returns the connection's (reader, writer).
+    """Connect to a control channel and authenticate both ends with the token. Returns (reader, writer).
 
     Raises NotAuthenticated if the other end does not answer in time or does not know the token. Raises OSError if
     nothing listens at the address.

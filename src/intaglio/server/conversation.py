@@ -94,7 +94,7 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 
 
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
-    """Returns a dict of variables for the chat template: the request's chat_template_kwargs, its `documents`, and hints.
+    """Returns a dict of variables for the chat template: chat_template_kwargs, `documents`, and hints of the request.
 
     A hint, such as reasoning_effort, is a request field that may stay without effect. A hint does not replace a
     variable that chat_template_kwargs sets. If the template reads enable_thinking but not reasoning_effort, the hint

@@ -27,7 +27,7 @@ def request_id(given: str) -> str:
 
 
 def check_key(keys: Sequence[str], authorization: str) -> int:
-    """Returns the index in `keys` of the API key that a request has sent. Raises Problem 401 if `keys` does not have it.
+    """Returns the index in `keys` of the API key that a request has sent. Raises Problem 401 for any other key.
 
     All keys are compared, so that the time taken does not tell which key matched. authorization: the Authorization
     header.

@@ -97,7 +97,7 @@ def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
 
 
 def after_analysis(special: Mapping[str, int]) -> str:
-    """Returns a Lark grammar, as text, for harmony output: messages on the channel analysis, then one on the channel final.
+    """Returns a Lark grammar, as text, for harmony output: messages on channel analysis, then one on channel final.
 
     There may be any number of messages on the channel analysis. The text of the final message is the term @answer,
     which the grammar does not define: the caller adds the grammar of the answer under this name.

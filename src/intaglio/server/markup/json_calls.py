@@ -84,7 +84,7 @@ def string(s: Source) -> Pieces[bool]:
 
 
 def _escape(text: str) -> str:
-    """Returns `text` with JSON escape sequences in place of raw control characters, which JSON strings must not have."""
+    """Returns `text` with each raw control character, which JSON strings must not contain, as an escape sequence."""
     return CONTROL.sub(lambda c: json.dumps(c[0])[1:-1], text)
 
 
