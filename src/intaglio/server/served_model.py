@@ -123,7 +123,7 @@ class ServedModel:
             trace_choices(here, self.name, self.llm.clock())
 
     def state(self, since: int) -> dict[str, Any]:
-        """Returns this model's part of GET /state, as a dict: queue, K/V cache, totals, and steps after step `since`."""
+        """Returns a dict for GET /state: this model's queue, K/V cache, totals, and the steps after step `since`."""
         s, tokenizer = self.driver.snapshot, self.llm.model.tokenizer
         steps = [r for r in list(self.driver.steps) if r.number > since]
         return {
