@@ -64,10 +64,8 @@ class ChoiceDelta:
         finish_reason: why the choice ended; None while it runs.
         fault: the error if finish_reason is "error"; else None.
         usage: token counts and times of the choice; None before the choice ends.
-        prompt: log-probabilities of the prompt's tokens from the second token on. Only one event has them, and only if
-            the request asks for them; None in all other events.
-        stop_reason: the stop string, or the id from stop_token_ids, that ended the choice; None if the choice ended for
-            another reason or has not ended.
+        prompt: if requested, log-probabilities of the prompt's tokens from the second on, in one event; else None.
+        stop_reason: the stop string, or the id from stop_token_ids, that ended the choice; else None.
     """
 
     choice: int
@@ -153,11 +151,10 @@ class ActiveRequest:
 class Submission:
     """The prompts of one HTTP request on their way through the engine, and the queue of their output (ChoiceDeltas).
 
-    The engine admits either all prompts or none of them. A Submission is used on the event loop; the engine's thread
-    only reads `prompts`, `n` and `earlier`.
+    The engine admits all prompts or none. Used on the event loop; the engine's thread only reads `prompts`, `n`,
+    `earlier`.
 
-    earlier: the output that another engine has already generated for this request, as deltas. This engine continues
-    after it.
+    earlier: output that another engine has already generated for this request; this engine continues after it.
     """
 
     def __init__(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> None:
@@ -174,8 +171,8 @@ class Submission:
     def put(self, update: Admitted | Exception | ChoiceDelta) -> None:
         """Add one update from the engine's thread. Call it on the event loop.
 
-        A ChoiceDelta is queued for deltas(). Admitted makes the future `admitted` done. An exception means that the
-        engine refused the submission; it is set as the exception of `admitted`.
+        A ChoiceDelta is queued for deltas(). Admitted ends the future `admitted`; an exception, a refusal, is set on
+        it.
         """
         if isinstance(update, ChoiceDelta):
             self._deltas.append(update)
@@ -191,10 +188,8 @@ class Submission:
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
         """Returns the choices of one prompt that still need output, as a list of SuspendedChoice; [] if none does.
 
-        If another engine began the output, each SuspendedChoice holds the tokens that this engine generated for the
-        choice (from `self.earlier`). Choices that ended on the other engine are left out.
-
-        prompt: index of the prompt in the submission, from 0.
+        If another engine began the output, choices that ended there are left out, and each SuspendedChoice holds the
+        tokens that the other engine generated for it. prompt: index of the prompt in the submission, from 0.
         """
         first = prompt * self.n
         mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]
@@ -209,9 +204,8 @@ class Submission:
     def check_text(self, prompt: int, choices: Sequence[SuspendedChoice]) -> None:
         """Raise RequestError if a choice's text differs from the text that the client already has. Returns nothing.
 
-        Another engine generated the first tokens of these choices and sent their text (the deltas in `self.earlier`).
-        This engine has decoded the same tokens again, and its text must be equal.
-
+        Another engine has sent the text of the first tokens (`self.earlier`). This engine has decoded the same tokens
+        again.
         prompt: index of the prompt in the submission, from 0. choices: the prompt's choices to check.
         """
         for choice in choices:
@@ -242,8 +236,7 @@ class Snapshot:
     Attributes:
         gauges: the engine's gauges.
         counts: the engine's counters.
-        beat: time.monotonic() when the engine's thread took the snapshot. If this was long ago and the engine is not
-            idle, a step hangs.
+        beat: time.monotonic() at the snapshot. If this was long ago and the engine is not idle, a step hangs.
         idle: True if the engine has no work.
         active: number of requests in the engine.
         experts: load of the experts of each mixture-of-experts layer. The key is the name of the layer's op `experts`.
@@ -306,9 +299,8 @@ class Driver:
     def submitted(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> Iterator[Submission]:
         """Context manager that submits prompts to the engine and yields their Submission.
 
-        On exit it cancels the choices that have not ended. Raises Refused if the engine has ended.
-
-        earlier: output that another engine has already generated for this request; see Submission.
+        On exit it cancels the choices that have not ended. Raises Refused if the engine has ended. earlier: see
+        Submission.
         """
         if self.ended.is_set():
             raise Refused("failed", ENDED, None)
@@ -399,8 +391,7 @@ class Driver:
         """Add a request to the engine's queue. Returns nothing.
 
         choices: the choices that still need output, with the tokens that another engine has generated for them. If
-        there are such tokens, or if choices have already ended, the request is added as a Resumption, which continues
-        after these tokens.
+        there are such tokens or ended choices, the request is added as a Resumption, which continues after the tokens.
         """
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)

@@ -3,7 +3,8 @@
 A job is a tile of queries that iterates over tiles of keys. Long contexts of single queries are split into parts, whose
 results are merged (flash decoding). Runs on matrix array and vector lanes, or on the fused attention engine if there is
 one. Tiles and plans are those of attend_tiles.py and attend_plan.py; the closed form is in attend_loop.py. Attention to
-chosen positions is in attend_chosen.py.
+chosen positions is in attend_chosen.py. Long because prefill, decode and the merge of split contexts use the same jobs,
+tile buffers and instructions.
 """
 
 from __future__ import annotations

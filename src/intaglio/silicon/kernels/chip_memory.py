@@ -204,7 +204,7 @@ def shifted(part: slice, by: int) -> slice:
 
 
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
-    """Emit a Load of `src` into the first rows and columns of `tile`. Returns the region that is filled.
+    """Emit a Load of `src` to the beginning of the memory of `tile`. Returns the region that is filled, without gaps.
 
     This region has the size of `src`. If `rows` or `columns` is larger than the size of `src`, the region has this many
     rows or columns, and the additional elements are set to zero.
