@@ -35,19 +35,20 @@ TEMPLATES = "additional_chat_templates/"
 
 
 class HubError(CheckpointError):
-    """Raised if a hub id leads to no checkpoint. The message says why and what to do."""
+    """Raised if a checkpoint cannot be had from the Hugging Face hub. The message says why and what to do."""
 
 
 def locate(name: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
-    """The path of the checkpoint that `name` means, downloaded if it is a hub id.
+    """Returns the path of the checkpoint that `name` refers to. A checkpoint with a hub id is downloaded if needed.
 
     A path that exists is returned unchanged, even if it also has the form of a hub id. A name that does not have the
     form of a hub id is returned unchanged, too, whether the path exists or not.
 
     Args:
-        name: a path, or a hub id: owner/name, or owner/name:TAG for the GGUF file of the quantisation TAG (Q4_K_M).
+        name: a path, or a hub id: owner/name, or owner/name:TAG for the GGUF file of the quantisation TAG, such as
+            Q4_K_M.
         revision: branch, tag or commit of the repository; None: main.
-        progress: called as progress(bytes done, bytes in all, what).
+        progress: function called as progress(bytes done, bytes in all, text that says what is done).
 
     Raises:
         HubError: the repository or the files wanted are not there or cannot be downloaded; `revision` is given for a
@@ -70,29 +71,35 @@ def locate(name: str | Path, revision: str | None = None, progress: Progress = s
 
 
 def hub_id(name: str | Path) -> str | None:
-    """`name` as a string if it has the form of a hub id and no such path exists; None otherwise."""
+    """Returns `name` as a string if it has the form of a hub id (owner/name) and is not an existing path; else None."""
     return str(name) if HUB_ID.fullmatch(str(name)) and not Path(name).exists() else None
 
 
 def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callable[[str], Any]) -> list[str]:
-    """A list of the files to download from a repository: those with text and settings, and the weights of one format.
+    """Returns a list of the files to download from a repository: text files, settings, and weights in one format.
 
-    Weights are the first of these that the repository has: those that `transformers_weights` of config.json names;
-    model.safetensors; the shards of model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or
-    of several the one of DEFAULT_TAG. With a tag, only GGUF models of that quantisation are considered. All parts of a
-    split GGUF model are taken.
+    The weights are the first of these that the repository has:
 
-    If the repository is something else, such as an adapter, the list has only the file that shows this. Reading the
-    downloaded folder then raises an error that says so.
+    - the files that `transformers_weights` of config.json names;
+    - model.safetensors;
+    - the shards that model.safetensors.index.json lists;
+    - the only *.safetensors file;
+    - the only GGUF model or, if there are several, the GGUF model with DEFAULT_TAG in its name.
+
+    With a tag, only GGUF models with the tag in their names are considered. All parts of a split GGUF model are in the
+    list.
+
+    For a repository that is not a model, such as an adapter, the list has only the file that shows this. Reading the
+    downloaded folder then raises an error that says what the repository is.
 
     Args:
-        repo: name of the repository in errors.
-        files: all its files, by their paths in it.
-        tag: quantisation in the name of a GGUF file; None: any format.
-        read: reads a JSON file of the repository.
+        repo: name of the repository, for errors.
+        files: paths of all files in the repository.
+        tag: quantisation in the name of a GGUF file, such as Q8_0; None: any format.
+        read: function from the path of a JSON file of the repository to its contents.
 
     Raises:
-        HubError: there are no weights that can be read, or several and no rule chooses one.
+        HubError: there are no weights that can be read; or there are several models and no rule chooses one.
     """
     files = sorted(files)
     unread = {"tokenizer.model"} if "tokenizer.json" in files else set()
@@ -115,11 +122,15 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 
 
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
-    """A list of the safetensors files to download, with the index if there is one; [] if there are none.
+    """Returns a list of the safetensors files to download, and their index if there is one; [] if there are none.
 
-    Only files in the repository's top folder count. repo: name of the repository, for errors. files: all its files.
-    read: function from the name of a JSON file of the repository to its contents. Raises HubError if the repository
-    lacks a file that config.json or the index names, or if several files have no index.
+    Only files in the repository's top folder count. Raises HubError if the repository lacks a file that config.json or
+    the index names, or if there are several files without an index.
+
+    Args:
+        repo: name of the repository, for errors.
+        files: paths of all files in the repository.
+        read: function from the name of a JSON file of the repository to its contents.
     """
     decides = deciding_file(read("config.json"), files.__contains__, read)
     if decides is not None:
@@ -138,9 +149,9 @@ def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> lis
 
 
 def _gguf_models(files: list[str]) -> dict[str, list[str]]:
-    """The GGUF models of a repository, as {path of a model's first part: list of the paths of all its parts}.
+    """Returns the GGUF models of a repository as {path of a model's first file: list of the paths of all its files}.
 
-    files: all files of the repository. Files that only accompany a model, such as mmproj files, are left out.
+    Files that only accompany a model, such as mmproj files, are left out. files: paths of all files in the repository.
     """
     models: dict[str, list[str]] = {}
     for f in files:
@@ -152,10 +163,15 @@ def _gguf_models(files: list[str]) -> dict[str, list[str]]:
 
 
 def _chosen_gguf(repo: str, models: Mapping[str, list[str]], tag: str | None) -> list[str]:
-    """The parts of the GGUF model whose name contains `tag`, as a list of paths.
+    """Returns the paths of all files of one GGUF model, as a list.
 
-    models: {first part: parts}. Without a tag: the only model or, if there are several, the one with DEFAULT_TAG.
-    Raises HubError unless exactly one model fits.
+    With a tag it is the model whose name contains the tag. Without a tag it is the only model or, if there are several,
+    the model whose name contains DEFAULT_TAG. Raises HubError unless exactly one model fits.
+
+    Args:
+        repo: name of the repository, for errors.
+        models: {path of a model's first file: list of the paths of all its files}.
+        tag: quantisation in the name of a GGUF file, such as Q8_0; None: no tag.
     """
     if tag is None and len(models) == 1:
         return next(iter(models.values()))
@@ -170,7 +186,7 @@ def _chosen_gguf(repo: str, models: Mapping[str, list[str]], tag: str | None) ->
 
 
 class _Repository:
-    """One revision of a hub repository, read over the network; from the cache if the hub cannot be reached."""
+    """One revision of a repository on the Hugging Face hub. If the hub cannot be reached, the local cache is used."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         self.repo, self.revision = repo, revision
@@ -178,10 +194,14 @@ class _Repository:
         self.why = ""  # why the hub cannot be reached
 
     def fetch(self, tag: str | None, progress: Progress) -> Path:
-        """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file.
+        """Download the checkpoint's files that the cache lacks. Returns the path of their folder in the cache.
 
-        tag: quantisation to choose among GGUF files; None: DEFAULT_TAG. progress: called as progress(bytes done, bytes
-        in all, what). Raises HubError if the files are not there or cannot be downloaded.
+        For a GGUF model it returns the path of its (first) file. Raises HubError if the files are not there or cannot
+        be downloaded.
+
+        Args:
+            tag: quantisation to choose among GGUF files, such as Q8_0; None: DEFAULT_TAG.
+            progress: function called as progress(bytes done, bytes in all, text that says what is done).
         """
         progress(0, 0, f"looking up {self.repo}")
         sizes = self._sizes()
@@ -200,9 +220,10 @@ class _Repository:
         return HubError(f"{self.repo} is gated: ask for access on its page, then log in (hf auth login, or HF_TOKEN)")
 
     def _sizes(self) -> dict[str, int] | None:
-        """A dict of each file's size in bytes by its path; None if the hub cannot be reached. Sets `commit`.
+        """Ask the hub for the repository's files. Returns {path: size in bytes}, or None if the hub cannot be reached.
 
-        Raises HubError if the hub answers that there is no such repository or revision, or that it may not be read.
+        Sets `commit` to the commit of the revision; if the hub cannot be reached, sets `why` to the reason. Raises
+        HubError if the repository or revision does not exist, or if access is denied.
         """
         from huggingface_hub import HfApi, errors
 
@@ -232,9 +253,11 @@ class _Repository:
         return {s.rfilename: s.size or 0 for s in info.siblings or ()}
 
     def _cached(self, tag: str | None) -> Path:
-        """The folder or GGUF file that fetch() would return, from the cache alone, for use without a network.
+        """Returns the path of the checkpoint's folder or GGUF file in the cache. Does not use the network.
 
-        tag: quantisation to choose among GGUF files; None: DEFAULT_TAG. Raises HubError if files are missing.
+        Raises HubError if the cache lacks the repository or files that are needed.
+
+        tag: quantisation to choose among GGUF files, such as Q8_0; None: DEFAULT_TAG.
         """
         from huggingface_hub import errors, snapshot_download
 
@@ -256,15 +279,16 @@ class _Repository:
         return _opened([folder / f for f in chosen], chosen)
 
     def _download(self, file: str, done: int = 0, total: int = 0, progress: Progress = silent) -> Path:
-        """Download one file of the repository to the cache, or what is missing of it. Returns its path in the cache.
+        """Download one file of the repository to the cache, unless it is there. Returns its path in the cache.
 
-        Raises HubError if the download fails, or the repository was changed meanwhile.
+        A partial download is continued. Raises HubError if the download fails, or if the repository was changed
+        meanwhile.
 
         Args:
-            file: the file's name in the repository.
-            done: bytes of the files downloaded before it, for `progress`.
+            file: the file's path in the repository.
+            done: bytes of the files downloaded before this one, for `progress`.
             total: bytes of all files, for `progress`.
-            progress: called as progress(bytes done, total, what).
+            progress: function called as progress(bytes done, total, text that says what is done).
         """
         from huggingface_hub import errors, hf_hub_download
 
@@ -283,9 +307,9 @@ class _Repository:
 
 
 def _opened(paths: list[Path], files: list[str]) -> Path:
-    """The path by which to open a downloaded checkpoint: its GGUF file (the first part), or the folder it lies in.
+    """Returns the path to open for a downloaded checkpoint: its first GGUF file, or the folder that holds its files.
 
-    paths: where the files lie here. files: their names in the repository, in the same order.
+    paths: paths of the downloaded files on this machine. files: their paths in the repository, in the same order.
     """
     if files[0].endswith(".gguf"):
         return paths[0]
@@ -297,7 +321,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def _bar(done: int, total: int, what: str, progress: Progress) -> Any:
-    """Make a subclass of tqdm that reports the download of one file by calls progress(bytes done, total, what).
+    """Returns a subclass of tqdm that calls progress(bytes done, total, what) while a file is downloaded.
 
     Args:
         done: bytes of the files that were downloaded before this one. They are included in the reported bytes.

@@ -162,11 +162,11 @@ COMPUTES = re.compile(
 
 @dataclass(frozen=True)
 class Fate:
-    """Entry of a checkpoint's account: how one key of a file, or a whole file, was used.
+    """Report on one key of a checkpoint's settings, or on one of its files: whether it was used or ignored, and why.
 
     Attributes:
         file: name of the file.
-        key: path of the key in it; "" for the whole file.
+        key: path of the key in the file, such as text_config.head_dim; "" for the whole file.
         fate: "used" or "ignored".
         why: the reason.
         note: a message for the user; "" if none is needed.
@@ -180,18 +180,18 @@ class Fate:
 
 
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
-    """A list of Fates: for each key in config.json, whether the port used or ignored the key, and why.
+    """Returns a list of Fates: for each key in config.json, whether the port used or ignored the key, and why.
 
     Keys of nested tables that the port reads, such as rope_parameters, have a Fate too.
 
     Args:
-        c: the Config of the text model, which knows the keys that were read.
+        c: the Config of the text model, which has recorded the keys that were read.
         family: the port. Its attribute `fixed` lists, for some keys, the only values that the port implements.
-        config: config.json.
+        config: contents of config.json.
         file: the file's name, for the Fates.
 
-    Raises PortError in two cases: a key of `family.fixed` has a value that is not listed there; or the model brings
-    code of its own (auto_map), and the port does not read a key whose name suggests that it changes results.
+    Raises PortError in two cases. A key of `family.fixed` has a value that is not listed there. Or the model has code
+    of its own (auto_map), and the port does not read a key whose name suggests that it changes results.
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)
@@ -211,15 +211,15 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
-    """A list of Fates: for each key of the quantisation settings, whether it was used or ignored, and why.
+    """Returns a list of Fates: for each key of the quantisation settings, whether it was used or ignored, and why.
 
     Args:
-        q: the settings, which know the keys that were read.
-        where: the file and key that hold them.
-        taken: True if these settings were used to decode matrices of the checkpoint; False if no matrix is quantised.
-        cache: the key that asks for an E4M3 K/V cache; "": none.
+        q: the settings, which have recorded the keys that were read.
+        where: text that names the file and key of the settings, such as "config.json: quantization_config".
+        taken: True if the settings were used to decode matrices of the checkpoint; False if no matrix is quantised.
+        cache: the key of `q` that asks for an E4M3 K/V cache; "" if there is none.
 
-    Raises PortError for a setting that nothing reads and that may change what codes mean.
+    Raises PortError for a key that was not read and whose name suggests that it changes how codes are decoded.
     """
     file, _, at = where.partition(": ")
     out = []
@@ -251,20 +251,20 @@ def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") ->
 def _judge(
     c: Config, family: Family, config: Mapping[str, Any], file: str, key: str, path: str, value: Any
 ) -> Iterator[Fate]:
-    """Yield a Fate (used or ignored, and why) for one key of config.json.
+    """Yield a Fate for one key of config.json: whether the port used or ignored the key, and why.
 
-    If the value is a table, and the port has read keys of it, a Fate for each key of the table follows.
+    If the value is a table of which the port has read keys, a Fate for each key of the table follows.
 
     Args:
-        c: the Config of the text model, which knows the keys that were read.
+        c: the Config of the text model, which has recorded the keys that were read.
         family: the port.
-        config: config.json.
+        config: contents of config.json.
         file: the file's name, for the Fates.
         key: the key.
-        path: its place in the file, such as text_config.KEY.
-        value: its value.
+        path: the key's place in the file, such as text_config.KEY.
+        value: the key's value.
 
-    Raises PortError for a value that the port does not implement, as judge_config() says.
+    Raises PortError for a value that the port does not implement.
     """
     if key in c.replaced:
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""

@@ -71,9 +71,10 @@ CHECKS = {key: (kind, check) for kind, (check, keys) in KINDS.items() for key in
 
 
 def kind_wanted(key: str, value: Any) -> str:
-    """The kind of value that a key of config.json must have, such as "a list of names"; "" if `value` is of this kind.
+    """Returns "" if a key of config.json has a value of the right kind; otherwise the kind it must have, as text.
 
-    null is of every kind, and every value is right for a key that KINDS does not list.
+    An example is "a list of names". null is right for every key, and so is every value of a key that KINDS does not
+    list.
     """
     kind, check = CHECKS.get(key, ("", None))
     return "" if value is None or check is None or check(value) else kind

@@ -31,9 +31,9 @@ LIMIT = 1 << 24  # values of a tensor that are looked at
 
 
 def judge_tensor(checkpoint: Checkpoint, name: str) -> str:
-    """The reason why a tensor that no port reads cannot change results, as text; "" if it might change them.
+    """Returns the reason why an unread tensor cannot change results, as text; "" if it might change results.
 
-    name: the tensor's name in the checkpoint.
+    checkpoint: the checkpoint. name: name of a tensor of the checkpoint that the port does not read.
     """
     for pattern, why in BY_NAME.items():
         if re.search(pattern, name):

@@ -65,18 +65,19 @@ DECIDED_BY = {  # part of a weight's name -> the config keys that determine its 
 
 @dataclass
 class Ported:
-    """A ported Program, with a report of how its checkpoint was read.
+    """The Program of a checkpoint (its model as a list of ops), with a report of how the checkpoint was read.
 
     Attributes:
-        program: the Program as ported, before compilation.
-        family: the family whose port was used.
-        architecture_from: the file and key that named the architecture.
-        keys: the use made of each key of config.json and of the quantisation settings.
+        program: the Program before compilation.
+        family: the port that was used.
+        architecture_from: text that says which file and key named the architecture.
+        keys: for each key of config.json and of the quantisation settings, whether it was used or ignored, and why.
         layers: number of layers.
         unused: {name of a tensor that the Program does not use: the reason}.
         notes: messages for the user.
         ignored: {prefix of names of tensors that this port never uses: the reason}.
-        scales: {name of a tensor that is a scale of the K/V cache: names of the Program's constants that hold it}.
+        scales: {name of a stored tensor with a scale of the K/V cache: names of the Program's constants with its
+            value}.
     """
 
     program: Program
@@ -93,15 +94,15 @@ class Ported:
 def port(
     checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
 ) -> Program:
-    """The Program of a checkpoint, for positions below `context`.
+    """Returns the Program of a checkpoint: the model as a list of ops, for positions below `context`.
 
-    The default context is the model's own limit. With LongRoPE or dynamic NTK scaling, the rope frequencies depend on
-    the length of the text; the default is then the length up to which they do not change. Weights keep the formats they
-    are stored in. Warns of ignored settings that may matter.
+    Weights keep the formats they are stored in. Issues a warning if ignored settings may matter. The default context is
+    the model's own limit or, with LongRoPE and dynamic NTK scaling, the longest context with the rope frequencies of
+    short texts.
 
-    name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
-    PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
-    tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
+    name: name of the Program; None: the folder's name. family: the port to use; None: the port for the checkpoint's
+    architecture. Raises PortError for an architecture that is not ported, a setting that is not implemented, a context
+    out of range, or tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:
@@ -112,16 +113,16 @@ def port(
 def port_checkpoint(
     checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
 ) -> Ported:
-    """Port a checkpoint. Returns a Ported: the Program with a report of keys and tensors.
+    """Port a checkpoint. Returns a Ported: the Program (the model as a list of ops) with a report of keys and tensors.
 
-    The arguments are those of port(). Issues no warning; the report has the notes instead. Raises PortError and
-    CheckpointError as port() does.
+    Issues no warnings; the report has them as notes. Raises PortError for a checkpoint that is not ported, and
+    CheckpointError for a checkpoint that cannot be read.
 
     Args:
         checkpoint: the open checkpoint.
-        context: positions to compile for; None: the default of port().
+        context: number of positions; None: the model's default.
         name: name of the Program; None: the folder's name.
-        family: port to use; None: the one for the checkpoint's architecture.
+        family: the port to use; None: the port for the checkpoint's architecture.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -169,12 +170,11 @@ def port_checkpoint(
 def port_config(
     config: Mapping[str, Any], context: int | None = None, name: str | None = None, format: str | None = None
 ) -> Program:
-    """The Program of a model given only by its config.json, without weights.
+    """Returns the Program (the model as a list of ops) for a config.json without weights.
 
-    context: positions to compile for; None: the default of port(). name: name of the Program; None: the architecture's.
-    format: number format of all weights; None: the config's dtype, bf16 if it has
-    none. Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
-    quantisation settings.
+    context: number of positions; None: the model's default. name: name of the Program; None: the architecture's name.
+    format: number format of all weights; None: the config's dtype, or bf16 if it has none. Raises PortError for an
+    architecture, setting, dtype or context that is not supported, and for a config with quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
@@ -192,9 +192,10 @@ def port_config(
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """(Family for a config, text that says which key named it). Raises PortError if no port fits.
+    """Returns (the Family, that is the port, for a config; text that says which key of the config named it).
 
-    As in transformers, a known model_type decides; otherwise `architectures` does. where: the checkpoint, for errors.
+    As in transformers, `architectures` decides if its class belongs to model_type, or if model_type is unknown;
+    otherwise model_type decides. Raises PortError if there is no port. where: the checkpoint, for errors.
     """
     known = families()
     by_type = {t: f for f in known.values() for t in f.model_types}
@@ -230,11 +231,11 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 
 
 def _prefix(family: Family, names: Any) -> str:
-    """Find the part of the decoder's tensor names before "embed_tokens" or "layers", such as "model.". Returns a str.
+    """Returns the prefix that the decoder's tensor names have in a checkpoint, such as "model.".
 
-    It is the first of family.prefixes for which the checkpoint has a tensor PREFIX + MODULE + ".weight", with a module
-    of family.tops, such as embed_tokens. If "model." is among the prefixes, "" is tried last, for models saved without
-    their outer class. If none is found and no tensor looks like an embedding or a layer, the result is the family's
+    It is the first of family.prefixes for which the checkpoint has a tensor PREFIX + MODULE + ".weight", where MODULE
+    is one of family.tops, such as embed_tokens. If "model." is among the prefixes, "" is tried last, for models saved
+    without their outer class. If no prefix fits and no tensor looks like an embedding or a layer, it is the family's
     first prefix.
 
     Args:
@@ -258,11 +259,11 @@ def _prefix(family: Family, names: Any) -> str:
 
 
 def _config(family: Family, config: Mapping[str, Any]) -> Config:
-    """The Config of the text model: the keys of text_config if `config` has that table, otherwise all its keys.
+    """Returns the Config of the text model.
 
-    tie_word_embeddings is also read outside text_config. The family's aliases and its function `prepare` are applied.
-
-    config: the contents of config.json.
+    It has the keys of text_config or, without that table, all keys of `config`. tie_word_embeddings is also read
+    outside text_config. The family's aliases of keys and its function `prepare` are applied. config: contents of
+    config.json.
     """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:
@@ -281,9 +282,9 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
 
 
 def _llama_names(checkpoint: Checkpoint) -> bool:
-    """True if a GGUF file's tensors already have the names that Decoder uses, with no fused matrices.
+    """True if the tensors of a GGUF file are read under the names that Decoder uses, not under transformers' names.
 
-    False for a folder with config.json, and for GGUF architectures whose tensors are read under transformers' names.
+    False for a folder with config.json.
     """
     return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
 
@@ -291,11 +292,12 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
 def _layout(
     checkpoint: Checkpoint, family: Family, prefix: str, scales: CacheScales, notes: list[str]
 ) -> Callable[[Decoder], Decoder]:
-    """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
+    """Returns a function that takes a Decoder (model description) and returns a copy that fits a checkpoint's tensors.
 
     The function sets the prefix of tensor names, the K/V cache's format and scales, the names of the output head and
     its bias, whether the head is tied to the embedding, how experts are stored, and whether a router has a correction.
-    It also applies `family.adapt`, except for GGUF files with llama.cpp's tensor names. Each call may add to `notes`.
+    It also applies `family.adapt`, except for GGUF files whose tensors have the names that Decoder uses. Each call may
+    add messages for the user to `notes`. scales: scales of the K/V cache that the checkpoint has.
     """
     names = checkpoint.names
 
@@ -347,17 +349,19 @@ def _program(
     order: Callable[[str], str] = lambda source: "",
     notes: list[str] | None = None,
 ) -> Program:
-    """The Program that a family's port writes for a config. Raises PortError for what the port refuses.
+    """Returns the Program (the model as a list of ops) that a family's port writes for a config.
 
     Args:
         family: the port.
         c: the config.
-        context: positions of the Program; None: the model's default. PortError if out of range.
+        context: number of positions of the Program; None: the model's default.
         name: name of the Program.
-        layout: function that returns a Decoder adapted to the checkpoint's tensors.
+        layout: function that returns a copy of a Decoder that fits the checkpoint's tensors.
         format: function from a stored tensor's name to its number format.
         order: function from a weight's name to the name of its act-order permutation (a tensor); "" if it has none.
-        notes: list to which a warning is added if a longer context changes the rope table; None: no warnings.
+        notes: list to which a warning is added if the rope table depends on the context; None: no warnings.
+
+    Raises PortError if `context` is out of range, or if the port does not support a setting.
     """
     usual, limit, differs = lengths(c)
     length = context or usual
@@ -375,15 +379,12 @@ def _program(
 
 
 def _long_note(length: int, usual: int, limit: int) -> str:
-    """Text of a warning for a model with two rope tables, one for short contexts and one for long ones.
+    """Returns the text of a warning for a model with two rope tables, one for short contexts and one for long contexts.
 
-    The context for which a Program is made selects the table, so results depend on it. The text says which table the
-    Program has, and how to get the other one. Call this only for such models (see lengths()).
+    The context for which a Program is made selects its table, so results depend on the context. The text says which
+    table the Program has, and how to get the other table.
 
-    Args:
-        length: the context of the Program, in tokens.
-        usual: the default context, in tokens.
-        limit: the longest context, in tokens.
+    length: the context of the Program. usual, limit: the longest contexts with the first and with the second table.
     """
     if length > usual:
         return (
@@ -397,15 +398,11 @@ def _long_note(length: int, usual: int, limit: int) -> str:
 
 
 def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
-    """Check that a Program fits its checkpoint, and add the reason for each unread tensor to ported.unused.
+    """Check that a Program fits its checkpoint. Adds the reason for each unused tensor to ported.unused.
 
-    Args:
-        ported: the Program with its report.
-        checkpoint: the checkpoint.
-        prefix: prefix of the decoder's tensor names.
-
-    Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has another shape
-    than the Program needs; or a tensor that nothing reads might change results.
+    Returns nothing. Raises PortError in three cases: the checkpoint lacks a tensor that the Program reads; a tensor has
+    another shape than the Program needs; or an unused tensor might change results. prefix: prefix of the decoder's
+    tensor names.
     """
     program, family = ported.program, ported.family
     wanted = {
@@ -463,7 +460,10 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
 
 
 def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
-    """The likely cause of missing tensors, to append to an error message: "; " and a phrase, or "" if unknown."""
+    """Returns the likely cause of missing tensors as text for the end of an error message: "; " and a phrase, or "".
+
+    missing: names of the missing tensors.
+    """
     if all(n.endswith(("bias", "sinks")) for n in missing):
         ends = {"norm" if "norm" in n else "mlp" if "mlp" in n else "attention" for n in missing}
         keys = [k.key for k in ported.keys if "bias" in k.key and (any(e in k.key for e in ends) or k.key == "bias")]
@@ -483,14 +483,14 @@ def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
 
 
 def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """A list of the prefixes that names of multi-token prediction layers may have. Programs do not use such layers.
+    """Returns a list of prefixes of tensor names: tensors of multi-token-prediction layers, which Programs do not use.
 
-    config: config.json, which has their number. prefix: prefix of the names of the decoder's tensors, such as "model.".
+    config: contents of config.json. prefix: prefix of the decoder's tensor names, such as "model.".
     """
     n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
     return [*(f"{prefix}layers.{i}." for i in range(n, n + more)), "mtp.", "model.mtp."]
 
 
 def _some(names: list[str]) -> str:
-    """Text with the number of names and the first four of them, for an error message."""
+    """Returns text for an error message with the number of tensors in `names` and the first four names."""
     return f"{len(names)} tensors ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

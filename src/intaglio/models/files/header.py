@@ -42,7 +42,15 @@ HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 
 @dataclass(frozen=True)
 class Entry:
-    """Place of one tensor: its file, dtype and shape, and its bytes start .. stop - 1 in the file."""
+    """Place of one tensor in a safetensors file.
+
+    Attributes:
+        file: the file.
+        dtype: name of the dtype in safetensors, such as BF16.
+        shape: the shape.
+        start: offset of the tensor's first byte in the file.
+        stop: offset after its last byte.
+    """
 
     file: Path
     dtype: str
@@ -52,7 +60,11 @@ class Entry:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, as a dict. Raises CheckpointError naming the file and the line that does not parse."""
+    """Returns the JSON object in a file as a dict.
+
+    Raises CheckpointError if the file is not JSON or holds another JSON value than an object. The message names the
+    file.
+    """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -63,10 +75,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """A dict from tensor name to Entry of a safetensors file.
+    """Reads the header of a safetensors file.
 
-    The file has 8 bytes of length, a JSON header, then data without gaps or overlaps. Raises CheckpointError for any
-    other file.
+    Returns a dict from each tensor's name to its Entry (place, dtype, shape). Raises CheckpointError if the file is not
+    a safetensors file, is truncated, or has gaps or overlaps between tensors.
     """
     size = path.stat().st_size
     with path.open("rb") as f:
@@ -91,16 +103,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, name: str, item: Any, base: int, size: int) -> Entry:
-    """The Entry (place, dtype and shape) of one tensor in a header.
+    """Returns the Entry (place, dtype and shape) of one tensor of a safetensors file.
 
     Args:
         path: the file.
         name: name of the tensor, for errors.
-        item: the header's value for the tensor.
+        item: what the JSON header says of the tensor: dtype, shape and data_offsets.
         base: offset in the file at which the tensors' data begin.
-        size: bytes of the file.
+        size: size of the file in bytes.
 
-    Raises CheckpointError if the item is damaged or its data lie outside the file.
+    Raises CheckpointError if `item` is damaged or the tensor's data lie outside the file.
     """
     try:
         dtype, shape = str(item["dtype"]), tuple(int(d) for d in item["shape"])

@@ -42,10 +42,16 @@ Codes = Callable[[Reader], np.ndarray]
 
 
 def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
-    """The GPTQ matrices of a checkpoint, as {name: Coded}: codes of 2, 3, 4 or 8 bits, packed along K into int32.
+    """Returns the GPTQ matrices of a checkpoint as {name: Coded}. A Coded decodes a matrix from its stored tensors.
 
-    qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G, N];
-    g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4.
+    Each matrix [N, K] has codes of 2, 3, 4 or 8 bits and groups of columns that share scales, G groups in all:
+
+    - qweight I32 [K * bits / 32, N]: the codes, packed along K.
+    - qzeros I32 [G, N * bits / 32]: the zero points; minus one, except in version 2 of the format.
+    - scales F16 [G, N].
+    - g_idx I32 [K]: the group of each column. With act-order the groups are in any order.
+
+    In memory, codes of 2 and 3 bits are stored in 4 bits.
 
     Args:
         stored: contents of the checkpoint's files.
@@ -53,7 +59,7 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
             pattern.
         extra: settings of single modules, as in AutoRound's extra_config; None: none.
 
-    Raises PortError for other layouts.
+    Raises PortError for another layout of the stored tensors.
     """
     version = q.get("checkpoint_format") or q.get("format") or "gptq"
     version = "marlin" if q.get("is_marlin_format") else version
@@ -93,14 +99,14 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
 
 
 def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
-    """Raise PortError unless all zero points of a matrix of 3-bit codes are 4, as symmetric quantisation gives.
+    """Raise PortError unless all zero points of a GPTQ matrix with 3-bit codes are 4, as in symmetric quantisation.
 
-    In the first version of GPTQ's format, programs store changed zero points: AutoGPTQ subtracts 1 from each, GPTQModel
-    subtracts constants from whole 32-bit words. With 3 bits the two give different words, and a file does not say which
-    program wrote it. This check accepts the words that either program stores for zero points of 4.
+    In the first version of GPTQ's format, programs store changed zero points: AutoGPTQ subtracts 1 from each zero
+    point, GPTQModel subtracts constants from whole 32-bit words. With 3 bits these results differ, and a file does not
+    say which program wrote it. So this check accepts what either program stores for zero points of 4.
 
     Args:
-        stored: the checkpoint's tensors.
+        stored: contents of the checkpoint's files.
         base: name of the matrix's module.
         symmetric: the quantisation setting `sym`; False raises PortError.
     """
@@ -114,10 +120,15 @@ def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
 
 
 def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The matrices of an AutoRound checkpoint, as {name: Coded}: packed as in GPTQ, AWQ or MLX, or floats with scales.
+    """Returns the matrices of an AutoRound checkpoint as {name: Coded}.
 
-    q: the quantisation settings; its key `extra_config` overrides bits and group_size by a module's name, or by a
-    pattern. Raises PortError for a packing that is not supported.
+    A Coded decodes a matrix from its stored tensors. The settings say how codes are packed: as in GPTQ, AWQ or MLX. A
+    checkpoint may have floats with scales instead. Raises PortError for another packing.
+
+    Args:
+        stored: contents of the checkpoint's files.
+        q: the quantisation settings. Its key `extra_config` overrides bits and group_size for a module's name or for
+            names that match a pattern.
     """
     named = str(q.get("packing_format") or q.get("backend") or "auto_round:auto_gptq")
     packing = named.removeprefix("auto_round:").removeprefix("auto_")
@@ -138,7 +149,7 @@ def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _with(q: Mapping[str, Any], more: Mapping[str, Any]) -> Settings:
-    """A copy of the settings `q` with `more` added.
+    """Returns a copy of the settings `q` with `more` added; keys of `more` replace keys of `q`.
 
     Settings record which keys are read. Keys read from the copy are recorded as read from `q`.
     """
@@ -148,10 +159,10 @@ def _with(q: Mapping[str, Any], more: Mapping[str, Any]) -> Settings:
 
 
 def _override(dynamic: Mapping[str, Any], base: str) -> Mapping[str, Any]:
-    """The settings of the first pattern in `dynamic` that matches a module's name; {} if no pattern does.
+    """Returns the settings of the first pattern in `dynamic` that matches a module's name; {} if no pattern does.
 
-    A pattern with the prefix "-:" says that the module is not quantised; then PortError is raised, since this function
-    is called for modules with quantised tensors.
+    Raises PortError if this pattern has the prefix "-:", which says that the module is not quantised. Call it only for
+    a module with quantised tensors.
 
     dynamic: {pattern: settings}, from the quantisation settings. base: the module's name.
     """
@@ -164,9 +175,11 @@ def _override(dynamic: Mapping[str, Any], base: str) -> Mapping[str, Any]:
 
 
 def _extra(extra: Mapping[str, Any], base: str) -> Mapping[str, Any]:
-    """The settings that AutoRound's extra_config (`extra`) has for module `base`; {} if it has none.
+    """Returns the settings of one module from AutoRound's extra_config; {} if extra_config has none for the module.
 
-    An entry with the module's name is preferred to the first one whose pattern matches the name.
+    An entry for the module's name is used first, then the first entry whose pattern matches the name.
+
+    extra: {name or pattern: settings}. base: the module's name.
     """
     if isinstance(extra.get(base), Mapping):
         return extra[base]
@@ -174,17 +187,18 @@ def _extra(extra: Mapping[str, Any], base: str) -> Mapping[str, Any]:
 
 
 def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
-    """The AWQ matrices of a checkpoint, as {name: Coded}: 4- or 8-bit codes packed along N into int32 words.
+    """Returns the AWQ matrices of a checkpoint as {name: Coded}. A Coded decodes a matrix from its stored tensors.
 
-    Codes in a word are ordered by AWQ_ORDERS. qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16 [G,
-    N].
+    Each matrix [N, K] has codes of 4 or 8 bits and G groups of columns that share scales. The stored tensors are
+    qweight I32 [K, N * bits / 32], qzeros I32 [G, N * bits / 32] and scales F16 [G, N]. AWQ_ORDERS has the order of the
+    codes within an int32 word.
 
     Args:
         stored: contents of the checkpoint's files.
         q: the quantisation settings.
         extra: settings of single modules, as in AutoRound's extra_config; None: none.
 
-    Raises PortError for a layout that is not supported.
+    Raises PortError for another layout of the stored tensors.
     """
     usual, version = q.get("bits") or q.get("w_bit"), str(q.get("version") or "gemm")
     if version.lower() not in AWQ_VERSIONS or q.get("zero_point") is False:
@@ -220,20 +234,20 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 
 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
-    """Number of columns that share a scale, an int; -1 if each row has one scale.
+    """Returns the number of consecutive columns that share a scale, an int; -1 if each row has a single scale.
 
-    It is the first of these that is known: the config's group_size; the size of the largest group in g_idx; `k` divided
-    by the number of scales. If the config's group_size does not fit the number of scales, and the file has g_idx, the
-    size of the largest group in g_idx is taken instead.
+    The number is group_size of the config. If the config has none, it is the size of the largest group in g_idx, or
+    without g_idx `k` divided by the number of scales. If group_size does not fit the number of scales, g_idx decides,
+    too.
 
     Args:
         stored: contents of the checkpoint's files.
         base: the module's name.
         k: number of columns.
-        named: the config's group_size; None: it names none.
+        named: group_size of the config; None if it has none.
 
-    Raises PortError if the file has no scales or zeros, if no size fits the number of scales, or if the size is neither
-    a multiple of 32 up to CHUNK nor a whole row.
+    Raises PortError in three cases: the file has no scales or zero points; no number fits the number of scales; or the
+    number is not a multiple of 32, or above CHUNK, and not the whole row.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:
@@ -266,24 +280,24 @@ def _add(
     stored: Stored, base: str, shape: tuple[int, int], group: int, bits: int, codes: Codes, zeros: Codes,
     parts: Mapping[str, Part], known: dict[bytes, str], out: dict[str, Coded],
 ) -> None:  # fmt: skip
-    """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
+    """Add the Coded of one packed integer matrix to `out`. Decoded values are scale * (code - zero). Returns nothing.
 
-    Returns nothing.
+    Codes are unsigned. Groups of columns share a scale and a zero.
 
     Args:
         stored: contents of the checkpoint's files.
-        base: the module's name.
+        base: name of the matrix's module.
         shape: shape of the matrix.
-        group: columns that share a scale and a zero; -1: the whole row.
+        group: number of columns that share a scale and a zero; -1: the whole row.
         bits: bits of a code.
-        codes: function from a Reader to the codes.
-        zeros: function from a Reader to the zeros.
-        parts: the stored tensors that these functions read, by the ends of their names.
-        known: {bytes of a tensor g_idx: name of the column order made from it}, of the matrices so far; a new one is
-            added.
-        out: {name: Coded} of all matrices and column orders so far; this matrix and its column order are added.
+        codes: function that returns the codes. Its argument, a Reader, returns the values of a stored tensor by name.
+        zeros: function that returns the zeros, with the same argument.
+        parts: the stored tensors that these two functions read. A key is the end of a tensor's name, such as .qweight.
+        known: {bytes of a tensor g_idx: name of the column order made from it} of earlier matrices. A new column order
+            is added.
+        out: {name: Coded} of all matrices and column orders so far. This matrix and its column order are added.
 
-    Raises PortError for a column order with groups of other sizes.
+    Raises PortError if groups of a column order have different sizes.
     """
     order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
     format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])

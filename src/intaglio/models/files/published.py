@@ -27,14 +27,14 @@ FINDERS = {
 
 
 def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
-    """Find the quantised matrices of a checkpoint. Returns ({name: Coded}, set of stored names).
+    """Find the quantised matrices of a checkpoint. Returns ({name of a matrix: Coded}, set of stored tensors' names).
 
-    A name in the dict is the one that the matrix has in an unquantised checkpoint, such as a.weight. The set has the
-    names of the stored tensors from which the matrices are made, and of activation scales. Both are empty if nothing is
-    quantised.
+    A Coded decodes a matrix from its stored tensors. Matrices have the names of an unquantised checkpoint, such as
+    a.weight. The set has the names of the tensors from which the matrices are decoded, and the names of activation
+    scales. Both results are empty if nothing is quantised.
 
     Args:
-        stored: the checkpoint's tensors.
+        stored: contents of the checkpoint's files.
         q: the quantisation settings.
         where: the file and key that hold the settings, for errors.
 

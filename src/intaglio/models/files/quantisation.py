@@ -36,10 +36,11 @@ UNREAD = {
 
 
 def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, str]:
-    """(quantisation settings of a checkpoint folder, text that names the file and key that hold them).
+    """Find the quantisation settings of a checkpoint folder. Returns (settings, text that names their file and key).
 
-    (empty Settings, "") if nothing is quantised. config: the folder's config.json. Raises CheckpointError for a file of
-    settings that is not JSON.
+    Returns (empty Settings, "") if there are no settings. Raises CheckpointError if a file of settings is not JSON.
+
+    path: the folder. config: contents of its config.json.
     """
     inner, mlx = config.get("text_config"), config.get("quantization")
     if isinstance(mlx, Mapping) and "bits" in mlx and "quant_method" not in (config.get("quantization_config") or {}):
@@ -67,9 +68,11 @@ def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, 
 
 
 def method_of(q: Settings, where: str) -> str:
-    """The quantisation method of the settings `q`: one of METHODS, or "modelopt"; "" if no matrices are quantised.
+    """Returns the quantisation method that settings name: one of METHODS, or "modelopt"; "" if nothing is quantised.
 
-    Raises PortError, naming the method, for any other. where: file and key of the settings, for the error.
+    Raises PortError for any other method.
+
+    q: the quantisation settings. where: file and key of the settings, for the error.
     """
     if not q:
         return ""
@@ -96,10 +99,12 @@ def method_of(q: Settings, where: str) -> str:
 
 
 def _modelopt(q: Settings, where: str) -> str:
-    """The method of NVIDIA Model Optimizer's settings: "modelopt", or "" if only the K/V cache is quantised.
+    """Returns "modelopt" if NVIDIA Model Optimizer's settings quantise matrices; "" if only the K/V cache is quantised.
 
-    where: place of the settings, such as "config.json: quantization_config", for the error. Raises PortError for an
-    algorithm that is not supported.
+    Raises PortError for an algorithm that is not supported.
+
+    q: the quantisation settings. where: file and key of the settings, such as "config.json: quantization_config", for
+    the error.
     """
     algo = q.get("quant_algo")
     if algo is None and q.get("kv_cache_quant_algo"):

@@ -27,14 +27,20 @@ REORDERED = ("I32", "U32")  # Quark's words of integers
 
 
 def scaled(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of a checkpoint that have a `weight_scale` beside their weight, as {name: Coded}.
+    """Returns the quantised matrices that have a tensor `weight_scale` beside their weight, as {name: Coded}.
 
-    FP8: E4M3 [N, K] with one scale, one per row, or one per 128 x 128. MXFP8: E4M3 with U8 [N, K / 32], powers of two.
-    MXFP4: U8 [N, K / 2] with the same scales. NVFP4: U8 [N, K / 2], scales E4M3 [N, K / 16], times weight_scale_2 or
-    divided by weight_global_scale, F32. INT8: I8 [N, K] with one scale or one per row.
+    A Coded decodes a matrix [N, K] from its stored tensors. The formats and their stored tensors are:
 
-    q: the quantisation settings. Raises PortError for a matrix that has none of these formats, and for methods that
-    rotate or scale activations.
+    - FP8: weight E4M3 [N, K]; one scale, one scale per row, or one per 128 x 128 values.
+    - MXFP8: weight E4M3 [N, K]; scales U8 [N, K / 32], which are exponents of 2.
+    - MXFP4: weight U8 [N, K / 2], two codes per byte; scales as in MXFP8.
+    - NVFP4: weight U8 [N, K / 2]; scales E4M3 [N, K / 16], times weight_scale_2 or divided by weight_global_scale
+      (F32).
+    - INT8: weight I8 [N, K]; one scale, or one scale per row.
+
+    Raises PortError for a matrix in another format, and for methods that rotate or scale activations.
+
+    stored: contents of the checkpoint's files. q: the quantisation settings.
     """
     if "rotation" in json.dumps(q.get("algo_config") or ""):
         raise PortError("config.json: quantization_config.algo_config: rotations of activations are not computed here")
@@ -70,9 +76,11 @@ def _matrix(stored: Stored, name: str, q: Mapping[str, Any]) -> Coded:
 
 
 def _int8(stored: Stored, codes: str, scale: str) -> Coded:
-    """The INT8 matrix (Coded) of the tensors `codes` and `scale`, with one scale in all or one per row.
+    """Returns the Coded of an INT8 matrix, which has one scale, or one scale per row.
 
     Raises PortError for another number of scales, and for zero points other than 0.
+
+    stored: contents of the checkpoint's files. codes: name of the tensor of codes. scale: name of the tensor of scales.
     """
     shape, held, zero = stored.shapes[codes], stored.shapes[scale], codes + "_zero_point"
     if prod(held) not in (1, shape[0]):

@@ -17,7 +17,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(*families: Family) -> None:
-    """Add ports (Families) to the table of ports by architecture. A port of the same architecture is replaced.
+    """Add ports (Families) to the table of ports. A Family replaces another Family with the same architecture name.
 
     Returns nothing.
     """
@@ -25,7 +25,7 @@ def register_family(*families: Family) -> None:
 
 
 def families() -> dict[str, Family]:
-    """A dict from an architecture's name in config.json to its Family (port). Families of plugins are included.
+    """Returns a dict from an architecture's name in config.json to its Family (port). Ports of plugins are included.
 
     Raises PluginError for a plugin that cannot be imported.
     """

@@ -20,7 +20,7 @@ NORMS = {
 
 
 def afmoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes AFMoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of AFMoE for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

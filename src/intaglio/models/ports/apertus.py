@@ -18,7 +18,7 @@ LLAMA3 = {
 
 
 def apertus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Apertus, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Apertus for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -35,7 +35,7 @@ def apertus(c: Config, context: int) -> Decoder:
 
 
 def apertus1p5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Apertus 1.5 (text), from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Apertus 1.5 (text) for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """

@@ -16,7 +16,7 @@ SOURCES = ("experts.fc1.weight|T|r0:{i}/{2i}", "experts.fc1.weight|T|r{i}:{2i}/{
 
 
 def aria_text(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Aria, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Aria for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """

@@ -32,10 +32,11 @@ OFFSET = 2  # rows of the table of positions before that of position 0
 
 
 def fields(c: Config, offset: int = OFFSET) -> dict[str, Any]:
-    """A dict of arguments for Decoder that all models of this file share, from config.json.
+    """Returns a dict of arguments for Decoder that all models of this file share, from config.json.
 
-    Norms are after each addition, and the embeddings are normed. offset: row of position 0 in the table of learned
-    positions. Raises PortError for a model with an encoder.
+    Norms come after each addition, and the embeddings are normed. Raises PortError for a model with an encoder.
+
+    c: the config. offset: row of position 0 in the table of learned positions.
     """
     c.refuse("is_encoder_decoder", why="only the decoder alone is ported; save it from the ForCausalLM class")
     c.table["layer_norm_eps"] = 1e-5  # torch's default
@@ -50,31 +51,34 @@ def fields(c: Config, offset: int = OFFSET) -> dict[str, Any]:
 
 
 def sinusoid(width: int) -> tuple[float, ...]:
-    """The frequencies of Vaswani et al. 2017 as a tuple: 10000^(-2i / width) for each pair i of columns."""
+    """Returns the frequencies of sinusoidal positions, a tuple of width / 2 floats: 10000^(-2i / width) at index i.
+
+    This is the formula of Vaswani et al. 2017.
+    """
     return tuple(float(x) for x in (10000.0 ** (-2 * np.arange(width // 2) / width)).astype(np.float32))
 
 
 def bart(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BART's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of BART's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     return Decoder(**fields(c))
 
 
 def mvp(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MVP's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of MVP's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for settings that are not ported. context: positions of the Program.
+    Raises PortError for settings that are not ported. context: the largest number of positions.
     """
     c.refuse("use_prompt", why="prompts that precede the keys of each layer are not ported")
     return bart(c, context)
 
 
 def trocr(c: Config, context: int) -> Decoder:
-    """The Decoder that describes TrOCR's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of TrOCR's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for settings that are not ported. context: positions of the Program.
+    Raises PortError for settings that are not ported. context: the largest number of positions.
     """
     if not c.flag("use_learned_position_embeddings"):
         raise PortError(
@@ -87,19 +91,19 @@ def trocr(c: Config, context: int) -> Decoder:
 
 
 def blenderbot_small(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Blenderbot-Small's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of Blenderbot-Small's decoder, from config.json.
 
-    Embeddings are normed before positions are added. Raises PortError for missing or wrong settings. context: positions
-    of the Program.
+    It attends to no encoder. Embeddings are normed before positions are added. Raises PortError for missing or wrong
+    settings. context: the largest number of positions.
     """
     return Decoder(**fields(c, offset=0), embed_norm_first=True)
 
 
 def marian(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Marian's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of Marian's decoder, from config.json. It attends to no encoder.
 
-    It has sinusoidal positions, and no norm of the embeddings. Raises PortError for missing or wrong settings. context:
-    positions of the Program.
+    Positions are sinusoidal, and embeddings are not normed. Raises PortError for missing or wrong settings. context:
+    the largest number of positions.
     """
     s = fields(c) | {"positions": 0, "embed_norm": ""}
     s["vocabulary"] = c.whole("decoder_vocab_size", s["vocabulary"])
@@ -107,10 +111,11 @@ def marian(c: Config, context: int) -> Decoder:
 
 
 def before(c: Config, offset: int = 0) -> dict[str, Any]:
-    """Arguments of Decoder, as a dict, for models with norms before attention, before the MLP and after the last layer.
+    """Returns a dict of arguments for Decoder, for models with norms before attention and MLP and after the last layer.
 
-    Their embeddings are not normed. offset: row of position 0 in the table of learned positions. Raises PortError for a
-    model with an encoder.
+    Embeddings are not normed. Raises PortError for a model with an encoder.
+
+    c: the config. offset: row of position 0 in the table of learned positions.
     """
     s = fields(c, offset) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     s["sources"] |= {"norm": "layer_norm"}
@@ -118,34 +123,34 @@ def before(c: Config, offset: int = 0) -> dict[str, Any]:
 
 
 def mbart(c: Config, context: int) -> Decoder:
-    """The Decoder that describes mBART's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of mBART's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     return Decoder(**before(c, OFFSET) | {"embed_norm": "layernorm_embedding"})
 
 
 def blenderbot(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Blenderbot's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of Blenderbot's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     return Decoder(**before(c))
 
 
 def pegasus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Pegasus's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of Pegasus's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     s = before(c) | {"positions": 0}
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
 
 
 def bigbird_pegasus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BigBird-Pegasus's decoder, from config.json, without attention to an encoder.
+    """Returns the Decoder (model description) of BigBird-Pegasus's decoder, from config.json. It attends to no encoder.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     bias = c.flag("use_bias")
     s = before(c) | {"qkv_bias": bias, "o_bias": bias}
@@ -156,14 +161,14 @@ def bigbird_pegasus(c: Config, context: int) -> Decoder:
 def row(
     kind: str, architecture: str, models: str, describe: Callable[[Config, int], Decoder], **defaults: Any
 ) -> Family:
-    """The Family of an encoder-decoder model like BART, whose decoder alone is ported: its entry in FAMILIES.
+    """Returns the Family (port) of an encoder-decoder model like BART. Only the decoder of such a model is ported.
 
     Args:
         kind: model_type in config.json.
-        architecture: name in config.json.
+        architecture: the architecture's name in config.json.
         models: the released models of this architecture.
         describe: function (Config, context length in tokens) -> Decoder.
-        defaults: defaults of config keys that differ from BART's.
+        defaults: defaults of config keys that differ from BART's defaults.
     """
     positions = () if describe not in (pegasus, marian) else ("model.decoder.embed_positions.",)  # computed here
     return Family(

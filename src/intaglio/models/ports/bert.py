@@ -39,10 +39,10 @@ LM_HEAD = {"head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm", f"{
 
 
 def encoder(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that all models of this file share, from config.json.
+    """Returns a dict of arguments for Decoder that all models of this file share, from config.json.
 
-    Norms are after each addition. Raises PortError unless is_decoder is set: without it, every token attends to the
-    tokens after it.
+    Norms come after each addition. Raises PortError unless is_decoder is true: otherwise each token of the model
+    attends to later tokens, too.
     """
     if not c.flag("is_decoder"):
         raise PortError(
@@ -58,9 +58,10 @@ def encoder(c: Config) -> dict[str, Any]:
 
 
 def git(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GIT's text decoder, from config.json: a causal BERT without token types.
+    """Returns the Decoder (model description) of GIT's text decoder, from config.json.
 
-    Images are not ported. Raises PortError for missing or wrong settings. context: positions of the Program.
+    It is a causal BERT without token types. Images are not ported. Raises PortError for missing or wrong settings.
+    context: the largest number of positions.
     """
     c.table["is_decoder"] = True
     s = encoder(c) | {"head_dense": 0, "token_types": 0}
@@ -70,8 +71,8 @@ def git(c: Config, context: int) -> Decoder:
 def numbered(c: Config) -> None:
     """Subtract pad_token_id + 1 from the config's max_position_embeddings. Changes `c` in place and returns nothing.
 
-    For models such as RoBERTa: position 0 has row pad_token_id + 1 of the table of position embeddings, and the rows
-    before it are not used. Raises PortError if no position is left.
+    In models such as RoBERTa, position 0 has row pad_token_id + 1 of the table of position embeddings, and earlier rows
+    are not used. Raises PortError if no position is left.
     """
     rows, first = c.whole("max_position_embeddings"), int(c.get("pad_token_id", 0)) + 1
     if first >= rows:
@@ -83,7 +84,7 @@ def numbered(c: Config) -> None:
 
 
 def bert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BERT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of BERT for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -91,7 +92,7 @@ def bert(c: Config, context: int) -> Decoder:
 
 
 def ernie(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ERNIE 1 to 3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of ERNIE 1 to 3 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -100,9 +101,9 @@ def ernie(c: Config, context: int) -> Decoder:
 
 
 def big_bird(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BigBird with full attention, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of BigBird, from config.json, with full attention.
 
-    Raises PortError for settings that are not ported.
+    Raises PortError for settings that are not ported. context: the largest number of positions.
     """
     kind = c.get("attention_type")
     if kind != "original_full":
@@ -116,7 +117,7 @@ def big_bird(c: Config, context: int) -> Decoder:
 
 
 def bert_generation(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BertGeneration, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of BertGeneration for up to `context` positions, from config.json.
 
     It is a BERT without token types, and without a dense layer before the head. Raises PortError for missing or wrong
     settings.
@@ -125,7 +126,7 @@ def bert_generation(c: Config, context: int) -> Decoder:
 
 
 def megatron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Megatron-BERT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Megatron-BERT for up to `context` positions, from config.json.
 
     It has norms before attention, before the MLP and after the last layer. Raises PortError for missing or wrong
     settings.
@@ -136,9 +137,10 @@ def megatron(c: Config, context: int) -> Decoder:
 
 
 def electra(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Electra's generator, whose embeddings may be narrower than the model.
+    """Returns the Decoder (model description) of Electra's generator, from config.json.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Its embeddings may be narrower than its layers. Raises PortError for missing or wrong settings. context: the largest
+    number of positions.
     """
     s, width = encoder(c), c.whole("embedding_size")
     s |= {"head_dense": width, "head_activation": "gelu", "embed_width": width if width != s["hidden"] else 0}
@@ -150,10 +152,9 @@ def electra(c: Config, context: int) -> Decoder:
 
 
 def rembert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RemBERT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of RemBERT for up to `context` positions, from config.json.
 
-    The embedding and the output head are of other widths than the layers. Raises PortError for missing or wrong
-    settings.
+    The embedding and the output head have other widths than the layers. Raises PortError for missing or wrong settings.
     """
     s = encoder(c) | {"embed_width": c.whole("input_embedding_size"), "head_dense": c.whole("output_embedding_size")}
     sources = {
@@ -164,10 +165,10 @@ def rembert(c: Config, context: int) -> Decoder:
 
 
 def roformer(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoFormer, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of RoFormer for up to `context` positions, from config.json.
 
-    It has rope on queries and keys (style interleaved) in place of learned positions. Raises PortError for settings
-    that are not ported.
+    Queries and keys have rope (style interleaved); there are no learned positions. Raises PortError for settings that
+    are not ported.
     """
     c.refuse("rotary_value", why="values are not rotated here")
     s, width = encoder(c) | {"positions": 0}, c.get("embedding_size") or c.whole("hidden_size")
@@ -181,11 +182,10 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Two dicts for models such as RoBERTa: (arguments of Decoder, the further argument `sources`).
+    """Returns two dicts for models such as RoBERTa: (arguments of Decoder, value of the further argument `sources`).
 
-    `sources` maps parts of Llama's tensor names to the checkpoint's. Callers add to it, so it is a dict of its own. Its
-    entry for the position embeddings starts at row pad_token_id + 1, where these models have position 0. Raises
-    PortError for missing or wrong settings.
+    `sources` maps parts of Llama's tensor names to the checkpoint's names. Callers add more names to it. Position 0 has
+    row pad_token_id + 1 of the table of position embeddings. Raises PortError for missing or wrong settings.
     """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1
@@ -193,16 +193,16 @@ def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def roberta(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa used as a decoder, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of RoBERTa, used as a decoder, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     s, sources = counted(c)
     return Decoder(**s, head=LM, sources={**sources, **AFTER})
 
 
 def roberta_prelayernorm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of RoBERTa-PreLayerNorm for up to `context` positions, from config.json.
 
     It has norms before attention, before the MLP and after the last layer. Raises PortError unless the config sets
     is_decoder.
@@ -213,7 +213,7 @@ def roberta_prelayernorm(c: Config, context: int) -> Decoder:
 
 
 def xlm_roberta_xl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XLM-RoBERTa-XL, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of XLM-RoBERTa-XL for up to `context` positions, from config.json.
 
     It has norms before attention, before the MLP and after the last layer, but none on the embeddings. Raises PortError
     for missing or wrong settings.
@@ -226,10 +226,10 @@ def xlm_roberta_xl(c: Config, context: int) -> Decoder:
 
 
 def row(architecture: str, kind: str, models: str, describe: Any, defaults: dict[str, Any], prefix: str) -> Family:
-    """The Family (entry in FAMILIES) of an architecture like BertLMHeadModel: BERT or a variant, run as a decoder.
+    """Returns the Family (port) of an architecture like BertLMHeadModel: BERT or a variant, run as a decoder.
 
     Args:
-        architecture: name in config.json.
+        architecture: the architecture's name in config.json.
         kind: model_type in config.json.
         models: the released models of this architecture.
         describe: function (Config, context length in tokens) -> Decoder.

@@ -14,7 +14,7 @@ NORMS = {**PRE, "attn.inner_norm": "attn_sub_norm", "mlp.inner_norm": "ffn_sub_n
 
 
 def bitnet(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BitNet, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of BitNet for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

@@ -23,11 +23,11 @@ MPT = {
 
 
 def slopes(heads: int) -> tuple[float, ...]:
-    """A tuple of each head's ALiBi slope, as BLOOM and Falcon order them.
+    """Returns the ALiBi slope of each head as a tuple of floats, in the order of BLOOM and Falcon.
 
-    For n heads, n a power of 2, the slopes are the geometric series of n values with ratio and first value 2 ** (-8 /
-    n). For another number of heads the tuple has the series of the next lower power of 2, then every second value of
-    the series of the next higher power of 2, as many as are missing. Computed in float32, as transformers does.
+    If n = `heads` is a power of 2, slope number i (from 1) is 2 ** (-8 i / n). Otherwise m is the next lower power of
+    2. The first m slopes are those of m heads. The other slopes are every second slope of 2 m heads, beginning with the
+    first. Slopes are computed in float32, as in transformers.
     """
     whole = 2 ** math.floor(math.log2(heads))
 
@@ -39,7 +39,7 @@ def slopes(heads: int) -> tuple[float, ...]:
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that BLOOM and MPT share, from config.json.
+    """Returns a dict of arguments for Decoder that BLOOM and MPT share, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -51,7 +51,7 @@ def fields(c: Config) -> dict[str, Any]:
 
 
 def bloom(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BLOOM, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of BLOOM for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -70,9 +70,9 @@ def bloom(c: Config, context: int) -> Decoder:
 
 
 def mpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MPT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of MPT for up to `context` positions, from config.json.
 
-    Its ALiBi slopes have another order than BLOOM's if the number of heads is no power of 2. Raises PortError for
+    ALiBi slopes have another order than in BLOOM if the number of heads is not a power of 2. Raises PortError for
     settings that are not ported.
     """
     attention, s = c.settings("attn_config"), fields(c)

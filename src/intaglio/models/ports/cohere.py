@@ -20,7 +20,7 @@ DEFAULTS = {
 
 
 def cohere2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Cohere 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Cohere 2 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -36,7 +36,7 @@ def cohere2(c: Config, context: int) -> Decoder:
 
 
 def cohere(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Cohere 1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Cohere 1 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -48,11 +48,11 @@ def cohere(c: Config, context: int) -> Decoder:
 
 
 def cohere2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Cohere 2 with a mixture of experts, whose first layers have a dense MLP.
+    """Returns the Decoder (model description) of Cohere 2 with a mixture of experts, from config.json.
 
-    Layers with a window have rope, those with full attention have none. If the config's
-    prefix_dense_sliding_window_pattern is 1, the layers with a dense MLP have rope as well. Raises PortError for
-    settings that are not ported. context: positions of the Program.
+    The first layers have a dense MLP, the others have experts. Layers with a window have rope; layers with full
+    attention have none. If the config's prefix_dense_sliding_window_pattern is 1, the layers with a dense MLP have rope
+    as well. Raises PortError for settings that are not ported. context: the largest number of positions.
     """
     n, dense = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 0))
     prefix, every = c.whole("prefix_dense_sliding_window_pattern"), c.whole("sliding_window_pattern")
@@ -89,10 +89,10 @@ def cohere2_moe(c: Config, context: int) -> Decoder:
 
 
 def compass(c: Config, context: int) -> Decoder:
-    """The Decoder for the text model of Cohere's vision models.
+    """Returns the Decoder (model description) of the text model of Cohere's vision models, from config.json.
 
-    Layers whose type has no rope_parameters have no rope. Raises PortError for missing or wrong settings. context:
-    positions of the Program.
+    If rope_parameters of an attention type are null, layers of this type have no rope. Raises PortError for missing or
+    wrong settings. context: the largest number of positions.
     """
     if c.get("layer_types") is None:
         c.table["layer_types"] = ["full_attention"] * c.whole("num_hidden_layers")

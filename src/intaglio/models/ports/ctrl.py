@@ -22,7 +22,7 @@ XGLM = {
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that CTRL and XGLM share, from config.json.
+    """Returns a dict of arguments for Decoder that CTRL and XGLM share, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -31,7 +31,7 @@ def fields(c: Config) -> dict[str, Any]:
 
 
 def ctrl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes CTRL, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of CTRL for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -48,9 +48,10 @@ def ctrl(c: Config, context: int) -> Decoder:
 
 
 def xglm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XGLM, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of XGLM for up to `context` positions, from config.json.
 
-    Positions are sinusoidal; position i has the sinusoids of i + 2. Raises PortError for settings that are not ported.
+    Positions are sinusoidal: position i gets the sines and cosines of i + 2. Raises PortError for settings that are not
+    ported.
     """
     c.table["layer_norm_epsilon"] = 1e-5  # torch's default
     pad = int(c.get("pad_token_id", 0))

@@ -31,10 +31,10 @@ del V3["topk_method"]
 
 
 def latent(c: Config, context: int, style: str) -> dict[str, Any]:
-    """Arguments of Decoder for a model with latent attention, as a dict: sizes, rope table and attention scale.
+    """Returns a dict of arguments for Decoder, for latent attention: sizes, rope table and attention scale.
 
-    With yarn the scale is multiplied by the square of mscale. Sets num_key_value_heads and head_dim of `c` to None,
-    since latent attention has no separate K/V heads.
+    With yarn, the attention scale is multiplied by the square of mscale. The keys num_key_value_heads and head_dim of
+    `c` are set to None, since latent attention has no separate K/V heads.
 
     Args:
         c: the config.
@@ -58,19 +58,21 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
 
 
 def latent_sizes(c: Config) -> Latent:
-    """A Latent (ranks of the query and K/V latents, columns of a head) with the sizes in config.json.
+    """Returns the sizes of latent attention as a Latent: ranks of the query and K/V latents, and widths of a head.
 
-    q_lora_rank may be missing; the rank is then 0. Raises PortError for other sizes that are missing, and for wrong
-    ones.
+    They are read from config.json. Without the key q_lora_rank, the rank of queries is 0. Raises PortError if another
+    size is missing or wrong.
     """
     ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
     return Latent(*ranks, c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"), c.whole("v_head_dim"))
 
 
 def experts(c: Config, **route: Any) -> Mixture:
-    """The Mixture (of experts) of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
+    """Returns the Mixture (description of the experts) of DeepSeek-V2 and V3, from config.json.
 
-    route: attributes of the op Route. Raises PortError for missing or wrong settings.
+    All shared experts together are described as one wide MLP. Raises PortError for missing or wrong settings.
+
+    c: the config. route: attributes of the op Route, which chooses experts.
     """
     width, groups = c.whole("moe_intermediate_size"), int(c.get("n_group", 0))
     if groups > 1:
@@ -85,7 +87,7 @@ def experts(c: Config, **route: Any) -> Mixture:
 
 
 def deepseek_v2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of DeepSeek-V2 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -100,9 +102,9 @@ def deepseek_v2(c: Config, context: int) -> Decoder:
 
 
 def deepseek_v3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V3 and Kimi-K2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of DeepSeek-V3 and Kimi-K2, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     style = "interleaved" if c.flag("rope_interleave") else "half"
     m = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
@@ -112,13 +114,15 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
 
 
 def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Decoder:
-    """The Decoder that describes a DeepSeek-V3 with an indexer, from config.json.
+    """Returns the Decoder (model description) of a DeepSeek-V3 with sparse attention, from config.json.
+
+    An indexer chooses the positions that each token attends to.
 
     Args:
         c: the config.
-        context: positions of the Program.
+        context: the largest number of positions.
         style: how the indexer's rope pairs columns, "half" or "interleaved".
-        shared: for each layer, True if the layer uses the indexer of a layer before it. The first must be False.
+        shared: for each layer, True if the layer uses the indexer of an earlier layer. The first must be False.
 
     Raises PortError for settings that are not ported.
     """
@@ -143,7 +147,7 @@ def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Deco
 
 
 def deepseek_v32(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V3.2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of DeepSeek-V3.2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -151,10 +155,10 @@ def deepseek_v32(c: Config, context: int) -> Decoder:
 
 
 def glm_dsa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-5, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GLM-5 for up to `context` positions, from config.json.
 
-    It has the sparse attention of DeepSeek-V3.2, but some layers use the indexer of a layer before them. Raises
-    PortError for settings that are not ported.
+    It has the sparse attention of DeepSeek-V3.2, but some layers use the indexer of an earlier layer. Raises PortError
+    for settings that are not ported.
     """
     found = c.get("indexer_types") or c.get("index_topk_pattern")
     if found is None:
@@ -166,7 +170,7 @@ def glm_dsa(c: Config, context: int) -> Decoder:
 
 
 def youtu(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Youtu-LLM, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Youtu-LLM for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -175,9 +179,9 @@ def youtu(c: Config, context: int) -> Decoder:
 
 
 def minicpm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniCPM3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of MiniCPM3 for up to `context` positions, from config.json.
 
-    It has latent attention. Embeddings, the results of attention and MLP, and logits are multiplied by factors. Raises
+    It has latent attention. Factors scale the embeddings, the logits, and the results of attention and MLP. Raises
     PortError for missing or wrong settings.
     """
     if c.get("v_head_dim") is None:
@@ -192,7 +196,7 @@ def minicpm3(c: Config, context: int) -> Decoder:
 
 
 def axk1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes A.X K1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of A.X K1 for up to `context` positions, from config.json.
 
     It is DeepSeek-V3 with a norm after each mixture of experts. Raises PortError for missing or wrong settings.
     """

@@ -30,7 +30,7 @@ DEFAULTS = {
 
 
 def deepseek_v4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of DeepSeek-V4 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings, and for settings that are not ported.
     """
@@ -83,10 +83,11 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
 
 
 def layer_types(c: Config) -> list[str]:
-    """The attention type of each layer, as a list: from layer_types, or from compress_ratios of older files.
+    """Returns a list with the attention type of each layer of DeepSeek-V4, from config.json.
 
-    Without either the first two layers are heavily compressed, and then the types alternate. Raises PortError for types
-    and ratios that are not known, and for another number of them than num_hidden_layers.
+    The types are in layer_types. Older files have compress_ratios, a number for each layer. If the config has neither,
+    the first two layers are heavily compressed, and then the two types of compression alternate. Raises PortError for
+    an unknown type or number, and for a list whose length is not num_hidden_layers.
     """
     n, ratios = c.whole("num_hidden_layers"), c.get("compress_ratios")
     usual = [HEAVY] * min(n, 2) + [SPARSE if i % 2 else HEAVY for i in range(n - 2)]
@@ -102,11 +103,10 @@ def layer_types(c: Config) -> list[str]:
 
 
 def mlp_types(c: Config) -> list[str]:
-    """How each layer's experts are chosen, as a list: "hash_moe" is by token id, "moe" by score.
+    """Returns a list with "hash_moe" or "moe" for each layer: whether token ids or scores choose its experts.
 
-    It is the value of the key mlp_layer_types. Older files have num_hash_layers: the experts of the first so many
-    layers, 3 by default, are chosen by token id. Raises PortError for other types, and for another number of them than
-    num_hidden_layers.
+    The config's key mlp_layer_types has this list. Older files have num_hash_layers, 3 by default: the number of first
+    layers with "hash_moe". Raises PortError for another type, and for a list whose length is not num_hidden_layers.
     """
     c.mlp_types = ("hash_moe", "moe")
     n, hashed, kinds = c.whole("num_hidden_layers"), c.get("num_hash_layers", 3), c.get("mlp_layer_types")
@@ -116,10 +116,10 @@ def mlp_types(c: Config) -> list[str]:
 
 
 def compress_rates(c: Config) -> dict[str, int]:
-    """For each type of attention, how many consecutive tokens are compressed to one entry, as {type: tokens}.
+    """Returns {attention type: the number of consecutive tokens that are compressed to one entry}.
 
-    The numbers are from the key compress_rates, or compress_rate_csa and compress_rate_hca. They are 0 for layers that
-    compress nothing. Raises PortError for a rate below 2.
+    The number is 0 for the type sliding_attention, which compresses nothing. The numbers are from the key
+    compress_rates, or from compress_rate_csa and compress_rate_hca. Raises PortError for a number below 2.
     """
     given = c.settings("compress_rates")
     rates = {kind: given.get(kind, RATES[kind]) for kind in (SPARSE, HEAVY)}
@@ -131,12 +131,19 @@ def compress_rates(c: Config) -> dict[str, int]:
 
 
 def rope(c: Config, which: str, context: int) -> Table:
-    """One of a model's two rope tables. which: "main" or "compress".
+    """Returns one of the two rope tables of DeepSeek-V4, from config.json.
 
-    Layers that have only a sliding window use "main". All other layers, and the compressed entries, use "compress". The
-    last columns of a head are rotated: the fraction partial_rotary_factor of them, or qk_rope_head_dim columns in older
-    files. Only "compress" is scaled to longer contexts; cos and sin get a factor only if the config gives one. Raises
-    PortError for settings that are missing or wrong.
+    Layers with only a sliding window use the table "main". All other layers, and the compressed entries, use
+    "compress". The last columns of a head are rotated: a fraction partial_rotary_factor of the columns, or
+    qk_rope_head_dim columns in older files. Only "compress" is scaled to longer contexts; cos and sin get a factor only
+    if the config gives one.
+
+    Args:
+        c: the config.
+        which: "main" or "compress".
+        context: the largest number of positions.
+
+    Raises PortError for settings that are missing or wrong.
     """
     head_dim, given = c.whole("head_dim"), c.settings("rope_parameters")
     nested = isinstance(given.get("main"), Mapping) and isinstance(given.get("compress"), Mapping)
@@ -159,10 +166,12 @@ def rope(c: Config, which: str, context: int) -> Table:
 
 
 def released_names(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """The Decoder with the names that the checkpoint has outside its layers; `d` itself if those need no change.
+    """Returns a copy of `d` with the checkpoint's names of tensors outside the layers; `d` itself if they are the same.
 
-    Released checkpoints have embed.weight and hc_head_fn; transformers saves embed_tokens.weight and hc_head.hc_fn.
-    shapes: shape of each tensor of the checkpoint, by name.
+    Released checkpoints have embed.weight and hc_head_fn; checkpoints saved by transformers have embed_tokens.weight
+    and hc_head.hc_fn.
+
+    d: the Decoder (model description). shapes: {name of a tensor in the checkpoint: its shape}.
     """
     assert d.hyper
     if f"{d.prefix}hc_head.hc_fn" in shapes:

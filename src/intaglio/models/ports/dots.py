@@ -15,7 +15,7 @@ DEFAULTS = {
 
 
 def dots1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes dots.llm1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of dots.llm1 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

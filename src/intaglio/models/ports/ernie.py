@@ -25,9 +25,9 @@ MOE = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that ERNIE 4.5's dense and MoE models share.
+    """Returns a dict of arguments for Decoder that ERNIE 4.5's dense and MoE models share, from config.json.
 
-    Raises PortError for settings that are not ported. context: positions of the Program.
+    Raises PortError for settings that are not ported. context: the largest number of positions.
     """
     c.refuse("layer_types", "sliding_window", why="ERNIE 4.5 has full attention in every layer")
     s, bias = sizes(c), c.flag("use_bias")
@@ -37,7 +37,7 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def ernie4_5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ERNIE 4.5 dense, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of ERNIE 4.5 dense for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -45,9 +45,9 @@ def ernie4_5(c: Config, context: int) -> Decoder:
 
 
 def ernie4_5_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ERNIE 4.5 with experts, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of ERNIE 4.5 with experts, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     width = c.whole("moe_intermediate_size")
     m = Mixture(

@@ -27,9 +27,9 @@ MOE = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that EXAONE 4 and K-EXAONE share.
+    """Returns a dict of arguments for Decoder that EXAONE 4 and K-EXAONE share, from config.json.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     s = sizes(c)
     slides = bool(c.get("sliding_window"))
@@ -40,7 +40,7 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def exaone4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes EXAONE 4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of EXAONE 4 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -48,7 +48,7 @@ def exaone4(c: Config, context: int) -> Decoder:
 
 
 def exaone_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes K-EXAONE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of K-EXAONE for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

@@ -17,7 +17,7 @@ DEFAULTS = {
 
 
 def falcon(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Falcon, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Falcon for up to `context` positions, from config.json.
 
     config.json says whether the model has ALiBi or rope, and whether attention is multi-query, grouped-query or
     multi-head. Raises PortError for missing or wrong settings.

@@ -14,25 +14,25 @@ OTHER_PART = "a part of the model that is not ported"  # why a tensor of another
 
 @dataclass(frozen=True)
 class Family:
-    """One ported architecture: an entry of the table of ports.
+    """A port: how one architecture is read from its config.json and turned into a Decoder (model description).
 
     Attributes:
-        architecture: its name in config.json.
+        architecture: the architecture's name in config.json.
         models: the released models of this architecture.
         defaults: values of config keys that config.json may leave out.
         describe: function (Config, context length in tokens) -> Decoder.
         prefixes: possible prefixes of the decoder's tensor names.
         ignored: prefixes of the names of tensors that are not read, such as a vision tower's; * matches any text.
-        writer: class that writes linears, norms and other common parts; a family with ops of its own gives a subclass.
+        writer: class that writes the Program's ops from a Decoder. A family with ops of its own has a subclass of
+            Writer.
         model_types: values of model_type in config.json for which transformers uses this architecture.
-        fixed: {key that describe() need not read: the only values that the port implements}.
-        aliases: {Llama's name of a config key: this family's name of it}.
+        fixed: {config key: the only values that the port implements}, for keys that describe() need not read.
+        aliases: {Llama's name of a config key: this family's name of the key}.
         prepare: function that changes values of the Config before the context length is read from it; None: none.
-        tops: names of modules, such as embed_tokens, that show which of `prefixes` a checkpoint has: the first prefix
-            for which a tensor PREFIX + MODULE + ".weight" exists.
-        adapt: function (Decoder, {tensor's name: shape}) -> Decoder; None: none. It changes the Decoder if a checkpoint
-            names or divides tensors in another way than other checkpoints with the same config. The Decoder that it
-            gets has its `prefix` set.
+        tops: names of modules, such as embed_tokens. A checkpoint has the first prefix of `prefixes` for which a tensor
+            PREFIX + MODULE + ".weight" exists.
+        adapt: function (Decoder, {tensor's name: shape}) -> Decoder; None: none. It changes the Decoder if checkpoints
+            with equal configs name or divide tensors in different ways. The `prefix` of the Decoder is already set.
     """
 
     architecture: str

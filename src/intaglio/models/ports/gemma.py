@@ -28,10 +28,11 @@ GEMMA3 = {
 
 
 def gemma(c: Config, every: int) -> dict[str, Any]:
-    """Arguments of Decoder that Gemma 2 and 3 share, as a dict. Sets the config's layer_types.
+    """Returns a dict of arguments for Decoder that Gemma 2 and 3 share, from config.json.
 
-    every: each `every`-th layer has full attention, if the config does not list the types. Raises PortError for
-    settings that are not ported.
+    Sets layer_types of the config. Raises PortError for settings that are not ported.
+
+    c: the config. every: if the config does not list layer types, every `every`-th layer has full attention.
     """
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.table["layer_types"] = c.layer_types(every)
@@ -42,7 +43,7 @@ def gemma(c: Config, every: int) -> dict[str, Any]:
 
 
 def gemma2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Gemma 2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -51,7 +52,7 @@ def gemma2(c: Config, context: int) -> Decoder:
 
 
 def gemma3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Gemma 3 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -67,7 +68,7 @@ def gemma3(c: Config, context: int) -> Decoder:
 
 
 def gemma1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Gemma 1 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -83,7 +84,7 @@ def gemma1(c: Config, context: int) -> Decoder:
 
 
 def vaultgemma(c: Config, context: int) -> Decoder:
-    """The Decoder that describes VaultGemma, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of VaultGemma for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

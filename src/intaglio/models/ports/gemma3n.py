@@ -24,7 +24,7 @@ DEFAULTS = {
 
 
 def gemma3n(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 3n, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Gemma 3n for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings, and for settings that are not ported.
     """
@@ -63,7 +63,10 @@ def gemma3n(c: Config, context: int) -> Decoder:
 
 
 def _altup(c: Config) -> AltUp:
-    """The AltUp of the config. Raises PortError if the active stream is not one of the streams."""
+    """Returns the AltUp (sizes of the parallel residual streams) of the config.
+
+    Raises PortError if the index of the active stream is not below the number of streams.
+    """
     streams, active = c.whole("altup_num_inputs"), c.get("altup_active_idx", 0)
     if active not in range(streams):
         raise PortError(f"config.json: altup_active_idx={active!r}; wanted 0 to {streams - 1} (altup_num_inputs - 1)")
@@ -73,13 +76,13 @@ def _altup(c: Config) -> AltUp:
 
 
 def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
-    """A list of a setting's value in each of the `n` layers.
+    """Returns a list with the value of a config key for each layer.
 
-    In config.json the key has one value, which then holds for all layers, or a list.
+    In config.json the key has one value for all layers, or a list with a value for each layer.
 
     Args:
         c: the config.
-        key: the setting's key.
+        key: the key.
         n: number of layers.
         usual: one value or a list, used if the key has no value.
 
@@ -92,15 +95,13 @@ def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
 
 
 def cache_owners(c: Config, kinds: Sequence[str]) -> list[int | None]:
-    """For each layer, the number of the earlier layer whose K/V cache it reads; None if it has its own. A list.
+    """Returns a list that says for each layer which earlier layer's K/V cache it reads; None if it has its own cache.
 
-    The last num_kv_shared_layers layers have no cache of their own. Such a layer reads the cache of a layer before
-    them: the last one with the same attention type. If it has tensors for keys and values, these are ignored: released
-    checkpoints have them, and transformers drops them. Raises PortError if there is no such layer.
+    The last num_kv_shared_layers layers have no K/V cache of their own. Each reads the cache of the last layer before
+    them with the same attention type. If such a layer has tensors for keys and values, these tensors are ignored, as in
+    transformers; released checkpoints have them. Raises PortError if there is no layer to read from.
 
-    Args:
-        c: the config.
-        kinds: the attention type of each layer.
+    c: the config. kinds: the attention type of each layer.
     """
     n, shared = len(kinds), c.get("num_kv_shared_layers", 0)
     if shared not in range(n):

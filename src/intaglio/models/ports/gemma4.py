@@ -31,7 +31,7 @@ BESIDE = {
 
 
 def gemma4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Gemma 4 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -76,9 +76,9 @@ def gemma4(c: Config, context: int) -> Decoder:
 
 
 def with_experts(c: Config, d: Decoder) -> Decoder:
-    """A copy of `d`, a Decoder of Gemma 4 without experts, to which experts beside each layer's dense MLP are added.
+    """Returns a copy of the Decoder `d` in which each layer has experts beside its dense MLP, for Gemma 4.
 
-    Raises PortError for missing or wrong settings of `c`, the config.
+    Raises PortError for missing or wrong settings of the experts in the config `c`.
     """
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("top_k_experts"), width=c.whole("moe_intermediate_size"),

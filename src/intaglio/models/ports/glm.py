@@ -31,7 +31,7 @@ GLM4_MOE = {
 
 
 def glm4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GLM-4 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -42,7 +42,7 @@ def glm4(c: Config, context: int) -> Decoder:
 
 
 def glm4_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4.5 and 4.6, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GLM-4.5 and 4.6 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -55,7 +55,7 @@ def glm4_moe(c: Config, context: int) -> Decoder:
 
 
 def glm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4-9B of 2024, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GLM-4-9B of 2024 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -63,7 +63,7 @@ def glm(c: Config, context: int) -> Decoder:
 
 
 def solar_open(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Solar Open, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Solar Open for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -76,7 +76,7 @@ def solar_open(c: Config, context: int) -> Decoder:
 
 
 def glm4_moe_lite(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4.7-Flash, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GLM-4.7-Flash for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

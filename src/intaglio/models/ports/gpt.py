@@ -33,10 +33,10 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """Say where q, k and v are in a stored tensor that holds them together.
+    """Returns entries for Decoder.sources that say where q, k and v are in a stored tensor that holds them together.
 
-    Returns a dict for Decoder.sources: {weight in Llama's names, such as self_attn.q_proj.weight: text that names the
-    stored tensor and the rows to take (notation of program/source.py)}. It has the biases, too.
+    The result is {weight or bias in Llama's names, such as self_attn.q_proj.weight: text}. The text names the stored
+    tensor and its rows to take, in the notation of program/source.py.
 
     Args:
         parts: (name of the projection, its number of rows), in the order of the tensor's rows. If the tensor has more
@@ -54,7 +54,7 @@ def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = Fa
 
 
 def common(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that models with GPT-2's config keys share.
+    """Returns a dict of arguments for Decoder that all models with GPT-2's config keys share.
 
     Raises PortError for settings that are not ported.
     """
@@ -66,7 +66,7 @@ def common(c: Config) -> dict[str, Any]:
 
 
 def gpt2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GPT-2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -87,7 +87,7 @@ def gpt2(c: Config, context: int) -> Decoder:
 
 
 def gpt_bigcode(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-BigCode, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GPT-BigCode for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -108,7 +108,7 @@ def gpt_bigcode(c: Config, context: int) -> Decoder:
 
 
 def gpt_neo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-Neo, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GPT-Neo for up to `context` positions, from config.json.
 
     By default every second layer has a window. Attention scores are not divided by the root of the head's width. Raises
     PortError for settings that are not ported.
@@ -133,10 +133,15 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 
 
 def rotary(c: Config, s: dict[str, Any], context: int) -> dict[str, Any]:
-    """A dict of further arguments for Decoder, with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
+    """Returns a dict of further arguments for Decoder: GPT-J's rope, layers and norms.
 
-    s: the arguments that are known already, of which head_dim is read; they are not in the result. Raises PortError for
-    missing or wrong settings. context: positions of the Program.
+    Rope rotates the first rotary_dim columns of each head, in interleaved pairs. Raises PortError for missing or wrong
+    settings.
+
+    Args:
+        c: the config.
+        s: arguments that are known already; only head_dim is read. They are not in the result.
+        context: the largest number of positions.
     """
     rope, turned = parameters(c), c.whole("rotary_dim")
     rope["partial_rotary_factor"] = (turned + 0.5) / s["head_dim"]  # table() rounds down to rotary_dim
@@ -151,7 +156,7 @@ MLP = {"mlp.up_proj": "mlp.fc_in", "mlp.down_proj": "mlp.fc_out"}
 
 
 def gptj(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-J, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GPT-J for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -161,10 +166,10 @@ def gptj(c: Config, context: int) -> Decoder:
 
 
 def codegen(c: Config, context: int) -> Decoder:
-    """The Decoder that describes CodeGen, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of CodeGen for up to `context` positions, from config.json.
 
-    The checkpoint has q, v and k of four groups of heads in one tensor. Raises PortError for settings that are not
-    ported.
+    The checkpoint has q, v and k of all heads in one tensor, in four groups of heads. Raises PortError for settings
+    that are not ported.
     """
     s = common(c)
     if s["heads"] % 4:
@@ -175,7 +180,7 @@ def codegen(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-NeoX, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GPT-NeoX for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -195,7 +200,7 @@ def gpt_neox(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox_japanese(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-NeoX-Japanese, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of GPT-NeoX-Japanese for up to `context` positions, from config.json.
 
     Its linears have no biases, except the output projection of attention in the last layer. Raises PortError for
     missing or wrong settings.
@@ -210,9 +215,10 @@ def gpt_neox_japanese(c: Config, context: int) -> Decoder:
 
 
 def openai_gpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the first GPT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of the first GPT for up to `context` positions, from config.json.
 
-    It has norms after each addition, and none after the last layer. Raises PortError for missing or wrong settings.
+    Norms come after each addition, and there is none after the last layer. Raises PortError for missing or wrong
+    settings.
     """
     if c.get("hidden_act") == "gelu":
         c.table["hidden_act"] = "gelu_new"  # as transformers reads it here

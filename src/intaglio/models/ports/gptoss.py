@@ -22,7 +22,7 @@ BIASES = ("experts.gate_up_proj_bias|c0:1/2", "experts.gate_up_proj_bias|c1:2/2"
 
 
 def gpt_oss(c: Config, context: int) -> Decoder:
-    """The Decoder that describes gpt-oss, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of gpt-oss for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

@@ -24,7 +24,7 @@ STACKS = ("input_linear.weight|r0:{i}/{2i}", "input_linear.weight|r{i}:{2i}/{2i}
 
 
 def granite(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 3 dense, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Granite 3 dense for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -36,7 +36,7 @@ def granite(c: Config, context: int) -> Decoder:
 
 
 def granitemoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 3 MoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Granite 3 MoE for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -48,7 +48,7 @@ def granitemoe(c: Config, context: int) -> Decoder:
 
 
 def hyperclovax(c: Config, context: int) -> Decoder:
-    """The Decoder that describes HyperCLOVA X, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of HyperCLOVA X for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -60,9 +60,9 @@ def hyperclovax(c: Config, context: int) -> Decoder:
 
 
 def granitemoeshared(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite MoE with a shared expert, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Granite MoE with a shared expert, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     d, width = granitemoe(c, context), int(c.get("shared_intermediate_size", 0))
     assert d.mixture
@@ -78,11 +78,11 @@ def granitemoeshared(c: Config, context: int) -> Decoder:
 
 
 def swash(c: Config, d: Decoder, context: int) -> Decoder:
-    """A copy of a Granite Decoder with attention sinks, and with its own window and rope base in each layer.
+    """Returns a copy of a Granite Decoder with attention sinks, and with a window and a rope base for each layer.
 
-    A layer whose base is 0 has no rope. Raises PortError for missing or wrong settings of `c`.
+    A layer whose rope base is 0 has no rope. Raises PortError for missing or wrong settings.
 
-    d: the Decoder. context: positions of the Program.
+    c: the config. d: the Decoder (model description). context: the largest number of positions.
     """
     n = c.whole("num_hidden_layers")
     kinds = c.layer_types(usual=["sliding_attention" if i % 4 else "full_attention" for i in range(n)])
@@ -101,9 +101,10 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
 
 
 def granite_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the dense model Granite Swash (sliding-window attention), from config.json.
+    """Returns the Decoder (model description) of the dense model Granite Swash, from config.json.
 
-    context: positions of the Program. Raises PortError for missing or wrong settings.
+    It has sliding-window attention. Raises PortError for missing or wrong settings. context: the largest number of
+    positions.
     """
     kinds = c.table.pop("layer_types", None)
     d = granite(c, context)
@@ -112,9 +113,10 @@ def granite_swa(c: Config, context: int) -> Decoder:
 
 
 def granitemoe_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the Granite Swash models with experts (sliding-window attention), from config.json.
+    """Returns the Decoder (model description) of the Granite Swash models with experts, from config.json.
 
-    context: positions of the Program. Raises PortError for missing or wrong settings.
+    They have sliding-window attention. Raises PortError for missing or wrong settings. context: the largest number of
+    positions.
     """
     kinds = c.table.pop("layer_types", None)
     d = granitemoeshared(c, context)

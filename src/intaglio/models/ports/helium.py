@@ -14,7 +14,7 @@ DEFAULTS = {
 
 
 def helium(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Helium 1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Helium 1 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

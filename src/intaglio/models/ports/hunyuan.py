@@ -22,9 +22,9 @@ SOURCES = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that HunYuan's dense and MoE models share.
+    """Returns a dict of arguments for Decoder that HunYuan's dense and MoE models share, from config.json.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     s, rope, bias = sizes(c), parameters(c), c.flag("attention_bias")
     if rope["rope_type"] == "dynamic" and rope.get("alpha") and rope["rope_theta"]:  # a larger base for all lengths
@@ -36,7 +36,7 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def dense(c: Config, context: int) -> Decoder:
-    """The Decoder that describes HunYuan dense, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of HunYuan dense for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -44,11 +44,9 @@ def dense(c: Config, context: int) -> Decoder:
 
 
 def same(c: Config, key: str) -> int:
-    """The value of a count, an integer, for which the config may also have a list with a value for each layer.
+    """Returns the integer value of a config key whose value may also be a list of equal integers, one for each layer.
 
-    The values in a list must be equal; in `c` the list is replaced by this one value. Raises PortError if they differ.
-
-    key: the key of the count.
+    A list in `c` is replaced by the single value. Raises PortError if the values of the list differ.
     """
     value = c.get(key)
     if isinstance(value, list):
@@ -59,7 +57,7 @@ def same(c: Config, key: str) -> int:
 
 
 def moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes HunYuan MoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of HunYuan MoE for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -72,10 +70,10 @@ def moe(c: Config, context: int) -> Decoder:
 
 
 def hy_v3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Hy3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Hy3 for up to `context` positions, from config.json.
 
-    Each head of q and k is normed before rope. A sigmoid scores the experts, with a bias for their choice. Raises
-    PortError for missing or wrong settings.
+    Each head of q and k is normed before rope. Experts are scored by a sigmoid; a bias per expert is added to the score
+    for the choice only. Raises PortError for missing or wrong settings.
     """
     n, bias, width = c.whole("num_hidden_layers"), c.flag("attention_bias"), c.whole("moe_intermediate_size")
     kinds = c.get("mlp_layer_types") or ["dense"] + ["sparse"] * (n - 1)

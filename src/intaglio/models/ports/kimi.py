@@ -18,9 +18,9 @@ KINDS = ("linear_attention", "full_attention")
 
 
 def kimi_linear(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Kimi Linear, from config.json. It has no rope, so `context` changes nothing.
+    """Returns the Decoder (model description) of Kimi Linear, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    It has no rope, so `context` changes nothing. Raises PortError for missing or wrong settings.
     """
     c.need_silu("gated delta nets are ported with silu")
     c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
@@ -41,7 +41,7 @@ def kimi_linear(c: Config, context: int) -> Decoder:
 
 
 def bailing_hybrid(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Ling 3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Ling 3 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -70,14 +70,14 @@ def bailing_hybrid(c: Config, context: int) -> Decoder:
 
 
 def hybrid(c: Config, layer: Layer, mixer: DeltaMixer, usual: Sequence[str], dense: int) -> tuple[Layer, ...]:
-    """A tuple with a Layer for each layer of a model with Kimi delta attention: copies of `layer`, some changed.
+    """Returns a tuple with the Layer (description) of each layer of a model with Kimi delta attention.
 
     Args:
-        c: the config, whose layer_types and mlp_layer_types say what each layer has.
-        layer: a layer with latent attention and a dense MLP.
+        c: the config. Its layer_types and mlp_layer_types say what each layer has.
+        layer: a layer with latent attention and a dense MLP; the others are made from it.
         mixer: the block that layers of type linear_attention have in place of attention.
         usual: the attention type of each layer, for a config without layer_types.
-        dense: number of layers that have a dense MLP before those with experts, for a config without mlp_layer_types.
+        dense: number of first layers with a dense MLP, for a config without mlp_layer_types. Later layers have experts.
 
     Raises PortError for wrong types of layers.
     """
@@ -89,22 +89,22 @@ def hybrid(c: Config, layer: Layer, mixer: DeltaMixer, usual: Sequence[str], den
 
 
 def routed(c: Config) -> Mixture:
-    """The Mixture (of experts) of Kimi Linear and Ling 3, from config.json, with the names of DeepSeek-V3's tensors.
+    """Returns the Mixture (description of the experts) of Kimi Linear and Ling 3, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    Their tensors have the names of DeepSeek-V3's tensors. Raises PortError for missing or wrong settings.
     """
     c.table["n_routed_experts"] = c.whole(c.either("num_experts", "num_local_experts"))
     return experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
 
 
 def kinds(net: Mapping[str, object], n: int) -> list[str]:
-    """The attention type of each layer, as a list of "full_attention" and "linear_attention".
+    """Returns a list with the attention type of each layer, "full_attention" or "linear_attention".
 
-    The table `linear_attn_config` may list the layers of each type in full_attn_layers and kda_layers, by numbers that
-    count from 1. If either list is missing, layers 5, 9, 13 and so on have full attention and all others linear
-    attention, as in transformers.
+    full_attn_layers and kda_layers of `net` list the layers of the two types, by numbers that count from 1. If either
+    list is missing, layers 5, 9, 13 and so on have full attention and all others have linear attention, as in
+    transformers. Raises PortError if the lists do not name each layer once.
 
-    net: that table. n: number of layers. Raises PortError if the lists do not name each layer once.
+    net: the table linear_attn_config of config.json. n: number of layers.
     """
     full, linear = net.get("full_attn_layers"), net.get("kda_layers")
     if not isinstance(full, list) or not isinstance(linear, list):
@@ -118,11 +118,11 @@ def kinds(net: Mapping[str, object], n: int) -> list[str]:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Set the name of the dense MLPs' module, which differs between checkpoints. Returns `d` or a changed copy.
+    """Returns the Decoder with the checkpoint's name of the dense MLPs' module: `d` itself or a changed copy.
 
-    In files that transformers 5.24 saves, dense MLPs have the name of the experts' module, block_sparse_moe.
+    In files saved by transformers 5.24, this module is named block_sparse_moe, like the experts' module.
 
-    d: the Decoder, made from the config. shapes: {name of a tensor in the checkpoint: its shape}.
+    d: the Decoder (model description) from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """
     dense = next((i for i, layer in enumerate(d.layers) if not layer.sparse), None)
     saved = f"{d.prefix}layers.{dense}.block_sparse_moe.gate_proj.weight" in shapes

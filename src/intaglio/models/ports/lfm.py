@@ -23,9 +23,9 @@ MLP = {name: own for name, own in SOURCES.items() if name.startswith("feed_forwa
 
 
 def kinds(c: Config) -> list[str]:
-    """The type of each layer, as a list of "conv" (short convolution) and "full_attention".
+    """Returns a list with the type of each layer, "conv" (short convolution) or "full_attention".
 
-    Raises PortError for another type, or if config.json lists more or fewer types than num_hidden_layers.
+    Raises PortError for another type, or if the config's list of types does not have num_hidden_layers items.
     """
     n, full = c.whole("num_hidden_layers"), c.get("full_attn_idxs")
     usual = ["full_attention" if full is None or i in full else "conv" for i in range(n)]
@@ -33,7 +33,7 @@ def kinds(c: Config) -> list[str]:
 
 
 def lfm2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of LFM2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -56,7 +56,7 @@ def lfm2(c: Config, context: int) -> Decoder:
 
 
 def lfm2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM2-MoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of LFM2-MoE for up to `context` positions, from config.json.
 
     Layers from num_dense_layers on have experts. Raises PortError for missing or wrong settings.
     """
@@ -73,10 +73,10 @@ def lfm2_moe(c: Config, context: int) -> Decoder:
 
 
 def lfm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of LFM3 for up to `context` positions, from config.json.
 
-    It is LFM2 with attention windows and, if the config asks for them, with norms after attention and MLP and a gate
-    for each attention head. Raises PortError for missing or wrong settings.
+    It is LFM2 with attention windows. If the config asks for them, it also has norms after attention and MLP, and a
+    gate for each attention head. Raises PortError for missing or wrong settings.
     """
     c.table["hidden_act"] = "silu"
     s, n = sizes(c, eps="norm_eps"), c.whole("num_hidden_layers")
@@ -98,9 +98,9 @@ def lfm3(c: Config, context: int) -> Decoder:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Set the name of attention's gate to g_proj if the checkpoint has that name. Returns `d` or a changed copy.
+    """Returns the Decoder with the checkpoint's name of the attention gate, which may be g_proj: `d` or a changed copy.
 
-    d: the Decoder, made from the config. shapes: {name of a tensor in the checkpoint: its shape}.
+    d: the Decoder (model description) from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """
     named = any(name.endswith(".self_attn.g_proj.weight") for name in shapes)
     return replace(d, attn_gate="g_proj") if d.attn_gate and named else d

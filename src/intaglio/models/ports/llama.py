@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 def llama(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Llama 2 and 3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Llama 2 and 3 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -34,7 +34,7 @@ def llama(c: Config, context: int) -> Decoder:
 
 
 def diffllama(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DiffLlama, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of DiffLlama for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -49,7 +49,7 @@ def diffllama(c: Config, context: int) -> Decoder:
 
 
 def llama4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Llama 4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Llama 4 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -80,7 +80,7 @@ def llama4(c: Config, context: int) -> Decoder:
 
 
 def cwm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Code World Model, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Code World Model for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -92,10 +92,11 @@ def cwm(c: Config, context: int) -> Decoder:
 
 
 def mllama(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the text model of Llama 3.2 Vision, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of the text model of Llama 3.2 Vision, from config.json.
 
     Layers that attend to an image are left out. The checkpoint's embedding has 8 more rows than the vocabulary, for
-    tokens that stand for images; they are not read. Raises PortError for missing or wrong settings.
+    image tokens; these rows are not read. Raises PortError for missing or wrong settings. context: the largest number
+    of positions.
     """
     crossing, n = c.get("cross_attention_layers", [3, 8, 13, 18, 23, 28, 33, 38]), c.whole("num_hidden_layers")
     kept = [i for i in range(n) if i not in crossing]

@@ -11,9 +11,11 @@ from intaglio.models.ports.family import Family
 
 
 def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
-    """The Decoder of a model whose layers have only the recurrent block `mixer`, without attention or MLP.
+    """Returns the Decoder (model description) of a model whose layers have only a recurrent block, from config.json.
 
-    Raises PortError for another activation than silu. context: positions of the Program.
+    The layers have no attention and no MLP. Raises PortError for another activation than silu.
+
+    c: the config. context: not used. mixer: the recurrent block.
     """
     c.need_silu("Mamba is ported with silu")
     hidden = c.whole("hidden_size")
@@ -28,13 +30,12 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 
 
 def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
-    """Limits of Mamba's step size dt, as a dict with the fields `low` and `high` of a mixer. `high` is 0 for no limit.
+    """Returns the limits of Mamba's step size dt as {"low": float, "high": float}. `high` is 0 if there is no limit.
 
-    Args:
-        c: the config.
-        key: the config's key of the two limits.
+    They are arguments of a mixer (description of a recurrent block). Raises PortError unless the config has two numbers
+    with 0 <= low < high.
 
-    Raises PortError unless they are two numbers, 0 <= low < high.
+    c: the config. key: the config's key of the two limits.
     """
     value = c.get(key, (0.0, float("inf")))
     pair = list(value) if isinstance(value, list | tuple) else []
@@ -47,25 +48,25 @@ def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
 
 
 def check_groups(c: Config, heads: str, groups: str) -> None:
-    """Raise PortError unless the number of heads is a multiple of the number of groups.
+    """Raise PortError unless the number of heads is a multiple of the number of groups. Returns nothing.
 
-    heads, groups: the config keys that have these numbers.
+    c: the config. heads: config key of the number of heads. groups: config key of the number of groups.
     """
     if c.whole(heads) % c.whole(groups):
         raise PortError(f"config.json: {heads}={c.whole(heads)} is not a multiple of {groups}={c.whole(groups)}")
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Number of columns of Mamba's step size dt before dt_proj (dt_rank), an int: the value of config key `key`.
+    """Returns dt_rank of Mamba, an int: the number of columns of the step size dt before the projection dt_proj.
 
-    If the value is "auto" or missing, the number is hidden_size / 16, rounded up. Raises PortError for another value
-    than "auto" or an integer of 1 or more.
+    It is the value of the config key `key`. If the value is "auto" or missing, it is hidden_size / 16, rounded up.
+    Raises PortError for another value than "auto" or an integer of 1 or more.
     """
     return -(-c.whole("hidden_size") // 16) if c.get(key, "auto") == "auto" else c.whole(key)
 
 
 def mamba2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mamba-2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Mamba-2 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -83,9 +84,11 @@ def mamba2(c: Config, context: int) -> Decoder:
 
 
 def scan(c: Config, **more: Any) -> ScanMixer:
-    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: further fields of the mixer.
+    """Returns the ScanMixer (description of the recurrent block) of Mamba and FalconMamba, from config.json.
 
     Raises PortError for missing or wrong settings.
+
+    c: the config. more: further arguments of ScanMixer.
     """
     inner = c.whole("intermediate_size", int(c.real("expand") * c.whole("hidden_size")))
     return ScanMixer(
@@ -96,7 +99,7 @@ def scan(c: Config, **more: Any) -> ScanMixer:
 
 
 def mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mamba, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Mamba for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -104,9 +107,9 @@ def mamba(c: Config, context: int) -> Decoder:
 
 
 def falcon_mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FalconMamba, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of FalconMamba for up to `context` positions, from config.json.
 
-    It is Mamba with norms of dt, B and C; the norms have no weights. Raises PortError for missing or wrong settings.
+    It is Mamba with norms of dt, B and C that have no weights. Raises PortError for missing or wrong settings.
     """
     return plain(c, context, scan(c, eps=c.real("mixer_rms_eps")))
 

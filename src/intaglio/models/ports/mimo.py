@@ -18,7 +18,7 @@ ROPES = {"full_attention": {**ROPE, "rope_theta": 5e6}, "sliding_attention": {**
 
 
 def mimo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiMo-V2-Flash, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of MiMo-V2-Flash for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

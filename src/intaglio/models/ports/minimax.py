@@ -18,7 +18,7 @@ DEFAULTS = {
 
 
 def minimax_m2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniMax-M2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of MiniMax-M2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -37,7 +37,7 @@ def minimax_m2(c: Config, context: int) -> Decoder:
 
 
 def minimax(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniMax-01, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of MiniMax-01 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -45,19 +45,20 @@ def minimax(c: Config, context: int) -> Decoder:
     heads = s["heads"]
 
     def lightning(i: int) -> LightningMixer:
-        """The LightningMixer of layer `i`. Its log decays are ALiBi's slopes, negative, times a factor.
+        """Returns the LightningMixer (description of lightning attention) of layer `i`.
 
-        The factor falls with the layer's number.
+        The log decay of each head is its negative ALiBi slope times a factor that falls with the number of the layer.
         """
         factor = 1 - i / (n - 1 + 1e-5) + 1e-5
         rates = tuple(-(2 ** (-8 * (h + 1) / heads)) * factor for h in range(heads))
         return LightningMixer(heads=heads, head_dim=s["head_dim"], rates=rates)
 
     def mix(kind: str) -> tuple[float, float]:
-        """(factor on the residual, factor on the branch's result) where the two are added, from config.json.
+        """Returns two floats from config.json: (factor on the residual, factor on the result of attention or MLP).
 
-        kind: kind of the branch, the beginning of its keys: linear_attn, full_attn or mlp. Raises PortError if a key
-        is missing.
+        The scaled residual and the scaled result are added. Raises PortError if one of the two keys is missing.
+
+        kind: linear_attn, full_attn or mlp, the beginning of the keys.
         """
         return c.real(f"{kind}_alpha_factor"), c.real(f"{kind}_beta_factor")
 

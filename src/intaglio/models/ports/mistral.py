@@ -18,7 +18,7 @@ DEFAULTS = {
 
 
 def mistral(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mistral, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Mistral for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -29,7 +29,7 @@ def mistral(c: Config, context: int) -> Decoder:
 
 
 def ministral(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Ministral, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Ministral for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -40,9 +40,10 @@ def ministral(c: Config, context: int) -> Decoder:
 
 
 def ministral3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Ministral 3: queries are scaled by a temperature that grows with the position.
+    """Returns the Decoder (model description) of Ministral 3 for up to `context` positions, from config.json.
 
-    Raises PortError for missing or wrong settings. context: positions of the Program.
+    Attention scores are scaled by a temperature that grows with the query's position. Raises PortError for missing or
+    wrong settings.
     """
     if c.get("rope_parameters") is None and c.get("rope_scaling") is None:
         c.table["rope_parameters"] = YARN
@@ -56,7 +57,7 @@ def ministral3(c: Config, context: int) -> Decoder:
 
 
 def mixtral(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mixtral, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Mixtral for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

@@ -17,10 +17,10 @@ DEFAULTS = {
 
 
 def modernbert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ModernBERT as a decoder, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of ModernBERT, run as a decoder, from config.json.
 
-    Its window is `sliding_window`, or else half of `local_attention`, which counts tokens to both sides. Raises
-    PortError for settings that are not ported.
+    The attention window is `sliding_window` tokens. Without this key it is half of `local_attention`, which counts
+    tokens on both sides. Raises PortError for settings that are not ported. context: the largest number of positions.
     """
     n, every = c.whole("num_hidden_layers"), c.whole("global_attn_every_n_layers")
     if c.get("layer_types") is None:

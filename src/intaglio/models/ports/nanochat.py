@@ -16,7 +16,7 @@ DEFAULTS = {
 
 
 def nanochat(c: Config, context: int) -> Decoder:
-    """The Decoder that describes NanoChat, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of NanoChat for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """

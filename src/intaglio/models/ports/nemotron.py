@@ -17,7 +17,7 @@ DEFAULTS = {
 
 
 def nemotron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Nemotron, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Nemotron for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -29,7 +29,7 @@ def nemotron(c: Config, context: int) -> Decoder:
 
 
 def arcee(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Arcee, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Arcee for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -40,7 +40,7 @@ def arcee(c: Config, context: int) -> Decoder:
 
 
 def jais2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jais 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Jais 2 for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """

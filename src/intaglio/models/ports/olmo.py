@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 def olmo2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of OLMo 2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -30,7 +30,7 @@ def olmo2(c: Config, context: int) -> Decoder:
 
 
 def olmo3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo 3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of OLMo 3 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -45,7 +45,7 @@ def olmo3(c: Config, context: int) -> Decoder:
 
 
 def olmoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of OLMoE for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -63,7 +63,7 @@ OLMOE = {**DEFAULTS, "max_position_embeddings": 4096, "num_experts": 64, "num_ex
 
 
 def olmo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo 1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of OLMo 1 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -78,7 +78,7 @@ def olmo(c: Config, context: int) -> Decoder:
 
 
 def flex_olmo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FlexOlmo, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of FlexOlmo for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

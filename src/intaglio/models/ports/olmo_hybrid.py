@@ -19,7 +19,7 @@ ATTENTION = {"attn.post_norm": "post_attention_layernorm", "mlp.post_norm": "pos
 
 
 def olmo_hybrid(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo Hybrid, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of OLMo Hybrid for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -43,7 +43,7 @@ def olmo_hybrid(c: Config, context: int) -> Decoder:
 
 
 def mixer(c: Config) -> DeltaMixer:
-    """The DeltaMixer (gated delta net) of OLMo Hybrid, from config.json.
+    """Returns the DeltaMixer (description of the gated delta net) of OLMo Hybrid, from config.json.
 
     Raises PortError if the number of value heads is not a multiple of the number of key heads.
     """
@@ -56,12 +56,12 @@ def mixer(c: Config) -> DeltaMixer:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """A copy of the Decoder that fits the names of norms and the shapes of convolutions in this checkpoint.
+    """Returns a copy of the Decoder that fits this checkpoint's names of norms and shapes of convolutions.
 
-    Files that transformers 5.24 saves differ from others in two ways. The channels of the convolutions of q, k and v
-    are stored in three equal parts, whatever their widths are. The norm after attention has another name.
+    Files saved by transformers 5.24 differ from others in two ways. The channels of the convolutions of q, k and v are
+    stored in three equal parts, whatever their widths are. The norm after attention has another name.
 
-    d: the Decoder, made from the config. shapes: {name of a tensor in the checkpoint: its shape}.
+    d: the Decoder (model description) from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """
     norms, layers = dict(d.norms), list(d.layers)
     net = next(i for i, layer in enumerate(layers) if layer.mixer)

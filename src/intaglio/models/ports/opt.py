@@ -21,7 +21,7 @@ BIOGPT = {
 
 
 def common(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that OPT and BioGPT share.
+    """Returns a dict of arguments for Decoder that OPT and BioGPT share, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -38,7 +38,7 @@ def common(c: Config) -> dict[str, Any]:
 
 
 def opt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OPT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of OPT for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -56,7 +56,7 @@ def opt(c: Config, context: int) -> Decoder:
 
 
 def biogpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BioGPT, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of BioGPT for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

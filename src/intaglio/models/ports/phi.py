@@ -18,9 +18,9 @@ DEFAULTS = {
 
 
 def phi3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Phi-3, Phi-3.5 and Phi-4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Phi-3, Phi-3.5 and Phi-4, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    Raises PortError for missing or wrong settings. context: the largest number of positions.
     """
     s, rope = sizes(c), parameters(c)
     if rope["rope_type"] in ("su", "yarn"):  # names early checkpoints gave longrope
@@ -32,7 +32,7 @@ def phi3(c: Config, context: int) -> Decoder:
 
 
 def phimoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Phi-3.5-MoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Phi-3.5-MoE for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -54,7 +54,7 @@ def phimoe(c: Config, context: int) -> Decoder:
 
 
 def phi(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Phi-1, 1.5 and 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Phi-1, 1.5 and 2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

@@ -21,9 +21,10 @@ DEFAULTS = {
 
 
 def windowed(c: Config) -> None:
-    """Set `layer_types` in the config if it is missing: sliding windows in the layers from max_window_layers on.
+    """Set `layer_types` of the config if it is missing. Changes `c` in place and returns nothing.
 
-    Without use_sliding_window all layers get full attention. Returns nothing. Raises PortError for a wrong value.
+    Layers from number max_window_layers on get sliding windows, the others full attention. Without use_sliding_window
+    all layers get full attention. Raises PortError for a wrong value.
     """
     n = c.whole("num_hidden_layers")
     first = c.count("max_window_layers") if c.flag("use_sliding_window") else n
@@ -32,7 +33,7 @@ def windowed(c: Config) -> None:
 
 
 def qwen2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen2 and Qwen2.5, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen2 and Qwen2.5 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -42,7 +43,7 @@ def qwen2(c: Config, context: int) -> Decoder:
 
 
 def qwen3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3 dense, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen3 dense for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -52,9 +53,11 @@ def qwen3(c: Config, context: int) -> Decoder:
 
 
 def mixture(c: Config, **shared: Any) -> Mixture:
-    """The Mixture (of experts) of Qwen2-MoE and Qwen3-MoE. shared: arguments of Mixture for a shared expert.
+    """Returns the Mixture (description of the experts) of Qwen2-MoE and Qwen3-MoE, from config.json.
 
     Raises PortError for missing or wrong settings.
+
+    c: the config. shared: arguments of Mixture for a shared expert.
     """
     return Mixture(
         count=c.whole(c.either("num_local_experts", "num_experts")),  # transformers writes either name
@@ -64,16 +67,18 @@ def mixture(c: Config, **shared: Any) -> Mixture:
 
 
 def place_experts(c: Config, d: Decoder) -> Decoder:
-    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer that is not in mlp_only_layers.
+    """Returns a copy of the Decoder with experts in every `decoder_sparse_step`-th layer, except mlp_only_layers.
 
     Raises PortError for missing or wrong settings.
+
+    c: the config, which has both keys. d: the Decoder (model description).
     """
     step, dense = c.whole("decoder_sparse_step"), c.get("mlp_only_layers", [])
     return sparse(d, lambda i: (i + 1) % step == 0 and i not in dense)
 
 
 def qwen2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen2-MoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen2-MoE for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -89,7 +94,7 @@ def qwen2_moe(c: Config, context: int) -> Decoder:
 
 
 def qwen3_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3-MoE, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen3-MoE for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -113,9 +118,9 @@ QWEN3_MOE = {
 
 
 def mellum(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mellum 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Mellum 2 for up to `context` positions, from config.json.
 
-    Layers with full attention have one rope table, layers with a sliding window another. Raises PortError for missing
+    Layers with full attention and layers with a sliding window have different rope tables. Raises PortError for missing
     or wrong settings.
     """
     n = c.whole("num_hidden_layers")
@@ -133,9 +138,9 @@ def mellum(c: Config, context: int) -> Decoder:
 
 
 def flint(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Flint, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Flint for up to `context` positions, from config.json.
 
-    It has attention sinks. Only layers with a window have rope. A sigmoid scores the experts. Raises PortError for
+    It has attention sinks. Only layers with a window have rope. Experts are scored by a sigmoid. Raises PortError for
     missing or wrong settings.
     """
     n = c.whole("num_hidden_layers")

@@ -13,10 +13,11 @@ from intaglio.program.source import parts_of
 
 
 def delta_heads(c: Config, usual: int | None = None) -> tuple[int, int]:
-    """The numbers of heads of a gated delta net, from config.json: (key heads, value heads).
+    """Returns (number of key heads, number of value heads) of a gated delta net, from config.json.
 
-    usual: used for a number that the config does not have; None: both have to be there. Raises PortError if the number
-    of value heads is not a multiple of the number of key heads.
+    Raises PortError if the number of value heads is not a multiple of the number of key heads.
+
+    c: the config. usual: number used for a key that the config does not have; None: both keys are required.
     """
     keys, values = c.whole("linear_num_key_heads", usual), c.whole("linear_num_value_heads", usual)
     if values % keys:
@@ -25,7 +26,7 @@ def delta_heads(c: Config, usual: int | None = None) -> tuple[int, int]:
 
 
 def mixer(c: Config, fused: bool) -> DeltaMixer:
-    """The DeltaMixer (gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
+    """Returns the DeltaMixer (description of the gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
 
     Args:
         c: the config.
@@ -42,10 +43,16 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
 
 
 def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
-    """The Decoder that describes Qwen3-Next or Qwen3.5, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen3-Next or Qwen3.5, from config.json.
 
-    fused: True if the mixer's weights are fused as in Qwen3-Next. more: further arguments of Decoder, such as mixture;
-    without it the model has no experts. Raises PortError for settings that are not ported.
+    Args:
+        c: the config.
+        context: the largest number of positions.
+        fused: True if the checkpoint has the weights in_proj_qkvz and in_proj_ba (Qwen3-Next); False if it has
+            in_proj_qkv, in_proj_z, in_proj_b and in_proj_a (Qwen3.5).
+        more: further arguments of Decoder. Without `mixture` the model has no experts.
+
+    Raises PortError for settings that are not ported.
     """
     c.need_silu("gated delta nets are ported with silu")
     c.refuse("attention_bias", why="gated attention is ported without biases")
@@ -64,9 +71,9 @@ def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
 
 
 def experts(c: Config) -> Mixture:
-    """The Mixture (of experts) of Qwen3-Next and Qwen3.5, with a gated shared expert.
+    """Returns the Mixture (description of the experts) of Qwen3-Next and Qwen3.5, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    It has a shared expert with a gate. Raises PortError for missing or wrong settings.
     """
     return Mixture(
         count=c.whole(c.either("num_local_experts", "num_experts")), top=c.whole("num_experts_per_tok"),
@@ -78,7 +85,7 @@ def experts(c: Config) -> Mixture:
 
 
 def qwen3_next(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3-Next, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen3-Next for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -87,7 +94,7 @@ def qwen3_next(c: Config, context: int) -> Decoder:
 
 
 def qwen3_5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3.5 dense, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen3.5 dense for up to `context` positions, from config.json.
 
     Only text is ported, for which rope has one position per token. Raises PortError for missing or wrong settings.
     """
@@ -95,7 +102,7 @@ def qwen3_5(c: Config, context: int) -> Decoder:
 
 
 def qwen3_5_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3.5 with experts, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Qwen3.5 with experts for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

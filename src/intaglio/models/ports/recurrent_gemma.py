@@ -14,7 +14,7 @@ NORMS = {"attn.norm": "temporal_pre_norm", "mlp.norm": "channel_pre_norm"}
 
 
 def recurrent_gemma(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RecurrentGemma, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of RecurrentGemma for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """

@@ -14,7 +14,7 @@ DEFAULTS = {
 
 
 def seed_oss(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Seed-OSS, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Seed-OSS for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """

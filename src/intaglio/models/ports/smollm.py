@@ -15,7 +15,7 @@ DEFAULTS = {
 
 
 def smollm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes SmolLM3, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of SmolLM3 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

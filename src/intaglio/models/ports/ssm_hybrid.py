@@ -22,10 +22,11 @@ KINDS = {
 
 
 def kinds(c: Config, found: Sequence[str]) -> list[str]:
-    """The type of each layer, as a list of the values of KINDS.
+    """Returns a list with the type of each layer, in the names that the ports of this file use (values of KINDS).
 
-    found: the types that the config lists, which may have older names. Raises PortError for an unknown type, or if
-    their number is not num_hidden_layers.
+    Raises PortError for an unknown type, or if `found` does not have num_hidden_layers items.
+
+    c: the config. found: the types that the config lists, which may have older names.
     """
     n = c.whole("num_hidden_layers", len(found))
     if len(found) != n or (unknown := {*found} - KINDS.keys()):
@@ -35,15 +36,15 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
 
 
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
-    """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
+    """Returns the SsmMixer (description of the Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
     Args:
         c: the config.
-        inner: columns of x.
-        more: fields of SsmMixer that override those from the config.
+        inner: inner width of the block: all heads' columns together.
+        more: arguments of SsmMixer that override the values from the config.
 
-    Raises PortError if the heads do not make up `inner` columns or are no multiple of the groups, and for another
-    activation than silu.
+    Raises PortError in three cases: the heads do not add up to `inner` columns; the number of heads is not a multiple
+    of the number of groups; or the activation is not silu.
     """
     c.need_silu(SILU)
     heads = c.whole("mamba_n_heads")
@@ -62,7 +63,7 @@ def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
 
 
 def bamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Bamba, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Bamba for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -79,10 +80,10 @@ def bamba(c: Config, context: int) -> Decoder:
 
 
 def granite_hybrid(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 4, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Granite 4 for up to `context` positions, from config.json.
 
-    Layers have Mamba-2 or attention, then a shared MLP; beside it they have experts if num_local_experts is above 0.
-    Raises PortError for missing or wrong settings.
+    A layer has Mamba-2 or attention, then an MLP. If num_local_experts is above 0, it also has experts, whose result is
+    added to the MLP's. Raises PortError for missing or wrong settings.
     """
     width, count = c.whole("shared_intermediate_size"), int(c.get("num_local_experts", 0))
     s = sizes(c)
@@ -110,10 +111,10 @@ def granite_hybrid(c: Config, context: int) -> Decoder:
 
 
 def falcon_h1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Falcon-H1, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Falcon-H1 for up to `context` positions, from config.json.
 
-    Attention and Mamba-2 are side by side in each layer, with multipliers throughout. Raises PortError for settings
-    that are not ported.
+    Each layer has attention and Mamba-2 in parallel. Many intermediate results are scaled by constant multipliers.
+    Raises PortError for settings that are not ported.
     """
     s = sizes(c)
     c.refuse("attention_bias", why="its projections are scaled, which is not ported with biases")
@@ -136,7 +137,7 @@ def falcon_h1(c: Config, context: int) -> Decoder:
 
 
 def jamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jamba, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Jamba for up to `context` positions, from config.json.
 
     Layers have a Mamba block, or attention without rope. Some layers have experts. Raises PortError for missing or
     wrong settings.
@@ -163,7 +164,7 @@ def jamba(c: Config, context: int) -> Decoder:
 
 
 def nemotron_h(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Nemotron-H, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Nemotron-H for up to `context` positions, from config.json.
 
     A layer is one of four: a Mamba-2 block, attention without rope, an MLP, or experts. Raises PortError for settings
     that are not ported.
@@ -207,9 +208,9 @@ def nemotron_h(c: Config, context: int) -> Decoder:
 
 
 def nemotron_experts(c: Config) -> Mixture:
-    """The Mixture of Nemotron-H's layers with experts, from config.json: experts without a gate, and a shared one.
+    """Returns the Mixture (description of the experts) of Nemotron-H, from config.json.
 
-    Raises PortError for missing or wrong settings.
+    The experts have no gate. There is a shared expert. Raises PortError for missing or wrong settings.
     """
     route = {"score": "sigmoid", "normalise": c.flag("norm_topk_prob"), "scale": c.real("routed_scaling_factor")}
     if (groups := c.whole("n_group")) > 1:

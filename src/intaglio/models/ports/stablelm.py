@@ -23,7 +23,7 @@ PERSIMMON = {
 
 
 def stablelm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes StableLM, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of StableLM for up to `context` positions, from config.json.
 
     Raises PortError for settings that are not ported.
     """
@@ -36,7 +36,7 @@ def stablelm(c: Config, context: int) -> Decoder:
 
 
 def starcoder2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes StarCoder 2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of StarCoder 2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -50,7 +50,7 @@ def starcoder2(c: Config, context: int) -> Decoder:
 
 
 def persimmon(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Persimmon, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Persimmon for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """

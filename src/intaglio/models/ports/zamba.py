@@ -12,9 +12,9 @@ KINDS = {"mamba": "linear_attention", "linear_attention": "linear_attention", "h
 
 
 def prepare(c: Config) -> None:
-    """Add to the config `c` the settings that transformers derives from others. Returns nothing.
+    """Add to the config `c` three settings that transformers derives from other settings. Returns nothing.
 
-    They are head_dim, intermediate_size if config.json has none, and with use_long_context the number of positions.
+    They are head_dim; intermediate_size, if config.json has none; and, with use_long_context, the number of positions.
     Raises PortError for missing or wrong settings.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
@@ -30,7 +30,7 @@ def prepare(c: Config) -> None:
 
 
 def zamba2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Zamba2, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Zamba2 for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -76,9 +76,9 @@ def zamba2(c: Config, context: int) -> Decoder:
 
 
 def prepare_first(c: Config) -> None:
-    """Set head_dim of Zamba's attention, which config.json calls attention_head_dim. Returns nothing.
+    """Set head_dim in the config `c` of a Zamba model. Its config.json has the key attention_head_dim instead.
 
-    Raises PortError for missing or wrong settings.
+    Returns nothing. Raises PortError for missing or wrong settings.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     width = c.whole("attention_hidden_size", 2 * hidden)
@@ -88,7 +88,7 @@ def prepare_first(c: Config) -> None:
 
 
 def zamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Zamba, from config.json, for up to `context` positions.
+    """Returns the Decoder (model description) of Zamba for up to `context` positions, from config.json.
 
     Raises PortError for missing or wrong settings.
     """
@@ -117,11 +117,11 @@ def zamba(c: Config, context: int) -> Decoder:
 
 
 def block_kinds(c: Config, usual: list[str]) -> list[str]:
-    """A list of the type of each layer, linear_attention (Mamba alone) or hybrid (with a shared block).
+    """Returns a list with the type of each layer: "linear_attention" (only Mamba) or "hybrid" (also a shared block).
 
-    usual: the types if config.json lists none.
+    Raises PortError for another type, or if the list does not have num_hidden_layers items.
 
-    Raises PortError for another type, or if config.json lists more or fewer types than num_hidden_layers.
+    c: the config. usual: the types if config.json lists none.
     """
     n = c.whole("num_hidden_layers")
     found = c.get("layers_block_type") or c.get("layer_types") or usual
@@ -133,7 +133,7 @@ def block_kinds(c: Config, usual: list[str]) -> list[str]:
 
 
 def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
-    """The tuple for the attribute `shared` of a Layer, or None for a layer that runs no shared block.
+    """Returns which shared block layer `i` runs, as a tuple for the attribute `shared` of a Layer; None if none.
 
     The tuple is (index of the first layer that runs the same block, how many earlier layers run any shared block).
 
@@ -149,10 +149,12 @@ def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
 
 
 def names(hybrid: list[int]) -> dict[str, str]:
-    """Entries for Decoder.sources, as a dict {part of Llama's tensor name: the checkpoint's name}.
+    """Returns entries for Decoder.sources, as a dict {part of Llama's tensor name: the checkpoint's name}.
 
-    In the checkpoint, layers with a shared block have their own mixer inside a module mamba_decoder. There are two
-    entries for each such layer, the mixer and its input norm. hybrid: numbers of the layers with a shared block.
+    In the checkpoint, a layer with a shared block has its Mamba block and its input norm inside a module mamba_decoder.
+    The dict has an entry for each of the two in each such layer.
+
+    hybrid: numbers of the layers with a shared block.
     """
     rules = {}
     for i in hybrid:

@@ -65,9 +65,12 @@ OWN_WAY = "a way of generating that is transformers' own; requests say how their
 
 
 def judge_tokenizer(path: Path) -> list[Fate]:
-    """A list with the Fate (used or ignored) of each key in a folder's tokenizer files and generation_config.json.
+    """Returns a list of Fates: for each key of a folder's tokenizer files, whether it was used or ignored, and why.
 
-    Raises CheckpointError for a file that is not JSON, and for an eos_token_id that is no id or list of ids.
+    generation_config.json counts as a tokenizer file. Each chat template that is a file of its own has a Fate, too.
+    Raises CheckpointError for a file that is not JSON, and for an eos_token_id that is neither an id nor a list of ids.
+
+    path: the checkpoint's folder.
     """
     read_ends(path)
     out: list[Fate] = []
@@ -121,7 +124,7 @@ def _judge_generation(file: str, key: str, value: Any) -> Fate:
 
 
 def _templates(path: Path) -> Iterator[Fate]:
-    """Yield a Fate, which says that the file is used, for each chat template that is a file of its own.
+    """Yield a Fate with the fate "used" for each chat template that is a file of its own.
 
     path: the checkpoint's folder.
     """

@@ -27,7 +27,7 @@ DEFAULT, TOOLS = "default", "tool_use"
 
 
 class TokenizerError(ValueError):
-    """Raised for a tokenizer that cannot be read or does not fit its model, or a chat that its template refuses."""
+    """Raised if a tokenizer cannot be read, if it does not fit its model, or if a chat template rejects a chat."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class TokenizerFiles:
 
     Attributes:
         inner: the tokenizer of the `tokenizers` library, with all added tokens.
-        special: texts of the named special tokens, by name such as bos_token.
-        templates: chat templates by name.
-        model: keys of config.json, overridden by generation_config.json.
-        ends: ids that end a sequence, as read_ends() returns them.
+        special: {name of a special token, such as bos_token: its text}.
+        templates: {name: chat template}.
+        model: the keys and values of config.json, overridden by generation_config.json.
+        ends: ids of the tokens that end a sequence, from the same two files.
     """
 
     inner: tokenizers.Tokenizer
@@ -50,9 +50,9 @@ class TokenizerFiles:
 
 
 def read_files(path: Path) -> TokenizerFiles:
-    """Read a checkpoint folder's tokenizer and config files and return their contents as TokenizerFiles.
+    """Read a checkpoint folder's tokenizer and config files. Returns their contents as TokenizerFiles.
 
-    Raises TokenizerError naming the file that is missing, damaged or not supported.
+    Raises TokenizerError if a file is missing, damaged or not supported. The message names the file.
     """
     plain = (path / "tokenizer.json").exists()
     if not plain and not (path / SENTENCEPIECE).exists():
@@ -92,10 +92,10 @@ def read_files(path: Path) -> TokenizerFiles:
 
 
 def read_ends(path: Path) -> tuple[int, ...]:
-    """A tuple of the ids that end a sequence, from the file generation_config.json of a checkpoint folder.
+    """Returns a tuple of the ids of the tokens that end a sequence, from a checkpoint folder's generation_config.json.
 
-    If that file does not have the key eos_token_id, config.json is read; () if neither has it. Raises CheckpointError
-    for a file that is not JSON, and for a value that is neither an id nor a list of ids.
+    If generation_config.json does not have the key eos_token_id, config.json is read. () if neither has the key. Raises
+    CheckpointError for a file that is not JSON, and for a value that is neither an id nor a list of ids.
     """
     for file in (path / "generation_config.json", path / "config.json"):
         table = _optional(file)
@@ -105,10 +105,10 @@ def read_ends(path: Path) -> tuple[int, ...]:
 
 
 def end_ids(file: Path, table: Mapping[str, Any]) -> tuple[int, ...]:
-    """A tuple of the ids that end a sequence, as a configuration's eos_token_id names them.
+    """Returns eos_token_id of a configuration as a tuple of ids. These tokens end a sequence.
 
-    eos_token_id may be one id or a list; () if it is null or missing. An id beyond the vocabulary, as in some published
-    models, is kept. Raises CheckpointError for any other value.
+    eos_token_id may be one id or a list. () if it is null or missing. An id beyond the vocabulary is kept; some
+    published models have one. Raises CheckpointError for any other value.
 
     Args:
         file: the file that has the configuration, for the error.
@@ -126,19 +126,19 @@ def end_ids(file: Path, table: Mapping[str, Any]) -> tuple[int, ...]:
 def _rebuilt(
     path: Path, config: dict[str, Any], special: dict[str, str]
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Rebuild the tokenizer of tokenizer.model. Returns (the tokenizer, the tokenizer_config.json to use with it).
+    """Build the tokenizer of the file tokenizer.model.
 
-    If SentencePiece puts a space before the text, the returned config is a copy that marks added tokens as not
-    normalised: otherwise the space before each run of text would keep them from being found. Else it is `config`
-    itself.
+    Returns (the tokenizer, the tokenizer_config.json to use with it). If SentencePiece puts a space before the text,
+    the returned config is a copy of `config` in which added tokens are marked as not normalised. Otherwise the space
+    before each run of text would keep added tokens from being found. If SentencePiece puts no space there, it is
+    `config` itself.
 
     Args:
         path: the folder with tokenizer.model.
         config: contents of tokenizer_config.json.
-        special: {name such as bos_token: its text}. The model's unk, bos and eos tokens are added if they are not
-            there.
+        special: {name such as bos_token: its text}. The model's unk, bos and eos tokens are added if they are missing.
 
-    Raises SentencePieceError for a file that is no SentencePiece model, or a kind of model that is not read.
+    Raises SentencePieceError for a file that is no SentencePiece model, or a kind of model that is not supported.
     """
     model = read_model(path / SENTENCEPIECE)
     for name, text in model.special.items():
@@ -161,11 +161,12 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """{name: text} of the named special tokens, such as bos_token, from tokenizer_config.json.
+    """Returns {name, such as bos_token: text} of the named special tokens in tokenizer_config.json.
 
-    If that file has no added_tokens_decoder (before transformers 4.33), the names in special_tokens_map.json take
-    precedence. path: the folder. config: contents of tokenizer_config.json. Raises TokenizerError for a token without
-    text.
+    If tokenizer_config.json has no added_tokens_decoder (before transformers 4.33), special_tokens_map.json takes
+    precedence. Raises TokenizerError for a token without text.
+
+    path: the folder. config: contents of tokenizer_config.json.
     """
     held = {k: config[k] for k in NAMED if config.get(k)}
     if "added_tokens_decoder" not in config:
@@ -175,9 +176,14 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text(path: Path, name: str, token: Any) -> str:
-    """The text of a special token, which files write as a string or as an object with the key `content`.
+    """Returns the text of a special token, which a file may have as a string or as an object with the key `content`.
 
-    path: the file or folder, and name: the key, for the error. Raises TokenizerError for any other token.
+    Raises TokenizerError for any other token.
+
+    Args:
+        path: the file or folder, for the error.
+        name: the token's key in the file, for the error.
+        token: the value of that key.
     """
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str):
@@ -186,11 +192,11 @@ def _text(path: Path, name: str, token: Any) -> str:
 
 
 def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Add to `inner` the tokens that tokenizer.json lacks, then special tokens. Returns nothing.
+    """Add to `inner` the added tokens that tokenizer.json lacks, then special tokens. Returns nothing.
 
-    The key added_tokens_decoder of tokenizer_config.json lists the lacking tokens. Without that key, the file
-    added_tokens.json lists them. The special tokens are those of `special` and the extra ones that `config` states.
-    Raises TokenizerError if a token does not get the id that its file states.
+    The added tokens are listed in added_tokens_decoder of tokenizer_config.json or, without this key, in
+    added_tokens.json. The special tokens are the tokens of `special` and the extra special tokens that the folder's
+    files name. Raises TokenizerError if a token does not get the id that its file states.
 
     Args:
         path: folder of the files.
@@ -228,10 +234,10 @@ def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, An
 
 
 def _texts(path: Path, tokens: Any) -> list[str]:
-    """A list of the texts of extra special tokens.
+    """Returns a list of the texts of extra special tokens.
 
     Args:
-        path: the file that has them, for the error.
+        path: the file that has the tokens, for the error.
         tokens: a list of tokens, or an object {name: token}. A token is a string or an object with the key `content`.
 
     Raises TokenizerError for any other token.
@@ -241,10 +247,10 @@ def _texts(path: Path, tokens: Any) -> list[str]:
 
 
 def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[dict[int, tokenizers.AddedToken], str]:
-    """The added tokens that a folder's files list: ({id: added token}, name of the file that lists them).
+    """Returns the added tokens that a folder's files list: ({id: added token}, name of the file that lists the tokens).
 
-    The file is tokenizer_config.json if it has the key added_tokens_decoder, else added_tokens.json. If neither lists
-    any, the result is ({}, "added_tokens.json").
+    The file is tokenizer_config.json if it has the key added_tokens_decoder, else added_tokens.json. If
+    added_tokens.json is missing, the result is ({}, "added_tokens.json").
 
     Args:
         path: the folder.
@@ -277,16 +283,17 @@ def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[d
 
 
 def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """{name: chat template} of a checkpoint folder; {} if it has none.
+    """Returns {name: chat template} of a checkpoint folder; {} if it has none.
 
     The templates are read from the first of these places that has any:
 
     - chat_template.jinja and the files of additional_chat_templates;
     - tokenizer_config.json (one template, or a list with names);
-    - an old processor's chat_template.json.
+    - chat_template.json, which processors of older versions have.
 
-    path: the folder. config: contents of tokenizer_config.json. Raises TokenizerError for a template without a name or
-    a text.
+    Raises TokenizerError for a template without a name or a text.
+
+    path: the folder. config: contents of tokenizer_config.json.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():

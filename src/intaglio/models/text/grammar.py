@@ -21,14 +21,15 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 
 
 class GrammarError(ValueError):
-    """Raised if a grammar does not parse, if llguidance gives up on it later, or if llguidance is not installed."""
+    """Raised if a grammar cannot be parsed, if llguidance fails on it later, or if llguidance is not installed."""
 
 
 @dataclass
 class Grammars:
     """Compiles grammars for one tokenizer and a model of `vocabulary` token ids. Thread-safe.
 
-    Up to MAX_CACHED_GRAMMARS compiled grammars are kept for reuse; the one compiled first is dropped for a new one.
+    Up to MAX_CACHED_GRAMMARS compiled grammars are kept for reuse. A new grammar replaces the grammar that was compiled
+    first.
     """
 
     tokenizer: Tokenizer
@@ -38,13 +39,16 @@ class Grammars:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def matcher(self, kind: str, source: str, before: str = "") -> GrammarMatcher:
-        """A GrammarMatcher in the initial state. Raises GrammarError if the grammar cannot be used.
+        """Returns a GrammarMatcher for a grammar, in its initial state.
+
+        Raises GrammarError if the grammar cannot be used.
 
         Args:
             kind: language of `source`: json_schema, regex or lark.
             source: the grammar.
-            before: if the output is more than `source` describes, such as reasoning before the answer: a Lark grammar
-                of the whole output, in which `@answer` stands for `source`. "": `source` describes the whole output.
+            before: a Lark grammar of the whole output, in which `@answer` stands for `source`. It is for an output with
+                more than `source` describes, such as reasoning before the answer. "": `source` describes the whole
+                output.
         """
         key = (kind, source, before)
         with self.lock:
@@ -83,10 +87,10 @@ class Grammars:
 
 
 def _brief(report: str) -> str:
-    """The first line of the library's report, and its line that begins with `error:` if it has one.
+    """Returns the first line of llguidance's error report, then its line that begins with `error:` if there is one.
 
     The other lines show the library's state and are left out. The result has at most LONGEST characters; the first line
-    is cut if it would have more.
+    is cut if necessary.
     """
     first, *more = report.strip().splitlines() or [""]
     reason = next((f" {line}" for line in more if line.startswith("error:")), "")[:LONGEST]
@@ -94,9 +98,9 @@ def _brief(report: str) -> str:
 
 
 def _nested(before: str, answer: str) -> str:
-    """A grammar in llguidance's JSON form, as text: `before` (Lark), in which @answer refers to the grammar `answer`.
+    """Returns a grammar in llguidance's JSON form, as text, in which `before` refers to `answer` by the name @answer.
 
-    `answer` is in llguidance's JSON form or in Lark.
+    before: a Lark grammar. answer: a grammar in llguidance's JSON form or in Lark.
     """
     inner = json.loads(answer)["grammars"] if answer.lstrip().startswith("{") else [{"lark_grammar": answer}]
     return json.dumps({"grammars": [{"lark_grammar": before}, {**inner[0], "name": "answer"}, *inner[1:]]})
@@ -104,18 +108,20 @@ def _nested(before: str, answer: str) -> str:
 
 @dataclass
 class GrammarMatcher:
-    """State of a grammar for one output (llguidance matcher).
+    """State of a grammar after the tokens of one output so far.
 
-    End-of-sequence ids count as tokens, which are allowed where the grammar may end.
+    It says which tokens may come next (llguidance matcher). An end-of-sequence token is allowed where the grammar may
+    end.
     """
 
     inner: Any
     vocabulary: int
 
     def mask(self) -> np.ndarray:
-        """Bit mask of the ids allowed next, uint32 [(vocabulary + 31) // 32], the lowest bit first.
+        """Returns a bit mask of the token ids allowed next, uint32 [(vocabulary + 31) // 32].
 
-        Raises GrammarError if the library gives up, as it may on a grammar whose parse is too ambiguous.
+        Token id i has bit i % 32 (0 is the lowest bit) of word i // 32. Raises GrammarError if llguidance fails, which
+        happens with very ambiguous grammars.
         """
         known = np.frombuffer(self.inner.compute_bitmask(), np.uint32)
         if self.inner.is_error():
@@ -127,11 +133,14 @@ class GrammarMatcher:
         return words
 
     def copy(self) -> GrammarMatcher:
-        """A copy of the matcher in the same state."""
+        """Returns a copy of the matcher in the same state."""
         return GrammarMatcher(self.inner.deep_copy(), self.vocabulary)
 
     def advance(self, token: int) -> bool:
-        """Accept one token. Returns True, or False if the token is not allowed; the state then stays as it was."""
+        """Accept one token.
+
+        Returns True if the grammar allows the token; otherwise False, and the state does not change.
+        """
         return bool(self.inner.try_consume_tokens([token]) == 1)
 
     def rollback(self, n: int) -> None:

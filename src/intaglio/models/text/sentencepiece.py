@@ -34,14 +34,19 @@ RENUMBERED = {  # classes of transformers whose ids are not the pieces' own, or 
 
 
 class SentencePieceError(ValueError):
-    """Raised for a file that is no SentencePiece model, and for models or tokenizer classes that are not supported."""
+    """Raised for a file that is not a SentencePiece model, and for a model or tokenizer class that is not supported."""
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A SentencePiece model: its pieces in order of id, with kinds and scores, and its settings.
+    """Contents of a SentencePiece model file.
 
-    trainer, normalizer: fields of TrainerSpec and NormalizerSpec by number.
+    Attributes:
+        pieces: text of each piece, by id.
+        scores: score of each piece, by id.
+        kinds: type of each piece, by id, such as CONTROL.
+        trainer: {field number: value} of the file's TrainerSpec.
+        normalizer: {field number: value} of the file's NormalizerSpec.
     """
 
     pieces: list[str]
@@ -60,14 +65,14 @@ class SentencePiece:
 
     @property
     def dummy_prefix(self) -> bool:
-        """True if a space is put in front of a text."""
+        """True if the model puts a space in front of a text."""
         return bool(self.normalizer.get(3, 1))
 
     @property
     def special(self) -> dict[str, str]:
-        """{name: text} of the unknown, bos and eos pieces, as far as the model has them.
+        """A dict with the texts of unk_token, bos_token and eos_token.
 
-        The names are unk_token, bos_token and eos_token.
+        A key is missing if the model has no such piece.
         """
         out = {}
         for name, number, usual in (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2)):
@@ -81,9 +86,9 @@ class SentencePiece:
 
 
 def read_model(path: Path) -> SentencePiece:
-    """Read a model file as a SentencePiece.
+    """Read a SentencePiece model file. Returns a SentencePiece.
 
-    Raises SentencePieceError if the file is no SentencePiece model, or a model of another kind than BPE and Unigram.
+    Raises SentencePieceError if the file is not a SentencePiece model, or if its kind is neither BPE nor Unigram.
     """
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:400]):
@@ -116,9 +121,9 @@ def read_model(path: Path) -> SentencePiece:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of each field of a protobuf message: int, float or bytes.
+    """Yield (field number, value) for each field of a protobuf message. A value is an int, a float or bytes.
 
-    Raises ValueError, IndexError or struct.error for bytes that are no message.
+    Raises ValueError, IndexError or struct.error if `data` is not a message.
     """
     at = 0
     while at < len(data):
@@ -144,7 +149,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(number, position after it): the variable-length number at data[at:], seven bits a byte, lowest first."""
+    """Returns (the protobuf varint that begins at data[at], the position after it), two ints.
+
+    A varint is an integer of variable length: each byte has seven bits of it, the lowest bits first.
+    """
     value, shift = 0, 0
     while True:
         byte = data[at]
@@ -159,14 +167,14 @@ def _signed(value: int) -> int:
 
 
 def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer (of the `tokenizers` library) of a SentencePiece model.
+    """Returns a tokenizer of the `tokenizers` library that splits text as a SentencePiece model does.
 
     Args:
         model: the SentencePiece model.
-        config: tokenizer_config.json. Two keys are read besides the class. `added_tokens_decoder` gives pieces (such as
-            unused ones) another text. `legacy` says where a space is put: true, in front of each run of text between
-            added tokens; false, in front of the first run only, unless the run begins with a space. Without `legacy`,
-            it is false for the tokenizer classes in LLAMA and true for others, as in transformers 5.
+        config: tokenizer_config.json. Two keys are read besides the class. `added_tokens_decoder` gives other texts to
+            some pieces, such as unused ones. `legacy` says where a space is put: if true, in front of each run of text
+            between added tokens; if false, only in front of the first run, unless the run begins with a space. Without
+            `legacy`, it is false for the tokenizer classes in LLAMA and true for others, as in transformers 5.
 
     Raises SentencePieceError for a tokenizer class whose token ids are not the numbers of the pieces.
     """
@@ -201,10 +209,14 @@ def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenize
 
 
 def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Make the tokenizer `inner` put bos before a text and eos after it, as the config says. Returns nothing.
+    """Make the tokenizer `inner` put bos before each text and eos after it, if the config asks for that.
 
-    special: {bos_token, eos_token: their texts}. config: tokenizer_config.json; a token is added if add_bos_token or
-    add_eos_token is true, and not if the key is missing.
+    Returns nothing.
+
+    Args:
+        inner: the tokenizer; changed in place.
+        special: the texts of the special tokens; the keys bos_token and eos_token are read.
+        config: tokenizer_config.json. bos is added if add_bos_token is true, eos if add_eos_token is true.
     """
     ends = [special.get(name) if config.get(f"add_{name}") else None for name in ("bos_token", "eos_token")]
     used = [(t, i) for t in dict.fromkeys(ends) if t is not None and (i := inner.token_to_id(t)) is not None]
@@ -218,7 +230,12 @@ def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, 
 
 
 def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
-    """The model's pieces as a list, some (such as unused ones) renamed by the config's added_tokens_decoder."""
+    """Returns a list of the texts of the model's pieces, by id, after the changes in added_tokens_decoder.
+
+    The config may give other texts to some pieces, such as unused ones.
+
+    model: the SentencePiece model. config: contents of tokenizer_config.json.
+    """
     pieces = list(model.pieces)
     for id, token in (config.get("added_tokens_decoder") or {}).items():
         text = token.get("content") if isinstance(token, Mapping) else None
@@ -228,7 +245,7 @@ def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
 
 
 def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model:
-    """The BPE or Unigram model of the `tokenizers` library for a SentencePiece model.
+    """Returns the BPE or Unigram model of the `tokenizers` library for a SentencePiece model.
 
     Args:
         model: the SentencePiece model.
@@ -251,9 +268,11 @@ def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model
 
 
 def _normalizer(model: SentencePiece, prepend: bool) -> normalizers.Normalizer:
-    """A Normalizer with SentencePiece's steps in its order: character map, white space, then one space before the text.
+    """Returns a Normalizer of the `tokenizers` library with the steps of SentencePiece.
 
-    prepend: False to leave out the space before the text. It is also left out if the model does not ask for it.
+    The steps are the character map, the treatment of spaces, and a space before the text.
+
+    model: the SentencePiece model. prepend: False to put no space before the text even if the model asks for one.
     """
     steps: list[normalizers.Normalizer] = []
     if charsmap := model.normalizer.get(2):

@@ -31,11 +31,12 @@ HELD = 16  # ids held back at most: a character has 4 bytes, so that many withou
 
 @dataclass
 class Stream:
-    """Streaming decoder of one sequence's tokens to text.
+    """Streaming decoder: turns the tokens of one sequence into text while they arrive.
 
-    push(token) returns the text that is now certain, end() the rest. A token's text may depend on its neighbours, so
-    each call decodes a short tail of the ids with and without the new ones and returns the difference. Text that ends
-    inside a character is held back. `hidden`: ids that leave no text; None: all special tokens.
+    push(token) returns the new text that later tokens cannot change; end() returns the rest. A token's text may depend
+    on its neighbours, so each call decodes the last few tokens with and without the new token and returns the
+    difference. Text that ends inside a character is held back. `hidden`: ids of tokens that leave no text; None: all
+    special tokens.
     """
 
     tokenizer: Tokenizer
@@ -76,10 +77,10 @@ class Tokenizer:
     Attributes:
         path: checkpoint folder or GGUF file.
         inner: tokenizer of the `tokenizers` library.
-        special: texts of special tokens by name, such as bos_token.
+        special: {name of a special token, such as bos_token: its text}.
         bos_id: id of the beginning-of-sequence token, or None.
-        eos_ids: ids that end a sequence; configurations may name several.
-        templates: chat templates by name.
+        eos_ids: ids of the tokens that end a sequence; there may be several.
+        templates: {name: chat template}.
     """
 
     path: Path
@@ -91,9 +92,9 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a checkpoint folder, or of a GGUF file.
+        """Returns the Tokenizer of a checkpoint folder or of a GGUF file.
 
-        Raises TokenizerError naming the file that is missing or damaged.
+        Raises TokenizerError if a file is missing or damaged. The message names the file.
         """
         if found := _embedded(Path(path)):
             return cls(Path(path), found.inner, found.special, found.bos_id, found.eos_ids, found.templates)
@@ -110,42 +111,44 @@ class Tokenizer:
         return self.template_for(tools=False)
 
     def template_for(self, tools: bool) -> str | None:
-        """The chat template (Jinja source) for messages with or without tools; None if the checkpoint has none.
+        """Returns the chat template (Jinja source) for messages with or without tools; None if the checkpoint has none.
 
-        With tools it is the template named tool_use if there is one, as in transformers.
+        If `tools` is True, the template named tool_use is preferred, as in transformers.
         """
         return (self.templates.get(TOOLS) if tools else None) or self.templates.get(DEFAULT) or None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """A list of the token ids of a text.
+        """Returns a list of the token ids of a text.
 
-        The text of a special token, where it occurs in `text`, becomes that token. special: True to add the special
-        tokens that the tokenizer adds to a text, such as bos.
+        Where the text of a special token occurs in `text`, it becomes that token.
+
+        special: True to add the special tokens that the tokenizer puts before or after a text, such as bos.
         """
         return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids. skip_special: True to leave special tokens out."""
+        """Returns the text of the token ids `ids`. skip_special: True to leave special tokens out."""
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """{text: id} of the special tokens, which decode() leaves out."""
+        """A dict {text: id} of the special tokens. decode() leaves these tokens out by default."""
         return {t.content: id for id, t in self.inner.get_added_tokens_decoder().items() if t.special}
 
     def stream(self, ids: Iterable[int] = (), hidden: Set[int] | None = None) -> Stream:
-        """A Stream that decodes the tokens which follow `ids` (the prompt); the prompt's text is not returned.
+        """Returns a Stream that decodes the tokens after a prompt. The prompt's own text is not returned.
 
-        A character that begins in the prompt and ends after it is returned whole. hidden: ids that leave no text; None:
-        all special tokens.
+        A character that begins in the prompt and ends after it is returned whole.
+
+        ids: token ids of the prompt. hidden: ids of tokens that leave no text; None: all special tokens.
         """
         seen = list(ids)
         return Stream(self, seen, len(seen), max(0, len(seen) - 6), hidden)
 
     def with_template(self, source: str) -> Tokenizer:
-        """A copy of the tokenizer with `source` (Jinja) as its only chat template.
+        """Returns a copy of the tokenizer with `source` (Jinja) as its only chat template.
 
-        Raises TokenizerError if the template does not parse.
+        Raises TokenizerError if the template cannot be parsed.
         """
         try:
             _compiled(source)
@@ -154,9 +157,11 @@ class Tokenizer:
         return replace(self, templates={DEFAULT: source})
 
     def fits(self, vocabulary: int) -> None:
-        """Raise TokenizerError if a token of the base vocabulary has an id of `vocabulary` or above; return nothing.
+        """Raise TokenizerError if a token of the base vocabulary has an id of `vocabulary` or above. Returns nothing.
 
-        Added tokens, such as those for images, may have higher ids: check_ids() refuses a prompt that uses one.
+        Added tokens, such as image tokens, may have higher ids. check_ids() rejects a prompt that uses such a token.
+
+        vocabulary: number of token ids of the model.
         """
         added = {t.content for t in self.inner.get_added_tokens_decoder().values()}
         plain = ((id, t) for t, id in self.inner.get_vocab(with_added_tokens=False).items() if t not in added)
@@ -168,7 +173,13 @@ class Tokenizer:
             )
 
     def check_ids(self, ids: Sequence[int], vocabulary: int, name: str = "the prompt") -> None:
-        """Raise TokenizerError if one of `ids` is not below `vocabulary`. `name`: what the error calls the text."""
+        """Raise TokenizerError if one of `ids` is not below `vocabulary`. Returns nothing.
+
+        Args:
+            ids: token ids of a text.
+            vocabulary: number of token ids of the model.
+            name: words for the text in the error message.
+        """
         bad = next((i for i in ids if i >= vocabulary), None)
         if bad is not None:
             raise TokenizerError(
@@ -177,11 +188,15 @@ class Tokenizer:
             )
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Render a chat with the checkpoint's template and return the prompt's text.
+        """Returns the text of a prompt: the messages of a chat, rendered with the checkpoint's chat template.
 
-        add_generation_prompt: True to end the text where the assistant's answer begins. `extra`: further variables,
-        such as tools. Encode the text with special=False, since templates write bos themselves. Raises TokenizerError
-        if there is no template or message, or if the template refuses these messages.
+        Encode the text with special=False, since templates write bos themselves. Raises TokenizerError if there is no
+        template or no message, or if the template rejects the messages.
+
+        Args:
+            messages: the messages, each with keys such as role and content.
+            add_generation_prompt: True to end the text where the assistant's answer begins.
+            extra: further variables of the template, such as tools.
         """
         template = self.template_for(tools=extra.get("tools") is not None)
         if template is None and self.templates:
@@ -203,19 +218,24 @@ class Tokenizer:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """True if a checkpoint has a tokenizer: tokenizer.json or tokenizer.model in the folder, or one in the GGUF file.
+    """True if a checkpoint has a tokenizer: tokenizer.json or tokenizer.model in its folder, or one in its GGUF file.
 
-    Only where the folder has neither file is a GGUF file looked at. Raises TokenizerError if it or its tokenizer cannot
-    be read, if a part of the file is missing, or if there are several GGUF models to choose from.
+    A GGUF file is read only if the folder has neither file. Then TokenizerError is raised if the GGUF file or its
+    tokenizer cannot be read, if a part of a split file is missing, or if there are several GGUF models.
+
+    path: the folder or GGUF file.
     """
     beside = any((path / name).exists() for name in ("tokenizer.json", SENTENCEPIECE))
     return beside or _embedded(path) is not None
 
 
 def _embedded(path: Path) -> Embedded | None:
-    """The tokenizer in a GGUF file; None if it has none, and for a folder with tokenizer.json or without a GGUF file.
+    """Returns the tokenizer in a GGUF file as an Embedded; None if the file has none.
 
-    Raises TokenizerError if the file or its tokenizer cannot be read.
+    Returns None, too, for a folder with tokenizer.json or without a GGUF file. Raises TokenizerError if the file or its
+    tokenizer cannot be read.
+
+    path: the GGUF file, or a folder that may have one.
     """
     if (path / "tokenizer.json").exists():
         return None
@@ -232,9 +252,11 @@ def _first(*ids: Any) -> int | None:
 
 @cache
 def _compiled(source: str) -> jinja2.Template:
-    """The compiled chat template, in the sandbox that transformers uses: same settings, filters and functions.
+    """Returns a chat template compiled by Jinja, with the same sandbox, filters and functions as in transformers.
 
-    Raises jinja2.TemplateError if it does not parse.
+    Raises jinja2.TemplateError if the template cannot be parsed.
+
+    source: the template's text.
     """
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -255,7 +277,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """Jinja tag {% generation %}, which marks an assistant's turn for training; its content is rendered unchanged."""
+    """Jinja tag {% generation %}, which marks an assistant's turn for training. Its content is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -12,18 +12,18 @@ class Transcript:
 
     Attributes:
         text: the output so far; "" without a tokenizer.
-        matched: the stop string that ended the output; None if none has.
+        matched: the stop string that ended the output; None if the output has not ended so.
 
     Args:
         tokenizer: decodes the tokens; None: there is no text.
         prompt: token ids before the output.
-        stops: stop strings. One that is a hidden special token (see `kept`) ends the output at that token.
-        kept: special tokens whose text stays in the output; all others are hidden, which means that they leave no text.
+        stops: stop strings. If a stop string is a hidden special token (see `kept`), this token ends the output.
+        kept: special tokens whose text stays in the output. All other special tokens are hidden: they leave no text.
             None: all stay.
-        include_stop: True if the text ends after the stop string, instead of before it.
-        min_tokens: stop strings do not end the output while it has this number of tokens or fewer.
+        include_stop: True if the text ends after the stop string, False if it ends before it.
+        min_tokens: a stop string does not end the output while the output has at most this number of tokens.
 
-    Raises ValueError for a stop string that contains a hidden special token and other text: it could never match.
+    Raises ValueError for a stop string that contains a hidden special token and other text, since it could never match.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Transcript:
 
     @property
     def stopped(self) -> bool:
-        """True if a stop string is complete."""
+        """True if a stop string has ended the output."""
         return self.matched is not None
 
     def push(self, token: int) -> bool:
-        """Decode one more token. Returns True if a stop string is complete."""
+        """Decode one more token. Returns True if a stop string has ended the output."""
         self.tokens += 1
         if self.decoder:
             self._append(self.decoder.push(token))
@@ -71,15 +71,20 @@ class Transcript:
         return self.stopped
 
     def finish(self) -> None:
-        """End the decoding: add to `text` what was held back so far, such as the bytes of an incomplete character."""
+        """End the decoding: add the text that was held back to `text`, such as an incomplete character.
+
+        Returns nothing.
+        """
         if self.decoder and not self.stopped:
             self._append(self.decoder.end())
 
     def settled(self, ended: bool) -> str:
-        """The text that can no longer change, without what earlier calls returned.
+        """Returns the part of `text` that can no longer change and that earlier calls did not return.
 
         Characters at the end that may be the beginning of a stop string are held back, unless stop strings stay in the
-        text. ended: True if the output has ended, so that all remaining text is returned.
+        text.
+
+        ended: True if the output has ended; then all remaining text is returned.
         """
         tails = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         end = len(self.text) - (0 if ended or self.include_stop else max(tails, default=0))

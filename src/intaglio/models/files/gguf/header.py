@@ -35,7 +35,7 @@ KINDS = {  # ggml_type: name, values and bytes a block
 
 
 class HeaderError(ValueError):
-    """Raised for a header that does not parse. The message says what is wrong and at which place."""
+    """Raised if the header of a GGUF file cannot be parsed. The message says what is wrong and at which byte."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Tensor:
     """Name, type and place of a tensor in a GGUF file.
 
     Attributes:
-        name: llama.cpp's name.
-        kind: name of the type, such as Q4_K. An unknown type has its number as kind, and size 0.
-        shape: rows first.
-        start, stop: the tensor's bytes are `start` .. `stop` - 1 of the file.
+        name: the tensor's name in the file, which is llama.cpp's name.
+        kind: name of the GGUF type, such as Q4_K. A type that is not known is named "type NUMBER".
+        shape: sizes of the dimensions, with the number of columns last. A GGUF file stores them in reverse order.
+        start: offset of the tensor's first byte in the file.
+        stop: offset after the tensor's last byte; equal to `start` if the type is not known.
     """
 
     name: str
@@ -96,7 +97,11 @@ class _Cursor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """({key: metadata value}, list of Tensors in order) of one file. Raises HeaderError if the header is damaged."""
+    """Returns the metadata and the tensors that the header of one GGUF file lists.
+
+    The result is ({key: metadata value}, list of Tensors in the order of the header). Raises HeaderError if the header
+    is damaged.
+    """
     size = path.stat().st_size
     if size < 24:
         raise HeaderError(f"it has {size} bytes; a header has 24 at least")

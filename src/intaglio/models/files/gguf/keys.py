@@ -66,7 +66,7 @@ COMPUTES: dict[str, tuple[Any, ...]] = {  # keys by which llama.cpp computes oth
 
 @dataclass(frozen=True)
 class KeyFate:
-    """What became of one metadata key of a GGUF file.
+    """Report on one metadata key of a GGUF file: whether it was used, and why.
 
     Attributes:
         key: the key.
@@ -84,11 +84,12 @@ class KeyFate:
 def judge_keys(file: GgufFile, seen: Collection[str]) -> Iterator[KeyFate]:
     """Yield a KeyFate for each metadata key of a GGUF file: whether it was used or ignored, and why.
 
-    Raises PortError for a key that was not read, if llama.cpp computes something else because of its value.
+    Raises PortError if an unread key has a value that changes llama.cpp's results: this package would then compute
+    something else than llama.cpp.
 
     Args:
         file: the file.
-        seen: keys that were read for the model's config, with the architecture's prefix.
+        seen: keys that were read for the model's config, with the architecture's prefix, such as llama.block_count.
     """
     own = f"{file.architecture}."
     for key, value in file.fields.items():

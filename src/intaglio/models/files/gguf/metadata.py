@@ -18,7 +18,8 @@ class Metadata:
     Attributes:
         file: the file.
         tables: the file's tensors.
-        factors: rope frequency factors "freqs", "long" and "short", if the file has them.
+        factors: lists of rope frequency factors from the file. The keys are "freqs", "long" and "short"; a key is
+            missing if the file has no such factors.
         seen: keys that were read so far, as in the file, such as llama.block_count.
     """
 
@@ -50,9 +51,12 @@ class Metadata:
         return self.file.get(key, default)
 
     def one(self, key: str, default: Any = None) -> Any:
-        """The value of a key that files may store for each layer, if all layers have the same value.
+        """The single value of a key whose value a file may repeat for each layer.
 
-        `default` if the file does not have the key. Raises PortError if the layers have different values.
+        If the file has a list, all layers must have the same value, which is returned. Returns `default` if the file
+        does not have the key. Raises PortError if the layers have different values.
+
+        key: the part of the key after the architecture.
         """
         value = self.get(key, default)
         if not isinstance(value, list):
@@ -87,7 +91,10 @@ class Metadata:
         return value
 
     def fixed(self, key: str, wanted: int) -> None:
-        """Raise PortError if the key is present with another value than `wanted`, the only one that is supported."""
+        """Raise PortError if the file has the key with a value other than `wanted`. Returns nothing.
+
+        key: the part of the key after the architecture. wanted: the only value that is supported.
+        """
         if self.get(key, wanted) != wanted:
             raise PortError(
                 f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported; wanted {wanted}"
@@ -113,9 +120,10 @@ class Metadata:
 
     @property
     def kv_heads(self) -> int:
-        """Number of K/V heads of the layers that have attention; the number of heads if the file has no such key.
+        """Number of K/V heads of one layer. All layers with attention have this number.
 
-        Raises PortError if these layers differ, or no layer has attention.
+        Without the key attention.head_count_kv, it is the number of query heads. Raises PortError if layers with
+        attention have different numbers, or if no layer has attention.
         """
         own = self.kv_heads_by_layer
         if len({n for n in own if n}) != 1:
@@ -127,16 +135,18 @@ class Metadata:
 
     @property
     def kv_heads_by_layer(self) -> list[int]:
-        """A list of the number of K/V heads of each layer, 0 in those without attention."""
+        """A list with the number of K/V heads of each layer; 0 for a layer without attention."""
         return [int(x) for x in self.by_layer("attention.head_count_kv", self.heads)]
 
     def by_layer(self, key: str, default: Any = None) -> list[float]:
-        """A list of the values of a key, one for each layer. If the file has a single number, every layer gets it.
+        """Returns a list with a key's value for each layer. A single number in the file counts for every layer.
 
-        Raises CheckpointError for a list with fewer values than layers, for a value that is no number, and for a key
-        that the file lacks if there is no default.
+        Args:
+            key: the part of the key after the architecture.
+            default: a number or a list, used if the file does not have the key.
 
-        key: without the architecture's name. default: a number or a list, used if the file does not have the key.
+        Raises CheckpointError in three cases: the list has fewer values than the model has layers; a value is not a
+        number; or the file lacks the key and `default` is None.
         """
         value = self.get(key, default)
         values = value[: self.layers] if isinstance(value, list) else [value] * self.layers
@@ -154,17 +164,19 @@ class Metadata:
         return self.whole("attention.key_length", self.hidden // self.heads)
 
     def has(self, name: str, layer: int = 0) -> bool:
-        """True if layer `layer` has the tensor `name`, such as self_attn.o_proj.bias.
+        """True if the file has the tensor `name` in layer `layer`.
 
-        The name is the one in transformers, without model.layers.N and with .weight or .bias.
+        name: transformers' name of the tensor after the prefix model.layers.N, such as self_attn.o_proj.bias.
         """
         return f"model.layers.{layer}.{name}" in self.tables.names
 
     def sliding(self, period: int) -> list[str]:
-        """The attention type of each layer, as a list in the form of layer_types in config.json.
+        """Returns a list with each layer's attention type, "sliding_attention" or "full_attention", as in config.json.
 
-        The file's pattern is a list of flags by layer (true: sliding), or a number n: the last of each n layers has
-        full attention, the others slide. Without a pattern n is `period`. With n = 0 all layers have full attention.
+        The key attention.sliding_window_pattern of the file has a flag for each layer (true: sliding) or a number n.
+        With a number, every n-th layer has full attention and the others slide; with 0 all layers have full attention.
+
+        period: the number n if the file does not have the key.
         """
         pattern = self.get("attention.sliding_window_pattern", period)
         if not isinstance(pattern, list):

@@ -32,13 +32,13 @@ WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a wa
 
 @dataclass(frozen=True)
 class GgufModel:
-    """The model in a GGUF file and its further parts.
+    """A model that was read from a GGUF file, which may be split into several files.
 
     Attributes:
         file: the open file.
-        config: its settings in the form of config.json.
-        tables: its tensors by transformers' names.
-        keys: the use made of each metadata key.
+        config: the model's settings in the form of config.json.
+        tables: the model's tensors by transformers' names.
+        keys: for each metadata key, whether it was used or ignored, and why.
     """
 
     file: GgufFile
@@ -48,10 +48,12 @@ class GgufModel:
 
 
 def read_gguf(path: Path) -> GgufModel:
-    """The GgufModel in a GGUF file and its further parts.
+    """Reads a GGUF file, and the other files of a split model. Returns a GgufModel: config, tensors and report of keys.
 
-    Raises CheckpointError for a damaged or incomplete file, PortError for an architecture or tensor that is not
-    supported.
+    Raises CheckpointError for a damaged or incomplete file. Raises PortError for an architecture or a tensor that is
+    not supported.
+
+    path: the file, or the first file of a split model.
     """
     file = open_gguf(path)
     own = ARCHITECTURES.get(file.architecture)
@@ -80,11 +82,11 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def use_of(file: GgufFile, name: str) -> str:
-    """What a tensor that does not become a weight is for, as one of three words. Call it only for such a tensor.
+    """Returns one of three words that says what a tensor is for. Call it only for a tensor that is not a weight.
 
-    - "factors": frequency factors of rope.
-    - "derived": values that follow from the metadata.
-    - "ahead": any other; it belongs to a layer that only predicts tokens further ahead.
+    - "factors": the tensor holds frequency factors of rope.
+    - "derived": its values follow from the metadata.
+    - "ahead": it belongs to a multi-token-prediction layer. Any other name gives this word, too.
 
     name: the tensor's name in the file.
     """
@@ -94,9 +96,9 @@ def use_of(file: GgufFile, name: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """llama.cpp's name of a tensor without the number of its layer and without .weight or .bias.
+    """Returns a tensor's name in llama.cpp without the prefix blk.N and without the suffix .weight, .bias or .scale.
 
-    name: the name in the file; blk.3.attn_q.weight gives attn_q.
+    name: the name in the file. blk.3.attn_q.weight gives attn_q.
     """
     words = name.split(".")
     return ".".join(words[2 if words[0] == "blk" else 0 : -1 if words[-1] in SUFFIXES else None])
@@ -105,7 +107,8 @@ def part_of(name: str) -> str:
 class _Reader:
     """Adds the tensors of a GGUF file one by one to `tables`, under transformers' names.
 
-    llama.cpp stores kv_b_proj of latent attention as two tensors, keys and values. They are kept until join_latent().
+    For the tensor kv_b_proj of latent attention, a GGUF file has two tensors, one for keys and one for values. Their
+    places are kept in `halves` until join_latent() adds kv_b_proj.
     """
 
     def __init__(self, file: GgufFile, own: Architecture) -> None:
@@ -170,17 +173,17 @@ class _Reader:
         self.tables.add(full, p, heads, self.own.shift if norm else 0.0)
 
     def _add_experts(self, name: str, suffix: str, p: Place, full: str) -> None:
-        """Add a stack of experts' matrices as one tensor for each expert. Returns nothing.
+        """Add the weights of all experts, which the file stores as one tensor, as one tensor for each expert.
 
-        Biases of all experts stay one tensor, whose name ends with _bias.
+        The biases of all experts stay one tensor, whose name ends with _bias. Returns nothing.
 
         Args:
             name: name in transformers, with {e} for the expert's number and without suffix.
             suffix: weight or bias.
-            p: where the file has the stack [experts, rows, columns], or the biases.
+            p: where the file has the weights [experts, rows, columns], or the biases.
             full: name of the stored tensor, for errors.
 
-        Raises PortError for another suffix, and for a stack that does not have 3 dimensions.
+        Raises PortError for another suffix, and for weights that do not have 3 dimensions.
         """
         if suffix == "bias":
             head, _, own = name.partition("{e}.")
@@ -196,17 +199,18 @@ class _Reader:
             self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
 
     def _add_gate_up(self, at: str, suffix: str, p: Place, full: str) -> None:
-        """Add a stack of experts' matrices as two tensors per expert, gate and up. Returns nothing.
+        """Add the gate and up matrices of all experts, which the file stores as one tensor, as two tensors per expert.
 
-        Each matrix of the stack has the rows of gate, then the rows of up.
+        In the stored tensor, each expert has its rows of gate, then its rows of up. Returns nothing.
 
         Args:
             at: prefix of the new tensors' names.
-            suffix: last part of their names, such as weight.
-            p: where the file has the stack.
+            suffix: last part of the new tensors' names, such as weight.
+            p: where the file has the stored tensor.
             full: name of the stored tensor, for errors.
 
-        Raises PortError if the architecture has no experts, or if the stack does not have 3 dimensions (biases have 2).
+        Raises PortError if the architecture has no experts, or if the stored tensor does not have 3 dimensions (biases
+        have 2).
         """
         if len(p.shape) != 3:
             raise PortError(
@@ -223,7 +227,9 @@ class _Reader:
                 self.tables.add(f"{at}{name.format(e=e)}.{suffix}", own)
 
     def _widths(self, at: str) -> tuple[int, int, int]:
-        """Numbers of rows of q, k and v in a layer, three ints; the first is 0 if the width of a head is not known.
+        """Returns three ints: the numbers of rows of the matrices q, k and v of a layer.
+
+        The first is 0 if the metadata do not state the width of a head.
 
         at: prefix of the layer's names, such as model.layers.3.
         """
@@ -234,17 +240,20 @@ class _Reader:
     def _add_rows(
         self, at: str, parts: tuple[str, ...], suffix: str, p: Place, widths: tuple[int, ...], full: str
     ) -> None:
-        """Add matrices that the file stores in one tensor, one above the other, such as q, k and v. Returns nothing.
+        """Add several matrices, such as q, k and v, whose rows the file stores one after another in one tensor.
+
+        Returns nothing.
 
         Args:
-            at: prefix of their names in transformers.
-            parts: llama.cpp's names of the matrices, in order.
+            at: prefix of the matrices' names in transformers.
+            parts: llama.cpp's names of the matrices, in their order in the stored tensor.
             suffix: weight or bias.
-            p: where the file has the tensor.
-            widths: number of rows of each matrix; if the first is 0, all are computed from the number of heads.
+            p: where the file has the stored tensor.
+            widths: number of rows of each matrix. If the first is 0, all numbers are computed from the numbers of
+                heads.
             full: name of the stored tensor, for the error.
 
-        Raises CheckpointError if the rows do not add up.
+        Raises CheckpointError if the sum of `widths` is not the number of rows of the stored tensor.
         """
         if not widths[0]:  # no key_length: heads share the embedding's width
             head = p.shape[0] // (self.meta.heads + 2 * self.meta.kv_heads)
@@ -260,11 +269,12 @@ class _Reader:
             first += width
 
     def join_latent(self) -> None:
-        """For each layer with latent attention: add the tensor kv_b_proj [heads * (nope + v), rank] to `tables`.
+        """Add the tensor kv_b_proj of each layer with latent attention to `tables`. Does nothing for other models.
 
-        It is joined from the two tensors that llama.cpp stores: keys [heads, rank, nope], transposed here, and values
-        [heads, v, rank]. Does nothing for other models. Call it once, after all tensors have been added. Raises
-        CheckpointError if one of the two is missing.
+        The tensor is [heads * (nope + v), rank]: for each head, `nope` rows of keys, then `v` rows of values. The file
+        stores the keys as [heads, rank, nope] and the values as [heads, v, rank], so the keys are transposed. Call it
+        once, after all tensors have been added. Raises CheckpointError if the keys or the values of a layer are
+        missing.
         """
         for at in dict.fromkeys(key[:-1] for key in self.halves):
             keys, values = self.halves.get(f"{at}k"), self.halves.get(f"{at}v")
@@ -283,15 +293,19 @@ class _Reader:
 
 
 def _run(p: Place, first: int, count: int) -> Place:
-    """A Place (file, offset, type, shape) of `count` values of the vector at `p`, from value number `first` on."""
+    """Returns a Place (file, offset, type, shape) of `count` consecutive values of a vector.
+
+    p: where the file has the vector. first: index of the first of these values in the vector.
+    """
     each = p.row_bytes // prod(p.shape)
     return Place(p.file, p.kind, (count,), p.start + first * each)
 
 
 def _special(file: GgufFile) -> dict[str, Any]:
-    """A dict of the config keys of special token ids.
+    """Returns a dict of special token ids, with the keys bos_token_id, pad_token_id and eos_token_id of config.json.
 
-    Ids that end a turn or a message are added to the ids that end a sequence.
+    The first two are ints; the last is a list of the ids that end a sequence, a turn or a message. A key is missing if
+    the file has no such token.
     """
     ends = (file.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom"))
     eos = list(dict.fromkeys(int(i) for i in ends if i is not None))
@@ -301,7 +315,10 @@ def _special(file: GgufFile) -> dict[str, Any]:
 
 
 def _note_cost(file: GgufFile) -> None:
-    """Warn if the types that become bf16 make the model much larger in memory than its file."""
+    """Issue a warning if the model takes over 1 GiB more in memory than in its file, because tensors become bf16.
+
+    Tensors of some quantised types are converted to bf16 when they are read. Returns nothing.
+    """
     stored, held = summed(file.types)
     if held - stored > WORTH:
         kinds = ", ".join(sorted(kind for kind in file.types if summed({kind: 1})[1]))

@@ -16,13 +16,13 @@ from intaglio.models.files.gguf.tensors import Place, Tables
 
 
 def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add the tensor A_log of a Mamba block to `tables`. It is the logarithm of -A, since a GGUF file stores A.
+    """Add the tensor A_log of a Mamba layer to `tables`. A GGUF file stores A, so A_log is computed as log(-A).
 
-    A is [channels, states] in Mamba and [heads, 1] in Mamba-2, which becomes [heads]. Returns nothing.
+    A is [channels, states] in Mamba. In Mamba-2 it is [heads, 1], and A_log is [heads]. Returns nothing.
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
-        m: the metadata; not read.
+        m: the metadata; not used.
         name: the tensor's name in transformers.
         p: where the file has A.
     """
@@ -36,11 +36,13 @@ def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a tensor that the file holds as a matrix, D [heads, 1] or a norm [groups, columns], to `tables` as a vector.
+    """Add a tensor that the file stores as a matrix to `tables` as a vector of the same values. Returns nothing.
+
+    Such tensors are D [heads, 1] and a norm's weights [groups, columns].
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
-        m: the metadata; not read.
+        m: the metadata; not used.
         name: the tensor's name in transformers.
         p: where the file has the matrix.
     """
@@ -48,10 +50,10 @@ def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
-    """(key heads, value heads, columns of a key head, columns of a value head) of a gated delta net, four ints.
+    """Returns the sizes of a gated delta net: (key heads, value heads, width of a key head, width of a value head).
 
-    Raises CheckpointError unless the number of value heads is a multiple of the number of key heads, and the inner size
-    a multiple of the number of value heads.
+    All four are ints. Raises CheckpointError unless the number of value heads is a multiple of the number of key heads,
+    and the inner size is a multiple of the number of value heads.
     """
     key_heads, heads = m.whole("ssm.group_count"), m.whole("ssm.time_step_rank")
     inner = m.whole("ssm.inner_size")
@@ -64,16 +66,16 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add several matrices to `tables` that the file stores as one tensor. Returns nothing.
+    """Add several matrices to `tables` that the file stores as one tensor, grouped by key head. Returns nothing.
 
-    The tensor has the rows of key head 0 of each matrix, one matrix after another, then the rows of key head 1, and so
-    on.
+    The stored tensor has the rows that belong to key head 0, one matrix after another; then the rows that belong to key
+    head 1; and so on.
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
-        names: {name of a matrix: its number of rows for one key head}, in their order in the tensor.
+        names: {name of a matrix: its number of rows for one key head}, in the order that the stored tensor has.
         heads: number of key heads.
-        p: where the file holds the tensor.
+        p: where the file has the stored tensor.
     """
     each, first = sum(names.values()), 0
     for name, count in names.items():
@@ -83,6 +85,8 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
     """Add in_proj_b and in_proj_a of Qwen3-Next to `tables`. The file has both in one matrix, grouped by key head.
+
+    Returns nothing.
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
@@ -98,10 +102,11 @@ def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_qkv and in_proj_z of Qwen3-Next to `tables`, for an older file that has one matrix in their place.
+    """Add the matrices in_proj_qkv and in_proj_z of Qwen3-Next to `tables`. An older file has both in one matrix.
 
-    The file's matrix is transformers' in_proj_qkvz. For each key head it has rows of q, k, v and z. The port wants two
-    matrices, as newer files have them: all rows of q, then k, then v in one, and the rows of z in the other.
+    The file's matrix, in_proj_qkvz of transformers, has the rows of q, k, v and z of key head 0, then those of key head
+    1, and so on. in_proj_qkv gets all rows of q, then all rows of k, then all rows of v. in_proj_z gets the rows of z.
+    Returns nothing.
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
@@ -122,11 +127,11 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """An int array: for each row of a Qwen3.5 matrix in transformers' order, the number of that row in the GGUF file.
+    """Returns an int array: element i is the row number in the GGUF file of row i of a Qwen3.5 matrix in transformers.
 
-    The matrix has `width` rows for each value head. transformers groups value heads by key head: all of key head 0,
-    then all of key head 1. The file begins with the first value head of every key head, then has the second of every
-    key head.
+    The matrix has `width` rows for each value head. In transformers, value heads are ordered by key head: first all
+    value heads of key head 0, then all of key head 1. The file has the first value head of every key head, then the
+    second value head of every key head, and so on.
 
     Args:
         m: the metadata, which has the numbers of heads.
@@ -141,11 +146,12 @@ def tiled(m: Metadata, width: int) -> np.ndarray:
 
 
 def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a tensor of Qwen3.5 to `tables` with its value heads in transformers' order, grouped by key head.
+    """Add a tensor of Qwen3.5 to `tables`, with its value heads in transformers' order. Returns nothing.
 
-    The file has the first value head of every key head, then the second of every key head. The tensor is a matrix whose
-    last rows are those of the value heads, or a vector with one value for each. Rows before them, of queries and keys,
-    keep their order. A tensor A_log becomes the logarithm of the file's negated values.
+    In transformers, value heads are ordered by key head. The file has the first value head of every key head, then the
+    second value head of every key head, and so on. The tensor is a matrix whose last rows belong to value heads, or a
+    vector with one value per value head. Rows of queries and keys come before and keep their order. If the tensor is
+    A_log, the file stores A, and log(-A) is added.
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
@@ -168,10 +174,10 @@ def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def columns_by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add out_proj of Qwen3.5 to `tables`, with its columns in transformers' order. Returns nothing.
+    """Add the matrix out_proj of Qwen3.5 to `tables`, with its columns in transformers' order. Returns nothing.
 
-    The columns of transformers are grouped by key head: the value heads of key head 0, then those of key head 1. The
-    file has the first value head of every key head, then the second of every key head.
+    In transformers, the columns are ordered by key head: all value heads of key head 0, then all of key head 1. The
+    file has the first value head of every key head, then the second value head of every key head, and so on.
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.

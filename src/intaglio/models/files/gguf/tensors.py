@@ -29,9 +29,16 @@ TERNARY = {  # types of ternary weights that are not read, and why
 
 @dataclass(frozen=True)
 class Raw:
-    """Where a tensor's bytes lie in a file (start .. stop - 1), and the dtype and shape to read them as.
+    """Place of a stored tensor in a file, with the dtype and shape that its bytes are read as.
 
-    Blocks are read as U8 [rows, bytes per row].
+    A tensor of quantised blocks is read as U8 [rows, bytes per row].
+
+    Attributes:
+        file: the file.
+        dtype: name of the dtype, such as BF16 or U8.
+        shape: shape of the array that is read.
+        start: offset of the first byte.
+        stop: offset after the last byte.
     """
 
     file: Path
@@ -43,7 +50,14 @@ class Raw:
 
 @dataclass(frozen=True)
 class Place:
-    """Where consecutive rows of a tensor are: file, offset of the first byte (`start`), GGUF type (`kind`), shape."""
+    """Place, type and shape of a tensor in a GGUF file, or of consecutive rows of a tensor.
+
+    Attributes:
+        file: the file.
+        kind: name of the GGUF type, such as Q4_K.
+        shape: the shape, with the number of columns last.
+        start: offset of the first byte in the file.
+    """
 
     file: Path
     kind: str
@@ -61,18 +75,22 @@ class Place:
         return self.start + prod(self.shape[:-1]) * self.row_bytes
 
     def cut(self, first: int, shape: tuple[int, ...]) -> Place:
-        """A Place (file, offset, type, shape) of the part of this tensor with the given shape, from row `first` on.
+        """Returns the Place of a part of this tensor. The part starts at row `first` and has the shape `shape`.
 
-        The caller sees to it that the part lies inside the tensor; this is not checked.
+        It is not checked that the part lies inside the tensor.
         """
         return Place(self.file, self.kind, shape, self.start + first * self.row_bytes)
 
 
 def place_of(path: Path, file: Path, t: Tensor) -> Place:
-    """The Place of a tensor: the file that holds it, its type, shape and first byte.
+    """Returns the Place of a tensor: its file, type, shape and the offset of its first byte.
 
-    path: the checkpoint, for the error. file: the part of the checkpoint that holds the tensor. Raises PortError if the
-    tensor's type is not supported.
+    Raises PortError if the tensor's type is not supported.
+
+    Args:
+        path: the checkpoint, for the error.
+        file: the file of the checkpoint that holds the tensor.
+        t: the tensor, as the header of `file` lists it.
     """
     kind = t.kind
     if kind not in PLAIN and kind not in BLOCKS:
@@ -86,9 +104,9 @@ class Tables:
     """The tensors of a GGUF file, by their names in transformers.
 
     Attributes:
-        raw: tensors whose bytes are used as they are stored; also the bytes from which tensors of `coded` are made,
-            under names that begin with "blocks of ".
-        coded: tensors that are computed from stored bytes when they are read, such as quantised matrices.
+        raw: tensors that are used as stored, and the stored tensors from which those of `coded` are computed. The names
+            of the latter begin with "blocks of ".
+        coded: tensors that are computed when they are read, such as quantised matrices.
     """
 
     raw: dict[str, Raw] = field(default_factory=dict)
@@ -106,13 +124,14 @@ class Tables:
         return self.coded[name].shape if name in self.coded else self.raw[name].shape
 
     def add(self, name: str, p: Place, heads: int = 0, shift: float = 0.0) -> None:
-        """Add one tensor of the file under its name in transformers. It is read from the file later.
+        """Add one tensor of the file under its name in transformers. Returns nothing; the values are read later.
 
         Args:
             name: the name in transformers.
             p: where the file has the tensor.
-            heads: number of heads if its rows are in interleaved rope order, which is changed to half order; else 0.
-            shift: number subtracted from its values (norms of Gemma, to which converters add 1).
+            heads: number of heads if the file has the rows in interleaved rope order; they are then read in half order.
+                0 for any other tensor.
+            shift: number subtracted from each value. It is 1 for norms of Gemma, since converters to GGUF add 1.
         """
         if p.kind in PLAIN and not heads and not shift:
             self.raw[name] = Raw(p.file, p.kind, p.shape, p.start, p.stop)
@@ -130,7 +149,9 @@ class Tables:
         self.coded[name] = Coded(format, p.shape, {at: Part()}, decode, whole=head)
 
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
-        """Add a matrix that is made from several tensors of plain values. It is joined when it is read.
+        """Add a matrix that is computed from several tensors of the file when it is read. Returns nothing.
+
+        The stored tensors must not be quantised.
 
         Args:
             name: the matrix's name in transformers.
@@ -150,12 +171,14 @@ class Tables:
         self.coded[name] = Coded(format, shape, {n: Part(None) for n in at}, decode, whole=shape[0])
 
     def add_rows(self, name: str, p: Place, rows: np.ndarray) -> None:
-        """Add a matrix whose row i is row rows[i] of a tensor in the file. Quantised rows keep their codes.
+        """Add a matrix whose row i is row rows[i] of a tensor in the file. Quantised rows are not quantised anew.
+
+        Returns nothing.
 
         Args:
             name: the matrix's name in transformers.
             p: where the file has the tensor.
-            rows: row numbers, an int array.
+            rows: an int array with the number of a stored row for each row of the matrix.
         """
         at = self._blocks(name, p)
         shape = (len(rows), *p.shape[1:])
@@ -166,16 +189,16 @@ class Tables:
         self.coded[name] = Coded(format_of(p), shape, {at: Part(None)}, decode, whole=shape[0])
 
     def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
-        """Add a matrix whose columns are in another order in the file.
+        """Add a matrix whose columns the file stores in another order. Returns nothing.
 
-        Column i of the file is the matrix's column order[i]. Plain values are moved to their columns when they are
-        read. Quantised columns stay in the file's order. For them an int32 tensor NAME.order with `order` is added, and
-        a port reorders the columns of the matrix's input by it, as for act-order.
+        Column i in the file is column order[i] of the matrix. Plain values are reordered when they are read. Quantised
+        columns stay in the file's order, and an int32 tensor NAME.order with the values of `order` is added. A port
+        then reorders the input of the matrix by this tensor, as it does for GPTQ's act-order.
 
         Args:
             name: the matrix's name in transformers.
-            p: where the file has it.
-            order: for each column in the file, its number in the matrix, an int array.
+            p: where the file has the matrix.
+            order: an int array with the column number in the matrix for each column in the file.
         """
         at = self._blocks(name, p)
         plain, back, own = p.kind in PLAIN, np.argsort(order), name.removesuffix(".weight") + ".order"
@@ -189,7 +212,12 @@ class Tables:
             self.add_constant(own, order.astype(np.int32))
 
     def add_constant(self, name: str, values: np.ndarray) -> None:
-        """Add a tensor of values that follow from the metadata: float32, or int32 for an order of columns."""
+        """Add a tensor whose values are given, not read from the file. Returns nothing.
+
+        Args:
+            name: the tensor's name.
+            values: int32 for an order of columns, or float32.
+        """
         format = "i32" if values.dtype == np.int32 else "f32"
         self.coded[name] = Coded(format, values.shape, {}, lambda read: values)
 
@@ -201,7 +229,7 @@ class Tables:
 
 
 def format_of(p: Place) -> str:
-    """The name of the number format that a tensor has after reading."""
+    """Returns the name of the number format, such as bf16, that a tensor of a GGUF file has in memory after reading."""
     return PLAIN[p.kind] if p.kind in PLAIN else BLOCKS[p.kind].format
 
 
@@ -210,17 +238,20 @@ def _values(x: np.ndarray, p: Place) -> Value:
 
 
 def in_order(x: np.ndarray, head: int) -> np.ndarray:
-    """Reorder the rows of Q or K from interleaved to half rope order. Returns a new array of the same shape.
+    """Returns an array of the shape of `x` with the rows of each head of Q or K in half rope order.
 
-    x: the rows of all heads, in an array of any number of dimensions. head: number of rows of a head.
+    In `x` they are in interleaved order, where rows 2i and 2i + 1 form a pair. In half order, rows i and i + head / 2
+    form a pair.
+
+    x: the rows of all heads, in an array of any number of dimensions. head: number of rows per head.
     """
     return np.ascontiguousarray(x.reshape(-1, head // 2, 2, *x.shape[1:]).swapaxes(1, 2)).reshape(x.shape)
 
 
 def summed(types: Mapping[str, int]) -> tuple[int, int]:
-    """Sum the bytes of the values that are converted to bf16 on reading. Returns (bytes in the file, bytes in memory).
+    """Returns the bytes of the values that are converted to bf16 on reading: (bytes in the file, bytes in memory).
 
-    types: {GGUF type: number of values}. Types that are not converted to bf16 are not counted; (0, 0) if none is.
+    types: {GGUF type: number of values}. Only types that are converted to bf16 are counted; (0, 0) if there are none.
     """
     own = {kind: n for kind, n in types.items() if kind in BLOCKS and BLOCKS[kind].format == "bf16"}
     return sum(n // BLOCKS[k].values * BLOCKS[k].bytes for k, n in own.items()), 2 * sum(own.values())

@@ -16,21 +16,23 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 def _cl100k(digits: str) -> str:
-    """The regular expression of GPT-4's split.
+    """Returns a regular expression that matches the pieces into which GPT-4's tokenizer (cl100k) splits text.
 
-    digits: quantifier of a run of digits, such as {1,3}; "": single digits.
+    digits: quantifier of a run of digits, such as {1,3}; "": each digit is a piece.
     """
     return rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
 def _o200k(end: str, digits: str, less: str = "", tail: str = r"[\r\n/]*") -> str:
-    """The regular expression of GPT-4o's split of text, in which a capital after small letters begins a new word.
+    """Returns a regular expression that matches the pieces into which GPT-4o's tokenizer (o200k) splits text.
+
+    A capital after small letters begins a new piece.
 
     Args:
-        end: pattern at the end of each word, such as an optional 's or 'll.
-        digits: quantifier of a run of digits, such as {1,3}; "": single digits.
-        less: text put at the end of the character classes of letters to exclude characters: with &&[^x], x is no
-            letter. "": nothing is excluded.
+        end: pattern that may follow at the end of each word, such as an optional 's or 'll.
+        digits: quantifier of a run of digits, such as {1,3}; "": each digit is a piece.
+        less: text put at the end of the character classes of letters to exclude characters: &&[^x] excludes x. "":
+            nothing is excluded.
         tail: pattern of what may follow a run of punctuation.
     """
     upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{less}]"
@@ -51,9 +53,9 @@ _CASED = (  # letters that have capitals, as DeepSeek lists them: single code po
 
 
 def _points(listed: str) -> str:
-    r"""The inside of a regex character class, as text, for the characters that `listed` names.
+    r"""Returns the inside of a regex character class, as text, for the characters that `listed` names.
 
-    listed: hexadecimal code points and ranges, separated by spaces: "41-5A 5F" gives \x{41}-\x{5A}\x{5F}.
+    listed: hexadecimal code points and ranges, separated by spaces. "41-5A 5F" gives \x{41}-\x{5A}\x{5F}.
     """
     return "".join("-".join(rf"\x{{{p}}}" for p in part.split("-")) for part in listed.split())
 
@@ -71,14 +73,14 @@ ASIAN += "A9E0-A9FF AC00-D7AF 1100-11FF"
 
 @dataclass(frozen=True)
 class Splits:
-    """Pre-tokenization of one model family: how text is split before BPE merges.
+    """Pre-tokenization of one model family: how text is split into pieces before BPE merges.
 
     Attributes:
-        patterns: regular expressions applied one after the other; each match becomes a piece.
-        digits: "first" or "last": split off every digit before or after the patterns; "": do not.
+        patterns: regular expressions that are applied one after the other. Each match becomes a piece.
+        digits: when every digit is split off: "first" (before the patterns), "last" (after the patterns) or "" (never).
         gpt2: True to apply GPT-2's pattern after all others.
         nfc: True to normalise text to Unicode NFC first.
-        whole: True if a piece that is a token itself is not built by merges (ignore_merges).
+        whole: True if a piece that is a token itself becomes that token without merging (ignore_merges).
     """
 
     patterns: tuple[str, ...] = ()
@@ -137,9 +139,10 @@ SPLITS: dict[str, Splits] = {name: own for names, own in _NAMES for name in name
 
 
 class Falcon(Splits):
-    """Falcon's pre-tokenization: runs of punctuation, GPT-2's pattern, runs of digits, then digits in threes.
+    """Pre-tokenization of Falcon, in four steps.
 
-    The second step also turns text into GPT-2's characters for bytes; the steps on digits come after it.
+    It splits off runs of punctuation; applies GPT-2's pattern, which also turns bytes into GPT-2's characters for
+    bytes; splits off runs of digits; and splits these runs into groups of three digits.
     """
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:

@@ -34,14 +34,14 @@ HARMONY = ("<|return|>", "<|call|>", "<|end|>")  # where all are, the last ends 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A tokenizer rebuilt from a GGUF file.
+    """A tokenizer that was rebuilt from the metadata of a GGUF file.
 
     Attributes:
-        inner: the tokenizer.
-        special: texts of special tokens by name, such as bos_token.
-        templates: chat templates by name; the one without a name is "default".
+        inner: the tokenizer of the `tokenizers` library.
+        special: {name of a special token, such as bos_token: its text}.
+        templates: {name: chat template}; the template without a name in the file is named "default".
         bos_id: id of the beginning-of-sequence token, or None.
-        eos_ids: ids that end a sequence.
+        eos_ids: ids of the tokens that end a sequence.
     """
 
     inner: Tokenizer
@@ -57,8 +57,11 @@ class _Vocabulary:
 
     Attributes:
         path: the file.
-        tokens, kinds, scores: text, type (such as CONTROL) and score of each token, by id.
-        get: function get(key, default) to tokenizer metadata by llama.cpp's key without "tokenizer.ggml.".
+        tokens: text of each token, by id.
+        kinds: type of each token, by id, such as CONTROL.
+        scores: score of each token, by id.
+        get: function get(key, default) that returns a tokenizer's metadata value. The key is llama.cpp's without
+            "tokenizer.ggml.".
     """
 
     path: Path
@@ -82,9 +85,10 @@ class _Vocabulary:
 
 @lru_cache(maxsize=2)
 def read_tokenizer(file: GgufFile) -> Embedded | None:
-    """Rebuild the tokenizer of a GGUF file and return it as Embedded; None if the file has none.
+    """Rebuild the tokenizer of a GGUF file.
 
-    Raises CheckpointError if its kind is not supported, or if it is damaged.
+    Returns an Embedded (tokenizer with special tokens); None if the file has none. Raises CheckpointError if this kind
+    of tokenizer is not supported, or if its metadata are damaged.
     """
 
     def get(key: str, default: Any = None) -> Any:
@@ -114,9 +118,14 @@ def read_tokenizer(file: GgufFile) -> Embedded | None:
 
 
 def _add_tokens(inner: Tokenizer, v: _Vocabulary, architecture: str) -> None:
-    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split.
+    """Add the file's control tokens and user-defined tokens to `inner`. They are found in a text before it is split.
 
-    architecture: llama.cpp's name; control tokens of phi2 and phi3 also take the white space that follows them.
+    Returns nothing.
+
+    Args:
+        inner: the tokenizer.
+        v: the file's vocabulary.
+        architecture: llama.cpp's name. Control tokens of phi2 and phi3 also take the white space after them.
     """
     strips = architecture in ("phi3", "phi2")  # their tokens swallow the white space after them; the flag is not kept
     kept = ("<unk>", "<s>", "<|endoftext|>")
@@ -134,11 +143,11 @@ def _templates(file: GgufFile) -> dict[str, str]:
 
 
 def _ends(v: _Vocabulary) -> tuple[int, ...]:
-    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and known end tokens among its others.
+    """Returns a tuple of the ids of the tokens that end a sequence; () if there are none.
 
-    The known end tokens (the table ENDS), such as <|im_end|>, count if they are control tokens of the file. But <|end|>
-    is left out if the file also has <|return|> and <|call|> (gpt-oss): there it ends a message, and not the sequence.
-    () if there are none.
+    They are the tokens that the file names as eos, eot and eom, and its control tokens in the table ENDS, such as
+    <|im_end|>. If the file has <|end|>, <|return|> and <|call|> (gpt-oss), <|end|> is not taken from ENDS, since there
+    it only ends a message.
     """
     named = [i for name in ("eos", "eot", "eom") if (i := v.id(name)) is not None]
     control = v.of_kind(CONTROL)
@@ -149,10 +158,10 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 
 
 def _bpe(v: _Vocabulary) -> Tokenizer:
-    """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
+    """Returns a byte-level BPE tokenizer (the kind of GPT-2) made from the file's tokens and merges.
 
-    The key tokenizer.ggml.pre says how text is split before merging; a file without it gets a default split, with a
-    warning. Raises CheckpointError if the key has an unknown value, or if the file has no merges.
+    The key tokenizer.ggml.pre says how text is split before merging. If the file lacks it, the default split is used
+    and a warning is issued. Raises CheckpointError if the key has an unknown value, or if the file has no merges.
     """
     name = v.get("pre")
     if name is None:
@@ -176,7 +185,10 @@ def _bpe(v: _Vocabulary) -> Tokenizer:
 
 
 def _merges(v: _Vocabulary) -> list[tuple[str, str]]:
-    """A list of the file's BPE merges, best first. Raises CheckpointError if it has none."""
+    """Returns a list of the file's BPE merges, pairs (left text, right text), best first.
+
+    Raises CheckpointError if the file has none.
+    """
     merges = v.get("merges")
     if merges is None:
         raise CheckpointError(f"{v.path} holds a vocabulary without tokenizer.ggml.merges; use another conversion")
@@ -184,7 +196,7 @@ def _merges(v: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _gemma4(v: _Vocabulary) -> Tokenizer:
-    """A BPE tokenizer that splits text into characters, as SentencePiece does, and joins them by the file's own merges.
+    """Returns the BPE tokenizer of Gemma 4, which splits text into characters and joins them by the file's own merges.
 
     Raises CheckpointError if the file has no merges.
     """
@@ -192,9 +204,11 @@ def _gemma4(v: _Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(v: _Vocabulary, merges: list[tuple[str, str]] | None = None) -> Tokenizer:
-    """A SentencePiece BPE tokenizer, with these merges, or merges in the order of the tokens' scores.
+    """Returns a SentencePiece BPE tokenizer made from the file's tokens.
 
     If the vocabulary has byte tokens, a character without a token becomes the tokens of its bytes.
+
+    v: the file's vocabulary. merges: BPE merges, best first; None: they are computed from the tokens' scores.
     """
     known = v.known
     unknown = v.id("unknown", 0)
@@ -213,10 +227,12 @@ def _sentencepiece(v: _Vocabulary, merges: list[tuple[str, str]] | None = None) 
 
 
 def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """A list of the BPE merges of a SentencePiece vocabulary: every split of a token into two tokens, best first.
+    """Returns the BPE merges of a SentencePiece vocabulary: a list of pairs (left text, right text), best first.
 
-    They are ordered by the score of the whole token; for equal scores the longest left part comes first, then the
-    longest right part.
+    There is a merge for every split of a token into two tokens. Merges are ordered by the score of the whole token.
+    With equal scores, the merge with the longest left part comes first, then the merge with the longest right part.
+
+    known: {token: id}. scores: score of each token, by id.
     """
     found = []
     for token, i in known.items():
@@ -228,7 +244,7 @@ def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[s
 
 
 def _unigram(v: _Vocabulary) -> Tokenizer:
-    """A SentencePiece Unigram tokenizer: it normalises a text as the file says, and takes its most likely pieces."""
+    """Returns a SentencePiece Unigram tokenizer made from the file's tokens, scores and normalisation rules."""
     unknown = v.id("unknown", 2)
     inner = Tokenizer(
         models.Unigram([*zip(v.tokens, map(float, v.scores), strict=True)], unknown, bool(v.of_kind(BYTE)))
@@ -247,9 +263,9 @@ def _unigram(v: _Vocabulary) -> Tokenizer:
 
 
 def _wordpiece(v: _Vocabulary) -> Tokenizer:
-    """A WordPiece tokenizer, as BERT's.
+    """Returns a WordPiece tokenizer (the kind of BERT) made from the file's tokens.
 
-    GGUF marks the first piece of a word with U+2581; here, as in BERT, the other pieces begin with "##".
+    GGUF marks the first piece of a word with U+2581. In the result, as in BERT, all other pieces begin with "##".
     """
 
     def piece(token: str, kind: int) -> str:
@@ -275,13 +291,11 @@ def _with_ends(
     inner: Tokenizer, v: _Vocabulary, bos: bool, eos: bool = False, default_bos: int | None = None,
     default_eos: int | None = None,
 ) -> Tokenizer:  # fmt: skip
-    """Make a tokenizer add its bos token before each text and its eos token after it, if the file wants that.
-
-    Returns `inner`, which is changed in place.
+    """Make the tokenizer `inner` put bos before each text and eos after it, if the file wants that. Returns `inner`.
 
     Args:
-        inner: the tokenizer.
-        v: the file's tokens and settings; add_bos_token and add_eos_token say what is added.
+        inner: the tokenizer; changed in place.
+        v: the file's vocabulary. Its keys add_bos_token and add_eos_token say what is added.
         bos: True to add bos if the file has no add_bos_token.
         eos: True to add eos if the file has no add_eos_token.
         default_bos: id of bos if the file names none; None: no bos is added then.
