@@ -217,10 +217,7 @@ class Submission:
                 )
 
     async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """Yield lists of the ChoiceDeltas that arrived since the previous list, until every choice has ended.
-
-        This is an async iterator. Use it on the event loop.
-        """
+        """Async iterator over lists of the ChoiceDeltas that arrived since the previous list, until all choices ended."""
         while self.open or self._deltas:
             await self._arrived.wait()
             self._arrived.clear()
