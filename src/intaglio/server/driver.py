@@ -217,7 +217,7 @@ class Submission:
                 )
 
     async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """Async iterator over lists of the ChoiceDeltas that arrived since the previous list, until all choices ended."""
+        """Async iterator over lists of the ChoiceDeltas that arrived since the previous list, until all choices end."""
         while self.open or self._deltas:
             await self._arrived.wait()
             self._arrived.clear()
