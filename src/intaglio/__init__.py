@@ -11,7 +11,7 @@ __all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """The public object `name` of the package (LLM, Grammar or SamplingParams), imported on first use.
+    """Returns the public object `name` of the package (LLM, Grammar or SamplingParams), imported on first use.
 
     `import intaglio` alone thus loads neither NumPy nor the native module. Raises AttributeError for any other name.
     """

@@ -76,7 +76,7 @@ def shared_rows(rows: int, share: int, shares: int) -> range:
 
 
 class Sizes(dict[str, int]):
-    """A dict {name of a symbolic dimension, such as "T": its size}, which also answers keys for one rank's part of T.
+    """A dict {name of a symbolic dimension, such as "T": its size}. Keys such as "T:1/4" are computed when asked for.
 
     The T token rows of a batch can be divided among ranks, numbered from 0. sizes["T:1/4"] is the number of token rows
     that rank 1 of 4 ranks holds. Any other missing name raises KeyError.
@@ -162,7 +162,7 @@ class Batch:
 
     @cached_property
     def slots(self) -> np.ndarray:
-        """K/V slot of each token, block * block_size + offset, int32 [T]."""
+        """K/V slot of each token, int32 [T]: number of the token's block * block_size + offset in the block."""
         return self._per_token(2)
 
     @cached_property
@@ -232,10 +232,9 @@ class Batch:
 
     @cached_property
     def of_windows(self) -> Batch:
-        """The Batch that sliding-window layers compute with: its `slots` and `block_table` are those layers' own.
+        """A copy of this Batch for sliding-window layers: window_slots are its `slots`, window_table its `block_table`.
 
-        They are copies of this Batch's window_slots and window_table. If sliding-window layers have no K/V blocks of
-        their own, the result is this Batch itself.
+        If sliding-window layers have no K/V blocks of their own, it is this Batch itself.
         """
         t, s, r, columns, windows = self.counts
         if not windows:
@@ -276,8 +275,8 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     - A chunk has no tokens, or too few K/V blocks or window blocks for its tokens.
     - One of a chunk's `rows` is not an index into its tokens.
     - A chunk has a list of Samplings that is not as long as its list of rows.
-    - A chunk reads a slot of recurrent state at start 0, reads none but writes one at a later start, or reads one but
-      writes none.
+    - A chunk's `state` is wrong. It must be (-1, -1) without recurrent state; with it, (-1, slot) at start 0 and (slot,
+      other slot) at a later start.
     - Two tokens have the same K/V slot.
     - Two chunks write the same slot of recurrent state, or a slot is both read and written.
     """
@@ -381,8 +380,8 @@ def _check(i: int, c: Chunk, block_size: int) -> None:
     - It has no tokens, or its positions are outside its blocks.
     - One of its `rows` is not an index into its tokens.
     - It has a list of Samplings that is not as long as its list of rows.
-    - It reads a slot of recurrent state at start 0, reads none but writes one at a later start, or reads one but writes
-      none.
+    - Its `state` is wrong. It must be (-1, -1) without recurrent state; with it, (-1, slot) at start 0 and (slot, slot)
+      at a later start.
     """
     n = len(c.tokens)
     if n == 0:

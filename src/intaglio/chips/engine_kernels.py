@@ -35,7 +35,7 @@ SCALED = {
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names of the serving engines whose kernels are known, as a tuple in alphabetical order."""
+    """Returns the names of the serving engines whose kernels are known, as a tuple in alphabetical order."""
     return tuple(sorted(path.stem for path in KERNELS.glob("*.toml")))
 
 
@@ -57,9 +57,9 @@ def engine_records(engine: str, generation: str, constants: str = "") -> tuple[K
 
 @lru_cache
 def entries(engine: str) -> tuple[dict[str, Any], ...]:
-    """The tables `[[kernels]]` of the file data/kernels/ENGINE.toml, as a tuple of dicts; () if there is no such file.
+    """Returns the tables `[[kernels]]` of the file data/kernels/ENGINE.toml as a tuple of dicts; () without the file.
 
-    Raises ChipError, naming the file, if it cannot be read, is not TOML or has no tables `[[kernels]]`.
+    Raises ChipError, naming the file, if the file cannot be read, is not TOML, or has no tables `[[kernels]]`.
     """
     path = KERNELS / f"{engine}.toml"
     if not path.is_file():
@@ -71,7 +71,7 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
 
 
 def measured_generations(engine: str, kernel: str) -> tuple[str, ...]:
-    """The generations of chips on which a serving engine's kernel was measured, as a tuple; () if it is not known.
+    """Returns the chip generations on which an engine's kernel was measured, as a tuple; () if the kernel is not known.
 
     engine: the engine's name. kernel: the kernel's name. Raises ChipError for an invalid file of the engine's kernels.
     """
@@ -109,7 +109,7 @@ def merged(entry: dict[str, Any], generation: str, constants: str = "") -> dict[
 
 
 def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> KernelLibrary:
-    """A copy of the kernel library `base` with a serving engine's kernels put before the other kernels.
+    """Returns a copy of the kernel library `base` with a serving engine's kernels put before the other kernels.
 
     An added kernel is used only where a caller asks for it by name, unless its table in the engine's file sets
     `default` to true. Returns `base` itself if there is no file of this engine's kernels. Raises ChipError for an
@@ -132,7 +132,7 @@ def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord
     """Returns a copy of a collective's record whose link constants are converted from another generation of chips.
 
     Each constant is multiplied by the ratio of a value in `base` to the same value in the other generation's library.
-    The record itself is returned if it is not of a collective, and if `lent` is base.generation or "".
+    The record itself is returned if it describes another kind of kernel, and if `lent` is base.generation or "".
 
     Args:
         record: the kernel's record.

@@ -152,9 +152,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a chip or library file as a dict. Values that the file lacks come from the file that its key `base` names.
 
-    The result has no key `base`. Three parts of the base are special. Its `reasons` (texts that say where a value comes
-    from) are taken for the values that are taken. Its kernels come after the file's own kernels. Its `[sheet_flops]`
-    (peak rates that only check a chip's own values) are left out.
+    The result has no key `base`. Three parts of the base are special. Of its `reasons` (texts that say where a value
+    comes from), only those of values that come from the base are kept. Its kernels come after the file's own kernels.
+    Its `[sheet_flops]` (peak rates that only check a chip's own values) are left out.
 
     Args:
         path: the file.
@@ -190,7 +190,7 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "") -> Any:
-    """An instance of the dataclass `kind`, with the values of a table of a TOML file.
+    """Returns an instance of the dataclass `kind` whose fields have the values of one table of a TOML file.
 
     path: the file, for errors. table: {field: value}. inside: prefix of the fields' names in errors, such as "links.".
     Raises ChipError, naming the file, for an unknown or missing field, a wrong type, or values that `kind` refuses.
@@ -212,9 +212,10 @@ def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "
 
 
 def typed(what: str, value: Any, kind: Any) -> Any:
-    """Convert a TOML value to the type `kind` and return it: lists become tuples, and integers floats where wanted.
+    """Convert a TOML value to the type `kind` and return it.
 
-    what: name of the value, for the error. Raises ChipError if the value's type does not fit `kind`.
+    Lists become tuples, and integers become floats if `kind` is float. what: name of the value, for the error. Raises
+    ChipError if the value's type does not fit `kind`.
     """
     if kind is Any:
         return value
@@ -237,7 +238,10 @@ def typed(what: str, value: Any, kind: Any) -> Any:
 
 
 def wanted(kind: Any) -> str:
-    """A type in words, for error messages: "a whole number" for int, "[a text, a number]" for tuple[str, float]."""
+    """Returns the name of a type for error messages.
+
+    For example, it is "a whole number" for int, and "[a text, a number]" for tuple[str, float].
+    """
     inner = get_args(kind)
     if get_origin(kind) is tuple and inner[-1] is Ellipsis:
         return f"a list, each of it {wanted(inner[0])}"

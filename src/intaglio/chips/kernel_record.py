@@ -39,10 +39,10 @@ class KernelRecord:
     default: bool = True
 
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
-        """True if this kernel may be chosen for an `op` with operands in `format` and heads of `head_dim` columns.
+        """True if this kernel may serve a call of kind `op`, operands in `format` and heads of `head_dim` columns.
 
-        kernel: name of the wanted kernel; a kernel of another name gives False. "": no particular kernel is wanted;
-        then a kernel whose `default` is False gives False.
+        kernel: name of the wanted kernel; the result is False if this kernel has another name. "": no particular kernel
+        is wanted; the result is False if this kernel's `default` is False.
         """
         least, most = self.head_dims
         fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most

@@ -144,9 +144,9 @@ class KernelLibrary:
         check(self)
 
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
-        """The first KernelRecord (description of one kernel) in `kernels` that fits a call.
+        """Returns the first KernelRecord (description of one kernel) in `kernels` that fits a call.
 
-        None if no record fits. The library's own fields then describe the kernel.
+        None if no record fits; the library's own fields then describe the kernel.
 
         Args:
             op: kind of call, such as "products" or "prefill", one of OPS.
@@ -162,7 +162,7 @@ class KernelLibrary:
         return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
 
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
-        """A copy of the library that describes one kernel: its fields have the record's values, `kernels` is empty.
+        """Returns a copy of the library that describes one kernel, by the values of its record; `kernels` is empty.
 
         record: the kernel's record; None: the copy keeps the library's own values.
         """
@@ -192,7 +192,7 @@ def check(library: KernelLibrary) -> None:
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with some fields changed. changes: the new values, by the fields' names.
+    """Returns a copy of `library` with some fields changed. changes: the new values, by the fields' names.
 
     The new values hold for all kernels of the library: a kernel record's own value of such a field is dropped. Raises
     ChipError for an unknown field or a value outside its range.

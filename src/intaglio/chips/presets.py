@@ -22,7 +22,7 @@ for _path in sorted((DATA / "chips").glob("*.toml")):
 
 
 def chip(name: str) -> ChipSpec:
-    """The ChipSpec of the chip called `name`.
+    """Returns the ChipSpec of the chip called `name`.
 
     name: a chip that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
     ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails to
@@ -32,7 +32,7 @@ def chip(name: str) -> ChipSpec:
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(ChipSpec, default kernel library) of the chip called `name`. The library is given by its name or file, as text.
+    """Returns (ChipSpec, default kernel library) of the chip called `name`. The library is its name or file, as text.
 
     name: a chip that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
     ChipError for an unknown name and for an invalid file, PluginError if a plugin fails to load.
@@ -46,7 +46,7 @@ def chip_with_library(name: str) -> tuple[ChipSpec, str]:
 
 
 def library(name: str) -> KernelLibrary:
-    """The KernelLibrary called `name`.
+    """Returns the KernelLibrary called `name`.
 
     name: a library that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
     ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails to

@@ -53,10 +53,11 @@ LIBRARY: dict[str, Range] = {
 
 
 def outside(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
-    """Error text for the first of `values` that is NaN, outside its range or an empty tuple; "" if all are allowed.
+    """Returns an error text for the first of `values` that is not allowed; "" if all are allowed.
 
-    values: {name: a number, or a tuple of numbers}. ranges: {name: (least, most)}. Values without a range are not
-    checked. A range without a value raises KeyError.
+    A value is not allowed if it is NaN, outside its range or an empty tuple. values: {name: a number, or a tuple of
+    numbers}. ranges: {name: (least, most)}. Values without a range are not checked. A range without a value raises
+    KeyError.
     """
     for name, (least, most) in ranges.items():
         value = values[name]

@@ -126,14 +126,14 @@ class ChipSpec:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates per cycle of one core, for operands in `format`.
+        """Returns the multiply-accumulates per cycle of one core, for operands in `format`.
 
-        Raises ChipError if the matrix array takes neither that format nor a wider one.
+        Raises ChipError if the matrix array takes neither `format` nor a wider format.
         """
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:
-        """The format in which the matrix array multiplies values of `format`: `format` itself, or a wider one.
+        """Returns the format in which the matrix array multiplies values of `format`: `format` itself, or a wider one.
 
         The result is `format` if the array takes it. Otherwise it is the narrowest format that the array takes and
         that represents all values of `format` exactly. Raises ChipError if there is none.
@@ -148,9 +148,9 @@ class ChipSpec:
         )
 
     def peak_flops(self, format: str) -> float:
-        """Peak dense FLOP/s of the chip in `format`.
+        """Returns the peak dense FLOP/s of the chip in `format`.
 
-        Raises ChipError if the matrix array takes neither that format nor a wider one.
+        Raises ChipError if the matrix array takes neither `format` nor a wider format.
         """
         return 2.0 * self.cores * self.clock_hz * self.mac_rate(format)
 
@@ -161,7 +161,7 @@ class ChipSpec:
 
     @property
     def l2_rate(self) -> float:
-        """Bandwidth that long streams from the L2 reach, in bytes/s; without an L2, that of the on-chip network."""
+        """Bandwidth that long streams from the L2 reach, in bytes/s. Without an L2: that of the on-chip network."""
         return self.l2_bytes_per_cycle * self.clock_hz * self.constants.l2_efficiency
 
     @property
@@ -210,12 +210,12 @@ PARTS: dict[str, type[Any]] = {"links": Links, "energy": Energy, "constants": Co
 
 
 def part_of(name: str) -> str | None:
-    """Name of the part of a ChipSpec (links, energy or constants) that has the field `name`; None if none has it."""
+    """Returns the name of the part of a ChipSpec that has the field `name`: links, energy or constants; else None."""
     return next((part for part, kind in PARTS.items() if name in kind.__dataclass_fields__), None)
 
 
 def replace(spec: ChipSpec, **changes: Any) -> ChipSpec:
-    """A copy of `spec` with fields changed. changes: the new values, by field.
+    """Returns a copy of `spec` with fields changed. changes: the new values, by field.
 
     Fields inside spec.constants, spec.links and spec.energy are given by their own names, such as bytes_per_s. Raises
     ChipError for an unknown field, and for values that ChipSpec refuses.

@@ -47,11 +47,14 @@ class Target:
         return known
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to pickle: a dict of the two fields, without the cached hash. Hashes of text differ by process."""
+        """Returns the state to pickle, a dict of the two fields.
+
+        The cached hash is left out, because hashes of text differ between processes.
+        """
         return {"chip": self.chip, "library": self.library}
 
     def with_chip(self, **changes: Any) -> Target:
-        """A copy of the target with fields of the chip changed. changes: the new values, by field.
+        """Returns a copy of the target with fields of the chip changed. changes: the new values, by field.
 
         Fields inside chip.links, chip.energy and chip.constants are given by their own names, such as bytes_per_s.
         Raises ChipError for an unknown field, an invalid chip, and a chip that the library does not fit.
@@ -59,7 +62,7 @@ class Target:
         return Target(replace(self.chip, **changes), self.library)
 
     def with_library(self, **changes: Any) -> Target:
-        """A copy of the target with fields of the library changed. changes: the new values, by field.
+        """Returns a copy of the target with fields of the library changed. changes: the new values, by field.
 
         The new values hold for all kernels of the library. Raises ChipError for an unknown field, a value outside its
         range, and a library that does not fit the chip.
@@ -84,17 +87,18 @@ class Target:
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """A copy of this target whose library describes one kernel: the values of `record`, and no other records.
+        """Returns a copy of this target whose library has one kernel's values, those of `record`, and no records.
 
-        memory_factor is the share of the chip's memory bandwidth that the kernel reaches. The copy's chip has
-        hbm_efficiency and l2_efficiency multiplied by it, but not above 1. The copy's own memory_factor is 1.
+        The kernel's memory_factor says which multiple of the chip's hbm_efficiency and l2_efficiency the kernel
+        reaches. In the copy, the chip's two efficiencies are multiplied by it, but do not exceed 1, and memory_factor
+        is 1.
 
         record: one of the library's `kernels`; None: the copy keeps the library's own values.
         """
         return reduced_target(self, record)
 
     def get(self, name: str) -> Any:
-        """The value of the field called `chip.FIELD` or `library.FIELD`.
+        """Returns the value of the field called `chip.FIELD` or `library.FIELD`.
 
         Fields inside chip.links, chip.energy and chip.constants are named without that part: chip.bytes_per_s stands
         for chip.links.bytes_per_s. Raises ChipError for an unknown name.
@@ -136,7 +140,7 @@ class Target:
         raise ChipError(f"{name}={text}; wanted {wanted(kind)}, such as {example(self.get(name))}")
 
     def changed(self, changes: Mapping[str, Any]) -> Target:
-        """A copy of the target with some fields changed. changes: {name such as `library.launch_s`: new value}.
+        """Returns a copy of the target with some fields changed. changes: {name such as `library.launch_s`: new value}.
 
         Raises ChipError for an unknown name, and for values that are invalid.
         """

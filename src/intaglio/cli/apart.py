@@ -189,7 +189,7 @@ def searched_pairs(
 
 
 def per(r: ApartResult, by: str) -> float:
-    """Output tokens per second of a deployment, per watt if `by` is "watt", per chip if it is "chip"."""
+    """Returns the output tokens per second of a deployment, per watt if `by` is "watt", per chip if it is "chip"."""
     return r.tokens_per_s / (r.watts if by == "watt" else r.chips)
 
 

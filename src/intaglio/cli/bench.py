@@ -45,7 +45,7 @@ def bench(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure prefill and decode, each beside its bound by memory bandwidth or peak FLOP/s."""
+    """Measure prefill and decode, and print each speed beside its bound by memory bandwidth or peak FLOP/s."""
     check_measurable(device)
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
@@ -77,7 +77,7 @@ def profile(
 ) -> None:
     """Show where a step's time goes: each op beside its roofline bound, and which ops lose most.
 
-    With a layout, also how long each rank was in collectives and for which rank it waited.
+    With a layout, also show how long each rank was in collectives and for which rank it waited.
     """
     from intaglio.measure.profile import profile as run_profile
     from intaglio.measure.ranks import chrome_trace, rank_times, timed_decode
@@ -117,7 +117,7 @@ def profile(
 def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
     """Returns the table that `intaglio profile` prints for a mixture-of-experts model, as a rich Table.
 
-    loads: the load of each layer's experts, by the name of the op that routes tokens to them. Each makes one line, with
+    loads: {name of the op that routes a layer's tokens to experts: load of the experts}. Each item makes one line, with
     the number of routed tokens and how unevenly they are spread over the experts.
     """
     lines = []
@@ -221,7 +221,7 @@ def print_head(llm: LLM, runs: int) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """The whole numbers in a comma-separated text, as a list: '128,512' gives [128, 512].
+    """Returns the whole numbers in a comma-separated text, as a list: '128,512' gives [128, 512].
 
     Raises ValueError for any other text.
     """

@@ -56,7 +56,7 @@ def bench_serve(
     context: o.Context = None,
     as_json: o.Json = False,
 ) -> None:
-    """Send a server the load of a public trace: latencies, throughput, and goodput under a deadline.
+    """Send a server the load of a public trace; print latencies, throughput, and goodput under a deadline.
 
     --base-url names any server with OpenAI's /v1/completions. Without it, a server is started for this run. With
     --device silicon there is no server: the engine runs in the modelled time of the chip.
@@ -124,7 +124,10 @@ def bench_serve(
 
 
 def latencies(s: Summary, clock: str) -> Table:
-    """The latencies of a load in milliseconds, as a rich Table. clock: "measured" or "modelled", for the heading."""
+    """Returns the latencies of a load, in milliseconds, as a rich Table.
+
+    clock: "measured" or "modelled", for the heading.
+    """
     shown = [name for name in ROWS if name in s.times]
     rows = [(ROWS[name], *(f"{s.times[name][k] * 1e3:,.3f}" for k in FIGURES)) for name in shown]
     headers = (f"latency, {clock}", *(f"{figure}\nms" for figure in FIGURES))
@@ -132,7 +135,7 @@ def latencies(s: Summary, clock: str) -> Table:
 
 
 def words_of(s: Summary) -> str:
-    """A sentence with the throughput, goodput and errors of a load."""
+    """Returns a sentence that tells the throughput, goodput and errors of a load."""
     failed = ", ".join(f"{n} x {what}" for what, n in sorted(s.errors.items()))
     return (
         f"{s.answered} of {s.requests} answered in {s.seconds:,.3f} s: {s.requests_per_s:,.2f} requests/s, "

@@ -100,7 +100,7 @@ def calibrate_engine(
     Args:
         tables: the CSV files.
         chip_name: name or file of the chip where the fit starts.
-        library_name: name or file of its kernel library; None: the chip's own.
+        library_name: name or file of the kernel library where the fit starts; None: the chip's own library.
         points: rows of each table and format to fit to; 0: all.
         min_us: rows that took fewer microseconds are left out.
         name: name of the files to write; None: the chip's name with _calibrated.
@@ -108,7 +108,8 @@ def calibrate_engine(
         seed: seed of the random choice of rows.
         as_json: True to print JSON instead of a table.
 
-    Raises ValueError if the tables are of several engines, or lack columns; ChipError as check_base() does.
+    Raises ValueError if the tables are of several engines, or lack columns; ChipError if the chip is a file in another
+    folder than `output`.
     """
     from intaglio.codesign.engine_tables import calibrate_kernels
     from intaglio.codesign.written import new_files, write

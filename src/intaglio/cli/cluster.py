@@ -172,7 +172,7 @@ def drain(
     restart: Annotated[bool, typer.Option("--restart", help="Start it again afterwards.")] = False,
     name: Name = "default",
 ) -> None:
-    """Move a replica's requests to other replicas, which continue them, and stop it."""
+    """Stop a replica after its requests have been moved to other replicas, which continue them."""
     moved = _ask(name, {"do": "drain", "replica": replica, "restart": restart})
     print(f"{replica} had {moved} requests; it is {'started again' if restart else 'stopped'}")
 
@@ -186,7 +186,7 @@ def scale(
     ] = None,
     name: Name = "default",
 ) -> None:
-    """Start replicas, or drain and stop some, until there are as many as given."""
+    """Start replicas, or drain and stop replicas, until the cluster has the given number."""
     show(_ask(name, {"do": "scale", "replicas": replicas, "role": role}), False)
 
 
@@ -290,7 +290,7 @@ def ranks_of(layout: str | None) -> int:
 
 
 def connect_ray(address: str, name: str) -> RayLauncher:
-    """A RayLauncher that is connected to the Ray cluster at `address`. name: name of Intaglio's cluster.
+    """Returns a RayLauncher that is connected to the Ray cluster at `address`. name: name of Intaglio's cluster.
 
     Raises ValueError if ray is not installed, or if there is no Ray cluster at the address.
     """
@@ -326,7 +326,7 @@ def check_free_port(given: Sequence[str]) -> None:
 
 
 def read_weights(words: list[str]) -> dict[str, float]:
-    """A dict {tenant: weight} from texts such as a=2. Raises ValueError for any other text."""
+    """Returns a dict {tenant: weight} from texts such as a=2. Raises ValueError for any other text."""
     weights = {}
     for word in words:
         tenant, equals, value = word.rpartition("=")

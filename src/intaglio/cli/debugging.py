@@ -32,7 +32,7 @@ def port(
         typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
     ] = None,
 ) -> None:
-    """Find the port that fits an architecture, and print the line that adds it to FAMILIES, or what is missing.
+    """Find the port (loader code) that fits an architecture; print its line for FAMILIES, or what is missing.
 
     FAMILIES is the table of supported architectures in a file of models/ports/. Needs torch and transformers.
     """
@@ -53,7 +53,7 @@ def port(
 
 
 def _show_automatic(made: AutoPort, output: Path | None) -> None:
-    """Print the report of an automatic port and, if the port is verified, also its source.
+    """Print the report of an automatically derived port and, if the port is verified, also its source.
 
     output: file to which the source is written instead of being printed; None: it is printed. Raises typer.Exit with
     code 1 if the port is not verified.

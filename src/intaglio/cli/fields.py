@@ -27,7 +27,7 @@ def described(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def quantity(name: str, value: Any) -> str:
-    """A field's value as text, with the unit that its name implies: hbm_bytes_per_s 3.35e12 becomes 3.35 TB/s."""
+    """Returns a field's value as text with the unit that its name implies: hbm_bytes_per_s 3.35e12 gives 3.35 TB/s."""
     match value:
         case bool():
             return str(value).lower()  # as --set takes it
@@ -49,6 +49,6 @@ def quantity(name: str, value: Any) -> str:
 
 
 def scaled(value: float, unit: str) -> str:
-    """Text of a value with an SI prefix and `unit`, up to six significant digits: 232448 B becomes 232.448 kB."""
+    """Returns a value as text with an SI prefix and `unit`, up to six digits: 232448 and B give 232.448 kB."""
     prefix = next((prefix for prefix, size in PREFIXES.items() if abs(value) >= size), "p" if value else "")
     return f"{value / PREFIXES[prefix]:.6g} {prefix}{unit}"

@@ -99,7 +99,7 @@ def chat(
 
 
 def read_turn() -> str | None:
-    """The user's next line of a chat; None at the end of input."""
+    """Returns the user's next line of a chat; None at the end of input."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

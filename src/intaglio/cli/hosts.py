@@ -19,7 +19,7 @@ TokenFile = Annotated[
 
 
 def read_token(file: Path | None) -> bytes | None:
-    """The token in a file, as bytes without white space around it; None if `file` is None.
+    """Returns the token in a file, as bytes without white space around it; None if `file` is None.
 
     Raises ValueError if it has fewer than 16 bytes, OSError if the file cannot be read.
     """
@@ -32,7 +32,7 @@ def read_token(file: Path | None) -> bytes | None:
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """(host, port) of a text HOST:PORT. Raises ValueError for any other text."""
+    """Returns (host, port) of a text HOST:PORT. Raises ValueError for any other text."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--rendezvous {text}: wanted HOST:PORT, such as 10.0.0.1:{PORT}")

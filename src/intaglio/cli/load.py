@@ -38,7 +38,7 @@ def open_llm(
 
 
 def find(model: Path, revision: str | None = None) -> Path:
-    """The path of a checkpoint; one named by a hub id is downloaded first, with a progress bar.
+    """Returns the path of a checkpoint. A checkpoint named by a hub id is downloaded first, with a progress bar.
 
     revision: branch, tag or commit of a hub repository; None: main. Raises HubError if there is neither such a path nor
     such a repository.

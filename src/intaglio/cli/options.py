@@ -24,7 +24,10 @@ def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | 
 
 
 def parse_size(text: str) -> int:
-    """The number of bytes in a text such as 8GiB, 500MB or 1048576. Raises ValueError for other texts, and for 0."""
+    """Returns the number of bytes that a text such as 8GiB, 500MB or 1048576 stands for.
+
+    Raises ValueError for other texts, and for 0.
+    """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, re.IGNORECASE)
     size = 0
     if match:
@@ -70,7 +73,10 @@ def positive(param: typer.CallbackParam, value: float | None) -> float | None:
 
 
 def not_negative(param: typer.CallbackParam, value: float) -> float:
-    """Callback of an option for a number: returns it. Raises ValueError unless it is finite and at least 0."""
+    """Callback of an option for a number: returns the number unchanged.
+
+    Raises ValueError unless the number is finite and at least 0.
+    """
     if not 0 <= value < inf:
         raise ValueError(f"{param.opts[0]} is {value:g}; give a finite number of at least 0")
     return value

@@ -40,7 +40,7 @@ def label(x: float, y: float, text: str, kind: str = "note") -> str:
 
 
 def number(value: float) -> str:
-    """A value as text: from 1,000 on with thousands separators and no decimals, else with four significant digits.
+    """Returns a value as text: from 1,000 on with thousands separators and no decimals, below with four digits.
 
     Below 1,000 it is formatted with %.4g, so zeros at the end are left out and values below 0.0001 have an exponent.
     """
@@ -54,7 +54,7 @@ def no_chart(path: Path) -> None:
 
 
 def ticks(most: float) -> list[float]:
-    """A list of about TICKS round numbers at equal distances, from 0 to the first one that is at least `most`.
+    """Returns a list of about TICKS round numbers at equal distances, from 0 to the first one that is at least `most`.
 
     [0.0, 1.0] if `most` is not a finite number above 0.
     """
@@ -67,12 +67,12 @@ def ticks(most: float) -> list[float]:
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A dict {name: colour} for the distinct names, in order; the colours repeat after eight names."""
+    """Returns a dict {name: colour} for the distinct names, in order; the colours repeat after eight names."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
 
 
 def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float]]) -> str:
-    """A bar chart as the text of an SVG file, with a bar for each row (group, name, value), in order.
+    """Returns a bar chart as the text of an SVG file, with a bar for each row (group, name, value), in order.
 
     Bars of a group have one colour. unit: unit of the values, as a note below the title.
     """
@@ -88,7 +88,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float]]) -> str:
 
 
 def lines(title: str, x_unit: str, y_unit: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """A line chart as the text of an SVG file, with a line for each name in `series`. Axes start at 0.
+    """Returns a line chart as the text of an SVG file, with a line for each name in `series`. Axes start at 0.
 
     series: the points (x, y, label) of each line, by name. x_unit, y_unit: texts beside the axes.
     """

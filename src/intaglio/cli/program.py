@@ -95,7 +95,7 @@ def models(
         bool, typer.Option("--all", help="List every decoder architecture of transformers, ported or refused.")
     ] = False,
 ) -> None:
-    """List the ported model families; or, for a checkpoint, what each tensor and configuration key is used for."""
+    """List the ported model families; or, for a checkpoint, show what each tensor and configuration key is used for."""
     if folder is not None:
         return show_account(find(folder, revision), context, as_json)
     if every:

@@ -31,8 +31,8 @@ def state_cache_bytes(text: str) -> int | None:
 def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
     """Callback of --control: returns the text unchanged; None if the option is not given.
 
-    Raises ValueError, naming the option, if the folder of a socket's path does not exist, or for a TCP address that
-    control_address() refuses.
+    Raises ValueError, naming the option, if the text is a socket's path whose folder does not exist, or a TCP address
+    that is wrong or whose token is not set.
     """
     if text is not None and text.startswith("tcp://"):
         o.checked_by(control_address)(param, text)
@@ -290,7 +290,7 @@ def end_with_stdin() -> None:
 
 
 def read_template(path: Path) -> str:
-    """The text of a chat template file. Raises ValueError, naming the file, if it cannot be read."""
+    """Returns the text of a chat template file. Raises ValueError, naming the file, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

@@ -37,7 +37,7 @@ LONGEST_NAME = 20  # characters
 
 
 def say(text: str) -> None:
-    """Print a text; on a terminal it is wrapped at the terminal's width, to a file or pipe it is not."""
+    """Print a text. On a terminal it is wrapped at the terminal's width; in a file or pipe it is not wrapped."""
     out.print(text, markup=False, soft_wrap=not out.is_terminal)
 
 
@@ -87,7 +87,7 @@ def print_json(value: Any) -> None:
 
 
 def summary(p: Program) -> dict[str, Any]:
-    """A dict for JSON: a Program's name, hash, context, vocabulary, number of ops by kind, weights by format."""
+    """Returns a dict for JSON: a Program's name, hash, context, vocabulary, ops by kind, weights by format."""
     size, count = Counter[str](), Counter[str]()
     for t in p.of_role("weight"):
         size[t.format] += t.nbytes({})
@@ -103,14 +103,14 @@ def summary(p: Program) -> dict[str, Any]:
 
 
 def describe(p: Program) -> str:
-    """One line of text: a Program's name, number of ops, bytes of weights by format, context and hash."""
+    """Returns one line of text: a Program's name, number of ops, bytes of weights by format, context and hash."""
     s = summary(p)
     weights = ", ".join(f"{w['bytes'] / 1e6:,.1f} MB {f}" for f, w in s["weights"].items())
     return f"{p.name}: {sum(s['ops'].values())} ops, weights {weights}, context {p.context}, hash {p.hash[:12]}"
 
 
 def describe_device(llm: LLM) -> str:
-    """The device's name as text, with its instruction set and number of threads if it has them."""
+    """Returns the device's name as text, with its instruction set and number of threads if it has them."""
     facts = llm.device.facts()
     named = {"isa": facts.isa, "threads": facts.threads}
     return ", ".join([llm.device.name, *(f"{name} {value}" for name, value in named.items() if value)])

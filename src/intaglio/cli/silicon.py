@@ -61,7 +61,7 @@ ChipName = Annotated[str, typer.Option("--chip", help="A name (see intaglio chip
 
 
 def changed(on: Target, changes: list[str] | None) -> Target:
-    """A copy of a target with fields replaced. changes: texts `chip.FIELD=VALUE` or `library.FIELD=VALUE`; None: none.
+    """Returns a copy of a target with some fields changed. changes: texts such as `chip.FIELD=VALUE`; None: no changes.
 
     Raises ChipError for an unknown field or a wrong value, ValueError for a text without "=".
     """
@@ -75,7 +75,7 @@ def changed(on: Target, changes: list[str] | None) -> Target:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """The whole numbers of a text such as 16,64, as a list.
+    """Returns the whole numbers of a text such as 16,64, as a list.
 
     Raises ValueError, naming the option `option`, for any other text and for numbers below 1.
     """
@@ -391,7 +391,7 @@ def libraries(
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a text on one line, without its full stop.
+    """Returns the first sentence of a text on one line, without its full stop.
 
     A sentence ends at a full stop with a space behind it; the dots of a range such as `a .. b` end none. If there is no
     such full stop, the whole text is returned.
@@ -444,7 +444,7 @@ def validate(
     ] = "engine",
     as_json: o.Json = False,
 ) -> None:
-    """Compare predicted with measured kernel times of real chips: by kernel, by bottleneck, and the worst calls."""
+    """Compare predicted with measured kernel times; print errors by kernel and bottleneck, and the worst calls."""
     from intaglio.codesign.engine_tables import validate_engines
     from intaglio.codesign.regime import BUSY_SHARE, LAUNCH_SHARE, REGIMES
     from intaglio.codesign.validate import SERVING, as_dict

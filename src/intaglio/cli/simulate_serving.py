@@ -92,11 +92,11 @@ def simulate_serving(
     ] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Serve a load with the engine in the modelled time of chips: latencies, throughput, goodput, power.
+    """Simulate how chips serve a load, in modelled time; print latencies, throughput, goodput and power.
 
-    No token is computed, so a model of any size runs here. Times are those of `intaglio simulate`. Layouts with
-    replicas, or with experts on all chips, run event by event, not with the engine itself: a day of 64 replicas takes
-    minutes.
+    No token is computed, so a model of any size runs here. Times are those of `intaglio simulate`. The engine itself
+    runs in modelled time. Layouts with replicas, or with experts on all chips, are simulated event by event instead: a
+    day of 64 replicas takes minutes.
     """
     from intaglio.codesign.fleet import simulate_fleet
     from intaglio.codesign.placement import Placement
@@ -216,7 +216,7 @@ def cost_per_million(done: ServingResult, price: float) -> float:
 
 
 def chart(title: str, done: ServingResult) -> str:
-    """A chart of a simulated run as SVG text, with three lines over modelled time.
+    """Returns a chart of a simulated run as SVG text, with three lines over modelled time.
 
     The lines are the number of requests that wait, the number that decode, and the percentage of the K/V cache that
     decoding requests fill. title: title of the chart.

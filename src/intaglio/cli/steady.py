@@ -120,11 +120,10 @@ def nothing_fits(question: Question, refused: Sequence[tuple[str, str, str]]) ->
 
 
 def chart(question: Question, designs: Sequence[Design], find: bool, by: str) -> str:
-    """A chart of the designs as the text of an SVG file.
+    """Returns a chart of serving designs as SVG text: bars if `find` is True, lines if it is False.
 
-    find=True: a bar chart of each design's output tokens/s per watt, or per chip if `by` is "chip". find=False: a line
-    chart with a line for each pair of chip and layout. Its x axis is output tokens/s per user, its y axis output
-    tokens/s per chip.
+    Bars show each design's output tokens/s per watt, or per chip if `by` is "chip". Lines show one line for each pair
+    of chip and layout: the x axis is output tokens/s per user, the y axis output tokens/s per chip.
     """
     title = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
     if find:
@@ -138,12 +137,12 @@ def chart(question: Question, designs: Sequence[Design], find: bool, by: str) ->
 
 
 def per(d: Design, by: str) -> float:
-    """A design's output tokens per second per watt, or per chip with by="chip"."""
+    """Returns a design's output tokens per second per watt, or per chip if `by` is "chip"."""
     return d.per_watt if by == "watt" else d.per_chip
 
 
 def limits_text(question: Question) -> str:
-    """The limits of a question as text, such as "TPOT up to 20 ms"; "no limits" without any."""
+    """Returns the limits of a question as text, such as "TPOT up to 20 ms"; "no limits" if it has none."""
     limits = [
         f"{name} up to {value * 1e3:,.4g} ms"
         for name, value in (("TTFT", question.limits.ttft), ("TPOT", question.limits.tpot))

@@ -112,7 +112,9 @@ def validate_serving(
 
 
 def say_ranking(ranked: Mapping[str, Sequence[Ranked]], worst: int) -> None:
-    """Print in how many cases the layout that the model recommends comes within 5 % of the best measured layout.
+    """Print in how many cases the recommended layout comes within 5 % of the best measured layout.
+
+    The recommended layout is the best one by modelled times.
 
     Args:
         ranked: groups of compared cases, each under a text that names the group. A case is one question for which

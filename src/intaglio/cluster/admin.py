@@ -26,9 +26,9 @@ Command = Callable[[dict[str, Any]], Awaitable[Any]]
 
 
 def cluster_folder(name: str) -> Path:
-    """The folder of the cluster `name`, created with mode 0700 if it is missing.
+    """Returns the folder of the cluster `name`. The folder is created with mode 0700 if it is missing.
 
-    Raises ValueError for a name that is no plain word, and for a folder that another user owns or may enter.
+    Raises ValueError for a name that is not a plain word, and for a folder that another user owns or may enter.
     """
     if not re.fullmatch(r"[\w.-]{1,32}", name, re.ASCII) or name.startswith("."):
         raise ValueError(f"the cluster's name is {name!r}; allowed: up to 32 letters, digits, '_', '-' and '.'")

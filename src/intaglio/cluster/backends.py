@@ -81,10 +81,10 @@ class Backends:
     # Replicas
 
     async def attach(self, name: str, link: Link) -> None:
-        """Take up the link to replica `name`, wait for its first load report, and poll it from now on.
+        """Start to use `link` as the link to the replica `name`. Wait for its first load report; poll it from now on.
 
         Raises LinkLost if the connection ends, TimeoutError if the replica does not answer within `silence` seconds,
-        ReplicaBroken if it says that it cannot serve.
+        ReplicaBroken if the replica says that it cannot serve.
         """
         self.links[name] = link
         self.finished.setdefault(name, deque(maxlen=FINISHED_KEPT))
@@ -94,7 +94,7 @@ class Backends:
         self.pump()
 
     def forget(self, name: str) -> None:
-        """Remove a replica that has ended for good. Requests that it still has go on at other replicas."""
+        """Remove a replica that has ended for good. The requests that it still has continue at other replicas."""
         self.router.died(name)
         self.router.remove_replica(name)
         self._forget_leases(name)
@@ -241,9 +241,9 @@ class Backends:
             del self.leases[id]
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Tell the router that a job has ended, or that its client has left.
+        """Tell the router that a job has ended, or that its client has left. Returns nothing.
 
-        output_tokens: tokens passed on to the client, of all choices.
+        output_tokens: number of tokens passed on to the client, summed over the choices of the request.
         """
         self.router.ended(job, output_tokens)
         self.release(job)
@@ -282,8 +282,7 @@ def read_report(load: dict[str, Any]) -> LoadReport:
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:
     """Update `index`, the router's record of the K/V blocks that a replica has cached. Returns nothing.
 
-    load: the replica's answer to the call "load". It has either the changes since the last call, or a list of all
-    blocks.
+    load: the replica's answer to the call "load". It has the changes since the last call, or a snapshot of all blocks.
     """
     if (snapshot := load.get("snapshot")) is not None:
         index.snapshot(load["incarnation"], load["sequence"], snapshot)

@@ -116,7 +116,7 @@ class Cluster:
         await self.backends.close()
 
     def state(self) -> dict[str, Any]:
-        """A dict for JSON: the replicas with their state, load and restarts, and the queue and counts of the router."""
+        """Returns a dict for JSON: state, load and restarts of each replica, and queue and counts of the router."""
         router = self.backends.router
         replicas = []
         for name, process in self.processes.items():

@@ -61,7 +61,7 @@ class RayLauncher:
             raise ValueError(f"there is no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
 
     def threads(self, replicas: int) -> int:
-        """Returns the largest number of CPUs for each replica with which all replicas fit into the Ray cluster.
+        """Returns how many CPUs each replica can get at most, if all replicas must fit into the Ray cluster.
 
         The CPUs of a replica must be on one node. The result is 1 if the replicas do not even fit with one CPU each.
         replicas: number of replicas, which all get the same number of CPUs.

@@ -156,7 +156,7 @@ class RelayedRequest:
         """Pass the frames of a replica's answer on to the client, as they arrive.
 
         Returns True once the whole response, or an error, has been sent. Returns False if the replica refuses the
-        request or ends it, but another replica may take it; for example, the replica is full.
+        request, or ends it early, for a reason such as being full; another replica must then take the request.
 
         Raises LinkLost if the replica fails, Moved if it is being drained; another replica may then continue the
         request. Raises Problem if replicas have refused the request too often.
@@ -202,10 +202,10 @@ class RelayedRequest:
         self.output_tokens += tokens
 
     async def _refused(self, call: Call, header: dict[str, Any], body: bytes, send: Send) -> bool:
-        """Handle a replica's error response. Returns True if the client has been sent the error.
+        """Handle a replica's error response. Returns True if the error has been sent to the client, else False.
 
-        Returns False if another replica must take the request. Raises Problem 503 if a request that may be refused any
-        number of times is past its deadline.
+        After False, another replica must take the request. Raises Problem 503 if the request may be refused any number
+        of times until its deadline (see _patient()), and the deadline is over.
 
         Args:
             call: the call to the replica.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def threads_that_fit(nodes: Sequence[float], replicas: int) -> int:
-    """Returns the largest number of CPUs for each replica with which all replicas fit on the nodes.
+    """Returns how many CPUs each replica can get at most, if all replicas must fit on the nodes.
 
     The CPUs of a replica must be on one node. The result is 1 if the replicas do not even fit with one CPU each.
 

@@ -108,7 +108,7 @@ def value_of(on: Target, name: str) -> Any:
     """Returns the value of one parameter of the target `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
     FAMILY is a kind of kernels, such as prefill (attention over prompts). FAMILY.FIELD is the value of the library's
-    field for the kernel that serves bf16 calls of that kind with 128 columns a head.
+    field for the kernel of that kind that serves bf16 calls with heads of 128 columns.
     """
     part, field = name.split(".")
     if part in ("chip", "library"):
@@ -117,7 +117,7 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target `on` with another value of one parameter. Raises ChipError for a value out of range.
+    """Returns a copy of the target `on` with another value of one parameter. Raises ChipError for a value out of range.
 
     Args:
         on: the target.
@@ -189,7 +189,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """Names of the constants that influence the samples' predicted times, as a list in the order of fitting."""
+        """Returns the names of the constants that influence the samples' predicted times, a list in fitting order."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -273,10 +273,11 @@ class Search:
     def choose_facts(self) -> None:
         """Try other values of the kernels' discrete properties (FACTS), and keep those that are clearly more likely.
 
-        Each kernel family of the samples is tried separately; attention and experts also each number format. First all
-        properties at once are set to the values of a shipped library, for one library after the other. Then one
-        property at a time is set to each of its values in FACTS. Values are kept, in self.on and self.facts, if the
-        log-likelihood rises by FACT_GAIN, or by twice FACT_GAIN if several properties change. Returns nothing.
+        Each kernel family of the samples is tried separately. For attention and experts, each number format is tried
+        separately, too. First all properties at once are set to the values of a shipped library, for one library after
+        the other. Then one property at a time is set to each of its values in FACTS. Values are kept, in self.on and
+        self.facts, if the log-likelihood rises by FACT_GAIN, or by twice FACT_GAIN if several properties change.
+        Returns nothing.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]

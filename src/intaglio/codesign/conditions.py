@@ -43,8 +43,8 @@ def table() -> dict[str, Any]:
 def conditions(library: KernelLibrary) -> Conditions:
     """Returns the Conditions under which the shipped tables of kernel latencies were measured on a generation of chips.
 
-    Conditions say, for example, whether the L2 was warm. They are read from data/benchmarks.toml. The values of its
-    section for library.generation, such as hopper, if there is one, replace those of the section `default`.
+    Conditions say, for example, whether the L2 was warm. They are read from data/benchmarks.toml, sections `default`
+    and library.generation, such as hopper. Values in the second section override values in the first.
 
     library: the chip's kernel library.
     """

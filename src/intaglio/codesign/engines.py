@@ -34,41 +34,41 @@ class EngineProfile:
         max_sequences: maximum sequences that run at once on each DP rank.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
-        kv: format of the K/V cache with 8-bit and 4-bit weights.
+        kv: format of the K/V cache for models with 8-bit or 4-bit weights.
         step_s: the host's time for each step.
         sequence_s: the host's time for each sequence of a step. Each DP rank has a host process for its sequences.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: number of steps that a request waits before it is admitted.
-        poll_steps: pairs (n, steps), with ascending n. A server with n or more open requests looks for new ones after
-            every `steps` decode steps; the largest n that fits counts. If none fits, or for (): before every step.
-        decode_sequences: pairs (n, sequences), with ascending n, for disaggregated servers. With n or more requests
-            open on all servers together, each copy of attention of a decode server runs at most `sequences` at once;
-            the largest n that fits counts. If none fits, or for (): max_sequences.
+        poll_steps: how often a server looks for new requests: pairs (n, steps), ascending by n. It looks after every
+            `steps` decode steps, by the last pair whose n is at most the number of open requests. Without such a pair
+            it looks before every step.
+        decode_sequences: how many sequences each DP rank of a decode server runs at once: pairs (n, sequences),
+            ascending by n. The number is `sequences` of the last pair whose n is at most the number of requests open on
+            all servers. Without such a pair it is max_sequences.
         route: how a router chooses one of several disaggregated servers: one of codesign.fleet.ROUTES.
         ranks: which DP rank of a server computes a prompt: one of codesign.queue.RANKS, explained at QueueSettings.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
-        decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
-        prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
+        decode_factor: time of a step that only decodes, as a multiple of the modelled time of its kernels.
+        prefill_factor: time of a step with prompts, as a multiple of the modelled time of its kernels.
         fusions: names in intaglio.codesign.fusions.FUSIONS. Each is a way in which the engine fuses, splits or replaces
             ops of the Program.
-        library: {field: value} of the chip's kernel library, where the engine's own kernels differ from it.
-        generations: {generation of chips, such as hopper: {field: value}}; like `library`, for one generation only.
-        experts: {generation: {format of routed experts' weights, such as nvfp4: {field: value}}}, further values like
-            those of `library` for models with experts in this format.
+        library: {field: value}, fields of the chip's kernel library for which the engine's kernels have other values.
+        generations: {generation of chips, such as hopper: {field: value}}, such values for one generation only.
+        experts: {generation: {format of routed experts' weights, such as nvfp4: {field: value}}}, such values for
+            models whose routed experts have this format.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
-        recipes: dicts of profile fields with other values for some servers, such as options with which published
-            benchmarks start them. The keys `system` (the chip's name), `card`, `release`, `layout` and `prompt` (tokens
-            of a request's prompt) say for which servers; a key left out matches all. For disaggregated servers,
-            `layout` is the layout of one prefill server. If several recipes set a field, the last one counts. `why` is
-            the source.
-        apart: {field: value}, which replace the profile's on disaggregated servers (separate prefill and decode).
-        older: {field: value}, which replace the profile's in older releases of the engine. A release is older if its
-            number is below that in the key `before`, such as 0.14.
+        recipes: dicts {profile field: value} for some servers, such as the options with which published benchmarks
+            start them. Five more keys say for which servers a dict holds: `system` (the chip's name), `card`,
+            `release`, `layout` (of one prefill server if disaggregated) and `prompt` (tokens of a request's prompt). A
+            missing key matches every server. If several dicts set a field, the last one counts. `why` is the source.
+        apart: {profile field: value} for disaggregated servers (separate prefill and decode).
+        older: {profile field: value} for older releases of the engine. A release is older if its number is below that
+            in the key `before`, such as 0.14.
         reasons: source of each field's value.
 
-    Raises ValueError for a value out of range, an unknown fusion, route or `ranks`; ChipError, a ValueError, for
+    Raises ValueError for a value out of range, an unknown fusion, route or `ranks`. Raises ChipError, a ValueError, for
     unknown fields in `recipes`, `apart` or `older`, and for an `older` without a release in `before`.
     """
 
@@ -149,7 +149,7 @@ class EngineProfile:
     def of(
         self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = "", prompt: int = 0
     ) -> EngineProfile:
-        """A copy of this profile for one server: its values are the ones that hold for this server.
+        """Returns a copy of this profile for one server: its values are the ones that hold for this server.
 
         A disaggregated server gets the values in `self.apart`. Any other server gets the values in `self.older` if
         is_older() is True for its release. Then the values of each matching recipe are applied, in order. In the copy,
@@ -173,7 +173,7 @@ class EngineProfile:
         return replace(self, **changes, recipes=(), apart={}, older={})
 
     def on(self, target: Target, experts: str = "") -> Target:
-        """A copy of `target` whose kernel library has this engine's values for some fields.
+        """Returns a copy of `target` whose kernel library has this engine's values for some fields.
 
         There are three sources of values; a later source overrides an earlier one:
 

@@ -43,7 +43,7 @@ class FleetResult:
 
     @property
     def all(self) -> list[Outcome]:
-        """A list of the Outcomes of all requests, one replica after another."""
+        """The Outcomes of all requests as a list, one replica after another."""
         return [o for mine in self.outcomes for o in mine]
 
 
@@ -111,8 +111,8 @@ class Member:
 def least_open(members: Sequence[Member], number: int) -> Member:
     """Returns the Member (replica) with the fewest open requests.
 
-    Among several, it is the Member that has been given the fewest requests so far. number: number of the arriving
-    request; not used.
+    If several have the fewest, it is the one that has been given the fewest requests so far. number: number of the
+    arriving request; not used.
     """
     return min(members, key=lambda m: (m.queue.open, m.given, m.number))
 

@@ -91,7 +91,7 @@ def tokens(rng: np.random.Generator, most: int) -> Batch:
 
 
 def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
-    """Returns the Case (one call to be timed) of an op on a batch. Tensors for the results are added.
+    """Returns the Case (one call to time) of an op on a batch. Tensors for the results are added.
 
     Args:
         op: the op.
@@ -123,7 +123,7 @@ def weight_format(rng: np.random.Generator, on: Target) -> tuple[str, str]:
 
 
 def linear(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of a matrix product.
+    """Returns a random Case (one call to time) of a matrix product.
 
     The result has 1 to 2,048 rows and 128 to 8,192 columns. The inner dimension K is 256 to 8,192.
     """
@@ -135,7 +135,7 @@ def linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def head_linear(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op HeadLinear, which multiplies each head of x by its own matrix.
+    """Returns a random Case (one call to time) of the op HeadLinear, which multiplies each head of x by its own matrix.
 
     There are 4 to 128 heads.
     """
@@ -146,7 +146,7 @@ def head_linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def experts(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Experts, with 8 to 64 experts, of which each token gets 1 to 8."""
+    """Returns a random Case (one call to time) of the op Experts: 8 to 64 experts, of which each token gets 1 to 8."""
     x_format, w_format = weight_format(rng, on)
     n, hidden, inner = power(rng, 8, 64), power(rng, 256, 2048, 128), power(rng, 128, 2048, 128)
     top, batch = min(n, power(rng, 1, 8)), tokens(rng, 512)
@@ -161,7 +161,7 @@ def experts(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of attention: a prompt, or sequences that decode.
+    """Returns a random Case (one call to time) of attention: a prompt, or sequences that decode.
 
     There are 1 to 4 K/V heads, each with 1 to 8 query heads; heads are 64 or 128 wide. One case in four has a sliding
     window, one in eight latent attention with 4 to 32 heads.
@@ -190,7 +190,7 @@ def attend(rng: np.random.Generator, on: Target) -> Case:
 
 
 def kv_write(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the write of keys and values of 1 to 16 heads to the K/V cache."""
+    """Returns a random Case (one call to time) of the write of keys and values of 1 to 16 heads to the K/V cache."""
     heads, d, batch = power(rng, 1, 16), int(rng.choice([64, 128])), tokens(rng, 2048)
     op = KvWrite(site="kv_write", k="k", v="v", k_cache="kc", v_cache="vc")
     caches = [Tensor(n, ("P", "B", heads, d), "bf16", "state") for n in ("kc", "vc")]
@@ -207,7 +207,7 @@ def widest(on: Target, most: int, tiles: int) -> int:
 
 
 def norm(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of an RMS norm, which has a residual with probability 1/2."""
+    """Returns a random Case (one call to time) of an RMS norm, which has a residual with probability 1/2."""
     width, batch, residual = power(rng, 256, widest(on, 16384, 4), 16), tokens(rng, 2048), rng.random() < 0.5
     op = Norm(site="norm", x="x", out="y", weight="w", residual="r" if residual else None, norm="rms")
     tensors = [temp("x", width), temp("r", width), Tensor("w", (width,), "f32", "weight")]
@@ -215,7 +215,7 @@ def norm(rng: np.random.Generator, on: Target) -> Case:
 
 
 def rope(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of rotary position embedding of 1 to 64 heads."""
+    """Returns a random Case (one call to time) of rotary position embedding of 1 to 64 heads."""
     heads, d, batch = power(rng, 1, 64), int(rng.choice([64, 128])), tokens(rng, 2048)
     op = Rope(site="rope", x="x", positions="p", frequencies="f", out="y", head_dim=d)
     tensors = [temp("x", heads * d), Tensor("p", ("T",), "i32", "input"), Tensor("f", (d // 2,), "f32", "const")]
@@ -223,7 +223,7 @@ def rope(rng: np.random.Generator, on: Target) -> Case:
 
 
 def elementwise(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of an elementwise expression over one to three tensors."""
+    """Returns a random Case (one call to time) of an elementwise expression over one to three tensors."""
     expr = MAPS[rng.integers(len(MAPS))]
     width, batch = power(rng, 256, 28672, 16), tokens(rng, 2048)
     given = ["a", *(n for n in "bc" if f" {n}" in expr or f"({n})" in expr)]
@@ -232,7 +232,7 @@ def elementwise(rng: np.random.Generator, on: Target) -> Case:
 
 
 def embed(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of an embedding from a table of 32,000 rows."""
+    """Returns a random Case (one call to time) of an embedding from a table of 32,000 rows."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Embed(site="embed", tokens="t", w="w", out="y")
     tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, width), "bf16", "weight")]
@@ -240,7 +240,7 @@ def embed(rng: np.random.Generator, on: Target) -> Case:
 
 
 def select(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Select, which picks rows of a tensor.
+    """Returns a random Case (one call to time) of the op Select, which picks rows of a tensor.
 
     The batch has 1 to 512 sequences of one token, and every row is picked.
     """
@@ -251,7 +251,7 @@ def select(rng: np.random.Generator, on: Target) -> Case:
 
 
 def permute(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Permute, which puts the columns of a tensor in another order."""
+    """Returns a random Case (one call to time) of the op Permute, which reorders the columns of a tensor."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Permute(site="permute", x="x", order="o", out="y")
     tensors = [temp("x", width), Tensor("o", (width,), "i32", "weight")]
@@ -259,14 +259,14 @@ def permute(rng: np.random.Generator, on: Target) -> Case:
 
 
 def concat(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Concat, which puts the columns of two tensors side by side."""
+    """Returns a random Case (one call to time) of the op Concat, which puts the columns of two tensors side by side."""
     left, right = (power(rng, 128, widest(on, 8192, 3), 16) for _ in "ab")
     batch, op = tokens(rng, 2048), Concat(site="concat", a="a", b="b", out="y")
     return case(op, [temp("a", left), temp("b", right)], batch, f"m={len(batch.tokens)} widths={left}+{right}")
 
 
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Route, which chooses 1 to 8 of 8 to 256 experts for each token.
+    """Returns a random Case (one call to time) of the op Route: each token gets 1 to 8 out of 8 to 256 experts.
 
     Scores are by softmax. In one case of four, the experts of a token are not chosen but read from a table.
     """
@@ -278,7 +278,7 @@ def route(rng: np.random.Generator, on: Target) -> Case:
 
 
 def sinusoid(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Sinusoid: sines and cosines of 1 to 2,048 positions.
+    """Returns a random Case (one call to time) of the op Sinusoid: sines and cosines of 1 to 2,048 positions.
 
     Each position has 64 to 2,048 frequencies.
     """
@@ -289,31 +289,34 @@ def sinusoid(rng: np.random.Generator, on: Target) -> Case:
 
 
 def sample(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of greedy sampling from a vocabulary of 4,096 to 131,072 tokens."""
+    """Returns a random Case (one call to time) of greedy sampling from a vocabulary of 4,096 to 131,072 tokens."""
     n, batch = power(rng, 4096, widest(on, 131072, 1), 64), batch_of([(1, 0)] * power(rng, 1, 256))
     op = Sample(site="sample", logits="x", tokens="t", logprobs="p")
     return case(op, [temp("x", n, rows="R")], batch, f"m={len(batch.tokens)} vocabulary={n}")
 
 
 def moment(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Moment: the mean or the standard deviation of each row."""
+    """Returns a random Case (one call to time) of the op Moment: the mean or the standard deviation of each row."""
     width, batch, of = power(rng, 256, widest(on, 16384, 2), 16), tokens(rng, 2048), str(rng.choice(["mean", "std"]))
     op = Moment(site="moment", x="x", out="y", of=of)
     return case(op, [temp("x", width)], batch, f"m={len(batch.tokens)} width={width} {of}")
 
 
 def sinkhorn(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Sinkhorn on matrices of 2 to 8 rows."""
+    """Returns a random Case (one call to time) of the op Sinkhorn, which makes rows and columns of a matrix sum to 1.
+
+    A matrix has 2 to 8 rows and as many columns.
+    """
     n, batch = power(rng, 2, 8), tokens(rng, 2048)
     op = Sinkhorn(site="sinkhorn", x="x", out="y")
     return case(op, [temp("x", n * n)], batch, f"m={len(batch.tokens)} n={n}")
 
 
 def mix_streams(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op MixStreams, which mixes 2 or 4 residual streams.
+    """Returns a random Case (one call to time) of the op MixStreams, which mixes 2 or 4 residual streams.
 
-    A stream has 256 to 4,096 columns. The result has as many streams, to which a layer's output is added, or one
-    stream, to which nothing is added. Both are equally likely.
+    A stream has 256 to 4,096 columns. The result is the same number of streams, with a layer's output added, or a
+    single stream, with nothing added. Both are equally likely.
     """
     n, width, batch = int(rng.choice([2, 4])), power(rng, 256, 4096, 16), tokens(rng, 1024)
     m, added = (n, {"branch": "b", "gains": "g"}) if rng.random() < 0.5 else (1, {})
@@ -323,7 +326,7 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
 
 
 def pool_keys(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op PoolKeys, which pools each run of 4 or 64 tokens into one entry.
+    """Returns a random Case (one call to time) of the op PoolKeys, which pools runs of 4 or 64 tokens into entries.
 
     A run of 4 tokens is pooled together with the preceding run. The batch is a prompt, or sequences of one token, each
     of which completes a run.
@@ -355,7 +358,10 @@ def stateful(rng: np.random.Generator, most: int) -> Batch:
 
 
 def decay(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op Decay, with 4 to 128 heads, each of 1 or 64 columns."""
+    """Returns a random Case (one call to time) of the op Decay, which computes the decay rates of a recurrence.
+
+    There are 4 to 128 heads, each of 1 or 64 columns.
+    """
     heads, per, batch = power(rng, 4, 128), int(rng.choice([1, 64])), tokens(rng, 2048)
     op = Decay(site="decay", x="x", rate="r", bias="b", step="s", decay="d")
     tensors = [
@@ -366,7 +372,7 @@ def decay(rng: np.random.Generator, on: Target) -> Case:
 
 
 def short_conv(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op ShortConv, a convolution with 3 or 4 taps.
+    """Returns a random Case (one call to time) of the op ShortConv, a causal convolution with 3 or 4 taps.
 
     It has 256 to 8,192 channels.
     """
@@ -379,7 +385,7 @@ def short_conv(rng: np.random.Generator, on: Target) -> Case:
 
 
 def rg_lru(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op RgLru on 256 to 4,096 channels."""
+    """Returns a random Case (one call to time) of the op RgLru (gated linear recurrence) on 256 to 4,096 channels."""
     width, batch = power(rng, 256, 4096, 16), stateful(rng, 512)
     names = {"x": "x", "input_gate": "i", "decay_gate": "g", "rate": "r", "input_bias": "ib", "decay_bias": "gb"}
     op = RgLru(site="rg_lru", **names, state="s", out="y")
@@ -389,7 +395,10 @@ def rg_lru(rng: np.random.Generator, on: Target) -> Case:
 
 
 def selective_scan(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op SelectiveScan: 128 to 4,096 channels with 16 values of state."""
+    """Returns a random Case (one call to time) of the op SelectiveScan, the state space model of Mamba.
+
+    It has 128 to 4,096 channels, each with 16 values of state.
+    """
     width, n, batch = power(rng, 128, 4096, 16), 16, stateful(rng, 64)
     op = SelectiveScan(site="selective_scan", x="x", step="d", b="b", c="c", rate="r", skip="k", state="s", out="y")
     tensors = [*(temp(name, columns) for name, columns in (("x", width), ("d", width), ("b", n), ("c", n)))]
@@ -399,7 +408,7 @@ def selective_scan(rng: np.random.Generator, on: Target) -> Case:
 
 
 def linear_attention(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op LinearAttention, either as a gated delta net or as in Mamba-2.
+    """Returns a random Case (one call to time) of the op LinearAttention, either as a gated delta net or as in Mamba-2.
 
     There are 4 to 32 heads, each with a state of 64 x 64 or 128 x 128 values.
     """
@@ -415,7 +424,7 @@ def linear_attention(rng: np.random.Generator, on: Target) -> Case:
 
 
 def choose_keys(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op ChooseKeys (sparse attention's indexer), with 4 to 32 heads.
+    """Returns a random Case (one call to time) of the op ChooseKeys (sparse attention's indexer), with 4 to 32 heads.
 
     The op chooses 32 to 512 of up to 3,000 positions for each token, or in half of the cases 32 to 512 entries that
     each stand for 4 positions. Heads are 64 wide. The batch is a prompt, or sequences that decode.
@@ -430,7 +439,7 @@ def choose_keys(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend_chosen(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of latent attention to 32 to 512 chosen positions, with 4 to 32 heads.
+    """Returns a random Case (one call to time) of latent attention to 32 to 512 chosen positions, with 4 to 32 heads.
 
     The batch is a short prompt, or sequences that decode.
     """
@@ -447,7 +456,7 @@ def attend_chosen(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend_pooled(rng: np.random.Generator, on: Target) -> Case:
-    """A random Case (one call to be timed) of the op AttendPooled, with 4 to 32 heads.
+    """Returns a random Case (one call to time) of the op AttendPooled, with 4 to 32 heads.
 
     Each token attends to a window of 128 keys and to entries, each pooled from 4 or 64 tokens. Of the entries of 4
     tokens, only 32 to 256 chosen ones are attended to. The batch is a short prompt, or sequences that decode.

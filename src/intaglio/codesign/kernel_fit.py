@@ -60,7 +60,7 @@ class Case:
     rows: tuple[Row, ...]
 
     def of_widths(self, least: int, most: int) -> Case:
-        """A copy of this case with only the rows whose head_dim is from `least` to `most`, both included.
+        """Returns a copy of this case with only the rows whose head_dim is from `least` to `most`, both included.
 
         A row without a column head_dim counts as one with head_dim 0.
         """
