@@ -171,8 +171,8 @@ class Submission:
     def put(self, update: Admitted | Exception | ChoiceDelta) -> None:
         """Add one update from the engine's thread. Call it on the event loop.
 
-        A ChoiceDelta is queued for deltas(). Admitted ends the future `admitted`; an exception, a refusal, is set on
-        it.
+        A ChoiceDelta is queued for deltas(). Admitted, or the exception of a refusal, becomes the outcome of
+        `admitted`.
         """
         if isinstance(update, ChoiceDelta):
             self._deltas.append(update)

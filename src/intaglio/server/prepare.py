@@ -241,7 +241,7 @@ def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | N
 
 
 def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """Returns the tools of which the model must call one, as a dict from name to argument schema.
+    """Returns the tools that a forced tool call may name, as a dict from name to argument schema.
 
     The dict is empty if tool_choice does not force a call. Raises Problem if it forces a call and the request has no
     tools, or not the tool that tool_choice names.
@@ -262,7 +262,7 @@ def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
 
 
 def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
-    """Returns the Grammar (kind and text) to which a request restricts the output; None if it gives none.
+    """Returns the Grammar (kind and text) that the output must match; None if the request does not restrict the output.
 
     Raises Problem if response_format and structured_outputs give more than one grammar, or if response_format's type
     and its json_schema do not agree.

@@ -167,7 +167,11 @@ class Shutdown:
         self.service, self.code = service, 0
 
     def on_signal(self) -> None:
-        """Handle SIGTERM or SIGINT: the first drains, the second aborts all requests. Returns nothing."""
+        """Handle SIGTERM or SIGINT. Returns nothing.
+
+        The first signal drains the server: it refuses new requests and finishes the admitted ones. The second signal
+        aborts all requests.
+        """
         if self.service.draining:
             log.warning("second signal: aborting all requests")
             self.code = 1
@@ -179,8 +183,8 @@ class Shutdown:
     async def wait(self, serving: asyncio.Future[Any]) -> None:
         """Wait until the server should end. Returns nothing.
 
-        It should end when it is drained, after a second signal, when the HTTP server has stopped, or when no model can
-        serve requests any more. In the last two cases `code`, the exit code, is set to 1.
+        The server should end in four cases: it is drained; a second signal has come; the HTTP server has stopped; no
+        model can serve requests any more. In the last two cases `code`, the exit code, is set to 1.
 
         serving: future of the running HTTP server.
         """

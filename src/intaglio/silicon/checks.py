@@ -34,12 +34,13 @@ def describe_waits(i: Instruction) -> str:
 def check(target: Target, stream: Stream) -> None:
     """Raise MachineError if a stream has a fault. Returns nothing if it has none.
 
-    1. Raise for the first instruction that the chip refuses, or that addresses bytes beyond the end of SRAM or
-       accumulators.
-    2. If there is none, follow the instructions in an order in which they can run. Raise for the first race (two
-       accesses to the same bytes that no wait orders), or for a deadlock if no race comes before it.
+    1. The first instruction that the chip refuses, or that addresses bytes beyond the end of SRAM or accumulators, is a
+       fault.
+    2. If there is no such instruction, the instructions are followed in an order in which they can run. The first race
+       is a fault: two accesses to the same bytes, at least one of them a write, that no wait orders. So is a deadlock,
+       if no race comes before it.
 
-    The message names site (the op's place in the model), engine and instruction.
+    The message names the site (the op's place in the model), the engine and the instruction.
     """
     for i in stream.instructions:
         if why := refusal(i, target) or overflow(target, i):

@@ -152,8 +152,8 @@ def takes_tools(template: str | None) -> bool:
 
 
 def thinking_of(template: str | None) -> Thinking | None:
-    """The Thinking (delimiters of reasoning) whose end delimiter occurs in a chat template.
+    """Returns the delimiters of reasoning, a Thinking, that a chat template uses; None if it uses no known ones.
 
-    None if there is no template, or no known delimiter occurs in it.
+    The end delimiter of a Thinking must occur in the template. Returns None also if there is no template (None).
     """
     return next((t for t in THINKING if template and t.end in template), None)

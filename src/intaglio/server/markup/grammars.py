@@ -191,9 +191,9 @@ def _list(schema: dict[str, Any], most: int = MAX_FORCED_CALLS) -> dict[str, Any
 
 
 def moved(schema: Any, root: str) -> Any:
-    """A copy of a JSON schema whose references are adjusted for a new place inside another schema.
+    """Returns a copy of a JSON schema whose references are adjusted for a new place inside another schema.
 
-    root: JSON pointer of that place, beginning with "#". Each reference "#REST" becomes `root` followed by REST.
+    root: JSON pointer of the new place, beginning with "#". Each reference "#REST" becomes `root` followed by REST.
     """
     if isinstance(schema, list):
         return [moved(item, root) for item in schema]

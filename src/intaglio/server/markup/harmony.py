@@ -53,7 +53,7 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 
 
 def _call(s: Source, recipient: str) -> Steps[bool]:
-    """Parse the body of a message that is addressed to a function, and yield it as the Parts of a tool call.
+    """Parse the body of a message to a function as a tool call. Yields a CallStart, then CallArguments.
 
     This generator also yields None while it waits for more text of the model. Its return value is True if a call was
     parsed. It is False if the body does not begin with JSON arguments; then nothing is consumed.

@@ -134,7 +134,7 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one tool call of the form {"name": ..., "arguments": ...}, and yield it as Parts.
+    """Parse one tool call of the form {"name": ..., "arguments": ...}. Yields a CallStart, then CallArguments.
 
     This generator also yields None while it waits for more text of the model. Its return value is True if the start of
     a call was yielded, even if the call's arguments are cut off.
@@ -215,10 +215,10 @@ def arguments(s: Source) -> Pieces[bool]:
 
 
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
-    """Parse one tool call, several calls with a separator, or a JSON list of calls, and yield them as Parts.
+    """Parse one tool call, several calls with a separator, or a JSON list of calls, and yield their Parts.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
-    at least one call was yielded.
+    The Parts of a call are a CallStart, then CallArguments. This generator also yields None while it waits for more
+    text of the model. Its return value is True if the start of at least one call was yielded.
 
     known: tools that a call may name; None: any name is accepted. joined: separator between calls that are not in a
     list; if it is "", at most one call outside a list is parsed.
@@ -264,10 +264,11 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse JSON tool calls in a format that has no delimiter after the calls, and yield them as Parts.
+    """Parse JSON tool calls in a format that has no delimiter after the calls, and yield their Parts.
 
-    The calls are JSON objects separated by `;`, or a JSON list. This generator also yields None while it waits for more
-    text of the model. Its return value is True if the start of a call was yielded.
+    The Parts of a call are a CallStart, then CallArguments. The calls are JSON objects separated by `;`, or a JSON
+    list. This generator also yields None while it waits for more text of the model. Its return value is True if the
+    start of a call was yielded.
 
     s: the output. opener: the delimiter in front of the calls, which is already consumed; "" if there is none. Without
     a delimiter, a call must name one of `tools`; other JSON is not parsed as a call.

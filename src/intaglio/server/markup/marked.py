@@ -20,7 +20,7 @@ ACTION, END_ACTION = "<|START_ACTION|>", "<|END_ACTION|>"
 
 
 def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Mistral's tool calls, and yield them as Parts.
+    """Parse Mistral's tool calls, and yield their Parts: starts of calls and pieces of arguments.
 
     Two formats are read:
 
@@ -58,13 +58,13 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse DeepSeek's tool calls, and yield them as Parts.
+    """Parse DeepSeek's tool calls, and yield their Parts: starts of calls and pieces of arguments.
 
-    V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`. <sep> is
+    V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block. V3.1 writes `NAME<sep>{...}`. <sep> is
     the special token DEEPSEEK["sep"]. This generator also yields None while it waits for more text of the model. Its
-    return value is True if a call was begun, even if it is cut off.
+    return value is True if the start of a call was yielded, even if the call is cut off.
 
-    s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
+    s: the output. opener: the delimiter in front of the calls, already consumed; "" if there is none. tools: not used.
     """
     m, began = DEEPSEEK, False
     while opener == m["call"] or (yield from skip(s, m["call"])):
@@ -86,13 +86,13 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
+    """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield their Parts.
 
-    All text before <sep>, the special token KIMI["sep"], is the call's id; NAME is the function's name. This generator
-    also yields None while it waits for more text of the model. Its return value is True if a call was begun, even if it
-    is cut off.
+    The Parts of a call are a CallStart, then CallArguments. <sep> is the special token KIMI["sep"]. All text before
+    <sep> is the call's id, and NAME is the function's name. This generator also yields None while it waits for more
+    text of the model. Its return value is True if the start of a call was yielded, even if the call is cut off.
 
-    s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
+    s: the output. opener: the delimiter in front of the calls, already consumed; "" if there is none. tools: not used.
     """
     m, began = KIMI, False
     while opener == m["call"] or (yield from skip(s, m["call"])):

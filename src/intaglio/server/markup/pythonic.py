@@ -37,10 +37,10 @@ def pythonic(*ends: str) -> Reading:
 
 
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse tool calls written as Python, in a bracketed list or one per line, and yield them as Parts.
+    """Parse tool calls written as Python, in a bracketed list or one per line, and yield their Parts.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
-    a call was yielded, even if the call is cut off.
+    The Parts of a call are a CallStart, then CallArguments. This generator also yields None while it waits for more
+    text of the model. Its return value is True if the start of a call was yielded, even if the call is cut off.
 
     s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "" if
     there is none. Without a delimiter, a call must name one of `tools`.
@@ -66,7 +66,7 @@ def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def _call(s: Source, known: Tools | None) -> Steps[bool]:
-    """Parse one tool call in Python syntax, and yield it as Parts: each argument when it is complete.
+    """Parse one tool call in Python syntax, and yield its Parts: its start, then each argument once it is complete.
 
     This generator also yields None while it waits for more text of the model. Its return value is True if it has
     yielded the beginning of a call, else False. known: tools that the call may name; None: any.
@@ -99,7 +99,10 @@ def _call(s: Source, known: Tools | None) -> Steps[bool]:
 
 
 def _argument_end(text: str) -> int | None:
-    """Index in `text` of the top-level comma or `)` that ends a call's first argument; None if there is none yet."""
+    """Returns the index in `text` of the comma or `)` that ends a call's first argument; None if there is none yet.
+
+    Commas and brackets inside nested brackets or strings are skipped.
+    """
     open: list[str] = []
     quote = ""
     at = 0
@@ -125,7 +128,10 @@ def _argument_end(text: str) -> int | None:
 
 
 def _keywords(text: str) -> dict[str, Any] | None:
-    """A dict {name: value} parsed from the text of one keyword argument; {} for an empty text, None for any other."""
+    """Returns a dict {name: value} parsed from `text`, one keyword argument of a call in Python syntax.
+
+    The dict is empty for an empty text. Returns None if the text is anything else.
+    """
     try:
         node = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(node, ast.Call)
@@ -137,7 +143,7 @@ def _keywords(text: str) -> dict[str, Any] | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The Python value of a literal that JSON can express. Raises ValueError for any other expression."""
+    """Returns the Python value of `node`, a literal that JSON can express. Raises ValueError for another expression."""
     match node:
         case ast.Name(id=name) if name in WORDS:
             return WORDS[name]

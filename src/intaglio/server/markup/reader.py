@@ -49,10 +49,10 @@ class OutputStyle:
 
 
 class Reader:
-    """Streaming parser of one choice's text into TextDelta, CallStart and CallArguments.
+    """Streaming parser of one choice's output text into TextDelta, CallStart and CallArguments.
 
-    Text that is not a valid call is returned as content, or dropped if a call is forced. Delimiters are removed, as is
-    white space between content and calls.
+    Text that is not a valid call is returned as content; it is dropped if the output must be a call. Delimiters are
+    removed, and so is white space between content and calls.
     """
 
     def __init__(self, style: OutputStyle) -> None:
@@ -141,7 +141,7 @@ class Reader:
         return True
 
     def _content(self, gap: bool) -> Steps[None]:
-        """Parse content and tool calls to the end of the output, and yield them as Parts.
+        """Parse the rest of the output, and yield its Parts: text, starts of tool calls, pieces of arguments.
 
         This generator also yields None while it waits for more text of the model. gap: True to skip line breaks first,
         such as those between reasoning and content.
@@ -178,11 +178,11 @@ class Reader:
             yield None
 
     def _call(self, opener: str, form: Form) -> Steps[bool]:
-        """Parse the tool calls that follow the delimiter `opener`, and yield them as Parts.
+        """Parse the tool calls that follow `opener`, and yield their Parts: starts of calls, pieces of arguments.
 
-        The delimiter is already consumed. It is "" for calls at the beginning of the output without a delimiter. This
-        generator also yields None while it waits for more text of the model. Its return value is True if the start of a
-        call was yielded.
+        The delimiter `opener` is already consumed. It is "" for calls at the beginning of the output without a
+        delimiter. This generator also yields None while it waits for more text of the model. Its return value is True
+        if the start of a call was yielded.
 
         If no call was found, the consumed text is yielded as content; it is dropped if the output must be a call.
         """

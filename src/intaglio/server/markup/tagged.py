@@ -109,7 +109,7 @@ def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None
 
 
 def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
-    """Parse one tool call that is written in the tags `way`, and yield it as Parts.
+    """Parse one tool call that is written in the tags `way`. Yields a CallStart, then CallArguments.
 
     This generator also yields None while it waits for more text of the model. Its return value is True if the start of
     a call was yielded, even if the call is cut off.

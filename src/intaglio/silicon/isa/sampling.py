@@ -64,7 +64,7 @@ class Sample(Instruction, engine="VEC", opcode=0x48):
         mem.write(self.logprob, np.array([[logprob]]))
 
     def _changes(self, mem: CoreMemory) -> tuple[Edits | None, np.ndarray | None]:
-        """Read the logit edits and the grammar mask of the row from memory. Returns (edits, mask).
+        """Read this instruction's logit edits and grammar mask from memory. Returns (edits, mask).
 
         edits: an Edits with three arrays [k]: the token ids, factors and terms of the logits to change; None if the
         instruction has no regions for them. mask: uint32 [words], one bit for each token id; None if the instruction

@@ -90,10 +90,11 @@ def chosen_seconds(target: Target, h: Heads, chosen: int, batch: ChunkCounts) ->
 
 
 class ListTiles:
-    """Tile buffers of one core for the lists of positions to which tokens attend, and for what is computed from a list.
+    """Tile buffers of one core for attention to listed positions: lists, cache row numbers and masks.
 
-    This is a mask, and the numbers of the cache rows that hold the positions. There are AHEAD buffers of each kind, so
-    that a job's list is prepared while the job before it is computed.
+    Each token has a list of the positions to which it attends. From the list, locate() computes which cache rows hold
+    the positions, and a mask for the scores. There are AHEAD buffers of each kind, so that the next job's list is
+    prepared while a job is computed.
     """
 
     def __init__(self, mem: ChipMemory, k: StreamBuilder, chosen: Region, blocks: int) -> None:

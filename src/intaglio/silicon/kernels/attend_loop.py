@@ -104,7 +104,8 @@ class _Core:
 class _Loop:
     """Simulates the loop of all cores over their jobs, transfer by transfer, to find its duration.
 
-    The arguments are those of stream_seconds().
+    target: chip and kernel library. h: heads and their sizes. plan: tiles and buffers of the kernel. jobs: all jobs of
+    the launch. single: True if each sequence has one new token.
     """
 
     def __init__(self, target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> None:

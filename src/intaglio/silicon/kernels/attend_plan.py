@@ -36,11 +36,11 @@ PREFILL_LANES = 2  # of kernels that are not persistent: two run on a core
 def least_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
     """Returns a lower bound on the seconds in which `cores` cores can do all jobs, however the jobs are distributed.
 
-    The bound is the largest of ROUNDS + 1 bounds: even_makespan(), and one bound for each j from 1 to ROUNDS. For this
-    bound, take the j * cores + 1 longest jobs. Some core does at least j + 1 of these jobs, so it needs at least the
-    time of the j + 1 shortest of these jobs.
+    The result is the largest of several bounds: even_makespan(), and one bound for each j from 1 to ROUNDS. For the
+    bound of j, take the j * cores + 1 longest jobs. Some core does at least j + 1 of these jobs, so it needs at least
+    the time of the j + 1 shortest of them.
 
-    The bound is exact if all jobs are equal and each core has at most ROUNDS jobs. It never falls when jobs are added
+    The result is exact if all jobs are equal and each core has at most ROUNDS jobs. It never falls when jobs are added
     or get longer.
 
     seconds: for each kind of job, the seconds of one job. count: for each kind, the number of jobs.

@@ -39,8 +39,8 @@ class PooledJob:
         head: the first query head of the job.
         position: position of the token in its sequence.
         near: number of keys in the token's window.
-        far: number of pooled entries that the job reads. If the token has a list of chosen entries, the number of
-            places of the list that may hold one.
+        far: number of pooled entries that the job reads. If the token has a list of chosen entries, it is the number of
+            places in the list that can hold an entry.
     """
 
     sequence: int
