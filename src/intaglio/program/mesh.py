@@ -173,7 +173,7 @@ def _shape_mismatch(members: list[tuple[Program, Grouped]]) -> str:
     """Returns an error message if the ranks' parts of a collective's tensor do not fit together; "" if they fit.
 
     If the collective joins the columns of all ranks, the column counts must add up to the op's width. If the tensor is
-    split by token rows over n ranks, rank i must have the share T:i/n.
+    split by token rows over n ranks, rank i must have part i, which is written T:i/n.
 
     members: for each rank, its Program and its op.
     """

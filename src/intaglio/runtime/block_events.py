@@ -105,7 +105,7 @@ class BlockEvents:
         """Returns a BlockSnapshot: the block names `names`, with the number of the last event.
 
         Args:
-            scope: digest of the engine's BlockScope.
+            scope: digest of the engine's BlockScope, which is part of every block's name.
             block_size: tokens in a block.
             names: names of all blocks that the prefix cache holds now.
         """

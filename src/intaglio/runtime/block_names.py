@@ -74,7 +74,7 @@ class BlockNames:
     digits. The BlockScope and the request's cache salt are also hashed.
 
     Attributes:
-        scope: digest of the BlockScope.
+        scope: digest of the BlockScope, which says what decides the bits of K/V blocks.
         block_size: tokens in a block.
     """
 

@@ -46,7 +46,7 @@ class BlockPool:
     Args:
         total: number of blocks.
         block_size: tokens in a block.
-        scope: digest of the BlockScope, for the names.
+        scope: digest of the engine's BlockScope, which is part of every block's name.
         events: log to which changes of the prefix cache are added; None for a new one.
 
     Attributes:

@@ -135,9 +135,9 @@ class Scheduler:
     def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
         """Returns a list of the ScheduledSequences of the next step.
 
-        Together they have at most `max_batch_tokens` tokens. Sequences in flight are left out. The method allocates the
-        K/V blocks for the step. It may start waiting sequences and preempt running ones. Returns [] only if every
-        sequence is in flight or has to wait.
+        Together they have at most `max_batch_tokens` tokens. Sequences in flight (in a launch that has not been
+        completed) are left out. The method allocates the K/V blocks for the step. It may start waiting sequences and
+        preempt running ones. Returns [] only if every sequence is in flight or has to wait.
 
         parts: number of steps (micro-batches) over which all sequences are evenly divided. Raises DeviceLost if the
         device is lost.
@@ -260,8 +260,9 @@ class Scheduler:
     def allocate(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens. Returns True if it has them.
 
-        If too few blocks are available, the last running sequences are preempted, except those in flight. Returns False
-        if the sequence was itself preempted, or if it has to wait because all sequences after it are in flight.
+        If too few blocks are available, the last running sequences are preempted. Sequences in flight (in a launch that
+        has not been completed) are not preempted. Returns False if the sequence was itself preempted, or if it has to
+        wait because all sequences after it are in flight.
         """
         while (
             missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)
@@ -327,8 +328,8 @@ class Scheduler:
     def _preempt_for_priority(self) -> None:
         """Preempt running sequences that have a worse priority than the first waiting sequence, until it can start.
 
-        The last running sequences are preempted first; sequences in flight are left alone. No sequence is preempted if
-        that would not free enough blocks. Returns nothing.
+        The last running sequences are preempted first. Sequences in flight (in a launch that has not been completed)
+        are not preempted. No sequence is preempted if that would not free enough blocks. Returns nothing.
         """
         if not self.waiting:
             return

@@ -129,7 +129,7 @@ class Windows:
     Args:
         state: sizes of the K/V cache, with the window length and the number of window pages. The last page is used only
             to test a replaced device.
-        scope: digest of the BlockScope, for the names of blocks.
+        scope: digest of the engine's BlockScope, which is part of every block's name.
         context: context length in tokens.
         max_batch_tokens: maximum number of token rows in a step.
         max_drafts: maximum number of draft tokens of a sequence in a step.
