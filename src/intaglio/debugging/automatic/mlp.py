@@ -246,7 +246,7 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """The factor between the traced routing weights and the weights that Intaglio's op Route computes, a float.
+    """The factor by which the weights from Intaglio's op Route are multiplied to give the traced weights, a float.
 
     Returns None if the op chooses other experts than the traced ones, or if there is no single factor.
 
