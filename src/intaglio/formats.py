@@ -65,20 +65,23 @@ ELEMENT_OF = {"fp8": "e4m3", "fp8row": "e4m3", "int8row": "int8", "mxfp4": "e2m1
 
 
 class FormatError(ValueError):
-    """Raised for an unknown format name, and for a use that a format does not support."""
+    """Raised for an unknown number format, and for an operation that a number format does not support."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A number format.
+    """A number format of weights, activations or K/V caches, such as bf16 or int8g128.
+
+    A plain format stores only values. A format with scales stores codes, and scales by which the codes are multiplied.
 
     Attributes:
-        name: such as bf16 or int8g128.
-        bits: bits of one value, without scales.
+        name: the format's name, such as bf16 or int8g128.
+        bits: bits of one value or code, without scales.
         group: number of values along a row that share a scale; 0 for plain formats, ROW (-1) for one scale per row.
-        scale_bits: bits of scale, zero and minimum together, per group. In q4_k, q5_k and q6_k, with the group's share
-            of its block's f16 units.
-        row_bits: bits of a factor per row that multiplies the row's scales (nvfp4); 0 if there is none.
+        scale_bits: bits that each group adds: its scale, zero and minimum together. In q4_k, q5_k and q6_k also the
+            group's share of the f16 numbers that its block of 256 values stores once.
+        row_bits: bits of a factor that each row stores, by which all scales of the row are multiplied (nvfp4); 0 if
+            there is none.
     """
 
     name: str
@@ -99,22 +102,31 @@ class Format:
 
     @property
     def integer(self) -> bool:
-        """True for formats with scales and whole-number codes, whose products with int8 are summed exactly."""
+        """True for formats with scales whose codes are whole numbers.
+
+        Their products with int8 activations are summed exactly, as integers.
+        """
         return self.grouped and self.family not in ("fp8", "fp8row", *LEVELS)
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The values that codes are indices of, for formats with a codebook (LEVELS); () for all others."""
+        """The codebook of the format: the value of each code, in the order of the codes, before the scale is applied.
+
+        () for formats without a codebook.
+        """
         return LEVELS.get(self.family, ())
 
     @property
     def published(self) -> bool:
-        """True if the format is only read from checkpoints; quantise() does not produce it."""
+        """True if the format occurs only in checkpoints that others have quantised: quantise() does not produce it."""
         return self.family not in (*PLAIN, CACHED, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4", "q4_k")
 
     @property
     def dtype(self) -> np.dtype:
-        """NumPy type of a plain format's values, or of the codes of a format with scales (one code a byte)."""
+        """NumPy dtype of the array that holds the values of a plain format, or the codes of a format with scales.
+
+        A code takes one byte in the array, even if it has only 4 bits.
+        """
         if not self.grouped:
             return ELEMENTS[self.name][1]
         if self.integer or self.levels:
@@ -123,55 +135,69 @@ class Format:
 
     @property
     def element(self) -> str:
-        """Name of the format of a single value without its scale; if ELEMENTS has none, the format's own name."""
+        """The name of the format in which one value is stored, without its scale: int8 for int8g128.
+
+        It is a name in ELEMENTS where one fits; otherwise the result is the format's own name.
+        """
         return ELEMENT_OF.get(self.family, self.family if self.family in ELEMENTS else self.name)
 
     @property
     def lowest(self) -> int:
-        """The smallest code that a checkpoint's integers in this format have: 0 if unsigned, else -2^(bits - 1)."""
+        """The smallest code that this format allows in a checkpoint: 0 if codes are unsigned, else -2^(bits - 1)."""
         unsigned = self.name in ("q4_k", "q5_k") or self.levels or self.name.startswith(("uint", "affine"))
         return 0 if unsigned else -(1 << (self.bits - 1))
 
     @property
     def block(self) -> int:
-        """Number of consecutive values of a row that must stay together when columns are divided among ranks, an int.
+        """The number of consecutive values of a row that ranks may not divide among themselves.
 
-        0 for plain formats; ROW (-1) if a row must stay whole. Values that share a scale stay together. In q4_k, q5_k
-        and q6_k the scales of 256 values are whole multiples of one number, so those 256 values stay together.
+        0 for plain formats, whose rows may be divided anywhere; ROW (-1) if a row must stay whole. Values that share a
+        scale stay together. In q4_k, q5_k and q6_k all scales of 256 values are multiples of one stored number, so
+        those 256 values stay together.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
-        """Number of values that are stored as one group with one scale, in a row of `cols` values; 0 for plain formats.
+        """The number of consecutive values that share one stored scale in a row of `cols` values; 0 for plain formats.
 
-        A format with one scale per row (ROW) stores a long row as several groups of equal length, each with a copy of
-        the row's scale. The result is then a multiple of 32, at most CHUNK (1024).
+        A format with one scale per row (ROW) stores a long row as several groups of equal length, and stores the row's
+        scale again for each group. The result is then a multiple of 32, at most CHUNK (1024).
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes that a [rows, cols] matrix takes in this format, scales, zeros and minima included."""
+        """The number of bytes of a [rows, cols] matrix in this format, including scales, zeros and minima."""
         scales = -(-cols // self.group_of(cols)) * self.scale_bits if self.grouped else 0
         return -(-rows * (cols * self.bits + scales + self.row_bits) // 8)
 
 
 @cache
 def get(name: str) -> Format:
-    """The format called `name`. Raises FormatError if there is none.
+    """The Format called `name`. Raises FormatError if no format has this name.
 
-    Plain formats: f32, bf16, f16, i32, and e4m3, which only K/V caches are stored in.
+    Plain formats: f32, bf16, f16, i32, and e4m3. Only K/V caches are stored in e4m3.
 
-    Formats that quantise() produces: int8, int4 and fp8 (E4M3) in groups, written int8g128, fp8g128 and so on; int8row
-    and fp8row with one scale per row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two); q4_k. Scales of
-    integers are bf16, which has the full float32 range, and codes are chosen against the rounded scale; fp8 has float32
-    scales, as published checkpoints do.
+    Formats that quantise() produces:
 
-    Formats that are only read from checkpoints: int4 or int8 with scales in f16 or f32 (int4g32f16, int8rowf32);
-    uint4g128, uint8g128f16, uint8row and so on, with one zero per group, stored in a byte; affine4g64f16, affine8g64
-    and so on, with one minimum per group, stored in the format of the scales; nf4gN and fp4gN (bitsandbytes': indices
-    of a codebook, with one float32 scale per group); nvfp4 (NVIDIA's: E2M1 in groups of 16, whose scale is an E4M3
-    value times a float32 factor of the row); llama.cpp's q5_k and q6_k.
-    The 6-bit and 8-bit scales of q4_k, q5_k and q6_k are multiples of one f16 unit per block.
+    - int8g128, int4g32, fp8g128 and so on: one scale per group; the number after g is the group size. fp8 codes are
+      E4M3.
+    - int8row and fp8row: one scale per row.
+    - mxfp4 (OCP): E2M1 codes in groups of 32; each scale is a power of two.
+    - q4_k (llama.cpp): 4-bit codes in groups of 32, with a scale and a minimum per group.
+
+    The scales of int8 and int4 are bf16, which has the full float32 range; codes are chosen for the rounded scale. The
+    scales of fp8 are float32, as in published checkpoints.
+
+    Formats that are only read from checkpoints:
+
+    - int4g32f16, int8rowf32 and so on: int4 or int8 with scales in f16 or f32.
+    - uint4g128, uint8g128f16, uint8row and so on: unsigned codes with one zero per group, stored in a byte.
+    - affine4g64f16, affine8g64 and so on: one minimum per group, stored in the format of the scales.
+    - nf4gN and fp4gN (bitsandbytes): indices of a codebook, with one float32 scale per group.
+    - nvfp4 (NVIDIA): E2M1 in groups of 16. A scale is an E4M3 value times a float32 factor of the row.
+    - q5_k and q6_k (llama.cpp).
+
+    The 6-bit and 8-bit scales of q4_k, q5_k and q6_k are multiples of one f16 number per block of 256 values.
     """
     if name in PLAIN or name == CACHED:
         return Format(name, ELEMENTS[name][0])
@@ -197,29 +223,29 @@ def get(name: str) -> Format:
 
 
 def element(name: str) -> str:
-    """The name of the format of one value without its scale, as matrix arrays multiply it; a str.
+    """The name of the format in which one value of the format `name` is multiplied, without its scale.
 
-    e4m3 for fp8row, int8 for int8g128, bf16 for bf16. Some formats have codes that no chip here multiplies directly:
-    those with zeros or minima, and those only read from checkpoints (uint4g32, q4_k, int8rowf32). Their name is
-    returned unchanged. Raises FormatError if `name` is no format.
+    Examples: e4m3 for fp8row, int8 for int8g128, bf16 for bf16. Some formats have codes that no simulated chip
+    multiplies directly: formats with zeros or minima, and formats only read from checkpoints (uint4g32, q4_k,
+    int8rowf32). For these formats the result is `name` itself. Raises FormatError for an unknown name.
     """
     return name if name in ELEMENTS else get(name).element
 
 
 def bits(name: str) -> int:
-    """Bits of one value, without scales, of a format or element format. Raises FormatError for an unknown name."""
+    """The number of bits of one value, without scales, in the format `name`. Raises FormatError for an unknown name."""
     return ELEMENTS[name][0] if name in ELEMENTS else get(name).bits
 
 
 def round_to(x: np.ndarray, name: str) -> np.ndarray:
-    """`x` rounded (to nearest, ties to even) to the plain format `name`, returned as float32 of the same shape."""
+    """The values of `x`, rounded to the plain format `name`: float32, in the shape of `x`. Ties go to even."""
     return x.astype(get(name).dtype).astype(np.float32)
 
 
 def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
-    """`x` / `scale` as an array of E4M3 (ml_dtypes.float8_e4m3fn), in the shape of x / scale.
+    """The quotients `x` / `scale`, rounded to E4M3 (dtype ml_dtypes.float8_e4m3fn), in the shape of x / scale.
 
-    Quotients are clipped to -448..448 and rounded to nearest, ties to even. Where `x` is not finite the result is NaN.
+    Quotients are clipped to -448..448 first; ties go to even. The result is NaN where `x` is not finite.
     """
     y = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
     return np.where(np.isfinite(x), np.clip(y, -448, 448), np.float32(np.nan)).astype(E4M3)
@@ -227,22 +253,23 @@ def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised matrix [N, K]: value = (code - zero) * scale - minimum; with `levels`, levels[code] * scale.
+    """A quantised matrix [N, K]: codes, with one scale per group of values along a row.
 
-    A stack of matrices has one more dimension in front of all arrays.
+    The value of a code is (code - zero) * scale - minimum; with `levels` it is levels[code] * scale. A Quantised can
+    also be a stack of matrices; then all arrays have one more dimension in front.
 
     Attributes:
         codes: [N, K], whole numbers of one byte, or E4M3.
-        scales: float32 [N, ceil(K / group)], already multiplied by their unit or row factor.
-        group: values along a row that share a scale.
-        zeros: whole numbers, shaped as the scales; None if all are 0.
-        minima: float32, shaped as the scales; None if all are 0. A bias is a minimum with its sign turned.
-        units: None, or float32: each scale is a whole or E4M3 multiple of its unit. [N, K / 256] in q4_k, q5_k, q6_k;
-            [N, 1] in nvfp4.
-        low_units: None, or float32 [N, K / 256]: each minimum is a whole multiple of its unit.
-        format: name of the format; "" if no one name describes all arrays.
+        scales: float32 [N, ceil(K / group)]; `units` are already multiplied into them.
+        group: number of values along a row that share a scale.
+        zeros: whole numbers, in the shape of `scales`; None if all are 0.
+        minima: float32, in the shape of `scales`; None if all are 0. A format with a bias stores its negative here.
+        units: None for most formats. In q4_k, q5_k and q6_k float32 [N, K / 256]: each scale is a whole multiple of the
+            unit of its 256 values. In nvfp4 float32 [N, 1]: each scale is an E4M3 multiple of the unit of its row.
+        low_units: None, or float32 [N, K / 256]: each minimum is a whole multiple of the unit of its 256 values.
+        format: name of the format; "" if no name describes all arrays.
         turned: True if the matrix is [K, N] and the arrays store its transpose [N, K]. `shape` is then (K, N).
-        levels: the values that codes are indices of (Format.levels); () if codes are numbers themselves.
+        levels: the codebook, see Format.levels; () if codes are numbers themselves.
     """
 
     codes: np.ndarray
@@ -258,12 +285,15 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix, as a tuple: that of `codes`, with the last two sizes swapped if `turned`."""
+        """The shape of the matrix: the shape of `codes`, with the last two sizes swapped if `turned` is True."""
         s = self.codes.shape
         return (*s[:-2], s[-1], s[-2]) if self.turned else s
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
-        """The rows `ids` of the stored arrays, dequantised, as float32 [n, K]."""
+        """Dequantised rows of the stored arrays, as float32 [n, K].
+
+        ids: numbers of the n rows, or a slice. If `turned` is True, a stored row is a column of the matrix.
+        """
         codes = self.codes[ids]
         values = np.asarray(self.levels, np.float32)[codes] if self.levels else codes.astype(np.float32)
         if self.zeros is not None:
@@ -272,38 +302,47 @@ class Quantised:
         return values if self.minima is None else values - self.spread(self.minima[ids])
 
     def spread(self, x: np.ndarray) -> np.ndarray:
-        """An array with one value per group, [..., groups], repeated to one value per column, [..., K]."""
+        """An array with one value per group, repeated so that it has one value per column.
+
+        x: [..., groups], such as `scales`. Returns [..., K].
+        """
         return np.repeat(x, self.group, axis=-1)[..., : self.codes.shape[-1]]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """A dict from field name to array, without fields that are None. Each has one row per row of the matrix."""
+        """The arrays of this matrix, as a dict {name of the attribute: array}, without attributes that are None.
+
+        In each array, the first dimension is the row of the stored matrix; in a stack, it is the number of the matrix.
+        """
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
 
     def each(self, f: Callable[[np.ndarray], np.ndarray]) -> Quantised:
-        """A copy with the function `f` applied to every array; `f` must select or move whole rows."""
+        """A Quantised in which every array is replaced by `f`(array). `f` may only select, move or reshape rows."""
         return self.holding({name: f(x) for name, x in self.arrays.items()})
 
     def holding(self, arrays: Mapping[str, np.ndarray]) -> Quantised:
-        """A copy with the given arrays, by field name, in place of the present ones."""
+        """A copy in which some arrays are replaced. arrays: {name of the attribute: its new array}."""
         changes: dict[str, Any] = dict(arrays)
         return replace(self, **changes)
 
     def matrix(self, e: int) -> Quantised:
-        """Matrix number `e` of a stack, from 0, as a Quantised without the stack's dimension."""
+        """The matrix number `e` (from 0) of a stack of matrices, as a Quantised with arrays of one dimension less."""
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """A copy whose rows are divided into a stack of equal matrices, as a Quantised.
+        """A stack of equal matrices made from the consecutive rows of this matrix, as a Quantised.
 
-        shape: [E, N, K], for a matrix of E * N rows [E * N, K]; each array [E * N, ...] becomes [E, N, ...].
+        shape: [E, N, K] of the stack. This matrix must have E * N rows. Each array [E * N, ...] becomes [E, N, ...].
         """
         return self.each(lambda x: x.reshape(*shape[:-1], -1))
 
 
 def in_groups(x: np.ndarray, group: int) -> np.ndarray:
-    """`x` [N, K] as a float32 array [N, ceil(K / group), group]; the last group of a row is padded with zeros."""
+    """The rows of `x` [N, K], each cut into groups: float32 [N, ceil(K / group), group].
+
+    The last group of a row is padded with zeros.
+    """
     n, k = x.shape
     padded = np.zeros((n, -(-k // group) * group), np.float32)
     padded[:, :k] = x
@@ -311,20 +350,25 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, name: str) -> Quantised:
-    """A Quantised of weights [N, K] in the format `name`: symmetric (no zeros or minima), except q4_k.
+    """Quantise weights `x` [N, K] to the format `name`. Returns a Quantised.
 
-    - int8: the value of largest magnitude maps to 127 or -127; codes are -127..127.
-    - int4: the value of largest magnitude maps to -8, as in llama.cpp's Q4_0; codes are -8..7, all sixteen in use.
-    - int8 and int4 in groups try this scale and four scales near it, and take the one of least squared error.
-    - fp8: max|w| maps to 448, the largest E4M3 value.
-    - mxfp4: the scale is the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3). Scaled
-      values are rounded to E2M1, at most 6. Codes are twice these values, so whole numbers in -12..12; stored scales
-      are half.
-    - q4_k: of several pairs of scale and minimum, the one of least squared error, see _q4_k(). K: a multiple of 256.
+    Only q4_k has minima; in all other formats here a value is code * scale.
 
-    A group that holds NaN or infinity gets a NaN scale, so all its values are NaN; so does a block of q4_k with a value
-    above 2^20. Groups of only |w| < 2^-120 become 0, except in q4_k. Raises FormatError for an unknown format, one
-    without scales, one that is only read from checkpoints, and q4_k if 256 does not divide K.
+    - int8: the value of largest magnitude gets the code 127 or -127. Codes are -127..127.
+    - int4: the value of largest magnitude gets the code -8, as in llama.cpp's Q4_0. Codes are -8..7.
+    - int8 and int4 in groups: of this scale and four scales near it, the scale with the least squared error is taken.
+    - fp8: the largest magnitude of a group maps to 448, the largest E4M3 value.
+    - mxfp4: the scale is the power of two that brings the largest magnitude into 4..8 (OCP Microscaling Formats 1.0,
+      6.3). Scaled values are rounded to E2M1, at most 6. To be whole numbers, codes are twice the E2M1 values, -12..12;
+      the stored scales are half.
+    - q4_k: of several pairs of scale and minimum, the pair with the least squared error, see _q4_k(). K must be a
+      multiple of 256.
+
+    A group that holds NaN or infinity becomes NaN; in q4_k, so does a block of 256 values with a value above 2^20.
+    Groups whose values are all below 2^-120 in magnitude become 0, except in q4_k.
+
+    Raises FormatError for an unknown format, a plain format, a format that is only read from checkpoints, and for q4_k
+    if K is no multiple of 256.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
@@ -358,12 +402,17 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The scale of least squared error for each group, out of five candidates, float32 [n, G].
+    """The scale with the least squared error for each group, out of five candidates: float32 [n, G].
 
-    The candidates differ in the code that the group's value farthest from 0 gets: the format's last code, or a number
-    one or two below or above it. groups: values [n, G, group]. farthest: the values farthest from 0, [n, G]. scales:
-    [n, G], the candidates that give the last code; if one is 0, inf or NaN, it is the result. csrc/pack/ does the same,
-    to the bit.
+    In the first candidate (`scales`), the group's value farthest from 0 gets the last code of the format. In the other
+    four candidates, that value comes to lie 1 or 2 steps above or below the last code, in steps of 0.5 (int8) or 0.375
+    (int4). csrc/pack/ computes the same scales, bit for bit.
+
+    Args:
+        groups: the values, [n, G, group].
+        farthest: the value farthest from 0 in each group, [n, G].
+        scales: the first candidates, [n, G]. A candidate that is 0, inf or NaN is returned without a search.
+        fmt: the format, int8 or int4 in groups.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -378,7 +427,11 @@ def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt:
 
 
 def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """Squared error of each group under its scale, float32 [n, G]; summed in 32 lanes, then pairwise, as in SIMD."""
+    """The sum of squared quantisation errors of each group, float32 [n, G].
+
+    groups: the values, [n, G, group]. scales: the scale of each group, [n, G]. The order of the additions is that of
+    SIMD code: 32 partial sums, which are then added pairwise.
+    """
     off = groups - _nearest_codes(groups, scales, fmt) * scales[:, :, None]
     with np.errstate(over="ignore"):  # squares of values beyond 2^64 become infinity, which is never the least error
         parts = _sum((off * off).reshape(*scales.shape, -1, 32).transpose(2, 3, 0, 1))
@@ -388,13 +441,19 @@ def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The codes nearest to the values of groups [n, G, group] under scales [n, G]; 0 where the scale is 0 or NaN."""
+    """The code nearest to each value, as int8 or E4M3 [n, G, group]; 0 where the scale is 0 or NaN.
+
+    groups: the values, [n, G, group]. scales: the scale of each group, [n, G].
+    """
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     return _codes(groups * np.nan_to_num(inverse)[:, :, None], fmt)
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """The codes of `fmt` nearest to `x`, values already divided by their scale, as int8 or E4M3. Ties go to even."""
+    """The code of the format `fmt` nearest to each value of `x`, as int8 or E4M3 in the shape of `x`.
+
+    x: values already divided by their scale. Ties go to even.
+    """
     if fmt.family == "mxfp4":
         return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
     if not fmt.integer:
@@ -404,11 +463,12 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise activations [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
+    """Quantise activations `x` [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
 
-    G = ceil(K / group); if `group` does not divide K, the last group is filled up with zeros. Consecutive groups that
-    together make SPAN (128) values have the same scale, float32 max|x| / 127 over all of them. Codes are
-    rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
+    G is ceil(K / group). If `group` does not divide K, the last group is padded with zeros. If a group has fewer than
+    SPAN (128) values, neighbouring groups that together have SPAN values get the same scale. A scale is max|x| / 127
+    over the values that share it. Codes are rint(x * (127 / max|x|)), ties to even; they are 0 where max|x| is below
+    TINY (2^-120).
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)
@@ -430,20 +490,22 @@ ZERO = np.float32(0)
 
 
 def _q4_k(x: np.ndarray) -> Quantised:
-    """Quantise float32 [N, K] to a Quantised in q4_k: 4-bit codes, with a scale and a minimum for each 32 values.
+    """Quantise float32 `x` [N, K] to q4_k. Returns a Quantised.
 
-    The scales of a block of 256 values are 0 to 63 times one f16 number, the block's unit; the minima likewise.
+    q4_k has 4-bit codes, and a scale and a minimum for each group of 32 values. In a block of 256 values, each scale is
+    0 to 63 times an f16 number that the block stores, its unit. The minima have a second unit.
 
-    1. For each group of 32 values, try 16 ranges: the range from the group's smallest to its largest value, with each
-       end moved inwards by -1, -0.5, 0 or 0.5 steps. Code the values within each range, fit a line to the codes by
-       least squares, and keep the best line's scale and minimum.
-    2. Take as units the block's largest scale / 63 and largest minimum / 63, rounded up to f16.
-    3. For each group, try the three multiples of the unit nearest to its scale, and with each the three nearest to its
-       minimum. Keep the pair of least squared error.
+    1. For each group, try 16 ranges: the range from the group's smallest to its largest value, with each end moved
+       inwards by -1, -0.5, 0 or 0.5 steps. Code the values within each range, and fit a line to the codes by least
+       squares. The best line gives the group's scale and minimum.
+    2. The units of a block are its largest scale / 63 and its largest minimum / 63, rounded up to f16.
+    3. For each group, try the three multiples of the unit nearest to its scale. With each of them try the three
+       multiples nearest to its minimum. Keep the pair with the least squared error.
 
-    Blocks with NaN, infinity or a value above 2^20 become NaN. Raises FormatError if 256 does not divide K.
-    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c), but
-    moves one end only, weighs large values more, and has no third step.
+    Blocks with NaN, infinity or a value above 2^20 become NaN. Raises FormatError if K is no multiple of 256.
+
+    csrc/isa/scales.inl computes the same bits, in the same order. llama.cpp has a similar search (ggml-quants.c), but
+    moves only one end, gives large values more weight, and has no third step.
     """
     n, k = x.shape
     if k % BLOCK:
@@ -473,13 +535,13 @@ def _q4_k(x: np.ndarray) -> Quantised:
 
 
 def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit a line x ~ scale * code - offset to each group of 32 values, with the least squared error.
+    """Fit a line x ~ scale * code - offset to each group of 32 values, by least squares.
 
-    Codes are the values rounded to steps of a range. The range between the group's smallest and largest value is
-    tried with 16 pairs of moved ends (MOVES), and the pair of least error is kept.
+    To get codes, the values are rounded to the 16 levels of a range. The ends of the range are the group's smallest and
+    largest value, each moved by four distances (MOVES). Of these 16 ranges, the range with the least error is kept.
 
-    x: [32, groups...], one column per group. Returns (scale >= 0, offset >= 0, mean of the group's 32 codes), each
-    [groups...].
+    x: the values [32, groups...]; the first axis is the value within its group. Returns (scale >= 0, offset >= 0, mean
+    of the group's 32 codes), each [groups...].
     """
     low, mean = np.minimum(x.min(axis=0), 0), _sum(x) / 32
     reach = x.max(axis=0) - low
@@ -508,20 +570,21 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _sum(x: np.ndarray) -> np.ndarray:
     """The sum of an array [n, ...] over its first axis, as an array [...].
 
-    The n parts are added one after the other, from index 0 on, as in the C++ twin, so that both round alike.
+    The n parts are added one after the other, from index 0 on. The C++ code adds in the same order, so both round
+    alike.
     """
     return reduce(np.add, x)
 
 
 def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndarray:
-    """The quotient x / y of each pair of elements; 0 where y is not above `least`."""
+    """The quotients x / y, element by element; 0 where `y` is `least` or less."""
     return np.divide(x, y, out=np.zeros_like(x), where=y > least)
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The unit of each q4_k block: the smallest f16 number u for which all scales (or minima) are at most 63 * u.
+    """The unit of each q4_k block, as float32 [..., 1]: the smallest f16 number that is at least max(sizes) / 63.
 
-    sizes: the 8 scales, or the 8 minima, of each block [..., 8]. Returns float32 [..., 1].
+    sizes: the 8 scales, or the 8 minima, of each block, [..., 8].
     """
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
@@ -529,14 +592,18 @@ def _unit(sizes: np.ndarray) -> np.ndarray:
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Scales or minima `sizes`, divided by `unit`, rounded to whole numbers and clipped to 0..63, as float32."""
+    """The quotients `sizes` / `unit`, rounded to whole numbers and clipped to 0..63, as float32.
+
+    sizes: the 8 scales, or the 8 minima, of each q4_k block, [..., 8]. unit: the unit of each block, [..., 1].
+    """
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 
 
 def _nearest(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """The q4_k codes (0 to 15) nearest to the values x [32, ...], as an array of that shape.
+    """The q4_k code (0 to 15) nearest to each value of `x`, as float32 in the shape of `x`.
 
-    A code stands for code * scale - minimum. scale, minimum: of each block of 32 values, [...]. A block with scale 0
-    has the codes 0.
+    A code stands for the value code * scale - minimum. Where the scale is 0, the code is 0.
+
+    x: [32, ...], groups of 32 values. scale, minimum: one number per group, [...].
     """
     return np.rint(np.clip((x + minimum) * _quotient(np.ones_like(scale), scale), 0, STEPS))

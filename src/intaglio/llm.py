@@ -1,4 +1,7 @@
-"""LLM, the main class of the Python API: a model on a device that generates text and computes logits."""
+"""LLM, the main class of the Python API: a model on a device that generates text and computes logits.
+
+Long because the options of an LLM are explained in one place.
+"""
 
 from __future__ import annotations
 
@@ -60,16 +63,17 @@ Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The output for one choice of a prompt.
+    """The complete output of one choice: `n` choices are generated for each prompt.
 
     Attributes:
-        prompt_token_ids: the prompt as token ids.
+        prompt_token_ids: token ids of the prompt.
         text: the generated text; "" without a tokenizer.
-        token_ids: the generated tokens.
-        logprobs: natural log-probability of each generated token, under the softmax of the unchanged logits.
-        finish_reason: stop (end of sequence, or a stop string, before which `text` ends), length, error, abort or
-            deadline.
-        error: what failed, if finish_reason is error; else None.
+        token_ids: ids of the generated tokens.
+        logprobs: natural log-probability of each generated token, from the softmax of the logits before any sampling
+            option changes them.
+        finish_reason: "stop" (an end-of-sequence token, or a stop string, before which `text` ends), "length", "error",
+            "abort" or "deadline".
+        error: what failed, if finish_reason is "error"; else None.
     """
 
     prompt_token_ids: list[int]
@@ -82,13 +86,14 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """The new part of a streamed output.
+    """The part of a streamed output that is new since the last Delta.
 
     Attributes:
-        text: new text that can no longer change. A partial character or a possible stop string is held back.
-        token_ids: the new tokens.
-        finish_reason: as in RequestOutput, in the last Delta; None in all others.
-        error: what failed, if finish_reason is error; else None.
+        text: new text that can no longer change. A partial character, or text that may be the beginning of a stop
+            string, is held back.
+        token_ids: ids of the new tokens.
+        finish_reason: in the last Delta, why the output ended, see RequestOutput; None in all others.
+        error: what failed, if finish_reason is "error"; else None.
     """
 
     text: str
@@ -100,52 +105,56 @@ class Delta:
 class LLM:
     """A model on a device, ready to generate. Combines a Model, a Machine, a device and an Engine.
 
-    `engine` belongs to one thread at a time. `admission` and `prepare()` may be used from any thread. Raises ValueError
-    (CheckpointError, PortError, LayoutError, ...) or DeviceError, saying what is wrong.
+    Only one thread at a time may use the attribute `engine`. Any thread may use `admission` and `prepare()`. Raises
+    ValueError (CheckpointError, PortError, LayoutError, ...) or DeviceError; the message says what is wrong.
 
     Args:
         path: a checkpoint folder in Hugging Face's layout, a GGUF file or a hub id; None is the bundled model.
         device: host, reference, oracle or silicon.
-        weights: weight format, as for Model.open().
-        threads: CPU threads of the host device; by default those of `machine`, or one per core within the
-            container's CPU limit.
-        context: positions to compile for, as for Model.open().
-        kv_tokens: tokens of K/V cache for all sequences together. None: 32,768 or one whole context, whichever is more,
-            but no more than fit the memory.
-        kv_format: K/V cache format, as for Model.open().
-        max_batch_tokens: maximum token rows of a step.
-        max_sequences: maximum sequences that run at once; fewer if the memory for recurrent state has no room for them.
-        max_waiting: maximum sequences that wait.
+        weights: number format of the weights, see Model.open().
+        threads: CPU threads of the host device; by default those of `machine`, or one per core within the container's
+            CPU limit.
+        context: maximum tokens of a sequence; by default the model's own limit.
+        kv_tokens: size of the K/V cache, in tokens of all sequences together. None: 32,768 or one whole context,
+            whichever is more, but no more than the memory holds.
+        kv_format: number format of the K/V cache, see Model.open().
+        max_batch_tokens: maximum tokens of one step, of all sequences together.
+        max_sequences: maximum sequences that run at once. Fewer run if the memory for recurrent state does not hold
+            them.
+        max_waiting: maximum sequences in the waiting queue.
         max_drafts: maximum draft tokens per sequence and step; 0 switches speculative decoding off.
-        state_cache_bytes: only for a model with recurrent state: bytes of states kept for the prefix cache, beside
-            those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
-            states. 0: such a model has no prefix cache.
+        state_cache_bytes: only for a model with recurrent state: bytes for the states that the prefix cache keeps. The
+            states of running sequences are not counted. None: an eighth of the memory for K/V caches, but no more than
+            STATE_CHECKPOINTS states. 0: such a model has no prefix cache.
         window_tokens: only for a model with sliding-window layers: tokens of K/V cache that these layers keep for all
-            sequences together. A sequence needs its window and one step there. If there are too few tokens for all
-            running sequences, the last ones are preempted. 0: these layers keep all tokens, as other layers do; the
-            only number allowed with `kv_cache_dir` or `kv_peer`. None: enough for `max_sequences` sequences, if that
-            saves a quarter of the pages; else 0. With `kv_cache_dir`, `kv_peer` or device="silicon", None means 0.
+            sequences together. Each running sequence takes as many as its window and one step. If they do not suffice,
+            the sequences that were started last are preempted. 0: these layers keep all tokens, like other layers;
+            `kv_cache_dir` and `kv_peer` allow only 0. None: enough for `max_sequences` sequences if that saves a
+            quarter of the K/V pages, else 0; with `kv_cache_dir`, `kv_peer` or device="silicon" always 0.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
-        worker: True to run the device in a child process, which is replaced when it dies.
+        worker: True to run the device in a child process, which is started again when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
-        layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process, replaced when it
-            dies, with an equal share of the threads; on other devices all ranks run in this process.
+        layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process with an equal share
+            of the threads, and is started again when it dies. On other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
-        expert_placement: for a layout with redundant experts (ep4r8): a JSON file with the experts of each rank of each
-            layer. It is read at the start if it is there, and replaced whenever experts have moved. Each engine needs
-            a file of its own, in a writable folder unless experts never move. Not for device silicon.
-        rebalance_every: only for a layout with redundant experts: seconds between two proposals of another placement
-            of experts. 0: experts are never moved. None: MOVE_EVERY. Not for device silicon.
+        expert_placement: for a layout with redundant experts (ep4r8): a JSON file that says which experts each rank
+            holds in each layer. The file is read at the start if it exists, and rewritten whenever experts have moved.
+            Each engine needs a file of its own, in a writable folder unless experts never move. Not for device silicon.
+        rebalance_every: only for a layout with redundant experts: seconds between two attempts to find a better
+            placement of the experts. 0: experts are never moved. None: MOVE_EVERY. Not for device silicon.
         in_process: True to run all ranks of a layout in this process, one after the other.
-        chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
-        chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
-        machine: threads and memory shared with other models; it then gives the threads.
-        kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
-            the same model loads them instead of computing them; several engines may use the directory.
-        kv_peer: in place of `kv_cache_dir`: an address. K/V blocks are kept in memory, and other engines of the model
-            that know the address's token can fetch them there. An engine fetches only blocks that it was told of: by
-            the router of `intaglio cluster up --prefill`, or by `llm.tier.announce()`.
-        kv_cache_bytes: maximum bytes of all blocks kept there; the least recently used are deleted for new ones.
+        chip: name of the chip whose times are modelled, for device silicon only. The values are computed on the host.
+        chips: number of chips that share the model, for device silicon only. `layout` says how they share it; without
+            `layout` they run tensor parallel.
+        machine: CPU threads and memory that this model shares with others; None: this model has them to itself.
+        kv_cache_dir: a directory for K/V blocks that outlive this process; it is created if it does not exist. A later
+            engine of the same model loads these blocks instead of computing them. Several engines may use one
+            directory.
+        kv_peer: an address to listen on, instead of `kv_cache_dir`. This engine keeps K/V blocks in memory, and other
+            engines of the model that know the address's token can fetch them from it. An engine fetches only the blocks
+            that were announced to it: by the router of `intaglio cluster up --prefill`, or by `llm.tier.announce()`.
+        kv_cache_bytes: maximum bytes of all K/V blocks kept by `kv_cache_dir` or `kv_peer`. The least recently used
+            blocks are deleted to make room for new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
@@ -264,7 +273,7 @@ class LLM:
         self._numbers = itertools.count(1)
 
     def load(self, progress: Progress = silent) -> Executable:
-        """Load the model on its device, or on all ranks of its layout, and return the new Executable."""
+        """Load the model on its device, or on all ranks of its layout. Returns the new Executable."""
         progress(0, 0, "loading the weights")
         weights: Weights = self.model.checkpoint
         if not isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice):  # else a callback cannot follow
@@ -277,7 +286,7 @@ class LLM:
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
     def close(self) -> None:
-        """Save the K/V blocks that are still to be written to `kv_cache_dir`, and end the device's processes."""
+        """Write the K/V blocks that are still to be written to `kv_cache_dir`, and end the device's processes."""
         if self.tier:
             self.tier.close()
         self.engine.executable.close()
@@ -285,17 +294,20 @@ class LLM:
     def generate(
         self, prompts: Prompt | abc.Sequence[Prompt], params: Params = None, progress: Progress = silent
     ) -> list[RequestOutput]:
-        """Continue each prompt (text or token ids; one or a list of them), all in one batch where they fit.
+        """Generate a continuation of each prompt. Returns RequestOutputs in the order of the prompts.
 
-        Returns a list of RequestOutputs in the order of the prompts, `params.n` for each prompt.
+        Each prompt has `params.n` RequestOutputs in the list. Prompts run in one batch as far as they fit.
 
         Args:
-            prompts: without a tokenizer they are token ids, and the texts of the outputs are empty.
-            params: one SamplingParams for all prompts, or one per prompt; None is SamplingParams().
-            progress: called after each step with the tokens generated so far and the limit of all prompts together.
+            prompts: one prompt or a list of prompts, each a text or token ids. Without a tokenizer only token ids are
+                allowed, and the texts of the outputs are empty.
+            params: one SamplingParams for all prompts, or a list with one per prompt; None is SamplingParams().
+            progress: called after each step as progress(tokens generated so far, max_tokens of all choices together,
+                text).
 
-        Raises, before anything runs: the errors of prepare(), naming the prompt's index, and RequestError for another
-        number of params than of prompts. Raises Refused if the engine has failed.
+        Raises RequestError if a list of params is not as long as the list of prompts, and the errors of prepare(),
+        whose message names the prompt by its index. These are raised before anything runs. Raises Refused if the engine
+        has failed.
         """
         several = _as_list(prompts)
         each = _params_each(params, len(several))
@@ -305,10 +317,10 @@ class LLM:
         return [self._output(s, t) for s, t in zip(made, transcripts, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Continue one prompt and yield a Delta for each new part of its text.
+        """Generate a continuation of one prompt. Yields a Delta for each new part of its text.
 
-        params None is SamplingParams(). Closing the iterator aborts the request. Raises RequestError if params.n is not
-        1, and the errors of prepare().
+        params: None is SamplingParams(). Closing the iterator aborts the request. Raises RequestError if params.n is
+        not 1, and the errors of prepare().
         """
         request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
         if len(transcripts) > 1:
@@ -318,11 +330,14 @@ class LLM:
     def prepare(
         self, prompt: Prompt, params: SamplingParams, name: str = "the prompt", **options: Any
     ) -> tuple[Request, list[Transcript]]:
-        """(the Request for `engine.add()`, a list of Transcripts, one per choice). May be called from any thread.
+        """Make an engine request from a prompt. Returns (the Request for `engine.add()`, a list of Transcripts).
 
-        `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that
-        cannot be served; the message calls the prompt `name`.
+        There is one Transcript for each of the `params.n` choices; it turns the tokens of that choice into text. Any
+        thread may call prepare().
+
+        options: attributes of the Request by name (id, priority, timeout, ...), and `special`, the special tokens that
+        stay in the text. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or
+        grammar that cannot be served. The message calls the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)
@@ -357,24 +372,26 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
-        """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
+        """The token ids of a conversation, formatted by the chat template.
 
-        For arguments and errors see Model.chat_prompt().
+        They end where the assistant's answer begins. messages: dicts with "role" and "content". Raises TokenizerError
+        without a tokenizer or chat template, and for messages that the template refuses.
         """
         return self.model.chat_prompt(messages)
 
     def use_chat_template(self, source: str) -> None:
-        """Render conversations with this Jinja template from now on.
+        """Use the chat template `source` (Jinja) for all later conversations.
 
-        Raises TokenizerError if the template does not parse, or if there is no tokenizer.
+        Raises TokenizerError if the template does not parse, or if the model has no tokenizer.
         """
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """A list with the logits at every position of each of the sequences of token ids, float32 [tokens, vocabulary].
+        """The logits at every position of each sequence, as a list with one array per sequence.
 
-        Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
-        device fails.
+        sequences: lists of token ids. An array is float32 [tokens of the sequence, vocabulary]; row i predicts the
+        token that follows token i. Raises RequestError for a sequence that does not fit, DeviceError if the device
+        fails.
         """
         named = [(f"sequence {i}", ids) for i, ids in enumerate(sequences)]
         requests = [self.prepare(ids, SamplingParams(), name=name, scored=True)[0] for name, ids in named]
@@ -385,10 +402,11 @@ class LLM:
         return [np.concatenate(s.logits) for s in made]
 
     def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
-        """Run all requests to their end, as many at a time as the engine admits.
+        """Run all requests until they have ended. Returns their Sequences, in the order of the requests.
 
-        Returns a list of their sequences, in the order of the requests. Raises Refused if the engine refuses a request
-        for another reason than a full queue. On any exception the remaining requests are aborted.
+        As many requests run at a time as the engine admits. progress: called after each step. Raises Refused if the
+        engine refuses a request for another reason than a full queue. On any exception the requests that still run are
+        aborted.
         """
         made: list[Sequence] = []
         pending = deque(requests)
@@ -421,19 +439,19 @@ class LLM:
 def _tier(
     folder: str | Path | None, address: TcpAddress | None, budget: int, scope: BlockScope, journal: str | Path | None
 ) -> StoreTier | None:
-    """The tier that keeps K/V blocks outside the engine: in files of `folder`, or in memory for peers at `address`.
+    """The StoreTier that keeps K/V blocks outside the engine; None if `folder` and `address` are both None.
 
-    Returns None if both are None.
+    With `folder` the blocks are files; with `address` they are in memory, and other engines can fetch them.
 
     Args:
         folder: value of the option kv_cache_dir.
         address: value of the option kv_peer: where to listen, and the token.
         budget: maximum bytes of all blocks.
         scope: BlockScope of the engine's blocks.
-        journal: value of the option journal; a journal does not record which blocks were loaded.
+        journal: value of the option journal.
 
-    Raises RequestError for a budget below 1 byte, for `folder` and `address` together, and for a journal with either of
-    them; OSError if the address cannot be bound.
+    Raises RequestError if `budget` is below 1, if both `folder` and `address` are given, and if `journal` is given,
+    because a journal does not record which blocks were loaded. Raises OSError if the address cannot be bound.
     """
     if folder is None and address is None:
         return None
@@ -448,9 +466,9 @@ def _tier(
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:
-    """The Layout to use: `layout` or, without it, tensor parallelism over `chips` (None: one chip).
+    """The Layout named by `layout`; if `layout` is None or "", tensor parallelism over `chips` chips (None: one chip).
 
-    Raises LayoutError for a text that is no layout, and DeviceError if its ranks are not `chips`.
+    Raises LayoutError if `layout` is no layout's name, and DeviceError if its number of ranks is not `chips`.
     """
     found = Layout.parse(layout or f"tp{chips or 1}")
     if chips not in (None, found.ranks):
@@ -459,10 +477,10 @@ def _layout(layout: str | None, chips: int | None) -> Layout:
 
 
 def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """Create a journal file and return a function that appends an entry to it as a line of JSON.
+    """Create a journal file. Returns a function that appends one entry (a dict) to the file as a line of JSON.
 
-    The first entry names the model and the LLM's options. If a write fails, such as on a full disk, the function warns
-    and writes nothing more. Raises OSError if the file cannot be created.
+    The first entry, with the path `model` and the LLM's `options`, is written at once. If a write fails, such as on a
+    full disk, the function warns and writes nothing more. Raises OSError if the file cannot be created.
     """
     file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (open as long as the engine lives)
 
@@ -481,7 +499,7 @@ def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
-    """The prompts as a list; a single prompt (text or token ids) becomes a list with one element."""
+    """A list of prompts, made from a list of prompts or from one prompt (a text, or token ids)."""
     if isinstance(prompts, str):
         return [prompts]
     several = list(prompts)
@@ -489,9 +507,10 @@ def _as_list(prompts: Any) -> list[Prompt]:
 
 
 def _params_each(params: Params, n: int) -> list[SamplingParams]:
-    """A list of `n` SamplingParams, one per prompt; None becomes the defaults.
+    """One SamplingParams for each of `n` prompts, as a list.
 
-    Raises RequestError if `params` is a list of another length.
+    params: one SamplingParams for all prompts, a list with one per prompt, or None for the defaults. Raises
+    RequestError if the list does not have `n` elements.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n

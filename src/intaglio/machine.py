@@ -30,12 +30,12 @@ KV_SHARE = 0.25  # of the memory, for the K/V caches of all models together
 class Machine:
     """The CPU threads and memory of this process, shared by its models.
 
-    Models take turns, one step at a time, each with all threads, because two thread teams on the same cores would slow
-    each other down. A quarter of the memory is for K/V caches, in equal parts for the models.
+    The models take turns: one model at a time runs a step, on all threads. (Two teams of threads on the same cores
+    would slow each other down.) A quarter of the memory is for K/V caches; each model gets an equal part of it.
 
     Args:
         threads: CPU threads of a step; by default usable_cores(): one per core, within the container's CPU limit.
-        memory: bytes; by default all of this machine's.
+        memory: bytes that the models may use; by default all memory of the computer.
         models: how many models share the machine.
 
     Raises DeviceError if `memory` or `models` is below 1.
@@ -51,18 +51,21 @@ class Machine:
 
     @property
     def kv_bytes(self) -> int:
-        """Maximum bytes of K/V cache that one model may hold."""
+        """The maximum number of bytes of K/V cache that one model may hold."""
         return int(self.memory * KV_SHARE) // self.models
 
     def shared(self, executable: Executable) -> Executable:
-        """An executable that runs `executable` in turns with other models; for one model `executable` itself."""
+        """A wrapper around `executable` that waits for its turn before each step, as several models share the threads.
+
+        If the machine has only one model, the result is `executable` itself.
+        """
         return executable if self.models == 1 else SharedExecutable(executable, self.turn)
 
 
 class SharedExecutable(BlockingExecutable):
-    """An executable that runs `inner` only while it holds `turn`, a lock that the models of a machine share.
+    """An Executable that holds a lock while it runs a step of another Executable, `inner`, or copies its K/V blocks.
 
-    Only one model at a time can run a step or copy K/V blocks.
+    All models of a machine share the lock `turn`, so only one model at a time runs a step or copies K/V blocks.
     """
 
     def __init__(self, inner: Executable, turn: threading.Lock) -> None:
@@ -104,15 +107,18 @@ def state_spec(
     machine: Machine,
     page_tokens: int,
 ) -> tuple[StateSpec, int]:
-    """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
+    """Divide the memory of one model. Returns (the StateSpec to allocate, number of sequences that may run at once).
 
-    The machine grants one model `machine.kv_bytes`. Of these:
-    - Recurrent state gets up to half, two slots a sequence. If `max_sequences` sequences do not fit, fewer run.
-    - States kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
-    - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one whole context,
-      whichever is more, but no more than the rest holds.
+    One model may use `machine.kv_bytes` bytes:
 
-    Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
+    - Recurrent state gets up to half, with two states per sequence. If `max_sequences` sequences do not fit, fewer may
+      run.
+    - Recurrent states kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
+    - The K/V cache gets room for `kv_tokens` tokens, even if that exceeds `machine.kv_bytes`. None: KV_TOKENS or one
+      whole context, whichever is more, but no more than the rest holds.
+
+    mesh: the Programs of all ranks. page_tokens: tokens per K/V page. Raises RequestError if `kv_tokens` is below 1 or
+    `state_cache_bytes` below 0.
     """
     for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
         if value is not None and value < least:

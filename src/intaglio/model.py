@@ -25,20 +25,20 @@ Prompt = str | TokenIds
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint compiled to a Program, with its tokenizer and grammars; independent of the device it runs on.
+    """A checkpoint compiled to a Program, with its tokenizer. The same Model runs on any device.
 
-    Immutable except for compiled grammars, which are cached behind a lock, so any thread may use it.
+    Any thread may use a Model: its attributes do not change, and the cache of compiled grammars has a lock.
 
     Attributes:
         path: the checkpoint folder or GGUF file.
-        name: the name of the folder or file, or the hub id.
-        checkpoint: tensors and configuration.
-        ported: the Program as ported, before compilation.
-        program: the Program compiled for one rank.
+        name: the hub id, or else the name of the folder or file.
+        checkpoint: the tensors and the configuration of the model.
+        ported: the Program made from the checkpoint's configuration, before compilation.
+        program: the Program compiled for a single rank.
         weights: the weight format requested.
         kv_format: the K/V cache format requested.
-        tokenizer: None if the checkpoint has none; then prompts are token ids.
-        eos_ids: tokens that end a sequence.
+        tokenizer: the tokenizer; None if the checkpoint has none. Prompts must then be token ids.
+        eos_ids: ids of the tokens that end a sequence.
         grammars: compiler of grammars for structured output; None without a tokenizer.
     """
 
@@ -60,14 +60,15 @@ class Model:
     ) -> Model:  # fmt: skip
         """Open and compile a checkpoint, and return the Model. A hub id is downloaded first.
 
-        Raises ValueError (HubError, CheckpointError, PortError, TokenizerError, ...) saying what is wrong.
+        Raises ValueError (HubError, CheckpointError, PortError, TokenizerError, ...); the message says what is wrong.
 
         Args:
             path: a folder in Hugging Face's layout, a GGUF file or a hub id (owner/name, owner/name:Q4_K_M); None is
                 the bundled model.
             weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k.
-            kv_format: f32, bf16, int8, fp8, or auto: f32 for f32 weights, else what the checkpoint asks for, else bf16.
-            context: positions to compile for; by default the model's own.
+            kv_format: f32, bf16, int8, fp8 or auto. auto is f32 if the weights are f32, else the format that the
+                checkpoint asks for, else bf16.
+            context: maximum tokens of a sequence; by default the model's own limit.
             revision: branch, tag or commit of the hub id's repository.
             progress: called as progress(bytes done, bytes in all, what) during a download.
         """
@@ -84,18 +85,20 @@ class Model:
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
 
     def sharded(self, layout: str | Layout | None) -> MeshProgram:
-        """The MeshProgram of all ranks of a layout such as tp4pp2. layout None: one rank with the whole Program.
+        """The MeshProgram for a layout such as tp4pp2: the Programs of all its ranks.
 
-        Raises the errors of build_mesh().
+        If `layout` is None, it has one rank with the whole Program. Raises LayoutError if the layout does not fit the
+        model, and ProgramError if a compiled Program breaks a rule.
         """
         if layout is None:
             return MeshProgram((self.program,))
         return build_mesh(self.ported, layout, self.weights, self.kv_format)
 
     def stages(self, layout: Layout) -> tuple[Program, ...]:
-        """The Program of one rank of each pipeline stage, as a tuple; () for a layout of one rank.
+        """The Programs that the simulated chips time: that of the first rank of each pipeline stage, as a tuple.
 
-        Used for simulated chips. Values that ranks send to each other are rounded to bf16.
+        No rank of a stage has larger tensors than the first, and ranks wait for each other. Values that ranks send to
+        each other are rounded to bf16. () for a layout of one rank.
         """
         if layout.ranks == 1:
             return ()
@@ -105,11 +108,13 @@ class Model:
         self, prompt: Prompt, params: SamplingParams, id: str, name: str = "the prompt",
         special: Container[str] = (), **options: Any,
     ) -> tuple[Request, list[Transcript]]:  # fmt: skip
-        """(the Request for an engine, a list of Transcripts, one per choice).
+        """Make an engine request from a prompt. Returns (the Request, a list of Transcripts).
 
-        id: id of the Request. special: special tokens that stay in the text. options: fields of Request, such as
-        priority and timeout. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or
-        grammar that cannot be served; the message calls the prompt `name`.
+        There is one Transcript for each of the `params.n` choices; it turns the tokens of that choice into text.
+
+        id: id of the Request. special: special tokens that stay in the text. options: attributes of the Request by
+        name, such as priority and timeout. Raises RequestError, TokenizerError or GrammarError for a prompt, stop
+        string, bad word or grammar that cannot be served. The message calls the prompt `name`.
         """
         ids = self.encode(prompt, name)
         tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer
@@ -126,10 +131,10 @@ class Model:
         return Request(id, ids, params, stop_checker=lambda index: transcripts[index].push, **fields), transcripts
 
     def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
-        """The token ids of a prompt, as a list; token ids are returned as ints.
+        """The token ids of a prompt, as a list of ints. A prompt is a text, or already a sequence of token ids.
 
-        Raises RequestError for an empty text and for ids that are not whole numbers, TokenizerError for text without a
-        tokenizer, or with tokens that the model lacks. The message calls the prompt `name`.
+        Raises RequestError for an empty text, and for ids that are not whole numbers. Raises TokenizerError for a text
+        if there is no tokenizer, or if the text has tokens that the model lacks. The message calls the prompt `name`.
         """
         if isinstance(prompt, str):
             if not prompt:
@@ -144,19 +149,20 @@ class Model:
         return [int(t) for t in prompt]
 
     def spellings(self, word: str) -> list[tuple[int, ...]]:
-        """The token ids of a word at the beginning of a text, and after a space, as a list of tuples.
+        """The token ids of `word` in two spellings: without and with a space before it.
 
-        A spelling equal to the first, or without tokens, is left out. Raises TokenizerError without a tokenizer.
+        Returns a list of tuples of token ids. A spelling without tokens is left out; so is the second if it equals the
+        first. Raises TokenizerError without a tokenizer.
         """
         encode = self.needed_tokenizer().encode
         found = [tuple(encode(text, special=False)) for text in (word, f" {word.lstrip()}")]
         return [ids for ids in dict.fromkeys(found) if ids]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The token ids of a conversation in the chat template, up to where the assistant's answer begins, as a list.
+        """The token ids of a conversation, formatted by the chat template, as a list.
 
-        messages: dicts with `role` and `content`. Raises TokenizerError without a tokenizer or chat template, for no
-        messages, and for messages that the template refuses.
+        They end where the assistant's answer begins. messages: dicts with "role" and "content". Raises TokenizerError
+        without a tokenizer or chat template, if `messages` is empty, and for messages that the template refuses.
         """
         tokenizer = self.needed_tokenizer()
         ids = tokenizer.encode(tokenizer.chat(messages), special=False)
@@ -164,9 +170,9 @@ class Model:
         return ids
 
     def with_chat_template(self, source: str) -> Model:
-        """A copy of the model with another chat template (Jinja source).
+        """A copy of the model that uses the chat template `source` (Jinja).
 
-        Raises TokenizerError if the template does not parse, or if there is no tokenizer.
+        Raises TokenizerError if the template does not parse, or if the model has no tokenizer.
         """
         tokenizer = self.needed_tokenizer().with_template(source)
         return replace(self, tokenizer=tokenizer)
@@ -180,9 +186,10 @@ class Model:
         return self.tokenizer
 
     def _matcher(self, params: SamplingParams) -> Callable[[int], Matcher] | None:
-        """A function from a choice's index to a new grammar matcher; None if `params` has no grammar.
+        """A function that makes a new grammar matcher for a choice; None if `params` has no grammar.
 
-        Raises TokenizerError without a tokenizer, GrammarError for a grammar that cannot be used.
+        The function takes the index of the choice. Raises TokenizerError without a tokenizer, GrammarError for a
+        grammar that cannot be used.
         """
         if params.grammar is None:
             return None
@@ -193,9 +200,10 @@ class Model:
 
 
 def _open_tokenizer(path: Path, vocabulary: int) -> Tokenizer | None:
-    """The Tokenizer of a checkpoint folder or GGUF file; None if it has none.
+    """The Tokenizer of a checkpoint folder or GGUF file; None if the checkpoint has none.
 
-    vocabulary: number of the model's logits. Raises TokenizerError if the tokenizer cannot be read, or has more tokens.
+    vocabulary: number of the model's logits. Raises TokenizerError if the tokenizer cannot be read, or if it has more
+    tokens than the model has logits.
     """
     if not has_tokenizer(path):
         return None

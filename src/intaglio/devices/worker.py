@@ -13,11 +13,17 @@ from intaglio.program import MeshProgram, Program
 
 
 class WorkerDevice(Device):
-    """A device that runs each executable of another device in a child process.
+    """A device that runs the steps of another device, `inner`, in a child process.
 
-    inner: the other device. step_timeout: limit in seconds on a step. silence: seconds without a sign of life after
-    which a process that a signal has suspended (SIGSTOP) counts as hung. Raises DeviceError if `inner` has a modelled
-    clock, because steps in a child process would not advance that clock.
+    Each executable gets a child process of its own. A crash or a hang of a child does not end this process.
+
+    Args:
+        inner: the device that the child processes open.
+        step_timeout: seconds after which a step without an answer counts as failed.
+        silence: seconds without a sign of life after which a child that a signal has suspended (SIGSTOP) counts as
+            hung.
+
+    Raises DeviceError if `inner` has a modelled clock, because steps in a child process would not advance that clock.
     """
 
     name = "worker"
@@ -31,11 +37,13 @@ class WorkerDevice(Device):
         return self.inner.facts()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Start a child process and load the Program there. Returns the Executable, which sends steps to the process.
+        """Start a child process and load the Program there. Returns an Executable that sends each step to the child.
 
-        weights: an ArrayWeights, whose arrays are sent, or a source with a recipe(), by which the child opens it
-        itself. Raises DeviceError if the weights are neither or the device raises an error, DeviceLost if the process
-        ends while it loads.
+        weights: an ArrayWeights, whose arrays are sent to the child, or an object with a method recipe(). The recipe
+        tells the child how to open the weights itself.
+
+        Raises DeviceError if `weights` is neither of these, or if the device in the child raises an error. Raises
+        DeviceLost if the child ends while it loads.
         """
         programs, layout = ((program,), "") if isinstance(program, Program) else (program.programs, program.layout)
         job = Job(self.inner.recipe(), programs, layout, weights, state)

@@ -29,16 +29,16 @@ MOST_MEGABYTES = 1024  # read to measure bandwidth; a working set larger still i
 
 
 class BenchError(ValueError):
-    """Raised for a size or a number of runs that cannot be measured on the loaded Program."""
+    """Raised for a batch size, prompt length or number of runs that cannot be measured on the loaded Program."""
 
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured limits of the machine, as two functions.
+    """Measured limits of the computer: its memory bandwidth and its arithmetic throughput.
 
     Attributes:
-        bandwidth: function from the size of a working set in megabytes to the bytes/s at which it is read.
-        peak: function from a number format to the FLOP/s of a matrix product in that format.
+        bandwidth: function from the size of a working set in megabytes to the bytes/s at which the set is read.
+        peak: function from the name of a number format to the FLOP/s of a matrix product in that format.
     """
 
     bandwidth: Callable[[int], float]
@@ -47,7 +47,10 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound of ops: the minimum seconds by memory bandwidth (`memory`) and by arithmetic (`matrix`)."""
+    """Roofline bound of one or more ops: the minimum seconds that they can take on this computer.
+
+    `memory` is the minimum by memory bandwidth, `matrix` the minimum by arithmetic throughput, both in seconds.
+    """
 
     memory: float = 0.0
     matrix: float = 0.0
@@ -59,7 +62,7 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """What sets the bound: "memory" (bandwidth) if `memory` is larger than `matrix`, else "matrix" (arithmetic)."""
+        """The limit that sets the bound: "memory" (bandwidth) if `memory` is larger than `matrix`, else "matrix"."""
         return "memory" if self.memory > self.matrix else "matrix"
 
     def __add__(self, other: Bound) -> Bound:
@@ -68,16 +71,18 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """Result of one phase at one size.
+    """Measured speed of prefill or decode, at one number of sequences and one prompt length.
 
     Attributes:
         phase: "prefill" or "decode".
-        sequences, prompt_tokens: number of sequences run together, and the prompt length of each.
-        seconds: median time of a whole prefill, or of one decode step.
-        tokens_per_second: prompt tokens, or sampled tokens, per second.
-        flops, bytes: work in this time: operations, and bytes to and from memory.
-        bound_seconds: the roofline bound of this work; None without roofs.
-        bound_by: "memory" or "matrix", which sets the bound; None without roofs.
+        sequences: number of sequences that ran together.
+        prompt_tokens: prompt length of each sequence.
+        seconds: median time of a whole prefill of all sequences, or of one decode step.
+        tokens_per_second: prompt tokens per second in prefill, sampled tokens per second in decode.
+        flops: floating-point operations that were done in `seconds`.
+        bytes: bytes of weights, K/V cache and recurrent state that were read or written in `seconds`.
+        bound_seconds: the roofline bound for `flops` and `bytes`; None if the computer's limits were not measured.
+        bound_by: the limit that sets the bound, "memory" or "matrix"; None if there is no bound.
     """
 
     phase: str
@@ -92,18 +97,22 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """Roofline bound divided by measured seconds; 1: as fast as the machine allows. None without a bound."""
+        """The roofline bound divided by the measured seconds; None without a bound.
+
+        1 means that the phase runs as fast as the computer allows.
+        """
         return None if self.bound_seconds is None else self.bound_seconds / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the fields and `share`, as plain values for JSON."""
+        """The attributes of this Row and its `share`, as a dict that can be written as JSON."""
         return {**asdict(self), "share": self.share}
 
 
 def measured_roofs(device: Device) -> Roofs | str:
-    """The machine's Roofs for this device; a text with the reason if the device has none.
+    """The Roofs of the computer, for a device that runs on its CPU.
 
-    A roof is measured by the native module when it is first asked for.
+    If the device does not, the result is a text that says why there are no Roofs. Each limit is measured when the
+    functions of the Roofs are first called for it.
     """
     facts = device.facts()
     if facts.threads is None or facts.isa is None:
@@ -123,7 +132,10 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`; returns the best of some tries."""
+    """Measure the bytes/s at which the CPU reads a working set of `megabytes` MB. Returns the best of several tries.
+
+    facts: the device's threads and instruction set.
+    """
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 
@@ -139,21 +151,21 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size: each of `sequences` with each of `lengths`.
+    """Measure prefill and decode for each pair of a number of sequences and a prompt length.
 
-    Returns a list with two Rows for each size: prefill, then decode. Overwrites the executable's K/V cache. Raises
-    BenchError if a size does not fit, see check_size().
+    Returns a list with two Rows for each pair: prefill, then decode. Overwrites the executable's K/V cache. Raises
+    BenchError if a pair does not fit the executable, see check_size().
 
     Args:
         executable: the loaded Program.
-        roofs: bounds are computed from these; None: rows have no bounds.
-        lengths: prompt lengths. None: those in LENGTHS that fit the context with the decode steps; if none does, the
-            longest that fits.
+        roofs: the computer's limits, from which roofline bounds are computed; None: the Rows have no bounds.
+        lengths: prompt lengths. None: the lengths in LENGTHS that fit the context together with the decode steps; if
+            none of them fits, the longest length that does.
         sequences: numbers of sequences run together.
-        runs: how often each size is measured; a Row has the median.
+        runs: number of times that each pair is measured; a Row has the median.
         max_batch_tokens: largest number of tokens of a prefill step.
         clock: function that returns the time in seconds.
-        progress: called before each step as progress(done, total, text of the work under way).
+        progress: called before each step as progress(done, total, text that says what is measured).
     """
     context = executable.program.context
     if lengths is None:
@@ -183,10 +195,12 @@ def bench(
 
 
 class Stopwatch:
-    """Runs steps of an executable, times each of them, and reports progress.
+    """Runs steps of an executable, times each step, and reports progress.
 
-    `done` and `total` count tokens of steps; a step of fewer than LEAST_COST tokens counts as LEAST_COST. `what`: text
-    of the work under way, for the progress display; callers set it.
+    Attributes:
+        done: tokens of the steps that have run. A step of fewer than LEAST_COST tokens counts as LEAST_COST.
+        total: tokens of all steps that are expected, counted in the same way.
+        what: text that the progress display shows; callers set it.
     """
 
     def __init__(self, executable: Executable, clock: Callable[[], float], progress: Progress) -> None:
@@ -194,15 +208,15 @@ class Stopwatch:
         self.done, self.total, self.what = 0, 0, ""
 
     def expect(self, steps: Sequence[Batch], runs: int) -> None:
-        """Add the cost of `runs` runs of these steps to the progress total."""
+        """Add `runs` runs of these steps to the total that progress is reported against."""
         self.total += runs * sum(_cost(batch) for batch in steps)
 
     def times(self, steps: Sequence[Batch]) -> list[float]:
-        """Run the steps in order. Returns the seconds that each took, as a list."""
+        """Run the steps in order. Returns a list with the seconds that each step took."""
         return [self.step(StepRequest(batch))[0] for batch in steps]
 
     def step(self, request: StepRequest) -> tuple[float, StepResult]:
-        """Run one step. Returns (seconds that it took, its StepResult). Also reports progress."""
+        """Report progress and run one step. Returns (seconds that the step took, its StepResult)."""
         self.report(self.what)
         start = self.clock()
         result = self.executable.step(request)
@@ -211,24 +225,24 @@ class Stopwatch:
         return seconds, result
 
     def report(self, what: str) -> None:
-        """Call the progress function with (done, total, what). `what`: text of the work under way. Returns nothing."""
+        """Call the progress function with (done, total, what). `what`: the text to show."""
         self.progress(self.done, self.total, what)
 
 
 def _cost(batch: Batch) -> int:
-    """A step's weight in the progress bar: its number of tokens, or LEAST_COST if that is more."""
+    """What a step counts for in the progress report: its number of tokens, but at least LEAST_COST."""
     return max(len(batch.tokens), LEAST_COST)
 
 
 def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
-    """Raise BenchError if bench() cannot measure `count` sequences with prompts of `length` tokens. Returns nothing.
+    """Raise BenchError if bench() cannot measure `count` sequences with prompts of `length` tokens.
 
-    Raises BenchError
+    BenchError is raised in these cases:
 
-    - if prompt and DECODE_STEPS (16) decoded tokens do not fit the context;
-    - if `count` sequences need more K/V pages, or slots of recurrent state, than the executable has;
-    - if `count`, `length` or `runs` (how often each size is measured) is below 1;
-    - if layers with a sliding window have K/V blocks of their own, which the benchmark does not allocate.
+    - The prompt and DECODE_STEPS (16) decoded tokens do not fit the context.
+    - The sequences need more K/V pages, or more recurrent states, than the executable has.
+    - `count`, `length` or `runs` (number of times that each size is measured) is below 1.
+    - Layers with a sliding window have K/V blocks of their own, which the benchmark does not allocate.
     """
     program, state = executable.program, executable.state
     longest = program.context - DECODE_STEPS
@@ -255,18 +269,19 @@ def check_size(executable: Executable, count: int, length: int, runs: int) -> No
 
 
 def _blocks(executable: Executable, sequence: int, length: int) -> range:
-    """Numbers of the K/V blocks of sequence number `sequence`, as a range: enough for prompt and decode steps.
+    """The numbers of the K/V blocks of one sequence, as a range.
 
-    length: prompt tokens of each sequence. Sequences share no block.
+    The blocks hold a prompt of `length` tokens and the decode steps. Each sequence has other blocks. sequence: number
+    of the sequence, from 0.
     """
     each = -(-(length + DECODE_STEPS) // executable.state.page_tokens)
     return range(sequence * each, (sequence + 1) * each)
 
 
 def prefill_steps(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
-    """Yield the Batches that prefill `count` prompts of `length` random tokens.
+    """Yield the Batches that prefill `count` prompts of `length` random tokens each.
 
-    Each Batch has `budget` tokens, the last one perhaps fewer; a prompt may be split over several Batches.
+    Each Batch has `budget` tokens; the last may have fewer. A prompt may be split over several Batches.
     """
     rng = random.Random(0)
     chunks: list[Chunk] = []
@@ -289,10 +304,9 @@ def prefill_steps(executable: Executable, count: int, length: int, budget: int) 
 
 
 def decode_steps(executable: Executable, count: int, length: int) -> Iterator[Batch]:
-    """Yield DECODE_STEPS (16) Batches: decode steps that follow prompts of `length` tokens.
+    """Yield DECODE_STEPS (16) Batches, one per decode step, for `count` sequences with prompts of `length` tokens.
 
-    Each Batch has one token, and one row of logits, for each of `count` sequences. The context grows by one token from
-    Batch to Batch.
+    Each Batch has one token, and one row of logits, per sequence. The context grows by one token from Batch to Batch.
     """
     for k in range(DECODE_STEPS):
         token = k % executable.program.vocabulary
@@ -314,10 +328,10 @@ def _row(
         count: number of sequences run together.
         length: prompt tokens of each sequence.
         seconds: measured time of `steps`.
-        tokens: number of tokens that `steps` computed or sampled, for the rate.
+        tokens: number of tokens that `steps` prefilled or sampled; the rate is `tokens` / `seconds`.
         executable: the loaded Program.
         steps: the Batches that ran in `seconds`.
-        roofs: measured limits of the machine; None: the Row has no bound.
+        roofs: measured limits of the computer; None: the Row has no bound.
     """
     program = executable.program
     flops = read = 0
@@ -334,18 +348,18 @@ def _row(
 
 
 def moved(work: Work) -> int:
-    """Bytes that an op moves to or from memory, for its roofline bound: those of its weights and of its state.
+    """The bytes of weights and state that an op reads or writes, from which its roofline bound is computed.
 
-    State is the K/V cache and recurrent state. Activations do not count, as they stay in the CPU caches.
+    State is the K/V cache and recurrent state. Activations do not count, because they stay in the CPU caches.
     """
     return work.weight_bytes + work.state_bytes
 
 
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
-    """The roofline Bound of each op in one step of `batch`, as a dict {site (name of the op): Bound}.
+    """The roofline Bound of each op in one step of `batch`, as a dict {name of the op: Bound}.
 
-    All ops get the bandwidth measured for a working set as large as all bytes of the step: the bytes of a small model
-    stay in the CPU's caches, and are read faster. roofs: measured bandwidth and FLOP/s of the machine.
+    All ops get the same bandwidth: the bandwidth measured for a working set as large as all bytes of the step. (A small
+    model stays in the CPU caches, which are read faster than memory.) roofs: measured limits of the computer.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
@@ -356,9 +370,10 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """Name of the number format in which an op multiplies, for Roofs.peak(). "f32" for any op but a linear.
+    """The name of the number format in which an op multiplies; Roofs.peak() has its FLOP/s.
 
-    For a linear with x in int8, the weight's format; for other linears, the format to which x is rounded.
+    For a linear layer with int8 activations it is the format of the weight. For other linear layers it is the format to
+    which the activations are rounded. For every other op it is "f32".
     """
     if not isinstance(op, Linear):
         return "f32"

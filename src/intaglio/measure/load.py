@@ -27,14 +27,15 @@ PROBE = 256  # words of the prompt that measures the number of tokens per word
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one request. Times are in seconds.
+    """Times and result of one request of a load test. Times are in seconds.
 
     Attributes:
-        request: the request.
-        start: its scheduled arrival after the beginning of the load; with limited concurrency, when it was sent.
+        request: the request as planned.
+        start: time from the beginning of the load to the planned arrival; if concurrency was limited, to the moment
+            when the request was sent.
         end: time from `start` to the end of the response.
-        first: time from `start` to the first text (TTFT); None if none came.
-        gaps: times between one text and the next.
+        first: time from `start` to the first text of the response (TTFT); None if no text came.
+        gaps: times between each text of the stream and the next.
         prompt: number of prompt tokens.
         output: number of output tokens.
         error: what failed; None if the response is complete.
@@ -51,22 +52,25 @@ class Outcome:
 
     @property
     def each(self) -> float | None:
-        """Mean seconds per output token after the first (TPOT); None if the request has less than two output tokens."""
+        """The mean seconds per output token after the first (TPOT).
+
+        None if the response has fewer than two tokens or no text.
+        """
         return (self.end - self.first) / (self.output - 1) if self.first is not None and self.output > 1 else None
 
 
 @dataclass
 class Server:
-    """A server to be measured, and how to send it requests.
+    """A server that a load test measures, with what is needed to send requests to it.
 
     Attributes:
         url: address up to and with /v1.
-        key: API key.
-        ignore_eos: True to ask for outputs of exactly the trace's lengths.
+        key: API key; None if the server needs none.
+        ignore_eos: True to ask the server for outputs of exactly the planned length.
         model: name of the model; set by probe().
         context: the model's context length in tokens; None if the server does not report it. Set by probe().
         tokens_per_word: tokens per word of generated prompts; measured by probe().
-        extra: further fields of each request's body.
+        extra: more fields for the JSON body of each request.
     """
 
     url: str
@@ -79,14 +83,14 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """A dict of the HTTP headers of each request; {} without a key."""
+        """The HTTP headers of each request, as a dict; {} if there is no API key."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def body(self, request: LoadRequest, rng: random.Random) -> dict[str, Any]:
-        """The JSON body of a request as a dict: greedy, streamed, with a prompt of about the requested length.
+        """The JSON body of a request, as a dict. It asks for a greedy, streamed completion of a random prompt.
 
-        The prompt is random words. Prompts differ from their first word on, so that the prefix cache does not
-        shorten them.
+        The prompt has about as many tokens as `request` plans. Prompts differ from their first word on, so that the
+        server's prefix cache does not shorten the work.
         """
         words = rng.choices(WORDS, k=max(1, round(request.prompt / self.tokens_per_word) - 1))
         body = {
@@ -97,10 +101,11 @@ class Server:
 
 
 async def probe(server: Server) -> None:
-    """Ask the server for its model, and complete one short prompt. Sets attributes of `server`; returns nothing.
+    """Find out the attributes of `server` that a load test needs, and set them.
 
-    Sets `model`, `context` (None if the server does not report it) and `tokens_per_word`. Raises ValueError if the
-    server does not answer as OpenAI's API does, OSError if it cannot be reached or drops the connection.
+    Asks the server for its model and completes one short prompt. Sets `model`, `context` (None if the server does not
+    report it) and `tokens_per_word`. Raises ValueError if the server does not answer like OpenAI's API, OSError if it
+    cannot be reached or drops the connection.
     """
     from aiohttp import ClientError
 
@@ -149,17 +154,16 @@ async def load(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Send every request at its planned arrival, and wait until all have ended.
+    """Send each request at its planned arrival, wait until all have ended, and return their Outcomes in the same order.
 
-    Returns a list of the Outcomes in the order of the requests. A request that fails has its reason in Outcome.error.
-    Call probe() first: it sets the model's name, which each request needs, and the number of tokens per word, without
-    which prompts have wrong lengths.
+     A request that fails has its reason in Outcome.error. Call probe() before: it sets the name of the model, which
+     each request needs, and the number of tokens per word, from which the lengths of prompts follow.
 
     Args:
-        server: the server.
+        server: the server to measure.
         requests: arrival time, prompt length and output length of each request.
-        concurrency: largest number of open requests; others wait, and their times count from when they are sent. None:
-            no limit.
+        concurrency: largest number of open requests. Other requests wait before they are sent, and their times count
+            from the moment of sending. None: no limit.
         seed: random seed of the prompts.
         progress: called with (requests ended, requests in all, text) at the start and after each request.
     """
@@ -189,10 +193,15 @@ async def load(
 
 
 async def _send(session: Any, server: Server, request: LoadRequest, body: bytes, began: float, start: float) -> Outcome:
-    """Send one request, read its response to the end, and return its Outcome. A failure becomes Outcome.error.
+    """Send one request, read its response to the end, and return its Outcome. A failure is told in Outcome.error.
 
-    session: aiohttp.ClientSession. body: the request's JSON body. began: time.perf_counter() at the beginning of the
-    load. start: seconds from `began` to the moment from which the request's times count.
+    Args:
+        session: an aiohttp.ClientSession.
+        server: the server that is measured.
+        request: the request as planned.
+        body: its JSON body.
+        began: value of time.perf_counter() at the beginning of the load.
+        start: seconds from `began` to the moment from which the request's times count.
     """
     import aiohttp
 
@@ -230,18 +239,22 @@ async def _send(session: Any, server: Server, request: LoadRequest, body: bytes,
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of a load.
+    """Statistics of a load test.
 
     Attributes:
-        requests, answered: numbers of requests sent, and of complete responses.
+        requests: number of requests sent.
+        answered: number of complete responses.
         errors: {text of an error: number of requests that failed with it}.
-        seconds: from the first request's time to the last one's end.
-        requests_per_s, prompt_tokens_per_s, output_tokens_per_s: rates of complete responses.
-        deadline: seconds within which a response counts for goodput.
-        goodput: requests per second whose complete response came within `deadline`.
-        times: {name: {"mean", "p50", "p90", "p99": seconds}} of complete responses. Names are "ttft" (time to the first
-            text), "tpot" (a request's mean time per output token after the first), "gap" (each time between two texts
-            of a stream) and "whole" (time to the end of the response). A name without values is left out.
+        seconds: time from the start of the first request to the end of the last response.
+        requests_per_s: complete responses per second.
+        prompt_tokens_per_s: prompt tokens of complete responses per second.
+        output_tokens_per_s: output tokens of complete responses per second.
+        deadline: limit in seconds for the time of a response; a slower response does not count for goodput.
+        goodput: responses per second that were complete within `deadline`.
+        times: statistics of latencies over complete responses, {name: {"mean", "p50", "p90", "p99": seconds}}. The
+            names are "ttft" (time to the first text), "tpot" (a request's mean time per output token after the first),
+            "gap" (time between two texts of a stream) and "whole" (time to the end of the response). A name without
+            values is left out.
     """
 
     requests: int
@@ -257,10 +270,10 @@ class Summary:
 
 
 def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
-    """The Summary of a load, from the Outcomes of its requests (at least one).
+    """The Summary of a load test, computed from the Outcomes of its requests. There must be at least one.
 
-    Failed requests count for the duration of the load, but not for latencies, rates of tokens or goodput. deadline:
-    seconds within which a complete response counts for goodput.
+    Failed requests count only for the duration of the load, not for latencies, rates or goodput. deadline: seconds
+    within which a response must be complete to count for goodput.
     """
     good = [a for a in answers if a.error is None]
     seconds = max(1e-9, max(a.start + a.end for a in answers) - min(a.start for a in answers))
@@ -279,6 +292,6 @@ def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """A dict with the mean and percentiles of one or more values, by the names mean, p50, p90 and p99."""
+    """The mean and percentiles of one or more values, as a dict {"mean", "p50", "p90", "p99": value}."""
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return {"mean": float(np.mean(values)), "p50": float(p50), "p90": float(p90), "p99": float(p99)}

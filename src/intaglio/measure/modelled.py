@@ -27,13 +27,13 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request of a load that the engine is working on.
+    """A request of a load test that the engine has accepted and not yet ended.
 
     Attributes:
         planned: the request as planned.
-        start: seconds from the beginning of the load until the request counts as sent. That is its planned arrival, or
-            with a limit of open requests the time when it is given to the engine.
-        stamps: for each token, seconds from `start` to the token.
+        start: seconds from the beginning of the load to the moment from which the request's times count: its planned
+            arrival or, if concurrency is limited, the moment when the engine got it.
+        stamps: seconds from `start` to each output token.
     """
 
     planned: LoadRequest
@@ -41,7 +41,10 @@ class Running:
     stamps: list[float] = field(default_factory=list)
 
     def ended(self, event: Event, end: float) -> Outcome:
-        """The Outcome of this request, made from its last event. end: seconds from the request's start to its end."""
+        """The Outcome of this request after its end.
+
+        event: the last event of the request. end: seconds from the request's `start` to its end.
+        """
         assert event.usage
         error = event.finish_reason if event.finish_reason in FAILED else None
         gaps = tuple(b - a for a, b in itertools.pairwise(self.stamps))
@@ -57,12 +60,15 @@ def run_load(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on an engine whose steps advance `clock`. Returns a list of Outcomes, first ended first.
+    """Run a load test on an engine whose steps advance `clock`. Returns Outcomes in the order in which requests ended.
 
-    A request is given to the engine when the clock reaches its planned arrival. With `concurrency` it also waits until
-    fewer than `concurrency` requests are open, and its times count from the moment when the engine gets it. The Outcome
-    of a request that the engine refuses has the reason as its error. The clock jumps ahead while the engine is idle.
-    request_of: function from a LoadRequest to the engine's Request; every Request must have another id.
+    A request is given to the engine when the clock reaches its planned arrival. While the engine has nothing to do, the
+    clock jumps to the next arrival. If the engine refuses a request, Outcome.error has the reason.
+
+    concurrency: largest number of open requests; None: no limit. With a limit a request waits until fewer are open, and
+    its times count from the moment when the engine gets it.
+
+    request_of: function that makes the engine's Request from a LoadRequest. Each Request must have an id of its own.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}
@@ -97,13 +103,15 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load in the modelled time of the simulated chips. Returns a list of Outcomes, first ended first.
+    """Run a load test in the modelled time of the simulated chips. Returns one Outcome per request.
+
+    The Outcomes are in the order in which requests ended.
 
     Args:
         llm: a model on the device "silicon".
-        requests: lengths and arrival times.
+        requests: arrival time, prompt length and output length of each request.
         seed: random seed of the prompts, which are random token ids.
-        concurrency: the largest number of open requests; None: no limit.
+        concurrency: largest number of open requests; None: no limit.
         progress: called before each step as progress(requests ended, requests in all, text for the display).
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary

@@ -33,14 +33,15 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Site:
-    """Timing of one op of the Program, summed over all layers.
+    """Measured time of one op, summed over all layers that have it.
 
     Attributes:
         site: the op's name, with * in place of the layer's number, such as layers.*.mlp.down_proj.
-        count: number of ops with this name.
-        seconds: sum of the ops' median seconds.
-        bound_seconds: sum of the ops' roofline bounds; None without roofs.
-        bound_by: "memory" or "matrix", which sets the bound; None without roofs.
+        count: number of layers that have the op.
+        seconds: time of the op in all these layers together, the median of several runs.
+        bound_seconds: roofline bound of the op in all these layers together; None if the computer's limits were not
+            measured.
+        bound_by: the limit that sets the bound, "memory" or "matrix"; None if there is no bound.
     """
 
     site: str
@@ -51,7 +52,7 @@ class Site:
 
     @property
     def lost(self) -> float:
-        """Seconds above the roofline bound, `seconds` - `bound_seconds`; all of `seconds` if there is no bound.
+        """Seconds that the op takes beyond its roofline bound; all its seconds if there is no bound.
 
         Negative if the measured time is below the bound.
         """
@@ -59,29 +60,31 @@ class Site:
 
     @property
     def share(self) -> float | None:
-        """Roofline bound divided by measured seconds: 1 if the op is as fast as the machine allows.
+        """The roofline bound divided by the measured seconds: 1 if the op is as fast as the computer allows.
 
-        None without a bound, and for an op that took 0 seconds.
+        None if there is no bound, or if the op took 0 seconds.
         """
         return None if self.bound_seconds is None or not self.seconds else self.bound_seconds / self.seconds
 
     @property
     def label(self) -> str:
-        """The op's name, with the number of layers that have it if there are several: "layers.*.mlp.down_proj ×16"."""
+        """The op's name and, if several layers have the op, their number: "layers.*.mlp.down_proj ×16"."""
         return f"{self.site} ×{self.count}" if self.count > 1 else self.site
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Timings of one phase: a whole prefill of `steps` steps, or one decode step. Times are medians in seconds.
+    """Measured times of one phase and of each op in it. Times are medians of several runs, in seconds.
+
+    A phase is a whole prefill of `steps` steps, or one decode step.
 
     Attributes:
         phase: "prefill" or "decode".
-        sequences: number of sequences run together.
-        prompt_tokens: prompt length.
+        sequences: number of sequences that ran together.
+        prompt_tokens: prompt length of each sequence.
         steps: number of steps in the phase.
-        seconds: wall time when each op is timed.
-        untimed_seconds: wall time when ops are not timed, which is less.
+        seconds: wall time of the phase in runs that also timed each op.
+        untimed_seconds: wall time in runs that did not, usually shorter.
         outside_seconds: `seconds` minus the time of all ops.
         sites: the time of each op, summed over layers, in the order of the Program.
     """
@@ -97,21 +100,21 @@ class Profile:
 
     @property
     def outside_share(self) -> float:
-        """Fraction of `seconds` that is spent outside the ops of the Program, such as in Python and between kernels."""
+        """The fraction of `seconds` that is spent outside ops, such as in Python and between kernels."""
         return self.outside_seconds / self.seconds
 
     @property
     def worst(self) -> list[Site]:
-        """The ops with the largest Site.lost (seconds above the roofline bound), as a list of at most WORST (5) Sites.
+        """The ops that lose most time, as a list of at most WORST (5) Sites. The largest loss comes first.
 
-        The largest comes first. An op without a bound counts with all its seconds.
+        The loss is Site.lost, the seconds above the roofline bound. For an op without a bound it is all its seconds.
         """
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
-        """A sentence that compares the time of op `s` with its roofline bound: how many milliseconds are lost.
+        """A sentence that says how long op `s` takes, what its roofline bound is, and how many milliseconds are lost.
 
-        Without a bound the sentence says which share of the phase's time the op takes.
+        Without a bound the sentence says how long the op takes, and its share of the phase's time.
         """
         takes = f"{s.label} takes {s.seconds * 1e3:,.2f} ms"
         if s.bound_seconds is None:
@@ -125,13 +128,13 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON of the fields of this Profile, and of what is computed from them.
+        """The attributes of this Profile, and values computed from them, as a dict that can be written as JSON.
 
-        - "outside_share": fraction of the measured seconds that is spent outside the ops.
-        - "sites": a list with a dict for each op: the fields of its Site, "lost" (measured seconds minus roofline
-          bound) and "share" (roofline bound divided by measured seconds; None without a bound).
-        - "worst": the ops of self.worst, as a list of {"site": name of the op, "lost": seconds, "text": sentence that
-          compares its time with its bound}.
+        - "outside_share": fraction of the measured seconds that is spent outside ops.
+        - "sites": a list with one dict per op. Each has the attributes of the op's Site, "lost" (measured seconds minus
+          roofline bound) and "share" (roofline bound divided by measured seconds; None without a bound).
+        - "worst": a list with one dict per op of self.worst: {"site": name of the op, "lost": seconds, "text": sentence
+          that compares the time of the op with its bound}.
         """
         sites = [{**asdict(s), "lost": s.lost, "share": s.share} for s in self.sites]
         worst = [{"site": s.site, "lost": s.lost, "text": self.gap(s)} for s in self.worst]
@@ -140,12 +143,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sample:
-    """Timings of one run of a phase: of a whole prefill, or of one decode step.
+    """Measured times of one run of a phase: a whole prefill, or one decode step.
 
     Attributes:
-        wall: seconds in all.
-        sites: seconds by op, summed over layers: {name of the op with * for the layer's number: seconds}. Empty if ops
-            were not timed.
+        wall: wall time of the run in seconds.
+        sites: {name of the op, with * in place of the layer's number: seconds, summed over layers}. Empty if ops were
+            not timed.
     """
 
     wall: float
@@ -168,11 +171,19 @@ def profile(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Profile]:
-    """Profile prefill, then decode. Returns a list of the two Profiles in this order.
+    """Measure the time of each op in prefill and in decode. Returns two Profiles: prefill, then decode.
 
-    Arguments have the same meaning as in bench(). sequences: number of sequences run together. prompt_tokens: prompt
-    length; None: PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size
-    does not fit.
+    Overwrites the executable's K/V cache. Raises BenchError if the prompts do not fit the executable.
+
+    Args:
+        executable: the loaded Program.
+        roofs: the computer's limits, from which roofline bounds are computed; None: the Profiles have no bounds.
+        sequences: number of sequences that run together.
+        prompt_tokens: prompt length of each sequence; None: PROMPT_TOKENS, or fewer if the context is too short.
+        runs: number of times that each phase is measured.
+        max_batch_tokens: largest number of tokens of a prefill step.
+        clock: function that returns the time in seconds.
+        progress: called before each step as progress(done, total, text that says what is measured).
     """
     if prompt_tokens is None:
         prompt_tokens = max(1, min(PROMPT_TOKENS, executable.program.context - DECODE_STEPS))
@@ -199,9 +210,9 @@ def profile(
 
 
 def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
-    """Run the steps of a phase (a whole prefill, or one decode step) once. Returns its timings as a Sample.
+    """Run the steps of a phase once. Returns their times as a Sample.
 
-    timed: True to measure the seconds of each op too; False: the Sample has the wall time alone.
+    timed: True to measure the seconds of each op too; False: the Sample has only the wall time.
     """
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
@@ -215,13 +226,13 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """The timings of all ops as a tuple of Sites, in the order of the Program; ops of all layers are summed.
+    """The time of each op, as Sites in the order of the Program. An op's time is summed over all layers.
 
     Args:
         executable: the loaded Program.
-        steps: the Batches of the phase; their work gives the roofline bounds.
-        samples: timings of several runs; a Site has their median.
-        roofs: measured limits of the machine; None: the Sites have no bounds.
+        steps: the Batches of the phase; the roofline bounds are computed for them.
+        samples: measured times of several runs; a Site has their median.
+        roofs: measured limits of the computer; None: the Sites have no bounds.
     """
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())

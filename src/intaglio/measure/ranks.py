@@ -26,13 +26,13 @@ Timings = Sequence[Mapping[str, float]]  # seconds by site, of each rank
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Seconds of a rank in a step; medians of several steps.
+    """Measured times of one rank in one step. Each is the median of several steps, in seconds.
 
     Attributes:
         rank: number of the rank.
-        seconds: seconds in all ops.
-        collectives: seconds in collectives, a part of `seconds`.
-        waited: {number of another rank: seconds in which this rank waited for it}, a part of `collectives`.
+        seconds: time in all ops.
+        collectives: the part of `seconds` that was spent in collectives (communication between ranks).
+        waited: {number of another rank: time that this rank waited for that rank}; a part of `collectives`.
     """
 
     rank: int
@@ -42,10 +42,10 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Measure decode steps. Returns a list of runs * DECODE_STEPS StepResults with the seconds of each op.
+    """Run decode steps with the time of each op. Returns runs * DECODE_STEPS StepResults.
 
-    Each run decodes DECODE_STEPS tokens after short prompts; one more run before them warms up and is left out.
-    sequences: number of sequences in a step. Overwrites the K/V cache.
+    Each run decodes DECODE_STEPS tokens after short prompts. One more run before them is a warm-up and is left out.
+    Overwrites the K/V cache. sequences: number of sequences in a step.
     """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))
     steps = [
@@ -56,10 +56,9 @@ def timed_decode(executable: Executable, sequences: int, runs: int) -> list[Step
 
 
 def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes]:
-    """A list with the RankTimes of each rank of a mesh, in order of rank. Times are medians over `steps`.
+    """The RankTimes of each rank, as a list in order of rank. Times are medians over `steps`.
 
-    mesh: the Programs of all ranks. steps: results of one or more steps, with the seconds of each op (see
-    timed_decode()).
+    mesh: the Programs of all ranks. steps: StepResults that have the time of each op, such as timed_decode() returns.
     """
     waits = [waited(mesh, step.rank_timings) for step in steps]
     collectives = [{op.site for op in p.ops if isinstance(op, Collective)} for p in mesh.programs]
@@ -75,13 +74,16 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 
 
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
-    """How long each rank of a mesh waited for others in one step: a list with a dict {other rank: seconds} for each.
+    """The time that each rank waited for each other rank in one step.
 
-    All seconds of a recv count as waiting for its sender. In any other collective, the rank with the shortest time is
-    taken for the one that arrived last. Every other rank has waited for this rank, for its own time in the op minus the
-    shortest time. A dict has no item for a rank that was not waited for.
+    Returns a list with one dict per rank: {number of the other rank: seconds}. Ranks that were not waited for are
+    missing.
 
-    timings: for each rank, the seconds of each op by site (name of the op).
+    All the time of a receive counts as waiting for its sender. In any other collective, the rank that spent the
+    shortest time in the op is taken for the last to arrive. Each other rank waited for this last rank: its own time in
+    the op minus the shortest time.
+
+    mesh: the Programs of all ranks. timings: for each rank, {name of the op: seconds}.
     """
     found = [defaultdict[int, float](float) for _ in mesh.programs]
     for rank, program in enumerate(mesh.programs):
@@ -97,11 +99,12 @@ def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]
 
 
 def chrome_trace(timings: Timings) -> str:
-    """JSON text of a step in Chrome's trace event format, which Perfetto opens. Each rank is a process.
+    """The times of one step as JSON text in Chrome's trace event format, which Perfetto opens.
 
-    The ops of each rank follow one another without gaps, from 0 s on, since only their durations are known.
+    Each rank is shown as a process. Its ops follow one another without gaps from 0 s on, because only their durations
+    are known.
 
-    timings: for each rank, {site (name of the op): seconds}, in the order in which the ops ran.
+    timings: for each rank, {name of the op: seconds}, in the order in which the ops ran.
     """
     events: list[dict[str, Any]] = []
     for rank, sites in enumerate(timings):

@@ -16,10 +16,10 @@ from intaglio.devices.processes import child_environment
 
 @contextmanager
 def started(words: list[str]) -> Iterator[str]:
-    """Start `intaglio serve` with these arguments on a free port. Yields its address, up to and with /v1.
+    """A context manager that runs `intaglio serve` on a free port. Yields the server's address, up to and with /v1.
 
-    A context manager: the server is stopped at the end of the block. Raises ValueError with its output if it does
-    not start.
+    words: command-line arguments for `intaglio serve`. The server is stopped at the end of the block. Raises
+    ValueError, with the output of the server, if it does not start.
     """
     command = [sys.executable, "-m", "intaglio", "serve", *words, "--port", "0"]
     with tempfile.TemporaryFile("w+") as said:
@@ -38,10 +38,10 @@ def started(words: list[str]) -> Iterator[str]:
 
 
 def serve_words(model: Path | None, **options: Any) -> list[str]:
-    """The command-line arguments of `intaglio serve`, as a list of words.
+    """Command-line arguments for `intaglio serve`, as a list of strings.
 
-    The model's path comes first; it is left out if `model` is None. Each keyword whose value is not None follows as two
-    words, an option and its value: max_batch=8 becomes "--max-batch", "8". Options without a value cannot be given.
+    The path `model` comes first, unless it is None. Each keyword argument that is not None follows as an option and its
+    value: max_batch=8 becomes "--max-batch", "8". Options that take no value cannot be given.
     """
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
     return [*([str(model)] if model else []), *(word for pair in given for word in pair)]

@@ -13,11 +13,15 @@ SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999, 1)
 
 @dataclass(frozen=True)
 class Trace:
-    """Prompt and output lengths of a public trace, as quantiles in tokens.
+    """The distribution of prompt and output lengths in a public trace of requests.
 
-    `prompt` and `output` are the lengths at the quantiles SHARES; lengths in between are interpolated linearly. Prompts
-    and outputs are drawn independently, because in these traces they are hardly correlated. `source`: name of the
-    trace.
+    Prompt and output lengths are drawn independently, because in these traces they are hardly correlated.
+
+    Attributes:
+        source: name of the trace.
+        prompt: prompt lengths in tokens at the quantiles SHARES; between two quantiles, lengths are interpolated
+            linearly.
+        output: output lengths in tokens, in the same form.
     """
 
     source: str
@@ -26,7 +30,7 @@ class Trace:
 
     @property
     def most(self) -> int:
-        """Number of tokens (prompt and output together) that about 99 of 100 requests do not exceed."""
+        """The number of tokens, prompt and output together, that about 99 of 100 requests do not exceed."""
         return self.prompt[10] + self.output[10]
 
 
@@ -51,7 +55,13 @@ TRACES = {
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A request to send: numbers of `prompt` and `output` tokens, and `at`, seconds after the load's beginning."""
+    """A planned request of a load test.
+
+    Attributes:
+        at: planned arrival, in seconds after the beginning of the load.
+        prompt: number of prompt tokens.
+        output: number of output tokens.
+    """
 
     at: float
     prompt: int
@@ -59,7 +69,7 @@ class LoadRequest:
 
 
 def trace(name: str) -> Trace:
-    """The Trace (prompt and output lengths of a public trace of requests) called `name`, such as "conversation".
+    """The Trace called `name`, such as "conversation": prompt and output lengths of a public trace of requests.
 
     Raises ValueError, with the known names, if there is no such trace.
     """
@@ -69,19 +79,20 @@ def trace(name: str) -> Trace:
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """The factor by which the lengths of trace `t` must be multiplied so that about 99 of 100 requests fit a context.
+    """The factor that makes the lengths of trace `t` fit a context: multiplied by it, about 99 of 100 requests fit.
 
-    context: tokens of the context. The factor is at most 1. It is 1 if the lengths fit as they are, and if `context` is
-    None or 0.
+    context: length of the context in tokens. The factor is 1 if the lengths fit unchanged, or if `context` is None or
+    0. It is never above 1.
     """
     return min(1.0, context / t.most) if context else 1.0
 
 
 def arrivals(n: int, rate: float, cv: float, rng: np.random.Generator) -> np.ndarray:
-    """Arrival times in seconds [n]. Gaps are gamma distributed with mean 1 / rate and coefficient of variation `cv`.
+    """Random arrival times of `n` requests, in seconds, ascending: float [n].
 
-    A cv of 1 is a Poisson process; above it, requests arrive in bursts. With an infinite rate all arrive at 0. Raises
-    ValueError unless rate and cv are above 0.
+    The gaps between arrivals are gamma distributed with mean 1 / `rate` and coefficient of variation `cv`. With cv = 1
+    the arrivals are a Poisson process; with a larger `cv` they come in bursts. If `rate` is infinite, all requests
+    arrive at 0. Raises ValueError unless `rate` and `cv` are above 0.
     """
     if not rate > 0 or not cv > 0:
         raise ValueError(f"rate is {rate} and cv is {cv}; allowed: above 0")
@@ -93,11 +104,19 @@ def arrivals(n: int, rate: float, cv: float, rng: np.random.Generator) -> np.nda
 def draw(
     t: Trace, n: int, rate: float, cv: float = 1.0, scale: float = 1.0, context: int | None = None, seed: int = 0
 ) -> list[LoadRequest]:
-    """A list of `n` LoadRequests in order of arrival, with lengths drawn from the trace `t` and multiplied by `scale`.
+    """Draw `n` random requests from the trace `t`. Returns LoadRequests in order of arrival.
 
-    rate: mean arrivals per second; inf: all at once. cv: coefficient of variation of the gaps between arrivals.
-    context: context length in tokens. Outputs are cut to half of it, then prompts to the rest; None: no length is cut.
-    Raises ValueError unless rate and cv are above 0.
+    Args:
+        t: the trace from which prompt and output lengths are drawn.
+        n: number of requests.
+        rate: mean arrivals per second; inf: all requests arrive at once.
+        cv: coefficient of variation of the gaps between arrivals.
+        scale: factor by which all lengths are multiplied.
+        context: length of the model's context in tokens. Outputs are cut to half of it, then prompts to what the output
+            leaves. None: no length is cut.
+        seed: random seed.
+
+    Raises ValueError unless `rate` and `cv` are above 0.
     """
     rng = np.random.default_rng(seed)
     at = arrivals(n, rate, cv, rng)
@@ -109,9 +128,9 @@ def draw(
 
 
 def _lengths(knots: Sequence[int], n: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw `n` random lengths in tokens. Returns an int array [n] of 1 or more.
+    """Draw `n` random lengths in tokens. Returns an int array [n]; each length is at least 1.
 
-    knots: quantiles of the lengths of a trace, in tokens, at the fractions in SHARES; between them, quantiles are
-    interpolated linearly. scale: factor for each length, which is then rounded to a whole number.
+    knots: lengths at the quantiles SHARES; between two quantiles, lengths are interpolated linearly. scale: factor by
+    which each length is multiplied before it is rounded to a whole number.
     """
     return np.maximum(1, np.rint(scale * np.interp(rng.random(n), SHARES, knots))).astype(int)

@@ -49,18 +49,18 @@ UNUSED = {  # tensors of GGUF files, by use_of()
 
 @dataclass(frozen=True)
 class TensorFate:
-    """What became of one tensor of a checkpoint's files.
+    """Report on one tensor in a checkpoint's files: which weights of the Program it becomes, or why it is ignored.
 
     Attributes:
-        name: its name.
-        file: name of its file.
-        dtype: its stored type, such as BF16.
-        shape: its stored shape.
-        bytes: number of its bytes in the file.
+        name: name of the tensor.
+        file: name of the file that has the tensor.
+        dtype: stored type, such as BF16.
+        shape: stored shape.
+        bytes: bytes of the tensor in the file.
         fate: "used" or "ignored".
-        becomes: names of the Program's weights made from it; () if ignored.
-        format: number format of the first of these weights; "" if ignored.
-        why: the reason why it is ignored; "" if used.
+        becomes: names of the Program's weights that are made from the tensor; () if it is ignored.
+        format: number format of the first of these weights; "" if the tensor is ignored.
+        why: why the tensor is ignored; "" if it is used.
     """
 
     name: str
@@ -76,13 +76,13 @@ class TensorFate:
 
 @dataclass(frozen=True)
 class Group:
-    """Used tensors whose names differ only in layer and expert numbers.
+    """Report on a group of used tensors whose names differ only in the numbers of layers and experts.
 
     Attributes:
-        tensors: the name of the tensors, with * in place of these numbers.
-        count: number of tensors.
-        dtype: their stored type.
-        becomes: names of the Program's weights made from the tensors, with * in place of the numbers.
+        tensors: the name that the tensors share, with * in place of each number.
+        count: number of tensors in the group.
+        dtype: stored type of the tensors.
+        becomes: names of the Program's weights made from the tensors, with * in place of each number.
         format: number format of these weights.
         bytes: bytes of these weights in memory.
     """
@@ -97,22 +97,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Account:
-    """Report of how a checkpoint is read: its model, and whether each tensor, key and file is used, or why not.
+    """Report on how a checkpoint is read: which model it is, and which of its tensors, keys and files are used.
 
     Attributes:
         path: path of the checkpoint.
         architecture: name of the architecture in config.json.
         models: names of released models of this architecture.
-        said_by: the file and key that name the architecture.
-        quantised_by: the file and key that say how matrices are quantised; "": they are not.
-        context: context length in tokens for which the model was ported.
+        said_by: the file and key in which the checkpoint names its architecture.
+        quantised_by: the file and key in which the checkpoint says how its matrices are quantised; "" if they are not.
+        context: maximum tokens of a sequence.
         vocabulary: number of token ids.
         bytes: bytes of the weights in memory.
-        tensors: each tensor of the files.
-        groups: the used tensors, grouped over layers and experts.
-        keys: each key of config.json and of the tokenizer's files.
-        files: each file of the folder.
-        notes: warnings that port() issues, and those about the tokenizer's files.
+        tensors: one entry per tensor in the files, with the reason if it is ignored.
+        groups: the used tensors, one entry for all layers and experts together.
+        keys: one entry per key of config.json and of the tokenizer's files (for a GGUF file, of its metadata).
+        files: one entry per file of the checkpoint.
+        notes: texts of warnings about the model and the tokenizer's files.
     """
 
     path: str
@@ -130,10 +130,10 @@ class Account:
     notes: tuple[str, ...]
 
     def table(self) -> dict[str, Any]:
-        """The account of the checkpoint as a dict of plain values, for JSON.
+        """This report as a dict that can be written as JSON.
 
-        The keys are the attributes' names. Attributes with entries (groups, tensors, keys, files) become lists of
-        dicts. quantised_by is None if it is "".
+        The keys are the names of the attributes. `groups`, `tensors`, `keys` and `files` are lists with one dict per
+        entry. `quantised_by` is None instead of "".
         """
         return {
             "path": self.path, "architecture": self.architecture, "models": self.models, "said_by": self.said_by,
@@ -146,10 +146,10 @@ class Account:
 
 
 def account(path: str | Path, context: int | None = None) -> Account:
-    """The Account of a checkpoint: what each of its tensors, keys and files is used for.
+    """Read a checkpoint and report what each of its tensors, keys and files is used for. Returns the Account.
 
-    context: positions to compile for; None: the model's default. Raises CheckpointError or PortError if the checkpoint
-    cannot be ported.
+    context: maximum tokens of a sequence; None: the model's own limit. Raises CheckpointError if the checkpoint cannot
+    be read, PortError if the model is not supported.
     """
     checkpoint = Checkpoint.open(path)
     ported = port_checkpoint(checkpoint, context)
@@ -172,12 +172,11 @@ def account(path: str | Path, context: int | None = None) -> Account:
 
 
 def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Two dicts that say which weights of the Program each stored tensor of a checkpoint becomes.
+    """Which weights of the Program each tensor of the checkpoint becomes, as two dicts.
 
-    The keys of both are names of stored tensors. A stored tensor from which no weight is made is in neither dict.
-
-    - Values of the first dict: a list of the names of the weights that are made from the stored tensor.
-    - Values of the second dict: the number format of the first weight in that list.
+    The first dict is {name of a stored tensor: list of the names of the weights made from it}. The second is {name of a
+    stored tensor: number format of the first weight in that list}. A tensor that no weight is made from is in neither
+    dict.
     """
     used: dict[str, list[str]] = {}
     formats: dict[str, str] = {}
@@ -191,9 +190,10 @@ def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]],
 
 
 def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate (what became of a tensor) for each tensor of a GGUF file, under the tensor's name in the file.
+    """Yield a TensorFate for each tensor of a GGUF checkpoint: which weights it becomes, or why it is ignored.
 
-    If the checkpoint is divided into several GGUF files, the tensors of all of them are yielded.
+    The tensor is named as in the GGUF file. If the checkpoint is divided into several files, the tensors of all files
+    are yielded. ported: the Program that was made from the checkpoint.
     """
     assert checkpoint.gguf
     used, formats = _uses(checkpoint, ported)
@@ -220,9 +220,9 @@ def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate
 
 
 def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate (which weights a stored tensor becomes, or why it is ignored) for each tensor in the files.
+    """Yield a TensorFate for each tensor in the files: which weights it becomes, or why it is ignored.
 
-    checkpoint: the open checkpoint. ported: the Program that a port made of the checkpoint.
+    ported: the Program that was made from the checkpoint.
     """
     used, formats = _uses(checkpoint, ported)
     whole = {part: name for name, coded in checkpoint.coded.items() for part in coded.parts}
@@ -246,9 +246,10 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
 
 
 def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, ...]) -> Iterator[Group]:
-    """Yield a Group for each set of used tensors whose names are equal when numbers are replaced by *.
+    """Yield a Group for each set of used tensors whose names are equal when their numbers are replaced by *.
 
-    The bytes of a weight made of several tensors are counted in the first group that has one of these tensors.
+    If a weight is made of tensors in several groups, its bytes count in the first of these groups. tensors: reports on
+    all tensors of the checkpoint.
     """
     sizes = {t.name: t.nbytes({}) for t in ported.program.of_role("weight")}
     count, size = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()
@@ -268,7 +269,7 @@ def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, .
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Fate]:
-    """Yield a Fate (used or ignored, and why) for each file of the checkpoint."""
+    """Yield a Fate for each file of the checkpoint: whether the file is used or ignored, and why."""
     path = checkpoint.path
     if not path.is_dir():
         for part in checkpoint.gguf.file.parts if checkpoint.gguf else (path,):

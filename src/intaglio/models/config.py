@@ -28,19 +28,25 @@ PER_LAYER = ("mlp_layer_types", "no_rope_layers", "layer_rope_theta", "indexer_t
 
 
 class CheckpointError(ValueError):
-    """Raised for a checkpoint that cannot be read. The message names file, value and, if known, remedy."""
+    """Raised for a checkpoint that cannot be read.
+
+    The message names the file and the wrong value and, if known, says what to do.
+    """
 
 
 class PortError(ValueError):
-    """Raised for a model that cannot be ported. The message has the key or tensor, its value and what is allowed."""
+    """Raised for a model that is not supported.
+
+    The message names the key or tensor, its value and the values that are allowed.
+    """
 
 
 class Settings(dict[str, Any]):
-    """A table (JSON object) of a config file that records which of its keys are read.
+    """A dict with the values of a JSON object in a config file. It records which of its keys are read.
 
     Attributes:
-        at: path of the table in the file, such as rope_parameters.
-        given: the keys and values in the file, without those set later, such as defaults.
+        at: path of the object in the file, such as rope_parameters; "" for the outermost object.
+        given: the keys and values in the file, without keys that were set later, such as defaults.
         seen: the keys that were read.
         ignored: {a key without effect: the reason}.
     """
@@ -70,34 +76,31 @@ class Settings(dict[str, Any]):
         return value
 
     def path(self, key: str) -> str:
-        """The place of a key in the config file, as text with dots, such as rope_parameters.rope_theta.
-
-        key: a key of this table, present or not.
-        """
+        """The place of `key` in the config file, with dots between names, such as rope_parameters.rope_theta."""
         return f"{self.at}.{key}" if self.at else key
 
     def unread(self) -> Iterator[tuple[str, Any]]:
-        """Yield (key, value) of each key in the file that has not been read."""
+        """Yield (key, value) for each key of the file that has not been read."""
         return ((key, value) for key, value in self.given.items() if key not in self.seen)
 
 
 class Config:
-    """config.json, with a family's defaults for keys that the file leaves out. Records which keys are read.
+    """The values of a config.json, with defaults for keys that the file leaves out. It records which keys are read.
 
-    As in transformers, a key that is null in config.json has no value; it does not take the default.
+    A key that is null in config.json has no value; it does not get the default. transformers does the same.
 
     Attributes:
-        table: the values by key: those of the file, the defaults, and values that a port has set.
-        given: the keys and values in the file.
+        table: all values by key: from the file, from the defaults, and values set later by the code that reads the
+            model.
+        given: the keys and values in the file alone.
         seen: the keys that were read.
         parts: copies of the nested tables that settings() returned, such as rope_scaling. Each copy records which of
             its own keys are read.
-        replaced: {a key that another one overrides: the reason}.
-        mlp_types: the values that the list mlp_layer_types may have; a port whose layers have other values sets them.
-        ignored: {prefix of tensor names: why this config makes the port ignore such tensors}. Tensors that a family
-            always ignores are listed in its Family instead.
-        named: {a key as ports read it: the file's own name for the key}, where the two names differ. Errors use the
-            file's name.
+        replaced: {key that has no effect because another key overrides it: the reason}.
+        mlp_types: the values that are allowed in the list mlp_layer_types.
+        ignored: {prefix of tensor names: why tensors with this prefix are not needed under this config}.
+        named: {key that the code reads: name of that key in the file}, where the two names differ. Error messages use
+            the name in the file.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -111,10 +114,10 @@ class Config:
         self.mlp_types: tuple[str, ...] = MLP_TYPES
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or `default` if it has none.
+        """The value of `key`; `default` if the key is missing or null.
 
-        Raises PortError for a value that is not of the key's kind (kinds.py), and for a list of one value per layer
-        that has another length than num_hidden_layers.
+        Raises PortError if the value is not of the kind that the key must have (kinds.py), and if the key lists one
+        value per layer but the list does not have num_hidden_layers values.
         """
         self.seen.add(key)
         value = self.table.get(key)
@@ -127,26 +130,27 @@ class Config:
         return default if value is None else value
 
     def check_length(self, key: str, values: Sequence[Any]) -> None:
-        """Raise PortError if `values`, a list with one value per layer, does not have num_hidden_layers values.
+        """Raise PortError if the list `values` does not have num_hidden_layers values, one per layer.
 
-        key: the key of config.json that has the list, for the error. Without num_hidden_layers nothing is checked.
+        key: the key of config.json that has the list, for the message. Nothing is checked if the config lacks
+        num_hidden_layers.
         """
         layers = self.table.get("num_hidden_layers")
         if isinstance(layers, int) and len(values) != layers:
             raise PortError(f"config.json: {key} lists {len(values)} layers but num_hidden_layers={layers}")
 
     def name(self, key: str) -> str:
-        """The name that config.json uses for a setting, for error messages.
+        """The name of `key` in this config.json, for error messages.
 
-        key: the usual name of the setting. It is returned unchanged unless this model type has another name for it.
+        It is `key` itself, unless files of this model type use another name.
         """
         return self.named.get(key, key)
 
     def either(self, *keys: str) -> str:
-        """The name of the first of these keys that has a value in the config (not null); the last name if none has one.
+        """The name of the first of `keys` that has a value (not null); the last of `keys` if none has one.
 
-        Called where config files use different keys for the same setting. All the keys count as read. Raises PortError
-        if the file gives several of them unlike values.
+        Used where config files have different keys for the same setting. All the keys count as read. Raises PortError
+        if the file has several of the keys, with different values.
         """
         valued = [key for key in keys if self.get(key) is not None]
         told = [key for key in valued if key in self.given]
@@ -159,16 +163,16 @@ class Config:
         return valued[0] if valued else keys[-1]
 
     def count(self, key: str) -> int:
-        """The value of a key that is an integer of 0 or more. Raises PortError for another or a missing value."""
+        """The value of `key`, an integer of 0 or more. Raises PortError for any other value, or if there is none."""
         value = self.get(key)
         if value is None:
             raise PortError(f"config.json lacks {self.name(key)!r}, which this family needs")
         return int(value)
 
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
-        """The value of a key that lists as many numbers as `default`, as a tuple; `default` if the key has no value.
+        """The numbers that `key` lists, as a tuple of floats; `default` if the key has no value.
 
-        Raises PortError for a list of another length.
+        Raises PortError if the list is not as long as `default`.
         """
         values = self.get(key, default)
         if len(values) != len(default):
@@ -176,9 +180,10 @@ class Config:
         return tuple(float(x) for x in values)
 
     def settings(self, key: str, inner: str = "") -> Settings:
-        """A Settings copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
+        """The JSON object at `key`, or the object `inner` inside it, as a Settings.
 
-        The copy records which of its keys are read. Raises PortError if the value is not a table.
+        It is empty if the file has no such object. The Settings is a copy that records which of its keys are read.
+        Raises PortError if the value is not an object.
         """
         value = self.get(key, {})
         at = key
@@ -195,9 +200,9 @@ class Config:
         return out
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """The value of a key that is a count: an integer of 1 or more. Raises PortError for any other value.
+        """The value of `key`, an integer of 1 or more; `default` if the key has no value.
 
-        default: used if the key has no value. Without a default, a missing value raises PortError.
+        Raises PortError for any other value, and for a missing value if `default` is None.
         """
         value = self.get(key, default)
         if value is None:
@@ -207,13 +212,16 @@ class Config:
         return value
 
     def whole_or_none(self, key: str) -> int | None:
-        """The value of a key that is a count, as whole() checks it; None if it has no value."""
+        """The value of `key`, an integer of 1 or more; None if the key has no value.
+
+        Raises PortError for any other value.
+        """
         return None if self.get(key) is None else self.whole(key)
 
     def real(self, key: str, default: float | None = None) -> float:
-        """The value of a key that is a finite number above 0. Raises PortError for any other value.
+        """The value of `key`, a finite number above 0; `default` if the key has no value.
 
-        default: used if the key has no value. Without a default, a missing value raises PortError.
+        Raises PortError for any other value, and for a missing value if `default` is None.
         """
         value = self.get(key, default)
         if value is None:
@@ -223,25 +231,25 @@ class Config:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """The value of a key that is true or false; False if it has no value. Raises PortError for anything else."""
+        """The value of `key`, true or false; False if the key has no value. Raises PortError for any other value."""
         value = self.get(key, False)
         if not isinstance(value, bool):
             raise PortError(f"config.json: {self.name(key)}={value!r}; wanted true or false")
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0, 0.0 or {}.
+        """Raise PortError, with the reason `why`, if one of `keys` switches something on that is not supported.
 
-        A key that is missing or null is accepted too.
+        Accepted are keys that are missing, null, false, 0 or {}.
         """
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
                 raise PortError(f"config.json: {self.name(key)}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
-        """Name of the activation function, as ops call it. Raises PortError for an unknown one.
+        """The name of the config's activation function, as ops call it. Raises PortError if it is unknown.
 
-        key: the key of config.json that has the function's name.
+        key: the key of config.json that names the function.
         """
         value = self.get(key)
         if not isinstance(value, str) or value not in ACTIVATIONS:
@@ -251,9 +259,9 @@ class Config:
         return ACTIVATIONS[value]
 
     def need_silu(self, why: str, key: str = "hidden_act") -> None:
-        """Raise PortError unless the activation function is silu. Returns nothing.
+        """Raise PortError unless the activation function is silu.
 
-        why: the end of the message. key: the key of config.json that has the function's name.
+        why: the end of the message. key: the key of config.json that names the function.
         """
         if self.activation(key) != "silu":
             raise PortError(f"config.json: {self.name(key)}={self.get(key)!r}; {why}")
@@ -264,12 +272,12 @@ class Config:
         """The attention type of each layer, as a list: the value of the key `layer_types`, or a default.
 
         Args:
-            every: for the default: each `every`-th layer has full attention and the others a sliding window; 0: all
-                layers have full attention.
-            usual: the default itself; None: the one that `every` gives.
+            every: makes the default if `usual` is None: every `every`-th layer has full attention, the others a sliding
+                window. 0: all layers have full attention.
+            usual: the default.
             known: the types that are allowed.
 
-        Raises PortError for a type that is not in `known`, and for another number of types than num_hidden_layers.
+        Raises PortError for a type that is not in `known`, and for a list that does not have num_hidden_layers types.
         """
         n = self.whole("num_hidden_layers")
         usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]

@@ -14,13 +14,13 @@ LEAST_RMS = 1e-5**0.5  # of a projected stream, by which it is divided; transfor
 
 
 def start_streams(w: Writer, altup: AltUp, x: str) -> list[str]:
-    """Add the ops that make the residual streams of a model with AltUp from its embeddings.
+    """Add the ops that make the residual streams of AltUp from the embeddings `x`.
 
-    Returns a list of tensor names, one [T, hidden] for each stream. The first is `x` itself; the others are projections
-    of x, scaled to its root mean square.
+    Returns the names of the streams' tensors as a list, each tensor [T, hidden]. The first stream is `x` itself. Each
+    other stream is a projection of `x`, scaled so that its rows have the same root mean square as those of `x`.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         altup: sizes of AltUp.
         x: name of the tensor of embeddings.
     """
@@ -29,13 +29,13 @@ def start_streams(w: Writer, altup: AltUp, x: str) -> list[str]:
 
 
 def end_streams(w: Writer, streams: list[str]) -> str:
-    """Add the ops that take the mean of the residual streams before the head. Returns the name of the mean [R, hidden].
+    """Add the ops that join the residual streams to one before the head. Returns the name of its tensor, [R, hidden].
 
-    Only rows whose logits are wanted are computed. Every stream but the first is projected, and scaled so that it has
-    the root mean square of the first stream.
+    The result is the mean of the streams, for the R tokens whose logits are wanted. Before the mean, every stream but
+    the first is projected and scaled so that its rows have the same root mean square as those of the first stream.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         streams: names of the streams' tensors.
     """
     b = w.b
@@ -47,13 +47,14 @@ def end_streams(w: Writer, streams: list[str]) -> str:
 
 
 def predict(w: Writer, altup: AltUp, i: int, streams: list[str]) -> list[str]:
-    """Add the ops that predict every residual stream after layer `i`, before the layer is computed (AltUp).
+    """Add the ops that predict, before layer `i` runs, the residual streams after the layer (AltUp).
 
-    Returns a list of tensor names, one [T, hidden] for each stream: prediction[m] = streams[m] + sum over n of c[m, n]
-    * streams[n]. The coefficients c of a token are computed from its row of the active stream by small learned layers.
+    Returns the names of the predictions as a list, one tensor [T, hidden] per stream: prediction[m] = streams[m] + sum
+    over n of c[m, n] * streams[n]. Small learned layers compute the coefficients c of a token from its row of the
+    active stream.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         altup: sizes of AltUp.
         i: number of the layer.
         streams: names of the streams' tensors before the layer.
@@ -69,13 +70,14 @@ def predict(w: Writer, altup: AltUp, i: int, streams: list[str]) -> list[str]:
 
 
 def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> list[str]:
-    """Add the ops that correct the predicted residual streams once layer `i` has been computed (AltUp).
+    """Add the ops that correct the predicted residual streams after layer `i` has run (AltUp).
 
-    Returns a list of tensor names, one [T, hidden] for each stream: corrected[m] = predicted[m] + (1 + c[m]) * (x -
-    predicted[active]). The coefficients c of a token are computed from its row of `x` by small learned layers.
+    Returns the names of the corrected streams as a list, one tensor [T, hidden] per stream: corrected[m] = predicted[m]
+    + (1 + c[m]) * (x - predicted[active]). Small learned layers compute the coefficients c of a token from its row of
+    `x`.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         altup: sizes of AltUp.
         i: number of the layer.
         predicted: names of the tensors that predict() returned.
@@ -91,13 +93,13 @@ def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> li
 
 
 def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
-    """Multiply the active stream of AltUp by the layer's learned factors, one per column.
+    """Add the op that multiplies the active stream by the layer's learned factors, one factor per column (AltUp).
 
-    Returns the name of the product's tensor. If the model has no such factors, adds no op and returns the name of the
-    active stream's tensor.
+    Returns the name of the product's tensor, [T, hidden]. If the model has no such factors, no op is added and the
+    result is the name of the active stream's tensor.
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         altup: sizes of AltUp.
         i: number of the layer.
         streams: names of the streams' tensors after the layer.
@@ -110,17 +112,17 @@ def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
 
 
 def _coefficients(w: Writer, altup: AltUp, i: int, at: str, x: str, name: str, count: int) -> str:
-    """Add the ops that compute `count` coefficients for each row of `x`: linear(tanh(router(norm(x) / hidden))).
+    """Add the ops that compute `count` coefficients per row of `x`. Returns the name of their tensor, [T, count].
 
-    Returns the name of their tensor [T, count]. Norm and router are the same in all calls for one layer.
+    The coefficients are linear(tanh(router(norm(x) / hidden))). All calls for one layer use the same norm and router.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         altup: sizes of AltUp.
         i: number of the layer.
         at: prefix of the ops' names.
-        x: name of the tensor that they read.
-        name: name of the last linear's module in layer `i` of the checkpoint.
+        x: name of the input tensor.
+        name: name of the module of the outer `linear` in layer `i` of the checkpoint.
         count: number of coefficients.
     """
     d, b, source = w.d, w.b, f"{w.d.prefix}layers.{i}.altup."
@@ -136,10 +138,12 @@ def _coefficients(w: Writer, altup: AltUp, i: int, at: str, x: str, name: str, c
 
 
 def _projected(w: Writer, at: str, like: str, streams: list[str], source: str) -> list[str]:
-    """Add projections of residual streams, scaled to the root mean square of the rows of `like`. Returns their names.
+    """Add the ops that project each stream and scale the projection. Returns the names of the scaled tensors as a list.
+
+    Each row of a projection is scaled to the root mean square of the same row of `like`.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names.
         like: name of the tensor whose root mean square the projections get.
         streams: names of the tensors that are projected.

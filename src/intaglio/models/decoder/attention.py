@@ -11,12 +11,14 @@ from intaglio.ops import Attend, KvWrite, Map, Norm
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of grouped-query attention, from projections to o_proj. Returns the result's tensor name [T, hidden].
+    """Add the ops of grouped-query attention, from the projections to o_proj.
+
+    Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
-        layer: the layer's description: its window, rope, heads and whose K/V cache it reads.
+        layer: description of the layer: its window, rope and heads, and the layer whose K/V cache it reads.
         x: name of the input tensor.
     """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
@@ -66,16 +68,16 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def gated(w: Writer, at: str, source: str, x: str, a: str, value_dim: int) -> str:
-    """Add the ops that gate attention's result, if the model has such a gate.
+    """Add the ops that multiply attention's result by a sigmoid gate. Returns the name of the gated tensor.
 
-    Returns the name of the gated tensor. If the model has no gate, adds nothing and returns `a`.
+    If the model has no such gate, no op is added and the result is `a`.
 
     Args:
-        w: writes the ops; its Decoder says which linear is the gate (attn_gate).
+        w: the Writer that adds the ops; its Decoder names the gate's linear layer (attn_gate).
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        x: name of the tensor that the gate reads.
-        a: name of attention's result [T, heads * value_dim].
+        x: name of the tensor from which the gate is computed.
+        a: name of attention's result, [T, heads * value_dim].
         value_dim: columns of a head's values.
     """
     d = w.d
@@ -87,7 +89,7 @@ def gated(w: Writer, at: str, source: str, x: str, a: str, value_dim: int) -> st
 
 
 def clip(limit: float) -> str:
-    """An expression for the op Map that clips its operand `a` to the range -limit to limit, as text."""
+    """An expression that clips `a` to the range -limit to limit, as text for the op Map."""
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 
@@ -95,10 +97,11 @@ def _qk_norms(w: Writer, at: str, source: str, qk: Mapping[str, str], head_dim: 
     """Add the norms of queries and keys. Returns {"q": name of the normed queries, "k": name of the normed keys}.
 
     Args:
-        w: writes the ops; its Decoder says of which kind the norms are (qk_norm).
+        w: the Writer that adds the ops; its Decoder says which norms they are (qk_norm).
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        qk: {"q": name of the queries, "k": name of the keys}, without k in a layer that reads another layer's cache.
+        qk: {"q": name of the queries, "k": name of the keys}, without "k" in a layer that reads another layer's K/V
+            cache. The result then has no "k" either.
         head_dim: columns of a head.
     """
     d = w.d

@@ -16,15 +16,15 @@ from intaglio.ops import Attend, AttendPooled, ChooseKeys, HeadLinear, KvWrite, 
 
 
 def write_compressed(w: Writer, m: Compressed, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of DeepSeek-V4's compressed attention, from projections to o_proj. Returns the result's tensor name.
+    """Add the ops of DeepSeek-V4's compressed attention, from the projections to o_proj.
 
-    The result is [T, hidden].
+    Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the attention.
         i: number of the layer.
-        layer: the layer's description.
+        layer: description of the layer.
         x: name of the input tensor.
     """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.attn."
@@ -61,15 +61,17 @@ def write_compressed(w: Writer, m: Compressed, i: int, layer: Layer, x: str) -> 
 
 
 def _pool(w: Writer, at: str, source: str, x: str, head_dim: int, layer: Layer) -> str:
-    """Add the ops that pool each run of tokens into an entry. Returns the name of the cache of entries.
+    """Add the ops that pool each run of consecutive tokens into one key, called an entry.
+
+    Returns the name of the cache that holds the entries.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
         head_dim: columns of an entry.
-        layer: the layer's description: tokens in a run, whether runs overlap, and the rope table.
+        layer: description of the layer: tokens per run, whether runs overlap, and the rope table.
     """
     d, b, halves = w.d, w.b, 2 if layer.indexed else 1
     value, gate = (w.linear(at + s, x, halves * head_dim, d.hidden, source + s) for s in ("wkv", "wgate"))
@@ -88,15 +90,15 @@ def _pool(w: Writer, at: str, source: str, x: str, head_dim: int, layer: Layer) 
 def _choose(w: Writer, index: Indexer, i: int, layer: Layer, x: str, narrow: str, q_rank: int) -> str:
     """Add the ops of a layer's indexer, which chooses the entries that each query attends to.
 
-    An entry is a run of tokens that is compressed to one key. The indexer compresses the same runs a second time, with
-    weights of its own. Returns the name of the tensor of chosen entries.
+    Returns the name of the tensor with the chosen entries' numbers. An entry is a run of consecutive tokens pooled into
+    one key. To choose, the indexer pools the same runs a second time, into smaller keys, with weights of its own.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         index: sizes of the indexer.
         i: number of the layer.
-        layer: the layer's description.
-        x: name of the input tensor, from which entries and weights are projected.
+        layer: description of the layer.
+        x: name of the input tensor, from which the indexer's keys and the weights of its heads are projected.
         narrow: name of the tensor of compressed queries, from which the indexer's queries are projected.
         q_rank: columns of `narrow`.
     """

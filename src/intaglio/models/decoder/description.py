@@ -34,37 +34,40 @@ TRANSPOSED = ("experts.gate_up_proj|T|r0:{i}/{2i}", "experts.gate_up_proj|T|r{i}
 
 @dataclass(frozen=True)
 class Layer:
-    """The properties of one layer that may differ between layers.
+    """Description of one layer of a Decoder: the properties in which layers may differ.
 
     Attributes:
         rope: name of the rope table; "": no rope.
         window: attention window in tokens; 0: full attention.
-        chunk: attention chunk in tokens; 0: full attention.
+        chunk: tokens of a chunk, if queries attend only to the chunk of positions that they are in; 0: full attention.
         sparse: True if the MLP is a mixture of experts.
-        scale: a factor on the attention scale.
-        o_bias: True if o_proj has a bias in this layer, whatever the Decoder's o_bias.
-        kv_heads: heads of keys and values; 0: the Decoder's.
-        head_dim: columns of a head; 0: the Decoder's.
-        values_are_keys: True if the keys before norm and rope serve as values.
+        scale: factor by which the Decoder's attention scale is multiplied.
+        o_bias: True if o_proj has a bias in this layer even if the Decoder's o_bias is False.
+        kv_heads: heads of keys and values; 0: as many as the Decoder says.
+        head_dim: columns of a head; 0: as many as the Decoder says.
+        values_are_keys: True if there is no projection of values: the keys, before norm and rope, are also the values.
         sinks: True if this layer has attention sinks; used only if the Decoder's `sinks` is set.
         without: names of norms, such as attn.norm, that this layer does not have.
-        width: inner width of the dense MLP; 0: the Decoder's.
-        mixer: a block with recurrent state in place of attention; None: attention.
+        width: inner width of the dense MLP; 0: the Decoder's `intermediate`.
+        mixer: description of a recurrent block or short convolution that the layer has instead of attention; None:
+            attention.
         beside: True if the layer has attention beside the mixer, and their results are added (Falcon-H1).
         attention: True if the layer has attention or a mixer.
         mlp: True if the layer has an MLP or experts.
-        mix: (factor on the residual, factor on attention's result) where the two are added.
-        shares_index: True if sparse attention here has no indexer of its own (see Latent). It uses the positions chosen
-            in the nearest earlier layer that has one.
-        cache_of: number of the earlier layer whose keys and values attention reads; None: it has its own.
-        sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. The values below mean +
-            n * standard deviation of the row become 0, with n the standard normal quantile of the fraction.
-        pooled: tokens in each run that compressed attention pools into an entry; 0: it attends to its window only.
-        indexed: True if runs are pooled with the run before, and an indexer chooses the entries (see Compressed).
-        hashed: True if a table lists the experts of each token id (see Mixture.table).
+        mix: (factor of the residual, factor of attention's result) when the two are added.
+        shares_index: True if this layer's sparse attention has no indexer (see Latent). It uses the positions chosen by
+            the nearest earlier layer with an indexer.
+        cache_of: number of the earlier layer whose keys and values this layer reads; None: it has its own.
+        sparsity: fraction of the MLP's gate values to set to 0 in each row (Gemma 3n); 0: none. Values below mean + n *
+            (standard deviation of the row) become 0, where n is the standard normal quantile of the fraction.
+        pooled: number of consecutive tokens (a run) that compressed attention pools into one key, called an entry; 0:
+            no entries, only the window.
+        indexed: True if each run is pooled together with the run before it, and an indexer chooses the entries (see
+            Compressed).
+        hashed: True if a table says which experts each token id goes to (see Mixture.table).
         shared: (owner, use) if the layer runs a shared block before its mixer (Zamba, see Decoder.shared), else None.
-            owner: number of the layer whose tensor names in the checkpoint hold the block's weights. use: how many
-            earlier layers run a shared block; it chooses the adapters.
+            owner: number of the layer under whose names the checkpoint stores the block's weights. use: number of
+            earlier layers that run a shared block; it selects this layer's adapters.
     """
 
     rope: str = "rope"
@@ -95,18 +98,19 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A transformer block whose weights several layers share (Zamba, Zamba2): attention and an MLP, without residuals.
+    """Description of a block whose weights several layers share (Zamba, Zamba2).
 
-    The block reads the columns of the layer's input joined with those of the embedding, so its input has 2 * hidden
-    columns. A linear that each layer has for itself is applied to the block's result. The sum of the linear's result
-    and the layer's input goes into the layer's mixer.
+    The block is attention and an MLP, without residuals. The input of the block is the layer's input and the
+    embeddings, side by side: 2 * hidden columns. The block's result goes through a linear layer that each layer has for
+    itself, and is added to the layer's input. The sum is the input of the layer's mixer.
 
     Attributes:
         block: name of the block's module in a layer of the checkpoint.
         rank: rank of the low-rank adapters (LoRA) that each layer adds to the MLP; 0: none.
         qkv_rank: rank of the adapters that each layer adds to the projections of queries, keys and values; 0: none.
         bias: True if the MLP's linears have biases.
-        fused: True if gate and up of the MLP are one module, gate_up_proj, False if they are gate_proj and up_proj.
+        fused: True if the checkpoint stores the MLP's gate and up projections as one module, gate_up_proj; False if as
+            gate_proj and up_proj.
     """
 
     block: str
@@ -118,11 +122,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class AltUp:
-    """Several residual streams (AltUp, Baykal et al. 2023): a layer computes one stream and predicts the others.
+    """Sizes of AltUp (Baykal et al. 2023).
+
+    There are several residual streams, of which a layer computes one and predicts the others.
 
     Attributes:
         streams: number of streams.
-        active: index, from 0, of the one stream that layers compute.
+        active: number, from 0, of the stream that layers compute.
         scaled: True if the active stream is multiplied by learned factors before the branch of per-layer inputs.
     """
 
@@ -133,12 +139,12 @@ class AltUp:
 
 @dataclass(frozen=True)
 class Indexer:
-    """The indexer of sparse attention (DeepSeek-V3.2), which chooses the positions that a query attends to.
+    """Sizes of the indexer of sparse attention (DeepSeek-V3.2), which chooses the positions that each query attends to.
 
     Attributes:
-        heads: number of its heads.
+        heads: number of the indexer's heads.
         head_dim: columns of a head. Rope rotates its first columns, as many as the layer's rope table covers.
-        top: number of positions that it chooses for each query.
+        top: number of positions chosen for each query.
         style: how rope pairs columns, "half" or "interleaved".
     """
 
@@ -159,7 +165,8 @@ class Latent:
         rope: columns of a head that rope rotates.
         value: columns of a head's value.
         eps: epsilon of the norms of the latents.
-        indexer: chooses the positions that queries attend to; None: all. Needs compressed queries.
+        indexer: sizes of the indexer that chooses the positions that queries attend to; None: queries attend to all
+            positions. An indexer needs compressed queries.
     """
 
     q_rank: int
@@ -173,13 +180,14 @@ class Latent:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Sizes of compressed attention (DeepSeek-V4), apart from what Decoder and Layer have.
+    """Sizes of compressed attention (DeepSeek-V4). Decoder and Layer have the others.
 
     Attributes:
         q_rank: columns of the compressed query.
-        groups: groups of heads whose results are projected together, before the output projection.
-        rank: columns of a group's projected result.
-        indexer: chooses the entries that queries attend to in layers with `indexed`; None: there are none.
+        groups: number of groups of heads. Before the output projection, the results of each group's heads are projected
+            together.
+        rank: columns of that projection's result, per group.
+        indexer: sizes of the indexer that layers with Layer.indexed have; None: no layer has one.
     """
 
     q_rank: int
@@ -190,13 +198,15 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Hyper:
-    """Several residual streams mixed by hyper-connections (DeepSeek-V4), see hyper.py.
+    """Sizes of hyper-connections (DeepSeek-V4), see hyper.py: several residual streams, mixed by matrices.
 
     Attributes:
         streams: number of streams.
-        iterations: times that the columns of a mixing matrix are normalised.
-        eps: added to sums by which the matrix is divided, and to the weights of a block's input.
-        head: beginning of the names of the weights that join the streams before the head.
+        iterations: number of times that the columns of a mixing matrix are normalised; its rows are normalised in
+            between.
+        eps: a small number that is added to the sums by which the matrix is divided, and to the weights of a block's
+            input.
+        head: beginning of the checkpoint's names of the weights that join the streams before the output head.
     """
 
     streams: int
@@ -207,7 +217,7 @@ class Hyper:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """A mixture of experts: sizes of the experts and the router, and names of their tensors in the checkpoint.
+    """Description of a mixture of experts: sizes of experts and router, and names of their tensors in the checkpoint.
 
     Attributes:
         count: number of experts.
@@ -219,25 +229,28 @@ class Mixture:
         block: name of the module that holds the experts.
         router: name of the router's linear.
         router_bias: True if the router has a bias.
-        correction: name of a bias added to the scores only for choosing experts; "": none.
+        correction: name of a bias that is added to the router's scores when experts are chosen, but not to their
+            weights; "": none.
         correction_optional: True if a checkpoint may lack that bias, which is then 0.
-        table: name of the table of the experts of each token id, for layers with `hashed`; they have no correction.
+        table: name of the table that lists the experts of each token id, for layers with Layer.hashed; these have no
+            correction.
         route: further attributes of the op Route, by name.
-        glu: further attributes of the op Experts, by name, such as the limits of its gated activation.
+        glu: further attributes of the op Experts, by name, such as the limits of the gated activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
         shared_bias: True if the shared expert's linears have biases.
-        join: expression for the op Map that joins the routed experts' result (a) and the shared expert's (b). Not used
-            if shared_gate is set: then the join is a + b * sigmoid(gate).
-        latent: width at which the routed experts compute: the linear fc1_latent_proj takes x to this width before them,
-            fc2_latent_proj takes their result back to `hidden` columns. 0: no such linears; the experts read x.
-        latent_bias: True if these two linears have biases.
+        join: expression for the op Map that joins the result of the routed experts (a) and the result of the shared
+            expert (b). Not used if shared_gate is set: then the expression is a + b * sigmoid(gate).
+        latent: columns of the routed experts' input and result. The linear layer fc1_latent_proj projects x to this
+            width, and fc2_latent_proj projects the experts' result back to `hidden` columns. 0: no such projections;
+            the experts read x.
+        latent_bias: True if these two projections have biases.
         factors: name of a vector [count] by which the router's weights of chosen experts are multiplied; "": none.
-        beside: True if layers with experts have the dense MLP too. The two results, each normed, are added; the experts
-            read the residual with a norm of their own, and the router reads it normed with the weight `router_scale`
-            and divided by sqrt(hidden).
-        router_scale: name of that weight; used only if `beside` is set.
+        beside: True if layers with experts have the dense MLP too. The results of both are normed and added. The
+            experts read the residual through a norm of their own. The router reads the residual normed with the weight
+            `router_scale` and divided by sqrt(hidden).
+        router_scale: name of the weight of the router's norm; used only if `beside` is set.
     """
 
     count: int
@@ -265,13 +278,13 @@ class Mixture:
     router_scale: str = ""
 
     def source(self, template: str) -> str:
-        """Text that says where the checkpoint has the experts' weights: tensor names, and slices where needed.
+        """The place of the experts' weights in the checkpoint, as text: tensor names and, where needed, slices.
 
-        The notation is explained in program/source.py. The result is `template` with three marks replaced. `{run}`
-        becomes the range of expert numbers, such as `{0..7}`. `{i}` becomes the inner width of an expert and `{2i}`
-        twice that width: bounds of slices, for checkpoints that store gate and up in one tensor.
+        program/source.py explains the notation. The result is `template` with its marks replaced. `{run}` becomes the
+        range of expert numbers, such as `{0..7}`. `{i}` becomes the inner width of an expert and `{2i}` twice that
+        width; they bound slices in checkpoints that store gate and up in one tensor.
 
-        template: one of the attributes `sources` or `biases`, such as "experts.{run}.up_proj.weight".
+        template: an element of `sources` or `biases`, such as "experts.{run}.up_proj.weight".
         """
         run = f"{{0..{self.count - 1}}}"
         return template.replace("{run}", run).replace("{i}", str(self.width)).replace("{2i}", str(2 * self.width))
@@ -279,21 +292,22 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """Description of a decoder-only transformer as plain data, from which write() makes its Program.
+    """Description of a decoder-only transformer as plain data. write() makes a Program from it.
 
-    Sizes are columns, numbers of heads, or tokens (`context`). A softcap of 0 means none. Most fields have a comment;
-    the others are below.
+    Sizes are numbers of columns or heads; `context` is in tokens. A softcap of 0 means none. Most attributes are
+    explained by a comment in the code, the others here.
 
     Attributes:
-        norms: {name of a layer's norm here, such as attn.norm: its module in a layer of the checkpoint}; see PRE.
-        qk_norm: how queries and keys are normed: "" (not), "head" (each head), "late" (each head, after rope), "flat"
-            (all heads as one row) or "unit" (each head after rope, without a weight, only in layers with rope).
+        norms: {name of a layer's norm in the Program, such as attn.norm: name of its module in a layer of the
+            checkpoint}; see PRE.
+        qk_norm: how queries and keys are normed: "" (no norm), "head" (each head), "late" (each head, after rope),
+            "flat" (all heads as one row) or "unit" (each head after rope, without a weight, only in layers with rope).
         temper: growth of the attention scale with the query's position (see Attend.temper, also for temper_every and
             temper_from); 0: none. It applies to layers without rope or, with temper_all, to all layers.
-        sources: how the checkpoint's names differ from Llama's, which the description uses: {part of Llama's name: the
-            checkpoint's own}. A part is one or more whole segments between dots, such as `mlp.up_proj`. The value may
-            also be a source in the notation of program/source.py, if the tensor is stored in another form. Rules apply
-            in order.
+        sources: how the checkpoint's names of tensors differ from Llama's: {part of the name in Llama: the same part in
+            the checkpoint}. A part is one or more whole segments between dots, such as `mlp.up_proj`. If the tensor is
+            stored in another form, the value is a source in the notation of program/source.py. The replacements are
+            applied in order.
     """
 
     vocabulary: int
@@ -381,11 +395,11 @@ class Decoder:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> str:
-        """The checkpoint's name of a tensor or module, a str, from the name that it has in Llama.
+        """The checkpoint's name for a tensor or module, made from the name that it has in Llama.
 
-        The rules in `sources` are applied in order; without one that matches, the result is `name`. For a tensor stored
-        in another form, the result also says how to cut it out (notation of program/source.py), such as
-        "c_attn.weight|r0:1/3". Whether the checkpoint has the tensor is not checked.
+        The replacements in `sources` are applied in order; if none of them applies, the result is `name`. For a tensor
+        stored in another form, the result also says how to cut it out, such as "c_attn.weight|r0:1/3" (notation of
+        program/source.py). Whether the checkpoint has the tensor is not checked.
         """
         for part, found in self.sources.items():
             name = re.sub(rf"(?<![^.]){re.escape(part)}(?![^.])", found.replace("\\", r"\\"), name, count=1)
@@ -393,22 +407,21 @@ class Decoder:
 
     @property
     def head_source(self) -> str:
-        """The name of the output head's module in a checkpoint that stores the head, such as lm_head.
+        """The name of the output head's module in the checkpoint, such as lm_head.
 
-        A model whose head is tied to the embedding has the same name here, though its checkpoint may not have the
-        tensor.
+        If the head is tied to the embedding, the checkpoint may have no such module.
         """
         outer = "" if self.prefix.startswith("model.") else self.prefix.removesuffix("model.")
         return self.head or outer + "lm_head"
 
 
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """Arguments of Decoder that most families read from the same keys of config.json, as a dict.
+    """Arguments of Decoder that most model families have under the same keys of config.json, as a dict.
 
     Args:
         c: the config.
-        act: the config's key of the activation.
-        eps: the config's key of the norms' epsilon.
+        act: the key that names the activation function.
+        eps: the key with the epsilon of the norms.
 
     Raises PortError for a missing or wrong value, if num_attention_heads is not a multiple of num_key_value_heads, and
     if head_dim is missing and hidden_size is not a multiple of num_attention_heads.
@@ -438,14 +451,14 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
 
 
 def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
-    """Arguments of Decoder, as a dict, that suit models like GPT-2: LayerNorms, biases, an MLP without a gate, no rope.
+    """Arguments of Decoder for models like GPT-2: LayerNorms, biases, an MLP without a gate, no rope. A dict.
 
-    They have as many K/V heads as heads, each of hidden_size / heads columns. So num_key_value_heads and head_dim are
-    set to None in `c`, in case the config has them. Raises PortError for a missing or wrong value.
+    These models have as many K/V heads as heads, and hidden_size / heads columns per head. If the config has the keys
+    num_key_value_heads and head_dim, they are set to None in `c`. Raises PortError for a missing or wrong value.
 
     Args:
         c: the config, which is changed.
-        eps: the config's key of the norms' epsilon.
+        eps: the key with the epsilon of the norms.
     """
     c.table |= {"num_key_value_heads": None, "head_dim": None}
     return sizes(c, eps=eps) | {
@@ -455,29 +468,29 @@ def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
 
 
 def window(c: Config, kind: str) -> int:
-    """Attention window in tokens of a layer of the type `kind`; 0 means full attention.
+    """The attention window of a layer of the type `kind`, in tokens; 0 means full attention.
 
-    It is the config's sliding_window for the type sliding_attention, and 0 for every other type. Raises PortError if
-    kind is sliding_attention and the config lacks sliding_window.
+    For the type sliding_attention it is the config's sliding_window, for every other type 0. Raises PortError if it is
+    needed and missing.
     """
     return c.whole("sliding_window") if kind == "sliding_attention" else 0
 
 
 def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """A dict {"layers": a tuple of Layers, "ropes": {"rope": the rope table}} of arguments for Decoder.
+    """Arguments `layers` and `ropes` of Decoder for a model whose layers all use the same rope table, as a dict.
 
-    All layers use the same rope table. A layer has an attention window if the config's key layer_types
-    says so. Raises PortError for settings that are not supported.
+    `layers` is a tuple of Layers; a layer has an attention window if the config's key layer_types says so. `ropes` is
+    {"rope": the rope table}. Raises PortError for settings that are not supported.
 
     Args:
         c: the config.
-        s: arguments of Decoder, as sizes() returns them; only head_dim is read.
-        context: positions of the Program.
+        s: arguments of Decoder that sizes() returned; only head_dim is read.
+        context: maximum tokens of a sequence.
     """
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
     return {"ropes": ropes, "layers": tuple(Layer(window=window(c, kind)) for kind in c.layer_types())}
 
 
 def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
-    """A copy of the Decoder whose layers `i` have its mixture of experts if `where(i)` is true, else a dense MLP."""
+    """A copy of the Decoder `d` in which layer `i` has a mixture of experts if `where(i)` is true, else a dense MLP."""
     return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))

@@ -11,17 +11,18 @@ from intaglio.program.source import parts_of
 
 
 def write_differential(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of differential attention, from projections to o_proj. Returns the result's tensor name [T, hidden].
+    """Add the ops of differential attention (https://arxiv.org/abs/2410.05258), from the projections to o_proj.
 
-    The heads of queries and keys are two halves. Head h of the first half and head h of the second read the same
-    values: K/V heads h and h + kv_heads / 2 side by side, so a head's values have 2 * head_dim columns. The result is
-    attention of the first half minus lambda times attention of the second, normed per head. See
-    https://arxiv.org/abs/2410.05258.
+    Returns the name of the result's tensor, [T, hidden].
+
+    The heads of queries and keys form two halves. Head h of both halves has the same values: those of K/V heads h and h
+    + kv_heads / 2 side by side, 2 * head_dim columns. The attention of the first half, minus lambda times the attention
+    of the second half, is normed per head and projected.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer. The constant part of lambda depends on it.
-        layer: the layer's description: its rope.
+        layer: description of the layer; only its rope is read.
         x: name of the input tensor.
     """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
@@ -48,13 +49,15 @@ def write_differential(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _rows(w: Writer, i: int, x: str, which: str, half: int, rope: str, heads: int) -> str:
-    """Add the projection and the rope of half of the heads of queries or keys. Returns the result's tensor name.
+    """Add the ops that project one half of the heads of queries or keys and apply rope.
+
+    Returns the name of the result's tensor, [T, heads * head_dim].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
         x: name of the input tensor.
-        which: "q" or "k".
+        which: "q" for queries, "k" for keys.
         half: 0 for the first half of the heads, 1 for the second.
         rope: name of the rope table.
         heads: number of heads in a half.
@@ -65,15 +68,17 @@ def _rows(w: Writer, i: int, x: str, which: str, half: int, rope: str, heads: in
 
 
 def _projection(w: Writer, site: str, x: str, source: str, heads: int, order: list[int] | range) -> str:
-    """Add a linear that computes some heads of a projection. Returns the result's tensor name.
+    """Add a linear layer that computes some heads of a projection, in a given order.
+
+    Returns the name of the result's tensor, [T, len(order) * head_dim].
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         site: name of the op.
-        x: name of the input tensor [T, hidden].
+        x: name of the input tensor, [T, hidden].
         source: name of the projection's module in the checkpoint.
         heads: number of heads of the module.
-        order: numbers of the heads wanted, in the order in which the result has them.
+        order: numbers of the heads that are computed, in the order of the result.
     """
     d, rows = w.d, [w.d.head_dim] * heads
     cuts, width = parts_of(f"{source}.weight", rows), len(order) * d.head_dim
@@ -85,13 +90,13 @@ def _projection(w: Writer, site: str, x: str, source: str, heads: int, order: li
 
 
 def _product(w: Writer, site: str, x: str, first: str, second: str) -> str:
-    """Add the inner product of two vectors of head_dim values of the checkpoint, as a tensor [T, 1].
+    """Add the ops that compute the inner product of two vectors of the checkpoint, each of head_dim values.
 
-    Returns the tensor's name.
+    Returns the name of the result's tensor, [T, 1]; every row has the same value.
 
     Args:
-        w: writes the ops.
-        site: name of the op.
+        w: the Writer that adds the ops.
+        site: prefix of the ops' names.
         x: name of a tensor [T, hidden]; only its number of rows is used.
         first: name of the first vector in the checkpoint.
         second: name of the second vector.

@@ -17,11 +17,11 @@ from intaglio.ops import Concat, Linear, Map, MixStreams, Norm, Select, Sinkhorn
 
 
 class Entry(NamedTuple):
-    """Names of the tensors that enter() adds to a Program, where a block of layers reads the residual streams.
+    """Names of the tensors that enter() adds before a block, which is the attention or the MLP of a layer.
 
     Attributes:
-        x: the block's input [T, hidden].
-        gains: the factor of the block's result in each stream, [T, streams].
+        x: the input of the block, [T, hidden].
+        gains: for each stream, the factor by which the block's result is multiplied before it is added, [T, streams].
         mixing: the matrix that mixes the streams, [T, streams * streams].
     """
 
@@ -31,7 +31,10 @@ class Entry(NamedTuple):
 
 
 def spread(w: Writer, h: Hyper, x: str) -> str:
-    """Add the ops that start each residual stream as a copy of the embeddings `x`. Returns the streams' tensor name."""
+    """Add the ops that make the residual streams: each starts as a copy of the embeddings `x`.
+
+    Returns the name of the tensor of all streams, [T, streams * hidden]. h: sizes of the hyper-connections.
+    """
     streams = x
     for k in range(1, h.streams):
         streams = w.b.op(Concat, f"hyper.start{k}", streams, x)
@@ -39,18 +42,18 @@ def spread(w: Writer, h: Hyper, x: str) -> str:
 
 
 def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> Entry:
-    """Add the ops that mix the residual streams into the input of a block (the attention or the MLP of a layer).
+    """Add the ops before a block (the attention or the MLP of a layer): they mix the residual streams into its input.
 
-    They also compute the factors with which leave() adds the block's result to the streams. Returns an Entry with the
-    names of these tensors.
+    They also compute the factors and the matrix with which leave() adds the block's result to the streams. Returns an
+    Entry with the names of these tensors.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         h: sizes of the hyper-connections.
         i: number of the layer.
         part: "attn" or "mlp".
         source: beginning of the names of the three tensors of weights in the layer of the checkpoint.
-        streams: name of the streams' tensor.
+        streams: name of the tensor of all streams, [T, streams * hidden].
     """
     b, n, at = w.b, h.streams, f"layers.{i}.{part}.hyper."
     names = [f"{w.d.prefix}layers.{i}.{source}_{what}" for what in ("fn", "scale", "base")]
@@ -63,17 +66,20 @@ def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> 
 
 
 def leave(w: Writer, h: Hyper, site: str, streams: str, entry: Entry, y: str) -> str:
-    """Add the op that mixes the streams and adds a block's result `y` to each. Returns the streams' tensor name.
+    """Add the op after a block: it mixes the residual streams and adds the block's result `y` to each of them.
 
-    site: name of the op. streams: name of the tensor that enter() read. entry: what it returned.
+    Returns the name of the new tensor of all streams, [T, streams * hidden].
+
+    site: name of the op. streams: name of the tensor of streams that enter() read. entry: the Entry that enter()
+    returned. y: name of the block's result, [T, hidden].
     """
     return w.b.op(MixStreams, site, streams, entry.mixing, branch=y, gains=entry.gains, streams=h.streams)
 
 
 def collapse(w: Writer, h: Hyper, streams: str) -> str:
-    """Add the ops that join the residual streams to one before the head, for the rows whose logits are wanted.
+    """Add the ops that join the residual streams to one before the head. Returns the name of its tensor, [R, hidden].
 
-    Returns the name of the result, a tensor [R, hidden].
+    Only the R tokens whose logits are wanted are computed. streams: name of the tensor of all streams.
     """
     b, n = w.b, h.streams
     names = [f"{w.d.prefix}{h.head}_{what}" for what in ("fn", "scale", "base")]
@@ -84,15 +90,17 @@ def collapse(w: Writer, h: Hyper, streams: str) -> str:
 
 
 def _weights(w: Writer, at: str, streams: str, n: int, widths: Sequence[int], names: Sequence[str]) -> str:
-    """Add the ops that compute a row of mixing logits: linear(norm(streams)) * scale + base. Returns its tensor's name.
+    """Add the ops that compute mixing logits for each token: linear(norm(streams)) * scale + base.
+
+    Returns the name of their tensor, [T, sum(widths)].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names.
-        streams: name of the streams' tensor.
+        streams: name of the tensor of all streams.
         n: number of streams.
-        widths: numbers of logits that share a scale, in order.
-        names: names of the linear's weight, the scales (one for each of `widths`) and the base in the checkpoint.
+        widths: sizes of the groups of logits, in order. The logits of a group share one scale.
+        names: checkpoint's names of the weight of `linear`, of the scales (one per group) and of the base.
     """
     b, total, (fn, scale, base) = w.b, sum(widths), names
     y = b.op(Norm, at + "norm", streams, eps=w.d.eps)

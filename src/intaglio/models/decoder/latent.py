@@ -14,13 +14,15 @@ from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of latent attention (DeepSeek-V2), from projections to o_proj. Returns the result's tensor name.
+    """Add the ops of multi-head latent attention (DeepSeek-V2), from the projections to o_proj.
+
+    Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the attention.
         i: number of the layer.
-        layer: the layer's description.
+        layer: description of the layer.
         x: name of the input tensor.
     """
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
@@ -49,10 +51,12 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
 
 
 def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
-    """Add the projection of the input to compressed queries, and a norm. Returns the result's tensor name [T, q_rank].
+    """Add the ops that project the input to compressed queries and norm them.
+
+    Returns the name of the result's tensor, [T, q_rank].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the attention.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
@@ -66,12 +70,13 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) ->
     """Add the projection that gives the queries. Returns the name of their tensor [T, heads * (nope + rope)].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the attention.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        x: name of the input tensor; it is projected if queries are not compressed.
-        narrow: name of the tensor of compressed queries, which is projected; "" if queries are not compressed.
+        x: name of the input tensor, which is projected if queries are not compressed.
+        narrow: name of the tensor of compressed queries, which is projected otherwise; "" if queries are not
+            compressed.
     """
     width = w.d.heads * (m.nope + m.rope)
     if not narrow:
@@ -82,15 +87,15 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) ->
 def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str, narrow: str) -> str:
     """Add the ops of a layer's indexer, which chooses the positions that each query attends to (DeepSeek-V3.2).
 
-    Returns the name of the tensor of chosen positions. The indexer has a K/V cache of its own for its keys.
+    Returns the name of the tensor with the chosen positions. The indexer keeps its keys in a cache of its own.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: sizes of the attention.
         index: sizes of the indexer.
         i: number of the layer.
-        layer: the layer's description.
-        x: name of the input tensor, from which keys and weights are projected.
+        layer: description of the layer.
+        x: name of the input tensor, from which the indexer's keys and the weights of its heads are projected.
         narrow: name of the tensor of compressed queries, from which the indexer's queries are projected.
     """
     b, at, n = w.b, f"layers.{i}.attn.indexer.", index.head_dim
@@ -109,21 +114,20 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
 
 
 def _shared_index(w: Writer, i: int) -> str:
-    """Name of the tensor of positions that layer `i` attends to, if it has no indexer of its own (Layer.shares_index).
+    """The name of the tensor of positions that layer `i` attends to, if the layer has no indexer (Layer.shares_index).
 
-    The positions are those that the indexer of an earlier layer chose: the nearest one that has an indexer. Raises
-    ValueError if there is none.
+    The positions are chosen by the nearest earlier layer that has an indexer. Raises ValueError if there is none.
     """
     last = max(j for j, layer in enumerate(w.d.layers[:i]) if not layer.shares_index)
     return f"layers.{last}.attn.indexer.choose"
 
 
 def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:
-    """Add the RMS norm of a latent. Returns the name of the result's tensor [T, width].
+    """Add the RMS norm of a latent. Returns the name of the result's tensor, [T, width].
 
     Args:
-        w: writes the op.
-        m: sizes of the attention, with the norm's epsilon.
+        w: the Writer that adds the op.
+        m: sizes of the attention; the epsilon of the norm is read.
         site: name of the op in the Program.
         x: name of the latent's tensor.
         width: columns of the latent.

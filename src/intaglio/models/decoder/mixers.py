@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConvMixer:
-    """A gated short convolution (LFM2): out_proj(c * conv(b * x)), where in_proj gives b, c and x.
+    """Description of a gated short convolution (LFM2): out_proj(c * conv(b * x)), where in_proj gives b, c and x.
 
     Attributes:
-        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        taps: tokens that the convolution reads: the current token and the taps - 1 tokens before it.
         bias: True if projections and convolution have biases.
         block: name of the block's module in a layer of the checkpoint.
     """
@@ -25,7 +25,9 @@ class ConvMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class SsmMixer:
-    """A Mamba-2 block: in_proj gives gate, x, B, C and dt (step size); x, B and C pass a short convolution and silu.
+    """Description of a Mamba-2 block.
+
+    The projection in_proj gives gate, x, B, C and dt (step size); x, B and C go through a short convolution and silu.
 
     Attributes:
         heads: number of heads.
@@ -35,13 +37,13 @@ class SsmMixer:
         taps: tokens that the convolution reads.
         eps: epsilon of the norm.
         norm: order of norm and gate: "gated" (times silu(gate), then normed), "first" (normed, then times silu(gate))
-            or "" (times silu(gate), no norm). The columns of each group are normed by themselves.
+            or "" (times silu(gate), no norm). The columns of each group are normed separately.
         bias: True if the projections have biases.
         conv_bias: True if the convolution has a bias.
         out_bias: True if out_proj has a bias.
-        low: smallest dt; smaller ones become `low`.
-        high: largest dt; larger ones become `high`; 0: no limit.
-        scales: factors of gate, x, B, C and dt after in_proj (Falcon-H1); (): none.
+        low: lower limit of dt; smaller values become `low`.
+        high: upper limit of dt; larger values become `high`. 0: no limit.
+        scales: five factors by which gate, x, B, C and dt are multiplied after in_proj (Falcon-H1); (): none.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -63,9 +65,10 @@ class SsmMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanMixer:
-    """A Mamba block: in_proj gives x and gate; x passes a short convolution and silu.
+    """Description of a Mamba block.
 
-    Then x_proj gives dt (the step size), B and C from x, and dt_proj widens dt to the columns of x.
+    The projection in_proj gives x and gate; x goes through a short convolution and silu. From x, x_proj gives dt (the
+    step size), B and C; dt_proj projects dt to as many columns as x.
 
     Attributes:
         inner: columns of x.
@@ -76,8 +79,9 @@ class ScanMixer:
         weights: True if these norms have weights.
         bias: True if in_proj and out_proj have biases.
         conv_bias: True if the convolution has a bias.
-        heads: number of heads (Zamba), each a Mamba block of inner / heads columns with x_proj and dt_proj of its own,
-            stored in one tensor for all heads; the rows of in_proj give x and gate of a column in turn. 0: no heads.
+        heads: number of heads (Zamba); 0: no heads. Each head is a Mamba block of inner / heads columns with its own
+            x_proj and dt_proj. The checkpoint stores these as one tensor for all heads, and in in_proj the rows for x
+            and for gate alternate.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -95,9 +99,10 @@ class ScanMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaMixer:
-    """A gated delta net: q, k and v pass a short convolution and silu; q and k are normed to length 1.
+    """Description of a gated delta net.
 
-    Two more projections, b and a, give beta and the decay of each head, or of each key column (Kimi delta attention).
+    q, k and v go through a short convolution and silu; q and k are normed to length 1. Two more projections give beta
+    (b) and the decay (a) of each head, or of each key column (Kimi delta attention).
 
     Attributes:
         key_heads: heads of q and k.
@@ -105,21 +110,21 @@ class DeltaMixer:
         keys: columns of a key head.
         values: columns of a value head.
         taps: tokens that the convolution reads.
-        eps: epsilon of the norm before the gate.
+        eps: epsilon of the norm of the result, which comes before the gate.
         stored: how the checkpoint stores the projections. "parts": in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
             "fused": q, k, v and gate (z) in in_proj_qkvz, and b and a in in_proj_ba, each grouped by key head
             (Qwen3-Next). "separate": q_proj, k_proj and v_proj, each with a convolution of its own (q_conv1d), and
             g_proj (the gate), b_proj, a_proj and o_proj.
-        conv_rows: numbers of rows of the tensors q_conv1d, k_conv1d and v_conv1d, if they differ from the numbers of
-            columns of q, k and v; (): they are equal. Only for stored="separate".
-        beta: factor of beta after the sigmoid. With 2, beta may exceed 1; the state's old value for a key then
-            enters the update with the opposite sign.
+        conv_rows: rows of the tensors q_conv1d, k_conv1d and v_conv1d, if these have other rows than q, k and v have
+            columns; (): as many. Only for stored="separate".
+        beta: factor by which beta is multiplied after the sigmoid. With 2, beta may exceed 1; the state's old value for
+            a key then enters the update with the opposite sign.
         gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
         by_key: True if each key column has a decay (f_proj), False if each head has one (a_proj).
         rank: columns between the two linears of the gate and of the decay (g_a_proj and g_b_proj, f_a_proj and
             f_b_proj; Kimi); 0: one linear each. Needs by_key.
-        floor: below 0: the log decay is floor * sigmoid(...), never below this value (see the op Decay); 0: it has no
-            lower bound.
+        floor: lower bound of the log decay, a negative number: the log decay is then floor * sigmoid(...) (see the op
+            Decay). 0: no lower bound.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -141,11 +146,13 @@ class DeltaMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class LruMixer:
-    """A block of Griffin: linear_out(lru(conv(linear_x(x))) * activation(linear_y(x))), all with biases.
+    """Description of a recurrent block of Griffin: linear_out(lru(conv(linear_x(x))) * activation(linear_y(x))).
+
+    All linear layers and the convolution have biases.
 
     Attributes:
-        width: columns of the recurrence.
-        heads: number of blocks of columns, each with matrices of its own for the gates.
+        width: columns of the recurrence (lru).
+        heads: number of blocks of columns. Each block has its own matrices for the gates of the recurrence.
         taps: tokens that the convolution reads.
         block: name of the block's module in a layer of the checkpoint.
     """
@@ -158,7 +165,7 @@ class LruMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class LightningMixer:
-    """Lightning attention: linear attention with a constant decay per head, a norm, and a sigmoid gate.
+    """Description of lightning attention: linear attention with a constant decay per head, a norm, and a sigmoid gate.
 
     Attributes:
         heads: number of heads.

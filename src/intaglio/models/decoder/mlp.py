@@ -19,19 +19,20 @@ def write_dense(
     fused: str = "gate_up_proj",
     sparsity: float = 0.0,
 ) -> str:
-    """Add the ops of a dense MLP. Returns the name of the result's tensor [T, hidden].
+    """Add the ops of a dense MLP. Returns the name of the result's tensor, [T, hidden].
 
-    With a gate the MLP is down_proj(activation(gate_proj(x)) * up_proj(x)), else down_proj(activation(up_proj(x))).
+    With a gate the MLP is down_proj(activation(gate_proj(x)) * up_proj(x)), without it
+    down_proj(activation(up_proj(x))).
 
     Args:
-        w: writes the ops; its Decoder says whether there is a gate, and which activation.
+        w: the Writer that adds the ops; its Decoder says whether there is a gate, and which activation.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
-        width: inner width.
-        bias: True if the linears have biases.
-        fused: module that holds gate and up, if the Decoder says that the checkpoint stores them as one.
-        sparsity: fraction of the gate's values to set to 0, as in Layer; not used without a gate.
+        width: inner width of the MLP.
+        bias: True if the linear layers have biases.
+        fused: name of the module that holds gate and up, for a checkpoint that stores the two as one (Decoder.fused).
+        sparsity: fraction of the gate's values that are set to 0, see Layer.sparsity; not used without a gate.
     """
     d = w.d
     if d.gated:
@@ -57,16 +58,16 @@ def write_dense(
 
 
 def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
-    """Add the ops that compute, for each row, the limit below which a gate's values are set to 0.
+    """Add the ops that compute, for each row of `gate`, the limit below which values are set to 0.
 
-    The limit is mean + n * standard deviation of the row, with n the standard normal quantile of `sparsity` (gaussian
-    top-k, Gemma 3n). Returns the name of the tensor [rows, 1] with the limits.
+    Returns the name of the limits' tensor, [rows, 1]. The limit is mean + n * (standard deviation of the row), where n
+    is the standard normal quantile of `sparsity` (Gaussian top-k, Gemma 3n).
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names in the Program.
         gate: name of the gate's tensor.
-        sparsity: fraction of the values to set to 0.
+        sparsity: fraction of the values that are to be set to 0.
     """
     mean = w.b.op(Moment, at + "gate.mean", gate, of="mean")
     std = w.b.op(Moment, at + "gate.std", gate, of="std")
@@ -76,11 +77,11 @@ def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
 def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
     """Add the ops of the activation xIELU (Huang & Schlag 2024). Returns the name of the result's tensor.
 
-    For a value u it is p u^2 + u / 2 above 0, and n (e^u - 1 - u) + u / 2 below. p = softplus(alpha_p) and n = 1/2 +
-    softplus(alpha_n), with alpha_p and alpha_n learned numbers of the layer.
+    For u above 0 the result is p u^2 + u / 2, for u below 0 it is n (e^u - 1 - u) + u / 2. Here p = softplus(alpha_p)
+    and n = 1/2 + softplus(alpha_n), where alpha_p and alpha_n are learned numbers of the layer.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of a tensor with as many rows as `up`. Only its number of rows is used, to repeat alpha_p and alpha_n.
@@ -95,14 +96,16 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
 
 
 def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> str:
-    """Add the ops of a mixture of experts: router, experts and shared expert. Returns the result's tensor name.
+    """Add the ops of a mixture of experts: router, experts and shared expert.
+
+    Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes and names of the mixture.
+        w: the Writer that adds the ops.
+        m: description of the mixture.
         i: number of the layer.
         x: name of the input tensor.
-        routed: name of the tensor that the router reads; "": x.
+        routed: name of the tensor that the router reads; "": `x`.
     """
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
     logits = w.linear(at + "router", routed or x, m.count, w.d.hidden, source + m.router, m.router_bias)
@@ -144,10 +147,16 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
 
 
 def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> str:
-    """Write the mixture of experts of layer `i` beside its dense MLP (Gemma 4). Returns the name of the sum's tensor.
+    """Add the ops of a mixture of experts that a layer has in addition to its dense MLP (Gemma 4).
 
-    residual: the tensor that the layer's MLP is added to, which experts and router read. dense: the dense MLP's result.
-    Results are normed before their sum.
+    Returns the name of the tensor with the sum of both results, each normed before, [T, hidden].
+
+    Args:
+        w: the Writer that adds the ops.
+        m: description of the mixture.
+        i: number of the layer.
+        residual: name of the residual, which experts and router read, each through a norm.
+        dense: name of the dense MLP's result.
     """
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
     weight = w.tensor(at + "router.scale", (w.d.hidden,), source + m.router_scale)
@@ -159,14 +168,14 @@ def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> st
 
 
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
-    """Add the ops of the shared expert, and the op that joins its result with the routed experts' result.
+    """Add the ops of the shared expert, and the op that joins its result with `y`, the result of the routed experts.
 
     Returns the name of the joined tensor [T, hidden]: y + shared * sigmoid(gate) if the mixture has a gate for the
     shared expert, else the expression `m.join` (usually the sum).
 
     Args:
-        w: writes the ops.
-        m: sizes and names of the mixture.
+        w: the Writer that adds the ops.
+        m: description of the mixture.
         i: number of the layer.
         x: name of the input tensor.
         y: name of the tensor with the routed experts' result.

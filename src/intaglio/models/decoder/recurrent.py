@@ -22,10 +22,12 @@ from intaglio.program.source import parts_of
 
 
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
-    """Add the ops of a layer's recurrent block or short convolution. Returns the result's tensor name [T, hidden].
+    """Add the ops of a layer's recurrent block or short convolution.
+
+    Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         m: description of the block; its class decides which function here writes it.
         i: number of the layer.
         x: name of the input tensor.
@@ -47,11 +49,11 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor [T, hidden].
+    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -66,11 +68,11 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor [T, hidden].
+    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -103,14 +105,14 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Add the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
+    """Add the gate and the norm of a Mamba-2 block to its result `y`. Returns the name of the new tensor.
 
     Args:
-        w: writes the ops.
-        m: sizes of the block; with norm "" only the gate is added.
+        w: the Writer that adds the ops.
+        m: description of the block. `m.norm` says whether the gate or the norm comes first; with "" there is no norm.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        y: name of the tensor that is gated and normed [T, heads * head_dim].
+        y: name of the tensor that is gated and normed, [T, heads * head_dim].
         gate: name of the gate's tensor, of the same shape.
     """
     inner = m.heads * m.head_dim
@@ -123,11 +125,11 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Mamba block. Returns the name of the result's tensor [T, hidden].
+    """Add the ops of a Mamba block. Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -155,13 +157,13 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_head_scans(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Mamba block with heads (Zamba). Returns the name of the result's tensor [T, hidden].
+    """Add the ops of a Mamba block with heads (Zamba). Returns the name of the result's tensor, [T, hidden].
 
-    Each head is written as a Mamba block of its own columns, and the results are added.
+    Each head is a Mamba block that has its own columns; the results of the heads are added.
 
     Args:
-        w: writes the ops.
-        m: sizes of the block. Its projections have no biases.
+        w: the Writer that adds the ops.
+        m: description of the block. Its in_proj and out_proj must have no biases.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -195,14 +197,14 @@ def write_head_scans(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> s
 
 
 def part_linear(w: Writer, site: str, x: str, shape: tuple[int, int], source: str, bias: str | None = None) -> str:
-    """Add a linear whose weight is a part of a checkpoint tensor. Returns the name of the result [T, rows].
+    """Add a linear layer whose weight is a part of a checkpoint tensor. Returns the name of its result, [T, rows].
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         site: name of the op.
-        x: name of the input tensor [T, columns].
+        x: name of the input tensor, [T, columns].
         shape: (rows, columns) of the weight.
-        source: the part, in the notation of program/source.py.
+        source: the part of the tensor, in the notation of program/source.py.
         bias: name of the bias in the Program; None: no bias.
     """
     weight = w.tensor(f"{site}.weight", shape, source)
@@ -210,11 +212,11 @@ def part_linear(w: Writer, site: str, x: str, shape: tuple[int, int], source: st
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a gated delta net. Returns the name of the result's tensor [T, hidden].
+    """Add the ops of a gated delta net. Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -244,11 +246,13 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Griffin block, with its gated linear recurrence. Returns the result's tensor name [T, hidden].
+    """Add the ops of a recurrent block of Griffin, with its gated linear recurrence.
+
+    Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -270,11 +274,11 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor [T, hidden].
+    """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -294,14 +298,16 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 
 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Add the input projections of a gated delta net. Returns a list of the names of four result tensors.
+    """Add the input projections of a gated delta net. Returns the names of four tensors as a list.
 
-    They are: q, k and v side by side [T, 2 * key_heads * keys + heads * values]; the gate z [T, heads * values]; b,
-    which gives beta [T, heads]; and a, which gives the decay [T, heads].
+    - q, k and v side by side, [T, 2 * key_heads * keys + heads * values]
+    - z, the gate, [T, heads * values]
+    - b, from which beta is computed, [T, heads]
+    - a, from which the decay is computed, [T, heads]
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -312,15 +318,15 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Add the input projections of a gated delta net whose checkpoint stores them in two weights (Qwen3-Next).
+    """Add the input projections of a gated delta net, for a checkpoint that stores them as two weights (Qwen3-Next).
 
-    Returns the names of four result tensors, in a list, as inputs() does: q, k and v side by side; z; b; a. The weight
-    in_proj_qkvz has the rows of q, k, v and z of the first key head, then those of the next head, and so on; in_proj_ba
-    has the rows of b and a in the same order of heads.
+    Returns the names of four tensors as a list: q, k and v side by side; the gate z; b (for beta); a (for the decay).
+    Their shapes are as in inputs(). The weight in_proj_qkvz has the rows of q, k, v and z for the first key head, then
+    for the next key head, and so on. The weight in_proj_ba has the rows of b and a in the same order of heads.
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -338,15 +344,18 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
 
 
 def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Add the input projections of a gated delta net whose checkpoint stores a matrix for each (OLMo Hybrid, Kimi).
+    """Add the input projections of a gated delta net, for a checkpoint with one matrix for each (OLMo Hybrid, Kimi).
 
-    Returns the names of six result tensors, in a list: q and k [T, key_heads * keys] and v [T, heads * values], after
-    their convolutions; the gate [T, heads * values]; b, which gives beta [T, heads]; and what gives the decay, [T,
-    heads], or [T, heads * keys] with m.by_key.
+    Returns the names of six tensors as a list:
+
+    - q and k, [T, key_heads * keys], and v, [T, heads * values], each after its convolution
+    - the gate, [T, heads * values]
+    - b, from which beta is computed, [T, heads]
+    - the input of the decay, [T, heads], or [T, heads * keys] if m.by_key is True
 
     Args:
-        w: writes the ops.
-        m: sizes of the block.
+        w: the Writer that adds the ops.
+        m: description of the block.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the input tensor.
@@ -369,14 +378,14 @@ def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> l
 
 
 def held_in(lengths: Sequence[int], rows: range, sources: Sequence[str]) -> list[str]:
-    """Find the rows of a matrix that a checkpoint stores as several tensors, one below the other.
+    """Find rows of a matrix that a checkpoint stores as several tensors, one below the other.
 
-    Returns a list of texts "TENSOR|rA:B/N": the rows A to B (without B) of N of a tensor, in order. [] if `lengths` is
-    (), which means that the matrix is not stored in this way.
+    Returns a list of texts "TENSOR|rA:B/N", in order. Each means the rows A to B (without B) of the N rows of one
+    tensor. The list is empty if `lengths` is (), which means that the matrix is not stored in this way.
 
     Args:
         lengths: number of rows of each tensor.
-        rows: the wanted rows of the matrix.
+        rows: the rows of the matrix to find.
         sources: names of the tensors.
     """
     found, first = list[str](), 0
@@ -392,23 +401,23 @@ def decay(
     w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0, width: int = 0,
     floor: float = 0.0,
 ) -> tuple[str, str]:  # fmt: skip
-    """Add the op Decay: dt = clamp(softplus(x + dt_bias)) and log decay = -exp(A_log) * dt, for a recurrent block.
+    """Add the op Decay of a recurrent block. Returns the names of two tensors: (dt, log decay).
 
-    Returns the names of two tensors, (dt, log decay). Both are as wide as x. A_log and dt_bias are read from the
-    checkpoint.
+    dt = clamp(softplus(x + dt_bias)) and log decay = -exp(A_log) * dt, where A_log and dt_bias are tensors of the
+    checkpoint. Both results are as wide as x.
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         at: prefix of the op's name in the Program.
         source: prefix of the tensors' names in the checkpoint.
-        step: name of x: [T, heads], or [T, width] if `width` is given.
+        step: name of the tensor x, [T, heads], or [T, width] if `width` is given.
         heads: number of heads.
-        low: smallest dt; smaller ones become `low`.
-        high: largest dt; larger ones become `high`; 0: no limit.
+        low: lower limit of dt.
+        high: upper limit of dt; 0: none.
         width: columns of x, if each head has several; 0: each head has one. With a width, A_log may have any shape of
             `heads` values.
-        floor: if below 0, the log decay is floor * sigmoid(exp(A_log) * (x + dt_bias)) instead, which is never below
-            `floor`. 0: the formula above.
+        floor: lower bound of the log decay, a negative number. The log decay is then floor * sigmoid(exp(A_log) * (x +
+            dt_bias)). 0: no bound, and the formula above.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log" + ("|f" if width else ""), plain=True)
     bias = w.tensor(at + "dt_bias", (width or heads,), source + "dt_bias", plain=True)
@@ -420,19 +429,22 @@ def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None,
     sources: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """Add a short causal convolution over tokens and the activation silu. Returns the result's tensor name [T, width].
+    """Add a short causal convolution over tokens, and the activation silu.
+
+    Returns the name of the result's tensor, [T, width].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         at: prefix of the ops' names in the Program.
         source: name of the convolution's module in the checkpoint.
-        x: name of the input tensor [T, width].
-        width: number of channels, each convolved by itself.
-        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        x: name of the input tensor, [T, width].
+        width: number of channels; each channel is convolved separately.
+        taps: tokens that the convolution reads: the current token and the taps - 1 tokens before it.
         bias: True if the convolution has a bias.
-        part: (first channel, number of channels that the module has in all), if only a part of the module's channels
-            is used; None: all.
-        sources: texts that name the tensors that hold the weight (see program/source.py); (): the module's weight.
+        part: (first channel, number of all channels of the module), if only some of the module's channels are used;
+            None: all are used.
+        sources: parts of checkpoint tensors that make up the weight, in the notation of program/source.py; (): the
+            module's own weight.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part, sources)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -442,19 +454,22 @@ def short_conv(
     w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None,
     sources: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """Add a short causal convolution over tokens, with the state that it needs. Returns the result's tensor name.
+    """Add a short causal convolution over tokens, with the state that keeps the last tokens of each sequence.
+
+    Returns the name of the result's tensor, [T, width].
 
     Args:
-        w: writes the op.
+        w: the Writer that adds the op.
         site: name of the op in the Program.
         source: name of the convolution's module in the checkpoint.
-        x: name of the input tensor [T, width]; the result has the same shape.
-        width: number of channels, each convolved by itself.
-        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        x: name of the input tensor, [T, width].
+        width: number of channels; each channel is convolved separately.
+        taps: tokens that the convolution reads: the current token and the taps - 1 tokens before it.
         bias: True if the convolution has a bias.
-        part: (first channel, number of channels that the module has in all), if only a part of the module's channels
-            is used; None: all.
-        sources: texts that name the tensors that hold the weight (see program/source.py); (): the module's weight.
+        part: (first channel, number of all channels of the module), if only some of the module's channels are used;
+            None: all are used.
+        sources: parts of checkpoint tensors that make up the weight, in the notation of program/source.py; (): the
+            module's own weight.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     found = sources or [f"{source}.weight|m" + (f"|r{cut}" if cut else "")]

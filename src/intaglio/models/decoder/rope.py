@@ -23,12 +23,13 @@ LISTS = ("short_factor", "long_factor")  # of LongRoPE
 
 @dataclass(frozen=True)
 class Table:
-    """A rope table: the frequencies of rotary position embedding.
+    """The frequencies of rotary position embedding (rope), and how they are applied.
 
     Attributes:
-        frequencies: rotary_dim / 2 floats, rounded to float32.
-        factor: scale of cos and sin.
-        style: which columns of a head are rotated together: half (i, i + d/2) or interleaved (2i, 2i + 1).
+        frequencies: one float, rounded to float32, for each pair of columns that is rotated.
+        factor: number by which cos and sin are multiplied.
+        style: which two columns of a head form a pair: "half" (i and i + d/2, with d rotated columns) or "interleaved"
+            (2i and 2i + 1).
     """
 
     frequencies: tuple[float, ...]
@@ -37,20 +38,20 @@ class Table:
 
 
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
-    """The rope settings of layers of one attention type, as a Settings table in the form of `rope_parameters`.
+    """The rope settings for the layers of one attention type, as a Settings with the keys of `rope_parameters`.
 
-    The settings come from rope_parameters and, in older files, from rope_scaling and a key for the base. If both tables
-    are there, transformers 5 is followed:
+    New files have the settings in rope_parameters, older files in rope_scaling and in a key for the base. If a file has
+    both objects, they are combined as in transformers 5:
 
-    - rope_parameters is one table for all layers: rope_scaling replaces the whole table.
-    - rope_parameters has a table per attention type: the keys of rope_scaling override equal keys of the table of
+    - If rope_parameters is one object for all layers, rope_scaling replaces the whole object.
+    - If rope_parameters has an object per attention type, the keys of rope_scaling override those in the object for
       `kind`.
 
     Args:
         c: the config.
         kind: the attention type, such as sliding_attention; "" if the config has the same settings for all layers.
         theta: the key under which older files have the base.
-        scaled: False if rope_scaling does not apply to these layers; it is then not used.
+        scaled: False if rope_scaling does not apply to these layers.
 
     Raises PortError for settings that are missing or wrong.
     """
@@ -87,7 +88,7 @@ def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: boo
 
 
 def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
-    """Copy the keys of rope_scaling (`scaling`) into the rope settings `out`, which are changed in place."""
+    """Copy the keys of `scaling`, the config's rope_scaling, into the rope settings `out`. Changes `out`."""
     for key in scaling:
         out[key] = scaling[key]
     if "type" in scaling and "rope_type" not in scaling:
@@ -95,17 +96,17 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """Context lengths of a model: (default in tokens, longest in tokens, whether a longer one changes the rope table).
+    """Context lengths of a model: (default in tokens, longest in tokens, True if a longer context changes rope).
 
-    If the third item is True, a Program for more than the default context has another rope table, so its results for
-    short sequences differ too. By type of rope scaling, with n for max_position_embeddings:
+    If the third item is True, a Program for more than the default context has other rope frequencies, so its results
+    differ even for short sequences. The three items depend on the type of rope scaling; n is max_position_embeddings:
 
     - YaRN: default and longest are the larger of n and factor * original length; the third item is False.
     - LongRoPE: the default is the original length, the longest is n. The third item is True if n is larger than the
-      original length: longer contexts take the long factors instead of the short ones.
-    - Dynamic NTK: the default is n, the longest factor * n. The third item is True if the longest is larger than n.
-    - Linear: the default is n, the longest factor * n; the third item is False.
-    - No scaling, another type, and dynamic or linear scaling that is given per layer type: (n, n, False).
+      original length, because longer contexts use the long factors instead of the short ones.
+    - Dynamic NTK: the default is n, the longest is factor * n. The third item is True if the longest is larger than n.
+    - Linear: the default is n, the longest is factor * n; the third item is False.
+    - No scaling, other types, and dynamic or linear scaling that is given per layer type: (n, n, False).
 
     Invalid numbers count as no scaling here; table() raises an error for them.
     """
@@ -131,20 +132,20 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 
 
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
-    """The rope Table (frequencies and attention factor) for a Program of `context` positions.
+    """The rope Table (frequencies and attention factor) for sequences of up to `context` tokens.
 
-    LongRoPE's long factors are chosen if `context` exceeds the pretrained length. Dynamic NTK's base is the base for a
-    sequence of `context` tokens. Here transformers differs: it chooses by the longest sequence in the batch. That
-    choice would make a sequence's logits depend on the batch, and would give earlier keys other frequencies than later
-    ones.
+    For LongRoPE and dynamic NTK the table depends on `context`, not on the length of a sequence: LongRoPE uses its long
+    factors if `context` exceeds the pretrained length, and dynamic NTK the base for `context` tokens. transformers goes
+    by the longest sequence in the batch instead. A sequence's logits then depend on the other sequences, and its
+    earlier keys have other frequencies than its later keys.
 
     Args:
         c: the config.
-        p: rope settings, as parameters() returns them.
+        p: rope settings that parameters() returned.
         head_dim: columns of a head.
-        context: positions of the Program.
+        context: maximum tokens of a sequence.
         style: how rope pairs columns, "half" or "interleaved".
-        partial: True if the family may rotate only part of each head.
+        partial: True if the model family may rotate only part of each head.
 
     Raises PortError for settings that are missing, wrong or not supported.
     """
@@ -174,11 +175,10 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
 
 
 def _check_numbers(kind: str, p: Settings) -> None:
-    """Raise PortError unless each rope setting is a finite number above 0, or for some keys a list of such numbers.
+    """Raise PortError unless each rope setting is a finite number above 0, or a list of such numbers.
 
-    A missing key passes. So does null or 0 for a number that the rope type does not need, as in transformers.
-
-    kind: the rope type, such as yarn. p: the rope settings.
+    Only `short_factor` and `long_factor` are lists. A missing key is accepted. So is null or 0 for a number that the
+    rope type does not need; transformers accepts them too. kind: the rope type, such as yarn. p: the rope settings.
     """
     needed = {"rope_theta", "partial_rotary_factor", *(NEEDED if kind in NEEDS else ())}
     for key in (key for key in ("rope_theta", "partial_rotary_factor", *NEEDED, *OPTIONAL, *LISTS) if key in p):
@@ -194,35 +194,37 @@ def _check_numbers(kind: str, p: Settings) -> None:
 
 
 def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
-    """theta^(2i / dim) for each i < dim / 2, as a float32 array [dim / 2], correctly rounded.
+    """The numbers theta^(2i / dim) for i = 0 ... dim / 2 - 1, correctly rounded: float32 [dim / 2].
 
-    It is within 1 ulp of torch's float32 result. p: rope settings, as parameters() returns them; theta is rope_theta.
+    They are within 1 ulp of torch's float32 result. p: rope settings that parameters() returned; theta is their
+    rope_theta.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (float(p["rope_theta"]) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) without scaling: theta^(-2i / dim).
+    """The rope frequencies without scaling: theta^(-2i / dim), where theta is the setting rope_theta.
 
-    p: rope settings; theta is rope_theta. c and context are not used: all functions for rope types have the same
-    arguments.
+    Returns (frequencies float32 [dim / 2], attention factor 1.0). p: rope settings. `c` and `context` are not used; the
+    functions for all rope types have the same arguments.
     """
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) of linear scaling, which divides frequencies by a factor.
+    """The rope frequencies with linear scaling: the unscaled frequencies divided by p["factor"].
 
-    The frequencies are the unscaled ones divided by p["factor"]. p: rope settings. c and context are not used.
+    Returns (frequencies float32 [dim / 2], attention factor 1.0). p: rope settings. `c` and `context` are not used.
     """
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 
 def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) of dynamic NTK for sequences of `context` tokens.
+    """The rope frequencies of dynamic NTK for sequences of `context` tokens.
 
-    If `context` is above max_position_embeddings, the base is larger than the config's. p: rope settings.
+    If `context` is above max_position_embeddings, the base is larger than the base in the config. Returns (frequencies
+    float32 [dim / 2], attention factor 1.0). p: rope settings.
     """
     length, factor = c.whole("max_position_embeddings"), float(p["factor"])
     stretch = factor * max(context, length) / length - (factor - 1)
@@ -230,10 +232,11 @@ def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor 1.0) of Llama 3's scaling.
+    """The rope frequencies of Llama 3's scaling.
 
-    Low frequencies are divided by the scaling factor, high ones are kept, and those between are interpolated. p: rope
-    settings. c and context are not used.
+    Low frequencies are divided by the scaling factor, high frequencies are kept, and frequencies in between are
+    interpolated. Returns (frequencies float32 [dim / 2], attention factor 1.0). p: rope settings. `c` and `context` are
+    not used.
     """
     plain = np.float32(1) / powers(p, dim)
     factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -246,19 +249,19 @@ def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np
 
 
 def mscale(factor: float, by: float = 1.0) -> float:
-    """YaRN's attention scale 0.1 * by * ln(factor) + 1, for a context `factor` times the pretrained one.
+    """YaRN's attention scale for a context that is `factor` times as long as in pretraining.
 
-    The scale is 1 for factor <= 1.
+    It is 0.1 * by * ln(factor) + 1, or 1 if `factor` is at most 1.
     """
     return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
+    """The rope frequencies and attention factor of YaRN (Peng et al. 2023).
 
-    Low frequencies are divided by the scaling factor, high ones are kept, and those between two limits are blended
-    linearly. The limits are numbers of rotations within the pretrained length; by default 32 (beta_fast) and 1
-    (beta_slow). p: rope settings. context is not used.
+    Low frequencies are divided by the scaling factor, high frequencies are kept, and frequencies between two limits are
+    blended linearly. The limits are given as rotations within the pretrained length, by default 32 (beta_fast) and 1
+    (beta_slow). Returns (frequencies float32 [dim / 2], attention factor). p: rope settings. `context` is not used.
     """
     pretrained, base = p["original_max_position_embeddings"], float(p["rope_theta"])
     factor = float(p["factor"] or c.whole("max_position_embeddings") / pretrained)
@@ -282,12 +285,12 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
 
 
 def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(rope frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024).
+    """The rope frequencies and attention factor of LongRoPE (Ding et al. 2024).
 
-    The frequency of each pair of columns is divided by a number of its own. These divisors are the config's long_factor
-    if `context` exceeds the pretrained length, else its short_factor. The attention factor is the config's; by default
-    sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1. p: rope settings. Raises PortError for a wrong
-    number of divisors.
+    Each pair of columns has its own divisor for its frequency: from the setting long_factor if `context` exceeds the
+    pretrained length, else from short_factor. The attention factor is a setting too; by default it is sqrt(1 +
+    ln(factor) / ln(pretrained length)), or 1 if factor is at most 1. Returns (frequencies float32 [dim / 2], attention
+    factor). p: rope settings. Raises PortError for a wrong number of divisors.
     """
     pretrained = p["original_max_position_embeddings"]
     short, long = p["short_factor"], p["long_factor"]
@@ -303,10 +306,11 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
 
 def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """Frequencies and attention factor of Gemma 4's rope, as (f32 [dim / 2], 1.0).
+    """The rope frequencies of Gemma 4.
 
-    Pair i of columns has the usual frequency base ** (-2 i / dim), divided by the setting `factor` (1 if missing). Only
-    the first partial_rotary_factor * dim / 2 pairs rotate; the other pairs have frequency 0.
+    Pair i of columns has the frequency theta^(-2i / dim) divided by the setting `factor` (1 if missing). Only the first
+    partial_rotary_factor * dim / 2 pairs rotate; the other pairs have frequency 0. Returns (frequencies float32 [dim /
+    2], attention factor 1.0). p: rope settings. `c` and `context` are not used.
     """
     turned = int(p["partial_rotary_factor"] * dim // 2)
     frequencies = np.float32(1) / powers(p, dim) / np.float32(p.get("factor") or 1.0)

@@ -10,16 +10,15 @@ from intaglio.ops import Attend, Concat, KvWrite, Map
 def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
     """Add the ops of the shared block (attention and MLP) that runs before the mixer of layer `i`.
 
-    Returns the name of the tensor [T, hidden] that holds x + the block's result.
+    Returns the name of the tensor with the sum of `x` and the block's result, [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         s: description of the block.
         i: number of the layer.
-        layer: the layer's description. Its attribute `shared` must be set: (number of the layer under which the
-            checkpoint stores the block's weights, number of earlier layers that run a shared block).
+        layer: description of the layer. Its attribute `shared` must be set.
         x: name of the layer's input.
-        embedded: name of the tensor of token embeddings, of the same shape as x.
+        embedded: name of the tensor of token embeddings, [T, hidden].
     """
     assert layer.shared
     d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
@@ -43,14 +42,14 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
 
 
 def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
-    """Add the attention of a shared block, from projections to o_proj. Returns the result's tensor name [T, hidden].
+    """Add the ops of a shared block's attention. Returns the name of the result's tensor, [T, hidden].
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         s: description of the block.
         i: number of the layer.
-        layer: the layer's description.
-        x: name of the input tensor [T, 2 * hidden], after its norm.
+        layer: description of the layer.
+        x: name of the normed input tensor, [T, 2 * hidden].
     """
     assert layer.shared
     d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
@@ -70,17 +69,19 @@ def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
 
 
 def adapted(w: Writer, site: str, y: str, x: str, rows: int, cols: int, rank: int, source: str) -> str:
-    """Add a low-rank adapter: y + x A^T B^T. Returns the result's tensor name; `y` itself for rank 0.
+    """Add a low-rank adapter (LoRA) to the result `y` of a projection. Returns the name of the new tensor, [T, rows].
+
+    The new tensor is y + x A^T B^T. If `rank` is 0, no op is added and the result is `y`.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         site: prefix of the ops' names in the Program.
-        y: name of the result to which the adapter adds [T, rows].
-        x: name of the input tensor [T, cols].
-        rows: number of columns of y, and of rows of B.
-        cols: number of columns of x, and of A.
-        rank: number of rows of A, and of columns of B.
-        source: name in the checkpoint of the module that holds A and B, as 0 and 1.
+        y: name of the projection's result, [T, rows].
+        x: name of the projection's input, [T, cols].
+        rows: columns of `y`; B is [rows, rank].
+        cols: columns of `x`; A is [rank, cols].
+        rank: rank of the adapter.
+        source: name of the module that holds A and B in the checkpoint, as 0 and 1.
     """
     if not rank:
         return y

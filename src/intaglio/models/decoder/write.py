@@ -23,9 +23,10 @@ from intaglio.program import Program
 
 
 def write(w: Writer) -> Program:
-    """Write and return the Program of the writer's Decoder.
+    """Make the Program of the Decoder that the Writer `w` has.
 
-    Raises PortError for weights with act-order outside linears and experts, and for a wrong number of cache scales.
+    Raises PortError for a weight with act-order (reordered columns) where only plain columns are supported, and for a
+    wrong number of scales of the K/V cache.
     """
     d, b = w.d, w.b
     for name in sorted({x.rope for x in d.layers if x.attention and (x.beside or not x.mixer or x.shared)} - {""}):
@@ -50,15 +51,15 @@ def write(w: Writer) -> Program:
 
 
 def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
-    """Add the ops of all layers of a model with several residual streams (Gemma 3n, see AltUp).
+    """Add the ops of all layers of a model with AltUp's residual streams (Gemma 3n).
 
-    Returns the name of the tensor [R, hidden] that the head reads.
+    Returns the name of the tensor that the head reads, [R, hidden], for the R tokens whose logits are wanted.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         altup: sizes of AltUp.
-        inputs: name of the tensor of per-layer inputs. In each layer, the result of the per-layer branch that reads
-            them is added to all streams but the first.
+        inputs: name of the tensor of per-layer inputs. In each layer, the per-layer branch reads this tensor, and its
+            result is added to all streams but the first.
         x: name of the tensor of embeddings.
     """
     streams = start_streams(w, altup, x)
@@ -74,7 +75,8 @@ def _streams(w: Writer, altup: AltUp, inputs: str, x: str) -> str:
 def _hyper_streams(w: Writer, h: Hyper, x: str) -> str:
     """Add the ops of all layers of a model whose residual streams are mixed by hyper-connections (DeepSeek-V4).
 
-    Returns the name of the tensor [R, hidden] that the head reads. h: sizes. x: name of the tensor of embeddings.
+    Returns the name of the tensor that the head reads, [R, hidden], for the R tokens whose logits are wanted. h: sizes
+    of the hyper-connections. x: name of the tensor of embeddings.
     """
     streams = spread(w, h, x)
     for i, layer in enumerate(w.d.layers):
@@ -88,13 +90,14 @@ def _hyper_streams(w: Writer, h: Hyper, x: str) -> str:
 
 
 def _per_layer(w: Writer, x: str) -> str:
-    """Add the ops that compute the per-layer inputs of Gemma 3n and 4. Returns the name of their tensor.
+    """Add the ops that compute the per-layer inputs of Gemma 3n and 4.
 
-    The tensor is [T, layers * per_layer], equal to (a + b) / sqrt(2). a is the tokens' rows of a second embedding
-    table; tokens beyond the table's end get its first row. b is a projection of the embeddings x, after a norm.
+    Returns the name of their tensor, [T, layers * per_layer]. It is (a + b) / sqrt(2): a is the tokens' rows of a
+    second embedding table, and b a normed projection of the embeddings `x`. Tokens beyond the end of the second table
+    get its first row.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         x: name of the tensor of embeddings.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
@@ -111,13 +114,13 @@ def _per_layer(w: Writer, x: str) -> str:
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
     """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4).
 
-    Returns the name of the tensor [T, hidden] that holds norm(proj(activation(gate(x)) * the layer's columns of
-    `inputs`)). The caller adds this tensor to the residual.
+    Returns the name of the branch's result, [T, hidden]: norm(proj(activation(gate(x)) * p)), where p is the layer's
+    columns of `inputs`. The caller adds the result to the residual.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
-        inputs: name of the tensor that _per_layer() returned.
+        inputs: name of the tensor of per-layer inputs.
         x: name of the tensor that the gate reads.
     """
     d, b, at, source, n = w.d, w.b, f"layers.{i}.per_layer.", f"{w.d.prefix}layers.{i}.", w.d.per_layer
@@ -129,10 +132,10 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Add the ops that embed the tokens. Returns the name of the result's tensor [T, hidden].
+    """Add the ops that embed the tokens. Returns the name of the result's tensor, [T, hidden].
 
-    If the model has them, position and token-type embeddings are added, and a norm and a projection to `hidden` columns
-    follow.
+    If the model has them, position and token-type embeddings, a norm, and a projection to `hidden` columns are added
+    too.
     """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")
@@ -158,26 +161,26 @@ def _embedding(w: Writer) -> str:
 
 
 def _root(w: Writer, width: int, table: str) -> float:
-    """The factor sqrt(width) by which rows of an embedding are multiplied, as a float.
+    """The factor sqrt(width) by which token embeddings are multiplied.
 
-    It is rounded to the format of the embedding's weight `table`, or to float32 if that format has groups.
+    It is rounded to the number format of the embedding's weight, called `table`, or to float32 if that format has
+    scales.
     """
     root, format = np.array(width**0.5, np.float32), w.b.tensors[table].format
     return float(root if formats.get(format).grouped else formats.round_to(root, format))
 
 
 def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
-    """Add the ops of one layer: attention or recurrent block, then the MLP, with their norms and residual additions.
+    """Add the ops of one layer: attention or recurrent block, then the MLP, with norms and residual additions.
 
-    Returns the name of the tensor [T, hidden] with the layer's result. A part that the layer does not have is left out.
+    Returns the name of the layer's result, [T, hidden]. Parts that the layer does not have are left out.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
-        layer: the layer's description.
-        x: name of the tensor that the layer reads.
-        embedded: name of the tensor of token embeddings. Only layers that run a block shared by several layers (Zamba2)
-            read it.
+        layer: description of the layer.
+        x: name of the layer's input.
+        embedded: name of the tensor of token embeddings. Only layers with a shared block (Zamba) read it.
     """
     start = read = x
     if layer.attention:
@@ -200,14 +203,14 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Add the ops of the low-rank shortcut beside attention: x + norm(right(left(x))). Returns the sum's tensor name.
+    """Add the ops of a low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of the sum.
 
     Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
-        x: name of the tensor that attention reads too.
+        x: name of the input tensor, which attention reads too.
     """
     at, source, d = f"layers.{i}.laurel.", f"{w.d.prefix}layers.{i}.laurel.", w.d
     y = w.linear(at + "left", x, d.laurel, d.hidden, source + "linear_left")
@@ -217,15 +220,15 @@ def _laurel(w: Writer, i: int, x: str) -> str:
 
 
 def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of a layer's attention, or of its recurrent block if it has one. Returns the result's tensor name.
+    """Add the ops of a layer's attention or recurrent block. Returns the name of the result's tensor, [T, hidden].
 
-    A layer with `beside` has both, and the result is their weighted sum.
+    If layer.beside is True, the layer has both, and the result is their weighted sum.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
-        layer: the layer's description.
-        x: name of the tensor that they read, after its norm.
+        layer: description of the layer.
+        x: name of the input tensor, which is already normed.
     """
     if layer.mixer:
         y = write_mixer(w, layer.mixer, i, x)
@@ -241,18 +244,17 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
-    """Add the ops of a layer's MLP. Returns the name of the result's tensor.
+    """Add the ops of a layer's MLP. Returns the name of the result's tensor, [T, hidden].
 
-    A sparse layer has a mixture of experts in place of the dense MLP, or beside it if the Mixture's `beside` is set;
-    the results of both are then added.
+    A sparse layer has a mixture of experts instead of the dense MLP. If Mixture.beside is True, the layer has both, and
+    the result is the sum of both.
 
     Args:
-        w: writes the ops.
+        w: the Writer that adds the ops.
         i: number of the layer.
-        layer: the layer's description.
-        x: name of the MLP's input tensor, which is already normed.
-        residual: name of the tensor to which the caller adds the result. Experts beside the MLP read it, with a norm of
-            their own.
+        layer: description of the layer.
+        x: name of the input tensor, which is already normed.
+        residual: name of the tensor to which the caller adds the result. Experts beside the dense MLP read this tensor.
     """
     d, m = w.d, w.d.mixture if layer.sparse else None
     if m and not m.beside:
@@ -263,14 +265,14 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
 
 
 def _head(w: Writer, x: str) -> None:
-    """Add the ops from the last layer to the sampled tokens: final norm, output head, softcap and sampling.
+    """Add the ops after the last layer: final norm, output head, softcap and sampling.
 
-    If the model has a dense layer before the head, the layer's ops are added too. Returns nothing; the outputs are
-    named logits, next_tokens and logprobs.
+    A dense layer before the head is added too if the model has one. The outputs of the Program are named logits,
+    next_tokens and logprobs.
 
     Args:
-        w: writes the ops.
-        x: name of the tensor [R, hidden] of the rows whose logits are wanted.
+        w: the Writer that adds the ops.
+        x: name of the last layer's result for the R tokens whose logits are wanted, [R, hidden].
     """
     d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
     if d.final_norm:

@@ -16,18 +16,18 @@ from intaglio.program.source import names
 
 
 class Writer:
-    """Builds the Program of a Decoder: adds weights, linears, norms and other parts of its layers.
+    """Builds the Program of a Decoder: has methods that add a weight, a linear layer, a norm and so on.
 
-    Most methods add an op or a weight and return the name of the tensor that it yields. A site is the name of an op in
-    the Program, such as layers.3.mlp.down_proj.
+    Most methods add an op or a weight and return the name of the resulting tensor. The argument `site` is the name of
+    the op in the Program, such as layers.3.mlp.down_proj. T in a shape is the number of tokens.
 
     Args:
-        d: the model's description.
+        d: description of the model.
         name: name of the Program.
-        context: positions to compile for.
-        format: function from a checkpoint tensor's name to the number format it is stored in.
-        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or to "" if
-            it has none.
+        context: maximum tokens of a sequence.
+        format: function that returns the stored number format of a checkpoint tensor, by name.
+        order: function that returns, for the name of a weight, the name of the checkpoint tensor with the order of its
+            columns (GPTQ's act-order), or "" if the columns are not reordered.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Writer:
         self.cache = d.cache or ("f32" if format(names(table)[0]) == "f32" else "bf16")
 
     def weight(self, site: str, what: str, shape: tuple[int, ...], source: str) -> str:
-        """Add the weight or bias of a module as a weight of the Program. Returns the weight's name, SITE.WHAT.
+        """Add the weight or bias of a checkpoint's module to the Program. Returns its name, SITE.WHAT.
 
         Args:
-            site: name of the op that reads it.
+            site: name of the op that reads the weight or bias.
             what: "weight" or "bias".
-            shape: shape of the weight.
-            source: name of the module in the checkpoint, in Llama's terms (see Decoder.source()).
+            shape: shape of the weight or bias.
+            source: name of the module in the checkpoint, as Llama calls it (see Decoder.source()).
         """
         found = self.d.source(f"{source}.{what}")
         return self.b.weight(f"{site}.{what}", shape, found, self.format(names(found)[0]))
@@ -56,12 +56,12 @@ class Writer:
 
         Args:
             name: the weight's name in the Program.
-            shape: its shape.
-            source: the checkpoint tensor and how to cut it, in the notation of program/source.py; or several, whose
-                rows follow each other.
-            plain: True if a quantised tensor becomes bf16, for an op that takes no quantised weight.
+            shape: shape of the weight.
+            source: the checkpoint tensor, or a part of it, in the notation of program/source.py; or several of these,
+                whose rows are put below each other.
+            plain: True if a quantised tensor is to be dequantised to bf16, for an op that takes no quantised weight.
 
-        Raises PortError for a tensor with act-order, whose columns are in an order of their own.
+        Raises PortError for a tensor with act-order (reordered columns).
         """
         found = [self.d.source(s) for s in ([source] if isinstance(source, str) else source)]
         if ordered := [n for s in found for n in names(s) if self.order(n)]:
@@ -72,14 +72,14 @@ class Writer:
         return self.b.weight(name, shape, found, "bf16" if plain and formats.get(format).grouped else format)
 
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
-        """Add the matrices of all experts as one weight of the Program [experts, rows, columns]. Returns `name`.
+        """Add one matrix of every expert as one weight of the Program, [experts, rows, columns]. Returns `name`.
 
-        Column orders (GPTQ's act-order) are not added: the caller adds them with orders().
+        If the matrices have reordered columns (GPTQ's act-order), the caller must add their orders with orders().
 
         Args:
             name: the weight's name in the Program.
-            shape: its shape.
-            source: the matrices' checkpoint tensors, in the notation of program/source.py.
+            shape: shape of the weight.
+            source: the checkpoint tensors of the matrices, in the notation of program/source.py.
         """
         source = self.d.source(source)
         return self.b.weight(name, shape, source, self.format(names(source)[0]))
@@ -87,15 +87,15 @@ class Writer:
     def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
         """Add the column orders (GPTQ's act-order) of the experts' matrices as one i32 weight [experts, columns].
 
-        Returns the weight's name; None if the matrices have no such orders. All the matrices of an expert named here
-        multiply the same input, so their orders must be equal; raises PortError if they differ.
+        Returns the name of the weight; None if the matrices have no such orders. The matrices of one expert in
+        `sources` multiply the same input, so they must have the same order. Raises PortError if they do not.
 
         Args:
-            name: the weight's name.
+            name: the weight's name in the Program.
             shape: (experts, columns).
             sources: for each kind of matrix, such as gate and up, a text that names the checkpoint's tensors of all
-                experts, such as "layers.0.mlp.experts.{0..7}.up_proj.weight". The names are Llama's; the port
-                translates them.
+                experts, such as "layers.0.mlp.experts.{0..7}.up_proj.weight". Names are as in Llama (see
+                Decoder.source()).
         """
         sources = tuple(map(self.d.source, sources))
         runs = [[self.order(n) for n in names(source)] for source in sources]
@@ -108,20 +108,23 @@ class Writer:
         return self.b.weight(name, shape, source, "i32") if any(runs[0]) else None
 
     def constant(self, name: str, values: Sequence[float]) -> str:
-        """Add a small vector whose values are part of the Program, once for all layers. Returns its name."""
+        """Add a small vector whose values are stored in the Program itself. Returns `name`.
+
+        If the Program already has a tensor of this name, nothing is added.
+        """
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
-        """Add the scales of a layer's K/V cache, as constants. Returns {"k_scale": name, "v_scale": name}.
+        """Add the scales of a layer's K/V cache, each as a vector [heads]. Returns {"k_scale": name, "v_scale": name}.
 
         The result is {} if the cache has no scales.
 
         Args:
             i: number of the layer.
-            at: prefix of the constants' names.
-            heads: K/V heads of the layer.
+            at: prefix of the vectors' names.
+            heads: number of K/V heads of the layer.
 
-        Raises PortError for another number of scales than one, or one per head.
+        Raises PortError unless the Decoder has one scale, or one per head.
         """
         out = {}
         for field, values in zip(("k_scale", "v_scale"), self.d.cache_scales.get(i, ()), strict=False):
@@ -133,32 +136,30 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Add a tensor [rows of x, 1] that repeats the one value of a checkpoint tensor in every row.
-
-        Returns the name of the new tensor.
+        """Add ops that make a tensor [T, 1] whose rows all hold the one value of a checkpoint tensor. Returns its name.
 
         Args:
             site: name of the op.
-            x: name of a tensor with as many rows as are wanted.
+            x: name of a tensor [T, ...]; only its number of rows is used.
             source: name of the checkpoint tensor.
         """
         zeros = self.b.op(Map, f"{site}.zeros", self.b.view(f"{site}.column", x, 0, 1), expr="a * 0.0")
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False, shared: str = "") -> str:
-        """Add a linear: x times a module's weight [rows, cols] transposed, plus its bias if any.
+        """Add a linear layer: x times the transposed weight [rows, cols] of a module, plus a bias if there is one.
 
-        Returns the name of the result tensor [T, rows].
+        Returns the name of the result's tensor, [T, rows].
 
         Args:
             site: name of the op.
-            x: name of the input tensor [T, cols].
+            x: name of the input tensor, [T, cols].
             rows: rows of the weight.
             cols: columns of the weight and of x.
-            source: name of the module in the checkpoint, in Llama's terms.
+            source: name of the module in the checkpoint, as Llama calls it (see Decoder.source()).
             bias: True if the module has a bias.
-            shared: op name from which the weight and the bias get their names, if several linears use the same ones;
-                "": from `site`.
+            shared: if several linear layers use the same weight, the op name from which weight and bias get their
+                names; "": they get them from `site`.
         """
         w = self.weight(shared or site, "weight", (rows, cols), source)
         b = self.weight(shared or site, "bias", (rows,), source) if bias else None
@@ -166,13 +167,13 @@ class Writer:
         return self.b.op(Linear, site, x, w, bias=b, x_format=self.x_format(w))
 
     def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
-        """Add a linear whose weight is joined from parts of one module's weight.
+        """Add a linear layer whose weight consists of parts of one module's weight, one below the other.
 
-        Returns the name of the result tensor [T, rows].
+        Returns the name of the result's tensor, [T, rows].
 
         Args:
             site: name of the op.
-            x: name of the input tensor [T, hidden].
+            x: name of the input tensor, [T, hidden].
             rows: number of rows of all parts together.
             sources: the parts, in the notation of program/source.py.
         """
@@ -182,15 +183,15 @@ class Writer:
         return self.b.op(Linear, site, x, w, x_format=self.x_format(w))
 
     def in_order(self, site: str, x: str, cols: int, source: str) -> str:
-        """Add an op that reorders the columns of x as the columns of a weight are stored (GPTQ's act-order).
+        """Put the columns of `x` into the order in which a weight's columns are stored (GPTQ's act-order).
 
-        Returns the name of the result; x itself if the weight's columns are not reordered. Weights that read the same x
-        in the same order share one op.
+        Returns the name of the reordered tensor. If the weight's columns are not reordered, no op is added and the
+        result is `x`. Weights that read the same `x` in the same order share one op.
 
         Args:
             site: name of the op that reads the weight.
             x: name of the tensor.
-            cols: columns of x.
+            cols: columns of `x`.
             source: name of the weight in the checkpoint.
         """
         order = self.order(names(self.d.source(source))[0])
@@ -200,9 +201,9 @@ class Writer:
         return self.permuted[x, order] if order else x
 
     def x_format(self, w: str) -> str:
-        """The format that x is rounded to before a product with weight `w`.
+        """The number format to which an activation is rounded before it is multiplied with the weight called `w`.
 
-        "int8" if the codes of `w` are integers, else "f32".
+        "int8" if the codes of `w` are whole numbers, else "f32".
         """
         return x_format(self.b.tensors[w].format, exact=True)
 
@@ -212,10 +213,11 @@ class Writer:
         Args:
             site: name of the op.
             x: name of the input tensor.
-            width: number of the norm's weights.
+            width: number of values of the norm's weight.
             source: name of the norm's module in the checkpoint.
-            group: columns of each group that is normed by itself; 0: the whole row.
-            shared: op name from which the weight gets its name, if several norms use the same weight; "": from `site`.
+            group: number of consecutive columns that are normed together; 0: the whole row.
+            shared: if several norms use the same weight, the op name from which the weight gets its name; "": it gets
+                its name from `site`.
         """
         d, held = self.d, shared or site
         w = self.weight(held, "weight", (width,), source) if d.norm_weight else None
@@ -223,7 +225,7 @@ class Writer:
         return self.b.op(Norm, site, x, weight=w, bias=bias, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
 
     def layer_norm(self, i: int, which: str, x: str) -> str:
-        """Add one of a layer's norms. Returns the name of the result's tensor; x itself if the layer has no such norm.
+        """Add one of the norms of layer `i`. Returns the name of the normed tensor; `x` if the layer lacks the norm.
 
         Args:
             i: number of the layer.
@@ -235,14 +237,14 @@ class Writer:
         return self.norm(f"layers.{i}.{which}", x, self.d.hidden, at) if source else x
 
     def rope(self, site: str, x: str, rope: str, head_dim: int, style: str = "", trailing: bool = False) -> str:
-        """Add the op that rotates queries or keys. Returns the result's tensor name; x itself if `rope` is "".
+        """Add the op that applies rope to queries or keys. Returns the name of the rotated tensor; `x` if `rope` is "".
 
         Args:
             site: name of the op.
             x: name of the tensor of queries or keys.
             rope: name of the rope table in Decoder.ropes (see Layer.rope); "": no rope.
             head_dim: columns of a head.
-            style: how columns are paired, "half" or "interleaved"; "": as the table says.
+            style: how columns are paired, "half" or "interleaved"; "": the style of the rope table.
             trailing: True if the last columns of each head are rotated, not the first.
         """
         if not rope:
@@ -254,17 +256,18 @@ class Writer:
         )  # fmt: skip
 
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
-        """Add several linears that read the same x, such as q, k and v. Returns a list of their results' tensor names.
+        """Add linear layers that read the same `x`, such as q, k and v. Returns the names of their results as a list.
 
-        If the checkpoint stores them as one module, one linear is added, and a view of its result for each.
+        If the checkpoint stores them as one module, one linear layer is added, and one view of its result for each of
+        them.
 
         Args:
             at: prefix of the ops' names in the Program.
             source: prefix of the modules' names in the checkpoint.
             x: name of the input tensor.
-            widths: {name of a linear: columns of its result}, in order.
-            fused: name of the module that may hold them all, such as qkv_proj; Decoder.fused says whether it does.
-            bias: True if the linears have biases.
+            widths: {name of a linear layer: columns of its result}, in order.
+            fused: name of the module that may hold all of them, such as qkv_proj; Decoder.fused says whether it does.
+            bias: True if the linear layers have biases.
         """
         if fused not in self.d.fused:
             return [self.linear(at + n, x, w, self.d.hidden, source + n, bias) for n, w in widths.items()]
@@ -272,11 +275,11 @@ class Writer:
         return self.views(base, {at + n: w for n, w in widths.items()})
 
     def views(self, base: str, widths: Mapping[str, int]) -> list[str]:
-        """Add views of consecutive runs of a tensor's columns, from column 0 on. Returns a list of the views' names.
+        """Divide the columns of a tensor into consecutive views, from column 0 on. Returns a list of the views' names.
 
         Args:
             base: name of the tensor.
-            widths: {name of a view: its columns}, in order.
+            widths: {name of a view: number of its columns}, in order.
         """
         out, start = [], 0
         for name, width in widths.items():
@@ -285,7 +288,7 @@ class Writer:
         return out
 
     def scaled(self, site: str, x: str, by: float) -> str:
-        """Add an op that multiplies a tensor by a number. Returns the result's tensor name; x itself if `by` is 1.
+        """Add an op that multiplies the tensor `x` by a number. Returns the name of the result; `x` if `by` is 1.
 
         Args:
             site: name of the op.
@@ -301,8 +304,8 @@ class Writer:
             site: the op's name.
             x: name of the residual's tensor.
             branch: name of the branch's tensor.
-            mix: (a, b) for a * x + b * branch. With the default (1, 1) the sum is x + residual_scale * branch, where
-                residual_scale is the Decoder's; other pairs replace it.
+            mix: a pair (a, b); the sum is a * x + b * branch. With the default (1, 1) the sum is x +
+                Decoder.residual_scale * branch.
         """
         if mix != (1.0, 1.0):
             return self.b.op(Map, site, x, b=branch, expr=f"a * {mix[0]!r} + b * {mix[1]!r}")

@@ -47,13 +47,14 @@ HQQ_STATE = (
 
 
 def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of an MLX checkpoint, embedding tables included, as {name: Coded}.
+    """The quantised matrices of an MLX checkpoint, including embedding tables, as {name of the weight: Coded}.
 
-    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no
-    biases. All matrices keep their codes. In memory, codes of 2 and 3 bits take 4 bits, codes of 5 and 6 bits take 8.
+    A matrix is stored as three tensors: weight, U32 [N, K bits / 32], scales and biases, [N, K / group]. In the modes
+    mxfp4, nvfp4 and mxfp8, scales are U8 and there are no biases. All matrices keep their codes; in memory, codes of 2
+    and 3 bits take 4 bits, codes of 5 and 6 bits take 8.
 
-    q: the quantisation settings; settings of single modules are in a table under the module's name. Raises PortError
-    for other types or sizes, and for an unknown mode.
+    stored: contents of the checkpoint's files. q: the quantisation settings; the settings of a single module are in a
+    table under the module's name. Raises PortError for other types or sizes, and for an unknown mode.
     """
     bias = "qbiases" if any(n.endswith(".qbiases") for n in stored.dtypes) else "biases"
     out: dict[str, Coded] = {}
@@ -82,9 +83,10 @@ def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _experts(base: str, count: int, whole: Coded) -> dict[str, Coded]:
-    """The matrices of MLX's stack `base` of `count` experts (`switch_mlp`), as {name in transformers: matrix}.
+    """The matrices of a stack of experts in an MLX checkpoint, as {name in transformers: Coded}.
 
-    Raises PortError for another stack than switch_mlp.
+    base: name of the stack's module, which must be in `switch_mlp`. count: number of experts. whole: a Coded that
+    decodes the matrix of one expert. Raises PortError for a stack that is not in `switch_mlp`.
     """
     block, _, own = base.partition(".switch_mlp.")
     if not own:
@@ -118,22 +120,23 @@ def _affine_rows(stored: Stored, base: str, shape: tuple[int, int], bits: int, g
 
 
 def _family(bits: int) -> str:
-    """Name of the affine format for codes of `bits` bits (1 to 8), without the suffix gN for groups of N."""
+    """The family of affine formats that holds codes of `bits` bits (1 to 8): "affine4" or "affine8"."""
     return "affine4" if bits <= 4 else "affine8"
 
 
 def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, group: int, bias: str) -> Coded:
-    """The matrix (Coded) of one MLX module with floating-point codes: MXFP4, MXFP8, or NVFP4 without a tensor scale.
+    """The matrix of one MLX module with floating-point codes, as a Coded.
 
-    Codes are packed in 32-bit words NAME.weight; NAME.scales are U8.
+    The format is MXFP4, MXFP8, or NVFP4 without a scale for the whole tensor. The tensor BASE.weight has the codes
+    packed in 32-bit words, BASE.scales the scales in U8.
 
     Args:
         stored: contents of the checkpoint's files.
-        base: the module's name.
+        base: name of the module.
         shape: (rows, columns) of the matrix.
         bits: bits of a code: 8 for MXFP8, else 4.
         group: number of codes that share a scale: 16 for NVFP4, else 32.
-        bias: not used. It is here because the functions for other formats are called with it.
+        bias: not used; functions for other formats have the same arguments.
     """
     codes, scale = base + ".weight", base + ".scales"
     parts, e4m3 = {codes: Part(), scale: Part()}, ml_dtypes.float8_e4m3fn
@@ -149,17 +152,18 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: value = (code - zero) * scale. {} if none.
+    """The quantised matrices of an HQQ checkpoint, as {name of the weight: Coded}; {} if there are none.
 
-    With HQQ's axis 1 the values that share a scale (a group) lie along a row. Such a matrix stays quantised if it can
-    be read in groups of 32 values or more that divide its columns evenly; its own groups may be divided for that. All
-    other matrices, such as those of axis 0, become bf16 when read.
+    A value is (code - zero) * scale. With HQQ's axis 1, the values that share a scale (a group) lie along a row. A
+    matrix of axis 1 stays quantised if it can be read in groups of 32 or more values that divide its columns evenly;
+    HQQ's own groups may be divided for that. All other matrices become bf16 when read.
 
-    HQQ packs the codes into the words of W_q. It divides the rows of its table of codes into n equal runs, where n is
-    the number of codes in a word. A word has one code from each run, the first run's in the highest bits.
+    HQQ packs the codes into the words of the tensor W_q. It divides the rows of its table of codes into n equal runs,
+    where n is the number of codes in a word. A word has one code from each run; the code from the first run has the
+    highest bits.
 
-    stored: the checkpoint's tensors. q: the quantisation settings; not read. Raises PortError for scales that are
-    quantised too, an incomplete state, and an unknown packing.
+    stored: contents of the checkpoint's files. q: the quantisation settings; not read. Raises PortError for scales that
+    are quantised too, for missing tensors, and for an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):

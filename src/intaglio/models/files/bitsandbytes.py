@@ -34,17 +34,16 @@ KINDS = ("nf4", "fp4")
 def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of a bitsandbytes checkpoint, as {name of the weight: Coded}.
 
-    LLM.int8: I8 codes [N, K] times SCB / 127 of the row, kept as int8rowf32. NF4 and FP4: codes are kept, in format
-    nf4gN or fp4gN with groups of N values. An NF4 or FP4 matrix becomes bf16, rounded to nearest, in two cases: its
-    codes stand for other values than the usual ones, or no group length of at least 32 divides both the number of
-    columns and the number of values that share a scale.
+    LLM.int8 matrices are I8 codes [N, K] and one number SCB per row; a value is code * SCB / 127. They are kept as
+    int8rowf32. NF4 and FP4 matrices keep their codes, in the format nf4gN or fp4gN with groups of N values. They become
+    bf16, rounded to nearest, in two cases: the codebook is not the usual one, or no group length of 32 or more divides
+    both the number of columns and the number of values that share a scale.
 
     Args:
         stored: contents of the checkpoint's files.
-        q: the quantisation settings; not read, since the tensors say everything.
+        q: the quantisation settings; not read, because the tensors say everything.
 
-    Raises PortError for a quant_state that is not complete, codes tiled for a GPU, and a checkpoint without quantised
-    matrices.
+    Raises PortError for missing tensors, for codes tiled for a GPU, and for a checkpoint without quantised matrices.
     """
     out: dict[str, Coded] = {}
     for kind in KINDS:
@@ -79,16 +78,17 @@ def _eight_bits(stored: Stored, base: str) -> Coded:
 def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
     """The NF4 or FP4 matrix of bitsandbytes called `name`, as a Coded.
 
-    `name` holds two codes in each byte, the higher nibble first, row by row. quant_map F32 [16] has the values of the
-    codes, and absmax F32 a factor for each block of codes. If the factors are quantised too, absmax is U8, and a factor
-    is nested_quant_map[absmax] * nested_absmax of its nested block + nested_offset. The block sizes and nested_offset
-    are in the quant_state, a JSON object in a tensor of its own. Raises PortError for tensors that are missing or do
-    not fit.
+    The tensor `name` has the codes row by row, two in each byte, the first in the high nibble. quant_map, F32 [16], has
+    the value of each code. absmax, F32, has a factor for each block of codes. If the factors are quantised too, absmax
+    is U8, and a factor is nested_quant_map[absmax] * nested_absmax + nested_offset, with one nested_absmax per block of
+    factors. The block sizes and nested_offset are in the quant_state, a JSON object stored as a tensor.
+
+    Raises PortError for tensors that are missing or do not fit.
 
     Args:
         stored: contents of the checkpoint's files.
-        name: the weight's name.
-        kind: nf4 or fp4.
+        name: name of the weight.
+        kind: "nf4" or "fp4".
     """
     at = name + STATE + kind
     state = json.loads(bytes(stored.read(at)))

@@ -22,12 +22,13 @@ KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_group", "kv_cache_qu
 
 @dataclass
 class CacheScales:
-    """Scales of an E4M3 K/V cache.
+    """The scales by which keys and values of an E4M3 K/V cache are multiplied, for each layer.
 
     Attributes:
-        asked_by: the key of the quantisation settings that asks for an E4M3 cache; "": none does.
-        layers: {layer: (scales of keys, scales of values)}; each has one scale, or one per K/V head.
-        sources: {name of a tensor that scales were read from: its layer}.
+        asked_by: the key of the quantisation settings that asks for an E4M3 cache; "" if no key does.
+        layers: {number of a layer: (scales of keys, scales of values)}; both are tuples of one scale, or of one per K/V
+            head.
+        sources: {name of a tensor that scales were read from: number of its layer}.
     """
 
     asked_by: str = ""
@@ -38,17 +39,16 @@ class CacheScales:
 def read_cache_scales(
     names: Iterable[str], read: Callable[[str], np.ndarray], q: Settings, prefix: str, coded: bool
 ) -> CacheScales:
-    """Read the scales of a checkpoint's E4M3 K/V cache and return them as CacheScales, which is empty without any.
+    """Read the scales that a checkpoint has for an E4M3 K/V cache. Returns CacheScales, without layers if it has none.
 
-    A layer with a scale of keys or of values alone takes it for both, and a scale of 0 or less counts as 1, as in vLLM.
-    CacheScales.asked_by, the setting that asks for an FP8 cache, is set only if the checkpoint has such scales or
-    quantised matrices. With plain weights and no scales the setting has no effect. Raises CheckpointError for a scale
-    that is not finite.
+    If a layer has a scale only for keys or only for values, this scale is used for both. A scale of 0 or less counts as
+    1. vLLM does the same. CacheScales.asked_by is "" if the checkpoint has neither scales nor quantised matrices,
+    because the setting then has no effect. Raises CheckpointError for a scale that is not finite.
 
     Args:
         names: names of the checkpoint's tensors.
-        read: function from a name to the tensor.
-        q: the settings that say how matrices are quantised.
+        read: function that returns a tensor of the checkpoint by name.
+        q: the quantisation settings.
         prefix: prefix of the names of the decoder's tensors.
         coded: True if the checkpoint has quantised matrices.
     """
@@ -75,7 +75,7 @@ def read_cache_scales(
 
 
 def _of_cache(q: Settings) -> str:
-    """The key of the quantisation settings `q` that asks for an E4M3 K/V cache; "" if none does."""
+    """The key of the quantisation settings `q` that asks for an E4M3 K/V cache; "" if no key does."""
     scheme, algo = q.get("kv_cache_scheme"), q.get("kv_cache_quant_algo")
     if isinstance(scheme, Mapping):
         if scheme.get("type", "float") == "float" and scheme.get("num_bits", 8) == 8:

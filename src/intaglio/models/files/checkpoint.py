@@ -44,14 +44,13 @@ GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metada
 
 
 def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | None:
-    """Find NaN and infinite values in an array. Returns (index, count), or None if there are none.
+    """Find NaN and infinite values in the array `x`. Returns (index of the first, number of them), or None without any.
 
-    index: the first such value's index, a tuple with one int per dimension. count: number of such values.
+    The index is a tuple with one int per dimension.
 
     Args:
         x: the array.
-        dtype: the type in which it is stored. Types other than F32, BF16 and F16 are not checked; the result is then
-            None.
+        dtype: the stored type of `x`. Only F32, BF16 and F16 are checked; for other types the result is None.
     """
     if dtype not in EXPONENTS:
         return None
@@ -69,10 +68,10 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """A list with one note for the user if matrices take at least 1 GiB more in memory than in the files; else [].
+    """A note for the user if quantised matrices take at least 1 GiB more in memory than in the files.
 
-    Counted are the quantised matrices that become f32, f16 or bf16 when read, because Intaglio has no number format for
-    their codes.
+    Returns a list with one text, or []. Counted are the matrices that become f32, f16 or bf16 when read, because
+    Intaglio has no number format for their codes.
     """
     wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
     stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})
@@ -88,22 +87,24 @@ def _note_cost(c: Checkpoint) -> list[str]:
 
 @dataclass
 class Checkpoint:
-    """An open checkpoint, usable as a source of weights (devices.Weights).
+    """An open checkpoint: the configuration and the tensors of a model.
 
-    Reading returns views of the mapped files, or codes and scales where matrices are quantised.
+    A device can load its weights from a Checkpoint (see devices.Weights). Tensors are read as views of memory-mapped
+    files; quantised matrices are read as codes and scales.
 
     Attributes:
         path: the folder or GGUF file.
         config: the contents of config.json; for a GGUF file, its metadata translated into the keys of config.json.
         entries: {name of a stored tensor: its place in the files}.
-        coded: {name that a quantised matrix has without quantisation: how it is stored and decoded}.
+        coded: {name of a quantised matrix: how it is stored and decoded}. The name is that of the matrix in a
+            checkpoint without quantisation.
         taken: names of the stored tensors that belong to quantised matrices, such as their codes and scales.
-        found: which files were read and which were not.
+        found: the files of the folder that are read, and those that are not.
         quantisation: settings that say how matrices are quantised.
-        quantised_by: the file and key that have these settings; "": none.
-        gguf: the model of a GGUF file; None for a folder of safetensors files.
+        quantised_by: the file and key that have these settings; "" if there are none.
+        gguf: the contents of a GGUF file; None for a folder of safetensors files.
         maps: memory maps of the files.
-        checked: tensors that have been checked for NaN and infinity.
+        checked: names of the tensors that have been checked for NaN and infinity.
     """
 
     path: Path
@@ -122,9 +123,9 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         """Open a checkpoint folder or GGUF file and return the Checkpoint.
 
-        Reads config.json and the files' headers, but no tensors except small ones that say how matrices are stored,
-        such as column orders (act-order). Raises CheckpointError for a file that is missing or damaged, PortError for a
-        quantisation or GGUF architecture that is not supported.
+        Reads config.json and the headers of the files. Tensors are not read, except small ones that say how matrices
+        are stored, such as column orders (act-order). Raises CheckpointError for a file that is missing or damaged,
+        PortError for a quantisation or GGUF architecture that is not supported.
         """
         path = Path(path)
         if gguf := find_gguf(path):
@@ -148,19 +149,19 @@ class Checkpoint:
 
     @property
     def config_name(self) -> str:
-        """Name of the file that `config` was read from."""
+        """The name of the file that `config` was read from."""
         return "config.json" if self.found.said_by else self.path.name
 
     @property
     def notes(self) -> list[str]:
-        """A list of notes for the user about ignored or unusual files."""
+        """Notes for the user about ignored or unusual files, as a list of texts."""
         return self.found.notes
 
     @property
     def unlisted(self) -> list[str]:
-        """A sorted list of the names of the folder's *.safetensors files that are not read.
+        """The names of the folder's *.safetensors files that are not read, as a sorted list.
 
-        A file is not read if the index, or whatever else decides which files are read, does not name it.
+        A file is read if it is the only file of the model, or if config.json or the index names it.
         """
         return self.found.unlisted
 
@@ -182,16 +183,17 @@ class Checkpoint:
         return self.entries[name]
 
     def dtype(self, name: str) -> str:
-        """The stored type of a tensor as the file's header writes it: F32, BF16, F16, ...
+        """The stored type of the tensor `name`, as the file's header writes it: F32, BF16, F16, ...
 
         Raises CheckpointError if the files have no tensor of that name.
         """
         return self.entry(name).dtype
 
     def format(self, name: str) -> str:
-        """The number format of the value that read() returns, such as bf16 or a quantised format.
+        """The number format of the value that read() returns for `name`, such as bf16 or a quantised format.
 
-        "" if the file stores a type that cannot be read. Raises CheckpointError if there is no tensor of that name.
+        "" if the tensor is stored in a type that cannot be read. Raises CheckpointError if there is no tensor of that
+        name.
         """
         return self.coded[name].format if name in self.coded else PLAIN.get(self.dtype(name), "")
 
@@ -200,29 +202,29 @@ class Checkpoint:
 
     @property
     def orders(self) -> set[str]:
-        """The set of names of the act-order permutations (g_idx): one for each matrix whose columns are reordered."""
+        """The names of all act-order permutations (g_idx), as a set: one for each matrix that stores one."""
         return {name for name, c in self.coded.items() if c.format == "i32"}
 
     def order(self, name: str) -> str:
-        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input."""
+        """The name of the act-order permutation (g_idx) of the matrix `name`; "" if its columns are not reordered."""
         return self.coded[name].order if name in self.coded else ""
 
     def read(self, name: str) -> Value:
-        """The values of a tensor.
+        """The values of the tensor `name`, as an array or a Quantised.
 
-        - Not quantised: a read-only view of the file.
-        - Quantised, and Intaglio has a format for its codes: a Quantised with codes and scales.
-        - Any other quantised matrix: a decoded array, usually bf16. The method format() tells the format.
+        - For a tensor that is not quantised: a read-only view of the file.
+        - For a quantised matrix whose codes have a number format in Intaglio: a Quantised with codes and scales.
+        - For any other quantised matrix: an array of decoded values, usually bf16; format() says which type.
 
-        Raises CheckpointError if there is no such tensor, or its type cannot be read.
+        Raises CheckpointError if there is no such tensor, or if its type cannot be read.
         """
         return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the contents of a tensor in runs of rows, so that decoding takes less memory.
+        """Yield the values of the tensor `name` in parts, so that decoding takes less memory.
 
-        A tensor in a quantised format is yielded as one Quantised for each run of consecutive rows. Any other tensor is
-        yielded whole, as read() returns it.
+        A matrix in a quantised format is yielded as several Quantised, each with some consecutive rows. Any other
+        tensor is yielded whole, as read() returns it.
         """
         c = self.coded.get(name)
         if c is None or not formats.get(c.format).grouped:
@@ -235,7 +237,7 @@ class Checkpoint:
             yield c.read(self.read_entry, slice(first, min(first + step, rows)))
 
     def read_entry(self, name: str) -> np.ndarray:
-        """The values of one tensor as stored, as a view of the file. The first read warns of NaN and infinity in it."""
+        """The values of one stored tensor, as a view of the file. Its first read warns of NaN and infinity."""
         e, x = self.entry(name), self._array(name)
         if name not in self.checked:
             self.checked.add(name)
@@ -248,13 +250,13 @@ class Checkpoint:
         return x
 
     def readable(self, name: str) -> bool:
-        """True if the stored type of a tensor can be read."""
+        """True if the stored type of the tensor `name` can be read."""
         return name in self.coded or self.dtype(name) in DTYPES
 
     def equal(self, a: str, b: str) -> bool:
-        """True if the tensors named `a` and `b` hold equal values, whatever their types.
+        """True if the tensors named `a` and `b` have equal values, even if their types differ.
 
-        Quantised tensors never count as equal. The tensors are read in runs, up to the first difference.
+        Quantised matrices never count as equal. The tensors are compared part by part, up to the first difference.
         """
         if a in self.coded or b in self.coded or self.shape(a) != self.shape(b):
             return False
@@ -271,7 +273,7 @@ class Checkpoint:
         return equal
 
     def release(self, name: str) -> None:
-        """Release the mapped memory pages that hold only this tensor; a later read maps them again."""
+        """Release the memory pages that hold only the tensor `name`. A later read loads them again."""
         for part in self.coded[name].parts if name in self.coded else (name,):
             self._release(self.entry(part))
 
@@ -282,10 +284,11 @@ class Checkpoint:
             self._map(e.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def identity(self) -> str:
-        """A hash over each file's header, size, modification time and samples of its contents, as text.
+        """A hash by which this checkpoint's files can be told from those of other checkpoints, as text.
 
-        It does not depend on the folder's path. Contents are sampled because two fine-tunes of one model have the same
-        sizes, and copying or packing in a container image can give their files the same times.
+        The folder's path does not count. The hash covers each file's header, size, modification time and samples of the
+        contents. Samples are needed because two fine-tunes of one model have files of the same sizes, and copying, or
+        packing into a container image, can give these files the same times.
         """
         digest = hashlib.sha256()
         for file in sorted({e.file for e in self.entries.values()}):
@@ -301,7 +304,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def recipe(self) -> tuple[str, dict[str, object]]:
-        """The Recipe (function's name, arguments) with which another process opens the same checkpoint."""
+        """What another process needs to open the same checkpoint: (name of a function, its arguments as a dict)."""
         return f"{__name__}:Checkpoint.open", {"path": str(self.path.absolute())}
 
     def _array(self, name: str) -> np.ndarray:

@@ -21,25 +21,25 @@ TWICE_E2M1 = (np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype
 
 @dataclass(frozen=True)
 class Part:
-    """How one stored tensor (codes, scales or zeros) maps to the rows of a matrix.
+    """Says which part of a stored tensor (codes, scales or zeros) is needed to decode some rows of a matrix.
 
     Attributes:
-        axis: the tensor's axis along which the index of the matrix's row grows; None: any rows need the whole tensor.
-        each: number of matrix rows that one index of `axis` stands for, such as 8 if each word has the codes of 8 rows.
+        axis: the axis of the tensor that corresponds to the rows of the matrix; None: any rows need the whole tensor.
+        each: number of rows of the matrix per index along `axis`, such as 8 if each word has the codes of 8 rows.
     """
 
     axis: int | None = 0
     each: int = 1
 
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
-        """A view of the part of a stored tensor from which some rows of the matrix can be decoded.
+        """The part of the stored tensor `x` that is needed to decode some rows of the matrix, as a view.
 
-        An index of the tensor's axis `self.axis` stands for `self.each` rows of the matrix. If self.axis is None, all
-        rows need the whole tensor, and `x` itself is returned.
+        If self.axis is None, the result is `x` itself.
 
         Args:
             x: the stored tensor.
-            rows: the matrix rows. Start and stop must be multiples of self.each; stop may also be the number of rows.
+            rows: the rows of the matrix. Start and stop must be multiples of self.each; stop may also be the number of
+                rows.
         """
         if self.axis is None:
             return x
@@ -48,17 +48,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Coded:
-    """A matrix that is decoded from several stored tensors (codes, scales, zeros).
+    """Describes how a matrix is decoded from several stored tensors (codes, scales, zeros).
 
     Attributes:
         format: number format of the decoded matrix.
         shape: shape of the decoded matrix.
-        parts: the stored tensors by name, and how each maps to the rows.
-        decode: function that returns some rows, decoded. Its argument is a function from the name of a part to the
-            part's values for these rows.
-        turned: True if the arrays stand for the transposed matrix, as in formats.Quantised.
+        parts: {name of a stored tensor: which part of the tensor some rows of the matrix need}.
+        decode: function that returns decoded rows. Its argument is a function that returns, for the name of a stored
+            tensor, the values that these rows need.
+        turned: True if the arrays store the transposed matrix, see formats.Quantised.
         whole: number of rows that can only be decoded together.
-        order: name of the act-order permutation of the columns (g_idx); "": none.
+        order: name of the act-order permutation of the columns (g_idx); "" if the columns are not reordered.
     """
 
     format: str
@@ -71,14 +71,17 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """A number of rows: a partial read must start and stop at multiples of this number, or at the matrix's end."""
+        """The number of rows that partial reads must keep to, an int.
+
+        Start and stop of a read must be multiples of this number; stop may also be the number of rows.
+        """
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
-        """Read and decode the matrix or some of its rows. Returns a Quantised; an array if the format is plain (bf16).
+        """Read and decode the matrix or some of its rows. Returns a Quantised, or an array for a plain format (bf16).
 
         Args:
-            reader: function from a stored tensor's name to its values.
+            reader: function that returns the values of a stored tensor by name.
             rows: the rows to decode; None: all. Start and stop must be multiples of self.step; stop may also be the
                 number of rows.
         """
@@ -89,12 +92,12 @@ class Coded:
 
 @dataclass(frozen=True)
 class Stored:
-    """Contents of a checkpoint's files.
+    """The tensors in a checkpoint's files: their types and shapes, and a function that reads them.
 
     Attributes:
-        dtypes: the dtype of each tensor, as safetensors calls it, by the tensor's name.
-        shapes: the shape of each tensor by its name.
-        read: function from a tensor's name to its values as stored.
+        dtypes: {name of a tensor: its type, as safetensors calls it}.
+        shapes: {name of a tensor: its shape}.
+        read: function that returns the stored values of a tensor by name.
     """
 
     dtypes: Mapping[str, str]
@@ -103,17 +106,17 @@ class Stored:
 
 
 def bases(stored: Stored, suffix: str) -> list[str]:
-    """A list of the tensor names that end in `suffix`, with the suffix removed."""
+    """The names of all tensors that end in `suffix`, with the suffix removed, as a list."""
     return [n.removesuffix(suffix) for n in stored.dtypes if n.endswith(suffix)]
 
 
 def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
-    """(scales broadcast to [..., N, groups], number of values in a group) for a format with one scale per row.
+    """Scales per row, repeated for each group of the row. Returns (float32 [..., N, groups], values in a group).
 
     Args:
-        scales: one per row, or one for the whole matrix.
+        scales: one scale per row, or one for the whole matrix.
         shape: shape of the matrix, [..., N, K].
-        format: name of the format.
+        format: name of a format with one scale per row; it decides the size of groups (Format.group_of()).
     """
     group = formats.get(format).group_of(shape[-1])
     by_row = (
@@ -123,40 +126,41 @@ def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tupl
 
 
 def with_row_scales(codes: np.ndarray, scales: np.ndarray, format: str) -> Quantised:
-    """A Quantised matrix of a format with one scale per row: its codes [N, K] as they are, and a scale for each row.
+    """A Quantised made of codes [N, K] and one scale per row, in a format such as int8row.
 
-    scales: one per row, or a single one, which every row gets.
+    codes: kept unchanged. scales: one scale per row, or one for the whole matrix. format: name of the format.
     """
     return Quantised(codes, *spread_rows(scales, codes.shape, format))
 
 
 def as_scales(x: np.ndarray) -> np.ndarray:
-    """Convert stored scales to float32. Bytes are E8M0: the value is 2 ** (byte - 127), and NaN for the byte 255."""
+    """Stored scales as float32. Bytes (uint8) are E8M0: the value is 2 ** (byte - 127), or NaN for the byte 255."""
     return (x.view(ml_dtypes.float8_e8m0fnu) if x.dtype == np.uint8 else x).astype(np.float32)
 
 
 def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
-    """The MXFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], and E8M0 scales [.., N, K / 32].
+    """An MXFP4 matrix [..., N, K], as a Quantised.
 
-    A Quantised holds whole numbers, so its codes are twice the E2M1 values, and its scales half the stored ones.
+    The codes of a Quantised are whole numbers, so they are twice the E2M1 values. Its scales are half the stored
+    scales.
 
     Args:
-        bytes: the codes.
-        exponents: the scales, powers of two stored as exponents (uint8).
+        bytes: [..., N, K / 2], two E2M1 codes in each byte.
+        exponents: uint8 [..., N, K / 32], the scales as exponents of 2 (E8M0).
     """
     return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
 
 
 def e2m1_factored(bytes: np.ndarray, scales: np.ndarray, factor: np.ndarray) -> Quantised:
-    """The NVFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
+    """An NVFP4 matrix [..., N, K], as a Quantised.
 
-    A value is E2M1 value * scale * factor. A Quantised holds whole numbers, so its codes are twice the E2M1 values;
-    half of `factor` is multiplied into its scales in return.
+    A value is E2M1 value * scale * factor. The codes of a Quantised are whole numbers, so they are twice the E2M1
+    values. Its scales are scale * factor / 2.
 
     Args:
-        bytes: the codes.
-        scales: the scales.
-        factor: one float32 number that multiplies all scales.
+        bytes: [..., N, K / 2], two E2M1 codes in each byte.
+        scales: E4M3 [..., N, K / 16].
+        factor: one float32 number by which all scales are multiplied.
     """
     half = np.float32(0.5) * factor.astype(np.float32).reshape(-1)[0]
     units = np.full((*scales.shape[:-1], 1), half, np.float32)
@@ -164,17 +168,20 @@ def e2m1_factored(bytes: np.ndarray, scales: np.ndarray, factor: np.ndarray) -> 
 
 
 def nibbles(x: np.ndarray) -> np.ndarray:
-    """The 4-bit codes in bytes or words [.., n], as uint8 [.., n * codes per item], lowest bits first."""
+    """The 4-bit codes in an array of bytes or words [..., n], as uint8 [..., n * codes per item].
+
+    The codes of an item come in the order of its bits, lowest bits first.
+    """
     bytes = np.ascontiguousarray(x).view(np.uint8)
     return np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*bytes.shape[:-1], -1)
 
 
 def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
-    """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
+    """The codes of `bits` bits (1 to 8) in an array of 32-bit words or bytes [..., n], as uint8 [..., count].
 
-    Codes of 3, 5, 6 or 7 bits are packed in one of two ways: (a) without gaps, so that some codes cross from one word
-    to the next; (b) with only whole codes in each word. The number of words tells which: way (b) is assumed if `count`
-    codes fill n words in way (b) but not in way (a). In all other cases, also if `count` is None, way (a) is assumed.
+    The codes of an item come in the order of its bits, lowest bits first. Codes of 3, 5, 6 or 7 bits are packed in one
+    of two ways: (a) without gaps, so that some codes begin in one word and end in the next; (b) with only whole codes
+    in each word. Way (b) is assumed if `count` codes need n words in way (b) but not in way (a), otherwise way (a).
 
     count: number of codes to return; None: all.
     """
@@ -192,54 +199,54 @@ def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
 
 
 def words_of(count: int, bits: int) -> tuple[int, ...]:
-    """Numbers of 32-bit words that hold `count` codes of `bits` bits, as a tuple of two ints.
+    """The number of 32-bit words that hold `count` codes of `bits` bits, in each of two packings: (int, int).
 
-    The first is for codes packed without gaps, the second for words that hold only whole codes. The two are equal if 32
-    is a multiple of `bits`.
+    The first number is for codes packed without gaps, the second for words with only whole codes. They are equal if
+    `bits` divides 32.
     """
     return -(-count * bits // 32), -(-count // (32 // bits))
 
 
 def scaled_format(kind: str, group: int, dtype: str) -> str:
-    """Name of an integer format, such as int4g32f16 for kind int4, group 32 and scales in F16.
+    """The name of an integer format, such as int4g32f16 for kind int4, group 32 and scales in F16.
 
     Args:
-        kind: name of the codes' format, such as int4 or uint8.
-        group: columns that share a scale; -1: the whole row.
-        dtype: stored type of the scales.
+        kind: format of the codes, such as int4 or uint8.
+        group: number of columns that share a scale; -1: the whole row.
+        dtype: stored type of the scales, such as BF16.
     """
     run = "row" if group == ROW else f"g{group}"
     return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
 
 
 def run_within(columns: int, block: int) -> int:
-    """Length of groups of columns such that all values of a group have the same scale, an int; 0 if there is none.
+    """The largest group size for which all values of a group have the same scale; 0 if there is none.
 
-    In the stored matrix [N, columns], flattened, each `block` consecutive values share a scale, so a block may begin
-    within a row. The result is the largest multiple of 32, at most 1024 (CHUNK), that divides both `columns` and
-    `block`. `block` is 0 if the values that share a scale are not consecutive; the result is then 0.
+    A group is some consecutive columns of a row. In the stored matrix [N, columns], flattened, each `block` consecutive
+    values share a scale, so a block may begin in the middle of a row. The result is the largest multiple of 32, at most
+    CHUNK (1024), that divides both `columns` and `block`. If `block` is 0, the result is 0.
     """
     both = gcd(columns, block) if block else 0
     return next((run for run in range(formats.CHUNK, 0, -32) if both and both % run == 0), 0)
 
 
 def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Convert scales of blocks to scales of groups of columns, by repeating them. Returns an array [N, K / group].
+    """Scales of blocks, repeated so that each group of columns has one. Returns an array [N, K / group].
 
     Args:
-        values: a scale (or zero) for each block of `block` consecutive values of the flattened matrix, in order.
-        block: values of a block.
-        group: values of a group, a divisor of `block` and of K (see run_within()).
-        shape: (N, K).
+        values: one scale (or zero) for each block of consecutive values of the flattened matrix, in order.
+        block: number of values in a block.
+        group: number of columns in a group; it must divide `block` and K, see run_within().
+        shape: (N, K) of the matrix.
     """
     count = shape[0] * shape[1] // group
     return np.repeat(values.reshape(-1), block // group)[:count].reshape(shape[0], -1)
 
 
 def by_group(groups: np.ndarray) -> np.ndarray:
-    """Column numbers sorted by group, int32 [K]; columns of one group keep their order.
+    """The numbers of the columns, sorted by their group, as int32 [K]. Columns of one group keep their order.
 
-    groups: group of each column.
+    groups: the number of each column's group, [K].
     """
     return np.argsort(groups, kind="stable").astype(np.int32)
 
@@ -247,19 +254,19 @@ def by_group(groups: np.ndarray) -> np.ndarray:
 def find_order(
     stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]
 ) -> str:
-    """Name of the tensor with the permutation that sorts a matrix's columns by group (GPTQ's act-order), a str.
+    """Find the permutation that sorts a matrix's columns by group (GPTQ's act-order). Returns the permutation's name.
 
-    Returns "" if the columns are sorted, or if there is no tensor `index`. Matrices that multiply the same input have
-    equal permutations. So if an equal one was found before, the result is its name instead of `name`, and a port
-    permutes their input only once. Whenever there is a tensor `index`, the permutation is added to `out` under `name`
-    as well: stacks of experts' matrices need one for each matrix. Raises PortError if groups are not all of size
-    `group`.
+    Returns "" if the columns are already sorted, or if there is no tensor `index`. If an equal permutation was found
+    before, the result is the name of that permutation, so that matrices that multiply the same input share one.
+
+    If there is a tensor `index`, the permutation is also added to `out` under `name`, because stacks of experts'
+    matrices need one for each matrix. Raises PortError unless every group has `group` columns.
 
     Args:
         stored: contents of the checkpoint's files.
-        index: name of the stored tensor with each column's group (g_idx).
-        name: name of this matrix's permutation.
-        group: columns of a group.
+        index: name of the stored tensor with the group of each column (g_idx).
+        name: name for this matrix's permutation.
+        group: number of columns in a group.
         known: {bytes of a tensor of groups: name of its permutation}; a new one is added.
         out: the checkpoint's decoded tensors by name.
     """

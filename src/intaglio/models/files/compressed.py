@@ -45,15 +45,15 @@ UNREAD_FORMATS = ("sparse", "marlin")  # beginnings of names
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of a group of modules are quantised (an entry of config_groups).
+    """How the weights of some modules are quantised: an entry of config_groups in a compressed-tensors checkpoint.
 
     Attributes:
         bits: bits of a code.
         type: "int" or "float".
-        strategy: what has a scale: tensor, channel (a row), group or block.
-        group: columns that share a scale; -1: the whole row.
-        symmetric: True if there are no zero points.
-        block: rows and columns of a block; () without blocks.
+        strategy: which values share a scale: those of a "tensor", a "channel" (row), a "group" or a "block".
+        group: number of columns that share a scale; -1: the whole row.
+        symmetric: True if codes have no zero points.
+        block: (rows, columns) of a block; () without blocks.
     """
 
     bits: int
@@ -65,9 +65,10 @@ class Scheme:
 
     @classmethod
     def read(cls, name: str, group: Mapping[str, Any]) -> Scheme | None:
-        """The Scheme of an entry of config_groups; None if the entry quantises no weights.
+        """The Scheme of one entry of config_groups; None if the entry does not quantise weights.
 
-        name: the entry's name, for errors. group: its settings. Raises PortError if they are not supported.
+        name: name of the entry, for error messages. group: settings of the entry. Raises PortError if they are not
+        supported.
         """
         at = f"config.json: quantization_config.config_groups.{name}"
         if not isinstance(group, Mapping):
@@ -103,20 +104,20 @@ class Scheme:
 
 
 def _usual_strategy(w: Mapping[str, Any]) -> str:
-    """The strategy of a scheme that names none, chosen as compressed-tensors' QuantizationArgs does.
+    """The strategy of an entry of config_groups that names none: "block", "tensor", "group" or "channel".
 
-    It is "block" if there is a block_structure; otherwise "tensor" without a group_size, "group" for a group_size above
-    0, and "channel" for -1. w: the settings for weights of an entry of config_groups.
+    It is "block" if there is a block_structure. Otherwise it is "tensor" without a group_size, "group" for a group_size
+    above 0, and "channel" for -1. compressed-tensors chooses in the same way. w: the entry's settings for weights.
     """
     group = w.get("group_size")
     return "block" if w.get("block_structure") else "tensor" if group is None else "group" if group > 0 else "channel"
 
 
 def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of a compressed-tensors checkpoint, as {name: Coded}.
+    """The quantised matrices of a compressed-tensors checkpoint, as {name of the weight: Coded}.
 
-    Each matrix is decoded by the scheme of its module's config group. q: the quantisation settings. Raises PortError
-    for a scheme that is not supported, or tensors that do not fit it.
+    The entry of config_groups that fits a module says how its matrix is decoded. q: the quantisation settings. Raises
+    PortError for settings that are not supported, and for tensors that do not fit them.
     """
     _check(q)
     groups = [
@@ -149,10 +150,7 @@ def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _check(q: Mapping[str, Any]) -> None:
-    """Raise PortError for settings that change the meaning of codes in a way that is not supported. Returns nothing.
-
-    q: the quantisation settings.
-    """
+    """Raise PortError if the quantisation settings `q` change the meaning of codes in a way that is not supported."""
     named = str(q.get("format") or "")
     if named.startswith(UNREAD_FORMATS):
         raise PortError(
@@ -173,12 +171,13 @@ def _check(q: Mapping[str, Any]) -> None:
 
 
 def _scheme_of(base: str, groups: Sequence[tuple[tuple[str, ...], Scheme | None]]) -> Scheme | None:
-    """Find the quantisation scheme of module `base`; None if no entry of `groups` quantises the module.
+    """Find the Scheme of the module `base`; None if no entry of `groups` quantises the module.
 
-    Entries with the module's name as a target are preferred to entries with a fitting pattern (re:...), and these to
-    entries that name a class such as Linear.
+    An entry that names the module itself comes first, then an entry with a pattern (re:...) that fits the module, then
+    an entry that names a class such as Linear.
 
-    groups: list of entries (targets, scheme); scheme None: the entry quantises nothing.
+    groups: a pair (targets, Scheme) for each entry. Targets are names, patterns or classes. The Scheme is None if the
+    entry quantises nothing.
     """
 
     def fits(target: str, rank: int) -> bool:
@@ -198,10 +197,10 @@ def _mxfp4_rows(stored: Stored, base: str) -> Coded:
 
 
 def _mxfp6_rows(stored: Stored, base: str) -> Coded:
-    """The MXFP6 matrix (Coded) of module `base`, kept as FP8: E4M3 can represent each value of E2M3.
+    """The MXFP6 matrix of the module `base`, as a Coded in FP8: E4M3 has all values of E2M3.
 
-    Two stored tensors make it up: weight_packed U8 [N, 3 K / 4], with four E2M3 codes in three bytes, and weight_scale
-    U8 [N, K / 32], with exponents of powers of two.
+    It is stored as two tensors: weight_packed, U8 [N, 3 K / 4], has four E2M3 codes in three bytes, and weight_scale,
+    U8 [N, K / 32], has the scales as exponents of 2.
     """
     packed, scale = base + ".weight_packed", base + ".weight_scale"
     n, bytes = stored.shapes[packed]
@@ -213,10 +212,10 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 
 
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Integer codes shifted so that the lowest possible one is 0 (signed code + 2^(bits - 1)), as uint8 [.., count].
+    """Integer codes shifted to begin at 0: signed code + 2^(bits - 1), as uint8 [..., count].
 
     Args:
-        x: codes as stored: packed 32-bit words, whose codes are shifted already, or signed bytes.
+        x: stored codes: either signed bytes, or 32-bit words with packed codes that are already shifted.
         bits: bits of a code.
         count: number of codes in a row; not used for bytes.
     """
@@ -224,16 +223,17 @@ def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: dict[str, Coded]) -> Coded:
-    """The integer matrix (Coded) of module `base`: packed words (weight_packed) or signed bytes (weight).
+    """The integer matrix of the module `base`, as a Coded.
 
-    Codes of up to 4 bits are kept in 4, others in 8. Raises PortError if the tensors do not fit the scheme.
+    Its codes are stored as packed words (weight_packed) or signed bytes (weight). In memory, codes of up to 4 bits take
+    4 bits, others 8. Raises PortError if the tensors do not fit the scheme.
 
     Args:
         stored: contents of the checkpoint's files.
-        base: the module's name.
-        s: bits, group size and symmetry.
-        known: {bytes of a tensor g_idx: name of the column order made from it}, of the matrices so far. If this matrix
-            has a new column order, the order is added.
+        base: name of the module.
+        s: how the matrix is quantised: bits, group size and symmetry.
+        known: {bytes of a tensor g_idx: name of the column order made from it} of all matrices so far. A new column
+            order of this matrix is added.
         out: {name: Coded} of all matrices and column orders of the checkpoint so far. If this matrix has a tensor
             g_idx, its column order is added.
     """

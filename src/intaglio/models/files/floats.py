@@ -25,10 +25,11 @@ from intaglio.models.files.coded import (
 
 
 def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The FP8 matrices of a checkpoint, as {name: Coded}.
+    """The FP8 matrices of a checkpoint, as {name of the weight: Coded}.
 
-    weight E4M3 [N, K], with weight_scale_inv [N / a, K / b] per block of a x b, or weight_scale per row or tensor. q:
-    the quantisation settings. Raises PortError if scales are missing or have another shape.
+    A matrix is stored as codes, E4M3 [N, K], and scales: weight_scale_inv [N / a, K / b] with one scale per block of a
+    x b values, or weight_scale with one scale per row or one in all. q: the quantisation settings. Raises PortError if
+    scales are missing or have another shape.
     """
     return {
         name: fp8_matrix(stored, name, q.get("weight_block_size") or (0, 0))
@@ -38,10 +39,11 @@ def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def fp8_matrix(stored: Stored, name: str, block: Sequence[int]) -> Coded:
-    """The E4M3 matrix (Coded) `name`, with scales per block of rows x columns (`block`), per row, or one for all.
+    """The E4M3 matrix called `name`, as a Coded.
 
-    The shape of the stored scales decides. Scales in U8 or F8_E8M0 are powers of two. Raises PortError if there
-    are no scales, or their shape fits none of the three.
+    It has one scale per block, one per row, or one in all; the shape of the stored scales decides. Scales in U8 or
+    F8_E8M0 are powers of two. block: (rows, columns) of a block; (0, 0) if there are none. Raises PortError if there
+    are no scales, or if their shape fits none of the three cases.
     """
     rows, columns = block
     scale = next((s for s in (name + "_scale_inv", name + "_scale") if s in stored.dtypes), None)
@@ -74,10 +76,10 @@ def fp8_matrix(stored: Stored, name: str, block: Sequence[int]) -> Coded:
 
 
 def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: bool) -> Coded:
-    """The NVFP4 matrix (Coded) made of the tensors `codes`, `scale` and `factor`.
+    """The NVFP4 matrix that is stored as the tensors named `codes`, `scale` and `factor`, as a Coded.
 
-    codes: U8 [N, K / 2], two E2M1 codes per byte, the lower nibble first. scale: E4M3 [N, K / 16]. factor: one F32
-    value, by which scales are multiplied or, if `divides` is True, divided. Raises PortError for other shapes.
+    codes: U8 [N, K / 2], two E2M1 codes per byte, the first in the low nibble. scale: E4M3 [N, K / 16]. factor: one F32
+    value, by which scales are multiplied or, if `divides` is True, divided. Raises PortError for other types or shapes.
     """
     for part, dtype in ((codes, "U8"), (scale, "F8_E4M3"), (factor, "F32")):
         if stored.dtypes.get(part) != dtype:
@@ -97,10 +99,10 @@ def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: b
 
 
 def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
-    """The MXFP4 matrix (Coded) whose codes and scales are the stored tensors named `codes` and `scale`.
+    """The MXFP4 matrix that is stored as the tensors named `codes` and `scale`, as a Coded.
 
-    codes: U8 [N, K / 2], two E2M1 codes in each byte. scale: [N, K / 32], powers of two. Raises PortError for other
-    shapes of the scales.
+    codes: U8 [N, K / 2], two E2M1 codes per byte. scale: [N, K / 32], powers of two. Raises PortError for scales of
+    another shape.
     """
     n, half = stored.shapes[codes]
     if stored.shapes[scale] != (n, -(-half // 16)):
@@ -109,17 +111,18 @@ def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
 
 
 def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The MXFP4 matrices of a checkpoint stored as gpt-oss does, as {name: Coded}.
+    """The MXFP4 matrices of a checkpoint in the form of gpt-oss, as {name of the weight: Coded}.
 
-    name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K / 32]
-    has powers of two with a bias of 127. The shape of each Coded is [E, K, N], that of the matrices in checkpoints
-    without quantisation. Its `turned` is True, since codes and scales are those of the transposed matrices [E, N, K].
+    NAME_blocks, U8 [E, N, K / 32, 16], has two E2M1 codes per byte, the first in the low nibble. NAME_scales, U8 [E, N,
+    K / 32], has powers of two as exponents with a bias of 127. E is the number of experts. Each Coded has the shape [E,
+    K, N] that the weight has in checkpoints without quantisation. Its `turned` is True, because codes and scales are
+    stored for the transposed matrices [E, N, K].
 
     Args:
         stored: contents of the checkpoint's files.
         q: the quantisation settings; not read.
 
-    Raises PortError for name_blocks of another shape.
+    Raises PortError for NAME_blocks of another shape.
     """
     out = {}
     for base in bases(stored, "_blocks"):

@@ -29,14 +29,14 @@ CHUNK = 1 << 24  # bytes compared at a time
 
 @dataclass
 class Found:
-    """The tensors of a folder, and the files that they come from.
+    """The tensors in a checkpoint folder's files, and which of the files are read.
 
     Attributes:
-        entries: {name of a tensor: its place}.
-        said_by: name of the file that decided which files are read: an index, or the only file.
+        entries: {name of a tensor: its place in the files}.
+        said_by: name of the file that decides which files are read: an index, or the only file.
         unlisted: names of *.safetensors files that are not read.
         absent: {name of a tensor that the index lists but no file holds: the file that the index names for it}.
-        copies: the places of further equal copies of tensors, as (name, place).
+        copies: (name, place) of each tensor that is stored again with equal values.
         notes: notes for the user about ignored or unusual files.
     """
 
@@ -49,10 +49,10 @@ class Found:
 
 
 def find_files(path: Path, config: Mapping[str, Any]) -> Found:
-    """The tensors of a folder and the files they are in, as a Found.
+    """Find the tensors of the folder `path`. Returns a Found with their places and the files that are read.
 
-    config: the folder's config.json. Raises CheckpointError if there is no file to read, or if a file that
-    config.json or the index names is missing or damaged.
+    config: the contents of the folder's config.json. Raises CheckpointError if there is no file to read, or if a file
+    that config.json or the index names is missing or damaged.
     """
     decides = deciding_file(config, lambda name: (path / name).exists(), lambda name: read_json(path / name))
     if decides is None:
@@ -74,16 +74,20 @@ def find_files(path: Path, config: Mapping[str, Any]) -> Found:
 def deciding_file(
     config: Mapping[str, Any], has: Callable[[str], bool], read: Callable[[str], Mapping[str, Any]]
 ) -> str | None:
-    """Name of the file that holds the tensors, or of the index (*.index.json) that lists the files that hold them.
+    """The name of the file that holds all tensors, or of the index (*.index.json) that lists the files that hold them.
 
-    It is the first of these that the checkpoint has, as in transformers: the file that `transformers_weights` of the
-    config names; model.safetensors, unless the index lists it as one of several shards; model.safetensors.index.json.
-    None if it has none; find_files() then takes the only safetensors file.
+    It is the first of these files that the checkpoint has; transformers chooses in the same way:
+
+    1. the file that the config names under `transformers_weights`;
+    2. model.safetensors, unless the index lists it as one of several shards;
+    3. model.safetensors.index.json.
+
+    None if it has none of them. find_files() then takes the only safetensors file.
 
     Args:
-        config: the checkpoint's config.json.
-        has: function from a file's name to True if the checkpoint has that file.
-        read: function from the name of a JSON file of the checkpoint to its object.
+        config: the contents of the checkpoint's config.json.
+        has: function that says whether the checkpoint has a file of a given name.
+        read: function that returns the object in a JSON file of the checkpoint, by name.
     """
     named = config.get("transformers_weights")
     if isinstance(named, str) and named:
@@ -94,13 +98,16 @@ def deciding_file(
 
 
 def listed_shards(index: Mapping[str, Any]) -> list[str]:
-    """A sorted list of the names of the files that an index lists; [] if it has no weight_map."""
+    """The names of the files that an index lists, as a sorted list; [] if the index has no weight_map."""
     listed = index.get("weight_map")
     return sorted({str(f) for f in listed.values()}) if isinstance(listed, dict) else []
 
 
 def refuse_folder(path: Path) -> CheckpointError:
-    """The CheckpointError for a folder without config.json. It says what the folder seems to be and what to do."""
+    """A CheckpointError for a folder without config.json, to be raised by the caller.
+
+    Its message says what the folder seems to be and what to do.
+    """
     if (path / ADAPTER).exists():
         base = read_json(path / ADAPTER).get("base_model_name_or_path") or "its base model"
         return CheckpointError(
@@ -126,9 +133,10 @@ def _file(path: Path, name: str, said_by: str) -> dict[str, Entry]:
 
 
 def _shards(path: Path, index: str) -> Found:
-    """A Found with all tensors of the files that an index names, also those tensors that the index does not list.
+    """A Found with all tensors of the files that an index names, even tensors that the index does not list.
 
-    Raises CheckpointError if a file is missing, or two files have different tensors of one name.
+    index: name of the index file. Raises CheckpointError if a file is missing, or if two files have different tensors
+    of the same name.
     """
     if not (path / index).exists():
         raise CheckpointError(f"{path / 'config.json'} names the index {index}, which is missing; download it")
@@ -152,7 +160,7 @@ def _shards(path: Path, index: str) -> Found:
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    """True if two entries hold the same type, shape and bytes."""
+    """True if the two stored tensors `a` and `b` have the same type, shape and bytes."""
     if (a.dtype, a.shape, a.stop - a.start) != (b.dtype, b.shape, b.stop - b.start):
         return False
     one, other = (
@@ -162,9 +170,10 @@ def _same(a: Entry, b: Entry) -> bool:
 
 
 def _only_file(path: Path) -> Found:
-    """A Found with the tensors of a folder's only safetensors file; files known not to hold a model do not count.
+    """A Found with the tensors of the only safetensors file in a folder.
 
-    Raises CheckpointError if there is none, or more than one.
+    Files that are known not to hold a model, such as adapters, do not count. Raises CheckpointError if there is no
+    file, or more than one.
     """
     found = sorted(path.glob("*.safetensors"))
     others = [f for f in found if not_a_model(f.name)]
@@ -192,7 +201,7 @@ def _only_file(path: Path) -> Found:
 
 
 def not_a_model(name: str) -> str:
-    """What a safetensors file of this name holds if it is no model, as words such as "a LoRA adapter"; else ""."""
+    """What a safetensors file holds if its name shows that it is no model, such as "a LoRA adapter"; else ""."""
     for start, what in (
         ("consolidated", "the model in Mistral's own layout"), ("adapter_", "a LoRA adapter"),
         ("optimizer", "an optimizer's state"), ("mtp", "layers that predict tokens further ahead"),

@@ -35,10 +35,10 @@ LATENT = {
 
 
 def mlp(block: str = "mlp") -> dict[str, str]:
-    """Tensor names of a dense MLP's projections, as a dict {llama.cpp's name: transformers' name}.
+    """The names of a dense MLP's tensors, as {name in llama.cpp: name in transformers}.
 
-    The names are without the layer's number and without .weight, such as {"ffn_up": "mlp.up_proj"}. block: name of the
-    MLP's module in transformers.
+    Names are without the layer's number and without .weight: {"ffn_up": "mlp.up_proj", ...}. block: name of the MLP's
+    module in transformers.
     """
     return {f"ffn_{n}": f"{block}.{n}_proj" for n in PROJECTIONS}
 
@@ -46,15 +46,16 @@ def mlp(block: str = "mlp") -> dict[str, str]:
 def mixture(
     block: str = "mlp", router: str = "gate", own: str = "{}_proj", shared: str = "", correction: str = ""
 ) -> dict[str, str]:
-    """Tensor names of a mixture of experts, as a dict {llama.cpp's name: transformers' name}.
+    """The names of a mixture of experts' tensors, as {name in llama.cpp: name in transformers}.
 
-    The names are without the layer's number and without .weight. Names of experts' projections contain "{e}" for the
-    expert's number.
+    Names are without the layer's number and without .weight. The names of experts' projections contain "{e}" in place
+    of the expert's number.
 
     Args:
         block: name of the mixture's module in transformers.
         router: name of the router's module in the block.
-        own: template of the name of an expert's projection, in which {} is gate, up or down; "w" for w1, w3 and w2.
+        own: name of an expert's projection, with {} in place of gate, up or down. "w": they are called w1 (gate), w3
+            (up) and w2 (down).
         shared: name of the shared expert's module; "": none.
         correction: name of the router's bias; "": none.
     """
@@ -68,20 +69,20 @@ def mixture(
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one llama.cpp architecture maps to transformers.
+    """How the metadata and the tensor names of one llama.cpp architecture are translated to those of transformers.
 
-    Below, llama.cpp's name of a tensor is the name without the layer's number and without .weight or .bias, such as
-    attn_q for blk.3.attn_q.weight.
+    Names of tensors are without the layer's number and without .weight or .bias, such as attn_q for
+    blk.3.attn_q.weight.
 
     Attributes:
-        describe: function from the metadata to the keys of config.json.
-        names: {llama.cpp's name: transformers' name}, beside those in COMMON.
-        permuted: True if the file has rows of Q and K in interleaved rope order.
+        describe: function that makes a config.json, as a dict, from the file's metadata.
+        names: {name in llama.cpp: name in transformers}, in addition to those in COMMON.
+        permuted: True if the file stores the rows of Q and K in the order for interleaved rope.
         shift: offset that the converter added to norm weights.
-        variants: {llama.cpp's name of a tensor that only some files have: a dict like `names`}. For a file that has the
-            tensor, the entries of this dict replace those of `names` with equal keys.
-        changes: {llama.cpp's name: function that adds a tensor whose values the converter has changed}.
-        scales: {X: full name in transformers of the tensor that files call X.scale}, for some llama.cpp names X.
+        variants: {name in llama.cpp of a tensor that only some files have: a dict like `names`}. If a file has the
+            tensor, the entries of this dict override those of `names`.
+        changes: {name in llama.cpp of a tensor whose values the converter has changed: function that adds the tensor}.
+        scales: {name X in llama.cpp: full name in transformers of the tensor X.scale}.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
@@ -93,11 +94,10 @@ class Architecture:
     scales: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture with the tensor names of one file.
+        """A copy of this Architecture with the tensor names that fit one file.
 
-        A key of `variants` is the name of a tensor that only some files have. If the file has it, the names under that
-        key replace the usual ones. parts: llama.cpp's names of the file's tensors, without layer numbers and without
-        .weight or .bias, such as attn_q.
+        The entries of `variants` are applied for those tensors that the file has. parts: names in llama.cpp of the
+        file's tensors, without layer numbers and without .weight or .bias, such as attn_q.
         """
         names = dict(self.names)
         for part, others in self.variants.items():
@@ -105,9 +105,9 @@ class Architecture:
         return replace(self, names=names, variants={})
 
     def name(self, part: str) -> str | None:
-        """The name in transformers, without .weight, of the tensor that llama.cpp calls `part`; None if it has none.
+        """The name in transformers, without .weight, of a tensor; None if the tensor is not known.
 
-        part: such as attn_q, which gives self_attn.q_proj.
+        part: name of the tensor in llama.cpp, such as attn_q, which gives self_attn.q_proj.
         """
         return self.names.get(part) or COMMON.get(part)
 
@@ -159,11 +159,9 @@ SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction=
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
-    """A copy of the dict `names` in which NAME. is put in front of each value, for tensors inside a module called NAME.
+    """The names of tensors inside a module: a copy of the dict `names` with "NAME." in front of each value.
 
-    Args:
-        name: the module's name.
-        names: a dict {llama.cpp's name: transformers' name}.
+    names: {name in llama.cpp: name in transformers}. name: name of the module.
     """
     return {ours: f"{name}.{theirs}" for ours, theirs in names.items()}
 

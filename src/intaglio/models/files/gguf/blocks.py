@@ -29,7 +29,7 @@ IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69,
 
 
 def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The f16 number at byte `at` of each block, as float32 [rows, blocks, 1]."""
+    """The f16 number that each block has at byte `at`, as float32 [rows, blocks, 1]."""
     return np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16).astype(np.float32)
 
 
@@ -42,27 +42,35 @@ def _joined(blocks: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(bytes: np.ndarray) -> np.ndarray:
-    """The 4-bit codes in bytes [..., n], as an array [..., 2 n]: all low nibbles, then all high ones."""
+    """The two 4-bit codes of each byte in `bytes` [..., n], as an array [..., 2 n].
+
+    First come the low nibbles of all bytes, then the high nibbles.
+    """
     return np.concatenate([bytes & 15, bytes >> 4], axis=-1)
 
 
 def _q8_0(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q8_0 blocks `b` [rows, blocks, bytes] of 32 values: f16 scale, 32 signed bytes."""
+    """The matrix of Q8_0 blocks, as a Quantised.
+
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: an f16 scale; 32 codes, signed bytes.
+    """
     return Quantised(_joined(_words(b[..., 2:], np.int8)), _joined(_halves(b, 0)), 32)
 
 
 def _q4_0(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q4_0 blocks `b` [rows, blocks, bytes] of 32 values.
+    """The matrix of Q4_0 blocks, as a Quantised.
 
-    Layout: f16 scale, 16 bytes with two 4-bit codes each, stored plus 8.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: an f16 scale; 16 bytes with two 4-bit
+    codes each. A code is stored as code + 8.
     """
     return Quantised(_joined(_nibbles(b[..., 2:]).astype(np.int8) - np.int8(8)), _joined(_halves(b, 0)), 32)
 
 
 def _q5_0(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q5_0 blocks `b` [rows, blocks, bytes] of 32 values.
+    """The matrix of Q5_0 blocks, as a Quantised.
 
-    Layout: f16 scale, 4 bytes with the fifth bits of codes, 16 bytes with the low 4 bits. Codes are stored plus 16.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: an f16 scale; 4 bytes with the fifth
+    bits of the codes; 16 bytes with their low 4 bits. A code is stored as code + 16.
     """
     fifth = np.unpackbits(b[..., 2:6], axis=-1, bitorder="little")
     codes = (_nibbles(b[..., 6:]) | fifth << 4).astype(np.int8) - np.int8(16)
@@ -70,18 +78,20 @@ def _q5_0(b: np.ndarray) -> Quantised:
 
 
 def _q4_1(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q4_1 blocks `b` [rows, blocks, bytes] of 32 values: code * scale + bias.
+    """The matrix of Q4_1 blocks, as a Quantised.
 
-    Layout: f16 scale, f16 bias, 16 bytes with two 4-bit codes each.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: an f16 scale; an f16 bias; 16 bytes
+    with two 4-bit codes each. A value is code * scale + bias.
     """
     codes = _joined(_nibbles(b[..., 4:])).view(np.int8)
     return Quantised(codes, _joined(_halves(b, 0)), 32, minima=-_joined(_halves(b, 2)))
 
 
 def _q5_1(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q5_1 blocks `b` [rows, blocks, bytes] of 32 values: code * scale + bias.
+    """The matrix of Q5_1 blocks, as a Quantised.
 
-    Layout: f16 scale, f16 bias, 4 bytes with the fifth bits of codes, 16 bytes with the low 4 bits.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: an f16 scale; an f16 bias; 4 bytes with
+    the fifth bits of the codes; 16 bytes with their low 4 bits. A value is code * scale + bias.
     """
     fifth = np.unpackbits(b[..., 4:8], axis=-1, bitorder="little")
     codes = _joined(_nibbles(b[..., 8:]) | fifth << 4)
@@ -89,28 +99,30 @@ def _q5_1(b: np.ndarray) -> Quantised:
 
 
 def _iq4_nl(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of IQ4_NL blocks `b` [rows, blocks, bytes] of 32 values.
+    """The matrix of IQ4_NL blocks, as a Quantised.
 
-    Layout: f16 scale, 16 bytes with two 4-bit indices each into the codebook IQ4.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: an f16 scale; 16 bytes with two 4-bit
+    indices each. A value is scale * IQ4[index], where IQ4 is a codebook.
     """
     return Quantised(_joined(IQ4[_nibbles(b[..., 2:])]), _joined(_halves(b, 0)), 32)
 
 
 def _mxfp4(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of MXFP4 blocks `b` [rows, blocks, bytes] of 32 values.
+    """The matrix of MXFP4 blocks, as a Quantised.
 
-    Layout: exponent (bias 127) of a power of two, 16 bytes with two E2M1 codes each.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 32 values. Its bytes: the scale, a power of two, as an
+    exponent with bias 127; 16 bytes with two E2M1 codes each.
     """
     scales = np.ldexp(np.float32(0.5), b[..., :1].astype(np.int32) - 127).astype(np.float32)
     return Quantised(_joined(TWICE_E2M1[_nibbles(b[..., 1:])]), _joined(scales), 32)
 
 
 def _iq4_xs(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of IQ4_XS blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
+    """The matrix of IQ4_XS blocks, as a Quantised.
 
-    A value is d * (s - 32) * IQ4[index], with s the 6-bit scale of the value's run. Layout: d in f16; 2 bytes with the
-    high 2 bits of each of the 8 scales s; 4 bytes with their low 4 bits; 128 bytes with two 4-bit indices into the
-    codebook IQ4 each, run by run.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 256 values, in 8 runs of 32. A value is d * (s - 32) *
+    IQ4[index], where s is the 6-bit scale of its run and IQ4 a codebook. The bytes of a block: d in f16; 2 bytes with
+    the high 2 bits of the 8 scales; 4 bytes with their low 4 bits; 128 bytes with two 4-bit indices each, run by run.
     """
     high = _words(b[..., 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
@@ -120,10 +132,11 @@ def _iq4_xs(b: np.ndarray) -> Quantised:
 
 
 def _q4_k(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q4_K blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
+    """The matrix of Q4_K blocks, as a Quantised.
 
-    value = d * scale * code - dmin * minimum. Layout: f16 d and dmin; 12 bytes with a 6-bit scale and a 6-bit minimum
-    for each run; 128 bytes with two 4-bit codes each.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 256 values, in 8 runs of 32. A value is d * scale * code -
+    dmin * minimum. The bytes of a block: d and dmin in f16; 12 bytes with a 6-bit scale and a 6-bit minimum for each
+    run; 128 bytes with two 4-bit codes each.
     """
     low, mid, high = (b[..., 4 + 4 * i : 8 + 4 * i] for i in range(3))
     scales = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=-1).astype(np.float32)
@@ -138,9 +151,11 @@ def _q4_k(b: np.ndarray) -> Quantised:
 
 
 def _q5_k(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q5_K blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
+    """The matrix of Q5_K blocks, as a Quantised.
 
-    Layout: as Q4_K, with 32 bytes of fifth bits before the low 4 bits. Bit i of these bytes belongs to run i.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 256 values, in 8 runs of 32. The bytes of a block are those
+    of Q4_K, with 32 more bytes before the 4-bit codes: the fifth bits of the codes. Bit i of each of these bytes
+    belongs to run i.
     """
     lines = _q4_k(np.concatenate([b[..., :16], b[..., 48:]], axis=-1))
     fifth = b[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
@@ -148,10 +163,11 @@ def _q5_k(b: np.ndarray) -> Quantised:
 
 
 def _q6_k(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q6_K blocks `b` [rows, blocks, bytes] of 256 values, in 16 runs of 16.
+    """The matrix of Q6_K blocks, as a Quantised.
 
-    Layout: 128 bytes with the low 4 bits of codes, 64 bytes with the high 2 bits, 16 signed scales, f16 d. Codes are
-    stored plus 32.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 256 values, in 16 runs of 16. A value is d * scale * code.
+    The bytes of a block: 128 bytes with the low 4 bits of the codes; 64 bytes with their high 2 bits; 16 scales, signed
+    bytes; d in f16. A code is stored as code + 32.
     """
     low = b[..., :128].reshape(*b.shape[:-1], 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15
     high = b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
@@ -162,10 +178,12 @@ def _q6_k(b: np.ndarray) -> Quantised:
 
 
 def _q3_k(b: np.ndarray) -> Quantised:
-    """The matrix (Quantised) of Q3_K blocks `b` [rows, blocks, bytes] of 256 values, in 16 runs of 16.
+    """The matrix of Q3_K blocks, as a Quantised.
 
-    Layout: 32 bytes of high bits, of which bit i belongs to the i-th 32 values; 64 bytes with the low 2 bits of codes;
-    12 bytes of 6-bit scales stored plus 32; f16 d. Codes have 3 bits and are stored plus 4.
+    b: uint8 [rows, blocks, bytes of a block]; a block has 256 values, in 16 runs of 16. A value is d * scale * code.
+    The bytes of a block: 32 bytes with the high bits of the 3-bit codes, where bit i belongs to the i-th 32 values; 64
+    bytes with their low 2 bits; 12 bytes with the 6-bit scales; d in f16. A code is stored as code + 4, a scale as
+    scale + 32.
     """
     bits = b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     pairs = b[..., 32:96].reshape(*b.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
@@ -178,14 +196,17 @@ def _q3_k(b: np.ndarray) -> Quantised:
 
 
 def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], Quantised]:
-    """A function that decodes blocks of a codebook type, uint8 [rows, blocks, bytes], to a Quantised [rows, values].
+    """Make the function that decodes blocks of a codebook type, such as IQ3_S, to a Quantised [rows, values].
 
-    A value is a whole-number code times one scale for each run of 32 values. The gguf library computes the values;
-    dividing them by the scales gives the codes. Both steps are exact in float32, since a scale has up to 16 significant
-    bits and a code up to 6. The function raises PortError if that library is not installed.
+    The function takes blocks, uint8 [rows, blocks, bytes of a block]. It raises PortError if the gguf library is not
+    installed.
+
+    A value is a whole-number code times a scale; each run of 32 values has one scale. The gguf library computes the
+    values. Dividing these by the scales gives the codes. Both steps are exact in float32, because a scale has up to 16
+    significant bits and a code up to 6.
 
     Args:
-        kind: the GGUF type, such as IQ3_S.
+        kind: the GGUF type.
         scales: function from blocks to the scales of their runs, [rows, blocks, runs].
     """
 
@@ -200,47 +221,50 @@ def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callabl
 
 
 def _iq2_xxs(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ2_XXS blocks, f32 [rows, blocks, 8]: d * (1/2 + s) / 4 for each run of 32 values.
+    """The scales in IQ2_XXS blocks: d * (1/2 + s) / 4, one for each run of 32 values. Float32 [rows, blocks, 8].
 
-    d: the f16 number that begins a block. s: the top 4 bits of the second 32-bit word of a run.
+    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is the top 4
+    bits of the second 32-bit word of a run.
     """
     s = _words(b[..., 2:], np.uint32)[..., 1::2] >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.25)
 
 
 def _iq3_xxs(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ3_XXS blocks, f32 [rows, blocks, 8]: d * (1/2 + s) / 2 for each run of 32 values.
+    """The scales in IQ3_XXS blocks: d * (1/2 + s) / 2, one for each run of 32 values. Float32 [rows, blocks, 8].
 
-    d: the f16 number that begins a block. s: the top 4 bits of the run's 32-bit word, which follow the 64 bytes of
-    indices.
+    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is the top 4
+    bits of a run's 32-bit word; these words follow the 64 bytes of indices.
     """
     s = _words(b[..., 66:], np.uint32) >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.5)
 
 
 def _iq3_s(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ3_S blocks, f32 [rows, blocks, 8]: d * (1 + 2 s) for each run of 32 values.
+    """The scales in IQ3_S blocks: d * (1 + 2 s), one for each run of 32 values. Float32 [rows, blocks, 8].
 
-    d: the f16 number that begins a block. s: the run's 4 bits in the last 4 bytes of the block.
+    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is a run's 4
+    bits in the last 4 bytes of the block.
     """
     s = np.stack([b[..., 106:110] & 15, b[..., 106:110] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32))
 
 
 def _iq1_s(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ1_S blocks, f32 [rows, blocks, 8]: d * (1 + 2 s) / 8 for each run of 32 values.
+    """The scales in IQ1_S blocks: d * (1 + 2 s) / 8, one for each run of 32 values. Float32 [rows, blocks, 8].
 
-    d: the f16 number that begins a block. s: bits 12 to 14 of the run's 16-bit word. All values of a run are whole
-    multiples of the run's scale.
+    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is bits 12 to
+    14 of a run's 16-bit word. All values of a run are whole multiples of its scale.
     """
     s = _words(b[..., 34:], np.uint16) >> 12 & 7
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32)) * np.float32(0.125)
 
 
 def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
-    """Values float32 [rows, columns] of blocks [rows, blocks, bytes], decoded by the gguf library.
+    """The values of GGUF blocks, decoded by the gguf library: float32 [rows, columns].
 
-    Raises PortError if the library is not installed.
+    kind: the GGUF type. b: blocks, uint8 [rows, blocks, bytes of a block]. Raises PortError if the library is not
+    installed.
     """
     try:
         import gguf
@@ -250,10 +274,10 @@ def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
 
 
 def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Make a function that dequantises blocks of the GGUF type `kind` (such as Q2_K) to bf16.
+    """Make the function that decodes blocks of a GGUF type, such as Q2_K, to bf16 [rows, columns].
 
-    The returned function takes uint8 blocks [rows, blocks, bytes] and returns bf16 [rows, columns]. It decodes a few
-    rows at a time to save memory, and raises PortError if the gguf library is not installed.
+    The function takes blocks, uint8 [rows, blocks, bytes of a block]. It decodes a few rows at a time to save memory.
+    It raises PortError if the gguf library is not installed. kind: the GGUF type.
     """
 
     def decode(b: np.ndarray) -> np.ndarray:
@@ -268,13 +292,14 @@ def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A GGUF block format.
+    """Description of a GGUF block format: its sizes, and how its blocks are decoded.
 
     Attributes:
-        format: number format of decoded matrices; `bf16` rounds, all others are exact.
+        format: number format of decoded matrices. bf16 rounds the values; all other formats keep them exactly.
         values: number of values in a block.
         bytes: number of bytes in a block.
-        decode: function from blocks [rows, blocks, bytes] to the matrix.
+        decode: function that decodes blocks, uint8 [rows, blocks, bytes of a block], to a matrix: a Quantised, or a
+            bf16 array.
     """
 
     format: str
@@ -308,15 +333,15 @@ BLOCKS: dict[str, Blocks] = {
 
 
 def known_types() -> str:
-    """Names of the block types that can be read, as text for error messages."""
+    """The names of all GGUF types that can be read, as text for error messages."""
     return ", ".join((*PLAIN, *BLOCKS))
 
 
 def decode_rows(kind: str, raw: np.ndarray) -> Value:
-    """Decode rows of a block-quantised GGUF matrix to a Quantised, or to a bf16 array [rows, values].
+    """Decode rows of a block-quantised GGUF matrix. Returns a Quantised, or a bf16 array [rows, values].
 
-    The result is an array for the types that BLOCKS lists with format bf16, such as Q2_K: no quantised format can hold
-    their values. Raises KeyError for a type that is not in BLOCKS.
+    The result is an array for the types that BLOCKS lists with the format bf16, such as Q2_K, because no quantised
+    format here can hold their values. Raises KeyError for a type that is not in BLOCKS.
 
     Args:
         kind: the GGUF type.
@@ -327,5 +352,5 @@ def decode_rows(kind: str, raw: np.ndarray) -> Value:
 
 
 def as_float(x: Any) -> np.ndarray:
-    """The float32 values of an array or of a quantised matrix."""
+    """The values of an array, or of a Quantised, as a float32 array."""
     return x.rows(slice(None)) if isinstance(x, Quantised) else np.asarray(x, np.float32)

@@ -17,13 +17,13 @@ SIGMOID = 2  # expert_gating_func
 
 
 def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> dict[str, Any]:
-    """A dict of the config keys that all families have in common.
+    """The keys of config.json that all model families have, as a dict, made from the metadata `m` of a GGUF file.
 
     Args:
         m: the metadata.
-        norm: "rms" or "layer", the normalisation whose epsilon the file has.
-        width: inner width of an MLP, if it differs between layers; 0: as in the metadata.
-        kv_heads: number of K/V heads, if it differs between layers; 0: as in the metadata.
+        norm: "rms" or "layer", the kind of norm whose epsilon the file has.
+        width: inner width of an MLP, if it differs between layers; 0: the width in the metadata.
+        kv_heads: number of K/V heads, if it differs between layers; 0: the number in the metadata.
 
     Raises CheckpointError for a missing key, PortError for a scaling of rope that is not supported.
     """
@@ -41,29 +41,32 @@ def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> d
 
 
 def pretrained(m: Metadata) -> int:
-    """The context length in tokens with which rope was trained, before it was scaled."""
+    """The context length, in tokens, for which rope was trained before it was scaled to longer contexts."""
     return m.whole("rope.scaling.original_context_length", m.whole("context_length"))
 
 
 def first_with(m: Metadata, name: str) -> int | None:
-    """The number of the first layer that has a tensor `name` (without the layer's prefix); None if no layer has it."""
+    """The number of the first layer that has a tensor called `name`; None if no layer has it.
+
+    name: name of the tensor in transformers, without the layer's prefix, such as mlp.gate_proj.weight.
+    """
     return next((i for i in range(m.layers) if m.has(name, i)), None)
 
 
 def rows(m: Metadata, name: str) -> int | None:
-    """The number of rows of the tensor `name` in the first layer that has one; None if no layer has it.
+    """The number of rows of the tensor called `name`, in the first layer that has it; None if no layer has it.
 
-    name: the name in transformers without the layer's prefix, such as mlp.gate_proj.weight.
+    name: name of the tensor in transformers, without the layer's prefix, such as mlp.gate_proj.weight.
     """
     at = first_with(m, name)
     return None if at is None else m.tables.shape(f"model.layers.{at}.{name}")[0]
 
 
 def scaling(m: Metadata) -> dict[str, Any] | None:
-    """The value of the config key rope_scaling, as a dict; None if rope is not scaled.
+    """The value of the key rope_scaling in config.json, as a dict; None if rope is not scaled.
 
-    Files have a scaling type with its numbers, or frequency factors per pair of columns (llama3, longrope), or,
-    older ones, rope.scale_linear alone. Raises PortError for another scaling type.
+    A GGUF file has a scaling type and its numbers, or a frequency factor per pair of columns (Llama 3, LongRoPE). Older
+    files have only rope.scale_linear. Raises PortError for an unknown scaling type.
     """
     kind = str(m.get("rope.scaling.type", "none"))
     factor = m.real("rope.scaling.factor", m.real("rope.scale_linear", 1.0))
@@ -90,17 +93,17 @@ def scaling(m: Metadata) -> dict[str, Any] | None:
 
 
 def partial(m: Metadata) -> dict[str, Any]:
-    """A dict with the config key partial_rotary_factor: the fraction of each head's columns that rope rotates.
+    """The key partial_rotary_factor of config.json, in a dict: the fraction of a head's columns that rope rotates.
 
-    The fraction is 1.0 if the file has no key rope.dimension_count.
+    It is 1.0 if the file has no key rope.dimension_count.
     """
     return {"partial_rotary_factor": m.whole("rope.dimension_count", m.head_dim) / m.head_dim}
 
 
 def whole_heads(m: Metadata) -> None:
-    """Raise PortError if rope rotates only part of each head. Returns nothing.
+    """Raise PortError if rope rotates only part of each head.
 
-    It is called for families whose port rotates whole heads.
+    Called for model families that are supported only with rope on whole heads.
     """
     turned = m.whole("rope.dimension_count", m.head_dim)
     if turned != m.head_dim:
@@ -110,10 +113,10 @@ def whole_heads(m: Metadata) -> None:
 
 
 def experts(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys with the sizes of a mixture of experts.
+    """The keys of config.json with the sizes of a mixture of experts, as a dict.
 
-    Its key separate_experts is True: a GGUF file is read as one gate, one up and one down matrix for each expert, where
-    checkpoints of transformers may have them joined. Raises CheckpointError for a missing key.
+    The key separate_experts is True: each expert of a GGUF file has its own gate, up and down matrix, while checkpoints
+    of transformers may store them joined. Raises CheckpointError for a missing key.
     """
     count = m.whole("expert_count")
     return {
@@ -124,11 +127,11 @@ def experts(m: Metadata) -> dict[str, Any]:
 
 
 def llama(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from the metadata of a GGUF file of llama.cpp's architecture llama.
+    """The config.json of a Llama, Mixtral or Qwen2 as a dict, made from the metadata `m` of a GGUF file.
 
-    The key `architectures` is Mixtral's if the file has experts; Qwen2's if q, k and v have biases but the output
-    projection has none; else Llama's. Raises CheckpointError for a missing key, PortError if rope rotates only part of
-    each head.
+    For files of llama.cpp's architecture llama. The model is a Mixtral if the file has experts; a Qwen2 if q, k and v
+    have biases but the output projection has none; otherwise a Llama. Raises CheckpointError for a missing key,
+    PortError if rope rotates only part of each head.
     """
     whole_heads(m)
     c = base(m)
@@ -141,11 +144,11 @@ def llama(m: Metadata) -> dict[str, Any]:
 
 
 def mistral3(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Mistral 3 or Ministral 3.
+    """The config.json of Mistral 3 or Ministral 3 as a dict, made from the metadata `m` of a GGUF file.
 
-    Mistral 3's text model is a Llama. Ministral 3 scales queries by a temperature that grows with the position. Its
-    yarn does not scale queries and keys, since mscale equals mscale_all_dim. Raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
+    The text model of Mistral 3 is a Llama. The model is a Ministral 3 if the file has a temperature by which queries
+    are scaled depending on their position. YaRN's mscale gets the same value as mscale_all_dim, so YaRN does not scale
+    queries and keys. Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     c, heat = llama(m), m.real("attention.temperature_scale", 0.0)
     if not heat:
@@ -162,10 +165,11 @@ def mistral3(m: Metadata) -> dict[str, Any]:
 
 
 def qwen(model: str) -> Any:
-    """Make the function that turns the Metadata of a GGUF file of dense Qwen2 or Qwen3 into the keys of config.json.
+    """Make the function that turns the metadata of a dense Qwen2 or Qwen3 GGUF file into a config.json (a dict).
 
-    The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
-    supported. model: value of the dict's key `architectures`, such as Qwen2ForCausalLM.
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+
+    model: value of the key `architectures`, such as Qwen2ForCausalLM.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def qwen(model: str) -> Any:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Phi-3 and Phi-4.
+    """The config.json of Phi-3 or Phi-4 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -187,11 +191,12 @@ def phi3(m: Metadata) -> dict[str, Any]:
 
 
 def granite(model: str) -> Any:
-    """Make the function that turns the Metadata of a GGUF file of Granite into the keys of config.json (a dict).
+    """Make the function that turns the metadata of a Granite GGUF file into a config.json (a dict).
 
     The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: value of the dict's key `architectures`. Files with a shared expert get GraniteMoeSharedForCausalLM instead.
+    model: value of the key `architectures`. If the file has a shared expert, the value is GraniteMoeSharedForCausalLM
+    instead.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -210,10 +215,10 @@ def granite(model: str) -> Any:
 
 
 def olmo2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for OLMo 2 or OLMo 3.
+    """The config.json of OLMo 2 or OLMo 3 as a dict, made from the metadata `m` of a GGUF file.
 
-    It is OLMo 3 if the file has a sliding window. Raises CheckpointError for a missing key, PortError if rope's base
-    differs between layers with and without a window.
+    The model is OLMo 3 if the file has a sliding window. Raises CheckpointError for a missing key, PortError if layers
+    with and without a window have different rope bases.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -228,7 +233,7 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Cohere 2 (Command R7B, Command A).
+    """The config.json of Cohere 2 (Command R7B, Command A) as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -240,13 +245,12 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 
 
 def plain(model: str) -> Any:
-    """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
+    """Make the function that turns the metadata of a Llama-like GGUF file into a config.json (a dict).
 
-    It is for architectures whose files have the same keys as Llama's; their ports know by themselves where they differ
-    from Llama. The returned function raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    It serves model families whose GGUF files have the same keys as those of Llama. The function raises CheckpointError
+    for a missing key, PortError for a value that is not supported.
 
-    model: value of the dict's key `architectures`, such as OlmoForCausalLM.
+    model: value of the key `architectures`, such as OlmoForCausalLM.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -261,7 +265,7 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The config.json, as a dict, that a GGUF file's metadata `m` gives for Cohere 1 (Command R, Aya).
+    """The config.json of Cohere 1 (Command R, Aya) as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -273,9 +277,9 @@ def command_r(m: Metadata) -> dict[str, Any]:
 
 
 def exaone4(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for EXAONE 4.
+    """The config.json of EXAONE 4 as a dict, made from the metadata `m` of a GGUF file.
 
-    If it has a sliding window, every fourth layer has full attention, without rope. Raises CheckpointError for a
+    If the model has a sliding window, every fourth layer has full attention and no rope. Raises CheckpointError for a
     missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
@@ -287,7 +291,7 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Nemotron-3 and Nemotron-4.
+    """The config.json of Nemotron-3 or Nemotron-4 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -299,7 +303,7 @@ def nemotron(m: Metadata) -> dict[str, Any]:
 
 
 def jais2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Jais 2.
+    """The config.json of Jais 2 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -310,11 +314,11 @@ def jais2(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for StarCoder 2.
+    """The config.json of StarCoder 2 as a dict, made from the metadata `m` of a GGUF file.
 
-    Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models (4,096
-    tokens), so logits of longer sequences differ from transformers'. Raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
+    Every layer has full attention. GGUF files do not record the window of the published models (4,096 tokens), so
+    logits of longer sequences differ from those of transformers. llama.cpp does the same. Raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     c = base(m, norm="layer")
@@ -325,9 +329,10 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
 
 
 def smollm3(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for SmolLM3, which has no rope in every fourth layer.
+    """The config.json of SmolLM3 as a dict, made from the metadata `m` of a GGUF file.
 
-    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    Every fourth layer has no rope. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
     """
     whole_heads(m)
     return base(m) | {
@@ -337,7 +342,7 @@ def smollm3(m: Metadata) -> dict[str, Any]:
 
 
 def glm4(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for GLM-4-0414.
+    """The config.json of GLM-4-0414 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for GLM-4V.
     """
@@ -346,7 +351,7 @@ def glm4(m: Metadata) -> dict[str, Any]:
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for OLMo (2024).
+    """The config.json of OLMo (2024) as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -356,7 +361,7 @@ def olmo(m: Metadata) -> dict[str, Any]:
 
 
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for ChatGLM3 and GLM-4-9B of 2024.
+    """The config.json of ChatGLM3 or GLM-4-9B of 2024 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -364,9 +369,9 @@ def chatglm(m: Metadata) -> dict[str, Any]:
 
 
 def minicpm3(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for MiniCPM3.
+    """The config.json of MiniCPM3 as a dict, made from the metadata `m` of a GGUF file.
 
-    scale_emb, scale_depth and dim_model_base are not in the file. They get the values that llama.cpp has built in.
+    The file does not have scale_emb, scale_depth and dim_model_base. They get the values that are built into llama.cpp.
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     rope, key = m.whole("rope.dimension_count"), m.whole("attention.key_length")
@@ -379,12 +384,12 @@ def minicpm3(m: Metadata) -> dict[str, Any]:
 
 
 def bitnet(usual: str) -> Any:
-    """Make the function that turns the Metadata of a GGUF file of BitNet b1.58 into the keys of config.json (a dict).
+    """Make the function that turns the metadata of a BitNet b1.58 GGUF file into a config.json (a dict).
 
     The function raises CheckpointError for a missing key, PortError for an activation that is not supported.
 
-    usual: the activation to assume for files that state none: silu for files of llama.cpp, relu2 (squared ReLU) for
-    files of bitnet.cpp, which have another architecture name.
+    usual: the activation for files that name none: silu for files of llama.cpp, relu2 (squared ReLU) for files of
+    bitnet.cpp, which have another architecture name.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -402,11 +407,11 @@ XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has bui
 
 
 def apertus(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Apertus.
+    """The config.json of Apertus as a dict, made from the metadata `m` of a GGUF file.
 
-    The two trained numbers of each layer's activation (xIELU), alpha_p and alpha_n, are added to the file's tensors.
-    Raises CheckpointError for a missing key. Raises PortError if a layer has no such numbers, or if the constants of
-    xIELU in the file are not those that the port computes with.
+    Also adds two tensors per layer to `m.tables`: alpha_p and alpha_n, the learned numbers of the layer's activation
+    (xIELU). Raises CheckpointError for a missing key. Raises PortError if a layer lacks these numbers, or if the file
+    has other constants of xIELU than the supported ones.
     """
     whole_heads(m)
     for key, (wanted, gap) in XIELU.items():

@@ -18,10 +18,10 @@ PER_LAYER = "model.embed_tokens_per_layer.weight"
 
 
 def _scale(m: Metadata, largest: int) -> float:
-    """The value of the key query_pre_attn_scalar for Gemma: attention scores are divided by its square root.
+    """The value of Gemma's key query_pre_attn_scalar: attention scores are divided by its square root.
 
-    With the metadata key attention.scale (the factor of the scores), the value is 1 / scale ** 2. Without this key it
-    is hidden size / heads in a model with `largest` layers, and the width of a head in all others.
+    If the metadata has the key attention.scale, the factor of the scores, the value is 1 / scale ** 2. Otherwise it is
+    hidden size / heads if the model has `largest` layers, and else the number of columns of a head.
     """
     if m.get("attention.scale"):
         return m.real("attention.scale") ** -2
@@ -29,7 +29,7 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 2.
+    """The config.json of Gemma 2 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -45,7 +45,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 3's text model.
+    """The config.json of Gemma 3's text model as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -60,11 +60,11 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3n(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 3n's text model.
+    """The config.json of Gemma 3n's text model as a dict, made from the metadata `m` of a GGUF file.
 
-    The MLPs of some layers set gate values below a limit to 0. The file states the limit as mean + x * standard
-    deviation; it is converted to activation_sparsity_pattern of config.json, the fraction of values set to 0. Raises
-    CheckpointError for a missing key, PortError for a value that is not supported.
+    In some layers, gate values of the MLP below a limit become 0. The file states the limit as mean + x * (standard
+    deviation). The key activation_sparsity_pattern of config.json states the fraction of values that become 0, so x is
+    converted. Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     widths = [int(x) for x in m.by_layer("feed_forward_length")]
@@ -85,11 +85,11 @@ def gemma3n(m: Metadata) -> dict[str, Any]:
 
 
 def gemma4(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Gemma 4's text model.
+    """The config.json of Gemma 4's text model as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers with full attention have heads of a width of their own, and rope turns a part of their columns. If the file
-    has no tensor for these layers' values, their keys serve as values. Raises CheckpointError for a missing key,
-    PortError for a value that is not supported.
+    Layers with full attention have another head width than layers with a window, and rope rotates only part of their
+    heads. If the file has no value projection for these layers, their keys are also the values. Raises CheckpointError
+    for a missing key, PortError for a value that is not supported.
     """
     kinds, heads = m.sliding(6), m.kv_heads_by_layer
     shared = m.whole("attention.shared_kv_layers", 0)
@@ -135,8 +135,8 @@ def gemma4(m: Metadata) -> dict[str, Any]:
 def _inner_widths(m: Metadata, shared: int) -> list[int]:
     """The inner width of each layer's MLP, as a list.
 
-    All widths must be equal, or the widths of the last `shared` layers must be twice the width of the others. Raises
-    PortError for other widths. shared: number of layers that read the K/V cache of an earlier layer.
+    shared: number of layers, at the end, that read the K/V cache of an earlier layer. Raises PortError unless all
+    widths are equal, or the last `shared` layers have twice the width of the others.
     """
     found = [int(x) for x in m.by_layer("feed_forward_length")]
     own = len(found) - shared
@@ -149,10 +149,11 @@ def _inner_widths(m: Metadata, shared: int) -> list[int]:
 
 
 def _experts_beside(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of experts beside the dense MLP; {} if the file has no router.
+    """The keys of config.json for experts that layers have in addition to the dense MLP, as a dict.
 
-    The model multiplies each expert's routing weight by a stored factor. For a layer whose factors the file lacks, a
-    tensor of ones is added to m.tables. Raises PortError unless all layers or none have experts.
+    {} if the file has no router. The model multiplies the routing weight of each expert by a stored factor. If the file
+    lacks the factors of a layer, a tensor of ones is added to `m.tables`. Raises PortError if only some layers have
+    experts.
     """
     mixed = [i for i in range(m.layers) if m.has("moe.router.proj.weight", i)]
     if not mixed:

@@ -14,28 +14,28 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def common(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys that the models of this module share.
+    """The keys of config.json that the models of this module share, as a dict.
 
-    model: value of the dict's key `architectures`. Raises CheckpointError for a missing key.
+    model: value of the key `architectures`. Raises CheckpointError for a missing key.
     """
     c = base(m, norm="layer")
     return c | {"architectures": [model], "llama_names": True, "layer_norm_epsilon": c["layer_norm_eps"]}
 
 
 def gpt2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for GPT-2.
+    """The config.json of GPT-2 as a dict, made from the metadata `m` of a GGUF file.
 
-    GGUF has no key for scale_attn_by_inverse_layer_idx, so the dict leaves it out: attention scores are divided by the
-    root of the head's width, and not by the layer's number as well. Raises CheckpointError for a missing key, PortError
-    for a value that is not supported.
+    GGUF has no key for scale_attn_by_inverse_layer_idx, so the dict does not have it: attention scores are divided only
+    by the square root of the head's width, not also by the number of the layer. Raises CheckpointError for a missing
+    key, PortError for a value that is not supported.
     """
     return common(m, "GPT2LMHeadModel") | {"n_inner": m.whole("feed_forward_length")}
 
 
 def starcoder(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for StarCoder 1.
+    """The config.json of StarCoder 1 as a dict, made from the metadata `m` of a GGUF file.
 
-    Raises CheckpointError for a missing key, PortError unless there is one K/V head, or as many as query heads.
+    Raises CheckpointError for a missing key, PortError unless there is one K/V head or as many as query heads.
     """
     if m.kv_heads not in (1, m.heads):
         raise PortError(
@@ -46,7 +46,7 @@ def starcoder(m: Metadata) -> dict[str, Any]:
 
 
 def gptneox(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for GPT-NeoX and Pythia.
+    """The config.json of GPT-NeoX or Pythia as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -55,9 +55,9 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 
 
 def falcon(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Falcon.
+    """The config.json of Falcon as a dict, made from the metadata `m` of a GGUF file.
 
-    A layer has one norm, or two (Falcon 40B). GGUF files of Falcon always use rope, so the key `alibi` is False. Raises
+    Layers have one norm, or two (Falcon 40B). GGUF files of Falcon always use rope, so the key `alibi` is False. Raises
     CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
@@ -71,7 +71,7 @@ def falcon(m: Metadata) -> dict[str, Any]:
 
 
 def phi2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Phi-1, 1.5 and 2.
+    """The config.json of Phi-1, Phi-1.5 or Phi-2 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -79,9 +79,9 @@ def phi2(m: Metadata) -> dict[str, Any]:
 
 
 def stablelm(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for StableLM.
+    """The config.json of StableLM as a dict, made from the metadata `m` of a GGUF file.
 
-    In a layer with one norm, attention and MLP both read its result. Raises CheckpointError for a missing key,
+    If layers have only one norm, attention and MLP both read its result. Raises CheckpointError for a missing key,
     PortError for a value that is not supported.
     """
     c = common(m, "StableLmForCausalLM") | partial(m)
@@ -92,7 +92,7 @@ def stablelm(m: Metadata) -> dict[str, Any]:
 
 
 def bloom(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for BLOOM.
+    """The config.json of BLOOM as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -101,7 +101,7 @@ def bloom(m: Metadata) -> dict[str, Any]:
 
 
 def mpt(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for MPT.
+    """The config.json of MPT as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a model without ALiBi.
     """
@@ -111,9 +111,9 @@ def mpt(m: Metadata) -> dict[str, Any]:
 
 
 def _alibi(m: Metadata, default: float) -> None:
-    """Raise PortError unless attention.max_alibi_bias, ALiBi's largest slope exponent, is 8.
+    """Raise PortError unless the metadata key attention.max_alibi_bias is 8.
 
-    default: the exponent to assume if the file does not have that key.
+    The key is the exponent of ALiBi's largest slope. default: the value to assume if the file does not have the key.
     """
     largest = m.real("attention.max_alibi_bias", default)
     if largest != 8:

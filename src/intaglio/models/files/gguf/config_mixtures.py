@@ -10,9 +10,9 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def groups(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of routing in groups, shared experts and dense layers, as DeepSeek-V3 names them.
+    """The keys of config.json for routing in groups, shared experts and dense layers, as a dict.
 
-    Raises CheckpointError for a missing key.
+    They have the names that DeepSeek-V3 uses. Raises CheckpointError for a missing key.
     """
     count, used = m.whole("expert_group_count", 1), m.whole("expert_group_used_count", 1)
     return {
@@ -25,18 +25,19 @@ def groups(m: Metadata) -> dict[str, Any]:
 
 
 def mlp_types(m: Metadata, router: str = "mlp.gate") -> list[str]:
-    """The list mlp_layer_types of config.json: "sparse" for a layer that has a router's tensor, "dense" for another.
+    """The value of the key mlp_layer_types in config.json: a list with "sparse" or "dense" for each layer.
 
-    router: transformers' name of the router in a layer, without .weight.
+    A layer is "sparse" if the file has a router for it. router: name of the router in transformers, without the layer's
+    prefix and .weight.
     """
     return ["sparse" if m.has(f"{router}.weight", i) else "dense" for i in range(m.layers)]
 
 
 def llama4(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Llama 4.
+    """The config.json of Llama 4 as a dict, made from the metadata `m` of a GGUF file.
 
-    The metadata has no keys for the attention chunk (8192 tokens) and for the scale (0.1) and start (8192) of the
-    attention temperature. The dict has the values that llama.cpp hard-codes. Raises CheckpointError for a missing key,
+    The metadata has no keys for the attention chunk (8192 tokens) and for scale (0.1) and start (8192) of the attention
+    temperature. The dict has the values that are built into llama.cpp. Raises CheckpointError for a missing key,
     PortError for a value that is not supported.
     """
     full = m.get("attention.sliding_window") == 0
@@ -52,13 +53,12 @@ def llama4(m: Metadata) -> dict[str, Any]:
 
 
 def qwen_moe(model: str, normalised: bool) -> Any:
-    """Make the function that turns the Metadata of a GGUF file of Qwen2-MoE or Qwen3-MoE into config.json's keys.
+    """Make the function that turns the metadata of a Qwen2-MoE or Qwen3-MoE GGUF file into a config.json (a dict).
 
-    The function returns a dict. It raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: value of the dict's key `architectures`, such as Qwen3MoeForCausalLM. normalised: True if the router's top-k
-    weights are divided by their sum.
+    model: value of the key `architectures`, such as Qwen3MoeForCausalLM. normalised: True if the weights of the chosen
+    experts are divided by their sum.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def qwen_moe(model: str, normalised: bool) -> Any:
 
 
 def phimoe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Phi-3.5-MoE.
+    """The config.json of Phi-3.5-MoE as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -90,7 +90,7 @@ def phimoe(m: Metadata) -> dict[str, Any]:
 
 
 def olmoe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for OLMoE.
+    """The config.json of OLMoE as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -100,7 +100,7 @@ def olmoe(m: Metadata) -> dict[str, Any]:
 
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for GLM-4.5.
+    """The config.json of GLM-4.5 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -111,10 +111,10 @@ def glm4_moe(m: Metadata) -> dict[str, Any]:
 
 
 def gpt_oss(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for gpt-oss.
+    """The config.json of gpt-oss as a dict, made from the metadata `m` of a GGUF file.
 
-    Every other layer has a sliding window. Raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    Layers 0, 2, 4 and so on have a sliding window, the others full attention. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     c = base(m) | experts(m)
     if c["rope_scaling"]:
@@ -127,7 +127,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def dots1(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for dots.llm1.
+    """The config.json of dots.llm1 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -137,10 +137,10 @@ def dots1(m: Metadata) -> dict[str, Any]:
 
 
 def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for ERNIE 4.5 with experts.
+    """The config.json of ERNIE 4.5 with experts as a dict, made from the metadata `m` of a GGUF file.
 
-    The layers with experts are those with a router's tensor. Raises CheckpointError for a missing key, PortError unless
-    these layers are one run.
+    A layer has experts if the file has a router for it. Raises CheckpointError for a missing key, PortError unless the
+    layers with experts follow each other without a gap.
     """
     whole_heads(m)
     mixed = [i for i in range(m.layers) if m.has("mlp.gate.weight", i)]
@@ -157,7 +157,7 @@ def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
 
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for MiniMax-M2.
+    """The config.json of MiniMax-M2 as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -167,10 +167,10 @@ def minimax_m2(m: Metadata) -> dict[str, Any]:
 
 
 def hunyuan_moe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Hunyuan-A13B.
+    """The config.json of Hunyuan-A13B as a dict, made from the metadata `m` of a GGUF file.
 
-    The file has rope's base already scaled by alpha. Raises CheckpointError for a missing key, PortError for a value
-    that is not supported.
+    The rope base in the file is already scaled by the model's alpha. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     c = base(m) | experts(m)
@@ -178,9 +178,9 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 
 
 def afmoe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for AFMoE.
+    """The config.json of AFMoE as a dict, made from the metadata `m` of a GGUF file.
 
-    The key mup_enabled (embeddings are multiplied by sqrt(hidden size)) is always True, as in llama.cpp. Raises
+    The key mup_enabled (embeddings are multiplied by sqrt(hidden size)) is always True. llama.cpp does the same. Raises
     CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
@@ -194,12 +194,11 @@ def afmoe(m: Metadata) -> dict[str, Any]:
 
 
 def deepseek2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from the metadata of a GGUF file of the architecture deepseek2.
+    """The config.json of a model of llama.cpp's architecture deepseek2 as a dict, made from the metadata `m`.
 
-    - The model in the dict is Youtu-LLM if the file has no experts, DeepSeek-V3 if a sigmoid scores the experts, else
-      DeepSeek-V2.
-    - A head's width is attention.key_length_mla; in a file without this key it is attention.key_length.
-    - GGUF has no key for YaRN's mscale. In all released models it equals mscale_all_dim, and both are 10 times the key
+    - The model is Youtu-LLM if the file has no experts, DeepSeek-V3 if a sigmoid scores the experts, else DeepSeek-V2.
+    - The width of a head is attention.key_length_mla, or attention.key_length in a file without this key.
+    - GGUF has no key for YaRN's mscale. In all released models mscale equals mscale_all_dim, which is 10 times the key
       rope.scaling.yarn_log_multiplier.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
@@ -225,13 +224,13 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 
 
 def indexed(model: str) -> Any:
-    """Make the function that turns the Metadata of a GGUF file into the keys of config.json (a dict).
+    """Make the function that turns the metadata of a DeepSeek-V3.2 or GLM-5 GGUF file into a config.json (a dict).
 
-    It is for DeepSeek-V3.2 and GLM-5, whose sparse attention has an indexer. `indexer_types` of the dict is "full" for
-    a layer that has tensors of an indexer, and "shared" for a layer that uses an earlier layer's indexer. The returned
-    function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The sparse attention of these models has an indexer. The key `indexer_types` is "full" for a layer with tensors of
+    an indexer, and "shared" for a layer that uses an earlier layer's indexer. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
 
-    model: value of the dict's key `architectures`.
+    model: value of the key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -248,7 +247,7 @@ def indexed(model: str) -> Any:
 
 
 def exaone_moe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for K-EXAONE.
+    """The config.json of K-EXAONE as a dict, made from the metadata `m` of a GGUF file.
 
     Layers with full attention have no rope. Raises CheckpointError for a missing key, PortError for a value that is not
     supported.
@@ -263,7 +262,7 @@ def exaone_moe(m: Metadata) -> dict[str, Any]:
 
 
 def dbrx(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for DBRX.
+    """The config.json of DBRX as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -281,10 +280,10 @@ def dbrx(m: Metadata) -> dict[str, Any]:
 
 
 def mimo2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for MiMo-V2-Flash.
+    """The config.json of MiMo-V2-Flash as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless layers with
-    a window have twice as many K/V heads as those with full attention.
+    A layer has experts if the file has a router for it. Raises CheckpointError for a missing key, PortError unless
+    layers with a window have twice as many K/V heads as layers with full attention.
     """
     m.fixed("expert_gating_func", SIGMOID)
     kinds, heads = m.sliding(6), m.kv_heads_by_layer
@@ -313,11 +312,11 @@ def mimo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2_moe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Cohere 2 with experts.
+    """The config.json of Cohere 2 with experts as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers without a router's tensor are dense; they have rope even with full attention, as in llama.cpp. The results of
-    shared and routed experts are averaged. Raises CheckpointError for a missing key, PortError for a value that is not
-    supported.
+    A layer is dense if the file has no router for it. Dense layers have rope even with full attention; llama.cpp does
+    the same. The result of an MLP is the average of its shared and its routed experts. Raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
@@ -335,10 +334,10 @@ def cohere2_moe(m: Metadata) -> dict[str, Any]:
 
 
 def mellum(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Mellum 2.
+    """The config.json of Mellum 2 as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers with a window have a rope that is not scaled. Raises CheckpointError for a missing key, PortError for a value
-    that is not supported.
+    Rope is scaled only in layers with full attention, not in layers with a window. Raises CheckpointError for a missing
+    key, PortError for a value that is not supported.
     """
     whole_heads(m)
     c = base(m) | experts(m) | {"architectures": ["MellumForCausalLM"], "norm_topk_prob": True}
@@ -356,10 +355,10 @@ def mellum(m: Metadata) -> dict[str, Any]:
 
 
 def hy_v3(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Hy3.
+    """The config.json of Hy3 as a dict, made from the metadata `m` of a GGUF file.
 
-    The layers with experts are those with a router's tensor. Raises CheckpointError for a missing key, PortError for a
-    value that is not supported.
+    A layer has experts if the file has a router for it. Raises CheckpointError for a missing key, PortError for a value
+    that is not supported.
     """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)

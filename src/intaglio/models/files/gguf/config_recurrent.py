@@ -11,9 +11,9 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def alone(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone.
+    """The keys of config.json for a model that consists only of Mamba or Mamba-2 blocks, as a dict.
 
-    model: value of the dict's key `architectures`. Raises CheckpointError for a missing key.
+    model: value of the key `architectures`. Raises CheckpointError for a missing key.
     """
     return {
         "architectures": [model], "llama_names": True, "vocab_size": m.tables.shape("model.embed_tokens.weight")[0],
@@ -26,10 +26,11 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 
 
 def mamba(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Mamba or FalconMamba.
+    """The config.json of Mamba or FalconMamba as a dict, made from the metadata `m` of a GGUF file.
 
-    It is FalconMamba if the file says that dt, B and C are normed. For these norms the epsilon of the layers' norms is
-    used, as in llama.cpp. Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    The model is FalconMamba if the file says that dt, B and C are normed. These norms get the epsilon of the layers'
+    norms; llama.cpp does the same. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
     c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
@@ -40,10 +41,10 @@ def mamba(m: Metadata) -> dict[str, Any]:
 
 
 def mamba2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Mamba-2.
+    """The config.json of Mamba-2 as a dict, made from the metadata `m` of a GGUF file.
 
-    There is no key time_step_limit: the step size dt is not clamped, as in llama.cpp. Raises CheckpointError for a
-    missing key, PortError for a value that is not supported.
+    The dict has no key time_step_limit, so the step size dt is not clamped. llama.cpp does the same. Raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
     """
     heads = m.whole("ssm.time_step_rank")
     return alone(m, "Mamba2ForCausalLM") | {
@@ -52,15 +53,15 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 
 
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
-    """Find (period, offset), two ints, such that the layers `found` are exactly the layers i with i % period == offset.
+    """Find a pair (period, offset) such that exactly the layers `found` have the numbers i with i % period == offset.
 
-    With n layers in the model: (n + 1, n) if `found` is empty, (n + 1, number of the layer) if it has one layer. Raises
-    PortError if no period gives exactly these layers.
+    In a model of n layers, the pair is (n + 1, n) if `found` is empty, and (n + 1, number of the layer) if it has one
+    layer. Raises PortError if there is no such pair.
 
     Args:
         m: the metadata, which has the number of layers.
         found: numbers of the layers, ascending.
-        what: what these layers have, for the error.
+        what: what these layers have, for the error message.
     """
     offset = found[0] if found else m.layers
     period = found[1] - offset if len(found) > 1 else m.layers + 1
@@ -70,11 +71,11 @@ def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
 
 
 def jamba(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Jamba.
+    """The config.json of Jamba as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers with K/V heads have attention; layers with a router's tensor have experts. Raises CheckpointError for a
-    missing key. Raises PortError if the layers with attention, or those with experts, do not repeat with a fixed
-    period.
+    A layer has attention if it has K/V heads, and experts if the file has a router for it. Raises CheckpointError for a
+    missing key. Raises PortError unless the layers with attention repeat with a fixed period, and the layers with
+    experts too.
     """
     attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
     mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
@@ -93,9 +94,9 @@ def _has(m: Metadata, name: str) -> bool:
 
 
 def ssm(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of Mamba-2 blocks beside attention, as Granite 4 and Falcon-H1 name them.
+    """The keys of config.json for the Mamba-2 blocks of a model that also has attention, as a dict.
 
-    Raises CheckpointError for a missing key.
+    They have the names that Granite 4 and Falcon-H1 use. Raises CheckpointError for a missing key.
     """
     inner, heads = m.whole("ssm.inner_size"), m.whole("ssm.time_step_rank")
     return {
@@ -107,10 +108,10 @@ def ssm(m: Metadata) -> dict[str, Any]:
 
 
 def falcon_h1(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Falcon-H1.
+    """The config.json of Falcon-H1 as a dict, made from the metadata `m` of a GGUF file.
 
-    The file's converter has put the multipliers into the weights. Raises CheckpointError for a missing key, PortError
-    for a value that is not supported.
+    The model's multipliers are already part of the weights in the file. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     return base(m) | ssm(m) | {
@@ -121,10 +122,10 @@ def falcon_h1(m: Metadata) -> dict[str, Any]:
 
 
 def granite_hybrid(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Granite 4.
+    """The config.json of Granite 4 as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers with K/V heads have attention, with rope only if the file has rope.scaling.finetuned. Raises CheckpointError
-    for a missing key, PortError for a value that is not supported.
+    A layer has attention if it has K/V heads. Attention has rope only if the file has the key rope.scaling.finetuned.
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     rope = m.flag("rope.scaling.finetuned")
@@ -142,11 +143,12 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron_h(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for Nemotron-H.
+    """The config.json of Nemotron-H as a dict, made from the metadata `m` of a GGUF file.
 
-    A layer with a router's tensor has experts, any other with an MLP width is an MLP, any other with K/V heads is
-    attention, the rest are Mamba-2 blocks. There is no key time_step_limit: the step size dt is not clamped, as in
-    llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
+    A layer with a router has experts. Of the other layers, one with an MLP width is an MLP, one with K/V heads but no
+    MLP width is attention, and all others are Mamba-2 blocks. The dict has no key time_step_limit, so the step size dt
+    is not clamped. llama.cpp does the same. Raises CheckpointError for a missing key, PortError if MLPs have different
+    widths.
     """
     widths, heads = [int(x) for x in m.by_layer("feed_forward_length")], m.whole("ssm.time_step_rank")
     mixed = [m.has("mixer.gate.weight", i) for i in range(m.layers)]
@@ -169,7 +171,7 @@ def nemotron_h(m: Metadata) -> dict[str, Any]:
 
 
 def ungated_experts(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of Nemotron-H's experts, which have no gate.
+    """The keys of config.json for Nemotron-H's experts, which have no gate projection, as a dict.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
@@ -185,12 +187,12 @@ def ungated_experts(m: Metadata) -> dict[str, Any]:
 
 
 def delta_nets(model: str) -> Any:
-    """Make the function that turns the Metadata of a GGUF file of Qwen3-Next or Qwen3.5 into config.json's keys.
+    """Make the function that turns the metadata of a Qwen3-Next or Qwen3.5 GGUF file into a config.json (a dict).
 
-    The function returns a dict. Layers for which the file has a tensor A_log (ssm_a) are gated delta nets, the others
-    attention. The function raises CheckpointError for a missing key, PortError for an unsupported value.
+    A layer is a gated delta net if the file has a tensor A_log (ssm_a) for it, otherwise attention. The function raises
+    CheckpointError for a missing key, PortError for a value that is not supported.
 
-    model: value of the dict's key `architectures`.
+    model: value of the key `architectures`.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -211,10 +213,10 @@ def delta_nets(model: str) -> Any:
 
 
 def lfm2(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for LFM2.
+    """The config.json of LFM2 as a dict, made from the metadata `m` of a GGUF file.
 
-    Layers without K/V heads have a convolution instead. Raises CheckpointError for a missing key, PortError for a value
-    that is not supported.
+    A layer without K/V heads has a short convolution instead of attention. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     c = base(m)
@@ -228,7 +230,7 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 
 def lfm2_moe(m: Metadata) -> dict[str, Any]:
-    """A config.json, as a dict, made from a GGUF file's metadata, for LFM2 with experts.
+    """The config.json of LFM2 with experts as a dict, made from the metadata `m` of a GGUF file.
 
     Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """

@@ -19,13 +19,13 @@ BESIDE = ("mmproj",)  # vision towers, which people keep beside the model
 
 @dataclass(frozen=True, eq=False)
 class GgufFile:
-    """An open GGUF file, which may be split into several parts.
+    """An open GGUF model: its metadata, and the place of each tensor. It may be split into several files, called parts.
 
     Attributes:
-        path: the first part.
-        parts: all parts, in order.
-        fields: metadata of the first part by key.
-        tensors: (path of its part, Tensor) for each tensor.
+        path: path of the first part.
+        parts: paths of all parts, in order.
+        fields: metadata of the first part, {key: value}.
+        tensors: (path of the part, description of the tensor) for each tensor.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class GgufFile:
     tensors: tuple[tuple[Path, Tensor], ...]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The metadata value of a key; `default` if the file does not have it."""
+        """The metadata value of `key`; `default` if the file does not have the key."""
         return self.fields.get(key, default)
 
     @property
@@ -43,7 +43,7 @@ class GgufFile:
 
     @property
     def types(self) -> dict[str, int]:
-        """{name of a tensor type: number of values that are stored in it}."""
+        """How many values of the model are stored in each tensor type, as {name of the type: number of values}."""
         found: dict[str, int] = {}
         for _, t in self.tensors:
             found[t.kind] = found.get(t.kind, 0) + prod(t.shape)
@@ -51,11 +51,11 @@ class GgufFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """Path of the GGUF model at `path`, which is a GGUF file or a folder with one.
+    """The path of the GGUF model at `path`, which is a GGUF file or a folder with one; None if there is none.
 
-    For a model that is split into several files, it is the path of the first part. None for any other file, and for a
-    folder that has safetensors files or no GGUF model. Raises CheckpointError if a folder holds several models, or a
-    part is missing.
+    If the model is split into several files, the result is the path of the first. It is also None for a folder that has
+    safetensors files. Raises CheckpointError if a folder has several GGUF models, or if a file of a split model is
+    missing.
     """
     if path.is_file() and path.suffix == ".gguf":
         return parts_of(path)[0]
@@ -71,9 +71,9 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """A list of the paths of all parts of the model to which a file belongs, in order.
+    """The paths of all files of the GGUF model to which the file `path` belongs, as a list in order.
 
-    Raises CheckpointError naming missing parts.
+    Raises CheckpointError, with the names of missing files, if the model is split and not complete.
     """
     match = PART.fullmatch(path.name)
     if not match:
@@ -90,9 +90,9 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Open a GGUF file with all its parts. Returns the GgufFile. path: the file, or its first part.
+    """Open a GGUF model with all its parts and return the GgufFile.
 
-    Raises CheckpointError for a file that is missing or damaged.
+    path: the file, or the first file of a split model. Raises CheckpointError for a file that is missing or damaged.
     """
     facts = path.stat()
     return _opened(path, facts.st_size, facts.st_mtime_ns)
