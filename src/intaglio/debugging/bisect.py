@@ -21,9 +21,10 @@ from intaglio.progress import Progress, silent
 
 
 def parse(run: str) -> tuple[str, str]:
-    """Split the text of a run, such as "host:int8", into (device, weights). Weights are "auto" if the text has none.
+    """Split the text `run`, such as "host:int8", into a tuple (device name, weight format).
 
-    Raises CheckError for an unknown device, and for the device "oracle", a fake one for tests that computes no values.
+    The weight format is "auto" if the text has no colon. Raises CheckError for an unknown device, and for the device
+    "oracle", which computes no values.
     """
     device, _, weights = run.partition(":")
     if device not in DEVICES or device == "oracle":
@@ -37,20 +38,20 @@ def bisect(
 ) -> Report:  # fmt: skip
     """Run one checkpoint in two ways on random tokens, and compare the results of every op. Returns the Report.
 
-    The first run is taken as correct. A site is the name of an op's place in the model, such as layers.3.mlp.down_proj.
-    Sites that both Programs have are compared, in the order of the second. Tolerances are those of check(), which allow
-    for rounding in float32 only; with a lossy weight format, the first site out of tolerance is where quantisation
-    begins to matter.
+    The first run is taken as correct. Results are compared at each site (an op's name, such as layers.3.mlp.down_proj)
+    that both Programs have, in the order of the second Program. The tolerances are those of check(). They allow only
+    for rounding in float32. With a lossy weight format, the first site out of tolerance is therefore where the format
+    begins to change results.
 
     Args:
         path: the checkpoint.
-        runs: two runs, each a text such as "reference" or "host:int8": a device, and after a colon a weight format.
+        runs: two runs, each a device name, or a device name and a weight format, such as "reference" or "host:int8".
         seed: seed of the random token ids.
-        programs: the Programs of the two runs; None: the checkpoint is compiled for each.
+        programs: the Programs of the two runs; None: the checkpoint is compiled for each run.
         progress: called before each run.
 
     Raises CheckError unless there are two runs with known devices, CheckpointError or PortError if the checkpoint
-    cannot be loaded, and FormatError for an unknown format of weights.
+    cannot be loaded, and FormatError for an unknown weight format.
     """
     if len(runs) != 2:
         raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")

@@ -30,8 +30,8 @@ class Scene:
     Attributes:
         program: the Program.
         batch: the batch of the step.
-        values: values after the step by name: all tensors of the Program, K/V caches included, and those of `spare`.
-        spare: vectors of the checkpoint that the Program does not read, by name.
+        values: {name: value after the step}, for all tensors of the Program (K/V caches included) and all of `spare`.
+        spare: vectors of the checkpoint that the Program does not read: {name: vector}.
     """
 
     program: Program
@@ -41,9 +41,15 @@ class Scene:
 
 
 def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
-    """The likely cause of the difference at `site`, as text; if none is found, a description of the difference.
+    """Return the likely cause of the difference at `site` (an op's name), as text.
 
-    theirs: transformers' value at the site. good: sites whose values are correct.
+    If no common mistake explains the difference, the text describes the difference instead.
+
+    Args:
+        scene: the values of our step.
+        site: the name of the op whose result differs from transformers.
+        theirs: transformers' value of that result.
+        good: the sites whose values agree with transformers.
     """
     name = _result(scene.program, site)
     ours = np.asarray(scene.values[name], np.float64)
@@ -63,17 +69,19 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
 
 
 def _result(p: Program, site: str) -> str:
-    """Name of the tensor to compare at `site`, the name of an op or of a view (a slice of a tensor's columns).
+    """Return the name of the tensor to compare at `site`.
 
-    It is the op's first result. If no op with results has this name, `site` itself is returned: the name of a view.
+    If `site` is the name of an op, the tensor is the op's first result. Otherwise `site` is the name of a view (a slice
+    of a tensor's columns), and is returned unchanged.
     """
     return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
 
 
 def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
-    """The ops that compute the tensor `name` from values at correct sites, in order, as a list.
+    """Return the ops that compute the tensor `name`, starting from values known to be correct, as a list in order.
 
-    good: names of these sites. If one of the ops reads a K/V cache, the ops that wrote the cache are in the list.
+    `good` has the names of the correct values. If one of the ops reads a K/V cache, the ops that wrote the cache are in
+    the list too.
     """
     wanted, seen = {p.base(name)}, []
     for op in reversed(p.ops):
@@ -85,10 +93,15 @@ def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
 
 
 def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
-    """Run the ops of `chain` again with some of them replaced. Returns the tensor `name` as float64.
+    """Run the ops of `chain` again with some of them replaced. Returns the new value of the tensor `name`, as float64.
 
-    Returns None if an op refuses its operands. changed: {site (name of an op's place in the model): the op to run
-    there instead}.
+    Returns None if an op refuses its operands.
+
+    Args:
+        scene: the values from which the ops start.
+        chain: the ops to run, in order.
+        changed: {site (an op's name): the op to run instead of the op with this name}.
+        name: the tensor to return.
     """
     p, v = scene.program, dict(scene.values)
     for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
@@ -109,8 +122,8 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
     """Yield a pair (text, op) for each common porting mistake in this kind of op.
 
-    The text describes a mistake that the port may have made. The op is a copy of `op` without that mistake, to be run
-    in its place. Nothing is yielded for kinds of ops that have no list of mistakes.
+    The text describes a mistake that the port may have made. The yielded op is a copy of `op` without this mistake.
+    Nothing is yielded for a kind of op that has no list of mistakes.
     """
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
@@ -119,10 +132,11 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 
 
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that a rope op may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting a rope op.
 
-    The op of a pair is `op` with one change: the other way to pair columns, the last columns of a head instead of the
-    first or another number of them, no attention factor, or another table of the Program.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: the other way to pair columns, the
+    other end of a head's columns, another number of rotated columns, no attention factor, or another rope table of the
+    Program.
     """
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
@@ -137,11 +151,12 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (text that says what is changed, op) for Rope ops that rotate another number of columns than `op`.
+    """Yield pairs (text, op) in which the op is a copy of `op` that rotates another number of a head's columns.
 
-    About 64 numbers are tried, from 2 columns to the whole head. The frequencies are theta^(-i / n) for n pairs of
-    columns, with the theta of `op`'s table of frequencies. The new tables are added to scene.values. Nothing is yielded
-    if the table has fewer than two frequencies, or its second one is not less than the first.
+    The text describes the change. About 64 numbers are tried, from 2 columns to the whole head. The frequencies for n
+    pairs of columns are theta^(-i / n), where i counts the pairs and theta is found from `op`'s table of frequencies.
+    The new tables are added to scene.values. Nothing is yielded if `op`'s table has fewer than two frequencies, or if
+    its second frequency is not less than its first.
     """
     values, have = scene.values, np.asarray(scene.values[op.frequencies], np.float64)
     assert isinstance(values, dict)
@@ -158,10 +173,10 @@ def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield a pair for each mistake that the port of a norm may have: (the mistake in words, the op without it).
+    """Yield a pair (text, op) for each common mistake in porting a norm.
 
-    The mistakes are a wrong offset of the weight, a wrong kind of norm, a wrong epsilon or weight, and a residual too
-    many.
+    The text describes the mistake. The yielded op is a copy of `op` without it. The mistakes are a wrong offset of the
+    weight, a wrong kind of norm, a wrong epsilon, a wrong weight, and a residual that should not be added.
     """
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
@@ -185,10 +200,10 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
 
 
 def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that a linear may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting a linear op.
 
-    The op of a pair is `op` with one change: no bias, a bias of the checkpoint that the port does not use, another
-    weight, the weight transposed, no scale, or another activation.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: no bias, a bias that is in the
+    checkpoint and that the port does not use, another weight, the transposed weight, no scale, or another activation.
     """
     if op.bias is not None:
         yield "a bias that does not belong there", replace(op, bias=None)
@@ -208,10 +223,10 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 
 
 def _turned(scene: Scene, op: Linear) -> Op:
-    """A copy of the linear `op` that multiplies with the transposed weight, to try if the port forgot to transpose.
+    """Return a copy of the linear `op` with the transposed weight, to try in case the port forgot to transpose.
 
-    The transposed weight is added to scene.values under the name WEIGHT.turned. A quantised weight is not transposed or
-    added; rerun() then returns None for the copy.
+    The transposed weight is added to scene.values under the weight's name plus ".turned". A quantised weight is not
+    transposed, and nothing is added. rerun() then returns None for the copy.
     """
     values = scene.values
     assert isinstance(values, dict)
@@ -222,10 +237,10 @@ def _turned(scene: Scene, op: Linear) -> Op:
 
 
 def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that attention may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting attention.
 
-    The op of a pair is `op` with one change: another window, chunk, softcap or scale, no temperature, no sinks, or
-    sinks of the checkpoint that the port does not use.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: another window, chunk, softcap or
+    scale, no temperature, no sinks, or sinks that are in the checkpoint and that the port does not use.
     """
     length = len(scene.batch.tokens)
     windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
@@ -251,10 +266,10 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 
 
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
-    """Yield a pair for each mistake that the port of an elementwise op may have.
+    """Yield a pair (text, op) for each common mistake in porting an elementwise op.
 
-    A pair is (the mistake in words, the op without it). The mistakes are swapped operands, a wrong activation, and a
-    wrong scale of the residual.
+    The text describes the mistake. The yielded op is a copy of `op` without it. The mistakes are swapped operands, a
+    wrong activation, and a wrong scale of the residual.
     """
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
@@ -271,10 +286,11 @@ def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
 
 
 def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that expert routing may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting expert routing.
 
-    The op of a pair is `op` with one change: the other normalisation, another score function, no scale, no groups, no
-    correction bias, or a bias of the checkpoint that the port does not use.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: the other setting of `normalise`,
+    another score function, another scale or none, no groups, no correction bias, or a correction bias that is in the
+    checkpoint and that the port does not use.
     """
     does = "are not" if op.normalise else "are"
     yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
@@ -298,10 +314,11 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each porting mistake that the op Experts may have; see variants().
+    """Yield a pair (text, op) for each common mistake in porting the experts of a layer.
 
-    Tried are swapped or transposed matrices, other activations and clamps, the routing weight on the experts' input
-    instead of their result (or the reverse), and no biases.
+    The text describes the mistake. The yielded op is a copy of `op` with one change: gate and up swapped, transposed
+    matrices, another activation or clamp, no biases, or routing weights multiplied with the experts' input instead of
+    their result (or the reverse).
     """
     if op.gate is not None:
         yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
@@ -324,12 +341,11 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
 
 
 def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
-    """A copy of an experts op that multiplies with transposed matrices.
+    """Return a copy of the experts op `op` that multiplies with transposed matrices.
 
-    The transposed matrices are added to scene.values under the name NAME.turned. Quantised matrices are not transposed
-    or added; rerun() then returns None for the copy.
-
-    which: the matrices to transpose: "gate", "up" or "down".
+    `which` says which matrices are transposed: "gate", "up" or "down". The transposed matrices are added to
+    scene.values under the weight's name plus ".turned". Quantised matrices are not transposed, and nothing is added.
+    rerun() then returns None for the copy.
     """
     values, name = scene.values, getattr(op, which)
     assert isinstance(values, dict)
@@ -340,9 +356,10 @@ def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
 
 
 def _alike(scene: Scene, weight: str) -> list[str]:
-    """Names of up to 12 other weights with the shape of `weight`, as a list.
+    """Return the names of up to 12 other weights that have the shape of the weight named `weight`, as a list.
 
-    Weights that are near it in the Program's list of weights come first. [] if the Program has no tensor `weight`.
+    The names nearest to `weight` in the Program's list of weights come first. The list is empty if the Program has no
+    tensor `weight`.
     """
     tensors = scene.program.tensors
     names = [t.name for t in scene.program.of_role("weight")]
@@ -352,18 +369,23 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """A list of names of vectors in the checkpoint that the port does not read and that `op` perhaps ought to have.
+    """Return a list of names of vectors in the checkpoint that the port does not read and that `op` may need.
 
-    They are the names in scene.spare that end with `ending`. For an op in a layer, only names of that layer count.
+    They are the names in scene.spare that end with `ending`. If `op` is in a layer, only vectors of that layer are
+    returned.
     """
     layer = ".".join(op.site.split(".")[:2]) + "."
     return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Describe, as text, a difference that no known mistake explains: a factor, a bias, NaN, or which tokens differ.
+    """Return a text that describes how our values differ from those of transformers, if no known mistake explains it.
 
-    ours, theirs: the values [tokens, columns].
+    The text names a factor, a bias, NaN or infinite values, or the tokens that differ.
+
+    Args:
+        ours: our values [tokens, columns].
+        theirs: transformers' values [tokens, columns].
     """
     bad = ~np.isfinite(ours)
     if bad.any():

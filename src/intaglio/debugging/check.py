@@ -52,18 +52,18 @@ TOKENS = 61  # prime, so that no number of heads equals it
 
 
 class CheckError(RuntimeError):
-    """Raised for a check that cannot run. The message says what is missing or wrong, and what to do."""
+    """Raised for a check that cannot run. The message says what is missing or wrong, and how to correct it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The error at one site.
+    """The error of one op's result, compared with a reference: transformers, or in bisect() the first of two runs.
 
     Attributes:
-        site: the site's name.
-        error: ||ours - theirs|| / ||theirs||, with theirs from transformers in float32.
+        site: the op's name, such as layers.3.mlp.down_proj.
+        error: ||ours - theirs|| / ||theirs||, where `theirs` is the reference's result, in float32 for transformers.
         tolerance: the largest error that rounding alone may explain.
-        bf16: the error of transformers' own run in bf16; None if it was not run or has no such site.
+        bf16: the error of transformers' own run in bf16; None if that run was not made or has no such result.
     """
 
     site: str
@@ -78,7 +78,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """`error` divided by `bf16`, the error of transformers in bf16. 1 means that both errors are equal.
+        """Our error divided by the error of transformers in bf16: `error / bf16`, a float. 1 means equal errors.
 
         None if `bf16` is None or 0.
         """
@@ -87,19 +87,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of check() or bisect(): how far each op's result is from the reference. A site is an op's name.
+    """The result of check() or bisect(): the error of each op's result, compared with a reference.
 
     Attributes:
         program: name of the Program.
         device: device that was checked.
         tokens: number of prompt tokens.
-        rows: the error at each site, in the order of the Program, and last that of the logits.
-        first_bad: the first site out of tolerance; None if there is none.
+        rows: one Row for each op that was compared, in the order of the Program, then one for the logits.
+        first_bad: name of the first op whose error exceeds its tolerance; None if there is none.
         logits: relative error of the logits.
-        ok: True if no site is out of tolerance.
+        ok: True if no error exceeds its tolerance.
         cause: the likely cause of the first difference, as text; "" if there is none.
         origin: a sentence that says where the first NaN or infinity appears; "" if there is none.
-        against: name of what the Program was compared with.
+        against: name of the reference, such as "transformers".
     """
 
     program: str
@@ -114,17 +114,20 @@ class Report:
     against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of all fields for JSON. `rows` is a list of dicts: a Row's fields, its `ok` and its `ratio`."""
+        """Return all fields as a dict for JSON.
+
+        `rows` is a list of dicts, each with the fields of a Row and its properties `ok` and `ratio`.
+        """
         return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
 
     @property
     def title(self) -> str:
-        """A heading, as text, that says what was compared with what."""
+        """A heading, as text, that says which Program was compared with which reference, and on how many tokens."""
         return f"{self.program} on {self.device} against {self.against}, {self.tokens} tokens"
 
     @property
     def conclusion(self) -> list[str]:
-        """Lines of text, as a list: whether the two runs agree, and if not, where they first differ and why."""
+        """A list of lines of text that say whether the two runs agree, and if not, where they first differ and why."""
         end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
         lines = [f"{end}; logits differ by {self.logits:.2e}"]
         lines += [f"likely cause: {self.cause}"] if self.cause else []
@@ -142,9 +145,10 @@ class Report:
 
 
 def reference_model(path: str | Path, dtype: str = "float32") -> Any:
-    """The transformers model of a checkpoint, with eager attention, ready for inference. dtype: name of a torch type.
+    """Load a checkpoint with transformers. Returns the transformers model, with eager attention, ready for inference.
 
-    Raises CheckError if torch or transformers is missing, and the errors of transformers if it cannot load the model.
+    `dtype` is the name of the torch type of the weights. Raises CheckError if torch or transformers is missing, and the
+    errors of transformers if it cannot load the model.
     """
     try:
         import torch
@@ -182,18 +186,19 @@ def check(
 ) -> Report:
     """Compare a checkpoint's Program on a device with transformers, on one prompt. Returns the Report.
 
-    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23. K is the length of the longest sum so far: each
-    term adds a rounding error of random sign. n is the number of ops so far, whose errors add up likewise.
+    The result of an op may differ by a relative error of 8 * eps * sqrt(K) * sqrt(n). eps is 2^-23. K is the number of
+    terms of the longest sum up to this op; each term adds a rounding error of random sign. n is the number of ops up to
+    this op; their errors add up in the same way.
 
     Raises CheckError if torch or transformers is missing, CheckpointError or PortError if the checkpoint cannot be
     loaded, and DeviceError for an unknown device.
 
     Args:
         path: the checkpoint.
-        device: device to check.
+        device: name of the device to check.
         tokens: token ids of the prompt, or the number of random token ids.
         seed: seed of the random token ids.
-        program: the Program to check; None: the one that the checkpoint's port makes.
+        program: the Program to check; None: the Program that the checkpoint's port makes.
         progress: called before each stage.
     """
     checkpoint = Checkpoint.open(path)
@@ -232,10 +237,10 @@ def check(
 
 
 def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
-    """Run the batch (one sequence) with NumPy and return the Scene, which has every tensor's value.
+    """Run the batch (one sequence) with NumPy, and return the values of all tensors as a Scene.
 
-    The Scene also has the vectors of the checkpoint that the Program does not read, because a bias that the port leaves
-    out is a likely cause of a difference.
+    The Scene also has the vectors of the checkpoint that the Program does not read: a bias that the port leaves out is
+    a likely cause of a difference.
     """
     state = StateSpec(int(batch.block_table.shape[1]), PAGE, 2 * p.recurrent)
     held = ReferenceExecutable(p, checkpoint, state).held
@@ -254,7 +259,7 @@ def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
 
 
 def first_nonfinite(scene: Scene) -> str:
-    """A sentence that names the weight or op in which the first NaN or infinity appears; "" if there is none."""
+    """Return a sentence that names the weight or op in which the first NaN or infinity appears; "" if there is none."""
 
     def bad(name: str) -> bool:
         x = scene.values[name]
@@ -270,15 +275,15 @@ def first_nonfinite(scene: Scene) -> str:
 
 
 def wide_cache(p: Program) -> Program:
-    """The Program with all K/V caches and recurrent state stored in float32."""
+    """Return a copy of the Program `p` in which all K/V caches and recurrent states are stored in float32."""
     tensors = {n: replace(t, format="f32") if t.role == "state" else t for n, t in p.tensors.items()}
     return p.with_ops(p.ops, tensors)
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Relative difference ||ours - theirs|| / ||theirs||, a float; infinity if any value is NaN or infinite.
+    """Return the relative difference ||ours - theirs|| / ||theirs|| as a float; infinity if a value is NaN or infinite.
 
-    If all of `theirs` is 0, the result is ||ours||.
+    If all values of `theirs` are 0, the result is ||ours||.
     """
     wide = theirs.astype(np.float64)
     gap = np.linalg.norm(ours.astype(np.float64).reshape(wide.shape) - wide) / (np.linalg.norm(wide) or 1.0)
@@ -286,10 +291,10 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """The largest relative error that rounding alone may explain, for each op and view: a dict {name: tolerance}.
+    """Return the largest relative error that rounding alone may explain, for each op: a dict {op's name: tolerance}.
 
-    An op's name is its site (its place in the model). The formula is in check(). The error is ||ours - theirs|| /
-    ||theirs||. A view, a slice of a result's columns, has the tolerance of the op that computes the result.
+    The error is ||ours - theirs|| / ||theirs||. The formula of the tolerance is in check(). The dict also has an item
+    for each view (a slice of an op's result): the tolerance of the op that computes the result.
 
     Args:
         p: the Program.
@@ -306,10 +311,11 @@ def tolerances(p: Program, tokens: int) -> dict[str, float]:
 
 
 def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Run a transformers model on a prompt. Returns ({site: value [tokens, width]}, logits [tokens, vocabulary]).
+    """Run a transformers model on a prompt, and return a tuple (values, logits).
 
-    Only sites of the Program `p` that are the input or output of a transformers module, or keys and values in its K/V
-    cache, are in the dict.
+    `values` is a dict {op's name: array [tokens, width]}. It has the ops of the Program `p` whose result transformers
+    shows: as input or output of a module, or as keys or values in the K/V cache. `logits` is an array [tokens,
+    vocabulary].
     """
     import torch
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -325,9 +331,10 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
             seen.setdefault(site, x.detach().float().reshape(len(tokens), -1).numpy().copy())
 
     def hook(op: Op, turn: int) -> Any:
-        """A forward hook for the op's module that keeps, in `seen`, the values of call number `turn` of the module.
+        """Return a forward hook for the op's module. The hook stores the values of one call of the module in `seen`.
 
-        Calls are counted from 1. If several ops share a weight, their module is called once for each, in their order.
+        It acts on call number `turn`, counted from 1. If several ops share a weight, their module is called once for
+        each op, in the order of the ops.
         """
         calls = count(1)
 
@@ -379,9 +386,9 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
 
 def _tensor_of(module: Any, out: Any) -> Any:
-    """The part of a module's output that is compared: the output itself, or an item of it if it is a tuple.
+    """Return the tensor of a module's output `out` that is compared with our result.
 
-    It is the first item, but the second for the router of Llama 4.
+    It is `out` itself, or an item if `out` is a tuple: the second item for the router of Llama 4, otherwise the first.
     """
     if not isinstance(out, tuple):
         return out
@@ -389,16 +396,19 @@ def _tensor_of(module: Any, out: Any) -> Any:
 
 
 def weight_of(op: Op) -> str | None:
-    """Name of the weight by which module_of() finds the module of `op`; None if it has none."""
+    """Return the name of the weight of `op` in the Program, by which module_of() finds the op's module.
+
+    For the op Experts it is the gate weight, or the up weight if there is no gate. None if `op` has no weight.
+    """
     if isinstance(op, Experts):
         return op.gate or op.up
     return op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """The transformers module that holds the weight of `op`; None if there is none.
+    """Return the transformers module that holds the weight of `op`; None if there is none.
 
-    For the op Experts it is the module of all experts.
+    For the op Experts it is the module that holds all experts of the layer.
     """
     if op.site == "lm_head":
         return model.get_output_embeddings()

@@ -17,33 +17,34 @@ Variant = tuple[str, str, dict[str, Op]]
 
 
 def layer_variants(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes) for each porting mistake that involves several ops of a layer.
+    """Yield a triple (site, text, changes) for each common porting mistake that involves several ops of a layer.
 
-    The text describes a mistake that the port may have made at the site. `changes` is {site: op to run there in place
-    of the present op}. causes.explain() runs the ops again with them.
+    `site` is the name of an op that the mistake affects. `text` describes the mistake. `changes` is {op's name:
+    corrected op}; running the corrected ops instead of the present ones shows whether the port made this mistake.
 
     Args:
         p: the Program.
         values: all values of the step, by name; corrected weights are added to it.
-        chain: the ops that compute the wrong result. Only mistakes that can change them are yielded.
+        chain: the ops that compute the wrong result. Only mistakes that can change these ops are yielded.
     """
     yield from _joined(p, values, chain)
     yield from _residual(p, chain)
 
 
 def _layer(site: str) -> str:
-    """The layer that a site belongs to, such as `layers.3.`; "" for a site outside the layers."""
+    """Return the layer's part of an op's name `site`, such as "layers.3."; "" if the op is in no layer."""
     return ".".join(site.split(".")[:2]) + "." if site.startswith("layers.") else ""
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes) for each other way to split a joined q, k, v matrix; see layer_variants().
+    """Yield a triple (site, text, changes) for each other way to split a joined q, k, v matrix.
 
-    site: name of the op of the first of the three products. text: the way in words, for the report. changes: {site: op
-    that replaces the port's op}.
+    A checkpoint may store the matrix by head (the query heads of a K/V head, then its key, then its value), or all of
+    q, then all of k, then all of v. The port may have split it in the wrong way. Only attention whose q, k or v is
+    computed in `chain` is tried.
 
-    A checkpoint may hold the matrix by head (each K/V head after its query heads), or q, k and v one after another. The
-    port may have split it in the wrong way. Only attention whose q, k or v is computed in `chain` is tried.
+    `site` is the name of the first of the three linear ops. `text` describes the other way to split. `changes` is {op's
+    name: copy of the op with the new split}.
     """
     for attend in (op for op in p.ops if isinstance(op, Attend)):
         heads, kv_heads = attend.heads, int(p.tensors[attend.k_cache].shape[2])
@@ -69,7 +70,10 @@ def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[V
 
 
 def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
-    """True if q, k and v can be joined by head: their heads have equally many rows, and heads % kv_heads is 0.
+    """True if the rows of q, k and v can be stored by head, so that each K/V head follows its query heads.
+
+    This requires the same number of rows for every head, and a number of query heads that is a multiple of the K/V
+    heads.
 
     Args:
         parts: weights or biases of q, k and v.
@@ -81,14 +85,14 @@ def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
 
 
 def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """Split a joined q, k, v matrix in another way. Returns the new list [q, k, v].
+    """Split a joined q, k, v matrix by head instead of in three blocks. Returns the new list [q, k, v].
 
-    The old split took the matrix's rows as all of q, then all of k, then all of v. The new split takes them as ordered
-    by K/V head: the rows of the head's query heads, then its key rows, then its value rows, then those of the next.
+    The old split took the matrix's rows as all of q, then all of k, then all of v. The new split takes the rows K/V
+    head by K/V head: first the rows of its query heads, then its key rows, then its value rows.
 
     Args:
-        parts: [q, k, v] of the old split; one below the other they are the matrix.
-        share: query heads of each K/V head.
+        parts: [q, k, v] of the old split. Concatenated, they are the matrix.
+        share: number of query heads of each K/V head.
         groups: number of K/V heads.
     """
     whole = np.concatenate(parts)
@@ -98,13 +102,14 @@ def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """Undo a split by head of a joined q, k, v matrix (see _by_head()), and split it as all of q, all of k, all of v.
+    """Split a joined q, k, v matrix in three blocks instead of by head. Returns the new list [q, k, v].
 
-    Returns the new list [q, k, v].
+    The old split took the matrix's rows K/V head by K/V head. The new split takes the rows as all of q, then all of k,
+    then all of v.
 
     Args:
-        parts: q, k and v of the wrong split.
-        share: query heads of each K/V head.
+        parts: [q, k, v] of the old split.
+        share: number of query heads of each K/V head.
         groups: number of K/V heads.
     """
     d, rest = len(parts[1]) // groups, parts[0].shape[1:]
@@ -113,10 +118,10 @@ def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
-    """Yield a Variant (site, text, {site: changed op}) for each op of `chain` that may read the wrong residual.
+    """Yield a triple (site, text, {site: changed op}) for each op of `chain` that may read the wrong residual.
 
-    A site is the name of an op's place in the model. In a sequential layer the MLP reads the layer's input plus the
-    result of attention, in a parallel layer the layer's input alone. The changed op reads what it would read in the
+    `site` is the op's name. `text` describes the mistake. In a sequential layer the MLP reads the layer's input plus
+    the result of attention. In a parallel layer it reads the layer's input alone. The changed op reads the value of the
     other kind of layer.
     """
     sums: Mapping[str, Map] = {

@@ -28,9 +28,9 @@ DERIVED = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "qk
 
 
 class PortingError(RuntimeError):
-    """Raised if no port can be tried on a model architecture, because no tiny model of it can be built or run.
+    """Raised if no port can be tried on a model architecture, because a tiny model of it cannot be built or run.
 
-    The message says what is missing and what to do.
+    The message says what is missing and how to correct it.
     """
 
 
@@ -39,10 +39,11 @@ class Trial:
     """Result of trying one port on the tiny model.
 
     Attributes:
-        architecture: the port's architecture.
-        sites: number of ops whose results agree, before the first that differs; 0 if the port does not apply.
-        fits: True if there is no difference.
-        why: the difference, or the reason why the port does not apply; "" if it fits.
+        architecture: the architecture for which the port was written.
+        sites: number of ops whose results agree with transformers, before the first that differs; 0 if the port cannot
+            be applied to the model.
+        fits: True if no result differs.
+        why: a description of the first difference, or the reason why the port cannot be applied; "" if the port fits.
     """
 
     architecture: str
@@ -53,13 +54,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Findings:
-    """Result of trying the ports on an architecture.
+    """Result of trying the existing ports on a model architecture.
 
     Attributes:
-        architecture: the target's architecture.
-        known: True if the table of ports has the architecture.
-        trials: one for each port, best first; if `known`, only that of the architecture's own port.
-        row: source text of a row for the table of ports, made from the port that fits; "" if `known` or if none fits.
+        architecture: name of the architecture.
+        known: True if the table of ports has this architecture.
+        trials: one Trial for each port, the best first. If `known`, only the architecture's own port was tried.
+        row: source text of a row to add to the table of ports, made from the port that fits; "" if `known` or if no
+            port fits.
     """
 
     architecture: str
@@ -82,10 +84,10 @@ class Findings:
 
 
 def read_config(target: str) -> dict[str, Any]:
-    """The configuration of `target` as a dict: a checkpoint folder's config.json, or transformers' defaults.
+    """Return a model configuration as a dict: a checkpoint's config.json, or the defaults of transformers.
 
-    For the defaults, target is a model type of transformers, such as qwen3_moe. Raises PortingError for a folder
-    without config.json, an unknown model type, and if transformers is missing or refuses its own defaults.
+    `target` is a checkpoint folder, or a model type of transformers such as "qwen3_moe". Raises PortingError for a
+    folder without config.json, for an unknown model type, and if transformers is missing or refuses its own defaults.
     """
     path = Path(target)
     if path.is_dir():
@@ -116,7 +118,8 @@ def read_config(target: str) -> dict[str, Any]:
 def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write a checkpoint of a model with small sizes and random weights to `folder`. Returns its config.json as a dict.
 
-    config: the configuration of the architecture. Raises PortingError if transformers cannot build such a model.
+    `config` is the configuration of the full-size model. Raises PortingError if transformers cannot build the small
+    model.
     """
     import torch
     import transformers
@@ -150,15 +153,15 @@ def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Trial:
-    """Run the tiny model in `folder` with the port of another architecture, and compare it with transformers.
+    """Run the tiny model in `folder` with the port of `architecture`, and compare the results with transformers.
 
-    Returns the Trial: how many ops agree before the first difference. If the port does not accept the model, that is in
-    the Trial too.
+    Returns a Trial, which says how many ops agree. If the port cannot be applied to the model, no error is raised: the
+    Trial says why.
 
     Args:
         folder: a checkpoint of the tiny model.
-        config: its config.json.
-        architecture: the architecture whose port is used, whatever config.json says.
+        config: content of its config.json.
+        architecture: the architecture whose port is used, even if config.json names another one.
     """
     from intaglio.debugging.check import check
     from intaglio.models import Checkpoint, CheckpointError, PortError
@@ -176,17 +179,20 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def lacking(trial: Trial) -> float:
-    """Number of tensors that a Trial's port reads and the tiny model lacks; inf if the port failed in another way."""
+    """Return how many tensors the port of `trial` reads that the tiny model does not have.
+
+    The result is inf if the port failed for another reason.
+    """
     found = re.match(r"lacks (\d+) tensors", trial.why)
     return int(found[1]) if found else float("inf")
 
 
 def investigate(target: str, progress: Progress = silent) -> Findings:
-    """Find the existing port that fits an architecture. Returns the Findings, with every port tried, the best first.
+    """Find the existing port that fits an architecture. Returns the Findings: the result of every port, the best first.
 
     A tiny model of the architecture with random weights is built with transformers. Each port is run on it and compared
     with transformers, op by op. If the table of ports has the architecture, only its own port is tried. If no port
-    fits, the first of the Findings' trials says how far the best one agreed.
+    fits, the first Trial says how many ops agreed with the best port.
 
     Args:
         target: a checkpoint folder, or a model type of transformers.

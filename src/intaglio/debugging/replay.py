@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal file in order, each a dict with the key "do".
+    """Yield the entries of a journal file in order. Each entry is a dict with the key "do".
 
     An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is not
-    the JSON text of such a dict.
+    the JSON text of a dict with the key "do".
     """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -37,9 +37,14 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 def replay_journal(
     path: Path, model: Path | None = None, device: str | None = None, progress: Progress = silent
 ) -> Replayed:
-    """Run a journal's steps again, up to the first difference. Returns a Replayed, which names that difference if any.
+    """Run a journal's steps again, up to the first difference. Returns a Replayed, which names a difference if any.
 
-    model, device: checkpoint and device to use instead of those that the journal names; None: those of the journal.
+    Args:
+        path: the journal file.
+        model: checkpoint to use; None: the checkpoint that the journal names.
+        device: device to use; None: the device that the journal names.
+        progress: called before each entry.
+
     Raises ValueError if the file is not a journal, or was recorded with another Program or K/V pool, and the errors of
     LLM if the model cannot be loaded.
     """
@@ -59,9 +64,9 @@ def replay_journal(
 
 
 def _reported(entries: Iterator[dict[str, Any]], total: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Yield the entries unchanged, and before each one call progress(entries already yielded, total, text).
+    """Yield the journal's entries unchanged, and report progress before each one.
 
-    total: number of all entries.
+    Calls progress(number of entries already yielded, total, text). `total` is the number of all entries.
     """
     for done, entry in enumerate(entries):
         progress(done, total, f"replaying entry {done + 1:,} of {total:,}")
@@ -69,9 +74,9 @@ def _reported(entries: Iterator[dict[str, Any]], total: int, progress: Progress)
 
 
 def _revived(llm: LLM, r: Request) -> Request:
-    """A copy of a request from a journal, with the stop checker and grammar matcher that a journal cannot hold.
+    """Return a copy of the request `r` from a journal, with its stop checker and grammar matcher made again.
 
-    They are made anew. A request without stop strings and grammar is returned as it is.
+    A journal cannot hold these two objects. A request without stop strings and grammar is returned unchanged.
     """
     if not (r.params.stop or r.params.grammar):
         return r

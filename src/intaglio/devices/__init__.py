@@ -36,15 +36,15 @@ DEVICES: dict[str, str] = {}  # "module:class" by name
 
 
 def register_device(name: str, where: str) -> None:
-    """Register a Device class under a name, so that open_device() can open it. where: "module:class".
+    """Register a Device class under `name`, so that open_device(name) can open it. Returns None.
 
-    A device that was registered under this name before is replaced. Returns nothing.
+    `where` is a text "module:class". A device that was registered under this name before is replaced.
     """
     DEVICES[name] = where
 
 
 def open_device(name: str, **options: object) -> Device:
-    """Create and return the Device registered under `name`; `options` are arguments of its class.
+    """Create and return the Device registered under `name`, with `options` as arguments of its class.
 
     Raises DeviceError if no device has that name, PluginError if a plugin fails to load, and the errors of the class.
     """

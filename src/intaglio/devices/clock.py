@@ -7,16 +7,17 @@ from abc import ABC, abstractmethod
 
 
 class Clock(ABC):
-    """Interface of clocks. Calling a clock returns its time in seconds from an arbitrary start.
+    """Interface of clocks. Calling a clock returns its time in seconds since an arbitrary start.
 
-    `modelled` is True for the seconds of a simulated chip, which only its steps and wait_until() advance.
+    The attribute `modelled` is False for a clock that measures real time. It is True for the clock of a simulated chip:
+    its time advances only in steps of the chip and in wait_until().
     """
 
     modelled: bool
 
     @abstractmethod
     def __call__(self) -> float:
-        """The clock's present time in seconds."""
+        """Return the clock's present time in seconds."""
 
     @abstractmethod
     def wait_until(self, seconds: float) -> None:
@@ -24,7 +25,7 @@ class Clock(ABC):
 
 
 class WallClock(Clock):
-    """The machine's monotonic clock."""
+    """A clock that measures real time: the machine's monotonic clock."""
 
     modelled = False
 
@@ -36,7 +37,7 @@ class WallClock(Clock):
 
 
 class VirtualClock(Clock):
-    """A clock that only steps and wait_until() advance."""
+    """The clock of a simulated chip. Its time advances only when the chip runs a step and in wait_until()."""
 
     modelled = True
 

@@ -13,10 +13,11 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may keep busy: the default number of threads.
+    """Return the number of CPU cores that this process may keep busy. It is the default number of threads.
 
-    It is the number of cores in the process's affinity mask, or the CPU limit of its control groups, rounded up, if
-    that is less: more threads than the limit would be stopped by the kernel for a part of each period.
+    The result is the number of cores in the process's affinity mask, or the CPU limit of its control groups (cgroups)
+    if that is less, rounded up. With more threads than that, the kernel would stop the process for a part of each
+    period.
     """
     cores = len(os.sched_getaffinity(0))
     try:
@@ -27,11 +28,12 @@ def usable_cores() -> int:
 
 
 def cpu_limit(membership: str, root: Path) -> float:
-    """CPU limit in cores of a process's control groups and of all groups above them; infinity if there is none.
+    """Return the CPU limit of a process, in cores, as a float; infinity if there is none.
 
-    Reads `cpu.max` (version 2), and `cpu.cfs_quota_us` with `cpu.cfs_period_us` (version 1). Within a container,
-    `membership` may state a path that exists only outside it; then the limit of the group at `root` is taken, which is
-    the container's own.
+    The result is the lowest limit of the process's control groups (cgroups) and of all groups above them. Reads
+    `cpu.max` (version 2), or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (version 1). Within a container, `membership`
+    may name a path that exists only outside the container. The limit of the group at `root`, which is the container's
+    own group, then applies.
 
     Args:
         membership: the text of /proc/PID/cgroup, lines of "number:controllers:path".
@@ -41,10 +43,13 @@ def cpu_limit(membership: str, root: Path) -> float:
 
 
 def _groups(membership: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the groups that may limit the CPU, and of the groups above them.
+    """Yield the folders of all control groups (cgroups) that may limit a process's CPU time, parent groups included.
 
-    membership: the text of /proc/PID/cgroup. root: where the control groups are mounted. Folders that do not exist are
-    yielded too.
+    Folders that do not exist are yielded too.
+
+    Args:
+        membership: the text of /proc/PID/cgroup of the process.
+        root: where the control groups are mounted.
     """
     for line in membership.splitlines():
         _, _, rest = line.partition(":")
@@ -61,7 +66,10 @@ def _groups(membership: str, root: Path) -> Iterator[Path]:
 
 
 def _limit(folder: Path) -> float:
-    """CPU limit in cores of the control group (cgroup) at `folder`; infinity if it has none or does not exist."""
+    """Return the CPU limit of the control group (cgroup) at `folder`, in cores.
+
+    The result is infinity if the group has no limit or does not exist.
+    """
     with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (folder / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)

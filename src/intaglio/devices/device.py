@@ -25,60 +25,64 @@ class DeviceError(RuntimeError):
 
 
 class ReplacementRefused(DeviceError):
-    """Raised if the replacement of a lost executable would give results that differ in bits. Do not try again."""
+    """Raised if a lost executable cannot be replaced by one that computes bitwise identical results.
+
+    Trying again does not help.
+    """
 
 
 class DeviceLost(DeviceError):
     """Raised if the device's process died, hung or sent an unreadable answer.
 
-    The executable's state is lost; the Program must be loaded again.
+    The executable can no longer be used. The Program must be loaded again.
     """
 
 
 class Weights(Protocol):
-    """Interface of weight sources, which hold the tensors of a checkpoint by name.
+    """Interface of a source of weights: the tensors of a checkpoint, read by name.
 
     A tensor is an array in its stored type (perhaps a view of a mapped file), or a Quantised (codes and scales).
     """
 
     def read(self, name: str) -> Value:
-        """The values of a checkpoint tensor: an array in its stored type, or a Quantised (codes and scales).
+        """Return the checkpoint tensor `name`: an array in its stored type, or a Quantised (codes and scales).
 
         Raises CheckpointError if the checkpoint has no such tensor.
         """
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the values of a checkpoint tensor in parts, so that not all of it need be in memory at a time.
+        """Yield the values of a checkpoint tensor in parts, so that the whole tensor need not be in memory at once.
 
-        Each part holds consecutive rows (first dimension) and is an array or Quantised, as from read(). The source
-        chooses how many rows a part has; it may yield the whole tensor as one part.
+        Each part holds consecutive rows (first dimension). It is an array in the stored type, or a Quantised (codes and
+        scales). The source chooses how many rows a part has, and may yield the whole tensor as one part.
         """
 
     def release(self, name: str) -> None:
-        """Tell the source that the device has copied a tensor, so that its memory pages may be dropped."""
+        """Tell the source that the device has copied the tensor `name`, and that its memory pages may be dropped."""
 
     def identity(self) -> str | None:
-        """A text that identifies all the source's values; other processes get the same text for the same values.
+        """Return a text that identifies the values of all tensors; None if the source cannot give one (random weights).
 
-        None if the source cannot give one, as for random weights. A device may use the text as the key under which it
-        caches packed weights on disk.
+        Sources with the same values give the same text, in other processes too. A device may use the text as the key
+        under which it caches packed weights on disk.
         """
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Size of the state that outlives a step: K/V cache and recurrent state.
+    """Size of the state that a device keeps between steps: K/V caches and recurrent state.
 
-    A page holds one K/V block of a sequence.
+    A page is the memory of one K/V block: the keys and values of `page_tokens` tokens of a sequence.
 
     Attributes:
-        pages: pages of each K/V cache (the symbolic dim P).
+        pages: number of pages of each K/V cache (the symbolic dim P).
         page_tokens: tokens per page (the symbolic dim B).
-        slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
-            without recurrent state.
-        window_pages: pages of each cache that only layers with a window or chunk read (`Program.windows`); fewer are
-            enough, since a page is free again once no later query can see it. 0: such a cache has `pages` pages.
-        window: the longest of these windows in tokens; 0 if window_pages is 0.
+        slots: number of slots for recurrent state (the symbolic dim N): two for each sequence that runs at once. 0 for
+            a model without recurrent state.
+        window_pages: number of pages of each cache that only layers with a window or chunk read (`Program.windows`).
+            Such a cache needs fewer pages, because a page becomes free when no later query can see it. 0: such a cache
+            has `pages` pages.
+        window: length in tokens of the longest window of these layers; 0 if window_pages is 0.
     """
 
     pages: int
@@ -88,10 +92,11 @@ class StateSpec:
     window: int = 0
 
     def pages_of(self, program: Program, cache: str) -> int:
-        """Number of pages of one K/V cache: `window_pages` if only layers with a window read it, else `pages`.
+        """Return the number of pages of the K/V cache named `cache`.
 
-        cache: name of the cache's tensor. If `window_pages` is 0, every cache has `pages`. Raises DeviceError if a
-        window layer that reads the cache sees more tokens than the attribute `window` of this StateSpec allows.
+        It is `window_pages` if only layers with a window read the cache. It is `pages` for all other caches, and for
+        every cache if `window_pages` is 0. Raises DeviceError if a layer that reads the cache has a window longer than
+        `self.window` tokens.
         """
         reach = program.windows.get(cache)
         if not self.window_pages or reach is None:
@@ -101,10 +106,11 @@ class StateSpec:
         return self.window_pages
 
     def pair(self, sequence: int, steps: int) -> tuple[int, int]:
-        """(slot to read, slot to write) of a sequence in its step number `steps`, as `Chunk.state` takes them.
+        """Return the tuple (slot to read, slot to write) of a sequence's recurrent state in its step number `steps`.
 
-        For callers that use slots without an engine. Sequence i alternates between slots 2 i and 2 i + 1; in
-        step 0 the slot to read is -1, for none. (-1, -1) if there are no slots.
+        It is a value for `Chunk.state`, for callers that run steps without an engine. Sequence number i alternates
+        between the slots 2 i and 2 i + 1. In step 0 there is no state to read, and the slot to read is -1. Returns (-1,
+        -1) if there are no slots.
         """
         if not self.slots:
             return NO_STATE
@@ -114,12 +120,12 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """A request to an executable: the batch of one step, and the values to return.
+    """A request to run one step: the batch, and which values to return.
 
     Attributes:
         batch: the arrays of the step.
-        logits: True to return logits f32 [R, vocabulary].
-        taps: sites (names of ops, or of views of a result) whose first result is returned, for debugging.
+        logits: True to return the logits, f32 [R, vocabulary], where R is the number of rows that are sampled.
+        taps: names of ops (or of views, slices of an op's result) whose result is returned, for debugging.
         timed: True to return the seconds of each op.
     """
 
@@ -131,15 +137,15 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step.
+    """The result of a step, in which R rows of the batch are sampled.
 
     Attributes:
-        tokens: int32 [R]; -1: the row has NaN, or no finite logit that may be drawn.
-        logprobs: f32 [R], the log-probabilities of `tokens`.
+        tokens: sampled token ids, int32 [R]. -1 if the row's logits have a NaN, or no finite value that may be drawn.
+        logprobs: log-probabilities of `tokens`, f32 [R].
         logits: f32 [R, vocabulary] if requested, else None.
-        taps: the results that StepRequest.taps asked for, by site (name of the op or view).
-        timings: seconds of each op by site if requested, else empty; the sum over ranks for a mesh.
-        rank_timings: for each rank of a mesh, seconds by site, if requested; else ().
+        taps: results of the ops named in StepRequest.taps: {name of the op or view: value}.
+        timings: {op's name: seconds} if requested, else empty. For a mesh, the seconds are summed over the ranks.
+        rank_timings: a dict {op's name: seconds} for each rank of a mesh, if requested; else ().
     """
 
     tokens: np.ndarray
@@ -151,11 +157,13 @@ class StepResult:
 
 
 def merge_ranks(results: Sequence[StepResult]) -> StepResult:
-    """One StepResult for all ranks of a mesh: the last rank's tokens, log-probabilities and logits, all ranks' taps.
+    """Merge the StepResults of all ranks of a mesh into one StepResult.
 
-    Taps are the op results that the caller asked for. Here a tap of rank r is named `site@r` (site: the op's name). The
-    seconds of each op (timings) are summed over ranks; rank_timings keeps them by rank. results: at least one, in order
-    of rank.
+    Tokens, log-probabilities and logits are taken from the last rank. The results of ops that the caller asked for
+    (taps) are taken from all ranks. The tap of an op on rank r is stored under the op's name followed by `@r`.
+    `timings` has the seconds of each op summed over the ranks. `rank_timings` has the seconds of each rank.
+
+    `results` has one result per rank, in order of rank, and must not be empty.
     """
     last, timings = results[-1], dict[str, float]()
     for result in results:
@@ -167,10 +175,10 @@ def merge_ranks(results: Sequence[StepResult]) -> StepResult:
 
 
 class PendingStep(Protocol):
-    """Interface of a step (one forward pass of a batch) that launch() has started and that may still be running."""
+    """Interface of a started step (one forward pass of a batch), which may still be running. launch() returns it."""
 
     def done(self) -> bool:
-        """True if the step has ended, so that result() does not wait."""
+        """True if the step has ended, so that result() returns at once."""
 
     def result(self) -> StepResult:
         """Wait for the step to end and return its StepResult, or raise the error that ended it."""
@@ -178,9 +186,9 @@ class PendingStep(Protocol):
 
 @dataclass(frozen=True)
 class CompletedStep:
-    """The PendingStep of a device whose launch() runs the whole step before it returns.
+    """A step that had already ended when launch() returned. It implements the interface PendingStep.
 
-    outcome: the step's StepResult, or the error that ended it, which result() raises.
+    `outcome` is the step's StepResult, or the error that ended the step, which result() raises.
     """
 
     outcome: StepResult | Exception
@@ -190,7 +198,7 @@ class CompletedStep:
         return True
 
     def result(self) -> StepResult:
-        """Return the StepResult, or raise the error that ended the step. Never waits: the step has ended already."""
+        """Return the StepResult, or raise the error that ended the step. Never waits, because the step has ended."""
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -199,8 +207,8 @@ class CompletedStep:
 class Executable(ABC):
     """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
 
-    `depth`: number of steps to keep under way at once; it is the number of pipeline stages, 1 without a pipeline.
-    `state_kept`: True if this executable replaces a lost one and has kept the lost executable's K/V cache.
+    `depth` is the number of steps to launch before waiting for the first: the number of pipeline stages, or 1 without a
+    pipeline. `state_kept` is True if this executable replaces a lost one and still has the lost executable's K/V cache.
     """
 
     program: Program
@@ -210,74 +218,75 @@ class Executable(ABC):
 
     @abstractmethod
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it as a PendingStep. Errors are raised by its result()."""
+        """Start a step and return it as a PendingStep. Errors of the step are raised by PendingStep.result()."""
 
     @property
     def block_parts(self) -> tuple[int, ...]:
-        """Bytes of one K/V block in each K/V cache; () if this executable cannot read or write blocks.
+        """Size in bytes of one K/V block in each K/V cache, as a tuple.
 
-        The caches are in the order of the Program; in a mesh, those of rank 0 come first, then those of rank 1, and so
-        on. The bytes of a block in a cache are those of the first head, then of the second, and so on.
+        The tuple is empty if this executable cannot read or write blocks. The caches are in the order of the Program.
+        In a mesh, the caches of rank 0 come first, then those of rank 1, and so on. Within a block, the bytes of the
+        first head come first, then those of the second head, and so on.
         """
         return ()
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one K/V block over all layers; 0 if this executable cannot read or write blocks."""
+        """Size in bytes of one K/V block, summed over all layers; 0 if this executable cannot read or write blocks."""
         return sum(self.block_parts)
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
-        """The contents of K/V blocks, uint8 [blocks, block_bytes], after all steps launched so far.
+        """Return the contents of K/V blocks, uint8 [blocks, block_bytes], as they are after all steps launched so far.
 
-        Another executable can take these bytes in write_blocks() if it has an equal Program, device, instruction set
-        and build of Intaglio. Raises DeviceError for a block number that the K/V cache does not have, or if block_bytes
-        is 0 (this executable cannot read blocks).
-
-        blocks: numbers of the blocks.
+        `blocks` has the numbers of the blocks. The bytes can be given to write_blocks() of another executable if it has
+        an equal Program, device, instruction set and build of Intaglio. Raises DeviceError for a block number that the
+        K/V cache does not have, and if block_bytes is 0 (this executable cannot read blocks).
         """
         raise DeviceError(f"{type(self).__name__} cannot read K/V blocks")
 
     def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
-        """Replace the contents of K/V blocks before all steps launched later.
+        """Replace the contents of K/V blocks. Steps launched later read the new contents.
 
-        contents: uint8 [blocks, block_bytes], as read_blocks() returned them. Raises DeviceError for a block that is
-        not there, contents of another type or shape, or if block_bytes is 0.
+        `blocks` has the numbers of the blocks. `contents` is uint8 [blocks, block_bytes], as returned by read_blocks().
+        Raises DeviceError for a block number that the K/V cache does not have, for contents of another type or shape,
+        and if block_bytes is 0 (this executable cannot write blocks).
         """
         raise DeviceError(f"{type(self).__name__} cannot write K/V blocks")
 
     def has_experts(self) -> bool:
-        """True if a layer on any rank has routed experts (op `experts`)."""
+        """True if the model has routed experts (mixture of experts) in a layer of any rank."""
         return any(op.kind == "experts" for op in self.program.ops)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
-        """How many tokens each expert has computed in all steps so far, as {site (name of an op): ExpertLoad}.
+        """Return how many tokens each expert has computed in all steps so far: {op's name: ExpertLoad of this layer}.
 
-        There is one item for each layer with experts; none if this executable does not count tokens. Raises DeviceLost
-        if the device is lost.
+        There is one item for each layer with experts. The dict is empty if this executable does not count tokens.
+        Raises DeviceLost if the device is lost.
         """
         return {}
 
     def load_experts(self, layers: Mapping[str, Ranks]) -> None:
-        """Start to load the experts that another placement of some layers needs. Returns at once; steps go on.
+        """Start loading the experts that a new placement assigns to each rank.
 
-        layers: the expert numbers of each rank, by site (name of the layer's op). Raises DeviceError if they do not fit
-        or cannot be moved, and DeviceLost if the device is lost.
+        Returns None at once, while steps continue. `layers` is {name of a layer's experts op: for each rank, the
+        numbers of its experts}. Raises DeviceError if the numbers do not fit the layer or the experts cannot be moved,
+        and DeviceLost if the device is lost.
         """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def experts_loaded(self) -> bool:
-        """True once load_experts() has loaded everything, and if it was not called; False while it loads.
+        """False while load_experts() is still loading experts in the background; otherwise True.
 
-        Raises DeviceError if loading failed; the experts then stay where they are. Raises DeviceLost if the device is
-        lost.
+        Raises DeviceError if loading failed; each rank then keeps its present experts. Raises DeviceLost if the device
+        is lost.
         """
         return True
 
     def switch_experts(self) -> None:
-        """Use the experts that load_experts() has loaded, in all steps launched later. Returns nothing.
+        """Use the experts that load_experts() has loaded in all steps launched from now on. Returns None.
 
-        Waits if they are still being loaded. Nothing changes if load_experts() was not called since the last switch.
-        Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
+        Waits until loading has ended. Nothing changes if load_experts() was not called since the last switch. Raises
+        DeviceError if the executable cannot move experts or loading failed, and DeviceLost if the device is lost.
         """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
@@ -286,19 +295,20 @@ class Executable(ABC):
         return self.launch(request).result()
 
     def unwrapped(self) -> Executable:
-        """The executable inside all wrappers; this one if it wraps none."""
+        """Return the innermost executable, without the executables that wrap it; this one if it wraps none."""
         return self
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """Return call(executable), for work that is not a step, such as moving experts. It raises what `call` raises.
+        """Return the result of `call(executable)`.
 
-        An executable may be wrapped in others; `call` gets the innermost one. It must run no step itself. If several
-        models take turns on one machine, the call waits for this model's turn.
+        Use this for work that must not overlap a step, such as moving experts. The argument of `call` is the innermost
+        executable, without those that wrap it. `call` must not run a step. If several models take turns on one machine,
+        this waits for the model's turn. Raises the errors of `call`.
         """
         return call(self)
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Release what the executable holds outside this process, such as child processes; most hold nothing."""
+        """Release resources outside this process, such as child processes. Most executables have none."""
 
 
 class BlockingExecutable(Executable):
@@ -306,7 +316,7 @@ class BlockingExecutable(Executable):
 
     @abstractmethod
     def run(self, request: StepRequest) -> StepResult:
-        """Compute a step and return its StepResult."""
+        """Compute a step in the calling thread and return its StepResult."""
 
     def launch(self, request: StepRequest) -> PendingStep:
         try:
@@ -324,18 +334,18 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that each run one rank of a mesh. Several can run in one process.
+    """Base class of executables that run one rank of a mesh each. Several of them can run in one process.
 
-    A step is a generator. At each collective it yields this rank's input and waits for its output: the caller
-    exchanges the data of all ranks. At the end it returns the StepResult.
+    A step is a generator. At each collective it yields this rank's input and is sent this rank's output; the caller
+    computes the outputs from the inputs of all ranks. At its end the generator returns the StepResult.
     """
 
     @abstractmethod
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step that yields at each collective and returns the StepResult.
+        """Run a step as a generator, which yields at each collective. The generator's return value is the StepResult.
 
-        It yields (collective op, this rank's input) and is resumed with this rank's output, which the caller
-        has computed from the inputs of all ranks. Raises DeviceError for a batch that does not fit.
+        It yields a tuple (collective op, this rank's input). It must be sent this rank's output, which the caller
+        computes from the inputs of all ranks. Raises DeviceError for a batch that does not fit the Program.
         """
 
     def run(self, request: StepRequest) -> StepResult:
@@ -343,9 +353,9 @@ class RankExecutable(BlockingExecutable):
 
 
 def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
-    """Run the step of a Program without collectives to its end and return its StepResult.
+    """Run the step `steps` of a Program without collectives to its end and return its StepResult.
 
-    Raises DeviceError if it reaches a collective.
+    `steps` is the generator that run_until_collective() returned. Raises DeviceError if the step reaches a collective.
     """
     try:
         op, _ = next(steps)
@@ -360,12 +370,12 @@ def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """Properties of a device, for reports and for choosing sizes. None: the device has no such property.
+    """Properties of a device, for reports and for choosing sizes. None stands for a property that the device lacks.
 
     Attributes:
         isa: name of the CPU instruction set.
         threads: number of CPU threads.
-        memory: size of its memory in bytes.
+        memory: size of the device's memory in bytes.
         build: hash of the compiled code that computes results.
     """
 
@@ -378,17 +388,17 @@ class DeviceFacts:
 class Device(ABC):
     """Base class of devices. load() takes a Program and its weights and returns an Executable, which runs steps.
 
-    A device may pack weights, fuse ops and use threads, if results stay equal bit for bit. `name`: its name in
-    open_device(). `clock`: the clock that times its steps, measured or modelled.
+    A device may pack weights, fuse ops and use threads, as long as all results stay bitwise identical. `name` is the
+    device's name for open_device(). `clock` is the clock that times its steps, measured or modelled.
     """
 
     name: str
     clock: Clock = WallClock()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Load a Program, or the Programs of all ranks of a mesh, with its weights. Returns the Executable.
+        """Load a Program, or the Programs of all ranks of a mesh, with its weights. Returns an Executable.
 
-        Raises ProgramError for a Program that breaks a rule, DeviceError if the device cannot run it.
+        Raises ProgramError for an invalid Program, and DeviceError if the device cannot run it.
         """
         if isinstance(program, Program):
             return self.load_program(program, weights, state)
@@ -399,22 +409,22 @@ class Device(ABC):
     def reload(
         self, lost: Executable, program: Program | MeshProgram, weights: Weights, state: StateSpec
     ) -> Executable:
-        """Load a replacement for the executable `lost`, whose device is gone. Returns the new Executable.
+        """Load a replacement for the executable `lost`, whose device has failed. Returns the new Executable.
 
-        Programs and weights are those of `lost`. The replacement's `state_kept` is True if it has the K/V cache
-        of `lost`. Raises ReplacementRefused if its results would have other bits, ProgramError for a Program that
-        breaks a rule, and DeviceError if the device cannot run it.
+        `program` and `weights` must be those of `lost`. The new executable's `state_kept` is True if it has the K/V
+        cache of `lost`. Raises ReplacementRefused if the results would not be bitwise identical, ProgramError for an
+        invalid Program, and DeviceError if the device cannot run it.
         """
         return self.load(program, weights, state)
 
     @abstractmethod
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
-        """Load one Program, a whole model or one rank of a mesh. Returns the Executable."""
+        """Load one Program (a whole model, or one rank of a mesh) with its weights. Returns an Executable."""
 
     def recipe(self) -> Recipe:
-        """The Recipe, (name of a function, its arguments), by which another process makes an equal device.
+        """Return the Recipe with which another process makes an equal device: (name of a function, its arguments).
 
-        Classes whose constructor has arguments override it.
+        Subclasses whose constructor has arguments override this method.
         """
         return f"{type(self).__module__}:{type(self).__qualname__}", {}
 
@@ -424,7 +434,10 @@ class Device(ABC):
 
 
 def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], contents: np.ndarray | None = None) -> None:
-    """Raise DeviceError for a block number outside the pool, or contents that are not uint8 [blocks, block_bytes]."""
+    """Raise DeviceError if a block number is not in 0 .. state.pages - 1 or the block contents do not fit.
+
+    Returns None. `contents` must be uint8 [number of blocks, block_bytes]; None is not checked.
+    """
     if blocks and not 0 <= min(blocks) <= max(blocks) < state.pages:
         bad = next(b for b in blocks if not 0 <= b < state.pages)
         raise DeviceError(f"block {bad} is outside 0..{state.pages - 1}")
@@ -436,11 +449,12 @@ def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], cont
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """The limits of the numbers in a batch, as {words for a kind of number: limit}. A number must be below its limit.
+    """Return the upper limits of the numbers in a batch: {kind of number: limit}. A number must be less than its limit.
 
     The keys are "token id", "position", "slot", "block", "state slot", "window slot" and "window block", in this order.
-    A Program without a vocabulary has the largest int32 as limit of token ids. The limit is 0 for what the Program does
-    not have: state slots without recurrent state, window slots and blocks if windows have no pages of their own.
+    The limit of token ids is the largest int32 if the Program has no vocabulary. The limit of state slots is 0 for a
+    model without recurrent state. The limits of window slots and window blocks are 0 if layers with a window have no
+    separate pages.
     """
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,
@@ -454,9 +468,9 @@ def limits(program: Program, state: StateSpec) -> dict[str, int]:
 
 
 def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
-    """Raise DeviceError naming the value out of range if a batch does not fit the Program or the K/V cache.
+    """Raise DeviceError if a batch does not fit the Program or the K/V cache. Returns None.
 
-    Returns nothing.
+    The message names the value that is out of range.
     """
     if batch.block_size != state.page_tokens:
         raise DeviceError(f"the batch has {batch.block_size} tokens per page, the state {state.page_tokens}")

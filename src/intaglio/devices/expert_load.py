@@ -12,35 +12,38 @@ from intaglio.program.expert_placement import Ranks
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """The load of one layer's experts.
+    """How many tokens each expert of one layer has computed, and which rank holds which experts.
 
     Attributes:
-        tokens: tokens routed to each expert since the Program was loaded, i64 [experts].
-        held: for each expert-parallel rank, a tuple of the experts that it holds; () for a rank whose experts are not
-            known. `held` itself is () if the layout has no redundant experts, so that no expert can be moved.
+        tokens: for each expert, the number of tokens routed to it since the Program was loaded, i64 [experts].
+        held: for each expert-parallel rank, a tuple of the numbers of its experts; () for a rank whose experts are not
+            known. `held` itself is () if the layout has no redundant experts, because then no expert can be moved.
     """
 
     tokens: np.ndarray
     held: Ranks = ()
 
     def facts(self) -> list[object]:
-        """The load as a list [tokens, held] of values for JSON; of_facts() reads it.
+        """Return the load as a list [tokens, held] of values for JSON, from which of_facts() makes an ExpertLoad again.
 
-        tokens: how many tokens went to each expert. held: for each rank, the list of experts that it holds.
+        `tokens` is a list with the number of tokens of each expert. `held` has, for each rank, the list of its experts.
         """
         return [self.tokens.tolist(), [list(own) for own in self.held]]
 
     @classmethod
     def of_facts(cls, facts: Sequence[Sequence[object]]) -> ExpertLoad:
-        """The ExpertLoad from which facts() made the list [tokens, held]. The list may have been through JSON."""
+        """Return the ExpertLoad described by the list [tokens, held] that facts() returned.
+
+        The list may have been converted to JSON and back.
+        """
         tokens, held = facts
         return cls(np.array(tokens, np.int64), tuple(tuple(own) for own in held))  # type: ignore[arg-type]
 
     def imbalance(self) -> float:
-        """The largest number of tokens of a rank over the mean of all ranks. 1 means that all are equal.
+        """Return the largest number of tokens of a rank divided by the mean of all ranks. 1.0 means perfect balance.
 
-        An expert's tokens are divided evenly among the ranks that hold it. If the experts of some rank are not known,
-        experts are compared instead of ranks. Without any tokens the result is 1, too.
+        The tokens of an expert are divided evenly among the ranks that hold it. If the experts of some rank are not
+        known, the tokens of experts are compared instead of those of ranks. The result is 1 if there are no tokens.
         """
         tokens = self.tokens.astype(np.float64)
         if all(self.held) and self.held:
@@ -51,12 +54,12 @@ class ExpertLoad:
 
 
 def merge_loads(ranks: Sequence[Mapping[str, ExpertLoad]]) -> dict[str, ExpertLoad]:
-    """Load of the experts on all ranks of a mesh, as {site (name of a layer's op): ExpertLoad}.
+    """Merge the expert loads that the ranks of a mesh report. Returns {name of a layer's experts op: ExpertLoad}.
 
-    Every rank of a layer counts all of the layer's tokens, so the counts of one rank are taken. `held` is put together
-    from all ranks.
+    Every rank counts all tokens of a layer, so the token counts of one rank are taken. `held` is put together from all
+    ranks.
 
-    ranks: each rank's loads by site.
+    `ranks` has each rank's dict {name of a layer's experts op: ExpertLoad}.
     """
     found: dict[str, ExpertLoad] = {}
     for loads in ranks:

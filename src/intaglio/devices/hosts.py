@@ -12,19 +12,21 @@ from intaglio.program import MeshProgram, Program, verify_mesh
 
 
 class HostsDevice(Device):
-    """A device that runs the ranks of a mesh on several hosts, an equal number on each.
+    """A device that runs the ranks of a mesh on several hosts, with the same number of ranks on each.
 
-    Hosts get their ranks in the order in which their agents connected. Agents beyond `hosts` are spares. The weights
-    must be at the same path on every host. Raises DeviceError for less than one host.
+    Ranks are assigned to hosts in the order in which the hosts' agents connected. If more than `hosts` agents connect,
+    the others are spares. The weights must be at the same path on every host. Raises DeviceError if `hosts` is less
+    than 1.
 
     Args:
-        rendezvous: the coordinator's listening socket and its agents.
-        hosts: number of hosts that a group of ranks needs.
-        isa: instruction set of the CPUs, the same on all hosts; None: $INTAGLIO_ISA, else the best of this host.
+        rendezvous: the coordinator's listening socket and its connected agents.
+        hosts: number of hosts that the mesh needs.
+        isa: instruction set of the CPUs, the same on all hosts; None: $INTAGLIO_ISA, or the best one of this host if
+            that is not set.
         cache: folder for packed weights on each host, "auto" or None, as described at HostDevice.
-        patience: seconds to wait for the agents.
-        step_timeout: seconds that a step, and a wait inside it, may take.
-        silence: seconds without a sign of life after which a stopped process counts as hung.
+        patience: seconds to wait until enough agents have connected.
+        step_timeout: seconds after which a step, or a wait inside a step, is given up.
+        silence: seconds without a sign of life after which a suspended process (SIGSTOP) counts as hung.
     """
 
     name = "host"
@@ -47,8 +49,8 @@ class HostsDevice(Device):
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
         """Start the ranks on the hosts and load a mesh there. Returns the Executable.
 
-        Raises ProgramError for Programs that break a rule, and DeviceError if the ranks cannot be divided
-        evenly among the hosts, hosts are missing, or loading fails. Raises DeviceLost if a host is lost meanwhile.
+        Raises ProgramError for invalid Programs. Raises DeviceError if the ranks cannot be divided evenly among the
+        hosts, if hosts are missing, or if loading fails. Raises DeviceLost if a host is lost while it loads.
         """
         return self.reload(None, program, weights, state)
 

@@ -37,9 +37,9 @@ from intaglio.program.expert_placement import Ranks
 
 
 class MeshExecutable(BlockingExecutable):
-    """The executables of all ranks of a mesh, used as one.
+    """Runs all ranks of a mesh in this process, as one executable.
 
-    `program` is that of the last rank, which computes the logits.
+    Its `program` is the Program of the last rank, which computes the logits.
     """
 
     def __init__(self, ranks: Sequence[RankExecutable], state: StateSpec) -> None:
@@ -47,10 +47,11 @@ class MeshExecutable(BlockingExecutable):
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank. Returns one StepResult, made by merge_ranks(): the last rank's tokens and logits.
+        """Run one step of every rank, and merge the ranks' results into one StepResult.
 
-        The seconds of each op are summed over ranks, and rank r's tap is named `site@r`. Raises DeviceError for a batch
-        out of range.
+        Tokens and logits are those of the last rank. The seconds of each op are summed over ranks. If the result of an
+        op was asked for (a tap), its value on rank r is stored under the op's name followed by `@r`. Raises DeviceError
+        for a batch out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
@@ -89,10 +90,13 @@ class MeshExecutable(BlockingExecutable):
 
 
 class MeshStep:
-    """A step of all ranks in progress.
+    """A step of all ranks of a mesh, while it runs.
 
-    `waiting`: for each rank that is not done, (collective at which it waits, the rank's input). `messages`: tensors
-    sent and not yet received, by (sender, receiver).
+    Attributes:
+        ranks: each rank's step, a generator that yields at collectives.
+        waiting: {rank that has not ended: (collective at which it waits, the rank's input)}.
+        results: {rank that has ended: its StepResult}.
+        messages: tensors that were sent and not yet received: {(sender, receiver): queue of tensors}.
     """
 
     def __init__(self, ranks: Sequence[CollectiveSteps]) -> None:
@@ -102,9 +106,9 @@ class MeshStep:
         self.messages: dict[tuple[int, int], deque[np.ndarray]] = {}  # by (sender, receiver)
 
     def run(self) -> list[StepResult]:
-        """Run all ranks to their end and return a list of their StepResults in order of rank.
+        """Run the step of every rank to its end. Returns a list of the StepResults, in order of rank.
 
-        Raises DeviceError if they deadlock.
+        Raises DeviceError if the ranks deadlock.
         """
         for rank in range(len(self.ranks)):
             self.resume(rank, None)
@@ -119,10 +123,13 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run one rank until its next collective or its end. Returns nothing.
+        """Continue the step of one rank until its next collective or its end. Returns None.
 
-        It stores the collective and the rank's input in `waiting`, or the StepResult in `results`. output: the rank's
-        result of the collective at which it waits; None after a send, and to begin.
+        At a collective, the op and the rank's input are stored in `waiting`. At the end, the StepResult is stored in
+        `results`.
+
+        `output` is the rank's result of the collective at which it waits. It is None after a send, and to begin the
+        step.
         """
         self.waiting.pop(rank, None)
         try:
@@ -131,7 +138,7 @@ class MeshStep:
             self.results[rank] = end.value
 
     def exchange(self, rank: int) -> None:
-        """Run the collective at which `rank` waits, if its peers wait there, too; otherwise do nothing."""
+        """Run the collective at which `rank` waits if all ranks that take part wait at it; otherwise do nothing."""
         op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None
@@ -148,18 +155,19 @@ class MeshStep:
                     self.resume(r, output)
 
     def _positions(self) -> tuple[int, list[str]]:
-        """(number of ranks that wait at a collective, list of these collectives' sites, i.e. names of their ops).
+        """Return a tuple (number of waiting ranks, list of the names of the collective ops at which they wait).
 
-        The caller compares two results, before and after it has tried the collective of every waiting rank. If they are
-        equal, no rank went on, and the ranks are deadlocked.
+        The caller compares the results before and after it has tried the collective of every waiting rank. If they are
+        equal, no rank could continue, and the ranks are deadlocked.
         """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 
 
 def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run a collective on the inputs of its ranks, in order of rank. Returns a list of each rank's output.
+    """Run the collective `op` on the inputs of its ranks. Returns a list with each rank's output, in order of rank.
 
-    Sums are in order of rank, so that the bits equal those of op.exchange().
+    `inputs` has one array per rank, in order of rank. Sums are added in this order, so that they are bitwise identical
+    to those of op.exchange().
     """
     carried = [op.carried(x) for x in inputs]
     s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(inputs))
@@ -176,14 +184,17 @@ def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray
 
 
 class MeshDevice(Device):
-    """Runs all ranks of a mesh in this process, each on the device `inner`."""
+    """A device that runs all ranks of a mesh in this process, each on the device `inner`."""
 
     def __init__(self, inner: Device) -> None:
         self.inner, self.name, self.clock = inner, inner.name, inner.clock
 
     @classmethod
     def of(cls, inner: Recipe) -> MeshDevice:
-        """A MeshDevice that runs each rank on a device made from a Recipe (a function's name and its arguments)."""
+        """Return a MeshDevice that runs each rank on a device made from the Recipe `inner`.
+
+        A Recipe is a tuple (name of a function, its arguments).
+        """
         device = make(inner)
         assert isinstance(device, Device)
         return cls(device)

@@ -34,9 +34,9 @@ STALE = 0xA4093822299F31D0  # the content of a slot before the first write
 
 
 def mix(x: int) -> int:
-    """A well mixed 64-bit integer for the 64-bit integer x: the finaliser of murmur3 (Appleby 2011), a bijection.
+    """Return a 64-bit hash of the 64-bit integer `x`: the finaliser of murmur3 (Appleby 2011), a bijection.
 
-    Every bit of the result depends on every bit of x.
+    Every bit of the result depends on every bit of `x`.
     """
     x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) & MASK
     x = ((x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53) & MASK
@@ -44,18 +44,23 @@ def mix(x: int) -> int:
 
 
 def link(previous: int, token: int) -> int:
-    """Content of a K/V slot: a 64-bit hash of the previous slot's content and of the token id."""
+    """Return a 64-bit hash of the integer `previous` and the token id `token`: the content of the token's K/V slot.
+
+    `previous` is the content of the K/V slot of the token before.
+    """
     return mix((previous * 31 + token + 1) & MASK)
 
 
 def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
-    """The next token id of a sequence on the oracle, a fake device for tests; -1 if the mask allows no token id.
+    """Return the next token id that the oracle (a fake device for tests) gives; -1 if the mask allows no token id.
 
-    A link is the content of one K/V slot: a hash of the sequence's tokens up to there, see link(). The token id is a
-    hash of all links in their order, of the row's logit edits and mask, and of the seed if the temperature is above 0.
+    The token id is a hash of all `links` in their order, of the row's logit edits and mask, and of the seed if the
+    temperature is above 0.
 
-    links: those of all tokens of the sequence, in order. vocabulary: number of token ids. sampling: parameters of the
-    row.
+    Args:
+        links: the contents of the K/V slots of all tokens of the sequence, in order: hashes made by link().
+        vocabulary: number of token ids.
+        sampling: sampling parameters of the row.
     """
     total = sum(h * (2 * i + 1) for i, h in enumerate(links)) & MASK
     if sampling.temperature > 0:
@@ -70,11 +75,15 @@ def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
 
 
 def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -> int:
-    """The token id that the oracle, a fake device for tests, gives after the token ids `ids`; -1 if none is allowed.
+    """Return the token id that the oracle device must give after the token ids `ids`; -1 if the mask allows none.
 
-    It is computed from `ids` alone, without a K/V cache, so that tests can compare it with the device's token.
+    The oracle is a fake device for tests. This function needs no K/V cache: tests compare its result with the device's
+    token.
 
-    vocabulary: number of token ids. sampling: temperature, seed, logit edits and mask; they change the hash.
+    Args:
+        ids: all token ids of the sequence.
+        vocabulary: number of token ids.
+        sampling: temperature, seed, logit edits and mask, on which the token id depends.
     """
     links, previous = [], START
     for token in ids:
@@ -86,9 +95,9 @@ def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -
 class OracleExecutable(BlockingExecutable):
     """A fake model for tests of the runtime: the next token is a hash of the sequence's token ids.
 
-    It reads the ids' hashes (links) back from the K/V cache, so that any mistake in block tables or slots becomes a
-    wrong token. Each K/V slot holds one 64-bit link: the hash of its token and of the link before. Each slot of
-    recurrent state holds the link of a sequence's last token.
+    Each K/V slot holds a 64-bit integer called a link: the hash of the slot's token and of the link before. To sample,
+    the executable reads the links of the sequence back through the block table. A mistake in block tables or slots
+    therefore becomes a wrong token. Each slot of recurrent state holds the link of a sequence's last token.
     """
 
     def __init__(self, program: Program, state: StateSpec) -> None:
@@ -110,15 +119,18 @@ class OracleExecutable(BlockingExecutable):
         self.links.reshape(self.state.pages, -1)[list(blocks)] = np.ascontiguousarray(contents).view(np.uint64)
 
     def _slots(self, batch: Batch, s: int) -> np.ndarray:
-        """K/V slots of all tokens of sequence `s` in order of position, looked up in the block table, as an array."""
+        """Return the numbers of the K/V slots of all tokens of sequence `s`, in order of position, as an array.
+
+        They are looked up in the batch's block table.
+        """
         at = np.arange(int(batch.context_len[s]))
         return batch.block_table[s, at // batch.block_size] * batch.block_size + at % batch.block_size
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step. Returns a StepResult: the sampled tokens, and logits if requested. Log-probabilities are all 0.
+        """Run one step. Returns a StepResult with the sampled tokens, log-probabilities of 0, and logits if requested.
 
-        Taps and timings are ignored. As on a real device, the K/V of all tokens of the batch is written before any
-        token is sampled. Raises DeviceError for a batch that does not fit.
+        Results of ops (taps) and timings are not returned. As on a real device, the K/V of all tokens of the batch is
+        written before any token is sampled. Raises DeviceError for a batch that does not fit.
         """
         batch = request.batch
         check_batch(self.program, self.state, batch)
@@ -142,12 +154,14 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
-        """True if a sequence's window blocks hold the expected links of all tokens that a query may attend to.
+        """True if a sequence's window blocks hold the right contents for all tokens that a query can see.
 
-        A link is the hash of a token and of the link before it. The query belongs to the last token of `held`, and
-        attends to the last `state.window` tokens of it.
+        The query is that of the last token in `held`. It sees the last `state.window` tokens, itself included.
 
-        s: the sequence's index in the batch. held: the expected links of all tokens up to the query's own.
+        Args:
+            batch: the step's batch.
+            s: the sequence's index in the batch.
+            held: the right contents of the slots of all tokens up to the query's own: hashes made by link().
         """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]
@@ -155,11 +169,11 @@ class OracleExecutable(BlockingExecutable):
         return bool((blocks >= 0).all()) and links.tolist() == [held[i] for i in at]
 
     def _states(self, batch: Batch) -> list[int]:
-        """What this fake device has in place of recurrent state: a hash after each token row, as a list of ints.
+        """Run this fake device's recurrence over the batch. Returns the state after each token row, as a list of ints.
 
-        The hash is of the sequence's tokens so far, so a state that was kept or passed on wrongly shows in later
-        tokens. Each sequence's last hash is written to its slot. [] if there are no slots, as for models without
-        recurrence.
+        The state after a token is a hash of the sequence's tokens up to there, so that a state that was kept or passed
+        on wrongly changes later tokens. The last state of each sequence is written to its slot. The list is empty if
+        there are no slots (a model without recurrent state).
         """
         if not len(self.states):
             return []
@@ -174,7 +188,10 @@ class OracleExecutable(BlockingExecutable):
         return rows
 
     def _logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits f32 [R, vocabulary] that make the given tokens certain: 0 for the token, -inf for all others."""
+        """Return logits f32 [R, vocabulary] that make the tokens certain: a token's logit is 0, all others are -inf.
+
+        A token of -1 has only logits of -inf.
+        """
         out = np.full((len(tokens), self.program.vocabulary), -np.inf, np.float32)
         drawn = tokens >= 0
         out[np.flatnonzero(drawn), tokens[drawn]] = 0
@@ -182,10 +199,10 @@ class OracleExecutable(BlockingExecutable):
 
 
 class OracleDevice(Device):
-    """A fake device for tests of the runtime. It computes no model: a next token is a hash of the tokens before it.
+    """A fake device for tests of the runtime.
 
-    So a test can say which tokens are right, without weights (see expected()). Of the Program, only the vocabulary and
-    the context length are used.
+    The next token of a sequence is a hash of its tokens, not computed by a model. A test can therefore compute the
+    right tokens without weights (see expected()). Only the vocabulary and the context length of the Program are used.
     """
 
     name = "oracle"

@@ -19,8 +19,8 @@ SILENCE = 0.7  # seconds without a sign of life after which a stopped process co
 def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[int, ...]]:
     """Divide CPU cores among the ranks of this host. Returns a list with a tuple of core numbers for each rank.
 
-    Each rank gets `threads` neighbouring cores of the list `cores`. If there are fewer than ranks * threads, every
-    tuple is (), which lets the rank run on any core.
+    Each rank gets `threads` consecutive items of the list `cores`. If the list has fewer than ranks * threads items,
+    every tuple is empty, which means that the rank may run on any core.
     """
     if ranks * threads > len(cores):
         return [()] * ranks
@@ -28,16 +28,16 @@ def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[in
 
 
 class RanksDevice(Device):
-    """The host device with one process per rank of a mesh.
+    """The CPU of this machine as a device that runs a mesh with one process per rank.
 
     Args:
-        threads: CPU threads of all ranks together, by default one per core. Each rank has an equal share, at least one,
-            and cores of its own if there are enough.
-        isa: instruction set of the CPU; None: $INTAGLIO_ISA, else the best one.
+        threads: number of CPU threads of all ranks together; None: one per core. Each rank has an equal share, at least
+            one thread, and cores of its own if there are enough.
+        isa: instruction set of the CPU; None: $INTAGLIO_ISA, or the best one if that is not set.
         cache: folder for packed weights, "auto" or None, as described at HostDevice.
-        step_timeout: seconds that a step, and a wait inside it, may take.
-        silence: seconds without a sign of life after which a suspended process (SIGSTOP) counts as hung. For a process
-            that is not suspended the limit is longer, see group.watch().
+        step_timeout: seconds after which a step, or a wait inside a step, is given up.
+        silence: seconds without a sign of life after which a suspended process (SIGSTOP) counts as hung. The limit is
+            longer for a process that is not suspended, see group.watch().
     """
 
     name = "host"
@@ -55,10 +55,10 @@ class RanksDevice(Device):
         return self.whole.facts()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Start a process for each rank and load its Program there. Returns the Executable.
+        """Start a process for each rank and load the rank's Program in it. Returns one Executable for all ranks.
 
-        A mesh of one rank runs in this process. Raises ProgramError for a Program that breaks a rule, DeviceError if a
-        process cannot load its Program, and DeviceLost if a process ends meanwhile.
+        A mesh of one rank is loaded in this process. Raises ProgramError for an invalid Program, DeviceError if a
+        process cannot load its Program, and DeviceLost if a process ends while it loads.
         """
         return self.reload(None, program, weights, state)
 

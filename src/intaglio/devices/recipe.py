@@ -12,23 +12,27 @@ Recipe = tuple[str, Mapping[str, Any]]  # "module:name" of what makes it, and it
 
 @runtime_checkable
 class HasRecipe(Protocol):
-    """Interface of objects that have a Recipe, from which another process can make an equal object."""
+    """Interface of objects that have a Recipe, with which another process can make an equal object."""
 
     def recipe(self) -> Recipe:
-        """The Recipe of this object, for make() in another process: ("module:name" of a function, its arguments).
+        """Return the Recipe of this object: a tuple ("module:name" of a function, its arguments).
 
-        The arguments are passed by keyword and are values that JSON can hold.
+        Another process gives it to make() to make an equal object. The arguments are a dict {name: value}; JSON can
+        hold the values.
         """
 
 
 def named(where: str) -> Any:
-    """The object called "module:name". Raises ImportError or AttributeError if there is none."""
+    """Import the object called "module:name", such as a function or class, and return it.
+
+    Raises ImportError or AttributeError if there is none.
+    """
     module, _, name = where.partition(":")
     return reduce(getattr, name.split("."), import_module(module))
 
 
 def make(recipe: Recipe) -> object:
-    """Call the function of a recipe and return the object it makes.
+    """Call the function that the recipe names with the recipe's arguments, and return the object that it makes.
 
     Raises the errors of importing the module and of calling the function.
     """

@@ -26,7 +26,10 @@ from intaglio.program import Program, verify
 
 
 class ReferenceExecutable(RankExecutable):
-    """A Program with its weights as NumPy arrays (or quantised values) and zeroed K/V caches."""
+    """A Program loaded on the reference device, which runs each op in NumPy.
+
+    Weights are NumPy arrays or Quantised objects. K/V caches and recurrent state begin as zeros.
+    """
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec) -> None:
         self.program, self.state = program, state
@@ -63,20 +66,20 @@ class ReferenceExecutable(RankExecutable):
                 at += size
 
     def _pages(self) -> list[list[np.ndarray]]:
-        """The arrays of each K/V cache, [pages, tokens, heads, columns], as a list in the order of the Program.
+        """Return the arrays of the K/V caches: for each cache of the Program, in order, a list of arrays.
 
-        A cache without heads has the shape [pages, tokens, 1, columns] here.
+        Each array is [pages, tokens, heads, columns]. A cache without heads is shown as [pages, tokens, 1, columns]. A
+        quantised cache has several arrays, such as codes and scales.
         """
         caches = [self.held[t.name] for t in self.program.of_role("state") if t.shape[0] == "P"]
         arrays = [[*x.arrays.values()] if isinstance(x, Quantised) else [x] for x in caches]
         return [[a if a.ndim == 4 else a[:, :, None] for a in cache] for cache in arrays]
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator that executes one step of this rank, op by op, and returns the StepResult.
+        """Run a step op by op, as a generator that yields at each collective. Its return value is the StepResult.
 
-        At each collective it yields (the op, this rank's input or None if the op has none). The caller runs the
-        collective with the other ranks and sends back this rank's output, or None if the rank gets none. Raises
-        DeviceError for a batch that does not fit the executable.
+        It yields a tuple (collective op, this rank's input) and must be sent this rank's output. The input is None if
+        the op has none, and so is the output. Raises DeviceError for a batch that does not fit the Program.
         """
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
@@ -111,7 +114,7 @@ class ReferenceExecutable(RankExecutable):
 
 
 class ReferenceDevice(Device):
-    """Runs Programs with NumPy, by the reference() method of each op."""
+    """A device that runs Programs with NumPy, by the reference() method of each op. It is slow and serves tests."""
 
     name = "reference"
 

@@ -41,9 +41,11 @@ VALUES = ("host", "reference", "oracle", CHIP, NONE)
 
 
 class ChipExecutable(BlockingExecutable):
-    """Executes the chip instructions of every op's chip kernel to compute values. Slow; for checking kernels.
+    """Computes the values of a step by simulating the chip's instructions for every op.
 
-    Raises DeviceError naming an op that no chip kernel supports, before any weight is read.
+    Slow; for checking chip kernels.
+
+    Raises DeviceError with the name of an op that no chip kernel supports, before any weight is read.
     """
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec, target: Target) -> None:
@@ -62,9 +64,9 @@ class ChipExecutable(BlockingExecutable):
         self.loaded_bytes = self.memory.heap.top  # end of weights, constants and caches
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time.
+        """Run one step on the simulated chip and return its StepResult.
 
-        Raises DeviceError for a batch that does not fit.
+        The result has no timings, even if `request.timed` is True. Raises DeviceError for a batch that does not fit.
         """
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
@@ -90,15 +92,16 @@ class ChipExecutable(BlockingExecutable):
 
 
 class TimeOnlyExecutable(BlockingExecutable):
-    """Computes no values: the next token of every row is id 0. For studies of time alone, with models of any size."""
+    """Computes no values: every next token has id 0. For studies of time alone, with models of any size."""
 
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state = program, state
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run a step without computing. Returns a StepResult: token id 0 and log-probability 0 for each row to sample.
+        """Return a StepResult with token id 0 and log-probability 0 for each row to sample. Nothing is computed.
 
-        It has no timings, even if `timed` is requested. Raises DeviceError if logits or taps are requested.
+        The result has no timings, even if `request.timed` is True. Raises DeviceError if logits or results of ops
+        (taps) are requested.
         """
         if request.logits or request.taps:
             raise DeviceError(f"values={NONE!r} computes no logits and no taps; use another value, such as host")
@@ -108,9 +111,12 @@ class TimeOnlyExecutable(BlockingExecutable):
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """The PendingStep of a step on a simulated chip: its values are computed already, its end lies in virtual time.
+    """A step on a simulated chip, which ends at a modelled time. It implements the interface PendingStep.
 
-    outcome: its result. end: virtual time, in seconds on `clock`, at which the step ends. done() is False before then.
+    Attributes:
+        outcome: the step's result, which is computed already.
+        end: time in seconds on `clock` at which the step ends. done() is False before.
+        clock: the modelled clock.
     """
 
     outcome: StepResult
@@ -118,28 +124,31 @@ class ModelledStep:
     clock: VirtualClock
 
     def done(self) -> bool:
-        """True if the clock has reached the step's end."""
+        """True if the modelled clock has reached the end of the step."""
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """Return the StepResult. The virtual clock is set forward to the step's end if it shows an earlier time."""
+        """Return the StepResult.
+
+        If the clock shows a time before the step's end, it is first set forward to the end.
+        """
         self.clock.wait_until(self.end)
         return self.outcome
 
 
 class SiliconExecutable(Executable):
-    """Takes values from another executable and models the time of each step.
+    """Models the time of each step on a simulated chip. The values are computed by another executable.
 
-    The chips of a pipeline's stages work on different steps at a time. A stage starts a step as soon as two things have
-    happened: the stage before it has ended this step, and it has itself ended the step before this one.
+    If the chips form a pipeline, its stages work on different steps at the same time. A stage starts a step when the
+    stage before has ended this step, and it has itself ended the step before.
 
     Attributes:
         inner: the executable that computes the values.
-        plans: the Plan of one chip of each stage.
-        clock: the modelled clock, which a step's time sets forward.
-        overhead_s: the host's seconds for each launch, before which the first stage cannot start the step.
-        joules: estimated energy of all steps so far, summed over one chip of each stage, without what chips draw
-            between steps.
+        plans: for each pipeline stage, the Plan that times one chip of the stage.
+        clock: the modelled clock. The time of each step sets it forward.
+        overhead_s: seconds that the host needs to launch a step, before the first stage can start.
+        joules: estimated energy of all steps so far, for one chip of each stage, summed over the stages. Energy used
+            between steps is not included.
         busy_s: seconds of all steps so far, summed over the stages.
     """
 
@@ -153,17 +162,17 @@ class SiliconExecutable(Executable):
 
     @property
     def timelines(self) -> tuple[Timeline, ...]:
-        """Timelines of the last step, one for each pipeline stage, as a tuple.
+        """The Timelines of the last step, one for each pipeline stage, as a tuple.
 
-        Before the first step they are those of an empty batch.
+        Before the first step, they are the Timelines of an empty batch.
         """
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:
         """Compute a step's values and model its time. Returns a PendingStep that ends at the modelled time.
 
-        Its result() sets the clock forward to that time and returns the StepResult, or raises the step's error. If
-        `request.timed`, the result has the modelled seconds of each op, by site (name of the op).
+        PendingStep.result() sets the clock forward to that time and returns the StepResult, or raises the step's error.
+        If `request.timed` is True, the StepResult has the modelled seconds of each op: {op's name: seconds}.
         """
         try:
             result = self.inner.step(replace(request, timed=False))
@@ -183,15 +192,15 @@ class SiliconExecutable(Executable):
 
 
 class SiliconDevice(Device):
-    """A simulated chip as a device: models the time of steps on a Target. Raises DeviceError for an unknown `values`.
+    """A simulated chip as a device, which models the time of steps. Raises DeviceError for an unknown `values`.
 
     Args:
-        chip: name of a preset, which comes with its own kernel library, or a Target.
-        values: what computes the numbers of a step (logits and tokens), one of VALUES: the name of another device,
-            "chip" for the chip's own instructions, or "none" if only the time is wanted.
-        stages: if several chips share a model, one rank's Program per pipeline stage. These are timed instead of the
-            loaded Program; the ranks of a stage take equal time.
-        overhead_s: the host's seconds before each step.
+        chip: name of a chip preset, or a Target (a chip with its kernel library).
+        values: what computes the logits and tokens of a step: the name of another device, "chip" for the chip's own
+            instructions, or "none" if only the time is wanted.
+        stages: if several chips share a model, the Program of one rank of each pipeline stage. These Programs are timed
+            instead of the loaded one. All ranks of a stage are assumed to take equal time.
+        overhead_s: seconds that the host needs before each step.
         options: arguments for the device that computes the values.
     """
 

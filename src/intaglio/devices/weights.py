@@ -21,27 +21,27 @@ from intaglio.progress import Progress
 
 @dataclass(frozen=True)
 class ArrayWeights:
-    """A source of weights (see Weights) that holds arrays in memory by checkpoint tensor name."""
+    """A source of weights that holds arrays in memory: {name of a checkpoint tensor: array or Quantised}."""
 
     arrays: Mapping[str, Value]
 
     def read(self, name: str) -> Value:
-        """The array or Quantised matrix called `name`. Raises KeyError if there is none."""
+        """Return the array or Quantised object of the checkpoint tensor `name`. Raises KeyError if there is none."""
         return self.arrays[name]
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the array called `name` once, whole: it is in memory already, so it need not come in strips of rows."""
+        """Yield the tensor `name` once, as a whole. It is in memory already, so that parts would save nothing."""
         yield self.arrays[name]
 
     def release(self, name: str) -> None:
-        """Do nothing: the arrays belong to the caller."""
+        """Do nothing, because the arrays belong to the caller."""
 
     def identity(self) -> None:
-        """Always None: the arrays may change, so packed weights must not be cached."""
+        """Return None, which means that packed weights must not be cached, because the arrays may change."""
 
 
 class ReportedWeights:
-    """A weight source that passes on another source's values, and calls `progress` when a tensor has been taken."""
+    """A weight source that wraps another one and reports progress each time that a device has loaded a tensor."""
 
     def __init__(
         self, weights: Weights, mesh: MeshProgram, shape: Callable[[str], tuple[int, ...]], progress: Progress
@@ -51,8 +51,8 @@ class ReportedWeights:
         Args:
             weights: the source that holds the values.
             mesh: the Programs to be loaded, which say how often each checkpoint tensor is used.
-            shape: function from a checkpoint tensor's name to its shape.
-            progress: called with (values taken, values in all, text) after each tensor.
+            shape: function that takes the name of a checkpoint tensor and returns its shape.
+            progress: called with (number of values loaded, number of all values, text) after each tensor.
         """
         self.weights, self.progress = weights, progress
         self.left = Counter(
@@ -67,18 +67,21 @@ class ReportedWeights:
         self.taken = 0
 
     def read(self, name: str) -> Value:
-        """The values of a checkpoint tensor, as the wrapped source returns them. Raises what the source raises."""
+        """Return the values of the checkpoint tensor `name`, an array or Quantised, from the wrapped source.
+
+        Raises the errors of the wrapped source.
+        """
         return self.weights.read(name)
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield a checkpoint tensor in parts of successive rows, as the wrapped source yields them."""
+        """Yield the checkpoint tensor `name` in parts of consecutive rows, from the wrapped source."""
         return self.weights.strips(name)
 
     def release(self, name: str) -> None:
-        """Tell the wrapped source that the device has copied tensor `name`, and report progress.
+        """Tell the wrapped source that the device has copied the tensor `name`, and report progress. Returns None.
 
-        A tensor's values count once for each use in the Programs, so a tensor that is used twice is reported twice.
-        Releases beyond the number of uses report nothing.
+        A tensor that the Programs use several times is reported once for each use. Further releases of it report
+        nothing.
         """
         self.weights.release(name)
         if self.left[name] > 0:
@@ -88,7 +91,7 @@ class ReportedWeights:
             self.progress(self.taken, self.total, f"loading the weights, {amount}")
 
     def identity(self) -> str | None:
-        """A text that is equal for equal weights, in other processes too; None if the wrapped source gives none.
+        """Return a text that is equal for equal weights, in other processes too; None if the wrapped source has none.
 
         It is the key under which packed weights are cached.
         """
@@ -96,17 +99,19 @@ class ReportedWeights:
 
 
 def inner_weights(weights: Weights) -> Weights:
-    """The source inside a ReportedWeights, so that later reads report no progress; any other `weights` unchanged."""
+    """Return the source that `weights` wraps if it is a ReportedWeights, otherwise `weights` itself.
+
+    Reading from the returned source reports no progress.
+    """
     return weights.weights if isinstance(weights, ReportedWeights) else weights
 
 
 def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
-    """The first contents of a K/V cache or recurrent state: zeros, as an array or Quantised in the tensor's format.
+    """Return the initial contents of a K/V cache or recurrent state: zeros, as an array or Quantised object.
 
-    In the shape, P is the number of pages (K/V blocks), B the tokens of a page and N the number of slots of recurrent
-    state. `state` gives all three.
-
-    Raises DeviceError for recurrent state if `state` has no slots.
+    The tensor gives the format and the shape. In the shape, P is replaced by the number of pages, B by the tokens per
+    page and N by the number of slots of recurrent state, all from `state`. Raises DeviceError for recurrent state if
+    `state` has too few slots.
     """
     check_slots(tensor, state)
     dims = {"P": state.pages_of(program, tensor.name), "B": state.page_tokens, "N": state.slots}
@@ -119,9 +124,9 @@ def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
 
 
 def check_slots(tensor: Tensor, state: StateSpec) -> None:
-    """Raise DeviceError if `tensor` is recurrent state and `state` has fewer than two slots. Returns nothing.
+    """Raise DeviceError if `tensor` is recurrent state and `state` has fewer than two slots. Returns None.
 
-    A sequence needs two: each step reads its state from one slot and writes the new state to another.
+    A sequence needs two slots: each step reads the old state from one and writes the new state to the other.
     """
     if tensor.shape[0] == "N" and state.slots < 2:
         raise DeviceError(
@@ -131,9 +136,9 @@ def check_slots(tensor: Tensor, state: StateSpec) -> None:
 
 
 def assemble(tensor: Tensor, weights: Weights) -> Value:
-    """The values of a weight in its declared format, put together from the checkpoint tensors that it is read from.
+    """Read a weight's checkpoint tensors and put them together. Returns an array or Quantised in the weight's format.
 
-    Raises DeviceError if their shapes do not fit.
+    Raises DeviceError if the shapes of the checkpoint tensors do not fit.
     """
     parts = [(name, x) for source in tensor.source for name, x in read(source, weights.read)]
     fmt, shape = formats.get(tensor.format), tuple(int(d) for d in tensor.shape)
@@ -154,10 +159,13 @@ def assemble(tensor: Tensor, weights: Weights) -> Value:
 
 
 def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
-    """Join quantised parts along rows to one matrix or stack of the given shape, in the checkpoint's format."""
+    """Join quantised parts along their rows.
+
+    Returns a Quantised of shape `shape`, in the number format of the parts.
+    """
 
     def join(arrays: list[np.ndarray]) -> np.ndarray:
-        """Join arrays [.., rows, columns] to one array [all rows, columns], one below the other."""
+        """Join arrays [..., rows, columns] along their rows. Returns one array [all rows, columns]."""
         return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
 
     whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})

@@ -12,7 +12,7 @@ from intaglio.debugging.automatic.trace import Call, Trace, Unmatched, same
 
 @dataclass(frozen=True)
 class Linear:
-    """One traced call of a linear module, y = x @ weight.T + bias.
+    """One traced call of a linear module, which computes y = x @ weight.T + bias.
 
     Attributes:
         name: the module's name.
@@ -31,17 +31,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """One traced call of a norm.
+    """One traced call of a normalisation module (RMS norm, layer norm or L2 norm).
 
     Attributes:
         name: the module's name.
-        kind: rms, layer or l2, as in the op Norm.
-        eps: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
-        offset: added to the weight.
-        weight: True if it has a weight.
-        bias: True if it has a bias.
-        x: its argument, normed along the last dimension.
-        y: its result, in the shape of x.
+        kind: "rms", "layer" or "l2".
+        eps: epsilon: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
+        offset: number that the module adds to its weight before it multiplies: 0 or 1.
+        weight: True if the module has a weight.
+        bias: True if the module has a bias.
+        x: the module's argument, which is normalised along the last dimension.
+        y: the module's result, in the shape of `x`.
     """
 
     name: str
@@ -55,9 +55,10 @@ class Norm:
 
     @property
     def family(self) -> tuple[str, float, float, bool, bool]:
-        """The properties in which all norms of a model have to agree: a tuple (kind, eps, offset, weight, bias).
+        """This norm's settings as a tuple (kind, eps, offset, weight, bias).
 
-        They are this norm's attributes of these names. A model whose norms differ in one of them cannot be ported.
+        All norms of a model must have the same settings. A model whose norms differ in one of the settings cannot be
+        ported.
         """
         return self.kind, self.eps, self.offset, self.weight, self.bias
 
@@ -79,10 +80,11 @@ def linears(t: Trace, under: str) -> Iterator[Linear]:
 
 
 def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
-    """The norms called inside the module `under` ("" is the model) but not inside `but`, as a list.
+    """Return a list of the normalisation modules called inside the module `under` ("" means the whole model).
 
-    They are in the order in which the calls ended. A norm is a module without children, whose parameters are vectors or
-    none, and whose result is its argument normed.
+    Each item is a Norm. The list is in the order in which the calls ended. Modules inside the module `but` are left
+    out; "" leaves out none. A module counts as a norm if it has no child modules, all its parameters are vectors, and
+    its result is its argument after an RMS, layer or L2 norm.
     """
     calls = t.below(under) if under else t.calls
     calls = [c for c in calls if not but or not c.name.startswith(f"{but}.")]
@@ -99,7 +101,10 @@ def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
 
 
 def norm_of(t: Trace, call: Call) -> Norm | None:
-    """The Norm that a call computes, found from its argument and result; None if it computes anything else."""
+    """Return a Norm that describes `call`; None if the called module computes no RMS, layer or L2 norm.
+
+    The kind of norm and its settings are found by comparing the call's result with norms computed from its argument.
+    """
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     if any(v.ndim > 1 for v in own.values()):
         return None
@@ -123,17 +128,17 @@ def norm_of(t: Trace, call: Call) -> Norm | None:
 def _eps(
     t: Trace, name: str, kind: str, scale: np.ndarray | float, shift: np.ndarray | float, shape: tuple[int, ...]
 ) -> float:
-    """A norm's epsilon, to two significant digits, as a float; 0.0 if it is below 1e-9.
+    """Measure a norm's epsilon. Returns a float with two significant digits; 0.0 if the epsilon is below 1e-9.
 
-    The module is run on random values of about 2e-3, whose squares are small enough that the epsilon shows in the
-    result.
+    The module is run on random values of about 2e-3. Their squares are so small that the epsilon changes the result
+    visibly.
 
     Args:
         t: the trace, whose probe() runs the module.
         name: the module's name.
-        kind: rms, layer or l2.
-        scale: what the normed values are multiplied with: weight plus offset.
-        shift: what is added to them: the bias.
+        kind: "rms", "layer" or "l2".
+        scale: factor on the normalised values: the module's weight plus its offset.
+        shift: the module's bias, added to the scaled values; 0.0 without one.
         shape: shape of the module's input.
     """
     x = np.random.default_rng(0).standard_normal(shape) * 2e-3
@@ -148,9 +153,9 @@ def _eps(
 
 
 def one_family(found: list[Norm]) -> Norm:
-    """Check that all norms have the same Norm.family. Returns the first of them.
+    """Check that all norms in the list `found` have the same settings (Norm.family). Returns the first norm.
 
-    Raises Unmatched for the first norm that differs. found: the norms, at least one.
+    `found` must not be empty. Raises Unmatched for the first norm whose settings differ.
     """
     first = found[0]
     for n in found:

@@ -11,13 +11,14 @@ from intaglio.debugging.automatic.trace import same
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding, as observed in a trace.
+    """A rotary position embedding (RoPE), as observed in a trace.
 
     Attributes:
-        dim: number of columns of a head that are rotated, from the first; 0: none.
-        style: half or interleaved, as in the op Rope.
-        factor: scale of the rotated columns.
-        angles: radians per position, one for each pair of columns.
+        dim: number of columns of a head that are rotated, counted from the first; 0 if none are rotated.
+        style: which two columns are rotated together: "half" (columns i and i + dim / 2) or "interleaved" (columns 2i
+            and 2i + 1).
+        factor: factor by which the rotated columns are scaled.
+        angles: for each pair of columns, its rotation in radians per position.
     """
 
     dim: int = 0
@@ -27,10 +28,10 @@ class Rotation:
 
 
 def observe_rotation(before: np.ndarray, after: np.ndarray) -> Rotation | None:
-    """The Rotation that turns `before` into `after`, both [heads, tokens, head_dim]; None if none does.
+    """Return the Rotation that turns `before` into `after`, two arrays [heads, tokens, head_dim]; None if none does.
 
-    Pairs of columns that are interleaved in `before` may be half a head apart in `after`, since attention scores do not
-    depend on the order of columns.
+    A Rotation is also found if the columns of a pair are neighbours in `before` and half a head apart in `after`.
+    Attention scores are the same in both orders of columns.
     """
     if same(before, after):
         return Rotation()
@@ -44,9 +45,9 @@ def observe_rotation(before: np.ndarray, after: np.ndarray) -> Rotation | None:
 
 
 def _pairs(x: np.ndarray, style: str) -> np.ndarray:
-    """The pairs of columns of x [..., n] as complex numbers [..., n / 2].
+    """Return the pairs of columns of `x` [..., n] as complex numbers [..., n / 2].
 
-    style: "half" pairs columns half a head apart, any other text neighbouring columns.
+    With `style` "half", the columns of a pair are n / 2 apart. With any other `style` they are neighbours.
     """
     wide = x.astype(np.float64)
     half = wide.shape[-1] // 2
@@ -56,12 +57,17 @@ def _pairs(x: np.ndarray, style: str) -> np.ndarray:
 
 
 def _turned(before: np.ndarray, after: np.ndarray, style: str) -> tuple[float, tuple[float, ...]] | None:
-    """Measure the rotation that turns `before` into `after`: its scale, and the angle per position of each pair.
+    """Measure the rotation that turns `before` into `after`, two arrays [heads, tokens, dim].
 
-    Returns (factor by which vectors are longer after the rotation, angles in radians per position, one for each pair of
-    dimensions); None if `after` is not `before` rotated in proportion to position. before, after: [heads, tokens, dim].
-    style: which dimensions are a pair: "half", "interleaved", or "sorted" (interleaved in `before`, half a head apart
-    in `after`).
+    Returns a tuple (factor, angles). `factor` is the length of a vector after the rotation divided by its length
+    before. `angles` has one value for each pair of dimensions: its rotation in radians per position. Returns None if
+    `after` is not a rotation of `before` by angles proportional to the position.
+
+    Args:
+        before: the vectors before the rotation.
+        after: the vectors after the rotation.
+        style: which dimensions form a pair: "half" (half of `dim` apart), "interleaved" (neighbours), or "sorted"
+            (neighbours in `before`, half of `dim` apart in `after`).
     """
     if before.shape[-1] % 2:
         return None

@@ -41,9 +41,9 @@ LARGEST = 5_000_000  # parameters of a tiny model
 
 
 def parameters(make: Any, config: Any) -> int:
-    """Number of parameters of the model make(config); 0 if it cannot be built on torch's meta device.
+    """Return the number of parameters of the model make(config); 0 if it cannot be built on torch's meta device.
 
-    make: function that builds a transformers model.
+    `make` is a function that builds a transformers model.
     """
     import torch
 
@@ -58,7 +58,8 @@ class TinyModels:
     """Builds tiny transformers models of one architecture with random weights.
 
     Args:
-        config: the target's config.json, or transformers' defaults of its type.
+        config: the config.json of the model to port, or the default configuration that transformers has for its
+            model_type.
 
     Raises PortingError if torch or transformers is missing.
     """
@@ -89,28 +90,35 @@ class TinyModels:
         self.without: set[str] = set()  # keys that this architecture does not take at other values
 
     def key(self, name: str) -> str:
-        """This architecture's own key for what other configurations call `name`, such as n_embd for hidden_size.
+        """Return the key under which this architecture's configuration stores the setting `name`.
 
-        `name` itself if the architecture has no key of its own for it.
+        For example, GPT-2 stores hidden_size as n_embd. The result is `name` itself if the architecture has no other
+        key for it.
         """
         return self.own.get(name, name)
 
     def has(self, name: str) -> bool:
-        """True if this architecture's configuration has `name`, or its own key for the same thing (see key())."""
+        """True if this architecture's configuration has the setting `name`.
+
+        It may have the setting under the key `name` or under the key that key() returns.
+        """
         return self.key(name) in self.usual
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """The tiny model's configuration, as a dict: the target's values, with small sizes, then with `changes`."""
+        """Return the tiny model's configuration as a dict {key of config.json: value}.
+
+        It starts from the values of the model to port. The sizes are then made small, and `changes` are applied last.
+        """
         sizes = {self.key(k): v for k, v in SIZES.items() if self.has(k) and self._sized(k) and k not in self.without}
         tokens = {k: v for k, v in TOKENS.items() if k in self.usual}
         eps = {k: EPS for k in self.usual if "eps" in k and isinstance(self.usual[k], float)}
         return {**self.given, **sizes, **tokens, **eps, **{self.key(k): v for k, v in changes.items()}}
 
     def _sized(self, key: str) -> bool:
-        """True if the tiny model gets a small value of its own for the size `key`.
+        """True if the tiny model sets the size `key` to a small value; False if it leaves out the key.
 
-        False if the original model's config has None for it, since None switches something off. But True for the sizes
-        listed here, such as head_dim, for which None means that the size is computed from others.
+        The key is left out if its value in the original model is None, because None switches a feature off. A few keys,
+        such as head_dim, are set even then, because for them None means that the size is computed from other sizes.
         """
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
         return value is not None or key in (
@@ -122,9 +130,10 @@ class TinyModels:
         )
 
     def config(self, **changes: Any) -> Any:
-        """The tiny model's transformers configuration, with `changes`.
+        """Return the tiny model's configuration as a transformers config object.
 
-        Raises PortingError if transformers refuses it.
+        The keyword arguments in `changes` set keys of the configuration to other values. Raises PortingError if
+        transformers refuses the configuration.
         """
         try:
             return self.kind(**json.loads(json.dumps(self.settings(**changes))))
@@ -132,11 +141,11 @@ class TinyModels:
             raise PortingError(f"transformers refuses a {self.model_type} with {changes or 'small sizes'}: {e}") from e
 
     def untraced_layer_types(self) -> list[str]:
-        """Values of the config key layer_types that the architecture accepts and the tiny model lacks, as a list.
+        """Return values of the config key layer_types that the architecture accepts and the tiny model does not use.
 
-        Each value in OTHER_LAYERS is tried. It is in the list if a model with such a layer has modules of a class that
-        the tiny model does not have. [] if the configuration has no key layer_types. Raises PortingError if the tiny
-        model cannot be built.
+        Each value in OTHER_LAYERS is tried. It is in the returned list if a model with such a layer contains a class of
+        modules that the tiny model does not contain. The list is empty if the configuration has no key layer_types.
+        Raises PortingError if the tiny model cannot be built.
         """
         if "layer_types" not in self.usual:
             return []
@@ -151,9 +160,10 @@ class TinyModels:
         return found
 
     def build(self, **changes: Any) -> Any:
-        """A tiny transformers model with random weights, and with `changes` to its configuration.
+        """Build a tiny transformers model with random weights, and return it.
 
-        Raises PortingError if transformers cannot build it, or if it has too many parameters.
+        Each keyword argument in `changes` sets one key of the model's configuration. Raises PortingError if
+        transformers cannot build the model, or if it has more than LARGEST parameters.
         """
         import torch
         import transformers
@@ -190,15 +200,15 @@ class TinyModels:
         return model
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write the transformers model to `folder`, as a checkpoint."""
+        """Write the transformers model `model` to `folder`, as a checkpoint."""
         model.save_pretrained(folder)
 
     def switches(self) -> dict[str, list[Any]]:
-        """Other values to give single keys of the configuration, to see what each key changes in the model.
+        """Return config keys and other values to try for them: a dict {key: list of values}, which may be empty.
 
-        Returns {key: list of values}. A flag is inverted, an activation is replaced by another, and a float is changed.
-        Of the integers, only those are changed that say in how many layers one has a feature (every n-th layer). The
-        dict may be empty.
+        A model built with one of these values shows what the key changes. A flag is inverted, an activation is replaced
+        by another, and a float is changed. An integer is changed only if it is an interval ("every n-th layer has this
+        feature").
         """
         table = self.settings()
         out: dict[str, list[Any]] = {}

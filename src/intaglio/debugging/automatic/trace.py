@@ -16,12 +16,12 @@ NEAR = 2e-5  # relative difference below which two traced values count as equal
 
 
 class Unmatched(ValueError):
-    """Raised for a part of a model that the fields of Decoder cannot express.
+    """Raised for a part of a model that this package's model description (Decoder) cannot express.
 
     Attributes:
         module: name of the transformers module.
-        missing: what the module computes for which there is no op or field.
-        nearest: the nearest op or field.
+        missing: the module's computation that no op and no field of Decoder can express.
+        nearest: the op or field that comes nearest to it.
     """
 
     def __init__(self, module: str, missing: str, nearest: str) -> None:
@@ -31,7 +31,7 @@ class Unmatched(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """One traced call of a module.
+    """One traced call of a transformers module.
 
     Attributes:
         name: the module's name.
@@ -56,17 +56,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Attention:
-    """One traced call of the attention function.
+    """One traced call of transformers' attention function.
 
     Attributes:
         name: name of the attention module.
         q: queries [heads, tokens, head_dim].
         k: keys [kv heads, tokens, head_dim].
         v: values [kv heads, tokens, value_dim].
-        mask: the array that is added to the scores, [tokens, tokens]; None without a mask.
+        mask: the array [tokens, tokens] that is added to the scores; None without a mask.
         out: the result [tokens, heads * value_dim].
-        scale: the factor on the scores.
-        given: other arguments that are numbers, such as softcap, by name.
+        scale: the factor by which the scores q @ k.T are multiplied.
+        given: the function's other numeric arguments, such as softcap: {name: value}.
     """
 
     name: str
@@ -81,20 +81,20 @@ class Attention:
 
 @dataclass
 class Trace:
-    """The values that a model computes in one run, module by module.
+    """The values that a transformers model computes in one run, module by module.
 
     Attributes:
         tokens: token ids of the prompt.
-        calls: calls of modules, in the order in which they ended.
-        attention: calls of the attention function, in order.
+        calls: the calls of modules, in the order in which they ended.
+        attention: the calls of the attention function, in order.
         logits: the logits [tokens, vocabulary].
-        parameters: values of parameters and buffers, by name.
-        lists: length of each list of modules, by name.
+        parameters: the model's parameters and buffers: {name: values}.
+        lists: length of each list of modules (torch.nn.ModuleList): {name: length}.
         embedding: name of the module of the token embedding.
         head: name of the module of the output head; "" if there is none.
         config: the model's configuration as a dict.
-        probe: function (module name, x) that runs the module on x and returns its result.
-        norms: the Norm that each call computes, or None, by id(call). modules.norms() fills it.
+        probe: function that takes (module name, array), runs the module on the array and returns the module's result.
+        norms: cache that modules.norms() fills: {id() of a Call: its Norm, or None if the call computes no norm}.
     """
 
     tokens: Sequence[int]
@@ -110,26 +110,32 @@ class Trace:
     norms: dict[int, Any] = field(default_factory=dict)
 
     def uncalled(self) -> list[str]:
-        """A sorted list of names of modules that have parameters and took no part: no call of them or inside them."""
+        """Return a sorted list of the names of modules that have parameters but were not used in the run.
+
+        A module was not used if neither it nor a module inside it was called.
+        """
         called = {c.name for c in self.calls}
         held = {n.rpartition(".")[0] for n in self.parameters}
         return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))
 
     def below(self, name: str) -> list[Call]:
-        """The calls of modules inside the module `name`, at any depth, as a list in the order in which they ended."""
+        """Return the calls of modules inside the module `name`, at any depth, as a list.
+
+        The calls are in the order in which they ended.
+        """
         return [c for c in self.calls if c.name.startswith(f"{name}.")]
 
     def of(self, name: str) -> Call | None:
-        """The first call of the module `name`; None if it was not called."""
+        """Return the first call of the module `name`; None if the module was not called."""
         return next((c for c in self.calls if c.name == name), None)
 
     def weight(self, name: str, what: str = "weight") -> np.ndarray | None:
-        """The parameter `what` of the module `name`; None if it has no such parameter."""
+        """Return the parameter `what` of the module `name` as an array; None if the module has no such parameter."""
         return self.parameters.get(f"{name}.{what}")
 
 
 def record(model: Any, tokens: Sequence[int]) -> Trace:
-    """Run a transformers model on token ids, and return the Trace."""
+    """Run a transformers model on the token ids `tokens`, and return the Trace of all values that it computes."""
     import torch
 
     trace = Trace(tokens, config=model.config.get_text_config().to_dict())
@@ -177,8 +183,12 @@ def record(model: Any, tokens: Sequence[int]) -> Trace:
 def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     """Replace transformers' attention function by one that also appends each call to trace.attention.
 
-    Returns {name of a Python module: its original function}, with which the caller undoes the replacement. modules: the
-    model's modules by name. names: names of the modules by their id().
+    Returns {name of a Python module: its original function}. With it the caller can undo the replacement.
+
+    Args:
+        trace: the trace to which calls are appended.
+        modules: the model's modules: {name: module}.
+        names: {id() of a module: its name}.
     """
     import torch
 
@@ -225,10 +235,10 @@ def same(a: np.ndarray, b: np.ndarray, near: float = NEAR) -> bool:
 
 
 def factors(y: np.ndarray, *terms: np.ndarray) -> tuple[float, ...] | None:
-    """Express y as a weighted sum of `terms`. Returns the weights as a tuple, one for each term.
+    """Express `y` as a weighted sum of the arrays `terms`. Returns the weights as a tuple, one for each term.
 
-    They are fitted by least squares. The result is None if the fitted sum is not y (see same()), or if a term has
-    another size than y. A weight within 2e-5 of 1 is returned as exactly 1.
+    The weights are fitted by least squares. A weight within 2e-5 of 1 is returned as exactly 1. Returns None if the
+    fitted sum differs from `y` by more than same() allows, or if a term and `y` have different sizes.
     """
     if any(t.size != y.size for t in terms):
         return None

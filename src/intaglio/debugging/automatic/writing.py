@@ -41,13 +41,13 @@ TURNED = (
 
 
 class Unsolved(ValueError):
-    """Raised when no expression over config.json gives a field's value in all variants.
+    """Raised when no expression over the keys of config.json gives a field's value in all variants.
 
-    A variant is a tiny model with other values of config keys, and what was traced in it.
+    A Variant is one configuration of a tiny model, with the values that were traced when the model ran.
 
     Attributes:
-        variant: a variant with one changed config key that causes this; None if there is none. A port can be written
-            without this variant. It must then refuse the key's value.
+        variant: the variant whose one changed config key is the cause; None if no single key is. A port can still be
+            written without this variant, but the port must then refuse the changed value of that key.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -57,13 +57,13 @@ class Unsolved(ValueError):
 
 @dataclass
 class Text:
-    """The parts of a port file, as source text. The functions of this module fill them one after the other.
+    """The parts of a port file, as source text. The functions of this module fill in the parts one after the other.
 
     Attributes:
-        body: lines of the describing function, before its return.
-        fields: the expression of each argument of Decoder, by the field's name.
+        body: lines of the function that describes the model, without its return statement.
+        fields: {argument of Decoder: source text of its value}.
         sources: entries of Decoder.sources.
-        imports: names to import.
+        imports: names that the port file imports.
     """
 
     body: list[str] = field(default_factory=list)
@@ -73,10 +73,14 @@ class Text:
 
 
 def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
-    """Source text of an expression that gives a field's value in all variants; "" if the value is always `usual`.
+    """Return the source text of an expression that gives a field's value in all variants.
 
-    name: a key of Variant.facts, or several with dots, such as mixture.width. Raises Unsolved if no expression gives
-    the value.
+    The result is "" if the value is `usual` in every variant. Raises Unsolved if no expression gives the value.
+
+    Args:
+        name: the field: a key of Variant.facts, or several keys joined by dots, such as mixture.width.
+        variants: the traced configurations of the tiny model.
+        usual: the default value of the field, which need not be written.
     """
     found = solve(name, variants, usual)
     if found is None:
@@ -85,9 +89,9 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """The first Variant that shows on which config key the fact `name` depends; None if there is none.
+    """Return the first Variant that shows on which config key the value `name` depends; None if no variant shows it.
 
-    Such a variant has exactly one changed config key, and its fact `name` differs from that of variants[0].
+    Such a variant has exactly one changed config key, and its value of `name` differs from the value in variants[0].
 
     Args:
         name: a key of Variant.facts, or several keys joined by dots, such as mixture.width.
@@ -112,18 +116,17 @@ def write_port(
     stored: str,
     about: dict[str, Any],
 ) -> str:
-    """The source text of the port file, a Python module with one Family.
+    """Return the source text of a port file: a Python module that describes one model architecture.
 
     Args:
-        architecture: name in config.json.
+        architecture: the architecture's name in config.json.
         kind: model_type in config.json.
-        variants: traced variants of the configuration, first the one with the usual sizes.
-        refusals: statements that raise an error for settings that cannot be ported.
+        variants: traced configurations of the tiny model; the first one has the usual sizes.
+        refusals: Python statements that raise an error for settings that cannot be ported.
         stored: name of the layout in which the checkpoint stores experts; "" without experts.
-        about: a dict with the keys version, defaults, aliases, title, head and vocabulary, as _about() of derive.py
-            makes it.
+        about: a dict with the keys version, defaults, aliases, title, head and vocabulary, from _about() in derive.py.
 
-    Raises Unsolved if no expression over config.json gives some field's value in all variants; the message names the
+    Raises Unsolved if no expression over config.json gives some field's value in all variants. The message names the
     field.
     """
     t, first = Text(), variants[0].facts
@@ -157,10 +160,13 @@ def write_port(
 
 
 def _by_layer(candidates: Sequence[str], wanted: list[list[Any]], variants: Sequence[Variant]) -> str | None:
-    """The first of `candidates` that gives each layer's value in every variant; None if none does.
+    """Return the first expression in `candidates` that gives each layer's value in every variant; None if none does.
 
-    candidates: expressions over `c` (the configuration), `i` (the layer's number) and `kind` (its layer type). wanted:
-    for each variant, a list of values by layer.
+    Args:
+        candidates: source texts of expressions over `c` (the configuration), `i` (the layer's number) and `kind` (the
+            layer's type).
+        wanted: for each variant, the list of its layers' values.
+        variants: the traced configurations.
     """
     for expression in candidates:
         if all(_each(expression, v, w) for v, w in zip(variants, wanted, strict=True)):
@@ -187,13 +193,13 @@ def _each(expression: str, v: Variant, wanted: list[Any]) -> bool:
 
 
 def _layers(t: Text, variants: Sequence[Variant]) -> None:
-    """Write the source text of the rope tables and the layers into `t`. Returns nothing.
+    """Append the source text that defines the rope tables and the list of layers to `t.body`. Returns None.
 
     Raises Unsolved if no expression over config.json gives each layer's value.
 
     Args:
         t: parts of the port file's text.
-        variants: traced variants of the configuration.
+        variants: traced configurations of the tiny model.
     """
     numbers = [k for k, x in variants[0].config.items() if "window" in k or "local_attention" in k]
     own = [f'int(c.get("{k}", 0))' for k in numbers]
@@ -236,14 +242,15 @@ REQUIRED = (
 
 
 def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
-    """Write the source text of the rope tables into `t`. Returns the source text of the argument `rope` of Layer.
+    """Append the source text of the rope tables to `t.body`. Returns the source text of the argument `rope` of Layer.
 
-    The result is an expression that is evaluated for each layer; "" if all layers use the only table.
+    The returned text is an expression that the port file evaluates for each layer. It is "" if all layers use one
+    table.
 
     Args:
         t: parts of the port file's text.
-        variants: traced variants of the configuration.
-        turns: for each variant, the number of each layer's rope table (see rope_kinds()); -1 for a layer without rope.
+        variants: traced configurations of the tiny model.
+        turns: for each variant, a list with the number of each layer's rope table; -1 for a layer without rope.
 
     Raises Unsolved if no expression gives the traced angles.
     """
@@ -290,7 +297,7 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 def turned(settings: Any, share: float) -> Any:
     """Set partial_rotary_factor in the dict `settings` so that rope rotates the fraction `share` of a head's columns.
 
-    Changes the dict in place and returns it.
+    Changes `settings` in place and returns it.
     """
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
@@ -299,13 +306,12 @@ def turned(settings: Any, share: float) -> Any:
 def _tables(call: str, v: Variant) -> bool:
     """True if the source text `call` makes the right rope table for every layer of a traced variant.
 
-    A table is right if it has the angles that were observed in the trace.
-
-    False if evaluating it raises an error. Layers without rope are not compared.
+    A table is right if its angles are those observed in the trace. Layers without rope are not compared. Returns False
+    if evaluating `call` raises an error.
 
     Args:
-        call: a call of table(), as it will stand in the port file.
-        v: the variant.
+        call: the text of a call of table(), for the port file.
+        v: the variant, which holds the traced angles.
     """
     c = Config(v.config, {})
     try:
@@ -330,20 +336,20 @@ def _tables(call: str, v: Variant) -> bool:
 
 
 def alike(made: Table, seen: Rotation) -> bool:
-    """True if a rope table has the angles, the style and the factor of a traced rotation, within tolerance."""
+    """True if the rope table `made` has the style of the traced rotation `seen`, and nearly its angles and factor."""
     a, b = np.array(made.frequencies), np.array(seen.angles)
     near = len(a) == len(b) and bool(np.allclose(a, b, rtol=2e-3, atol=1e-6))
     return near and made.style == seen.style and abs(made.factor - seen.factor) < 1e-4
 
 
 def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
-    """Write the source text that describes the mixture of experts into `t`. Returns nothing.
+    """Write the source text that describes the mixture of experts into `t`. Returns None.
 
     Raises Unsolved if no expression over config.json gives the value of a field of Mixture in all variants.
 
     Args:
         t: parts of the port file's text.
-        variants: the variants with experts.
+        variants: the traced configurations that have experts.
         stored: name of the layout in which the checkpoint stores the experts, such as STACKED.
     """
     m = variants[0].facts["mixture"]
@@ -394,14 +400,14 @@ def _sources(t: Text) -> Iterator[str]:
 
 
 def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str, Any], about: dict[str, Any]) -> str:
-    """The source text of the whole port file, put together from the parts in `t`.
+    """Return the source text of the whole port file, put together from the parts in `t`.
 
     Args:
         t: parts of the text.
-        architecture: name in config.json.
+        architecture: the architecture's name in config.json.
         kind: model_type in config.json.
         function: name of the function in the port file that returns the Decoder.
-        first: Variant.facts (values of Decoder's fields) of the first variant, the tiny model with no setting changed.
+        first: values of Decoder's fields in the first variant, the tiny model with no setting changed.
         about: further texts and dicts for the file, with the keys version, defaults, aliases, title, head and
             vocabulary.
     """

@@ -16,13 +16,19 @@ from intaglio.program import Program, verify
 
 
 def isa_names() -> list[str]:
-    """A list of the instruction sets that this build has kernels for and this machine can run, best first."""
+    """Return a list of the names of the CPU instruction sets that can be used, best first.
+
+    This build has kernels for them and this machine can run them.
+    """
     return list(_native.isas())
 
 
 @cache
 def build_hash() -> str:
-    """A hash, as text, of the compiled part of this package. Another build may compute other bits."""
+    """Return a hash, as text, of the compiled part of this package.
+
+    Builds with different hashes may compute results that differ in bits.
+    """
     return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
 
 
@@ -30,16 +36,17 @@ class HostDevice(Device):
     """The CPU of this machine as a device. Raises DeviceError for an argument out of range.
 
     Args:
-        threads: CPU threads; by default usable_cores(): one per core, within the container's CPU limit.
-        isa: instruction set; by default $INTAGLIO_ISA, else the best one.
-        cache: folder where packed weights are kept for the next start. "auto" is $INTAGLIO_CACHE or
-            ~/.cache/intaglio/packed, for weights of 64 MB or more; None keeps nothing.
-        communicator: this rank's end of a group; None: no group. With one, Programs run their collectives inside the
-            native step, and all ranks must begin each step.
-        state_file: descriptor of a memory file for the K/V cache of the one Program that is loaded, so that the cache
-            outlives this process. The file's present content is kept. None: the cache ends with this process.
-        image_file: descriptor of a memory file for the packed weights of the one Program that is loaded, if they are
-            not in `cache`. If the file holds them already, they are mapped instead of packed. None: no such file.
+        threads: number of CPU threads; None: usable_cores(), one per core within the container's CPU limit.
+        isa: name of the instruction set; None: $INTAGLIO_ISA, or the best one if that is not set.
+        cache: folder where packed weights are kept for the next start; None keeps nothing. "auto" keeps weights of 64
+            MB or more in $INTAGLIO_CACHE, or in ~/.cache/intaglio/packed if that is not set.
+        communicator: this rank's end of a group of ranks; None: no group. With a communicator, collectives run inside
+            the native step, and all ranks must begin each step.
+        state_file: file descriptor of a memory file for the K/V cache, which then outlives this process. Only one
+            Program can use it. The file's present content is kept. None: the cache ends with this process.
+        image_file: file descriptor of a memory file for packed weights that are not in `cache`. Only one Program can
+            use it. If the file has the packed weights already, they are mapped instead of packed again. None: no such
+            file.
     """
 
     name = "host"
@@ -59,10 +66,11 @@ class HostDevice(Device):
             raise DeviceError(f"instruction set {self.isa!r} is not available; there are {', '.join(isa_names())}")
 
     def recipe(self) -> Recipe:
-        """The Recipe, (name of this class, arguments), by which another process makes an equal host device.
+        """Return the Recipe with which another process makes an equal host device.
 
-        It has the threads, the instruction set and the folder for packed weights. It leaves out the communicator and
-        memory files, which are open descriptors: each rank's process adds its own.
+        It is a tuple (name of this class, arguments). The arguments are the threads, the instruction set and the folder
+        for packed weights. The communicator and the memory files are left out because they are open descriptors. Each
+        rank's process adds its own.
         """
         cache = None if self.cache is None else str(self.cache)
         return f"{__name__}:HostDevice", {"threads": self.threads, "isa": self.isa, "cache": cache}
@@ -72,10 +80,10 @@ class HostDevice(Device):
         return DeviceFacts(self.isa, self.threads, memory, build_hash())
 
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
-        """Translate a Program's ops and pack its weights. Returns the Executable.
+        """Load one Program: translate its ops to native ops and pack its weights. Returns the Executable.
 
-        Raises ProgramError for a Program that breaks a rule. Raises DeviceError for a page size that the kernels do not
-        support, an op without a host kernel, and weights of the wrong shape or type.
+        Raises ProgramError for an invalid Program. Raises DeviceError for a page size that the kernels do not support,
+        for an op without a host kernel, and for weights of the wrong shape or type.
         """
         verify(program)
         multiple = _native.PAGE_MULTIPLE

@@ -42,18 +42,18 @@ NUMPY = {"f32": np.float32, "i32": np.int32}  # types of rows
 
 @dataclass(frozen=True)
 class _Step:
-    """Arrays of a step in progress.
+    """Result arrays of a step in progress. R is the number of rows that are sampled.
 
     Attributes:
-        taken: results that the caller asked for (taps), by the name of the op or view (site).
-        taps: a triple (number of the op, number of a native tensor, array of `taken`) for each tapped op that runs in
-            Python. When the op has run, the native tensor with its result is copied to the array. Native code fills the
-            other arrays of `taken`.
-        seconds: seconds of each op, an array by op number, if requested; else None.
+        taken: the op results that the caller asked for (taps): {name of the op or view: array}.
+        taps: which of these results Python copies, as triples (number of the op, number of a native tensor, array in
+            `taken`). They are the taps of ops with Python kernels; after the op has run, the native tensor is copied to
+            the array. Native code fills the other arrays in `taken`.
+        seconds: seconds of each op, an array indexed by op number, if requested; else None.
         tokens: sampled token ids, int32 [R].
         logprobs: log-probabilities of the sampled tokens, f32 [R].
         logits: f32 [R, vocabulary], if requested; else None.
-        outs: pairs (number of a native tensor, array that it is copied to at the end of the step).
+        outs: pairs (number of a native tensor, array to which it is copied at the end of the step).
     """
 
     taken: dict[str, np.ndarray]
@@ -66,14 +66,14 @@ class _Step:
 
 
 class HostExecutable(RankExecutable):
-    """A Program as native ops with packed weights, K/V cache and recurrent state.
+    """A Program loaded on the CPU: native ops with packed weights, K/V cache and recurrent state.
 
     Attributes:
         program: the Program.
         threads: number of CPU threads.
-        isa: name of the instruction set that its kernels use.
-        layout: packing and buffers, derived from the Program.
-        matrices: packed weights by name.
+        isa: name of the instruction set that the kernels use.
+        layout: which weights are packed together and which buffers a step needs, derived from the Program.
+        matrices: packed weights: {name of the packed matrix: native Weight}.
         packed_bytes: size of the packed weights in bytes.
         image: the file on disk that holds the packed weights, or None.
         state_in_file: True if the whole K/V cache is in the state file.
@@ -111,19 +111,23 @@ class HostExecutable(RankExecutable):
 
     @cached_property
     def experts(self) -> ExpertMoves:
-        """The ExpertMoves that counts tokens per expert and replaces the experts that this rank holds.
+        """The ExpertMoves, which counts the tokens of each expert and replaces the experts that this rank holds.
 
-        It is there for a model without experts too, and then does nothing.
+        A model without experts has an ExpertMoves too, which does nothing.
         """
         return ExpertMoves(self.native, self.program, self.ids, self.matrices, self._pack)
 
     def _pack(self, program: Program, names: Sequence[str]) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:
-        """Read weights from their source again and pack them. Returns a pair of dicts (matrices, vectors).
+        """Read weights from their source again and pack them. Returns a tuple of two dicts (matrices, vectors).
 
-        matrices: the packed native Weights by the packed matrix's name. vectors: f32 arrays by the weight's name.
+        `matrices` is {name of the packed matrix: native Weight}. `vectors` is {name of the weight: f32 array}.
 
-        program: says from which checkpoint tensors the weights come. names: names of weights. Raises DeviceError if
-        this executable did not keep its source of weights: it does so only for layouts with redundant experts.
+        Args:
+            program: the Program that says from which checkpoint tensors each weight is made.
+            names: names of the weights to pack.
+
+        Raises DeviceError if this executable did not keep its source of weights. It keeps the source only in layouts
+        with redundant experts.
         """
         if self._weights is None:
             raise DeviceError("experts are moved only in layouts with redundant experts, such as ep4r8")
@@ -163,21 +167,24 @@ class HostExecutable(RankExecutable):
 
     @property
     def plans(self) -> int:
-        """Number of steps whose plan (tasks for one combination of sizes) was computed, not found in the cache."""
+        """Number of steps that had to be planned because no plan was cached for the sizes of their batch.
+
+        A plan is the list of a step's tasks.
+        """
         return self.native.plans
 
     @property
     def planning_seconds(self) -> float:
-        """Seconds spent so far on planning steps and looking up cached plans."""
+        """Seconds spent so far on planning steps and on looking up cached plans, a float."""
         return self.native.planning_seconds
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step that yields at each collective and returns the StepResult.
+        """Run a step as a generator, which yields at each collective. The generator's return value is the StepResult.
 
-        It yields (collective op, this rank's input) and must be sent this rank's output; either may be None, for a rank
-        that only receives or only sends. Ops between two stops are one native call, which releases Python's GIL. Ops
-        with Python kernels run between native calls. Raises DeviceError for a batch out of range, and for wrong results
-        of a Python kernel.
+        It yields a tuple (collective op, this rank's input) and must be sent this rank's output. The input is None for
+        a rank that only receives. The output is None for a rank that only sends. Ops between two collectives run in one
+        native call, which releases Python's GIL; an op with a Python kernel interrupts the call. Raises DeviceError for
+        a batch out of range, and for wrong results of a Python kernel.
         """
         batch, step = request.batch, self._begin(request)
         for stop in self.layout.stops:
@@ -200,7 +207,7 @@ class HostExecutable(RankExecutable):
         return StepResult(step.tokens, step.logprobs, step.logits, step.taken, timings)
 
     def _begin(self, request: StepRequest) -> _Step:
-        """Check and plan a step, and return a _Step with its result arrays allocated.
+        """Check a step's batch, start its native plan, and return a _Step with newly allocated result arrays.
 
         Raises DeviceError for a batch out of range.
         """
@@ -235,13 +242,13 @@ class HostExecutable(RankExecutable):
     def _run_python(
         self, stop: Stop, rows: Mapping[str, np.ndarray], batch: Batch, seconds: np.ndarray | None
     ) -> Mapping[str, np.ndarray]:
-        """Run an op whose kernel is a Python function. Returns its results by tensor name.
+        """Run an op whose kernel is a Python function. Returns its results: {name of the tensor: array}.
 
         Args:
             stop: the op, its number in the Program and its kernel.
-            rows: the op's operands computed in this step, by name.
+            rows: those of the op's operands that this step has computed: {name of the tensor: array}.
             batch: the step's batch.
-            seconds: array by op number, in which the op's seconds are stored; None: they are not measured.
+            seconds: array indexed by op number, in which the op's seconds are stored; None: they are not measured.
 
         Raises DeviceError unless the results have the names and shapes that the op declares.
         """
@@ -257,18 +264,21 @@ class HostExecutable(RankExecutable):
         return results
 
     def _check_results(self, op: Op, results: Mapping[str, np.ndarray], batch: Batch) -> None:
-        """Raise DeviceError unless the results have the names and shapes that the op declares."""
+        """Raise DeviceError unless `results` has the tensor names and shapes that `op` declares. Returns None."""
         wanted = {name: self._empty(name, batch).shape for name in op.outputs}
         given = {name: np.shape(x) for name, x in results.items()}
         if given != wanted:
             raise DeviceError(f"{op.site} ({op.kind}): the host kernel returned {given}; the op declares {wanted}")
 
     def _type(self, name: str) -> type[np.generic]:
-        """NumPy type of a tensor's values."""
+        """Return the NumPy type of the values of the tensor `name`: float32 or int32."""
         return NUMPY[self.program.tensors[name].format]
 
     def _empty(self, name: str, batch: Batch) -> np.ndarray:
-        """An uninitialised array for a temp in this step, [rows, columns]; [rows] for a temp of one dimension."""
+        """Return an uninitialised array for the tensor `name`, an intermediate result of this step.
+
+        Its shape is [rows, columns], or [rows] if the tensor has one dimension.
+        """
         t = self.program.tensors[name]
         rows = batch.sizes[str(t.shape[0])]
         return np.empty((rows, columns_of(t)) if len(t.shape) == 2 else rows, self._type(name))

@@ -29,17 +29,21 @@ WORTH = 64 << 20  # least bytes of packed weights that cache="auto" keeps: fewer
 
 
 def default_folder() -> Path:
-    """The folder that cache="auto" stands for: $INTAGLIO_CACHE or ~/.cache/intaglio/packed."""
+    """Return the folder for packed weights if cache="auto": $INTAGLIO_CACHE, or ~/.cache/intaglio/packed if not set."""
     return Path(os.environ.get("INTAGLIO_CACHE") or "~/.cache/intaglio/packed").expanduser()
 
 
 @cache
 def packing_hash(format: str, group: int, glu: bool) -> str:
-    """SHA-256, in hex, of a small matrix as this build packs it in the given format.
+    """Return the SHA-256, in hex, of a small matrix that this build has packed in the given format.
 
-    The hash is part of a cache file's key, so that a build that packs differently does not read the file.
+    The hash is a part of a cache file's key. A build that packs weights in another way therefore does not read the
+    file.
 
-    group: group size of the format. glu: True to pack a gate and an up projection together.
+    Args:
+        format: the weight format.
+        group: group size of the format.
+        glu: True to pack a gate and an up projection together.
     """
     n, k = 134, 512 if format in ("q4_k", "q5_k", "q6_k") else 2 * group + 35
     weight = _native.Weight(format, n, k, group, glu)
@@ -57,9 +61,9 @@ def packing_hash(format: str, group: int, glu: bool) -> str:
 
 
 def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]:
-    """Offsets at which matrices are stored one after another, each at a page boundary.
+    """Compute where to store matrices one after another, each beginning at a page boundary.
 
-    Returns ({matrix: offset in bytes}, total size in bytes).
+    Returns a tuple ({name of the matrix: offset in bytes}, total size in bytes).
     """
     found, end = {}, 0
     for name, weight in weights.items():
@@ -68,9 +72,10 @@ def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]
 
 
 def gather(weights: Mapping[str, _native.Weight]) -> None:
-    """Allocate one memory region and give each matrix its part of it, still without values. Returns nothing.
+    """Allocate one memory region for all matrices in `weights`, and give each matrix a part of it. Returns None.
 
-    The matrices keep the region alive. One region can use huge pages, for which single matrices are often too small.
+    No values are written. The region is freed when no matrix uses it. One large region can use huge pages; single
+    matrices are often too small for them.
     """
     found, end = offsets(weights)
     region = _native.Region(end)
@@ -79,15 +84,16 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
 
 
 class MemoryImage:
-    """Packed weights in a memory file that the parent process keeps open, so that they outlive this process.
+    """Packed weights in a memory file that the parent process keeps open, so that the weights outlive this process.
 
-    Use it as a context manager. On entry each matrix becomes a part of the mapped file, and `ready` is set. It is True
-    if the file held these weights already. If it is False, fill the matrices inside the `with` block. The header is
-    written last, so
-    that weights are packed again if a process died while it packed them.
+    Use it as a context manager. On entry each matrix becomes a part of the mapped file. `ready` is then True if the
+    file already held these weights. If `ready` is False, fill the matrices inside the `with` block. The header is
+    written last, so that the weights are packed again if a process died while it was packing.
 
-    file: descriptor of the memory file. key: hash of everything on which the packed weights depend; the file counts as
-    ready only if it has the same key. weights: the matrices by name.
+    Args:
+        file: descriptor of the memory file.
+        key: hash of everything on which the packed weights depend. The file is ready only if it has the same key.
+        weights: the matrices: {name: native Weight}.
     """
 
     def __init__(self, file: int, key: str, weights: Mapping[str, _native.Weight]) -> None:
@@ -110,10 +116,11 @@ class MemoryImage:
 
 
 def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dict[str, int], int]:
-    """Where packed weights lie in an image, a file that processes map into memory: a header, then the matrices.
+    """Compute the layout of an image: a file with a header and then packed matrices, which processes map into memory.
 
-    Returns (the header as bytes, {name of a matrix: its offset from the header's end}, size of the file with header);
-    offsets and size are in bytes. key: text in the header that identifies these weights.
+    Returns a tuple (header, offsets, size). `header` is bytes. `offsets` is {name of the matrix: its offset in bytes
+    from the end of the header}. `size` is the size of the whole file in bytes. `key` is a text that identifies these
+    weights; it is stored in the header.
     """
     found, end = offsets(weights)
     table = {name: [found[name], w.nbytes] for name, w in weights.items()}
@@ -125,15 +132,15 @@ def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dic
 def place(
     file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
 ) -> None:
-    """Map a file into memory, and make each matrix a part of the mapping, without a copy. Returns nothing.
+    """Map a file into memory, and make each matrix a part of the mapping, without a copy. Returns None.
 
     Args:
         file: descriptor of the file.
-        size: bytes to map, from its beginning.
-        writable: True to fill the matrices; the values then go to the file.
-        weights: the matrices by name; they keep the mapping alive.
-        at: by name, each matrix's offset in bytes after `first`.
-        first: bytes of the header in front of the matrices.
+        size: number of bytes to map, from the beginning of the file.
+        writable: True to fill the matrices; their values are then written to the file.
+        weights: the matrices: {name: native Weight}. The mapping exists as long as one of them does.
+        at: {name of the matrix: its offset in bytes from the end of the header}.
+        first: size of the header in bytes.
     """
     region = _native.Region(file, size, writable)
     for name, weight in weights.items():
@@ -141,13 +148,17 @@ def place(
 
 
 class Image:
-    """A file on disk with the packed matrices `weights`, as a context manager.
+    """A file on disk with packed weight matrices, as a context manager.
 
-    `ready`: True if the file existed and the matrices are mapped from it. Otherwise they must be filled inside the
-    `with` block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
+    `ready` is True if the file existed and the matrices are now mapped from it. If `ready` is False, fill the matrices
+    inside the `with` block; the file is then kept on disk. If the disk fails, there is a warning, and the weights in
+    memory stay usable.
 
-    folder: folder of the file. title, key: texts that make up the file's name; `key` is a hash of everything on which
-    the packed weights depend.
+    Args:
+        folder: folder of the file.
+        title: first part of the file's name.
+        key: second part of the file's name: a hash of everything on which the packed weights depend.
+        weights: the matrices: {name: native Weight}.
     """
 
     def __init__(self, folder: Path, title: str, key: str, weights: Mapping[str, _native.Weight]) -> None:
@@ -178,22 +189,25 @@ class Image:
             self._close()
 
     def wait(self) -> None:
-        """Wait until the thread that writes the file has ended, and return nothing.
+        """Wait until the background thread has written the file. Returns None.
 
-        The file is then complete under its name. If writing failed, there was a warning and no file is kept; the
-        weights in memory stay usable.
+        The file is then complete under its final name. If writing failed, the thread has given a warning and no file is
+        kept; the weights in memory stay usable.
         """
         if self._keeper:
             self._keeper.join()
 
     def _map(self, writable: bool) -> None:
-        """Map the file into memory, and make each matrix a part of the mapping. writable: True to fill the matrices."""
+        """Map the file into memory, and make each matrix a part of the mapping.
+
+        `writable` is True to fill the matrices.
+        """
         place(self._file, self.size, writable, self.weights, self.offsets, len(self.header))
 
     def _open(self) -> bool:
-        """Map the existing file. Returns True, or False if there is none or it is not valid.
+        """Map the existing file into memory. Returns True on success; False if there is no file or it is invalid.
 
-        Warns if it is not valid.
+        Warns if the file is invalid.
         """
         try:
             self._file = os.open(self.path, os.O_RDONLY)
@@ -213,10 +227,10 @@ class Image:
         return True
 
     def _begin(self) -> None:
-        """Create and map a temporary file, allocated at full size so that writing cannot run out of disk space.
+        """Create a temporary file and map it into memory.
 
-        Deletes temporary files of other processes that are older than STALE seconds. Raises OSError if the disk is
-        full.
+        The file is allocated at full size, so that the disk cannot become full while matrices are written. Temporary
+        files of other processes are deleted if they are older than STALE seconds. Raises OSError if the disk is full.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for part in self.path.parent.glob("*.part"):
@@ -228,7 +242,10 @@ class Image:
         self._map(writable=True)
 
     def _keep(self) -> None:
-        """Flush the matrices to disk, write the header and rename the file. Runs in a thread of its own."""
+        """Flush the matrices to disk, write the header and give the file its final name.
+
+        Runs in a background thread.
+        """
         assert self._part
         try:
             os.fsync(self._file)
@@ -246,7 +263,7 @@ class Image:
         self._close()
 
     def _close(self) -> None:
-        """Close the file and delete it if it has its temporary name; memory maps stay valid."""
+        """Close the file, and delete it if it still has its temporary name. Existing memory maps stay valid."""
         if self._file >= 0:
             os.close(self._file)
         if self._part:

@@ -49,9 +49,10 @@ PythonFunction = Callable[[Any, Mapping[str, Value], Batch], Mapping[str, np.nda
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """A C++ kernel of the native module.
+    """The entry for an op class whose host kernel is C++ code in the native module.
 
-    `attributes`: function from an op to its attributes by name, in the form that the kernel takes.
+    `attributes` is a function that takes an op and returns {attribute's name: value}, in the form that the kernel
+    takes.
     """
 
     attributes: Callable[[Any], Attributes]
@@ -59,7 +60,10 @@ class NativeKernel:
 
 @dataclass(frozen=True)
 class PythonKernel:
-    """Host kernel of an op that a Python function computes: a step's native code stops before it and goes on after."""
+    """The entry for an op class whose host kernel is a Python function.
+
+    The native code of a step stops before such an op and continues after it.
+    """
 
     function: PythonFunction
 
@@ -68,16 +72,20 @@ KERNELS: dict[type[Op], NativeKernel | PythonKernel] = {}
 
 
 def plain_attributes(op: Op) -> Attributes:
-    """A dict of the op's attributes by name, as they are."""
+    """Return the fields of `op` that are neither its site nor names of tensors, as a dict {attribute's name: value}."""
     return {name: getattr(op, name) for name in op.named("attribute")}
 
 
 def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = plain_attributes) -> None:
-    """Register an op class whose host kernel is C++: the kernel in the native module named after the class's `kind`.
+    """Register an op class whose host kernel is C++ code of the native module. Returns None.
 
-    attributes: function from an op to the attributes (dict) that the kernel takes; the default passes all fields of the
-    op except its site and the names of tensors. Returns nothing. Raises TypeError if the native module has no such
-    kernel, or if the class already has a kernel.
+    The kernel is the native kernel with the name `op_class.kind`. Raises TypeError if there is no such kernel, or if
+    the class already has a kernel.
+
+    Args:
+        op_class: the op class.
+        attributes: function that takes an op and returns {attribute's name: value} for the kernel. By default these are
+            all fields of the op except its site and the names of tensors.
     """
     if op_class.kind not in _native.op_kinds():
         raise TypeError(f"the native module has no kernel {op_class.kind!r}; it has {', '.join(_native.op_kinds())}")
@@ -85,10 +93,10 @@ def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = 
 
 
 def host_kernel(op_class: type[Op]) -> Callable[[PythonFunction], PythonFunction]:
-    """Decorator that registers a Python function as the host kernel of an op class, and returns the function unchanged.
+    """Return a decorator that registers a Python function as the host kernel of an op class.
 
-    The function takes (op, {operand's name: value}, batch) and returns {result's name: array}; the module's docstring
-    has an example. Raises TypeError if the class already has a kernel.
+    The decorated function stays unchanged. It takes (op, {operand's name: value}, batch) and returns {result's name:
+    array}. The module's docstring has an example. Raises TypeError if the class already has a kernel.
     """
 
     def register(function: PythonFunction) -> PythonFunction:
@@ -105,7 +113,10 @@ def _register(op_class: type[Op], kernel: NativeKernel | PythonKernel) -> None:
 
 
 def kernel_of(op: Op) -> NativeKernel | PythonKernel:
-    """The NativeKernel or PythonKernel of an op. Raises DeviceError naming an op that has none."""
+    """Return the host kernel that is registered for the class of `op`: a NativeKernel or a PythonKernel.
+
+    Raises DeviceError with the op's name if there is none.
+    """
     if type(op) not in KERNELS:
         raise DeviceError(
             f"{op.site}: the host has no kernel for op {op.kind}; rebuild the native module if csrc/ops/ has one, or "
@@ -115,22 +126,27 @@ def kernel_of(op: Op) -> NativeKernel | PythonKernel:
 
 
 def map_attributes(op: Map) -> Attributes:
-    """A dict {"expr": list}, the attributes of a map. The list is the map's expression in postfix order.
+    """Return the attributes that the native kernel of an elementwise op takes: a dict {"expr": list}.
 
-    Its items are numbers, and names of operands, operators and functions.
+    The list is the op's expression in postfix order. Its items are numbers, and names of operands, operators and
+    functions.
     """
     return {"expr": [value for _, value in postfix(op.expr)]}
 
 
 def collective_attributes(op: Collective) -> Attributes:
-    """A dict of the attributes of a collective op: the op's own, and `site`, the op's site for error messages."""
+    """Return the attributes that the native kernel of a collective op takes: a dict {attribute's name: value}.
+
+    They are the op's own attributes, and "site", the op's name for error messages.
+    """
     return {"site": op.site, **plain_attributes(op)}
 
 
 def embed_attributes(op: Embed) -> Attributes:
-    """A dict of the attributes of an embed: its scale, and the name of the batch array that selects the rows.
+    """Return the attributes that the native kernel of an embedding op takes: {"scale": number, "index": text}.
 
-    Raises DeviceError for any other array than tokens or positions.
+    "index" names the batch array that selects the rows of the table. Raises DeviceError if this is another array than
+    tokens or positions.
     """
     if op.tokens not in ("tokens", "positions"):
         raise DeviceError(f"{op.site}: the host's embed takes tokens or positions, not {op.tokens}")

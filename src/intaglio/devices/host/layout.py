@@ -21,12 +21,12 @@ from intaglio.program import Program
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight matrix is packed.
+    """How a weight matrix is packed for the host's matrix product.
 
     Attributes:
-        family: family of the weight's format; formats of one family are packed alike.
+        family: family of the weight's format. All formats of a family are packed in the same way.
         group: number of columns that share a scale; 0 if the format has no groups.
-        glu: True if rows of gate and up alternate.
+        glu: True if the matrix holds the gate and up projections of an MLP with alternating rows.
     """
 
     family: str
@@ -36,26 +36,29 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """Shape of a packed weight [rows, columns]: one matrix, a stack of matrices, or gate and up together."""
+    """Shape and packing of a native weight [rows, columns].
+
+    It holds one matrix, a stack of matrices, or a gate and an up matrix together.
+    """
 
     packing: Packing
     rows: int
     columns: int
 
     def make(self) -> _native.Weight:
-        """A new native weight of this shape, allocated without values."""
+        """Allocate a native weight of this shape and return it. Its values are not set."""
         return _native.Weight(self.packing.family, self.rows, self.columns, self.packing.group, self.packing.glu)
 
 
 @dataclass(frozen=True)
 class Home:
-    """Location of a weight in a packed matrix.
+    """The rows of a packed matrix in which a weight is stored.
 
     Attributes:
         matrix: name of the packed matrix.
-        first: row of the packed matrix at which the weight begins.
-        rows: rows of the weight; for a stack, rows of each matrix.
-        step: distance in rows from one matrix of a stack to the next; `rows` for a single matrix.
+        first: number of the packed matrix's row at which the weight begins.
+        rows: number of rows of the weight. If the weight is a stack of matrices, rows of each matrix.
+        step: distance in rows from the beginning of one matrix of a stack to the next; `rows` for a single matrix.
     """
 
     matrix: str
@@ -66,13 +69,14 @@ class Home:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Size of the memory for the temps that are planned into one buffer.
+    """Size of one memory buffer for intermediate results of a step (temps). Several temps may use one buffer in turn.
 
     Attributes:
         columns: number of columns of the widest temp.
-        sampled: True if it has a row for each of the R rows to sample; False for token rows.
-        share: with sequence parallelism, which part of the T token rows the buffer holds, counted from 0; else 0.
-        shares: number of near-equal parts into which the token rows are divided; 1 without sequence parallelism.
+        sampled: True if the buffer has one row for each row that is sampled; False if it has one row per token.
+        share: with sequence parallelism, the number of the part of the token rows that the buffer holds, counted from
+            0; otherwise 0.
+        shares: number of nearly equal parts into which the token rows are divided; 1 without sequence parallelism.
     """
 
     columns: int
@@ -83,9 +87,12 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stop:
-    """An op at which native code returns to Python: a collective (kernel is None), or an op with a Python kernel.
+    """An op at which the native code of a step returns to Python: a collective, or an op with a Python kernel.
 
-    `at`: the op's number in the Program.
+    Attributes:
+        at: the op's number in the Program.
+        op: the op.
+        kernel: the op's Python kernel; None for a collective.
     """
 
     at: int
@@ -95,14 +102,14 @@ class Stop:
 
 @dataclass(frozen=True)
 class HostLayout:
-    """How the host stores and runs a Program: packed weights, buffers, and where native code stops.
+    """How the host stores and runs a Program: packed weights, buffers, and the ops at which native code stops.
 
     Attributes:
-        matrices: shape of each packed matrix, by the name of the first weight in it.
-        homes: where each packed weight is: {name of the weight: Home (packed matrix, first row)}.
-        buffers: size of each buffer for temps, a Buffer (columns, kind of rows), by buffer_key().
-        keys: names of the caches that hold attention keys, which are stored transposed.
-        joined: {bias of an MLP's gate: bias of its up-projection, which is appended to the gate's}.
+        matrices: {name of a packed matrix: its shape}. A packed matrix is named after the first weight in it.
+        homes: {name of a packed weight: the rows in which it is stored}.
+        buffers: {buffer_key() of a tensor: size of the buffer in which the tensor is stored}.
+        keys: names of the caches that hold attention keys. They are stored transposed.
+        joined: {bias of an MLP's gate: bias of its up projection}. The second is appended to the first.
         stops: ops at which native code returns to Python, in order.
         native: names of weights, constants and state that native ops use.
         arrays: names of weights, constants and state that Python kernels use.
@@ -124,10 +131,10 @@ class HostLayout:
 
     @classmethod
     def of(cls, program: Program, native_collectives: bool = False) -> HostLayout:
-        """The HostLayout derived from a Program.
+        """Return the HostLayout for a Program.
 
-        native_collectives: True if collectives are native ops, for a rank with a communicator. Raises DeviceError
-        naming an op without a host kernel, or state that both native and Python code use.
+        `native_collectives` is True if collectives run as native ops, which needs a communicator. Raises DeviceError
+        for an op without a host kernel, and for state that both native and Python kernels use.
         """
         stops_at = () if native_collectives else (Collective,)
         kernels = [None if isinstance(op, stops_at) else kernel_of(op) for op in program.ops]
@@ -156,7 +163,10 @@ class HostLayout:
 
 
 def _check_state(program: Program, both: frozenset[str]) -> None:
-    """Raise DeviceError if one of the tensors `both`, which native and Python code both use, is state."""
+    """Raise DeviceError if a tensor in `both` is state, such as a K/V cache. Returns None.
+
+    `both` has the names of the tensors that native and Python kernels both use. They must not share state.
+    """
     for name in sorted(both):
         if program.tensors[name].role == "state":
             users = [op.site for op in program.ops if name in op.inputs]
@@ -167,7 +177,10 @@ def _check_state(program: Program, both: frozenset[str]) -> None:
 
 
 def packing_of(t: Tensor, glu: bool) -> Packing:
-    """The Packing of a weight. glu: True if rows of gate and up alternate in the packed matrix."""
+    """Return how the weight tensor `t` is packed, as a Packing.
+
+    `glu` is True if rows of a gate and an up projection alternate in the packed matrix.
+    """
     fmt = formats.get(t.format)
     return Packing(fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, glu)
 
@@ -175,15 +188,19 @@ def packing_of(t: Tensor, glu: bool) -> Packing:
 def _matrices(
     program: Program, ops: list[Op], gates: Mapping[str, str]
 ) -> tuple[dict[str, PackedMatrix], dict[str, Home]]:
-    """Choose the packed matrices of a Program, and where each weight lies in them.
+    """Choose the packed matrices of a Program, and the rows in which each weight is stored.
 
-    Returns ({name of a packed matrix: PackedMatrix}, {name of a weight: Home, its place in one of these matrices}).
+    Returns a tuple ({name of a packed matrix: PackedMatrix}, {name of a weight: Home}). A Home says in which packed
+    matrix and in which rows the weight is.
 
-    Each weight of a matrix product has a packed matrix of its own, named after it; a gated MLP's gate and up matrices
-    share the gate's. In a weight [n, rows, columns], such as that of n experts, each of the n matrices begins at a
-    multiple of _native.PANEL_ROWS rows.
+    Each weight of a matrix product has a packed matrix of its own, with the weight's name. The exception is a gated
+    MLP: its gate and up weights share one packed matrix, with the gate's name. A weight [n, rows, columns], such as the
+    weights of n experts, is a stack of n matrices; each begins at a multiple of _native.PANEL_ROWS rows.
 
-    ops: the ops with native kernels. gates: {gate weight: up weight} of gated MLPs, and likewise for their biases.
+    Args:
+        program: the Program.
+        ops: the ops with native kernels.
+        gates: {gate weight: up weight} of gated MLPs, and {gate bias: up bias}.
     """
     packed = {w for op in ops for w in op.operands(*WEIGHT_MATRICES)}
     interleaved = {w for op in ops for w in op.interleaved}
@@ -203,17 +220,20 @@ def _matrices(
 
 
 def columns_of(t: Tensor) -> int:
-    """Number of values in a row of a temp (an op's result that later ops read); 1 if it has one dimension."""
+    """Return the number of values in a row of `t`, an intermediate result of a step; 1 if `t` has one dimension."""
     return int(t.shape[1]) if len(t.shape) == 2 else 1
 
 
 def buffer_key(t: Tensor) -> str | int:
-    """Key of a temp's buffer: the buffer's number, or the temp's name if memory was not planned."""
+    """Return the key of the buffer in which an intermediate result `t` is stored.
+
+    It is the buffer's number, or the tensor's own name if the Program's memory was not planned.
+    """
     return t.name if t.buffer is None else t.buffer
 
 
 def _buffers(program: Program) -> dict[str | int, Buffer]:
-    """The buffers in which a step keeps its temps and outputs: {buffer_key() of the tensors in it: Buffer}."""
+    """Return the buffers for the intermediate results and outputs of a step: {buffer_key() of its tensors: Buffer}."""
     buffers = dict[str | int, Buffer]()
     for t in program.tensors.values():
         if t.role in ("temp", "output") and not t.view:

@@ -32,16 +32,19 @@ from intaglio.program.source import strips
 
 
 def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int) -> None:
-    """Write quantised rows (codes, scales, zeros or minima) into the rows of a native weight from number `first` on."""
+    """Write the quantised rows `rows` into a native weight, beginning at the weight's row number `first`.
+
+    The rows' codes, scales, and zero points or minima are written. Returns None.
+    """
     own = {name: np.ascontiguousarray(x, np.float32) for name, x in rows.arrays.items() if name != "codes"}
     codes, lows = np.ascontiguousarray(rows.codes).view(np.uint8), own.get("zeros", own.get("minima"))
     weight.fill_codes(codes, own["scales"], lows, own.get("units"), own.get("low_units"), first, threads)
 
 
 def _source_name(array: np.ndarray, name: str) -> str:
-    """Name of the format (f32, f16 or bf16) of an array that is not quantised.
+    """Return the name of the number format of an array that is not quantised: "f32", "f16" or "bf16".
 
-    name: the weight's name, for the error. Raises DeviceError if the host cannot read the array's type.
+    `name` is the weight's name, for the error message. Raises DeviceError if the array has another type.
     """
     for known in ("f32", "f16", "bf16"):
         if array.dtype == formats.get(known).dtype:
@@ -51,12 +54,12 @@ def _source_name(array: np.ndarray, name: str) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What load() has put into a native executable.
+    """The result of load(): what was put into a native executable.
 
     Attributes:
-        ids: the number by which the native executable knows a tensor, by the tensor's name.
-        matrices: packed weights by name.
-        arrays: weights, constants and state for Python kernels, by name.
+        ids: {name of a tensor: its number in the native executable}.
+        matrices: packed weights: {name of the packed matrix: native Weight}.
+        arrays: weights, constants and state for Python kernels: {name of the tensor: value}.
         image: the file on disk with the packed weights, or None.
     """
 
@@ -70,10 +73,9 @@ def load(
     native: _native.Executable, program: Program, layout: HostLayout, weights: Weights, state: StateSpec, threads: int,
     cache: str | Path | None, image_file: int | None = None,
 ) -> Loaded:  # fmt: skip
-    """Fill a native executable: declare its tensors, pack its weights, create its ops.
+    """Fill an empty native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
 
-    Returns a Loaded: numbers of the tensors, the packed matrices, and arrays for Python kernels. Raises DeviceError for
-    weights of the wrong shape or type, and for ops that the kernels cannot run.
+    Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
 
     Args:
         native: the empty executable.
@@ -81,9 +83,9 @@ def load(
         layout: which weights are packed together, and where native code stops.
         weights: the source of the weights.
         state: sizes of the K/V cache and of recurrent state.
-        threads: threads that pack.
-        cache: folder for packed weights; "auto": the usual folder if there are enough weights to make it worth while;
-            None: no file on disk.
+        threads: number of threads that pack weights.
+        cache: folder in which packed weights are kept. "auto": the usual folder, but only for at least image.WORTH
+            bytes of packed weights. None: no file on disk.
         image_file: descriptor of a memory file for packed weights that are not kept on disk; None: no such file.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
@@ -111,16 +113,16 @@ def pack_again(
 ) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:  # fmt: skip
     """Read weights of a loaded Program again and pack them into new memory, with one thread.
 
-    Returns ({name of packed matrix: packed weight}, {name of vector: values, f32}). Used to give a rank other experts.
+    Returns a tuple ({name of a packed matrix: native Weight}, {name of a vector: f32 array}). It is used to give a rank
+    other experts.
 
     Args:
         native: the executable in which the Program is loaded.
-        layout: its layout.
+        layout: the layout of that executable.
         weights: source of checkpoint tensors.
-        state: size of its state.
-        program: the loaded Program, whose weights may name other checkpoint tensors than at load, such as other
-            experts.
-        names: the weights to read, all used by native ops.
+        state: size of the K/V cache and recurrent state.
+        program: the loaded Program, or a copy of it whose weights name other checkpoint tensors, such as other experts.
+        names: the weights to read. Native ops must use all of them.
 
     Raises DeviceError for checkpoint tensors that do not fit.
     """
@@ -134,10 +136,11 @@ def pack_again(
 
 
 def added_sums(program: Program) -> dict[int, dict[str, str]]:
-    """The all_reduces that the host runs together with the addition of a residual that follows them.
+    """Find each all_reduce that the host can run together with the addition of a residual that follows it.
 
-    Returns {number of the all_reduce: {"residual": name of the residual, "total": name of the addition's result}}. The
-    addition is the next op, a map, and no other op reads the sum. The sum is then not stored.
+    Returns {number of the all_reduce op: {"residual": name of the residual, "total": name of the addition's result}}.
+    The addition must be the next op, and no other op may read the result of the all_reduce, because the host does not
+    store it.
     """
     reads = Counter(program.base(name) for op in program.ops for name in op.inputs)
     found = {}
@@ -152,12 +155,16 @@ def added_sums(program: Program) -> dict[int, dict[str, str]]:
 def add_op(
     native: _native.Executable, op: Op, ids: Mapping[str, int], more: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Append one op to the native executable. Raises DeviceError if its kernel cannot run the op.
+    """Append one op to the native executable. Returns None.
 
-    Operands are passed by the field names of the op's class, attributes as the op's NativeKernel gives them.
+    Raises DeviceError if the native kernel cannot run the op.
 
-    ids: numbers of the Program's tensors in the native executable, by name. more: further operands that the op's class
-    does not have, as {operand's name in the kernel: tensor's name}; for example the residual that an all_reduce adds.
+    Args:
+        native: the executable.
+        op: the op. Its NativeKernel says in which form the op's attributes are passed.
+        ids: {name of a tensor: its number in the native executable}.
+        more: further operands, which the op itself does not have: {operand's name in the kernel: tensor's name}. For
+            example, the residual that an all_reduce adds.
     """
     kernel = kernel_of(op)
     assert isinstance(kernel, NativeKernel)
@@ -172,13 +179,13 @@ def _image(
     program: Program, layout: HostLayout, matrices: Mapping[str, _native.Weight], weights: Weights,
     cache: str | Path | None, file: int | None,
 ) -> image.Image | image.MemoryImage | None:  # fmt: skip
-    """The place where the packed matrices are kept for the next start; None if they are not kept.
+    """Return the file in which packed matrices are kept for the next start: an Image, a MemoryImage, or None.
 
-    It is an Image, a file on disk, if `cache` is a folder, or if `cache` is "auto" and the matrices have at least
-    image.WORTH bytes. Otherwise it is a MemoryImage if `file` is given. They are not kept if neither holds, or if
-    weights.identity() is None, so that no key tells whether a later process has the same weights.
+    It is an Image (a file on disk) if `cache` is a folder, or if `cache` is "auto" and the matrices have at least
+    image.WORTH bytes. Otherwise it is a MemoryImage if `file` is given, or else None. It is also None if
+    weights.identity() is None, because a later process could not tell whether it has the same weights.
 
-    cache, file: the arguments `cache` and `image_file` of load().
+    `cache` and `file` are the arguments `cache` and `image_file` of load().
     """
     on_disk = cache is not None and (cache != "auto" or sum(w.nbytes for w in matrices.values()) >= image.WORTH)
     if not on_disk and file is None:
@@ -200,9 +207,9 @@ def _image(
 
 
 def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
-    """The tensors that ops without native kernels read: {name: weight, constant or zeroed state}.
+    """Return the tensors that ops with Python kernels read: {name of a weight, constant or state: value}.
 
-    Op.reference() takes them from this dict. Raises DeviceError if a weight does not fit its tensor's shape or format.
+    State is filled with zeros. Raises DeviceError if a weight does not fit its tensor's shape or format.
     """
     found: dict[str, Value] = {}
     for t in (program.tensors[name] for name in sorted(layout.arrays)):
@@ -217,7 +224,8 @@ def _arrays(program: Program, layout: HostLayout, weights: Weights, state: State
 class _Loader:
     """Declares tensors to a native executable and packs weights.
 
-    `packed`: True if the matrices are packed already, for example by a cached file; then only vectors are read.
+    If `packed` is True, the matrices have their values already, for example from a cached file, and only vectors are
+    read.
     """
 
     native: _native.Executable
@@ -231,13 +239,13 @@ class _Loader:
     buffers: dict[str | int, int] = field(default_factory=dict)
 
     def is_native(self, t: Tensor) -> bool:
-        """True if the native executable needs the tensor."""
+        """True if ops of the native executable use the tensor `t`, so that it must be declared."""
         return t.role in ("temp", "output") or t.name in self.layout.native
 
     def declare(self, t: Tensor) -> int:
-        """Declare a tensor to the native executable. Returns its number there.
+        """Declare a tensor to the native executable. Returns the number that the native executable gives it.
 
-        Raises DeviceError for state that the StateSpec has no room for, and for weights that do not fit.
+        Raises DeviceError for state for which the StateSpec has no slots or pages, and for weights that do not fit.
         """
         if t.role == "const":
             return self.native.vector(np.array(t.values, np.float32))
@@ -259,7 +267,10 @@ class _Loader:
         return self.native.columns(self._buffer(base), columns_of(t), columns_of(base), column)
 
     def _buffer(self, t: Tensor) -> int:
-        """Number of the native buffer of a temp. The buffer is declared at its first use."""
+        """Return the number of the native buffer that holds the intermediate result `t`.
+
+        The buffer is declared to the native executable at its first use.
+        """
         key = buffer_key(t)
         if key not in self.buffers:
             b = self.layout.buffers[key]
@@ -267,13 +278,14 @@ class _Loader:
         return self.buffers[key]
 
     def _vector(self, t: Tensor) -> int:
-        """Declare a vector to the native executable, or a stack of vectors as one; return its number there."""
+        """Declare a vector, or a stack of vectors, to the native executable. Returns the vector's number there."""
         return self.native.vector(self.vector(t))
 
     def vector(self, t: Tensor) -> np.ndarray:
-        """The values of a vector, or of a stack of vectors as one vector, as an f32 array of one dimension.
+        """Return the values of a vector, or of a stack of vectors joined into one, as an f32 array of one dimension.
 
-        The biases of gate and up of each expert are concatenated, as their matrices are packed together.
+        If gate and up matrices are packed together, their biases are concatenated: for each expert, the gate's bias and
+        then the up projection's.
         """
         joined = self.layout.joined
         parts = [t, *([self.program.tensors[joined[t.name]]] if t.name in joined else [])]
@@ -281,18 +293,17 @@ class _Loader:
         return np.concatenate(values, axis=-1).reshape(-1)
 
     def _matrix(self, t: Tensor) -> int:
-        """Declare a matrix and pack its values, unless they are packed already.
+        """Declare a matrix to the native executable, and pack its values unless they are packed already.
 
-        Returns the number by which the native executable knows it.
-
-        Raises DeviceError if the checkpoint's tensors do not fit its shape.
+        Returns the number that the native executable gives the matrix. Raises DeviceError if the checkpoint's tensors
+        do not fit the matrix's shape.
         """
         if not self.packed:
             self.fill(t)
         return self.native.weight(self.matrices[self.layout.homes[t.name].matrix], [int(d) for d in t.shape])
 
     def fill(self, t: Tensor) -> None:
-        """Read a matrix from the checkpoint and pack its values into this loader's image. Returns nothing.
+        """Read a matrix from the checkpoint and pack its values into its native weight. Returns None.
 
         Raises DeviceError if the values in the checkpoint do not fit the shape or format of `t`.
         """
@@ -306,11 +317,11 @@ class _Loader:
             raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
 
     def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
-        """Pack the values `x` of the checkpoint tensor `name` into weight `t`, from row `at` of the weight on.
+        """Pack the values `x` of the checkpoint tensor `name` into the rows of weight `t`, beginning at its row `at`.
 
-        Returns the number of the weight's row after the last one packed. home: where the weight's rows are in the
-        packed matrix, which may hold several weights. Raises DeviceError if the values do not fit the weight's shape or
-        format.
+        Returns the number of the row after the last one packed. `home` says in which packed matrix, which may hold
+        several weights, and in which of its rows the weight is. Raises DeviceError if the values do not fit the
+        weight's shape or format.
         """
         held, total = list(x.shape), math.prod(x.shape[:-1])
         if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):
@@ -334,10 +345,17 @@ class _Loader:
         return at + total
 
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
-        """Pack `count` rows of a matrix, from its row `first` on, into the native weight from row `to` on.
+        """Pack some rows of the matrix `rows` into a native weight. Returns None.
 
-        Returns nothing. rows: the matrix. name: name of its checkpoint tensor, for errors. Raises DeviceError if the
-        host cannot read its type.
+        Raises DeviceError if the host cannot read the matrix's type.
+
+        Args:
+            weight: the native weight.
+            rows: the matrix.
+            first: number of the matrix's first row to pack.
+            count: number of rows to pack.
+            to: number of the native weight's row in which the first of them is stored.
+            name: name of the checkpoint tensor, for errors.
         """
         if isinstance(rows, Quantised):
             fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)

@@ -25,14 +25,14 @@ Pack = Callable[[Program, list[str]], tuple[dict[str, _native.Weight], dict[str,
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The new experts of one layer on this rank.
+    """The packed weights of the experts that a new placement of one layer's experts gives to this rank.
 
     Attributes:
-        op: number of the op in the Program.
-        held: experts of each rank.
-        rank: the number of this rank among them.
-        matrices: packed weights by the name of the matrix that they replace.
-        vectors: new values, f32, by the name of the vector that they replace.
+        op: number of the layer's experts op in the Program.
+        held: for each rank, the numbers of its experts in the new placement.
+        rank: the index of this rank in `held`.
+        matrices: {name of the packed matrix to replace: its new native Weight}.
+        vectors: {name of the vector to replace: its new values, f32}.
     """
 
     op: int
@@ -43,15 +43,15 @@ class PackedExperts:
 
 
 class ExpertMoves:
-    """Counts the tokens that went to each expert of a loaded Program, and replaces experts that this rank holds.
+    """Counts the tokens routed to each expert of a loaded Program, and replaces the experts that this rank holds.
 
     Args:
         native: the native executable.
         program: the Program loaded in it.
-        ids: numbers of the Program's tensors in the native executable, by name.
-        matrices: packed weights, by name.
-        pack: function that packs weights. It takes a Program and names of weights, and returns (packed matrices by
-            name, vectors by name).
+        ids: {name of a tensor: its number in the native executable}.
+        matrices: packed weights: {name of the packed matrix: native Weight}.
+        pack: function that reads and packs weights. It takes a Program and a list of weight names. It returns ({name of
+            a packed matrix: native Weight}, {name of a vector: f32 array}).
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class ExpertMoves:
         self.error: Exception | None = None
 
     def loads(self) -> dict[str, ExpertLoad]:
-        """A dict {site: ExpertLoad} of all layers with experts, where a site is the name of the layer's op `experts`.
+        """Return the load of the experts of each layer: {name of the layer's experts op: ExpertLoad}.
 
-        `tokens` of an ExpertLoad counts, for each expert of the layer, the tokens routed to it since the Program was
-        loaded, whichever rank holds it. `held` lists only this rank's experts; it is () for every other rank, which
-        this one does not know.
+        `tokens` of an ExpertLoad counts the tokens routed to each expert of the layer since the Program was loaded,
+        also for experts on other ranks. `held` has the experts of this rank; it is () for every other rank, because
+        this rank does not know them.
         """
         found = {}
         for site, (i, op) in self.ops.items():
@@ -79,11 +79,11 @@ class ExpertMoves:
         return found
 
     def load(self, layers: Mapping[str, Ranks]) -> None:
-        """Start a thread that reads and packs the experts that this rank is to hold. Returns at once.
+        """Start a thread that reads and packs the experts that a new placement gives to this rank.
 
-        layers: the new placement of some layers, {site (name of the layer's op `experts`): the expert numbers of each
-        rank}. Layers that this rank does not run are ignored. Raises DeviceError if other experts are being loaded, or
-        for a placement that does not fit.
+        Returns None at once. `layers` is {name of a layer's experts op: for each rank, the numbers of its experts}.
+        Layers that this rank does not run are ignored. Raises DeviceError if other experts are being loaded, and for a
+        placement that does not fit.
         """
         if self.thread and self.thread.is_alive():
             raise DeviceError("other experts are being loaded; switch to them first")
@@ -94,9 +94,9 @@ class ExpertMoves:
         self.thread.start()
 
     def loaded(self) -> bool:
-        """True if no experts are being loaded; False while they are.
+        """False while experts are being loaded in the background; otherwise True.
 
-        Raises DeviceError with the message of the error that loading raised, once.
+        If loading failed, the first call afterwards raises DeviceError with the message of the error.
         """
         if self.thread and self.thread.is_alive():
             return False
@@ -107,7 +107,7 @@ class ExpertMoves:
         return True
 
     def switch(self) -> None:
-        """Wait until the new experts are loaded, and use them from the next step on.
+        """Wait until the new experts are loaded, and use them in all later steps. Returns None.
 
         Nothing changes if load() was not called since the last switch. Raises DeviceError if loading failed.
         """
@@ -125,7 +125,10 @@ class ExpertMoves:
         self.packed = []
 
     def _check(self, site: str, held: Ranks) -> None:
-        """Raise DeviceError unless `held` is a placement with as many experts on as many ranks as the present one."""
+        """Raise DeviceError unless the new placement `held` fits the layer's experts op `site`. Returns None.
+
+        It must have as many ranks, and as many experts on each rank, as the present placement.
+        """
         op, given = self.ops[site][1], [len(own) for own in held]
         if not op.held or given != [len(op.held)] * op.ranks:
             raise DeviceError(
@@ -145,10 +148,11 @@ class ExpertMoves:
             self.error = e
 
     def _packed(self, site: str, held: Ranks) -> PackedExperts:
-        """Read and pack the experts that this rank holds in a new placement of a layer's experts.
+        """Read and pack the experts that a new placement of a layer gives to this rank. Returns the PackedExperts.
 
-        Returns the PackedExperts. site: name of the layer's op `experts`. held: in the new placement, the numbers of
-        the experts of each rank.
+        Args:
+            site: name of the layer's experts op.
+            held: for each rank, the numbers of its experts in the new placement.
         """
         i, op = self.ops[site]
         rank = op.rank

@@ -19,8 +19,8 @@ from intaglio.program import Program
 class Draws:
     """Sampling parameters of all rows that a step samples, converted to native form.
 
-    A Draws is kept and used again while the parameters are the same. It saves 40 us a step: converting is slow because
-    a step's weights have pushed everything else out of the CPU caches.
+    A step whose parameters equal those of the step before uses the same Draws again. This saves 40 us per step: the
+    conversion is slow because the weights read by a step have evicted everything else from the CPU caches.
     """
 
     ways: tuple[Sampling, ...]
@@ -28,9 +28,10 @@ class Draws:
 
     @classmethod
     def of(cls, ways: tuple[Sampling, ...]) -> Draws:
-        """Convert sampling parameters to native arrays, once for many steps.
+        """Convert sampling parameters to native arrays. Returns a Draws, which many steps can use.
 
-        ways: the Sampling (temperature, top_k, top_p, min_p, seed) of each row to sample, in order; may be empty.
+        `ways` has a Sampling (temperature, top_k, top_p, min_p, seed) for each row to sample, in order. It may be
+        empty.
         """
         numbers = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in ways]
         seeds = [s.seed & 0xFFFFFFFFFFFFFFFF for s in ways]
@@ -40,10 +41,14 @@ class Draws:
 
 
 class Timings(Mapping[str, float]):
-    """Seconds of each op of a step: a read-only mapping {site (name of the op): seconds}.
+    """Seconds of each op of a step: a read-only mapping {op's name: seconds}.
 
-    The dict is built when a value is first read, not at the end of the step, because building it would lengthen a small
-    step measurably. sites: the ops' names. seconds: array in the same order.
+    Internally, a dict is built when a value is first read. Building it at the end of every step would make small steps
+    measurably slower.
+
+    Args:
+        sites: the ops' names.
+        seconds: array with the seconds of each op, in the order of `sites`.
     """
 
     def __init__(self, sites: Sequence[str], seconds: np.ndarray) -> None:
@@ -64,10 +69,10 @@ class Timings(Mapping[str, float]):
 
 
 def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | None:
-    """Logit edits and grammar masks of all rows as one native object, _native.Edits; None if no row has any.
+    """Convert the logit edits and grammar masks of all rows to native form. Returns None if no row has any.
 
-    sampling: the Sampling of each row to sample, in order. Raises DeviceError if an edited token id is outside 0 ..
-    vocabulary - 1, or a mask is not uint32 [ceil(vocabulary / 32)].
+    The result is a _native.Edits. `sampling` has the Sampling of each row to sample, in order. Raises DeviceError if an
+    edited token id is not less than `vocabulary`, or if a mask is not uint32 [ceil(vocabulary / 32)].
     """
     if all(s.edits is None and s.mask is None for s in sampling):
         return None
@@ -94,11 +99,17 @@ def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | N
 def taps_of(
     program: Program, ids: Mapping[str, int], batch: Batch, sites: Collection[str]
 ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
-    """Arrays for the results that a caller asked for (taps), as ({site: array}, copies that fill them).
+    """Allocate arrays for the op results that a caller asked for (taps). Returns a tuple (arrays, copies).
 
-    A site is the name of an op or of a view of its result. A copy is (number of the op after which native code copies,
-    number of the tensor, array). ids: numbers of the Program's tensors in the native executable. Results that are not
+    `arrays` is {name of the op or view: f32 array [rows, columns]}. `copies` has a tuple for each array: (number of the
+    op after which native code fills the array, number of the native tensor to copy, the array). Results that are not
     f32 are left out.
+
+    Args:
+        program: the Program.
+        ids: {name of a tensor: its number in the native executable}.
+        batch: the step's batch.
+        sites: names of the ops, or of views of their results, that the caller asked for.
     """
     taken, wanted = {}, []
     for i, op in enumerate(program.ops):

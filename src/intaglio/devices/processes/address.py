@@ -12,9 +12,9 @@ SCHEME = "tcp://"
 
 @dataclass(frozen=True)
 class TcpAddress:
-    """Where something listens over TCP, and the token that both ends know. port 0: any free one.
+    """A TCP address at which a process listens, and the secret token that both ends of a connection must know.
 
-    Raises ValueError for a token of less than 16 bytes.
+    Port 0 stands for any free port. Raises ValueError for a token of less than 16 bytes.
     """
 
     host: str
@@ -29,7 +29,10 @@ class TcpAddress:
 
     @property
     def unspecified(self) -> bool:
-        """True if the host is 0.0.0.0 or ::, at which one can listen but to which nobody can connect."""
+        """True if the host is 0.0.0.0 or ::, which stand for all addresses of a host.
+
+        A process can listen at such an address, but nobody can connect to it.
+        """
         try:
             return ip_address(self.host).is_unspecified
         except ValueError:
@@ -37,7 +40,10 @@ class TcpAddress:
 
     @classmethod
     def parse(cls, text: str, token: str) -> TcpAddress:
-        """The TcpAddress of a text such as tcp://10.0.0.5:8001. Raises ValueError for another text or a short token."""
+        """Return the TcpAddress for a text such as "tcp://10.0.0.5:8001" and the secret `token`.
+
+        Raises ValueError if `text` has another form or `token` is too short.
+        """
         host, colon, port = text.removeprefix(SCHEME).rpartition(":")
         if not (text.startswith(SCHEME) and colon and host and port.isdecimal() and int(port) < 1 << 16):
             raise ValueError(f"{text!r} is no address; write tcp://HOST:PORT, such as tcp://10.0.0.5:8001")

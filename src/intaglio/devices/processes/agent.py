@@ -48,23 +48,23 @@ WAIT = 3600.0  # seconds; then it waits again
 
 
 class PackedJob(Job):
-    """A Job as the bytes that came from the coordinator, which are passed on to a child process."""
+    """A Job in serialised form, as the coordinator sent it. It is passed to a child process without being parsed."""
 
     def __init__(self, message: np.ndarray, modules: list[str]) -> None:
         object.__setattr__(self, "message", message)
         object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
-        """A list with one array, uint8: the bytes of the job as the coordinator sent them."""
+        """Return a list with one uint8 array: the bytes of the job as the coordinator sent them."""
         return [vars(self)["message"]]
 
     def modules(self) -> list[str]:
-        """A list of the names of Python modules that the job needs, as the coordinator sent them."""
+        """Return a list of the names of the Python modules that the job needs, as the coordinator sent them."""
         return list(vars(self)["needed"])
 
 
 class Port:
-    """A listening socket to which ranks of other hosts connect. Each connection is kept until take() asks for it."""
+    """A listening TCP socket for ranks of other hosts. It keeps each accepted connection until take() asks for it."""
 
     def __init__(self, host: str, token: bytes) -> None:
         self.token, self.listener = token, listen(host)
@@ -80,10 +80,10 @@ class Port:
         return host, port
 
     def begin(self, epoch: int) -> None:
-        """Refuse connections for groups before `epoch` from now on, and close those that have arrived for them.
+        """Close connections for groups of ranks older than `epoch`, and refuse such connections from now on.
 
-        epoch: number of the group of ranks that now runs on this host; a group that replaces another has a higher
-        number.
+        Returns None. `epoch` is the number of the group that now runs on this host. A group that replaces another has a
+        higher number.
         """
         with self.news:
             self.epoch = epoch
@@ -92,11 +92,10 @@ class Port:
                     self.arrived.pop(key).close()
 
     def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
-        """Wait for the connection from rank `peer` of another host to this host's rank `rank`, and return its socket.
+        """Wait for the connection from rank `peer` of another host to this host's rank `rank`. Returns its socket.
 
-        epoch: number of the ranks' group. stopped: an event that ends the wait: whoever sets it must then call wake();
-        None: only time ends the wait. Raises ConnectionRefused if `stopped` is set, or if no connection comes within
-        MEET_TIMEOUT seconds.
+        `epoch` is the number of the ranks' group. `stopped` is an event that ends the wait; after setting it, call
+        wake(). Raises ConnectionRefused if `stopped` is set, or if no connection comes within MEET_TIMEOUT seconds.
         """
         ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)
@@ -108,12 +107,12 @@ class Port:
             return self.arrived.pop(key)
 
     def wake(self) -> None:
-        """Wake a thread that waits in take(), so that it looks whether its group has ended."""
+        """Wake the threads that wait in take(), so that they check whether their group has ended. Returns None."""
         with self.news:
             self.news.notify_all()
 
     def close(self) -> None:
-        """Stop listening, and close the connections that no call of take() has returned."""
+        """Stop listening, and close all connections that take() has not returned yet."""
         stop_accepting(self.listener)
         self.begin(1 << 33)
 
@@ -142,16 +141,18 @@ class Port:
 
 
 class HostGroup:
-    """This host's ranks of one group, and the thread that starts them and sends their results to the coordinator.
+    """The ranks of a group that run on this host.
+
+    A thread starts them and sends their results to the coordinator.
 
     Args:
         link: the connection to the coordinator.
-        port: the port to which other hosts' ranks connect.
+        port: the listening socket to which ranks of other hosts connect.
         server: forks the processes.
-        message: the coordinator's START frame. It holds the ranks' jobs and the group's epoch, a number that grows with
-            each group that replaces another.
-        images: packed weights of an earlier group on this host. They are used again if that group had as many ranks
-            here as this one. None: there was none.
+        message: the coordinator's START frame. It holds the ranks' jobs and the group's epoch, a number that is higher
+            for a group that replaces another.
+        images: packed weights of an earlier group on this host; None if there was none. They are used again if the
+            earlier group had as many ranks on this host as the new one.
     """
 
     def __init__(
@@ -171,7 +172,10 @@ class HostGroup:
         self.thread.start()
 
     def post(self, message: bytes) -> None:
-        """Start a step on this host's ranks. message: 8 bytes with the step's number, then the request."""
+        """Start a step on this host's ranks.
+
+        Returns None. `message` is the step's number (8 bytes), then the request.
+        """
         if self.processes:
             number = int.from_bytes(message[:8], "big")
             board = self.processes.requests[number % self.facts["slots"]]
@@ -187,10 +191,11 @@ class HostGroup:
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send a frame to the coordinator. The payload is this group's epoch (its number, 8 bytes), then `message`.
+        """Send a frame to the coordinator. Returns None.
 
-        The coordinator reads the epoch to drop frames of a group that has been replaced. kind: kind of the frame, such
-        as membership.RESULT. Raises LinkLost if the frame cannot be sent.
+        The frame holds this group's epoch (its number, 8 bytes), then `message`. With the epoch, the coordinator
+        recognises frames of a group that has been replaced, and drops them. `kind` is the kind of the frame, such as
+        membership.RESULT. Raises LinkLost if the frame cannot be sent.
         """
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
@@ -237,10 +242,11 @@ class HostGroup:
                 number += 1
 
     def _connect(self, addresses: Mapping[int, tuple[str, int]]) -> dict[int, dict[int, socket.socket]]:
-        """Connect each rank of this host with each rank of other hosts. Returns {own rank: {other rank: socket}}.
+        """Connect each rank of this host with each rank of other hosts.
 
-        addresses: (host, port) of each rank of other hosts, by rank. The lower rank of a pair connects, the higher one
-        accepts. Raises OSError if a connection cannot be made.
+        Returns {rank of this host: {rank of another host: socket}}. `addresses` is {rank of another host: (host,
+        port)}. The lower rank of a pair connects, the higher rank accepts. Raises OSError if a connection cannot be
+        made.
         """
         made: dict[int, dict[int, socket.socket]] = {rank: {} for rank in self.facts["ranks"]}
         pairs = [(rank, peer) for rank in made for peer in addresses]
@@ -259,18 +265,18 @@ class HostGroup:
 
 
 def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
-    """A dict {rank: file descriptor of its socket}. sockets: the sockets by rank."""
+    """Return {rank: file descriptor of its socket}. `sockets` is {rank: socket}."""
     return {rank: s.fileno() for rank, s in sockets.items()}
 
 
 def pack_messages(messages: list[bytes]) -> bytes:
-    """The bytes of one message that contains several; unpack_messages() takes it apart."""
+    """Join several messages to one message, as bytes. unpack_messages() splits it again."""
     sizes = np.array([len(messages), *map(len, messages)], np.int64)
     return pack([sizes, *(np.frombuffer(m, np.uint8) for m in messages)])
 
 
 def unpack_messages(message: bytes) -> list[memoryview]:
-    """The list of messages that pack_messages() put into one, as copies."""
+    """Split a message made by pack_messages() into the original messages. Returns copies as a list of memoryviews."""
     r = Reader(memoryview(message))
     count = int(r.array(np.int64, 1)[0])
     sizes = np.frombuffer(message, np.int64, count, 8).tolist()
@@ -279,11 +285,13 @@ def unpack_messages(message: bytes) -> list[memoryview]:
 
 
 class Agent:
-    """The agent of this host: serve() connects to the coordinator and runs ranks for it.
+    """The agent of this host: connects to the coordinator and runs ranks for it, until stop() is called.
 
-    rendezvous: (host, port) where the coordinator listens. token: the shared secret; None is allowed only on
-    loopback. name: name of this host in messages; "": its host name. silence: seconds without a byte after which the
-    connection counts as lost.
+    Args:
+        rendezvous: (host, port) at which the coordinator listens.
+        token: the shared secret; None is allowed only if the coordinator is on this machine (loopback).
+        name: name of this host in messages; "": its host name.
+        silence: seconds without a received byte after which the connection counts as lost.
     """
 
     def __init__(
@@ -295,10 +303,10 @@ class Agent:
         self.link: Link | None = None
 
     def serve(self, once: bool = False) -> None:
-        """Serve the coordinator, and connect again whenever the connection is lost, until stop() is called.
+        """Serve the coordinator until stop() is called. If the connection is lost, connect again. Returns None.
 
-        once: True to return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
-        agent TRIES times in a row, ValueError for a missing or too short token.
+        If `once` is True, return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses
+        this agent TRIES times in a row, and ValueError for a missing or too short token.
         """
         refused = 0
         while not self.stopping.is_set():
@@ -317,7 +325,7 @@ class Agent:
         self.server.close()
 
     def stop(self) -> None:
-        """End this host's ranks and make serve() return."""
+        """Close the connection, which ends this host's ranks, and make serve() return."""
         self.stopping.set()
         if self.link:
             self.link.close()
@@ -327,9 +335,10 @@ class Agent:
         return check_binding(host, self.given)
 
     def _session(self, s: socket.socket, key: bytes) -> None:
-        """Do what the coordinator asks for over one connection until it is lost, then end the ranks. Returns nothing.
+        """Serve the coordinator over one connection until it is lost, then end this host's ranks. Returns None.
 
-        The coordinator sends frames to start ranks, run a step, or stop them. s: the connection. key: its session key.
+        The coordinator sends frames: start ranks, run a step, stop the ranks. `s` is the connection's socket. `key` is
+        its session key.
         """
         host = s.getsockname()[0]
         port = Port(host, check_binding(host, self.given))

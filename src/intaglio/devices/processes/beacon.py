@@ -29,21 +29,22 @@ LOW_DELAY = 0x10  # the same for routers, as the type of service
 
 
 class Beacon:
-    """One end of the heartbeats between two hosts. Heartbeats are sent once meet() has been given the other end's port.
+    """One end of the heartbeats (UDP datagrams) between two hosts.
 
-    If this host does not allow the UDP socket, the beacon is off: it neither sends nor hears.
+    It receives heartbeats at once, and sends them after meet() has been called with the port of the other end. If this
+    host does not allow the UDP socket, the beacon is off: it neither sends nor receives.
 
     Args:
-        s: the connection between the hosts, whose addresses are used.
-        keys: (key for sending, key for receiving).
+        s: the TCP connection between the hosts, whose addresses are used.
+        keys: (key for sending, key for receiving), with which heartbeats are signed.
         seconds: time between two heartbeats.
 
     Attributes:
-        port: number of the port at which this end hears the other; 0 if the beacon is off.
+        port: number of the UDP port at which this end receives heartbeats; 0 if the beacon is off.
         socket: the socket of that port; None if the beacon is off.
         sent: number of the last heartbeat that was signed for sending.
-        heard: number of the last heartbeat that was heard. The number LAST says that the other end has given up; no
-            heartbeat comes after it.
+        heard: number of the last heartbeat that was received. The number LAST means that the other end has given up and
+            sends no more.
     """
 
     def __init__(self, s: socket.socket, keys: tuple[bytes, bytes], seconds: float) -> None:
@@ -55,9 +56,10 @@ class Beacon:
             self._open(s)
 
     def _open(self, s: socket.socket) -> None:
-        """Open a UDP socket at the local address of the TCP connection `s`, at any free port. Returns nothing.
+        """Open a UDP socket at the local address of the TCP connection `s`, at any free port. Returns None.
 
-        Sets `socket` and `port`. Raises OSError if the host refuses it.
+        The socket and its port number are stored in the attributes `socket` and `port`. Raises OSError if the host
+        refuses it.
         """
         self.peer = s.getpeername()
         with ExitStack() as failed:
@@ -71,10 +73,10 @@ class Beacon:
             failed.pop_all()
 
     def meet(self, port: int) -> None:
-        """Start to send heartbeats to the other end's UDP port. Returns nothing.
+        """Start sending heartbeats to UDP port `port` of the other end. Returns None.
 
-        Nothing happens in these cases: heartbeats are being sent already; the beacon is off or closed; `port` is 0,
-        which says that the other end's beacon is off; the host's network refuses to send there.
+        It does nothing if heartbeats are being sent already, if the beacon is off or closed, if `port` is 0 (the other
+        end's beacon is off), or if this host refuses to send to that port.
         """
         if self.sender is None and self.fileno() >= 0 and port and self.socket:
             from intaglio import _native
@@ -84,14 +86,14 @@ class Beacon:
                 self.sender = _native.Datagrams(self.socket.fileno(), self.seconds)
 
     def fileno(self) -> int:
-        """Descriptor of the socket; -1 if the beacon is off or closed."""
+        """Return the file descriptor of the UDP socket; -1 if the beacon is off or closed."""
         return self.socket.fileno() if self.socket else -1
 
     def refill(self) -> None:
-        """Sign heartbeats in advance until AHEAD signed ones wait to be sent. Returns nothing.
+        """Sign heartbeats in advance, until AHEAD of them wait to be sent. Returns None.
 
-        A native thread sends one every `seconds`, also while Python code is busy or waits for the interpreter lock.
-        Before meet() has been called, no heartbeats are sent, and this method does nothing.
+        A native thread sends one heartbeat every `seconds`, even while Python code is busy or waits for the interpreter
+        lock. This method does nothing before meet() has been called.
         """
         sender = self.sender
         while sender is not None and sender.waiting() < AHEAD:
@@ -99,9 +101,10 @@ class Beacon:
             sender.add(signed(self.send_key, self.sent))
 
     def hear(self) -> bool:
-        """Read the datagrams that have come, at most AT_ONCE. Returns True if one of them is a new heartbeat.
+        """Read the datagrams that have arrived, at most AT_ONCE of them.
 
-        A new heartbeat is signed by the other end and has a higher number than all before it.
+        Returns True if one of them is a new heartbeat. A new heartbeat is signed with the other end's key and has a
+        higher number than all earlier ones.
         """
         new, own = False, self.socket
         if own is None:
@@ -117,14 +120,14 @@ class Beacon:
         return new
 
     def given_up(self) -> bool:
-        """True if the other end has said, by give_up(), that it hears nothing from this end."""
+        """True if the other end has called give_up(), which says that it receives nothing from this end."""
         return self.heard == LAST
 
     def give_up(self) -> None:
-        """Tell the other end that this end hears nothing from it and closes the connection. Returns nothing.
+        """Tell the other end that this end receives nothing from it and will close the connection. Returns None.
 
-        The end of the TCP connection tells it too, but may arrive late: TCP sends it after all bytes that are still to
-        be acknowledged. Nothing happens if the beacon is off.
+        Closing the TCP connection says this too, but may arrive late, because TCP first delivers all bytes sent before.
+        Nothing happens if the beacon is off.
         """
         if own := self.socket:
             for _ in range(3):
@@ -132,16 +135,16 @@ class Beacon:
                     own.send(signed(self.send_key, LAST))
 
     def close(self) -> None:
-        """Stop sending and close the port."""
+        """Stop sending heartbeats and close the UDP socket."""
         self.sender = None
         if self.socket:
             self.socket.close()
 
 
 def signed(key: bytes, number: int) -> bytes:
-    """A heartbeat datagram, SIZE bytes: its number, then the HMAC-SHA256 of the number under `key`.
+    """Return a heartbeat datagram of SIZE bytes: its number, then the HMAC-SHA256 of the number under `key`.
 
-    number: position in the sender's sequence of heartbeats, from 1; LAST: the sender gives up.
+    Heartbeats are numbered from 1. The number LAST means that the sender gives up.
     """
     head = NUMBER.pack(number)
     return head + hmac.digest(key, head, "sha256")

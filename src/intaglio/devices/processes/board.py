@@ -18,11 +18,13 @@ LENGTH = 8  # bytes in front of the message, which hold its length
 
 
 class Board:
-    """A memory file with one message, by which processes pass data: one writes it, the others read it once notified.
+    """A memory file that holds one message for other processes. One process writes it, the others read it.
 
-    A new message replaces the old one. Each process maps as much of the file as it needs.
+    A new message replaces the old one. How readers learn of a new message is not this class's task. Each process maps
+    as much of the file as it needs.
 
-    file: descriptor of an existing board's file; None creates one, which exists until the last process has closed it.
+    `file` is the descriptor of an existing board's file. None creates a file, which exists until the last process has
+    closed it.
     """
 
     def __init__(self, file: int | None = None) -> None:
@@ -30,9 +32,9 @@ class Board:
         self.map: mmap.mmap | None = None
 
     def write(self, parts: Sequence[np.ndarray]) -> None:
-        """Replace the board's one message by the bytes of `parts`. Returns nothing.
+        """Replace the message by the bytes of the arrays `parts`, one after another. Returns None.
 
-        parts: arrays; each one's bytes are padded to a multiple of 8 bytes.
+        The bytes of each array are padded to a multiple of 8 bytes.
         """
         size = size_of(parts)
         room = self._mapped(LENGTH + size, grow=True)
@@ -44,17 +46,17 @@ class Board:
             at += -(-raw.nbytes // 8) * 8
 
     def read(self) -> memoryview:
-        """The message as a memoryview, valid until the next write().
+        """Return the message as a memoryview, valid until the next write().
 
-        Raises MessageError if the file is too short for it.
+        Raises MessageError if the file is too short to hold the message.
         """
         size = int.from_bytes(self._mapped(LENGTH, grow=False)[:LENGTH], "little")
         return memoryview(self._mapped(LENGTH + size, grow=False))[LENGTH : LENGTH + size]
 
     def close(self) -> None:
-        """Close this board's memory file. Views of its message that callers already have stay valid. Returns nothing.
+        """Close the memory file. Returns None. A second call does nothing.
 
-        A second call does nothing.
+        Memoryviews that read() has returned stay valid.
         """
         self.map = None  # views of it may live on; it is unmapped with the last of them
         if self.file >= 0:

@@ -36,23 +36,23 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 
 
 class SwitchError(DeviceError):
-    """Raised if a rank could not switch from its present experts to those that were loaded for it.
+    """Raised if a rank could not switch to the new experts that were loaded for it.
 
-    The error ends the process, since some of its layers may have switched and others not.
+    The error ends the process, because some of its layers may have switched and others not.
     """
 
 
 class Rank:
-    """The rank that a child process runs: run() loads its job and runs the steps.
+    """The main loop of a rank's child process: run() loads the rank's job and runs the steps.
 
     Args:
         rank: number of the rank.
         joins: True if the rank's device takes part in collectives.
-        timeout: seconds that a collective may take.
-        files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, and the
-            boards. A board is a memory file that holds one message. The first board is for the job; half of the others
-            are for requests, and the last half for their results.
-        sockets: descriptors of connections to ranks of other hosts, by rank.
+        timeout: seconds after which a collective is given up.
+        files: file descriptors of the shared segment, of the pipe to the parent, of memory files for the K/V cache and
+            for the packed weights, and of the boards (memory files that hold one message). The first board has the job.
+            Of the other boards, the first half is for requests, the second half for results.
+        sockets: {rank of another host: descriptor of the connection to it}.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Rank:
         threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
 
     def run(self) -> None:
-        """Load the job, then run posted steps until the group is aborted. Returns nothing."""
+        """Load the job, then run the steps that the parent requests, until the group is aborted. Returns None."""
         try:
             executable, facts = self.load()
         except Exception as e:  # whatever loading can raise is an answer
@@ -90,7 +90,10 @@ class Rank:
             self.segment.complete(self.rank, done)
 
     def load(self) -> tuple[Executable, RankFacts]:
-        """Open the device and load the Program of this rank. Returns (executable, RankFacts for the parent)."""
+        """Open the device and load the Program of this rank. Returns a tuple (executable, RankFacts).
+
+        The RankFacts hold the properties that this rank reports to the parent.
+        """
         options: dict[str, object] = {}
         if self.joins:
             communicator = _native.Communicator(self.segment, self.rank, self.sockets)
@@ -109,11 +112,11 @@ class Rank:
         )
 
     def step(self, executable: Executable, reader: RequestReader, number: int) -> None:
-        """Run request `number` and write its answer where the parent reads it. Returns nothing.
+        """Run request `number` and write its answer to the board that the parent reads. Returns None.
 
-        If this is the only process, an error becomes the answer. In a group of several ranks an error aborts the group
-        and ends this process, because the other ranks would wait for this one forever. A SwitchError (a failed exchange
-        of experts, after which the weights are not consistent) ends this process in both cases.
+        If this is the only process of the group, an error becomes the answer. In a group of several ranks, an error
+        aborts the group and ends this process, because the other ranks would wait for this one forever. A SwitchError
+        ends this process in both cases, because the weights are then not consistent.
         """
         slot = number % len(self.requests)
         try:
@@ -129,8 +132,9 @@ class Rank:
     def answer(self, executable: Executable, reader: RequestReader, message: memoryview) -> list[np.ndarray]:
         """Carry out a request from the parent. Returns the answer as a list of arrays, to be written as one message.
 
-        A step's answer is its StepResult, with logits only from the last rank. A read of K/V blocks answers with their
-        contents, a write with none. A request about experts answers as answer_about_experts() says.
+        The answer to a step is its StepResult; only the last rank returns logits. The answer to a read of K/V blocks is
+        their contents, the answer to a write has no contents. Requests about experts are answered by
+        answer_about_experts().
         """
         if asked := read_experts_request(message):
             return answer_about_experts(executable, *asked)
@@ -144,17 +148,20 @@ class Rank:
 
 
 def answer_about_experts(executable: Executable, action: str, layers: Mapping[str, Ranks]) -> list[np.ndarray]:
-    """Carry out a request about a model's experts. Returns the answer: a list of arrays, to be written as one message.
+    """Carry out a request about a model's experts.
+
+    Returns the answer as a list of arrays, to be written as one message. The answer depends on `action`. For "loads" it
+    is {name of a layer's experts op: the list of ExpertLoad.facts()}. For "load", which starts loading other experts,
+    and for "loaded", which starts nothing, it is True if all experts are loaded, otherwise False. For "switch", which
+    puts the loaded experts to use, it is True.
+
+    If a DeviceError is raised, the error becomes the answer, because the ranks can continue with their present experts.
+    Raises SwitchError if "switch" fails, because other layers and ranks may have switched already.
 
     Args:
         executable: the rank's executable.
-        action: "loads": count of tokens by expert, as {site: ExpertLoad.facts()}. "load": start to load other experts.
-            "loaded": only ask whether they are loaded; "load" and "loaded" answer True or False. "switch": use them;
-            answers True.
-        layers: for "load", the experts of each rank, by site (name of the layer's op).
-
-    A DeviceError becomes the answer, since the ranks can go on with the experts that they have. Raises SwitchError if
-    "switch" fails, since other layers and ranks may have switched.
+        action: "loads", "load", "loaded" or "switch".
+        layers: for "load", {name of a layer's experts op: for each rank, the numbers of its experts}.
     """
     if action == "switch":
         try:
@@ -175,18 +182,20 @@ def answer_about_experts(executable: Executable, action: str, layers: Mapping[st
 def end_with(pipe: int) -> None:
     """Wait until the parent's end of `pipe` is closed, then end this process at once. Does not return.
 
-    The parent's end closes when the parent dies. Runs in a thread of its own.
+    The parent's end is closed when the parent dies. Run this function in a separate thread.
     """
     os.read(pipe, 1)
     os._exit(0)
 
 
 def run(argument: str, files: Sequence[int]) -> None:
-    """Run a rank, and end this process. Does not return.
+    """Run a rank, then end this process. Does not return.
 
-    argument: a JSON list of the rank's number, whether it takes part in collectives, their timeout in seconds, the core
-    numbers it may use ([]: all) and the ranks of other hosts. files: the descriptors that the class Rank takes, then
-    those of the connections to ranks of other hosts.
+    Args:
+        argument: a JSON list: the rank's number; whether it takes part in collectives; their timeout in seconds;
+            numbers of the CPU cores that it may use ([]: all); numbers of the ranks on other hosts.
+        files: the file descriptors that the class Rank takes, then those of the connections to the ranks on other
+            hosts.
     """
     rank, joins, timeout, cores, peers = json.loads(argument)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -199,10 +208,9 @@ def run(argument: str, files: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Run a rank in a process that was started for it. Does not return.
+    """Run a rank in a process that was started for it, then end the process. Does not return.
 
-    The command line has the two arguments of run(): the first as it is, and the numbers of the file descriptors
-    separated by commas.
+    The command line has the two arguments of run(): the JSON text, and the file descriptors separated by commas.
     """
     argument, files = sys.argv[1:]
     run(argument, [int(f) for f in files.split(",")])

@@ -26,31 +26,37 @@ LOOPBACK_TOKEN = b"anyone on this machine may connect"  # where no other host ca
 
 
 class ConnectionRefused(ConnectionError):
-    """Raised if a peer refuses the connection or is refused, does not know the token, or closes the connection."""
+    """Raised if an authenticated connection cannot be made.
+
+    One of the two ends refused the other, does not know the token, or closed the connection.
+    """
 
 
 def proof(token: bytes, role: bytes, challenge: bytes, hello: bytes) -> bytes:
-    """HMAC-SHA256 of role, challenge and hello under the token, which proves that its sender knows the token."""
+    """Return the HMAC-SHA256 of `role`, `challenge` and `hello` with the key `token`, as bytes.
+
+    It proves that the sender knows the token.
+    """
     return hmac.digest(token, role + challenge + hello, "sha256")
 
 
 def check_token(token: bytes) -> None:
-    """Raise ValueError if the token is shorter than 16 bytes, because it could be guessed. Returns nothing."""
+    """Raise ValueError if the token is shorter than 16 bytes, because it could be guessed. Returns None."""
     if len(token) < 16:
         raise ValueError(f"the token has {len(token)} bytes; use 16 or more random ones")
 
 
 def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
-    """A TCP socket that listens at `host` for peers. port 0: any free port."""
+    """Return a TCP socket that listens at the address `host`. With `port` 0, the system chooses a free port."""
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> socket.socket:
-    """Connect as `rank` to rank `peer`, which listens at `address`, and return the authenticated socket.
+    """Connect as `rank` to the rank `peer`, which listens at `address`. Returns the authenticated socket.
 
-    token: the secret that both ends know. epoch: number of the group of ranks. Raises OSError if no connection can be
-    made, its subclass ConnectionRefused if the peer refuses or does not know the token, and ValueError for a short
-    token.
+    `token` is the secret that both ends must know. `epoch` is the number of the group of ranks. Raises OSError if no
+    connection can be made. Raises its subclass ConnectionRefused if the peer refuses or does not know the token. Raises
+    ValueError for a short token.
     """
     return introduce(address, token, epoch, rank, peer)[0]
 
@@ -58,20 +64,20 @@ def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer:
 def introduce(
     address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int, seconds: float = TIMEOUT
 ) -> tuple[socket.socket, bytes]:
-    """Connect as `rank` to rank `peer` and authenticate. Returns (socket, session key).
+    """Connect as `rank` to the rank `peer` and authenticate. Returns a tuple (socket, session key).
 
-    The session key, 32 bytes, is made anew for each connection, and only its two ends know it.
+    The session key has 32 bytes. It is different for each connection, and only the two ends know it.
 
     Args:
         address: (host, port) at which the peer listens.
-        token: the secret that both ends know.
-        epoch: number of the group of ranks; a group that replaces another has a higher one.
+        token: the secret that both ends must know.
+        epoch: number of the group of ranks. A group that replaces another has a higher number.
         rank: this end's rank.
         peer: the other end's rank.
-        seconds: longest time for the connection, and for each of the peer's two answers.
+        seconds: longest time to wait for the connection, and for each of the peer's two answers.
 
-    Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
-    token, and ValueError for a short token.
+    Raises OSError if no connection can be made. Raises its subclass ConnectionRefused if the peer refuses or does not
+    know the token. Raises ValueError for a short token.
     """
     check_token(token)
     s = socket.create_connection(address, timeout=seconds)
@@ -90,12 +96,12 @@ def introduce(
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of an accepted connection.
+    """Description of the other end of an accepted connection.
 
     Attributes:
         rank: the peer's rank.
         to: the rank to which the peer wants to connect.
-        epoch: number of the peer's group.
+        epoch: number of the peer's group of ranks.
         key: session key, which only the two ends know.
     """
 
@@ -106,7 +112,7 @@ class Peer:
 
 
 def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tuple[int, socket.socket]:
-    """Wait for the next peer that connects to `rank`. Returns (the peer's rank, socket).
+    """Wait for the next peer that connects to `rank`. Returns a tuple (the peer's rank, socket).
 
     Args:
         listener: the socket at which `rank` listens.
@@ -114,9 +120,9 @@ def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tupl
         epoch: number of the group of ranks.
         rank: this end's rank.
 
-    Raises ConnectionRefused, after closing the connection, for a peer that wants another rank, belongs to a group of
-    another epoch or does not know the token; call again to wait for the next peer. Raises OSError if the listener
-    fails, and ValueError for a short token.
+    Raises ConnectionRefused, after closing the connection, if the peer wants another rank, is of a group with another
+    epoch, or does not know the token. The caller may then call again to wait for the next peer. Raises OSError if the
+    listener fails, and ValueError for a short token.
     """
 
     def check(peer: Peer) -> None:
@@ -131,7 +137,7 @@ def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tupl
 
 
 def accepted(listener: socket.socket) -> Iterator[tuple[socket.socket, str]]:
-    """Yield (socket, host of the other end) for each connection to a listener, until the listener is closed."""
+    """Accept connections at `listener` until it is closed. Yields a tuple (socket, host of the other end) for each."""
     while True:
         try:
             s, address = listener.accept()
@@ -144,18 +150,18 @@ def accepted(listener: socket.socket) -> Iterator[tuple[socket.socket, str]]:
 
 
 def stop_accepting(listener: socket.socket) -> None:
-    """Close a listener, and wake the thread that waits in accepted()."""
+    """Close the socket `listener`, and wake the thread that waits in accepted()."""
     with suppress(OSError):
         listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
 
 def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], None]) -> Peer:
-    """Authenticate a connection that came from address `where`. Returns the Peer at its other end.
+    """Authenticate the other end of the accepted connection `s`. Returns a Peer, which describes it.
 
-    check: function that raises ConnectionRefused for a peer that is not wanted. Raises ConnectionRefused, after
-    closing the connection, if the peer is not wanted, does not know the token or does not answer in TIMEOUT
-    seconds.
+    `where` is the address of the other end, for error messages. `check` is a function that raises ConnectionRefused for
+    a Peer that is not wanted. Raises ConnectionRefused, after closing the connection, if `check` raises it, if the
+    other end does not know the token, or if it does not answer in TIMEOUT seconds.
     """
     try:
         s.settimeout(TIMEOUT)
@@ -181,9 +187,10 @@ def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], Non
 
 
 def check_binding(host: str, token: bytes | None) -> bytes:
-    """Return the token that connections at the address `host` use: `token`, or LOOPBACK_TOKEN if `token` is None.
+    """Return the token to use for connections at the IP address `host`.
 
-    Raises ValueError if `token` is None and `host` can be reached from other hosts, and if `token` is too short.
+    It is `token`, or LOOPBACK_TOKEN if `token` is None. Raises ValueError if `token` is None and `host` can be reached
+    from other hosts, and if `token` is too short.
     """
     if token is None:
         if not ipaddress.ip_address(host).is_loopback:
@@ -194,9 +201,9 @@ def check_binding(host: str, token: bytes | None) -> bytes:
 
 
 def receive(s: socket.socket, size: int) -> bytes:
-    """Receive exactly `size` bytes and return them.
+    """Receive exactly `size` bytes from the socket `s` and return them.
 
-    Raises ConnectionRefused if the peer closes the connection earlier.
+    Raises ConnectionRefused if the peer closes the connection before.
     """
     got = b""
     while len(got) < size:
@@ -209,15 +216,16 @@ def receive(s: socket.socket, size: int) -> bytes:
 def join(
     listener: socket.socket, addresses: Mapping[int, tuple[str, int]], token: bytes, epoch: int, rank: int
 ) -> dict[int, int]:
-    """Connect `rank` with each rank in `addresses`. Returns {rank: socket descriptor}; the caller must close them.
+    """Connect `rank` with each rank in `addresses`. Returns {other rank: file descriptor of the socket}.
 
-    The lower rank of a pair connects, the higher one accepts. An incoming connection is closed and ignored if it comes
-    without the token, from a rank of another group, or from a rank that is not expected to connect.
+    The caller must close the descriptors. The lower rank of a pair connects, the higher rank accepts. An incoming
+    connection is closed and ignored if the other end does not know the token, is of another group, or is a rank that
+    should not connect.
 
     Args:
         listener: the socket at which `rank` listens.
-        addresses: (host, port) of each other rank, by rank.
-        token: the secret that all ranks know.
+        addresses: {other rank: (host, port)}.
+        token: the secret that all ranks must know.
         epoch: number of the group of ranks.
         rank: this end's rank.
 

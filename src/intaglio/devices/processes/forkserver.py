@@ -35,19 +35,20 @@ END_TIMEOUT = 1.0  # seconds in which it ends by itself
 
 
 class ForkServerError(OSError):
-    """Raised if the fork server is gone, does not answer, cannot fork, or does not know how a child ended."""
+    """Raised if the fork server has ended, does not answer, cannot fork, or does not know how a child ended."""
 
 
 def child_environment() -> dict[str, str]:
-    """A dict of environment variables for a Python child process that imports this same package."""
+    """Return the environment variables for a Python child process that imports this same package, as a dict."""
     source = str(Path(__file__).parents[3])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
 
 
 class ForkedProcess:
-    """A child process that the fork server started.
+    """A child process that the fork server has started.
 
-    `returncode`: its exit status, negative if a signal killed it; None before wait(), or if nobody knows it.
+    `returncode` is its exit status; -n if signal n killed it. It is None before wait(), or if the status cannot be
+    learned.
     """
 
     def __init__(self, server: ForkServer, pid: int, file: int) -> None:
@@ -55,15 +56,15 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def kill(self) -> None:
-        """Send SIGKILL, unless the process is known to have ended. Returns nothing."""
+        """Send SIGKILL to the process, unless wait() has seen its end. Returns None."""
         if self.file >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.file, signal.SIGKILL)
 
     def wait(self) -> int | None:
-        """Wait until the process has ended. Returns its returncode: the exit status, or -n if signal n killed it.
+        """Wait until the process has ended. Returns its exit status, or -n if signal n killed it.
 
-        Only the fork server can learn the status, so the result is None if the server is gone.
+        Only the fork server can learn the status. Returns None if the server has ended.
         """
         if self.file >= 0:
             select.select([self.file], [], [])
@@ -79,7 +80,10 @@ ChildProcess = ForkedProcess | subprocess.Popen[bytes]
 
 
 class ForkServer:
-    """This process's end of the connection to a fork server, which starts at the first fork. Any thread may use it."""
+    """A fork server, as seen by the process that uses it: fork() asks the server to start a child process.
+
+    The server process starts at the first fork(). Any thread may use this object.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -91,14 +95,15 @@ class ForkServer:
     def fork(self, target: str, argument: str, files: Sequence[int], modules: Iterable[str] = ()) -> ForkedProcess:
         """Fork a child that calls target(argument, descriptors) and then ends. Returns its ForkedProcess.
 
-        The child has this process's environment variables and folder, and is in a session of its own. If the server is
-        gone or does not answer, another is started.
+        The child has this process's environment variables and working directory, and is in a new session. If the server
+        has ended or does not answer, a new server is started.
 
         Args:
-            target: the function to call, as "module:function".
+            target: the function that the child calls, as "module:function".
             argument: the function's first argument.
-            files: descriptors that the child gets copies of; the copies' numbers are the function's second argument.
-            modules: names of modules that the server imports first.
+            files: file descriptors that are copied to the child. The numbers of the copies are the function's second
+                argument.
+            modules: names of modules that the server imports before it forks.
 
         Raises:
             ForkServerError: the server cannot fork.
@@ -124,9 +129,9 @@ class ForkServer:
         return child
 
     def status(self, pid: int) -> int:
-        """The wait status of a child that has ended, as os.waitpid() returns it. The call does not wait.
+        """Return the wait status of the ended child `pid`, as os.waitpid() returns it. Does not wait.
 
-        Raises ForkServerError if the child still runs, if its status was already asked for, or if the server is gone.
+        Raises ForkServerError if the child still runs, if its status was already asked for, or if the server has ended.
         """
         with self.lock:
             answer, _ = self._ask({"status": pid}, (), TIMEOUT)
@@ -135,7 +140,7 @@ class ForkServer:
         return int(answer["status"])
 
     def close(self) -> None:
-        """End the server and kill the children that are left. Returns nothing. A later fork() starts another server."""
+        """End the server and kill its children that still run. Returns None. A later fork() starts a new server."""
         self._end()
         for child in list(self.children):  # a server that hangs is killed, and does not kill its children itself
             child.kill()
@@ -151,10 +156,10 @@ class ForkServer:
         return self._ask({"files": len(files)}, files, TIMEOUT)
 
     def _ask(self, request: object, files: Sequence[int], timeout: float) -> tuple[dict[str, Any], list[int]]:
-        """Send a request to the server and wait for its answer. Returns (answer, descriptors that came with it).
+        """Send a request to the server and wait for its answer. Returns a tuple (answer, list of file descriptors).
 
-        Raises ForkServerError, after ending the server, if it does not answer within `timeout` seconds. Children of a
-        server that died or hangs go on.
+        The answer is a dict. The descriptors came with the answer. Raises ForkServerError, after ending the server, if
+        the server does not answer within `timeout` seconds. Children of a server that died or hangs continue to run.
         """
         if self.socket is None:
             raise ForkServerError("the fork server is not running")
@@ -187,7 +192,7 @@ class ForkServer:
 
 
 def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """Close the socket `s` of a fork server, which makes the server's process end. Returns nothing.
+    """End the fork server `process` by closing its socket `s`. Returns None.
 
     A server that has not ended after END_TIMEOUT seconds is killed.
     """
@@ -200,9 +205,9 @@ def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
 
 
 def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
-    """Send a message, as JSON, and the file descriptors `files` with it. Returns nothing.
+    """Send `message` as JSON over the socket `s`, and copies of the file descriptors `files` with it. Returns None.
 
-    Raises OSError if the other end is gone.
+    Raises OSError if the other end is closed.
     """
     text = json.dumps(message).encode()
     if files:
@@ -212,9 +217,11 @@ def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
 
 
 class Server:
-    """The fork server's side of the connection: run() answers requests.
+    """The main loop of the fork server's process: run() answers the parent's requests.
 
-    parent: id of the process for which it works; when that process ends, the server ends, too.
+    Args:
+        s: the socket to the parent process.
+        parent: process id of the parent. The server ends when the parent ends.
     """
 
     def __init__(self, s: socket.socket, parent: int) -> None:
@@ -225,7 +232,7 @@ class Server:
             self.poll.register(file, select.POLLIN)
 
     def run(self) -> None:
-        """Answer requests until the parent closes the connection or ends; then kill the children that still run."""
+        """Answer requests until the parent closes the connection or ends, then kill the children that still run."""
         try:
             while all(file != self.parent for file, _ in self.poll.poll()):
                 message, files, _, _ = socket.recv_fds(self.socket, BUFFER, MOST_FILES)
@@ -237,10 +244,10 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
     def answer(self, request: dict[str, Any], files: list[int]) -> None:
-        """Carry out one request and send the reply. Returns nothing.
+        """Carry out one request from the parent and send the reply. Returns None.
 
-        request: a request to import modules, to tell the status of a child, or to fork a child. files: descriptors for
-        the child, which were received with the request.
+        `request` asks to import modules, to report the status of a child, or to fork a child. `files` are file
+        descriptors for the child, which came with the request.
         """
         if "import" in request:
             prepare(request["import"])
@@ -253,9 +260,10 @@ class Server:
             self.fork(files)
 
     def status(self, pid: int) -> dict[str, object]:
-        """The reply to a request for a child's wait status: {"status": the wait status}, or {"error": text}.
+        """Return the reply to a request for the wait status of the child `pid`. Does not wait.
 
-        Does not wait. The error says that the child still runs, or that this process has no such child.
+        The reply is {"status": the wait status}, or {"error": text} if the child still runs or is not a child of this
+        process.
         """
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
@@ -267,9 +275,10 @@ class Server:
         return {"status": status}
 
     def fork(self, files: list[int]) -> None:
-        """Fork a child, and send its process id and pidfd, or an error if it cannot be forked. Returns nothing.
+        """Fork a child. Send its process id and pidfd to the parent, or an error if it cannot be forked. Returns None.
 
-        files: descriptors for the child; the first is a file with the request: target, argument, environment, folder.
+        `files` are file descriptors for the child. The first is a file that describes the child: its target, argument,
+        environment and working directory.
         """
         try:
             threads = len(os.listdir("/proc/self/task"))
@@ -290,7 +299,10 @@ class Server:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Import modules that are not imported yet. Errors are ignored: the child imports again and reports them."""
+    """Import those of the modules that are not imported yet. Returns None.
+
+    Errors are ignored: the child imports the modules again, and reports them.
+    """
     new = [module for module in modules if module not in sys.modules]
     for module in new:
         with suppress(Exception):  # the child will raise it where it can be reported
@@ -301,10 +313,10 @@ def prepare(modules: Iterable[str]) -> None:
 
 
 def become(files: Sequence[int]) -> None:
-    """In a forked child: call the function that the request names, then end the process. Does not return.
+    """Run the forked child: call the function that the request names, then end the process. Does not return.
 
-    The exit status is 0, or 1 if the function raises. files: a descriptor of the request (JSON), then those that the
-    function gets.
+    The exit status is 0, or 1 if the function raises. The first of the file descriptors `files` is a file with the
+    request (JSON). The others are passed to the function.
     """
     try:
         os.setsid()  # a Ctrl-C is for the parent, which drains first
@@ -329,7 +341,10 @@ def become(files: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Run a fork server. Arguments: descriptor of its socket, process id of its parent."""
+    """Run a fork server, then end the process. Does not return.
+
+    The command line has two arguments: the file descriptor of the server's socket, and the parent's process id.
+    """
     file, parent = map(int, sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends with its parent, which may still have streams to finish

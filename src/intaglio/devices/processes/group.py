@@ -46,10 +46,10 @@ ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed
 
 
 def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
-    """Start a process that calls child.run(argument, files), and return it.
+    """Start a process that calls child.run(argument, files), and return the process.
 
-    The process is a ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: names of
-    modules that the server imports first.
+    It is a ForkedProcess if `server` is given and can fork, otherwise a subprocess.Popen. `modules` are the names of
+    modules that the server imports before it forks.
     """
     if server:
         with suppress(ForkServerError):
@@ -63,7 +63,7 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """The job of one rank's process, and the numbers of the CPU cores on which the process may run; (): all."""
+    """How to start one rank's process: its job, and the numbers of the CPU cores that it may use (() means all)."""
 
     job: Job
     cores: tuple[int, ...] = ()
@@ -74,10 +74,10 @@ class Place:
     """Which ranks of a group run on this host.
 
     Attributes:
-        ranks: their numbers in the group.
+        ranks: numbers of the ranks that run here.
         of: number of ranks of the whole group.
-        epoch: number of the group; a group that replaces another has a higher one.
-        sockets: descriptors of connections to ranks of other hosts, {this host's rank: {other rank: descriptor}}.
+        epoch: number of the group. A group that replaces another has a higher number.
+        sockets: connections to ranks on other hosts: {rank here: {rank on another host: file descriptor}}.
     """
 
     ranks: tuple[int, ...]
@@ -87,21 +87,21 @@ class Place:
 
 
 class Processes:
-    """The child processes of this host's ranks of a group, and the memory they share.
+    """The child processes that run this host's ranks of a group, and the memory that they share.
 
-    It carries messages between this process and the ranks, and does not know what they mean.
+    This class carries messages between this process and the ranks, without reading them.
 
     Args:
-        ranks: the job of each process.
+        ranks: the job and CPU cores of each process.
         joins: True if the ranks take part in collectives together.
-        step_timeout: limit in seconds on the wait for an answer.
+        step_timeout: seconds after which waiting for an answer is given up.
         silence: seconds without a sign of life after which a process that a signal has suspended counts as hung.
         what: noun for a process in error messages.
-        kept: the K/V caches.
-        images: the packed weights.
-        slots: number of requests, and of results of each rank, that the memory holds at once.
-        place: position of the ranks in the group; None if all ranks are on this host.
-        server: forks the processes; None: they are started one by one.
+        kept: memory files for the K/V caches.
+        images: memory files for the packed weights.
+        slots: number of requests that the shared memory holds at once; it holds as many results of each rank.
+        place: which ranks of the group run on this host; None if all do.
+        server: fork server that starts the processes; None: they are started without one.
     """
 
     def __init__(
@@ -167,11 +167,14 @@ class Processes:
             board.close()
 
     def spoilt(self) -> bool:
-        """True if a process may have damaged the shared memory: the process crashed, or nobody knows how it ended."""
+        """True if a process may have damaged the shared memory, because it crashed or its exit status is unknown."""
         return any(p.returncode is None or spoils_memory(p.returncode) for p in self.processes)
 
     def lost(self, cause: str) -> DeviceLost:
-        """Kill all processes. Returns the DeviceLost to raise, with `cause` and the exit statuses in its message."""
+        """Kill all processes. Returns a DeviceLost error for the caller to raise.
+
+        The error's message has the text `cause` and the exit statuses of the processes.
+        """
         pids = [p.pid for p in self.processes]
         self.close()
         codes = ", ".join(f"{self.what} {pid}: {p.returncode}" for pid, p in zip(pids, self.processes, strict=True))
@@ -179,22 +182,22 @@ class Processes:
 
 
 def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence: float, what: str) -> None:
-    """Abort the group when one of its processes exits or hangs; return when `wake` is set.
+    """Abort the group when one of its processes exits or hangs. Returns None when `wake` is written to.
 
-    A process that a signal has suspended (SIGSTOP) counts as hung when its heartbeat has been silent for `silence`
-    seconds. Any other process counts as hung after PATIENCE times as long, because other processes may have the cores.
-    The heartbeat is a thread of its own, so a long step is not mistaken for silence.
+    Every process has a thread that counts up a heartbeat, even during a long step. A process that a signal has
+    suspended (SIGSTOP) counts as hung when its heartbeat has stood still for `silence` seconds. Any other process
+    counts as hung after PATIENCE times as long, because other processes may use the CPU cores.
 
-    Silence is counted from the first beat on, so a process that is still starting is not silent. The count is in ticks
-    of this thread (TICK), not by a clock: a pause of the whole machine, in which this thread does not run either, adds
-    at most one tick.
+    A process that has not yet made its first heartbeat is starting, and does not count as hung. Time is measured in
+    ticks of this thread (TICK seconds), not by a clock. If the whole machine pauses, this thread pauses too, and at
+    most one tick is added.
 
     Args:
-        segment: memory of the group, with the heartbeats and the abort word.
-        pids: process ids, by rank.
-        wake: an eventfd; writing to it ends the watch.
+        segment: memory of the group, with the heartbeats and the abort flag.
+        pids: {rank: process id}.
+        wake: an eventfd. Writing to it ends the watch.
         silence: seconds.
-        what: a word for one of the processes, used in the abort message.
+        what: noun for a process in the abort message.
     """
     poll, names = select.poll(), dict[int, str]()
     poll.register(wake, select.POLLIN)
@@ -234,21 +237,23 @@ def is_stopped(pid: int) -> bool:
 
 
 class GroupExecutable(PostedExecutable):
-    """A Program loaded in the processes of a group, one process for each rank. `pids`: process ids by rank.
+    """A Program loaded in the processes of a group, one process for each rank.
+
+    The attribute `pids` has the process ids in order of rank.
 
     Args:
-        ranks: the job of each process.
-        joins: True if the ranks are one mesh, with a communicator each; False for one process, which loads all Programs
-            of its job.
-        step_timeout: limit in seconds on a step.
+        ranks: the job and CPU cores of each process.
+        joins: True if the ranks are one mesh, with a communicator each. False if there is one process, which loads all
+            Programs of its job.
+        step_timeout: seconds after which a step is given up.
         silence: seconds without a heartbeat after which a process that a signal has suspended (SIGSTOP) counts as hung.
             Other processes are given longer, see watch().
-        what: noun for a process in errors.
-        replaces: the lost group that this one replaces; None: none.
-        server: forks the processes; None: they are started one by one.
+        what: noun for a process in error messages.
+        replaces: the lost group that this group replaces; None: none.
+        server: fork server that starts the processes; None: they are started without one.
 
-    Raises DeviceError with the message of the error that loading raised, DeviceLost if a process ends meanwhile,
-    ReplacementRefused if results would have other bits than those of the group replaced.
+    Raises DeviceError with the error's message if loading fails. Raises DeviceLost if a process ends while it loads.
+    Raises ReplacementRefused if results would not be bitwise identical to those of the group replaced.
     """
 
     def __init__(
@@ -304,17 +309,17 @@ class GroupExecutable(PostedExecutable):
             raise DeviceLost(f"the {self.processes.what} is gone")
 
     def close(self) -> None:
-        """Kill the processes, and let go of this group's K/V cache and packed weights. Returns nothing.
+        """Kill the processes, and release this group's K/V cache and packed weights. Returns None.
 
-        The memory is freed unless a group that replaces this one already uses it.
+        Their memory is freed unless a group that replaces this one uses it already.
         """
         self.processes.close()
         self.kept = self.images = None
 
     def _wait(self, steps: int, timeout: float) -> None:
-        """Wait until all ranks have answered `steps` requests: the first is to load the Program. Returns nothing.
+        """Wait until every rank has answered the first `steps` requests. Returns None.
 
-        Raises DeviceLost after `timeout` seconds or if a process ends.
+        The first request is to load the Program. Raises DeviceLost after `timeout` seconds, and if a process ends.
         """
         p = self.processes
         if p.closed:

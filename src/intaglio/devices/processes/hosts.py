@@ -36,11 +36,16 @@ Handler = Callable[["HostAgent", int, int | None, bytes], None]  # agent, kind o
 
 
 class HostAgent:
-    """The coordinator's end of the connection to one host's agent.
+    """The coordinator's end of the connection to the agent of one host.
 
-    cores: number of CPU cores of the agent's host. address: (host, port) where the host's ranks take connections from
-    other ranks. handler: function (agent, kind, epoch, message) called with each frame from the agent. Raises LinkLost
-    if the agent's first frame is not its greeting.
+    Attributes:
+        link: the connection.
+        name: the host's name in messages.
+        cores: number of CPU cores of the host.
+        address: (host, port) at which the host's ranks accept connections from ranks of other hosts.
+        handler: function (agent, kind, epoch, message) that is called with each frame from the agent; None: none.
+
+    Raises LinkLost if the agent's first frame is not its greeting.
     """
 
     def __init__(self, link: Link) -> None:
@@ -58,7 +63,10 @@ class HostAgent:
         return not self.link.closed.is_set()
 
     def run(self) -> None:
-        """Call the handler with each frame from the agent until the connection is lost, then once with kind LOST."""
+        """Receive frames from the agent and call the handler with each, until the connection is lost. Returns None.
+
+        The last call of the handler has the kind LOST.
+        """
         try:
             while True:
                 self.take(*self.link.receive())
@@ -66,24 +74,30 @@ class HostAgent:
             self.lose(e)
 
     def take(self, kind: int, message: bytes) -> None:
-        """Call the handler, if there is one, with a frame of this `kind` from the agent. Returns nothing.
+        """Call the handler with one frame from the agent; do nothing if there is no handler. Returns None.
 
-        message: the epoch in the first 8 bytes (big-endian), then the content; the handler gets both.
+        `kind` is the frame's kind. `message` is the epoch (8 bytes, big-endian), then the content. The handler gets
+        these two as separate arguments.
         """
         if self.handler:
             self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
 
     def lose(self, why: LinkLost) -> None:
-        """Call the handler with a frame of kind LOST. why: the error that ended the connection."""
+        """Call the handler with a frame of the kind LOST. `why` is the error that ended the connection."""
         if self.handler:
             self.handler(self, membership.LOST, None, f"its connection is lost: {why}".encode())
 
 
 class Rendezvous:
-    """The listening socket of the coordinator, and the agents that have connected to it.
+    """The coordinator's listening socket, and the agents that have connected to it.
 
-    token: the shared secret; None is allowed only on loopback. silence: seconds without a byte after which an agent
-    counts as lost. Raises ValueError for an address outside loopback without a token.
+    Args:
+        host: address at which the coordinator listens.
+        port: port at which it listens; 0: any free port.
+        token: the shared secret; None is allowed only for an address on this machine (loopback).
+        silence: seconds without a received byte after which an agent counts as lost.
+
+    Raises ValueError for any other address without a token.
     """
 
     def __init__(self, host: str, port: int, token: bytes | None, silence: float = frames.SILENCE) -> None:
@@ -95,14 +109,14 @@ class Rendezvous:
 
     @property
     def address(self) -> tuple[str, int]:
-        """The (host, port) at which the coordinator listens."""
+        """The address at which the coordinator listens, a tuple (host, port)."""
         host, port = self.listener.getsockname()[:2]
         return host, port
 
     def wait(self, hosts: int, seconds: float) -> list[HostAgent]:
-        """The `hosts` agents that connected first, as a list in that order. Waits up to `seconds` for them.
+        """Wait until `hosts` agents are connected, at most `seconds`. Returns a list of them.
 
-        Raises DeviceError if fewer are connected by then.
+        They are the agents that connected first, in that order. Raises DeviceError if there are fewer after `seconds`.
         """
         with self.news:
             if not self.news.wait_for(lambda: bool(self.roster.choose(hosts)), seconds):
@@ -134,27 +148,27 @@ class Rendezvous:
 
 
 def check_wants_coordinator(peer: Peer) -> None:
-    """Raise ConnectionRefused for a peer that asked for a rank instead of the coordinator. Returns nothing."""
+    """Raise ConnectionRefused if a peer asked for a rank instead of the coordinator. Returns None."""
     if peer.to != COORDINATOR:
         raise ConnectionRefused(f"rank {peer.rank} wants rank {peer.to}; this is the coordinator")
 
 
 class HostsExecutable(PostedExecutable):
-    """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
+    """A Program loaded in ranks on several hosts. Each host has the same number of consecutive ranks.
 
     Args:
-        agents: one for each host.
+        agents: one agent for each host.
         mesh: the Programs of all ranks.
-        jobs: for each host, the Jobs (what a rank loads) of its ranks.
+        jobs: for each host, the Job of each of its ranks. A Job says what a rank loads.
         state: sizes of the K/V cache and the recurrent state.
-        step_timeout: maximum seconds that a step may take.
+        step_timeout: seconds after which a step is given up.
         silence: seconds without a heartbeat after which a rank that a signal has suspended (SIGSTOP) counts as hung.
-        replaces: the lost group that this one replaces; None: none.
+        replaces: the lost group of ranks that this one replaces; None: none.
         news: condition that is notified of answers; None: a new one.
-        epoch: number of this group; None: the next number.
+        epoch: number of this group of ranks; None: the next number.
 
-    Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
-    meanwhile, and ReplacementRefused if results would have other bits than those of the group `replaces`.
+    Raises DeviceError with the error's message if loading fails. Raises DeviceLost if a host or a rank is lost while it
+    loads. Raises ReplacementRefused if results would not be bitwise identical to those of the group `replaces`.
     """
 
     def __init__(
@@ -205,7 +219,10 @@ class HostsExecutable(PostedExecutable):
             raise
 
     def take(self, agent: HostAgent, kind: int, message: bytes) -> None:
-        """Handle a frame from an agent: store its answer to a step, or end the group if ranks are lost."""
+        """Handle a frame from an agent. Returns None.
+
+        An answer to a step is stored. A report of lost ranks ends the group. Frames of other kinds are ignored.
+        """
         with self.news:
             if kind == membership.LOST:
                 self.fail(f"host {agent.name}: {message.decode(errors='replace')}")
@@ -215,14 +232,14 @@ class HostsExecutable(PostedExecutable):
             self.news.notify_all()
 
     def send(self, agent: HostAgent, kind: int, message: bytes) -> None:
-        """Send a frame to an agent; if that fails, end the group. Returns nothing."""
+        """Send a frame to an agent. If it cannot be sent, end the group. Returns None."""
         try:
             agent.link.send(kind, message)
         except LinkLost as e:
             self.fail(f"host {agent.name}: {e}")
 
     def fail(self, why: str) -> None:
-        """End the group on all hosts for the reason `why`, which later steps raise as DeviceLost. Returns nothing."""
+        """End the ranks on all hosts. Later steps raise DeviceLost with the reason `why`. Returns None."""
         with self.news:
             if self.epoch.fail(why):
                 release(self.agents, self.handle)
@@ -244,13 +261,15 @@ class HostsExecutable(PostedExecutable):
         return self._wait(number, self.step_timeout)
 
     def close(self) -> None:
-        """End the ranks on all hosts; the agents stay connected. Returns nothing."""
+        """End the ranks on all hosts. The agents stay connected. Returns None."""
         self.fail("the group is closed")
 
     def _wait(self, number: int, seconds: float) -> list[memoryview]:
-        """A list of all ranks' answers to request `number`, as bytes in order of rank. Waits up to `seconds`.
+        """Wait up to `seconds` for the ranks' answers to request `number`.
 
-        Raises DeviceLost if the group has ended or not all ranks answer in time.
+        Returns a list of memoryviews in order of rank.
+
+        Raises DeviceLost if the group has ended, or if not all ranks answer in time.
         """
         with self.news:
             if not self.news.wait_for(lambda: self.answered(number), seconds):
@@ -260,10 +279,13 @@ class HostsExecutable(PostedExecutable):
 
 
 def release(agents: Sequence[HostAgent], handle: Handler) -> None:
-    """Tell agents to end the ranks of one group. Returns nothing.
+    """Tell the agents of a group of ranks to end their ranks. Returns None.
 
-    agents: those that took part in the group; one that serves another group by now is left alone. handle: the group's
-    handler of messages, by which an agent knows the group.
+    An agent that serves another group by now is left alone.
+
+    Args:
+        agents: the agents that took part in the group.
+        handle: the group's message handler. An agent whose `handler` is another function serves another group.
     """
     for agent in agents:
         if agent.handler is handle:

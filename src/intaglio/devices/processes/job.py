@@ -20,11 +20,11 @@ from intaglio.program import MeshProgram, Program, parse_program
 
 @dataclass(frozen=True)
 class Job:
-    """What a child process is to load: a device, Programs, weights and state.
+    """A description of what a child process must load: a device, Programs, weights and the size of the state.
 
     Attributes:
-        device: Recipe of the device: a function's name and its arguments.
-        programs: the Program of one rank, or of all ranks of a mesh.
+        device: Recipe of the device: (name of a function, its arguments).
+        programs: the Program of one rank, or the Programs of all ranks of a mesh.
         layout: how the model is sharded, such as tp4; "" for a single Program.
         weights: source of the weights.
         state: size of the K/V cache and of recurrent state.
@@ -37,10 +37,11 @@ class Job:
     state: StateSpec
 
     def parts(self) -> list[np.ndarray]:
-        """This job as a list of arrays, to be written as one message; read_job() reads it in the child process.
+        """Return this job as a list of arrays, to be written as one message. The child reads it with read_job().
 
-        Weights travel as arrays (ArrayWeights), or as a recipe: the name of a function and its arguments, by which the
-        child opens them itself. Raises DeviceError for weights that are neither.
+        The message contains the weights as arrays if they are an ArrayWeights. Otherwise it contains a Recipe, (name of
+        a function, its arguments), with which the child opens the weights. Raises DeviceError for weights that have no
+        Recipe.
         """
         arrays: list[np.ndarray] = []
         held: object
@@ -57,9 +58,9 @@ class Job:
         return [np.array([len(content)], np.int64), content, *(arrays or [NONE])]
 
     def modules(self) -> list[str]:
-        """Names of the modules that the child imports to make its device and weights, as a list of str.
+        """Return the names of the modules that the child imports to make its device and weights, as a list of str.
 
-        A fork server imports them beforehand, so that a new child starts at once.
+        A fork server imports these modules beforehand, so that a new child starts at once.
         """
         recipes = [self.device, *([self.weights.recipe()] if isinstance(self.weights, HasRecipe) else [])]
         return [where.partition(":")[0] for where, _ in recipes]
@@ -67,13 +68,14 @@ class Job:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """Properties that a rank reports once it has loaded its job. Results depend on `isa` and `program`.
+    """Properties that a rank reports after it has loaded its job.
 
     Attributes:
-        isa: instruction set; "" if the device has none.
+        isa: name of the instruction set, on which the bits of results depend; "" if the device has none.
         program: hash of the rank's Program.
-        state_in_file: True if the whole K/V cache is in the file that the parent keeps.
-        block_parts: bytes of one K/V block on this rank, see Executable; () if blocks cannot be read or written.
+        state_in_file: True if the whole K/V cache is in the memory file that the parent keeps.
+        block_parts: size in bytes of one K/V block in each K/V cache of this rank; () if blocks cannot be read or
+            written.
     """
 
     isa: str
@@ -82,13 +84,16 @@ class RankFacts:
     block_parts: tuple[int, ...] = ()
 
     def parts(self) -> list[np.ndarray]:
-        """The fields of this object as a list of arrays, to be written as one message; read_facts() reads it."""
+        """Return the fields of this object as a list of arrays, to be written as one message. read_facts() reads it."""
         content = text([self.isa, self.program, self.state_in_file, self.block_parts])
         return [np.array([0, len(content)], np.int64), content]
 
 
 def read_facts(message: memoryview) -> RankFacts | str:
-    """Read a rank's answer to its job. Returns its RankFacts, or the error's text if loading failed."""
+    """Read what a rank answers after it has loaded its job, or failed to.
+
+    Returns its RankFacts, or the error's text.
+    """
     r = Reader(message)
     failed, size = r.array(np.int64, 2).tolist()
     if failed:
@@ -98,11 +103,14 @@ def read_facts(message: memoryview) -> RankFacts | str:
 
 
 def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None) -> None:
-    """Raise an error if the ranks of a group would not compute the bits that are expected.
+    """Raise an error if the results of a group of ranks would not be bitwise reproducible. Returns None.
 
-    earlier: the facts of the group that this one replaces, or None. Raises DeviceError if the ranks have different
-    instruction sets. Raises ReplacementRefused if the number of ranks, an instruction set or a Program differs from
-    `earlier`.
+    Raises DeviceError if the ranks have different instruction sets. Raises ReplacementRefused if the number of ranks,
+    an instruction set or a Program differs from the group that this one replaces.
+
+    Args:
+        ranks: what each rank has reported.
+        earlier: what each rank of the replaced group had reported; None if no group is replaced.
     """
     for rank, facts in enumerate(ranks):
         if facts.isa != ranks[0].isa:
@@ -126,12 +134,12 @@ def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None)
 
 @dataclass(frozen=True)
 class OpenJob:
-    """What a child process runs, after the device and the weights that its Job names have been opened.
+    """A child process's job, after its device and its weights have been opened.
 
     Attributes:
         device: the open device.
         program: the Program to load; a MeshProgram for all ranks of a mesh.
-        weights: the open weights.
+        weights: the open source of weights.
         state: size of the K/V cache and of recurrent state.
     """
 
@@ -142,10 +150,10 @@ class OpenJob:
 
 
 def read_job(message: memoryview, **options: object) -> OpenJob:
-    """Read a Job from a message, open its device and weights, and return them as an OpenJob.
+    """Read a Job from a message, and open its device and its weights. Returns an OpenJob.
 
-    options: further arguments for the device. Raises ProgramError for a wrong text of a Program, and the errors of the
-    functions that make the device and the weights.
+    `options` are further arguments for the device. Raises ProgramError if the text of a Program is invalid, and the
+    errors of the functions that make the device and the weights.
     """
     r = Reader(message)
     content: Any = r.text(int(r.array(np.int64, 1)[0]))
@@ -162,9 +170,10 @@ def read_job(message: memoryview, **options: object) -> OpenJob:
 
 
 def _described(value: Value, arrays: list[np.ndarray]) -> object:
-    """A description of a value for JSON: [type, shape] of an array, or a dict of the fields of a quantised matrix.
+    """Return a description of the weight `value` for JSON, and append its arrays to the list `arrays`.
 
-    The arrays themselves are appended to `arrays`.
+    An array is described as [type, shape]. A quantised matrix is described as a dict {field: value}, whose array fields
+    are described in the same way.
     """
     if isinstance(value, np.ndarray):
         arrays.append(value)

@@ -13,9 +13,9 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.S
 class KeptState:
     """Memory files, one for each rank, that hold the ranks' K/V caches.
 
-    The files exist until the last group that uses them is gone. A step writes K/V only at positions that are not
-    computed yet. So all K/V computed before is intact when a process is killed in the middle of a step, and the next
-    process can continue from it.
+    The files exist until the last group of ranks that uses them has ended. A process that replaces a killed one can
+    continue with the K/V cache: a step writes only positions that are not computed yet, so that the K/V of all earlier
+    positions is intact even if the process was killed during a step.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -24,13 +24,11 @@ class KeptState:
 
 
 class KeptImages:
-    """Memory files, one for each rank of a group of processes, that keep the ranks' packed weights.
+    """Memory files, one for each of `ranks` ranks, that hold the ranks' packed weights.
 
-    They are used if packed weights are not cached on disk. They exist until the last group that uses them is gone. A
-    group that replaces a crashed one maps them instead of packing again. Once they are filled, ranks map them
-    read-only, so that a crashing rank does not damage them.
-
-    ranks: number of ranks.
+    They are used if packed weights are not cached on disk. They exist until the last group of ranks that uses them has
+    ended. A group that replaces a crashed one maps the files instead of packing the weights again. Ranks map filled
+    files read-only, so that a crashing rank cannot damage them.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -39,15 +37,15 @@ class KeptImages:
 
 
 def close_all(files: Sequence[int]) -> None:
-    """Close these file descriptors. Returns nothing."""
+    """Close the file descriptors `files`. Returns None."""
     for file in files:
         os.close(file)
 
 
 def spoils_memory(returncode: int | None) -> bool:
-    """True if a process crashed, such as by SIGSEGV, and may have written to wrong addresses before.
+    """True if a process crashed, for example by SIGSEGV, and may have written to wrong addresses before.
 
-    False for any other end, SIGKILL included, and while it runs. returncode: its exit status, as Popen.returncode; None
-    while it runs.
+    `returncode` is the process's exit status as in Popen.returncode: -n if signal n killed it, None while it runs. The
+    result is False for a process that runs, that exited, or that SIGKILL ended.
     """
     return returncode is not None and -returncode in CRASHES

@@ -28,20 +28,20 @@ STALL = 10  # times the silence: a connection in which no byte moves for so long
 
 
 class LinkLost(ConnectionError):
-    """Raised if the other host is gone or silent, or sent bytes that are not a valid frame."""
+    """Raised if the other host has closed the connection, is silent, or sent bytes that are not a valid frame."""
 
 
 class Link:
-    """One end of a connection between two hosts that carries frames. Any thread may send; one receives.
+    """One end of a connection between two hosts that carries frames. Any thread may send; only one may receive.
 
-    Heartbeats are sent every INTERVAL seconds both ways, in the TCP connection and as UDP datagrams (Beacon). The link
-    is lost after `silence` seconds without anything from the other end. If datagrams still come but TCP is stuck, the
-    link is lost after STALL * `silence` seconds in which no byte came over TCP, or in which a send made no progress.
+    Each end sends heartbeats every INTERVAL seconds, over the TCP connection and as UDP datagrams (Beacon). The link is
+    lost if nothing comes from the other end for `silence` seconds. If datagrams come but the TCP connection is stuck,
+    the link is lost after STALL * `silence` seconds.
 
     Args:
-        s: the TCP connection, authenticated.
-        key: the session's key.
-        connected: True on the side that opened the connection.
+        s: the authenticated TCP connection.
+        key: the session key.
+        connected: True at the end that opened the connection.
         silence: seconds.
     """
 
@@ -63,7 +63,10 @@ class Link:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, kind: int, payload: bytes = b"") -> None:
-        """Send a frame. Raises LinkLost if it cannot be sent, ValueError for a payload longer than LONGEST bytes."""
+        """Send a frame of kind `kind` with `payload`. Returns None.
+
+        Raises LinkLost if the frame cannot be sent, and ValueError for a payload longer than LONGEST bytes.
+        """
         if len(payload) > LONGEST:
             raise ValueError(f"a frame of {len(payload)} bytes; at most {LONGEST} are allowed")
         with self.lock:
@@ -85,9 +88,9 @@ class Link:
                 raise LinkLost(f"nothing can be sent: {e}") from e
 
     def receive(self) -> tuple[int, bytes]:
-        """Wait for the next frame other than a heartbeat. Returns (kind, payload).
+        """Wait for the next frame that is not a heartbeat. Returns a tuple (kind, payload).
 
-        Raises LinkLost, after closing the link, if nothing comes for `silence` seconds or a frame is not valid.
+        Raises LinkLost, after closing the link, if nothing comes for `silence` seconds or a frame is invalid.
         """
         try:
             while True:
@@ -111,7 +114,7 @@ class Link:
             raise
 
     def close(self) -> None:
-        """Close the connection, which ends send() and receive() at both ends with LinkLost."""
+        """Close the connection. Calls of send() and receive() then raise LinkLost at both ends."""
         self.closed.set()
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -137,11 +140,11 @@ class Link:
         return bytes(got)
 
     def _arrived(self) -> bool:
-        """Wait up to INTERVAL seconds for the other end. Returns True if bytes can be read from the connection.
+        """Wait up to INTERVAL seconds for the other end. Returns True if bytes can be read from the TCP connection.
 
-        Heartbeat datagrams that came are read here. A pause of this process counts as at most INTERVAL seconds of
-        silence. Raises LinkLost if the link is closed, if the other end says that it hears nothing, if neither bytes
-        nor datagrams came for `silence` seconds, or if no bytes came for STALL * `silence` seconds.
+        Heartbeat datagrams are read by this method. A pause of this process counts as at most INTERVAL seconds of
+        silence. Raises LinkLost if the link is closed, or if the other end says that it receives nothing. Raises it
+        also if neither bytes nor datagrams came for `silence` seconds, or no bytes for STALL * `silence` seconds.
         """
         ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)} - {self.beacon.fileno()}
         before, self.looked = self.looked, time.monotonic()
@@ -171,7 +174,7 @@ class Link:
 
 
 def mac(key: bytes, head: bytes, payload: bytes) -> bytes:
-    """The authentication code of a frame: the 32 bytes of HMAC-SHA256 over head and payload."""
+    """Return the authentication code of a frame: HMAC-SHA256 of `head` and `payload` with `key`, 32 bytes."""
     code = hmac.new(key, head, "sha256")
     code.update(payload)
     return code.digest()

@@ -15,61 +15,66 @@ PATIENCE = 10  # times the allowed silence has a process that is not stopped: ot
 
 
 class OutOfOrder(ValueError):
-    """Raised for a frame whose number is not the next one: frames were left out, or one came twice."""
+    """Raised for a frame whose number is not the next one, because frames were lost or one came twice."""
 
 
 class FrameOrder:
-    """Numbers the frames of one link, so that a frame left out, repeated or sent again by a stranger is noticed.
+    """Numbers the frames of one link, in order to notice lost, repeated and forged frames.
 
-    Sent and received frames are each counted from 0.
+    Sent frames are numbered from 0, and so are received frames.
     """
 
     def __init__(self) -> None:
         self.sent = self.received = 0
 
     def next_number(self) -> int:
-        """Take the number of the next frame to send, and return it."""
+        """Return the number of the next frame to send, and count the frame as sent."""
         self.sent += 1
         return self.sent - 1
 
     def check(self, number: int) -> None:
-        """Count a frame that has come. Returns nothing. Raises OutOfOrder if its number is not the next one."""
+        """Count a received frame. Returns None. Raises OutOfOrder if its number is not the next one."""
         if number != self.received:
             raise OutOfOrder(f"frame {number} came, {self.received} was due")
         self.received += 1
 
 
 class Silence:
-    """Timer of the silence of a link's other end: each time that something is heard, the silence starts anew.
+    """Timer that says how long the other end of a link has been silent. It restarts whenever something is received.
 
     Args:
         allowed: seconds of silence after which the other end counts as gone.
-        now: the time in seconds at which the first silence starts.
+        now: the time in seconds at which the timer starts.
     """
 
     def __init__(self, allowed: float, now: float) -> None:
         self.allowed, self.last = allowed, now
 
     def heard(self, now: float) -> None:
-        """Note that bytes came at the time `now`, in seconds. Returns nothing."""
+        """Restart the timer, because bytes were received at the time `now`, in seconds. Returns None."""
         self.last = now
 
     def left(self, now: float) -> float:
-        """Seconds until the other end counts as gone; 0 or less if it does already. now: the current time, in s."""
+        """Return the seconds left until the other end counts as gone; 0 or less if it counts as gone already.
+
+        `now` is the current time in seconds.
+        """
         return self.last + self.allowed - now
 
 
 class BeatWatch:
-    """Finds ranks that hang, from their heartbeats, which ranks count up in shared memory.
+    """Finds ranks that hang.
 
-    Silence is counted in looks, not by a clock: a pause of the whole machine, in which nobody looks, adds at most one.
-    Looks count from the first beat on, so a rank that is still starting is not silent.
+    Each rank counts up a heartbeat in shared memory; a rank whose count stands still is silent. Silence is measured in
+    calls of look(), one every `tick` seconds, and not by a clock. If the whole machine pauses, look() is not called
+    either, so that a pause adds at most one tick. A rank that has not yet made its first heartbeat is starting and does
+    not count as silent.
 
     Args:
         ranks: numbers of the ranks.
         silence: seconds of silence after which a rank whose process is suspended (by SIGSTOP or a debugger) counts as
-            hung. Any other rank has PATIENCE times as long.
-        tick: seconds between two looks.
+            hung. The limit for any other rank is PATIENCE times as long.
+        tick: seconds between two calls of look().
     """
 
     def __init__(self, ranks: Sequence[int], silence: float, tick: float) -> None:
@@ -77,11 +82,11 @@ class BeatWatch:
         self.seen, self.ticks = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
 
     def look(self, beats: Mapping[int, int], stopped: Callable[[int], bool]) -> dict[int, float]:
-        """Note the ranks' heartbeats. Returns the ranks that hang, as {rank: seconds of silence}; {} if none hangs.
+        """Record the ranks' heartbeats. Returns the ranks that hang: {rank: seconds of silence}, or {} if none hangs.
 
         Args:
-            beats: heartbeats so far, by rank.
-            stopped: function from a rank to True if its process is suspended by a signal or a debugger.
+            beats: {rank: number of its heartbeats so far}.
+            stopped: function that takes a rank and returns True if its process is suspended by a signal or a debugger.
         """
         found = dict[int, float]()
         for rank, count in beats.items():
@@ -94,11 +99,11 @@ class BeatWatch:
 
 
 class HasLife(Protocol):
-    """Interface of a member of a Roster: tells whether its connection is alive."""
+    """Interface of the members of a Roster. A member says whether its connection is alive."""
 
     @property
     def alive(self) -> bool:
-        """True until the connection to the member is lost."""
+        """True as long as the connection to this member is not lost."""
 
 
 Member = TypeVar("Member", bound=HasLife)
@@ -106,36 +111,39 @@ Answer = TypeVar("Answer")
 
 
 class Roster(Generic[Member]):
-    """The agents that are connected to a coordinator, in the order in which they came."""
+    """The agents that are connected to a coordinator, in the order in which they connected."""
 
     def __init__(self) -> None:
         self.members: list[Member] = []
 
     def add(self, member: Member) -> None:
-        """Add an agent that has connected. Returns nothing."""
+        """Add an agent that has connected to the end of the list. Returns None."""
         self.members.append(member)
 
     def alive(self) -> list[Member]:
-        """A list of the agents that are still connected. This call removes all others from `members`."""
+        """Return a list of the agents that are still connected, and remove all others from `members`."""
         self.members = [m for m in self.members if m.alive]
         return self.members
 
     def choose(self, count: int) -> list[Member]:
-        """A list of the `count` agents that form the next group, the first that came; [] if there are fewer."""
+        """Return a list of the `count` agents for the next group of ranks; [] if fewer agents are connected.
+
+        They are the agents that connected first.
+        """
         there = self.alive()
         return there[:count] if len(there) >= count else []
 
 
 class Epoch(Generic[Member, Answer]):
-    """The coordinator's record of one group of ranks: the answers of its agents, and why the group ended.
+    """The coordinator's record of one group of ranks: the answers of the hosts' agents, and why the group ended.
 
     Each group has a number, its epoch. A group that replaces another has a higher number. A step is complete when all
-    agents have answered it. The first failure ends the group for good: later answers, and answers of another group, are
-    dropped.
+    agents have answered it. The first failure ends the group for good. Answers that arrive later, and answers that
+    belong to another group, are dropped.
 
     Args:
         number: the group's number.
-        members: agents of the hosts in the order of their ranks.
+        members: the hosts' agents, in the order of their ranks.
     """
 
     def __init__(self, number: int, members: Sequence[Member]) -> None:
@@ -144,46 +152,48 @@ class Epoch(Generic[Member, Answer]):
         self.answers: dict[int, dict[Member, Answer]] = {}  # by step; step 0 is the load
 
     def concerns(self, epoch: int | None) -> bool:
-        """True if a frame is for this group.
+        """True if a frame with the number `epoch` concerns this group.
 
-        epoch: the frame's epoch; None: the frame is about the link itself and concerns any group.
+        An `epoch` of None means that the frame is about the connection itself, which concerns every group.
         """
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:
-        """Store an agent's answer to a step. It is dropped if the group has ended or the agent is not of this group.
+        """Store an agent's answer to a step. Returns None.
 
-        step: number of the step; 0 is the load.
+        The answer is dropped if the group has ended or the agent does not belong to it. Step 0 is the loading of the
+        Program.
         """
         if not self.failed and member in self.members:
             self.answers.setdefault(step, {})[member] = answer
 
     def fail(self, why: str) -> bool:
-        """End this group of ranks because of a failure. Returns True the first time, False if it had ended already.
+        """End this group of ranks because of a failure. Returns True; False if the group had ended already.
 
-        Answers that come later are dropped. why: the reason, as text; only the first is kept, in `failed`.
+        Answers that come later are dropped. `why` is the reason, as text. The reason of the first failure is stored in
+        the attribute `failed`.
         """
         first = not self.failed
         self.failed = self.failed or why
         return first
 
     def complete(self, step: int) -> bool:
-        """True if all members have answered a step."""
+        """True if all agents of this group have answered the step with number `step`."""
         return len(self.answers.get(step, ())) == len(self.members)
 
     def take(self, step: int) -> list[Answer]:
-        """Remove the answers to a complete step and return them, as a list in the order of the ranks."""
+        """Remove the answers to a complete step, and return them as a list in the order of the hosts' ranks."""
         found = self.answers.pop(step)
         return [found[member] for member in self.members]
 
 
 class HostRanks(Protocol):
-    """Interface to the running ranks of one host, by which its agent gives them steps and ends them."""
+    """Interface to the running ranks of one host, through which the host's agent starts steps and ends the ranks."""
 
     def post(self, message: bytes) -> None:
-        """Hand a step to the ranks, and do not wait for its end. Returns nothing.
+        """Give a step to the ranks, without waiting for its end. Returns None.
 
-        message: 8 bytes with the step's number, then the request.
+        `message` is the step's number (8 bytes), then the request.
         """
 
     def stop(self) -> None:
@@ -191,11 +201,12 @@ class HostRanks(Protocol):
 
 
 class Session:
-    """The ranks that an agent runs on its host for one coordinator. take() carries out the coordinator's messages.
+    """Runs ranks on an agent's host for one coordinator. take() carries out the coordinator's messages.
 
-    The ranks of one group run at a time: a new group's ranks start when those of the group before have ended.
+    Only one group of ranks runs at a time. The ranks of a new group start after the ranks of the previous group have
+    ended.
 
-    start: function from a START message to the HostRanks that it started.
+    `start` is a function that takes a START message, starts the ranks that it describes and returns them as HostRanks.
     """
 
     def __init__(self, start: Callable[[bytes], HostRanks]) -> None:
@@ -203,9 +214,10 @@ class Session:
         self.ranks: HostRanks | None = None
 
     def take(self, kind: int, message: bytes) -> None:
-        """Carry out a frame from the coordinator: start ranks, give them a step, or end them. Returns nothing.
+        """Carry out a frame from the coordinator: start ranks, give them a step, or end them. Returns None.
 
-        kind: kind of the frame; other kinds than START, STEP and STOP are ignored. message: its content.
+        `kind` is the frame's kind: START, STEP or STOP. Frames of other kinds are ignored. `message` is the frame's
+        content.
         """
         if kind == STEP and self.ranks:
             self.ranks.post(message)
@@ -215,7 +227,10 @@ class Session:
                 self.ranks = self.start(message)
 
     def end(self) -> None:
-        """End the ranks, because the coordinator says so or the link to it is lost. Returns nothing."""
+        """End the ranks if there are any. Returns None.
+
+        Call this when the coordinator asks for it or the link to the coordinator is lost.
+        """
         if self.ranks:
             ranks, self.ranks = self.ranks, None
             ranks.stop()

@@ -32,17 +32,17 @@ NONE = np.empty(0, np.uint8)
 
 
 class MessageError(ValueError):
-    """Raised for bytes that are not a message of this module's binary format, such as a message cut off."""
+    """Raised for bytes that are not a message in this module's binary format, such as a truncated message."""
 
 
 class Reader:
-    """Reads the arrays of a message in order, as views of the message."""
+    """Reads the arrays of a message one after another, without copying them."""
 
     def __init__(self, message: memoryview) -> None:
         self.message, self.at = message, 0
 
     def array(self, dtype: np.dtype | type, count: int) -> np.ndarray:
-        """The next array of `count` values, as a view of the message.
+        """Read the next array of the message, which has `count` values. Returns a view of the message's bytes.
 
         Raises MessageError if the message is too short.
         """
@@ -54,7 +54,7 @@ class Reader:
         return found
 
     def text(self, size: int) -> object:
-        """Read the next `size` bytes, which are JSON. Returns the value; None if size is 0.
+        """Read the next `size` bytes of the message as JSON. Returns the decoded value; None if `size` is 0.
 
         Raises MessageError if the message is too short.
         """
@@ -62,12 +62,12 @@ class Reader:
 
 
 def text(value: object) -> np.ndarray:
-    """A value as JSON text, in a uint8 array."""
+    """Return `value` as JSON text in UTF-8, in a uint8 array."""
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def request_parts(request: StepRequest) -> list[np.ndarray]:
-    """A step request as a list of arrays, to be written as one message; RequestReader reads it."""
+    """Return a step request as a list of arrays, to be written as one message. RequestReader reads it."""
     batch = request.batch
     taps = text(list(request.taps)) if request.taps else NONE
     parameters = np.empty(len(batch.sampling), PARAMETERS)
@@ -92,21 +92,25 @@ READ, WRITE, EXPERTS = 4, 8, 16  # in the flags of a request: it moves K/V block
 
 
 def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> list[np.ndarray]:
-    """A request about experts as a list of arrays, to be written as one message; read_experts_request() reads it.
+    """Return a request about experts as a list of arrays, to be written as one message.
 
-    action: "loads", "load", "loaded" or "switch", for the method expert_loads(), load_experts(), experts_loaded() or
-    switch_experts() of Executable. layers: the argument of load_experts(); None for the other methods.
+    read_experts_request() reads the message.
+
+    Args:
+        action: "loads", "load", "loaded" or "switch". They stand for the methods expert_loads(), load_experts(),
+            experts_loaded() and switch_experts() of Executable.
+        layers: for "load", the argument of load_experts(); None for the other actions.
     """
     content = text([action, layers or {}])
     return [np.array([len(content), 0, 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
 
 
 def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | None:
-    """Read a request about experts. Returns (action, layers); None if the message is another request.
+    """Read a request about experts. Returns a tuple (action, layers); None if the message is another kind of request.
 
-    action: "loads" (how many tokens has each expert got), "load" (start to load experts), "loaded" (are they loaded) or
-    "switch" (use them). layers: for "load", {site: the expert numbers of each rank}, where a site is the name of a
-    layer's op; {} for the other actions.
+    `action` is "loads" (report how many tokens each expert got), "load" (start loading other experts), "loaded" (report
+    whether they are loaded) or "switch" (use them). For "load", `layers` is {name of a layer's experts op: for each
+    rank, the numbers of its experts}. For the other actions it is {}.
     """
     r = Reader(message)
     size, _, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
@@ -117,16 +121,16 @@ def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | 
 
 
 def value_parts(value: object) -> list[np.ndarray]:
-    """An answer that holds one value, as a list of arrays to be written as one message; read_value() reads it.
+    """Return an answer with one value as a list of arrays, to be written as one message. read_value() reads it.
 
-    value: anything that json.dumps() takes; it is sent as JSON.
+    The value is sent as JSON.
     """
     content = text(value)
     return [np.array([0, len(content), 0, 0, 0], np.int64), content]
 
 
 def read_value(message: memoryview) -> tuple[str, object]:
-    """Read an answer that holds one value. Returns ("", value), or (the error's text, None) if the request failed."""
+    """Read an answer with one value. Returns ("", value), or (the error's text, None) if the request had failed."""
     r = Reader(message)
     failed, size, _, _, _ = r.array(np.int64, 5).tolist()
     content = r.text(size)
@@ -135,7 +139,12 @@ def read_value(message: memoryview) -> tuple[str, object]:
 
 @dataclass(frozen=True)
 class BlocksRequest:
-    """A request to read K/V blocks, or to write them. contents: uint8 [blocks, bytes] of this rank; None to read."""
+    """A request to a rank to read or write K/V blocks.
+
+    Attributes:
+        blocks: numbers of the blocks.
+        contents: the bytes to write, uint8 [blocks, bytes of a block on this rank]; None to read.
+    """
 
     blocks: list[int]
     contents: np.ndarray | None
@@ -144,12 +153,13 @@ class BlocksRequest:
 def blocks_parts(
     blocks: Sequence[int], contents: np.ndarray | None = None, rank_bytes: Sequence[int] = ()
 ) -> list[np.ndarray]:
-    """A request to read or write K/V blocks, as a list of arrays to be written as one message.
+    """Return a request to read or write K/V blocks as a list of arrays, to be written as one message.
 
     Args:
         blocks: numbers of the blocks.
-        contents: for a write, uint8 [blocks, bytes], the bytes of all ranks side by side; None to read.
-        rank_bytes: for a write, how many of these bytes of a block belong to each rank, in order of rank; () to read.
+        contents: the bytes to write, uint8 [blocks, bytes]. Each row has the bytes of all ranks, one after another.
+            None to read.
+        rank_bytes: for a write, how many bytes of a row belong to each rank, in order of rank; () to read.
     """
     flags = READ if contents is None else WRITE
     head = np.array([len(blocks), len(rank_bytes), 0, 0, 0, 0, 0, 0, flags, 0], np.int64)
@@ -161,10 +171,10 @@ def blocks_parts(
 
 
 def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
-    """Read a request about K/V blocks. Returns a BlocksRequest; None if the message is another request.
+    """Read a request about K/V blocks. Returns a BlocksRequest; None if the message is another kind of request.
 
-    In a request to write, its contents are the part for `rank`, uint8 [blocks, bytes]. Raises MessageError if the
-    message is too short.
+    For a write, the BlocksRequest has only the bytes for the rank `rank`, uint8 [blocks, bytes]. Raises MessageError if
+    the message is too short.
     """
     r = Reader(message)
     blocks, ranks, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
@@ -178,9 +188,10 @@ def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
 
 
 def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
-    """The answer to a request about K/V blocks, as a list of arrays to be written as one message.
+    """Return the answer to a request about K/V blocks as a list of arrays, to be written as one message.
 
-    contents: the blocks read, uint8 [blocks, bytes]; None after a write, for which the answer is a header alone.
+    `contents` is the contents of the blocks that were read, uint8 [blocks, bytes]. After a write it is None, and the
+    answer is a header without contents.
     """
     rows, width = (0, 0) if contents is None else contents.shape
     head = np.array([0, 0, rows, width, 0], np.int64)
@@ -188,9 +199,9 @@ def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
 
 
 def read_contents(message: memoryview) -> np.ndarray | str:
-    """Read the answer to a request to read K/V blocks. Returns a copy of their contents, uint8 [blocks, bytes].
+    """Read the answer to a request for K/V blocks. Returns a copy of their contents, uint8 [blocks, bytes].
 
-    Returns the error's text, a str, if the request failed.
+    If the request had failed, the result is the error's text, a str.
     """
     r = Reader(message)
     failed, _, rows, width, _ = r.array(np.int64, 5).tolist()
@@ -200,15 +211,15 @@ def read_contents(message: memoryview) -> np.ndarray | str:
 class RequestReader:
     """Reads step requests from messages.
 
-    If all sampling parameters equal those of the last request, the same objects are returned, so that a device need not
-    convert them again.
+    If all sampling parameters equal those of the request before, read() returns the same Sampling objects again, so
+    that a device need not convert them a second time.
     """
 
     def __init__(self) -> None:
         self.bytes, self.sampling = b"", tuple[Sampling, ...]()
 
     def read(self, message: memoryview) -> StepRequest:
-        """The StepRequest in a message. The batch's `numbers` is a view of the message."""
+        """Read a step request from a message. Returns a StepRequest, whose batch uses the message's memory."""
         r = Reader(message)
         t, s, rows, columns, windows, block_size, several, words, flags, taps = r.array(np.int64, 10).tolist()
         numbers = r.array(np.int32, numbers_size(t, s, rows, columns, windows))
@@ -239,7 +250,7 @@ def _edits(r: Reader, n: int) -> Edits:
 
 
 def result_parts(result: StepResult) -> list[np.ndarray]:
-    """A step's result as a list of arrays, to be written as one message; read_result() reads it."""
+    """Return a step's result as a list of arrays, to be written as one message. read_result() reads it."""
     wide = result.logits
     facts = NONE
     if result.taps or result.timings:
@@ -252,7 +263,10 @@ def result_parts(result: StepResult) -> list[np.ndarray]:
 
 
 def error_parts(error: Exception) -> list[np.ndarray]:
-    """The answer to a request that failed, with the error's text, as a list of arrays to be written as one message."""
+    """Return the answer to a failed request as a list of arrays, to be written as one message.
+
+    It has the error's text.
+    """
     content = text(f"{type(error).__name__}: {error}")
     return [np.array([1, len(content), 0, 0, 0], np.int64), content]
 
@@ -260,7 +274,7 @@ def error_parts(error: Exception) -> list[np.ndarray]:
 def read_result(message: memoryview) -> StepResult | str:
     """Read a rank's answer to a step.
 
-    Returns the StepResult, its arrays copied, or the error's text if the step failed.
+    Returns a StepResult with copied arrays, or the error's text if the step failed.
     """
     r = Reader(message)
     failed, size, drawn, rows, width = r.array(np.int64, 5).tolist()
@@ -277,11 +291,11 @@ def read_result(message: memoryview) -> StepResult | str:
 
 
 def size_of(parts: Sequence[np.ndarray]) -> int:
-    """Number of bytes of a message that consists of these arrays."""
+    """Return the number of bytes of a message that consists of the arrays `parts`, padding included."""
     return sum(-(-x.nbytes // 8) * 8 for x in parts)
 
 
 def pack(parts: Sequence[np.ndarray]) -> bytes:
-    """The message of these arrays, as bytes."""
+    """Return the message that consists of the arrays `parts`, as bytes."""
     raw = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes() for x in parts]
     return b"".join(x + bytes(-len(x) % 8) for x in raw)

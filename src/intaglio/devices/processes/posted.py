@@ -44,12 +44,12 @@ SLOTS = 4  # one more than the steps that may be under way; a longer pipeline ha
 
 @dataclass
 class PostedStep:
-    """A step that runs in other processes, as a PendingStep.
+    """A step that runs in other processes. It implements the interface PendingStep.
 
     Attributes:
-        executable: the executable that posted it. It receives results in the order of posting.
+        executable: the executable that sent the request. It receives results in the order of the requests.
         number: number of the request.
-        completed: None until the result has been received; then a CompletedStep with the result or the error.
+        completed: a CompletedStep with the result or the error; None until the result has been received.
     """
 
     executable: PostedExecutable
@@ -57,7 +57,7 @@ class PostedStep:
     completed: CompletedStep | None = None
 
     def done(self) -> bool:
-        """True if result() returns without waiting."""
+        """True if the step has ended, so that result() does not wait for it."""
         return self.completed is not None or self.executable.answered(self.number)
 
     def result(self) -> StepResult:
@@ -68,11 +68,15 @@ class PostedStep:
 
 
 class PostedExecutable(Executable):
-    """Base class of executables that post requests to other processes and receive their results.
+    """Base class of executables that send ("post") requests to ranks in other processes and receive their results.
 
-    Requests are numbered in the order in which they are posted. Number 0 loads the Program. Each other one is a step, a
-    transfer of K/V blocks, or a question or change of experts' ranks. depth: number of pipeline stages. checks: True to
-    check each step in this process first, since an error that only one rank raises would end the group.
+    Requests are numbered in the order in which they are sent. Request 0 loads the Program. Every other request runs a
+    step, moves K/V blocks, or concerns the placement of experts.
+
+    Args:
+        depth: number of pipeline stages.
+        checks: True to check each step's batch in this process before it is sent, because an error on only one rank
+            would end the whole group.
     """
 
     facts: list[RankFacts]
@@ -86,28 +90,28 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def post(self, request: Sequence[np.ndarray], number: int) -> None:
-        """Send request `number`, as arrays, to all ranks. Returns nothing."""
+        """Send request `number`, a list of arrays, to all ranks without waiting for the results. Returns None."""
 
     @abstractmethod
     def answered(self, number: int) -> bool:
-        """True if all ranks have answered request `number`, or never will because the group has ended."""
+        """True if all ranks have answered request `number`, or if the group has ended and no more answers will come."""
 
     @abstractmethod
     def replies(self, number: int) -> list[memoryview]:
-        """Wait for all ranks' answers to request `number`, and return them as a list of messages, by rank.
+        """Wait until all ranks have answered request `number`. Returns a list of their answers in order of rank.
 
-        A message may say that its rank failed; the caller reads that. Raises DeviceLost if the group ends before all
-        have answered.
+        An answer is a message as a memoryview. It may say that the request failed on its rank. Raises DeviceLost if the
+        group ends before all ranks have answered.
         """
 
     @abstractmethod
     def check_alive(self) -> None:
-        """Raise DeviceLost if the group has ended. Returns nothing."""
+        """Raise DeviceLost if the group of ranks has ended. Returns None."""
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Post a step to all ranks and return it as a PendingStep.
+        """Send a step to all ranks and return it as a PendingStep, without waiting for its end.
 
-        Its result() raises DeviceError for a batch that does not fit, DeviceLost if the group has ended.
+        PendingStep.result() raises DeviceError for a batch that does not fit, and DeviceLost if the group has ended.
         """
         try:
             if self.checks:
@@ -147,10 +151,10 @@ class PostedExecutable(Executable):
             self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
 
     def _move(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Have all ranks read or write K/V blocks, once all posted steps have ended.
+        """Wait until all steps have ended, then let all ranks read or write K/V blocks.
 
-        Returns a list with an array for each rank: uint8 [blocks, bytes] for a read, [0, 0] for a write. parts: the
-        request, made by blocks_parts(). Raises DeviceError if a rank fails, DeviceLost if the group has ended.
+        Returns a list with one array per rank: uint8 [blocks, bytes] for a read, [0, 0] for a write. `parts` is the
+        request, made by blocks_parts(). Raises DeviceError if a rank fails, and DeviceLost if the group has ended.
         """
         found = [read_contents(message) for message in self._ask(parts)]
         for contents in found:
@@ -159,9 +163,10 @@ class PostedExecutable(Executable):
         return [contents for contents in found if isinstance(contents, np.ndarray)]
 
     def _ask(self, parts: Sequence[np.ndarray]) -> list[memoryview]:
-        """Wait until all posted steps have ended, then post a request of another kind. Returns the ranks' answers.
+        """Wait until all steps have ended, then send a request that is no step. Returns a list of the ranks' answers.
 
-        parts: the request's arrays. Raises DeviceLost if the group ends.
+        An answer is a message as a memoryview. `parts` is the request as a list of arrays. Raises DeviceLost if the
+        group ends.
         """
         while self.pending:
             self.receive_until(self.pending[0])
@@ -171,15 +176,16 @@ class PostedExecutable(Executable):
         return self.replies(number)
 
     def _ask_about_experts(self, action: str, layers: Mapping[str, Ranks] | None = None) -> list[Any]:
-        """Post a request about experts to all ranks, and return each rank's answer as a list.
+        """Send a request about experts to all ranks. Returns a list of their answers, in order of rank.
 
-        An answer to "loads" is a dict {site (name of a layer's op): ExpertLoad as facts() gives it}. An answer to
-        "load" or "loaded" is True if the rank has loaded its experts, else False; to "switch" it is True. Raises
+        For "loads", an answer is {name of a layer's experts op: the list of ExpertLoad.facts()}. For "load" and
+        "loaded" it is True if the rank has loaded all its experts, otherwise False. For "switch" it is True. Raises
         DeviceError if a rank fails.
 
         Args:
             action: "loads", "load", "loaded" or "switch", see experts_parts().
-            layers: for "load", {site (name of a layer's op): the experts of each rank}; None for other actions.
+            layers: for "load", {name of a layer's experts op: for each rank, the numbers of its experts}; None for
+                other actions.
         """
         found = [read_value(message) for message in self._ask(experts_parts(action, layers))]
         for error, _ in found:
@@ -204,9 +210,9 @@ class PostedExecutable(Executable):
         self._ask_about_experts("switch")
 
     def receive_until(self, step: PostedStep) -> None:
-        """Wait for the results of all steps sent up to `step`, in order. Returns nothing.
+        """Wait for the results of `step` and of all steps that were sent before it. Returns None.
 
-        Each step's result, or its error, is stored in that step's attribute `completed`.
+        The result or error of each of these steps is stored in its attribute `completed`.
         """
         while step.completed is None:
             first = self.pending.popleft()
@@ -218,9 +224,9 @@ class PostedExecutable(Executable):
 
 
 def merged(results: Sequence[StepResult | str]) -> StepResult:
-    """The results of all ranks as one StepResult, made by merge_ranks(); of a single rank, its own.
+    """Merge the results of all ranks into one StepResult, with merge_ranks(). A single result is returned unchanged.
 
-    A text in place of a result is an error of that rank; DeviceError is raised with the first.
+    If a rank failed, its item in `results` is the error's text. The first such text is raised as a DeviceError.
     """
     for result in results:
         if isinstance(result, str):
@@ -230,7 +236,7 @@ def merged(results: Sequence[StepResult | str]) -> StepResult:
 
 
 def check_sampling(vocabulary: int, request: StepRequest) -> None:
-    """Raise DeviceError if logit edits or masks of the request do not fit the vocabulary."""
+    """Raise DeviceError if logit edits or grammar masks of the request do not fit the vocabulary. Returns None."""
     words = -(-vocabulary // 32)
     for s in request.batch.sampling:
         if s.mask is not None and (s.mask.shape != (words,) or s.mask.dtype.name != "uint32"):
