@@ -19,20 +19,19 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How the chips of a serving system share a model: `replicas` equal servers, each of some chips.
+    """How the chips of a serving system share a model: `replicas` equal servers, each of one or more chips.
 
-    With data-parallel attention a server has several copies of the attention layers (DP ranks), each with its own
-    requests and K/V cache, while all its chips share the experts.
+    With data-parallel attention a server has several copies of the attention layers (DP ranks). Each copy has its own
+    requests and K/V cache. All chips of the server share the experts.
 
     Attributes:
-        attention: layout of one copy of everything except routed experts.
+        attention: layout of one copy of all layers except routed experts.
         copies: number of such copies in a server; 1 without data-parallel attention.
         experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
-        replicas: number of servers, which share nothing.
+        replicas: number of servers. They share nothing.
 
-    Raises LayoutError if there are several copies but no layout of the experts, if the layout of the experts has
-    pipeline stages or sequence parallelism, and if it has another number of chips than one pipeline stage of
-    `attention` times `copies`.
+    Raises LayoutError in three cases: there are several copies but `experts` is None; `experts` has pipeline stages or
+    sequence parallelism; `experts` has not as many chips as one pipeline stage of `attention`, times `copies`.
     """
 
     attention: Layout
@@ -84,7 +83,7 @@ class Placement:
 
     @property
     def plain(self) -> bool:
-        """True if experts are distributed by the same layout as all other layers, so `experts` is None."""
+        """True if routed experts have the same layout as all other layers (`experts` is None)."""
         return self.experts is None
 
     @property
