@@ -453,9 +453,9 @@ for _collective in ("all_gather", "reduce_scatter"):
 
 
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
-    """The names of the algorithms for `collective` that support `ranks` ranks, as a list.
+    """The names of the algorithms that can run `collective` on `ranks` ranks, as a list.
 
-    node: ranks in a node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
+    node: ranks per node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
     """
     if collective not in TABLE:
         raise ScheduleError(f"unknown collective {collective!r}; supported: {', '.join(COLLECTIVES)}")
