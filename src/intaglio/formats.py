@@ -104,7 +104,7 @@ class Format:
     def integer(self) -> bool:
         """True for formats with scales whose codes are whole numbers.
 
-        Their products with int8 activations are summed exactly, as integers.
+        The products of such codes with int8 activations are summed exactly, as integers.
         """
         return self.grouped and self.family not in ("fp8", "fp8row", *LEVELS)
 
@@ -135,9 +135,9 @@ class Format:
 
     @property
     def element(self) -> str:
-        """The name of the format in which one value is stored, without its scale: int8 for int8g128.
+        """The name of the format of a single value, without its scale: int8 for int8g128, e4m3 for fp8row.
 
-        It is a name in ELEMENTS where one fits; otherwise the result is the format's own name.
+        If ELEMENTS has no such format, the result is the name of this format itself.
         """
         return ELEMENT_OF.get(self.family, self.family if self.family in ELEMENTS else self.name)
 
@@ -223,7 +223,7 @@ def get(name: str) -> Format:
 
 
 def element(name: str) -> str:
-    """The name of the format in which one value of the format `name` is multiplied, without its scale.
+    """The name of the format in which chips multiply a single value of the format `name`, without its scale.
 
     Examples: e4m3 for fp8row, int8 for int8g128, bf16 for bf16. Some formats have codes that no simulated chip
     multiplies directly: formats with zeros or minima, and formats only read from checkpoints (uint4g32, q4_k,
@@ -538,7 +538,8 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fit a line x ~ scale * code - offset to each group of 32 values, by least squares.
 
     To get codes, the values are rounded to the 16 levels of a range. The ends of the range are the group's smallest and
-    largest value, each moved by four distances (MOVES). Of these 16 ranges, the range with the least error is kept.
+    largest value, each moved by one of four distances (MOVES). Of these 16 ranges, the range with the least error is
+    kept.
 
     x: the values [32, groups...]; the first axis is the value within its group. Returns (scale >= 0, offset >= 0, mean
     of the group's 32 codes), each [groups...].

@@ -63,7 +63,7 @@ Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The complete output of one choice: `n` choices are generated for each prompt.
+    """The complete output for one prompt, or for one of its several choices (SamplingParams.n).
 
     Attributes:
         prompt_token_ids: token ids of the prompt.
@@ -127,10 +127,10 @@ class LLM:
             states of running sequences are not counted. None: an eighth of the memory for K/V caches, but no more than
             STATE_CHECKPOINTS states. 0: such a model has no prefix cache.
         window_tokens: only for a model with sliding-window layers: tokens of K/V cache that these layers keep for all
-            sequences together. Each running sequence takes as many as its window and one step. If they do not suffice,
-            the sequences that were started last are preempted. 0: these layers keep all tokens, like other layers;
-            `kv_cache_dir` and `kv_peer` allow only 0. None: enough for `max_sequences` sequences if that saves a
-            quarter of the K/V pages, else 0; with `kv_cache_dir`, `kv_peer` or device="silicon" always 0.
+            sequences together. Each running sequence takes as many tokens as its window and one step. If there are too
+            few for all running sequences, the last of them are preempted. 0: these layers keep all tokens, like other
+            layers; `kv_cache_dir` and `kv_peer` allow only 0. None: enough for `max_sequences` sequences if that saves
+            a quarter of the K/V pages, else 0; with `kv_cache_dir`, `kv_peer` or device="silicon" always 0.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: True to run the device in a child process, which is started again when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.

@@ -55,7 +55,7 @@ class Machine:
         return int(self.memory * KV_SHARE) // self.models
 
     def shared(self, executable: Executable) -> Executable:
-        """A wrapper around `executable` that waits for its turn before each step, as several models share the threads.
+        """A wrapper around `executable` that waits for its turn before each step, because models share the CPU threads.
 
         If the machine has only one model, the result is `executable` itself.
         """

@@ -95,10 +95,10 @@ class Model:
         return build_mesh(self.ported, layout, self.weights, self.kv_format)
 
     def stages(self, layout: Layout) -> tuple[Program, ...]:
-        """The Programs that the simulated chips time: that of the first rank of each pipeline stage, as a tuple.
+        """The Programs from which simulated chips compute their time: one for each pipeline stage, as a tuple.
 
-        No rank of a stage has larger tensors than the first, and ranks wait for each other. Values that ranks send to
-        each other are rounded to bf16. () for a layout of one rank.
+        It is the Program of the stage's first rank. No rank of a stage has larger tensors than the first, and ranks
+        wait for each other. Values that ranks send to each other are rounded to bf16. () for a layout of one rank.
         """
         if layout.ranks == 1:
             return ()

@@ -21,10 +21,12 @@ class PluginError(ValueError):
 
 
 def load_plugins() -> tuple[str, ...]:
-    """Import the installed plugins that INTAGLIO_PLUGINS allows, each once per process.
+    """Import the installed plugins that the environment variable INTAGLIO_PLUGINS allows.
 
-    Returns a tuple of the names of all plugins imported so far, in alphabetical order. Called before a family, chip,
-    kernel library, device or op is looked up by name. Raises PluginError naming the plugin, its module and the error.
+    Returns a tuple of plugin names. The names are those of all plugins that this process has imported so far, in
+    alphabetical order. Each plugin is imported once per process. The function is called before a model family, chip,
+    kernel library, device or op is looked up by name. Raises PluginError if a plugin cannot be imported; the error
+    names the plugin and its module.
     """
     for point in _chosen():
         if point.name in _loaded:
@@ -44,7 +46,10 @@ def load_plugins() -> tuple[str, ...]:
 
 @cache  # reading the metadata of all installed packages takes some 10 ms
 def _chosen() -> tuple[EntryPoint, ...]:
-    """A tuple of the installed entry points of `intaglio.plugins` that INTAGLIO_PLUGINS allows, in order of name."""
+    """Returns the entry points of the group `intaglio.plugins` that may be loaded, as a tuple in order of name.
+
+    If the environment variable INTAGLIO_PLUGINS is set, only the entry points that it names may be loaded.
+    """
     names = os.environ.get("INTAGLIO_PLUGINS")
     allowed = None if names is None else {name.strip() for name in names.split(",")}
     points = sorted(entry_points(group=GROUP), key=lambda point: point.name)

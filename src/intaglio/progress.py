@@ -18,21 +18,24 @@ Progress = Callable[[float, float, str], object]
 
 
 def silent(done: float, total: float, what: str) -> None:
-    """A Progress callback that shows nothing."""
+    """A Progress callback that does nothing; pass it to an operation whose progress is not to be shown."""
 
 
 def prefixed(progress: Progress, name: str) -> Progress:
-    """A Progress callback that calls `progress` with `name` and a colon in front of the description.
+    """Returns a Progress callback that calls `progress` with `name` and a colon in front of the description.
 
-    Used where an operation works on several things in turn: `name` says which one is under way.
+    It is used where an operation works on several things in turn: `name` says which thing is under way.
     """
     return lambda done, total, what: progress(done, total, f"{name}: {what}")
 
 
 def counted(items: Sequence[T], progress: Progress, what: Callable[[T], str]) -> Iterator[T]:
-    """Yield the items in order, and call `progress` before each: (items done, number of items, what(item)).
+    """Yield the items in order, and report the progress of the loop over them.
 
-    what: function that describes an item. After the last item, `progress` is called with all items done.
+    Before each item, `progress` is called with the number of items done, the number of all items, and what(item). After
+    the last item it is called once more, with all items done.
+
+    items: the items. progress: the Progress callback. what: function that describes an item, as text.
     """
     for done, item in enumerate(items):
         progress(done, len(items), what(item))

@@ -46,12 +46,12 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. Its properties give what the columns say; times are in seconds.
+    """One row of a table of benchmark measurements of serving systems. The properties parse its columns.
 
     Attributes:
         columns: {name of a column: text}.
-        twin: another row of the same measurement, from which this row's numbers of prefill and decode servers are taken
-            because its own columns do not have them; see completed(). None: there is none, or the row has them.
+        twin: the row from which this row's numbers of prefill and decode servers were copied, see completed(). None:
+            the numbers were not copied.
     """
 
     columns: dict[str, str]
@@ -63,12 +63,12 @@ class Row:
 
     @property
     def card(self) -> str | None:
-        """Name of the shipped config of the row's model; None if there is none."""
+        """Name of the model config that ships with the package for the row's model; None if no config does."""
         return MODELS.get(self.columns["model_path"].split("/")[-1])
 
     @property
     def concurrency(self) -> int:
-        """Number of requests kept open; 0 if the row does not say."""
+        """Number of requests that the benchmark kept open at once; 0 if the row does not say."""
         return self.number("concurrency") or self.number("batch_size")
 
     @property
@@ -83,30 +83,34 @@ class Row:
 
     @property
     def group(self) -> str:
-        """The row's group: "disaggregated" (prefill and decode apart), else "mixture" (of experts) or "dense"."""
+        """The kind of system that the row measured, as text: "disaggregated", "mixture" or "dense".
+
+        "disaggregated": prefill and decode ran on separate servers. "mixture": the same servers did both, for a
+        mixture-of-experts model. "dense": the same servers did both, for any other model.
+        """
         if self.columns["mode"] != "agg":
             return "disaggregated"
         return "mixture" if self.card in MIXTURES else "dense"
 
     @property
     def counts_servers(self) -> bool:
-        """True if a benchmark row states both the number of prefill servers and the number of decode servers."""
+        """True if the row states both the number of prefill servers and the number of decode servers."""
         return all(self.number(f"{kind}num_workers") for kind in APART)
 
     @property
     def split(self) -> str:
         """The half of the table to which the row belongs: "fit" or "test".
 
-        Constants are fitted to one half and tested on the other. A hash of all columns except the measurements chooses
-        the half, so repeated measurements of one setting are in the same half. A row without a description of its
-        servers, for which that of another row (`twin`) is used, is in the half of that row.
+        The model's constants are fitted to the rows of one half and tested on the rows of the other. The half is chosen
+        by a hash of all columns except the measured ones. Repeated measurements of one setting are therefore in the
+        same half. If the row has a `twin`, the twin's columns are hashed instead.
         """
         columns = (self.twin or self).columns
         asked = [v for k, v in sorted(columns.items()) if not k.startswith("silicon")]
         return ("fit", "test")[zlib.crc32("|".join(asked).encode()) % 2]
 
     def refusal(self) -> str | None:
-        """The reason why the row cannot be modelled, as text; None if it can."""
+        """The reason why the servers of this row cannot be modelled, as text; None if they can be modelled."""
         if self.card is None:
             return f"no card of {self.columns['model_path']}"
         if self.columns["system"] not in CHIPS:
@@ -121,9 +125,10 @@ class Row:
         return None
 
     def formats(self, profile: EngineProfile) -> Formats:
-        """The number formats of the row's model, as a Formats.
+        """The Formats of the row's model: number formats of weights, K/V cache, activations and routed experts.
 
-        profile: the serving engine, which chooses the format of the K/V cache.
+        profile: the serving engine's profile. Its field `kv` is the format of the K/V cache, unless the weights are
+        bf16.
         """
         gemm, moe = (FORMATS[self.columns[f"{name}_quant_mode"]] for name in ("gemm", "moe"))
         kv = profile.kv if gemm != "bf16" else "auto"
@@ -134,10 +139,11 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, general: EngineProfile) -> EngineProfile:
-        """The EngineProfile of the server on which the row was measured: see EngineProfile.of().
+        """The EngineProfile (constants of a serving engine) for the server on which the row was measured.
 
-        It is a copy of `general`, the profile of the row's engine, with the values for the row's chip, engine release,
-        model, layout and prompt length. Raises LayoutError if the row's numbers of chips do not fit each other.
+        general: profile of the row's engine. The result is a copy of `general` with the values that hold for the row's
+        chip, engine release, model, layout and prompt length, see EngineProfile.of(). Raises LayoutError if the row's
+        numbers of chips contradict each other.
         """
         apart = self.group == "disaggregated"
         layout = str(replace(self.placement("prefill_"), replicas=1) if apart else self.placement())
@@ -145,11 +151,11 @@ class Row:
         return general.of(release, self.card or "", layout, apart, system, self.number("isl"))
 
     def placement(self, phase: str = "") -> Placement:
-        """The Placement of the measured servers: how their chips share the model, and how many servers there are.
+        """The Placement of the measured servers: the number of servers, and how the chips of each share the model.
 
         phase: for a disaggregated row (prefill and decode on separate servers), "prefill_" for its prefill servers or
-        "decode_" for its decode servers; "" for any other row. Raises LayoutError if the row's numbers of chips do not
-        fit each other.
+        "decode_" for its decode servers; "" for any other row. Raises LayoutError if the row's numbers of chips
+        contradict each other.
         """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
@@ -167,11 +173,12 @@ class Row:
         return Placement(Layout(tp=tp, pp=pp), dp, experts, workers)
 
     def load(self) -> list[LoadRequest]:
-        """The requests with which the benchmark measured the row, as a list of LoadRequests that all arrive at 0 s.
+        """The requests of the row's benchmark, as a list of LoadRequests that all arrive at 0 s.
 
-        If the row was measured with n open requests, the list has TURNS * n (10 n) requests. They have the row's prompt
-        and output lengths. If both lengths are among the values in SPREAD (1024 and 8192), each request's lengths are
-        instead drawn at random from 80 to 100 % of the row's, as the benchmark's load generator does, with n as seed.
+        The list has TURNS * n requests, where n is the number of requests that the benchmark kept open. Each request
+        has the row's prompt length and output length. If both lengths are in SPREAD (1024 and 8192), each request's two
+        lengths are drawn at random from 80 to 100 % of the row's lengths, with seed n; the benchmark's load generator
+        draws them this way.
         """
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
         count = TURNS * n
@@ -185,14 +192,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row with the modelled latencies.
+    """The measured latencies of a row, and the modelled latencies to compare them with.
 
     Attributes:
         row: the measured row.
-        ttft: modelled mean time to the first token, in seconds.
-        tpot: modelled mean time per token after the first, in seconds.
+        ttft: modelled mean time to the first token, in seconds; 0 if the row was not modelled.
+        tpot: modelled mean time per token after the first, in seconds; 0 if the row was not modelled.
         refused: why the row was not modelled; "" if it was.
-        draft_tokens: draft tokens that each step verifies, as the engine's profile says for the row; 0: none.
+        draft_tokens: number of draft tokens that each decode step verifies (speculative decoding); 0: no drafts.
     """
 
     row: Row
@@ -203,19 +210,20 @@ class Compared:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """A pair (error of TTFT, error of TPOT). Each error is modelled / measured - 1, so it has a sign.
+        """(error of the time to first token, error of the time per output token), each modelled / measured - 1.
 
-        Both are -1 for a row that was not modelled (see `refused`).
+        An error is negative if the modelled latency is too short. Both are -1 if the row was not modelled (see
+        `refused`).
         """
         return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
 
 
 def rows(path: Path) -> list[Row]:
-    """Read a CSV file of measured servers. Returns a list of Rows, one for each line, in the order of the file.
+    """Read a CSV file of measured servers. Returns a list of Rows, one for each line below the header, in file order.
 
-    Some disaggregated lines leave out their numbers of prefill and decode servers. Such a Row gets the numbers of
-    another line of the same measurement if the file has one, see completed(). Raises ValueError if the file has no
-    lines below the header or lacks a column; TableError, a ValueError, for a value that check_rows() refuses.
+    Some lines for disaggregated servers do not state the numbers of prefill and decode servers. completed() copies
+    these numbers from another line of the same measurement, if the file has one. Raises ValueError if the file has no
+    line below the header or lacks a column. Raises TableError for a value that is not allowed.
     """
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
@@ -231,12 +239,12 @@ def rows(path: Path) -> list[Row]:
 
 
 def completed(found: Sequence[Row]) -> list[Row]:
-    """A list of the same rows, with numbers of prefill and decode servers filled in where a row leaves them out.
+    """A list of the rows in `found`, with missing numbers of prefill and decode servers filled in.
 
-    Published tables list some experiments twice. A row without these numbers takes them from its twin: a row that has
-    both numbers, and whose other settings and measured latencies are equal to the last digit (see experiment()). All
-    columns that start with prefill_ or decode_ are copied, because a row without the numbers also leaves out
-    data-parallel attention. A row stays unchanged if it has no twin, or if its twins disagree.
+    Published tables list some experiments twice, once without the numbers of servers. A disaggregated row without them
+    gets them from its twin: a row of the same experiment that states both numbers. Two rows are of the same experiment
+    if experiment() is equal for both. All columns whose names start with prefill_ or decode_ are copied. A row without
+    a twin stays unchanged. So does a row whose twins have different values in these columns.
     """
     twins: dict[tuple[str, ...], list[Row]] = {}
     for row in found:
@@ -252,11 +260,11 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """A key, a tuple of texts, that is equal for two rows of a table that report the same measurement.
+    """A tuple of texts that identifies the measurement that a row reports: equal for two rows of one measurement.
 
-    completed() uses it: a published table may list a measurement twice, once without its numbers of servers. So the key
-    leaves out the columns of the servers, whose names start with prefill_ or decode_, and the path of the model. It has
-    the name of the model's shipped config and "column=value" for all other columns, measured latencies included.
+    The first text is the name of the shipped config of the row's model, or "". The others are "column=value" for the
+    columns, measured latencies included. Left out are the path of the model and the columns that start with prefill_ or
+    decode_, because a table may list one measurement with these columns and again without them.
     """
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
@@ -264,7 +272,10 @@ def experiment(row: Row) -> tuple[str, ...]:
 
 @lru_cache(maxsize=64)
 def whole(card: str) -> Program:
-    """The uncompiled Program of a whole model. card: name of a shipped config. Raises ValueError for another name."""
+    """The Program of a whole model, not yet compiled. Raises ValueError for an unknown name.
+
+    card: name of a model config that ships with the package.
+    """
     return ported(card, None)
 
 
@@ -272,23 +283,34 @@ def whole(card: str) -> Program:
 def times(
     card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...], queries: int = 1
 ) -> StepTimes:
-    """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
+    """The StepTimes of one server: an object that gives the modelled seconds and joules of the server's steps.
 
-    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
-    queries: tokens that a step computes for each decoding sequence. Raises LayoutError if the placement does not fit
-    the model, FormatError for an unknown format, and ChipError if the chip cannot hold the weights or does not take a
-    format.
+    A second call with equal arguments returns the same object, which keeps the step times that it has computed. Raises
+    LayoutError if the placement does not fit the model, FormatError for an unknown format, and ChipError if the chip
+    cannot hold the weights or cannot compute in a format.
+
+    Args:
+        card: name of a model config that ships with the package.
+        on: chip and kernel library.
+        placement: how the chips share the model.
+        how: number formats.
+        fusions: names in FUSIONS, ways in which the engine fuses or replaces ops.
+        queries: number of tokens that a step computes for each decoding sequence; above 1 with draft tokens.
     """
     return StepTimes(Server.of(whole(card), placement, how), on, fusions, queries)
 
 
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
-    """Serve a measured row's load in virtual time, and return the Compared: the row with modelled latencies.
+    """Model the latencies of a measured row. Returns a Compared: the row with its modelled latencies.
 
-    If the row cannot be modelled, the result's field `refused` says why, and its latencies are 0.
+    The row's requests are served in virtual time by a model of the row's servers. If the row cannot be modelled, the
+    result's field `refused` says why, and its latencies are 0.
 
-    profile: profile of the row's serving engine. closed_form: True to compute the latencies with steady.estimate() for
-    the mean lengths of the requests, in about a tenth of the time. Rows of disaggregated servers are always simulated.
+    Args:
+        row: the measured row.
+        profile: profile of the row's serving engine.
+        closed_form: True to compute the latencies with the formula steady.estimate() for the mean lengths of the
+            requests, in about a tenth of the time. Rows of disaggregated servers are always simulated.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -317,10 +339,10 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Model the server that a row was measured on. Returns a pair: EngineTimes (its step times), and QueueSettings.
+    """Model the server on which a row was measured. Returns (EngineTimes with its step times, QueueSettings).
 
     Args:
-        row: the measured row; it must be one that refusal() does not refuse.
+        row: the measured row. refusal() must return None for it.
         profile: the engine's profile for the row, see Row.profile().
         phase: "prefill_" or "decode_" for the prefill or the decode servers of a disaggregated row; "" for other rows.
 
@@ -338,7 +360,7 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The prefill servers and decode servers of a disaggregated row, as an Apart.
+    """The Apart of a disaggregated row: step times and settings of its prefill servers and of its decode servers.
 
     profile: the engine's profile for the row. Raises ChipError or LayoutError if the model does not fit.
     """
@@ -350,10 +372,10 @@ def compare_all(
     found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent,
     closed_form: bool = False,
 ) -> Iterator[Compared]:  # fmt: skip
-    """Compare all rows, and yield a Compared (the row, with its modelled latencies) for each.
+    """Model the latencies of all rows. Yields a Compared (a row with its modelled latencies) for each row.
 
-    The results do not come in the order of `found`: rows of one model and server follow each other, so that the server
-    is compiled once.
+    The results are not in the order of `found`. They are sorted so that rows of one model and server follow each other
+    and the server is compiled once.
 
     Args:
         found: the measured rows.
@@ -373,16 +395,17 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of modelled latencies on the rows of one engine and group; an error is modelled / measured - 1.
+    """Statistics of the errors of modelled latencies, over rows of one engine and group of systems.
+
+    A row's error is its modelled latency / its measured latency - 1.
 
     Attributes:
         engine: name of the engine, or "all".
         group: kind of the rows: "dense", "mixture" (of experts) or "disaggregated", see Row.group.
         rows: number of rows compared.
-        derived: number of compared rows whose numbers of servers come from another row of the same experiment, see
-            completed().
-        tpot: median size of the errors of the time per token.
-        ttft: median size of the errors of the time to the first token.
+        derived: number of these rows whose numbers of servers were copied from another row, see completed().
+        tpot: median of the absolute errors of the time per token.
+        ttft: median of the absolute errors of the time to the first token.
         tpot_bias: median of the signed errors of the time per token.
         ttft_bias: median of the signed errors of the time to the first token.
         worst: up to three rows, as Compared, with the largest errors of the time per token; the largest comes first.
@@ -400,11 +423,11 @@ class Agreement:
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
-    """Statistics of the errors of modelled against measured latencies, as a list of Agreements.
+    """Statistics of the errors of modelled latencies, as a list of Agreements.
 
-    First comes an Agreement for each pair of an engine and a group (dense, mixture or disaggregated, see Row.group).
-    Then comes one for each group, over the rows of all engines. Pairs and groups without rows are left out. The list is
-    empty if no row was modelled.
+    First comes an Agreement for each engine and group of rows (dense, mixture or disaggregated, see Row.group). Then
+    comes an Agreement for each group, over the rows of all engines. Pairs and groups without rows are left out. The
+    list is empty if no row was modelled.
 
     compared: rows with modelled latencies. Rows that could not be modelled (Compared.refused) are left out.
     """

@@ -19,13 +19,13 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one chip's HBM that a serving load needs, and the chip's capacity.
+    """Bytes of one chip's HBM that a serving load needs, and the chip's capacity in bytes.
 
     Attributes:
-        weights: weights of this chip's share of the model.
-        kv: keys, values and recurrent state of all requests in flight.
-        activations: buffers of the temps of one step, and its outputs: logits of all rows.
-        hbm: capacity of the chip.
+        weights: bytes of the weights that the chip holds.
+        kv: bytes of keys, values and recurrent state of all requests in flight.
+        activations: bytes of the intermediate tensors and outputs (logits) of one step.
+        hbm: capacity of the chip's HBM in bytes.
     """
 
     weights: int
@@ -40,11 +40,11 @@ class MemoryUse:
 
     @property
     def fits(self) -> bool:
-        """True if the total does not exceed the chip's HBM."""
+        """True if the bytes needed in total are not more than the chip's HBM has."""
         return self.total <= self.hbm
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: each field as `FIELD_bytes`, and `total_bytes`."""
+        """A dict for JSON. Its keys are the fields' names with `_bytes` added, and `total_bytes`."""
         return {**{f"{name}_bytes": n for name, n in asdict(self).items()}, "total_bytes": self.total}
 
     def __str__(self) -> str:
@@ -55,16 +55,16 @@ class MemoryUse:
 
 
 def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int, window: int = 0) -> MemoryUse:
-    """The MemoryUse of a chip that runs `program`, the Program of one rank of a pipeline stage.
+    """The MemoryUse (bytes of HBM needed) of one chip that serves a load with one rank's Program.
 
     Args:
-        program: the Program whose weights, state and temps are counted.
-        step: the sequences and rows of one step. Each sequence holds its keys in blocks of BLOCK tokens, and two slots
-            of recurrent state.
-        micro_batches: number of such steps in flight in the pipeline, each with its own sequences.
+        program: the chip's Program: its weights, its K/V cache and recurrent state, and its intermediate tensors count.
+        step: the sequences and rows of one step. Each sequence takes K/V blocks of BLOCK tokens for its keys, and two
+            slots of recurrent state.
+        micro_batches: number of steps in flight in the pipeline at a time. Each has as many sequences as `step`.
         hbm: bytes of the chip's HBM.
-        window: the longest sliding window of the whole model's layers in tokens, see longest_window(). The caches in
-            `program.windows` hold only the blocks that a step's queries can see through it. 0: no such layers.
+        window: the longest sliding window of the whole model's layers in tokens, see longest_window(); 0: no layer has
+            one. The caches in `program.windows` hold only the blocks that are within this window of a step's queries.
     """
     sequences = sum(n for *_, n in step.sequences)
     blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
@@ -80,9 +80,10 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
 
 
 def page_bytes(program: Program) -> tuple[int, int]:
-    """Bytes of a K/V block of BLOCK tokens: (in all layers without a sliding window, in all layers with one), two ints.
+    """Bytes of one K/V block of BLOCK tokens on one chip, as a pair of ints (full, windowed).
 
-    The latter are the caches in `program.windows`.
+    `full` is the sum over all layers without a sliding window. `windowed` is the sum over all layers with one, whose
+    caches are in `program.windows`.
     """
     full = windowed = 0
     for t in program.of_role("state"):
@@ -93,29 +94,33 @@ def page_bytes(program: Program) -> tuple[int, int]:
 
 
 def slot_bytes(program: Program) -> int:
-    """Bytes of a slot of recurrent state in all layers; 0 for a Program without recurrent state."""
+    """Bytes of one slot of recurrent state, summed over all layers; 0 for a Program without recurrent state.
+
+    A slot holds one copy of the state of one sequence.
+    """
     return sum(t.nbytes({"N": 1, "B": BLOCK}) for t in program.of_role("state") if t.shape[0] == "N")
 
 
 def free_bytes(program: Program, use: MemoryUse, slots: int) -> int:
-    """Bytes of HBM left for K/V beside weights, activations and `slots` slots of recurrent state; may be negative.
+    """Bytes of HBM that are left for the K/V cache beside weights, activations and recurrent state.
 
-    use: the MemoryUse of this Program with an empty K/V cache.
+    The result is negative if these alone do not fit. use: the MemoryUse of this Program with an empty K/V cache. slots:
+    number of slots of recurrent state; a slot holds one copy of the state of one sequence.
     """
     return use.hbm - use.weights - use.activations - slots * slot_bytes(program)
 
 
 @dataclass(frozen=True)
 class KvLimit:
-    """A limit in bytes on the K/V of all sequences of a server: (tokens * full + kept * windowed) / BLOCK <= room.
+    """A limit on the tokens whose K/V a server can hold: (tokens * full + kept * windowed) / BLOCK <= room.
 
-    `tokens` is the number of tokens of all sequences, `kept` the number of those that layers with a sliding window
-    keep.
+    `tokens` is the number of tokens of all sequences. `kept` is the number of tokens that layers with a sliding window
+    keep of these sequences.
 
     Attributes:
-        room: bytes of K/V blocks that fit.
-        full: bytes of a block of BLOCK tokens in the layers that keep all tokens.
-        windowed: bytes of a block in the layers with a window.
+        room: bytes of all K/V blocks that fit.
+        full: bytes of one block of BLOCK tokens in all layers that keep every token.
+        windowed: bytes of one block of BLOCK tokens in all layers with a sliding window.
     """
 
     room: int
@@ -125,11 +130,12 @@ class KvLimit:
 
 @dataclass(frozen=True)
 class KvRoom:
-    """How many tokens of K/V the sequences of one server can have at a time.
+    """The K/V capacity of one server: how many tokens its sequences can have at a time.
 
     Attributes:
-        limits: all must hold, such as one for the chips of each pipeline stage.
-        window: the most tokens of a sequence that layers with a sliding window keep; 0 if no layer gives K/V back.
+        limits: the limits that must all hold, for example one for the chips of each pipeline stage.
+        window: the largest number of tokens of one sequence that layers with a sliding window keep; 0 if all layers
+            keep every token.
     """
 
     limits: tuple[KvLimit, ...]
@@ -137,15 +143,21 @@ class KvRoom:
 
     @classmethod
     def of_tokens(cls, tokens: int) -> KvRoom:
-        """The KvRoom for `tokens` tokens in layers that keep all of them."""
+        """The KvRoom of a server that can hold the K/V of `tokens` tokens. All its layers keep every token."""
         return cls((KvLimit(tokens, BLOCK),))
 
     @classmethod
     def of_state(cls, state: StateSpec, context: int, max_batch_tokens: int, depth: int) -> KvRoom:
-        """The KvRoom of an engine whose K/V cache has the sizes in `state`.
+        """The KvRoom (K/V capacity in tokens) of an engine whose K/V cache has the sizes in `state`.
 
-        Blocks that no sequence reserves, for the rows of the steps under way, are left out. context: context length in
-        tokens. max_batch_tokens: maximum number of token rows in a step. depth: number of steps under way at once.
+        If layers with a sliding window have blocks of their own, the blocks that the engine reserves for the tokens of
+        running steps are not counted.
+
+        Args:
+            state: number and size of the K/V blocks.
+            context: context length in tokens.
+            max_batch_tokens: maximum number of tokens in a step.
+            depth: number of steps that run at once.
         """
         limits = (KvLimit(state.pages * BLOCK, BLOCK),)
         if not state.window_pages:
@@ -157,29 +169,35 @@ class KvRoom:
         return cls((*limits, KvLimit(reserved, 0, BLOCK)), most * BLOCK)
 
     def kept(self, length: float) -> float:
-        """Tokens that a layer with a window keeps of a sequence of `length` tokens: at most `window`."""
+        """Number of tokens that a sliding-window layer keeps of a sequence of `length` tokens.
+
+        It is the smaller of `length` and `window`; if `window` is 0, it is `length`.
+        """
         return min(length, self.window) if self.window else length
 
     def fits(self, tokens: float, kept: float) -> bool:
-        """True if there is room for sequences that have `tokens` tokens in total.
+        """True if the server can hold the K/V of sequences that have `tokens` tokens in total.
 
-        kept: how many of these tokens the layers with a window keep.
+        kept: how many of these tokens the layers with a sliding window keep.
         """
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
     def used(self, tokens: float, kept: float) -> float:
-        """Fraction of the room that is filled by sequences with `tokens` tokens in total.
+        """Fraction of the K/V capacity that sequences with `tokens` tokens in total fill; above 1 if they do not fit.
 
         kept: how many of these tokens the layers with a window keep.
         """
         return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
 
     def tokens(self, length: float = 1) -> int:
-        """Number of tokens that fit, if each sequence has `length` tokens; the last sequence may fit in part only."""
+        """Number of tokens whose K/V the server can hold at a time if every sequence has `length` tokens.
+
+        The last sequence may fit in part only.
+        """
         kept = self.kept(length)
         sizes = [(one.room * BLOCK, length * one.full + kept * one.windowed) for one in self.limits]
         return min(int(room * length // size) for room, size in sizes if size)
 
     def sequences(self, length: float) -> int:
-        """Number of sequences of `length` tokens that fit."""
+        """Number of sequences of `length` tokens whose K/V the server can hold at a time."""
         return int(self.tokens(length) // length)

@@ -40,20 +40,20 @@ LAYOUTS = ("tp1", "tp2", "tp4", "tp8", "pp2", "tp2pp2", "tp4sp")
 
 @dataclass(frozen=True)
 class Draw:
-    """A random chip, a model on it, and a load.
+    """A random test case: a chip, a model on it, and the load of one step.
 
     Attributes:
         on: chip and kernel library.
         model: name of the model, or its sizes in words.
-        layout: how chips share the model, such as tp2.
+        layout: how the chips share the model, such as tp2.
         programs: the Program of one rank of each pipeline stage.
-        whole: the Program of the same model on a single chip, as a tuple of one.
+        whole: the Program of the same model on a single chip, as a tuple with one element.
         decoding: number of decoding sequences in the step.
         keys: number of keys (tokens in the K/V cache) of each decoding sequence.
-        prompt: number of tokens of the one prompt in the step; 0: no prompt.
+        prompt: number of tokens of the prompt that the step computes; 0: no prompt.
         precision: number formats of weights, K/V cache and activations, in words.
-        changes: pairs (name such as chip.vec_lanes, value) of the chip's fields that differ from those of the preset,
-            except the size of HBM.
+        changes: pairs (field name such as chip.vec_lanes, value) in which the chip differs from the shipped chip,
+            without the size of HBM.
     """
 
     on: Target
@@ -74,20 +74,21 @@ class Draw:
 
 
 def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
-    """BatchSizes of a step with some decoding sequences and at most one prompt.
+    """The BatchSizes (sequences and numbers of tokens) of a step with decoding sequences and at most one prompt.
 
-    decoding: number of decoding sequences. keys: each one's number of keys (tokens in its K/V cache). prompt: number of
-    tokens of a prompt that is computed whole in this step; 0: no prompt.
+    decoding: number of decoding sequences. keys: number of keys (tokens in the K/V cache) of each decoding sequence.
+    prompt: number of tokens of the prompt, which the step computes whole; 0: no prompt.
     """
     parts = ((1, keys, decoding),) * (decoding > 0) + ((prompt, prompt, 1),) * (prompt > 0)
     return BatchSizes(decoding + prompt, decoding + (prompt > 0), parts)
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """A random chip, as a pair: its Target, and a tuple of pairs (field, value) that were changed from a preset.
+    """A random chip, as a pair: its Target, and a tuple of pairs (field name, value) that were changed.
 
-    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3; in the other half the tuple is empty.
-    The chip always has 10 TB of HBM, so that every model fits; this change is not in the tuple.
+    The chip is one of the shipped chips. In half of the cases four of its rates or sizes are scaled by random factors
+    from 1/3 to 3. In the other half nothing is scaled and the tuple is empty. The chip always has 10 TB of HBM, so that
+    every model fits; the tuple does not list this change.
     """
     on = target(str(rng.choice(sorted(CHIPS))))
     on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed
@@ -101,7 +102,7 @@ def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, floa
 
 
 def random_model(rng: np.random.Generator) -> tuple[str, Program]:
-    """A small random Llama or mixture of experts with two layers, as a pair: text with its sizes, and its Program."""
+    """A small random model with two layers, Llama or Mixtral, as a pair: its sizes as text, and its Program."""
     heads = int(rng.choice([8, 16, 32, 64]))
     kv = int(rng.choice([k for k in (8, 16, 32) if k <= heads]))
     hidden, inner = int(rng.integers(2, 17)) * 512, int(rng.integers(2, 29)) * 512
@@ -120,9 +121,10 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random test case for violations(), as a Draw: a chip, a model, a layout, number formats and a load.
+    """A random test case for violations(): chip, model, layout, number formats and load, as a Draw.
 
-    card: name of a shipped model config to use; None: a small random model. Raises ValueError for an unknown name.
+    card: name of a model config that ships with the package; None: a small random model. Raises ValueError for an
+    unknown name.
     """
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
@@ -139,9 +141,9 @@ def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
 
 
 def timelines(programs: Sequence[Program], on: Target, load: BatchSizes) -> list[Timeline]:
-    """Simulate one step. Returns a list with the Timeline of each pipeline stage.
+    """Simulate one step. Returns a list with one Timeline (modelled times of the ops) for each pipeline stage.
 
-    programs: one rank's Program of each stage. load: sizes of the step.
+    programs: one rank's Program of each stage. on: chip and kernel library. load: sizes of the step.
     """
     return [plan.run(load) for plan in Plan.of(programs, on)]
 
@@ -155,9 +157,9 @@ def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """A list with a text for each rate of a step (FLOP/s, HBM, L2, links) that is above the data sheet's; [] if none.
+    """A list of error texts, one for each rate of a simulated step that is above the chip's peak rate; [] if none is.
 
-    t: the Timeline of one pipeline stage.
+    The rates are FLOP/s and the bytes per second of HBM, L2 and links. t: the step's Timeline in one pipeline stage.
     """
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
@@ -174,10 +176,10 @@ def over_peak(on: Target, t: Timeline) -> list[str]:
 
 
 def tiles_by_heuristic(d: Draw) -> bool:
-    """True if the library chooses tiles of experts by a rule on the number of tokens, not by time.
+    """True if the kernel library chooses the tiles of its expert kernels by the number of tokens, not by time.
 
-    vLLM's get_default_config does so. Its tiles grow at 32, 64, 96 and 512 tokens. A step with more tokens may
-    therefore be faster than one with fewer.
+    vLLM's get_default_config chooses them this way: its tiles grow at 32, 64, 96 and 512 tokens. A step with more
+    tokens may then be faster than a step with fewer.
     """
     kernels = [ExpertsKernel.of(op, p.tensors) for p in d.programs for op in p.ops if isinstance(op, Experts)]
     formats_run = {max(k.x_format, k.w_format, key=formats.bits) for k in kernels}
@@ -192,13 +194,13 @@ def violations(d: Draw) -> list[str]:
     1. No rate of a step is above the data sheet's.
     2. n chips are at most n times as fast as one chip. If the n chips may overlap two halves of a batch, so may the one
        chip.
-    3. A chip with twice a resource, such as the HBM rate (see RESOURCES), is not more than 1 % slower.
-    4. More sequences, keys or prompt tokens do not make a step faster.
+    3. A chip with twice as much of a resource in RESOURCES, such as the HBM rate, is at most 1 % slower.
+    4. More sequences, more keys or more prompt tokens do not make a step faster.
 
-    Real systems may break 3 and 4 in two ways, so both ways are switched off here. Overlapping halves of a batch are a
-    list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969):
-    for 3 and 4 the halves run one after the other. A library may choose tiles by a heuristic (tiles_by_heuristic()):
-    for 4 the fastest tiles are used.
+    A real system may break properties 3 and 4 for two reasons, which are therefore excluded here. The first is a
+    library that overlaps two halves of a batch: in such a schedule a shorter task can lengthen the whole (R. L. Graham,
+    Bounds on Multiprocessing Timing Anomalies, 1969). For 3 and 4 the halves are not overlapped. The second is a
+    library that chooses tiles by a heuristic, see tiles_by_heuristic(). For 4 the fastest tiles are used.
     """
     load = sizes(d.decoding, d.keys, d.prompt)
     lines = timelines(d.programs, d.on, load)

@@ -19,20 +19,19 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How the chips of a serving system share a model: `replicas` equal servers, each of some chips.
+    """How the chips of a serving system share a model: `replicas` equal servers, each of one or more chips.
 
-    With data-parallel attention a server has several copies of the attention layers (DP ranks), each with its own
-    requests and K/V cache, while all its chips share the experts.
+    With data-parallel attention a server has several copies of the attention layers (DP ranks). Each copy has its own
+    requests and K/V cache. All chips of the server share the experts.
 
     Attributes:
-        attention: layout of one copy of everything except routed experts.
+        attention: layout of one copy of all layers except routed experts.
         copies: number of such copies in a server; 1 without data-parallel attention.
         experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
-        replicas: number of servers, which share nothing.
+        replicas: number of servers. They share nothing.
 
-    Raises LayoutError if there are several copies but no layout of the experts, if the layout of the experts has
-    pipeline stages or sequence parallelism, and if it has another number of chips than one pipeline stage of
-    `attention` times `copies`.
+    Raises LayoutError in three cases: there are several copies but `experts` is None; `experts` has pipeline stages or
+    sequence parallelism; `experts` has not as many chips as one pipeline stage of `attention`, times `copies`.
     """
 
     attention: Layout
@@ -84,14 +83,14 @@ class Placement:
 
     @property
     def plain(self) -> bool:
-        """True if experts are distributed by the same layout as all other layers, so `experts` is None."""
+        """True if routed experts have the same layout as all other layers (`experts` is None)."""
         return self.experts is None
 
     @property
     def single(self) -> bool:
         """True for one server (replicas is 1) whose experts have no layout of their own (`experts` is None).
 
-        Only such a placement can be simulated with the real engine; others need the queue model.
+        Only such a placement can be simulated with the engine that serves real requests. Others need the queue model.
         """
         return self.plain and self.replicas == 1
 
@@ -105,12 +104,13 @@ class Placement:
 
 
 def placements(chips: int, routed: bool) -> list[Placement]:
-    """A list of all Placements of `chips` chips: every division into replicas, pipeline stages and tensor parallel.
+    """All ways to place a model on `chips` chips, as a list of Placements. A model may not fit some of them.
 
-    A model may not fit some of them. Raises ValueError for less than one chip.
+    The list has every division of the chips into equal servers, pipeline stages and tensor-parallel ranks. Raises
+    ValueError for less than one chip.
 
-    routed: True for a model with routed experts. The list then has expert-parallel servers (ep) too. In such a server
-    each expert lies whole on one chip, and the experts are spread over all chips. There are one or more copies of the
+    routed: True for a model with routed experts. The list then also has expert-parallel servers. In such a server each
+    expert is whole on one chip, and the experts are spread over all chips. The server has one or more copies of the
     attention layers, each divided by tensor parallelism, and no pipeline stages.
     """
     if chips < 1:

@@ -26,28 +26,30 @@ RANKS = ("any", "round-robin", "random")  # how a prompt gets its DP rank, see Q
 
 @dataclass(frozen=True)
 class QueueSettings:
-    """How a server's engine is run. Times are in seconds.
+    """Settings of a server's serving engine in the queue simulation. Times are in seconds.
 
     Attributes:
-        kv: room for K/V: a KvRoom, or a number of tokens if every layer keeps all tokens. A request is admitted if
-            there is room for its prompt and whole response.
+        kv: K/V capacity: a KvRoom, or a number of tokens if every layer keeps all tokens. A request is admitted when
+            its prompt and whole response fit.
         max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank). A
             longer prompt is prefilled in chunks.
         max_sequences: maximum sequences that run at once, on all DP ranks together.
-        mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if a step can have both prompt chunks and decoding sequences. False: a step with prompts decodes
+            nothing.
         step_s: the host's time for each step, during which the chips wait.
         sequence_s: the host's time for each sequence of a step, during which the chips wait. The DP ranks share the
             sequences evenly, and their hosts work in parallel.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
-        admission_steps: number of decode steps that a request waits before it is admitted. The simulated queue does not
-            wait for them; their time is added to each request's latencies.
-        poll_steps: number of decode steps after which the engine looks for new requests again, while sequences decode.
+        admission_steps: number of decode steps that a request waits before it is admitted. They are not simulated:
+            their time is added to each request's latencies.
+        poll_steps: number of decode steps between two looks of the engine for new requests, while sequences decode.
             After a step with prompts it looks at once. 0 or 1: it looks before every step.
-        tokens_per_step: mean tokens that a sequence gains in a step that decodes it; above 1 with speculative decoding.
-        ranks: which DP rank computes a prompt, one of RANKS. "any": one with room in the step. "round-robin": each rank
-            in turn, in the order in which requests are sent. "random": a rank drawn with a fixed seed. With the last
-            two, a prompt waits for its own rank even if another one is idle.
+        tokens_per_step: mean number of tokens that one decode step adds to a sequence; above 1 with speculative
+            decoding.
+        ranks: how the DP rank that computes a prompt is chosen, one of RANKS. "any": any rank with room in the step.
+            "round-robin": each rank in turn, in the order in which requests are sent. "random": a rank drawn with a
+            fixed seed. With "round-robin" and "random", a prompt waits for its rank even if another rank is idle.
     """
 
     kv: KvRoom | int
@@ -65,20 +67,20 @@ class QueueSettings:
 
     @cached_property
     def room(self) -> KvRoom:
-        """The KvRoom of the server."""
+        """The server's K/V capacity as a KvRoom, also if the field `kv` is a number of tokens."""
         return KvRoom.of_tokens(self.kv) if isinstance(self.kv, int) else self.kv
 
 
 @dataclass
 class Queued:
-    """A request in the queue.
+    """A request in the queue, and how far the server has got with it.
 
     Attributes:
         planned: the LoadRequest, which has the lengths of prompt and response.
         start: time in seconds at which the request was sent.
-        done: number of its prompt's tokens that are computed.
-        first: time in seconds at which its first token came; 0 before that.
-        rank: number of the DP rank that computes its prompt; -1: any rank can.
+        done: number of the prompt's tokens that are computed.
+        first: time in seconds of the request's first token; 0 before it.
+        rank: number of the DP rank (data-parallel copy of attention) that computes the prompt; -1: any rank can.
     """
 
     planned: LoadRequest
@@ -95,13 +97,13 @@ class Queued:
 
 @dataclass(frozen=True)
 class QueueResult:
-    """Outcomes, steps and energy of a load that one server served.
+    """The result of one server that served a load: outcomes of the requests, steps and energy.
 
     Attributes:
-        outcomes: the Outcomes of the requests, in the order in which they ended.
+        outcomes: the Outcomes of the requests, in the order in which the requests ended.
         steps: number of steps.
         joules: energy of all chips in these steps.
-        busy_s: seconds of these steps, without the host's overhead.
+        busy_s: sum of the seconds of these steps, without the host's overhead.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -111,14 +113,14 @@ class QueueResult:
 
 
 class Queue:
-    """One server under load, in virtual time: its requests that wait, are prefilled, decode or have ended.
+    """A simulated server under load, in virtual time. It holds the waiting, prefilling, decoding and ended requests.
 
     Args:
-        times: seconds and joules of steps.
+        times: gives the seconds and joules of each step.
         settings: settings of the engine.
         prefills: True for a server that computes prompts. False for a decode server, which gets requests whose prompts
-            another server has computed. Such a request starts to decode when it is admitted, and its first token counts
-            from the time of its admission.
+            another server has computed. There a request starts to decode when it is admitted, and the time of its
+            admission is recorded as the time of its first token.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
@@ -137,28 +139,29 @@ class Queue:
         return len(self.waiting) + len(self.prefilling) + len(self.running)
 
     def add(self, request: LoadRequest, start: float) -> None:
-        """Add a request, sent at `start` seconds, to the waiting requests.
+        """Add a request to the waiting requests. Returns nothing.
 
-        Raises ValueError if its prompt and whole response do not fit into the empty K/V cache.
+        start: time in seconds at which the request was sent. Raises ValueError if the request's prompt and whole
+        response do not fit into the empty K/V cache.
         """
         check_room(self.settings.room, request.prompt, request.output)
         self.waiting.append(Queued(request, start, rank=self._rank()))
         self.added += 1
 
     def _rank(self) -> int:
-        """Number of the DP rank for the next request's prompt, from 0; -1 if any rank can compute it."""
+        """Number of the DP rank (copy of attention) that will compute the next request's prompt; -1 if any rank can."""
         if self.settings.ranks == "any":
             return -1
         copies = self.times.copies
         return self.added % copies if self.settings.ranks == "round-robin" else self.random.randrange(copies)
 
     def admit(self) -> None:
-        """Admit waiting requests in order of arrival. Returns nothing.
+        """Admit waiting requests in order of arrival, as many as the engine can take. Returns nothing.
 
         Admission stops when settings.max_sequences requests are admitted and have not ended, or when the K/V cache has
-        no room for the prompt and whole response of the next request. A request that came since the engine last looked
-        for new ones (see QueueSettings.poll_steps) is not admitted yet. Admitted requests start prefill; if `prefills`
-        is False, they start to decode.
+        no room for the prompt and whole response of the next request. A request that was sent after the engine last
+        looked for new requests (see QueueSettings.poll_steps) is not admitted yet. An admitted request starts prefill;
+        if `prefills` is False, it starts to decode.
         """
         s = self.settings
         if self.unlooked >= s.poll_steps or not self.running:
@@ -178,11 +181,12 @@ class Queue:
                 self.start_decoding(one)
 
     def take_steps(self, until: float) -> None:
-        """Advance the clock by one step if a prompt is being computed, otherwise by 1 to LEAP decode steps.
+        """Simulate the next step or steps, and advance the clock. Returns nothing.
 
-        The decode steps stop at the first of these: a response ends, the engine looks for waiting requests, the next
-        step would begin at or after `until` seconds. Every step takes the time of the middle step, since a step's time
-        grows linearly with the keys in the cache. If no request is admitted, nothing happens. Returns nothing.
+        If a prompt is being computed, this is one step. Otherwise it is 1 to LEAP decode steps, all timed like the
+        middle one of them, because a decode step's time grows linearly with the keys in the cache. The decode steps
+        stop when a response ends, when the engine looks for waiting requests, or when the next step would begin at or
+        after `until` seconds. If no request is admitted, nothing happens.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -197,10 +201,10 @@ class Queue:
         self._advance(n, *self._mean_cost(count), count)
 
     def next_event(self) -> float:
-        """Time on this queue's clock, in seconds, at which the next call of take_steps() ends if no request arrives.
+        """The time in seconds on this queue's clock at which the next call of take_steps() will end.
 
-        While sequences decode, that is the end of the equal decode steps that one call takes. If a prompt is being
-        computed, or no sequence decodes, it is the current time `now`: the caller may call take_steps() at once.
+        If sequences decode and no prompt is being computed, it is the end of the decode steps that the call takes if no
+        request arrives. Otherwise it is the current time `now`: the caller may call take_steps() at once.
         """
         if self.prefilling or not self.running:
             return self.now
@@ -208,14 +212,14 @@ class Queue:
         return self.now + count * (self._mean_cost(count)[0] + self._overhead(len(self.running)))
 
     def _equal_steps(self) -> int:
-        """Number of decode steps, 1 to LEAP, until a response ends or the engine looks for requests that wait."""
+        """Number of decode steps, 1 to LEAP, until a response ends or the engine looks for waiting requests."""
         until_look = self.settings.poll_steps - self.unlooked if self.seen < len(self.waiting) else LEAP
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
-        """(seconds, joules) of the middle one of the next `count` decode steps.
+        """(seconds, joules) of one decode step: the middle one of the next `count` decode steps.
 
-        The step is timed as if every running sequence had the mean number of keys.
+        The step is timed as if each running sequence had the mean number of keys.
         """
         n = len(self.running)
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
@@ -258,9 +262,9 @@ class Queue:
             self.start_decoding(one)
 
     def start_decoding(self, one: Queued) -> None:
-        """Let a request whose prompt is computed start to decode. The current time becomes that of its first token.
+        """Start to decode a request whose prompt is computed. The current time becomes the time of its first token.
 
-        A request that asks for one token ends here: its Outcome is added to `done`. Returns nothing.
+        A request for a single token ends here: its Outcome is added to `done`. Returns nothing.
         """
         one.first = self.now
         if one.planned.output == 1:
@@ -271,7 +275,7 @@ class Queue:
         heapq.heappush(self.running, (self.counter + self._steps(one), self.number, one))
 
     def _steps(self, one: Queued) -> int:
-        """Number of decode steps after a request's first token: (output - 1) / tokens_per_step, rounded up."""
+        """Number of decode steps after a request's first token: (output tokens - 1) / tokens_per_step, rounded up."""
         return ceil((one.planned.output - 1) / self.settings.tokens_per_step)
 
     def _advance(self, decoding: int, seconds: float, joules: float, count: int, prompts: int = 0) -> None:
@@ -308,7 +312,7 @@ class Queue:
 def check_room(room: KvRoom, prompt: int, output: int) -> None:
     """Raise ValueError if the K/V cache of an idle server has no room for one request.
 
-    prompt, output: the request's tokens.
+    room: the server's K/V capacity. prompt, output: numbers of tokens of the request's prompt and response.
     """
     length = prompt + output
     if not room.fits(length, room.kept(length)):
@@ -321,11 +325,16 @@ def check_room(room: KvRoom, prompt: int, output: int) -> None:
 def serve(
     times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], concurrency: int | None = None
 ) -> QueueResult:  # fmt: skip
-    """Serve a load in virtual time and return the QueueResult.
+    """Simulate one server that serves a load, in virtual time. Returns the QueueResult: outcomes, steps and energy.
 
-    requests: the load, ordered by time of arrival. concurrency: maximum requests open at once; None: any number. With a
-    number, a request's times count from when it is sent, not from its arrival. Raises ValueError for a request that the
-    K/V cache cannot hold.
+    Args:
+        times: gives the seconds and joules of each step of the server.
+        settings: settings of the server's engine.
+        requests: the load, ordered by time of arrival.
+        concurrency: maximum number of requests open at once; None: any number, and each request is sent when it
+            arrives. With a number, a request waits to be sent until fewer are open, and its latencies count from then.
+
+    Raises ValueError for a request that the K/V cache cannot hold.
     """
     queue, pending, most = Queue(times, settings), deque(requests), concurrency or len(requests)
     while pending or queue.open:

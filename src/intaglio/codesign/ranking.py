@@ -25,16 +25,20 @@ MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
 
 
 def servers(row: Row) -> tuple[str, int]:
-    """(layout as text, number of chips) of a row's server; for disaggregated servers, of both kinds together."""
+    """(layout as text, number of chips) of the server that a row measured.
+
+    For disaggregated servers the text names the layouts of the prefill servers and of the decode servers, and the chips
+    of both are counted.
+    """
     phases = ("prefill_", "decode_") if row.group == "disaggregated" else ("",)
     kinds = [row.placement(phase) for phase in phases]
     return " and ".join(map(str, kinds)), sum(one.chips for one in kinds)
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
-    """Output tokens per second per chip of a measured row's servers, by Little's law from the latencies.
+    """Output tokens per second per chip of a measured row's servers, computed from latencies by Little's law.
 
-    ttft, tpot: mean latencies in seconds, measured or modelled.
+    ttft, tpot: mean latencies in seconds, measured or modelled: time to the first token, and time per token after it.
     """
     output = row.number("osl")
     return row.concurrency * output / (ttft + tpot * (output - 1)) / servers(row)[1]
@@ -42,10 +46,10 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The recommended and the best measured way to serve one model on one chip.
+    """The way to serve a model on a chip that the timing model recommends, compared with the best measured way.
 
-    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If rows with different
-    engines, or different values in other columns, are compared, these values belong to the point too.
+    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
+    differ in further columns, such as the engine, their values belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only
@@ -54,7 +58,8 @@ class Ranked:
         points: number of different points.
         recommended: the point with the highest modelled output tokens/s per chip, as text.
         best: the point with the highest measured output tokens/s per chip, as text.
-        reached: measured tokens/s per chip of `recommended`, divided by measured tokens/s per chip of `best`.
+        reached: measured output tokens/s per chip of `recommended`, divided by measured output tokens/s per chip of
+            `best`.
     """
 
     question: tuple[str, ...]
@@ -66,7 +71,7 @@ class Ranked:
 
     @property
     def good(self) -> bool:
-        """True if the recommended point's measured output tokens/s per chip are within 5 % of the best point's."""
+        """True if the recommended point's measured output tokens/s per chip are at least 95 % of the best point's."""
         return self.reached >= CLOSE
 
 
@@ -74,18 +79,19 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
-    """Compare the ways to serve that the model recommends with those that measured best. Returns a list of Ranked.
+    """Compare recommended ways to serve with those that measured best. Returns a list of Ranked, one for each case.
 
-    Measured rows with equal values in the columns `same`, such as name of the LLM, chip and engine, form a case; each
-    case gives one Ranked. Within a case, rows form points, the ways to serve that were measured. Rows of one point have
-    the same layout and number of open requests, and equal values in all columns of SAME. Rows that the timing model
-    could not time are left out. The list is ordered by the values in `same`; it is empty if no case qualifies.
+    Measured rows are first grouped into cases: the rows of a case have equal values in the columns `same`, such as LLM,
+    chip and engine. The rows of a case are then grouped into points, the ways to serve that were measured: the rows of
+    a point have the same layout and number of open requests, and equal values in all columns of SAME. The recommended
+    point of a case has the best modelled rate. Rows that were not modelled are left out. The list is ordered by the
+    values in `same`. It is empty if no case has enough points and layouts.
 
     Args:
         compared: measured and modelled latencies of the rows.
-        at_one_load: True to make a case of its own for each number of open requests.
+        at_one_load: True to make a separate case for each number of open requests.
         least: least number of points; cases with fewer are left out.
-        same: names of the columns in which the rows of a case are equal.
+        same: names of the columns in which all rows of a case are equal.
         least_layouts: least number of different layouts, 2 or more; cases with fewer are left out.
         apart: True to compare rows of disaggregated servers too. Their layout names prefill and decode servers.
     """
@@ -101,24 +107,24 @@ def rankings(
 
 
 def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """The row's texts in the columns `names`, as a tuple; "" where the row has no text.
+    """The texts of a row in the columns `names`, as a tuple; "" for a column without text.
 
-    The name "card" gives the name of the shipped config of the row's model; "" if there is none.
+    For the name "card" the tuple has the name of the shipped config of the row's model; "" if there is none.
     """
     return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """Compare the way to serve that the model recommends with the one that measured best. Returns the Ranked.
+    """Compare the way to serve that the timing model recommends with the way that measured best. Returns the Ranked.
 
-    The rows are grouped into points, the ways to serve. Rows of one point have the same layout, the same number of open
-    requests and equal values in the columns `others`. A point's rate, in output tokens/s per chip, is the mean of its
-    rows' rates.
+    The rows are grouped into points, the ways to serve. The rows of a point have the same layout, the same number of
+    open requests and equal values in the columns `others`. The rate of a point, in output tokens/s per chip, is the
+    mean of the rates of its rows.
 
     Args:
         asked: values that all rows have in common, such as model and chip; they become Ranked.question.
         mine: the rows, at least one.
-        others: names of further columns that tell points apart.
+        others: names of further columns; rows with different values in these columns belong to different points.
     """
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:
@@ -133,8 +139,8 @@ def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequen
 
 
 def share_good(found: Sequence[Ranked]) -> float:
-    """Fraction of the cases, 0 to 1, in which the recommended point reaches 95 % of the best measured rate or more.
+    """Fraction of the cases in `found`, 0 to 1, in which the recommended way to serve is good (see Ranked.good).
 
-    Raises ValueError without cases.
+    Raises ValueError if `found` is empty.
     """
     return statistics.fmean(r.good for r in found)

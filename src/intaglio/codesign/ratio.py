@@ -28,10 +28,10 @@ FEWER = 0.85
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of server of a disaggregated deployment: a server for prefill, or a server for decode.
+    """One kind of server of a disaggregated deployment: the prefill servers, or the decode servers.
 
     Attributes:
-        times: object that computes the seconds of the server's steps; times.server describes the server.
+        times: gives the seconds and joules of the steps of one server; times.server describes the server.
         settings: settings of the server's engine.
     """
 
@@ -44,10 +44,10 @@ class Kind:
         return self.times.server.placement.chips_per_server
 
     def of(self, replicas: int) -> StepTimes:
-        """New StepTimes for a placement with `replicas` servers of this kind.
+        """The StepTimes of `replicas` servers of this kind: a new object that knows the number of servers.
 
-        A server's steps take as long as those in `self.times`, whatever the number of servers. The new object therefore
-        uses the same cache of step times (`tables`) as `self.times`.
+        A server's steps take equally long with any number of servers. The new object therefore shares the cache of step
+        times (`tables`) with `self.times`.
         """
         server = self.times.server
         many = replace(server, placement=replace(server.placement, replicas=replicas))
@@ -58,12 +58,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Numbers of prefill and decode servers, and their load.
+    """A division into prefill and decode servers, with its load and its expected rate.
 
     Attributes:
         prefill: number of prefill servers.
         decode: number of decode servers.
-        concurrency: requests open at once.
+        concurrency: number of requests open at once.
         rate: requests per second expected of all servers together.
     """
 
@@ -74,7 +74,7 @@ class Ratio:
 
 
 def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
-    """Seconds in which one prefill server computes `count` prompts of `input` tokens together.
+    """Seconds that one prefill server needs to compute `count` prompts of `input` tokens together.
 
     Prompts longer than a step are computed in chunks. With count=1 the result is the shortest possible time to the
     first token.
@@ -88,8 +88,8 @@ def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
 def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
     """(prompts per second, seconds per round) of one prefill server that always has prompts waiting.
 
-    In a round, each data-parallel copy of the attention layers (DP rank) computes as many whole prompts as fit
-    max_batch_tokens. If a prompt is longer, it computes one prompt in chunks.
+    In a round, each data-parallel copy of the attention layers (DP rank) computes as many whole prompts as fit into
+    settings.max_batch_tokens. If a prompt is longer than that, each DP rank computes one prompt in chunks.
 
     kind: the server. input: tokens of each prompt.
     """
@@ -101,10 +101,10 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
     """The largest number of requests that one decode server can decode at once with steps of at most `tpot` seconds.
 
-    The result is 0 if even a step with one request takes longer. It is also limited by the engine's maximum number of
-    sequences and by the size of the K/V cache. A step is timed with half of every response in the cache.
+    It is also limited by the engine's maximum number of sequences and by the size of the K/V cache. It is 0 if a step
+    with one request takes longer. A step is timed with half of each response in the cache.
 
-    kind: the server. input, output: tokens of each request's prompt and response.
+    kind: the server. input, output: numbers of tokens of each request's prompt and response.
     """
     high = min(kind.settings.max_sequences, kind.settings.room.sequences(input + output))
     low = 0
@@ -120,11 +120,11 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 def best_ratio(prefill: Kind, decode: Kind, question: Question, chips: int) -> Ratio | None:
     """Divide chips into prefill and decode servers. Returns the Ratio with the highest estimated requests per second.
 
-    The estimate loads prefill servers with PREFILL_LOAD of their full rate. It gives each decode server as many
-    requests as most_decoding() allows, and times its steps with half of every response in the cache.
+    The estimate loads the prefill servers with PREFILL_LOAD of their full rate. Each decode server decodes as many
+    requests as most_decoding() allows, with half of each response in the cache.
 
-    Returns None if no numbers of servers use all chips, if one prompt takes longer than the limit of TTFT, or if
-    most_decoding() is 0: a decode server cannot hold one request, or its step takes longer than the limit of TPOT.
+    Returns None in three cases: the servers cannot use exactly `chips` chips; one prompt takes longer than the limit of
+    the time to first token; most_decoding() is 0.
 
     Args:
         prefill: step times and settings of one prefill server.
@@ -156,9 +156,9 @@ def kinds(
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
     """Compile the model for one server of each layout. Returns ({layout: Kind}, [(layout, reason)]).
 
-    A Kind has the step times and settings of such a server. The list has the refused layouts, each with the reason as
-    text: the model and one prompt do not fit the chips, the model cannot be divided this way, or the chip's links do
-    not connect so many chips.
+    A Kind has the step times and settings of the server. The list has the refused layouts, each with the reason as
+    text. A layout is refused if the model and one prompt do not fit the chips, if the model cannot be divided this way,
+    or if the chip's links do not connect so many chips.
 
     Args:
         question: the model, its number formats and its load.
@@ -193,10 +193,11 @@ def kinds(
 def search(
     question: Question, prefill: dict[str, Kind], decode: dict[str, Kind], chips: int, progress: Progress = silent
 ) -> list[tuple[str, str, ApartResult]]:
-    """Find how many servers should prefill and how many decode, for each pair of a prefill and a decode layout.
+    """Find the best numbers of prefill and decode servers, for each pair of a prefill layout and a decode layout.
 
     Returns a list of (prefill placement, decode placement, ApartResult), ordered by output tokens/s per chip, the
-    highest first. A placement is text, such as 2x(dp8/ep8) for two servers.
+    highest first. A placement is text: 2x(dp8/ep8) means two servers of layout dp8/ep8. The ApartResult has the
+    simulated figures.
 
     Args:
         question: the load and its limits.
@@ -205,8 +206,8 @@ def search(
         chips: number of chips that all servers together have, exactly.
         progress: called before each pair.
 
-    A pair is left out if no numbers of servers use all chips and keep the limits. Raises ValueError for responses of
-    fewer than two tokens.
+    A pair of layouts is left out if no numbers of servers use exactly `chips` chips and keep the latency limits. Raises
+    ValueError for responses of fewer than two tokens.
     """
     out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
@@ -220,17 +221,16 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """Simulate prefill and decode servers with a load that keeps the latency limits. Returns the ApartResult, or None.
+    """Simulate prefill and decode servers, with fewer and fewer open requests until the latency limits are kept.
 
-    The first run has found.concurrency open requests. While the mean TTFT or TPOT is above the question's limits, the
-    run is repeated with 15 % fewer open requests. The result is None if the limits are broken in TRIES runs, or in a
-    run with one open request.
+    Returns the ApartResult of the first run that keeps the limits. The first run has found.concurrency open requests,
+    each further run 15 % fewer. Returns None if TRIES runs break a limit, or a run with one open request does.
 
     Args:
         first: step times and settings of one prefill server.
         second: step times and settings of one decode server.
         found: numbers of prefill and decode servers, and of open requests.
-        question: lengths of the requests, and limits of their latencies.
+        question: lengths of the requests, and limits of their mean latencies (time to first token, time per token).
 
     Raises ValueError for a request that a K/V cache cannot hold, or with fewer than two output tokens.
     """

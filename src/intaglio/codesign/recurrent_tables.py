@@ -17,13 +17,15 @@ STATE_BYTES = 4  # of a value of the state
 
 
 def convolution(on: Target, row: Mapping[str, str]) -> Timing:
-    """The modelled Timing of a short causal convolution, as in state-space layers, which a row of a table describes.
+    """The modelled Timing of one call of a short causal convolution, as used in state-space layers.
 
-    In phase "context" the call processes prompts. One core processes one channel of one sequence at a time, which takes
-    the library's row_cycles and the time of the channel's bytes at core_bytes_per_cycle. In phase "generation" the call
-    processes one token of each decoding sequence; it also reads and writes the state, the last inputs of each channel.
+    In phase "context" the call processes prompts. One core then processes one channel of one sequence at a time. This
+    takes library.row_cycles cycles, and the time to move the channel's bytes at core_bytes_per_cycle. In phase
+    "generation" the call processes one token of each decoding sequence, and also reads and writes the state: the last
+    inputs of each channel.
 
-    row: {column: text} with phase, batch (sequences), tokens (of all sequences), channels and conv_width.
+    row: a row of a measured table, {column: text}, with phase, batch (number of sequences), tokens (of all sequences),
+    channels and conv_width.
     """
     tokens, channels, width = integers(row, "tokens", "channels", "conv_width")
     moved = 4.0 * tokens * channels
@@ -38,15 +40,16 @@ def convolution(on: Target, row: Mapping[str, str]) -> Timing:
 
 
 def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
-    """The modelled Timing of a call of the gated delta rule (Yang et al. 2025), which a row of a table describes.
+    """The modelled Timing of one call of the gated delta rule (Yang et al. 2025), a linear-attention recurrence.
 
     In phase "generation" the call processes one token of each decoding sequence. In phase "context" it processes
-    prompts in chunks of CHUNK tokens. The chunks of one head of a sequence run one after another, since each chunk
-    starts from the state that the previous chunk leaves. Such a call is made by one or several kernels, as the
-    library's scan_kernels says. Several kernels pass their results on through HBM. If there is one kernel, a core
-    processes a head of a sequence from beginning to end, after row_cycles cycles to set it up.
+    prompts in chunks of CHUNK tokens. The chunks of one head of a sequence run one after another, because each chunk
+    starts from the state that the previous chunk leaves. The library's `scan_kernels` is the number of kernels that a
+    call in phase "context" launches. Several kernels pass their results on through HBM. With one kernel, a core
+    processes one head of a sequence from beginning to end, after row_cycles cycles of setup.
 
-    row: {column: text} with phase, batch, tokens, n_k_heads, head_k_dim, n_v_heads and head_v_dim.
+    row: a row of a measured table, {column: text}, with phase, batch, tokens, n_k_heads, head_k_dim, n_v_heads and
+    head_v_dim.
     """
     batch, tokens, k_heads, dk, heads, dv = integers(
         row, "batch", "tokens", "n_k_heads", "head_k_dim", "n_v_heads", "head_v_dim"
@@ -77,8 +80,8 @@ def delta_rule(on: Target, row: Mapping[str, str]) -> Timing:
 
 
 def recurrent(on: Target, row: Mapping[str, str]) -> Timing:
-    """The modelled Timing of a call of a recurrent layer's kernel, which a row of a table describes.
+    """The modelled Timing of the recurrent layer's kernel call that a row of a measured table describes.
 
-    The column `kernel` decides: convolution() if its text begins with "causal_conv1d", otherwise delta_rule().
+    It is convolution() if the text in column `kernel` begins with "causal_conv1d", otherwise delta_rule().
     """
     return convolution(on, row) if row["kernel"].startswith(CONVOLUTION) else delta_rule(on, row)

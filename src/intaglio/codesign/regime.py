@@ -27,11 +27,11 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Call:
-    """The modelled time of one kernel call, in parts.
+    """One kernel call with its modelled time, and how much of the time is launch overhead.
 
     Attributes:
         on: chip and kernel library that the call runs on.
-        timing: its modelled Timing: seconds, bytes, FLOPs and how long each engine is busy.
+        timing: the call's modelled Timing: seconds, bytes, FLOPs and how long each engine is busy.
         launch_s: seconds of `timing` that are launch overhead.
     """
 
@@ -41,9 +41,10 @@ class Call:
 
     @property
     def busiest(self) -> tuple[str, float]:
-        """(name of the engine or memory that is busy longest, its share of the time after the launch, at most 1).
+        """(name, share) of the engine or memory that is busy longest in this call.
 
-        ("", 0) if none is busy, or all of the time is launch overhead.
+        The share is its busy time divided by the time after the launch, at most 1. The result is ("", 0) if nothing is
+        busy, or if all of the time is launch overhead.
         """
         rest = self.timing.seconds - self.launch_s
         name = max(self.timing.busy, key=lambda e: self.timing.busy[e], default="")
@@ -51,7 +52,7 @@ class Call:
 
     @property
     def regime(self) -> str:
-        """What bounds the modelled time: one of REGIMES."""
+        """The name of what limits the modelled time, one of REGIMES, such as "memory-bound"."""
         if self.launch_s >= LAUNCH_SHARE * self.timing.seconds:
             return "launch-bound"
         name, share = self.busiest
@@ -61,7 +62,7 @@ class Call:
 
     @property
     def last_wave(self) -> tuple[int, int]:
-        """(waves of jobs on the cores, jobs in the last wave); (0, 0) if the kernel's jobs are not counted.
+        """(number of waves, number of jobs in the last wave); (0, 0) if the model does not count the kernel's jobs.
 
         A wave is a set of jobs that run at the same time, one on each core of the chip.
         """
@@ -70,10 +71,10 @@ class Call:
         return waves, jobs - max(0, waves - 1) * cores
 
     def cause(self, measured_s: float) -> str:
-        """The likeliest cause of an error of the modelled time, as a key of CAUSES.
+        """The likeliest cause of the difference between modelled and measured time, as a key of CAUSES.
 
-        measured_s: measured seconds of the call. The size of the error does not matter: a key is returned even if the
-        modelled time is exact.
+        measured_s: measured seconds of the call. A key is returned for any difference, even if the modelled time is
+        exact.
         """
         chip, t = self.on.chip, self.timing
         if t.hbm_bytes > measured_s * chip.hbm_bytes_per_s:
@@ -90,8 +91,8 @@ class Call:
     def reason(self, measured_s: float) -> str:
         """A clause in English, with numbers, that says why the modelled time may differ from the measured time.
 
-        It words the cause that cause() returns, such as "launch is 62% of the modelled time". measured_s: measured
-        seconds.
+        It explains the cause that cause() returns, for example "launch is 62% of the modelled time". measured_s:
+        measured seconds of the call.
         """
         chip, t = self.on.chip, self.timing
         name, share = self.busiest
@@ -120,8 +121,8 @@ class Call:
     def _reached(self, measured_s: float) -> str:
         """Text that says how much of a peak rate the measured call reached, such as "; measured at 63% of HBM's peak".
 
-        If HBM or the L2 is the busiest part of the chip, the rate is HBM's bandwidth. In other cases it is the chip's
-        FLOP/s in the call's format; the text is "" if the call has no FLOPs. measured_s: measured seconds.
+        The rate is HBM's bandwidth if HBM or the L2 is the busiest part of the chip. Otherwise it is the chip's FLOP/s
+        in the call's number format; the text is "" if the call has no FLOPs. measured_s: measured seconds of the call.
         """
         chip, t = self.on.chip, self.timing
         if self.busiest[0] in MEMORIES:

@@ -35,17 +35,17 @@ MOMENTS = 60  # times of a run at which queue and cache are shown
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How the simulated engine is run.
+    """Settings of the engine in a serving simulation.
 
     Attributes:
-        max_batch_tokens: maximum token rows of a step; a longer prompt is prefilled in chunks.
-        max_sequences: maximum sequences that run at once.
+        max_batch_tokens: maximum number of tokens in a step; a longer prompt is prefilled in chunks.
+        max_sequences: maximum number of sequences that run at once.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         step_overhead_s: seconds between one step and the next in which the chips wait for the host.
-        request_overhead_s: the host's seconds for each request outside the engine, such as HTTP and tokenizer. They are
-            added to the time to first token.
+        request_overhead_s: seconds that the host spends on each request outside the engine, such as HTTP and tokenizer.
+            They are added to the time to first token.
 
-    Raises ValueError for a memory_share outside 0..1 or a negative overhead.
+    Raises ValueError for a memory_share that is not above 0 and at most 1, and for a negative or infinite overhead.
     """
 
     max_batch_tokens: int = 2048
@@ -64,20 +64,20 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest acceptable latencies of a request, in seconds.
+    """The largest latencies of a request that are acceptable, in seconds; inf: no limit.
 
     Attributes:
-        ttft: time to the first token.
-        tpot: mean time per token after the first.
+        ttft: limit of the time to the first token.
+        tpot: limit of the mean time per token after the first.
     """
 
     ttft: float = float("inf")
     tpot: float = float("inf")
 
     def met_by(self, outcome: Outcome) -> bool:
-        """True if a request ended without an error and both its latencies, `ttft` and `tpot`, are within these limits.
+        """True if a request ended without an error and both of its latencies, `ttft` and `tpot`, are within the limits.
 
-        A response of one token has no time per token and needs only `ttft`.
+        A response of one token has no time per token: only its time to first token is checked.
         """
         if outcome.error is not None or outcome.first is None:
             return False
@@ -86,14 +86,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Moment:
-    """The load at one time of a run.
+    """The state of a served load at one time: waiting and decoding requests, and use of the K/V caches.
 
     Attributes:
-        at: seconds since the beginning of the load.
-        waiting: requests that were sent and have no token yet: in the queue, or with a prompt that is being computed.
-        decoding: requests that have their first token, and not their last.
-        kv_share: fraction of all servers' K/V caches that holds the prompts and tokens so far of decoding requests. If
-            layers with a sliding window have a cache of their own, it is that of the fuller cache.
+        at: time in seconds since the beginning of the load.
+        waiting: number of requests that were sent and have no token yet: their prompts are queued or being computed.
+        decoding: number of requests that have their first token and not their last.
+        kv_share: used fraction of all servers' K/V caches. Only decoding requests count, with their prompts and the
+            tokens generated so far. If layers with a sliding window have a cache of their own, it is the larger of the
+            two caches' fractions.
     """
 
     at: float
@@ -107,11 +108,12 @@ def moments(
 ) -> tuple[Moment, ...]:  # fmt: skip
     """The state of a served load at `count` equally spaced times, as a tuple of Moments; () without outcomes.
 
-    A Moment has the numbers of waiting and of decoding requests, and the used share of the K/V caches. The first is at
-    the beginning of the load, the last at the end of the last response. The tokens of a response are assumed to come at
-    equal intervals. Requests that failed before their first token count as waiting until their end.
+    The first Moment is at the beginning of the load, the last at the end of the last response. The tokens of a response
+    are assumed to come at equal intervals. A request that failed before its first token counts as waiting until it
+    failed.
 
-    outcomes: results of all requests. room: room for K/V on each of `servers` servers, which serve them together.
+    outcomes: results of all requests. room: K/V capacity of each server. servers: number of servers that served the
+    load together. count: number of Moments.
     """
     if not outcomes:
         return ()
@@ -138,12 +140,13 @@ class ServingResult:
         summary: latencies and rates.
         chips: number of chips that served the load.
         within_limits: fraction of all requests whose time to first token and time per token met the given limits.
-        goodput: requests per second that met these limits.
+        goodput: number of requests that met these limits, per second of the load.
         joules: estimated energy of all chips during steps and between them.
         steps: number of engine steps.
         preemptions: times that a sequence was preempted because the K/V cache was full.
-        kv_tokens: number of tokens that the K/V cache of one server can hold, in requests of the load's mean length.
-        moments: waiting and decoding requests, and use of the K/V caches, over the time of the load; see moments().
+        kv_tokens: number of tokens that the K/V cache of one server can hold if all requests have the load's mean
+            length.
+        moments: waiting and decoding requests, and use of the K/V caches, at equally spaced times; see moments().
     """
 
     summary: Summary
@@ -168,7 +171,7 @@ class ServingResult:
 
     @property
     def output_tokens_per_joule(self) -> float:
-        """Output tokens for each joule that all chips together take."""
+        """Output tokens of the whole load, divided by the joules that all chips together take."""
         return self.summary.output_tokens_per_s * self.summary.seconds / self.joules
 
     def as_dict(self) -> dict[str, Any]:
@@ -184,17 +187,20 @@ class ServingResult:
 def state_of(
     stages: Sequence[Program], target: Target, settings: EngineSettings, length: int | None = None
 ) -> StateSpec:  # fmt: skip
-    """The StateSpec of the largest K/V cache that fits beside weights and activations on every chip.
+    """The StateSpec of the largest K/V cache that fits on every chip beside weights and activations.
 
-    The StateSpec says how many K/V blocks and slots of recurrent state a chip has. There are at most as many blocks as
-    settings.max_sequences sequences of the model's full context need. There are two slots for each sequence if the
-    model has recurrent state, and otherwise none. Raises ChipError if no block fits.
+    A StateSpec says how many K/V blocks and slots of recurrent state a chip has. The number of blocks is at most the
+    number that settings.max_sequences sequences of the model's full context need. If the model has recurrent state,
+    there are two slots for each sequence, otherwise none. Raises ChipError if no block fits.
 
-    Layers with a sliding window get blocks of their own if more requests fit that way. The memory is then divided so
+    Layers with a sliding window get blocks of their own if more requests fit this way. The memory is then divided so
     that both kinds of blocks are enough for the same number of requests.
 
-    stages: one rank's Program of each pipeline stage. length: tokens of a request of the load, prompt and response;
-    None: the model's context.
+    Args:
+        stages: one rank's Program of each pipeline stage.
+        target: chip and kernel library.
+        settings: settings of the engine.
+        length: tokens of one request of the load, prompt and response; None: the model's context length.
     """
     hbm, tokens, context = (
         int(target.chip.hbm_bytes * settings.memory_share),
@@ -228,22 +234,22 @@ def state_of(
 
 
 def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) -> list[LoadRequest]:
-    """Copies of the requests with other arrival times, as a list in the same order.
+    """The requests with new arrival times, as a list in the same order.
 
-    The first `concurrency` requests arrive at 0 s and then at equal intervals before `seconds`; all others arrive at
-    `seconds`. Requests of one length that all started at once would stay in step with each other.
+    The first `concurrency` requests arrive at equal intervals, from 0 s to just before `seconds`. All others arrive at
+    `seconds`. Without this, requests of equal length would all start at once and then stay in step with each other.
     """
     return [replace(r, at=seconds * min(1.0, i / concurrency)) for i, r in enumerate(requests)]
 
 
 def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequest, concurrency: int) -> float:
-    """Estimated seconds from the start to the end of a request, while `concurrency` such requests are open.
+    """Estimated seconds from the start to the end of a request, while `concurrency` equal requests are open.
 
-    The estimate is the time of the request's prefill, plus one decode step of all open requests for each token after
-    the first. The prefill is timed as one step, each decode step with `prompt + output // 2` tokens of K/V for each
-    request. Waiting and the prefills of other requests are not counted.
+    The estimate is the time of the request's prefill, plus one decode step for each token after the first. The prefill
+    is timed as one step. A decode step processes one token of each open request, and each request has `prompt + output
+    // 2` tokens in the K/V cache. Waiting and the prefills of other requests are not counted.
 
-    stages: one rank's Program of each pipeline stage.
+    stages: one rank's Program of each pipeline stage. target: chip and kernel library.
     """
     n, keys = concurrency, request.prompt + request.output // 2
     prefill = BatchSizes(request.prompt, 1, ((request.prompt, request.prompt, 1),))
@@ -253,7 +259,7 @@ def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequ
 
 
 def check_context(program: Program, longest: LoadRequest) -> None:
-    """Raise ValueError if a request is longer than the model's context."""
+    """Raise ValueError if a request's prompt and response are longer than the model's context."""
     if longest.prompt + longest.output > program.context:
         raise ValueError(
             f"a request of {longest.prompt:,} + {longest.output:,} tokens; the context of {program.name} is "
@@ -266,22 +272,24 @@ def simulate_serving(
     settings: EngineSettings, limits: Limits, concurrency: int | None = None, seed: int = 0,
     progress: Progress = silent,
 ) -> ServingResult:  # fmt: skip
-    """Run a load on the engine with the modelled times of chips. Returns the ServingResult.
+    """Simulate the engine under a load: it schedules as for real requests, and steps take the modelled time of chips.
+
+    Returns the ServingResult.
 
     Args:
         program: the whole model, as `ported()` returns it.
-        stages: one rank's compiled Program of each pipeline stage, as `stages()` returns them.
+        stages: one rank's compiled Program of each pipeline stage, as simulate.stages() returns them.
         target: chip and kernel library.
         layout: how the chips share the model, such as tp8 or tp4pp2.
-        requests: arrival times and lengths.
+        requests: arrival times and lengths of the requests.
         settings: settings of the engine.
-        limits: latencies that a good response keeps.
-        concurrency: maximum requests open at once; None: any number.
-        seed: seed of the prompts' token ids. They are random, so that no prompt shares a prefix with another.
+        limits: latency limits. The result counts the requests that keep them.
+        concurrency: maximum number of requests open at once; None: any number.
+        seed: seed of the prompts' token ids, which are random so that no two prompts share a prefix.
         progress: called as requests end.
 
-    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context, LayoutError
-    for a wrong layout.
+    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context, and
+    LayoutError for a wrong layout.
     """
     check_context(program, max(requests, key=lambda r: r.prompt + r.output))
     device = SiliconDevice(target, values=NONE, stages=stages, overhead_s=settings.step_overhead_s)
@@ -303,19 +311,19 @@ def simulate_serving(
 
 
 class NoWeights:
-    """A source of weights for an executable that reads none.
+    """A placeholder source of weights, for simulations that compute no values and read no weights.
 
-    read(), strips() and release() raise AssertionError; identity() is None.
+    read(), strips() and release() raise AssertionError; identity() returns None.
     """
 
     def read(self, name: str) -> Any:
-        """Raise AssertionError: no weight may be read where no values are computed."""
+        """Raise AssertionError, because a simulation that computes no values must not read a weight."""
         raise AssertionError(f"{name} is read, though no values are computed")
 
     strips = release = read
 
     def identity(self) -> str | None:
-        """None. A real source of weights returns a text that identifies their values; this one has no values."""
+        """Return None. A real source of weights returns a text that identifies its weights' values."""
         return None
 
 
@@ -323,16 +331,16 @@ def result(
     outcomes: Sequence[Outcome], engine: Engine, executable: SiliconExecutable, target: Target, layout: Layout,
     settings: EngineSettings, limits: Limits,
 ) -> ServingResult:  # fmt: skip
-    """The ServingResult of a finished load.
+    """The ServingResult of a load that the engine has served.
 
     Args:
-        outcomes: Outcomes of the requests, without the overhead outside the engine, which is added here.
+        outcomes: Outcomes of the requests. settings.request_overhead_s is added to their latencies here.
         engine: the Engine that ran them, for its counts.
         executable: the engine's executable, for the seconds and joules of its steps.
         target: chip and kernel library.
         layout: how the chips share the model.
         settings: settings of the engine.
-        limits: latencies that a good response keeps.
+        limits: latency limits. The result counts the requests that keep them.
     """
     added = settings.request_overhead_s
     later = [replace(o, end=o.end + added, first=None if o.first is None else o.first + added) for o in outcomes]

@@ -46,11 +46,12 @@ def cards() -> dict[str, Path]:
 
 
 def ported(model: str, context: int | None) -> Program:
-    """The whole Program of a model, not yet compiled.
+    """The Program (list of ops and tensors) of a whole model, not yet compiled for chips.
 
-    model: a checkpoint folder, a config.json, the name of a shipped config, or a key of SAME. context: largest context
-    length; None for the model's own. Raises ValueError (CheckpointError, PortError, ...) if there is no such model, if
-    the file is not a JSON object, or if the model is not ported.
+    model: a checkpoint folder, a config.json, the name of a config that ships with the package, or a key of SAME
+    (another name of such a config). context: largest context length in tokens; None: the model's own. Raises ValueError
+    (CheckpointError, PortError, ...) if there is no such model, if the file is not a JSON object, or if the package
+    does not support the model.
     """
     path = Path(model)
     if path.is_dir():
@@ -64,11 +65,11 @@ def ported(model: str, context: int | None) -> Program:
 
 
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
-    """The compiled Program of one rank of each pipeline stage of a layout, as a tuple.
+    """The compiled Programs of a layout, as a tuple: for each pipeline stage, the Program of one of its ranks.
 
-    No other rank of a stage has larger tensors. layout: such as tp4pp2. weights, kv_format, activations:
-    names of number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError
-    for an unknown format.
+    No other rank of the stage has larger tensors. layout: such as tp4pp2. weights, kv_format, activations: names of
+    number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError for an
+    unknown format.
     """
     built = build_stages(program, layout, weights, kv_format, wire="bf16")
     return tuple(set_activation_format(p, activations) for p in built)
@@ -76,9 +77,10 @@ def stages(program: Program, layout: str, weights: str, kv_format: str, activati
 
 @dataclass(frozen=True)
 class Serving:
-    """A steady serving load: at every engine step `batch` new requests start.
+    """A steady serving load: `batch` new requests start in every engine step.
 
-    Each request has `input` prompt tokens and generates `output` tokens. `batch` is not the number of running requests.
+    Each request has `input` prompt tokens and generates `output` tokens. A request runs for `output` steps, so batch *
+    output requests run at a time.
     """
 
     input: int
@@ -86,23 +88,27 @@ class Serving:
     batch: int = 1
 
     def prefill(self) -> BatchSizes:
-        """BatchSizes of a step that only computes the prompts of `batch` requests."""
+        """The BatchSizes (sequences and numbers of tokens) of a step that only computes prompts.
+
+        They are the prompts of `batch` requests.
+        """
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """BatchSizes of a step that only decodes, under the steady load: one token of batch * (output - 1) sequences.
+        """The BatchSizes (sequences and numbers of tokens) of a step that only decodes.
 
-        There are so many because `batch` requests start in every step, and each decodes for output - 1 steps. All have
+        It decodes one token for each of batch * (output - 1) sequences. This is the number of decoding sequences of the
+        steady load: `batch` requests start in every step, and each decodes for output - 1 steps. Each sequence is given
         the average number of keys (tokens in the K/V cache), input + output // 2.
         """
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step of the steady load: it computes `batch` prompts and decodes one token for each sequence.
+        """The BatchSizes (sequences and numbers of tokens) of a step that computes prompts and decodes.
 
-        There are batch * (output - 1) decoding sequences, because `batch` requests start in every step, and each
-        decodes for output - 1 steps.
+        It computes `batch` prompts and decodes one token for each of batch * (output - 1) sequences. This is the number
+        of decoding sequences because `batch` requests start in every step, and each decodes for output - 1 steps.
         """
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
@@ -110,14 +116,14 @@ class Serving:
 
 @dataclass(frozen=True)
 class Phase:
-    """A simulated step of one kind.
+    """One simulated step of a kind (prefill, decode or mixed), with its times and rates.
 
     Attributes:
         name: prefill, decode or mixed.
-        stages: the Timeline of one rank of each pipeline stage.
-        tokens: prompt and new tokens of one step.
-        new: new tokens of one step.
-        format: format in which most products are computed.
+        stages: for each pipeline stage, the Timeline (modelled times of the ops) of one rank.
+        tokens: number of prompt tokens and new tokens of the step.
+        new: number of new tokens of the step.
+        format: number format in which most FLOPs are done.
         chips: number of chips.
     """
 
@@ -130,32 +136,42 @@ class Phase:
 
     @property
     def period(self) -> float:
-        """Seconds between steps: the time of the slowest stage, since stages work on different steps in parallel."""
+        """Seconds from the start of one step to the start of the next: the time of the slowest pipeline stage.
+
+        Pipeline stages work on different steps in parallel.
+        """
         return max(t.seconds for t in self.stages)
 
     @property
     def latency(self) -> float:
-        """Seconds from a step's start in the first stage to its end in the last."""
+        """Seconds from a step's start in the first pipeline stage to its end in the last: the sum over the stages."""
         return sum(t.seconds for t in self.stages)
 
     @property
     def slowest(self) -> Timeline:
-        """The Timeline of the slowest pipeline stage."""
+        """The Timeline (modelled times of the ops) of the slowest pipeline stage."""
         return max(self.stages, key=lambda t: t.seconds)
 
     @property
     def flops_share(self) -> float:
-        """MFU: FLOPs of one step over what all chips could do in `period` at the peak rate of `format`; a fraction."""
+        """MFU (model FLOPs utilisation) of the step, as a fraction.
+
+        It is the FLOPs of one step, divided by the FLOPs that all chips could do in `period` seconds at the peak rate
+        of `format`.
+        """
         done = sum(t.totals().flops for t in self.stages) / len(self.stages)
         return done / (self.period * self.slowest.chip.peak_flops(self.format))
 
     @property
     def watts(self) -> float:
-        """Estimated power of one chip in watts, mean over all chips."""
+        """Estimated power of one chip in watts: the mean over all chips and over the time of the step."""
         return sum(sum(t.joules().values()) for t in self.stages) / len(self.stages) / self.period
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: times, rates, fractions of peaks, watts, and the report of the slowest stage."""
+        """A dict for JSON: the step's times, rates, fractions of peak rates and watts, and a report of one stage.
+
+        The report is that of the slowest pipeline stage.
+        """
         return {
             "phase": self.name, "step_seconds": self.period, "latency_seconds": self.latency,
             "tokens_per_s": self.tokens / self.period, "new_tokens_per_s": self.new / self.period,
@@ -167,14 +183,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A model distributed over chips, ready for simulation.
+    """A model that is distributed over chips and compiled, ready to simulate its steps.
 
     Attributes:
         target: chip and kernel library.
-        plans: how each pipeline stage's ops are timed.
+        plans: the Plan of each pipeline stage, an object that times the stage's ops.
         chips: number of chips.
-        format: name of the format in which most FLOPs are done, see main_format().
-        programs: one rank's Program of each stage.
+        format: name of the number format in which most FLOPs are done, see main_format().
+        programs: for each pipeline stage, the Program of one rank.
     """
 
     target: Target
@@ -185,16 +201,17 @@ class Simulation:
 
     @classmethod
     def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
-        """The Simulation of a model whose pipeline stages run `programs`: for each stage, the Program of one rank.
+        """The Simulation of a compiled model on chips.
 
-        layout: how the chips share the model. Raises ChipError if a chip's weights exceed its HBM, LayoutError for a
+        programs: for each pipeline stage, the Program of one rank. target: chip and kernel library. layout: how the
+        chips share the model, such as tp4pp2. Raises ChipError if a chip's weights exceed its HBM, LayoutError for a
         wrong layout.
         """
         plans = Plan.of(programs, target)
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """The MemoryUse, in the steady state of the load, of the chip that needs more memory than any other.
+        """The MemoryUse (bytes of HBM needed) of the chip that needs more memory than any other under the load `s`.
 
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
@@ -203,18 +220,18 @@ class Simulation:
         return max((memory_use(p, step, n, hbm, window) for p in self.programs), key=lambda use: use.total)
 
     def largest_batch(self, s: Serving) -> int:
-        """The largest batch below `s.batch` for which the chips have enough memory; 0 if there is none.
+        """The largest value of `batch`, below `s.batch`, for which the chips have enough memory; 0 if there is none.
 
-        check() calls this for a load whose own batch does not fit. s: the load. The search is a bisection, since memory
-        grows with the batch.
+        s: a load that does not fit. The search is a bisection, since memory grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """End of the error message of check() for a load of which not even one request fits: what would fit.
+        """Text for the error message of check(), for a load of which not even one request fits: what would fit instead.
 
-        It names the longest prompt with which one request would fit; if there is none, the longest response with which
-        it would; or else says that neither helps.
+        The text names the longest prompt with which one request would fit. If no prompt is short enough, it names the
+        longest response with which one request would fit. If no response is short enough either, it says that neither
+        helps.
         """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:
@@ -227,9 +244,10 @@ class Simulation:
         return "nor would shorter prompts, or shorter responses"
 
     def check(self, s: Serving) -> None:
-        """Return nothing if the chips can hold a load; raise ChipError, with the largest batch that fits, if not.
+        """Check that the chips can hold the load `s`. Returns nothing if they can.
 
-        Raises ValueError for requests longer than the model's context.
+        Raises ChipError, with the largest batch that fits, if they cannot. Raises ValueError for requests longer than
+        the model's context.
         """
         context, asked = self.programs[0].context, s.input + s.output
         if asked > context:
@@ -248,17 +266,17 @@ class Simulation:
         )
 
     def phase(self, name: str, sizes: BatchSizes, new: int) -> Phase:
-        """Simulate one step and return it as a Phase called `name`.
+        """Simulate one step. Returns it as a Phase with the name `name`.
 
-        sizes: sizes of the step's batch. new: number of tokens that the step yields.
+        sizes: sizes of the step's batch. new: number of new tokens that the step generates.
         """
         timelines = tuple(plan.run(sizes) for plan in self.plans)
         return Phase(name, timelines, sizes.tokens + new, new, self.format, self.chips)
 
     def phases(self, s: Serving, progress: Progress = silent) -> list[Phase]:
-        """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a list of these Phases.
+        """Simulate three steps of the load `s`: prefill alone, decode alone, and both mixed. Returns a list of Phases.
 
-        With one output token per request the list has the prefill alone. `tokens` of a Phase counts each prompt token
+        With one output token per request the list has only the prefill. `tokens` of a Phase counts each prompt token
         and each new token once. Raises ChipError if the chips cannot hold the load, ValueError for requests longer than
         the model's context.
         """
@@ -276,10 +294,10 @@ class Simulation:
 
 
 def main_format(plans: Sequence[Plan]) -> str:
-    """Name of the number format in which a step that decodes one token does most of its FLOPs.
+    """Name of the number format in which most FLOPs are done in a step that decodes one token.
 
-    Reports that give FLOP/s as a share of the chip's peak use its peak in this format. plans: the Plan of each pipeline
-    stage, which gives the FLOPs and seconds of each op of a step.
+    Reports compare a step's FLOP/s with the chip's peak rate in this format. plans: for each pipeline stage, the Plan,
+    which gives the FLOPs and seconds of each op of a step.
     """
     total: dict[str, float] = {}
     for plan in plans:
@@ -291,15 +309,19 @@ def main_format(plans: Sequence[Plan]) -> str:
 def what_helps(
     programs: Sequence[Program], target: Target, layout: str, s: Serving, progress: Progress = silent
 ) -> list[tuple[str, float]]:
-    """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
+    """The speed-up that each change in CHANGES brings alone, as a list of (change, speed-up), the largest first.
 
-    `change` is the name of the change. The speed-up is the time between two steps on the unchanged chips divided by
-    that on the changed chips; 1.0 means no effect. The steps have prompts and decoding sequences, or only prompts if
-    each request has one output token. Raises ChipError if the chips cannot hold the load, ValueError for requests
-    longer than the model's context.
+    A change is an improvement of the hardware or its software, given by its name. The speed-up is the time between two
+    steps without the change, divided by the time with it; 1.0 means no effect. The steps have prompts and decoding
+    sequences, or only prompts if each request has one output token. Raises ChipError if the chips cannot hold the load,
+    ValueError for requests longer than the model's context.
 
-    programs: one rank's Program of each pipeline stage. layout: such as tp4pp2. s: the load. progress: called before
-    each change.
+    Args:
+        programs: for each pipeline stage, the Program of one rank.
+        target: chip and kernel library.
+        layout: how the chips share the model, such as tp4pp2.
+        s: the load.
+        progress: called before each change.
     """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period
@@ -312,12 +334,13 @@ def what_helps(
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """A simulated step of a load with one layout, and the one change of the chip that makes the step fastest.
+    """The simulated step of a load with one layout, and the one change that would speed up the step most.
 
     Attributes:
-        layout: how the chips share the model.
+        layout: how the chips share the model, as text.
         mixed: the mixed Phase (prompts and decoding); the prefill Phase for a load with one output token.
-        change: name of the change, a key of CHANGES, that makes the step fastest when it is made alone.
+        change: name of the change of hardware or software, a key of CHANGES, that speeds up the step most when it is
+            made alone.
         gain: seconds without the change divided by seconds with it; 1.0 means no effect.
     """
 
@@ -327,10 +350,9 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as one dict for JSON.
+        """A dict for JSON with `layout`, `gain`, `helps_most` (the field `change`), and the entries of `mixed`.
 
-        The keys are `layout`, all keys of Phase.as_dict() for the field `mixed`, `helps_most` (the field `change`) and
-        `gain`.
+        The entries of `mixed` are those of Phase.as_dict().
         """
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 
@@ -339,7 +361,7 @@ def compare_layouts(
     model: str, target: Target, layouts: Sequence[str], s: Serving, weights: str, kv_format: str, activations: str,
     progress: Progress = silent,
 ) -> list[LayoutResult]:  # fmt: skip
-    """Simulate a serving load with each layout. Returns a list of LayoutResults, one for each, in the given order.
+    """Simulate a serving load with each layout. Returns a list with one LayoutResult for each, in the order given.
 
     model: a checkpoint folder, a config.json, or the name of a shipped config. weights, kv_format, activations: names
     of number formats, such as auto or fp8. Raises ValueError for an unknown model or format, a layout that does not fit
@@ -355,9 +377,9 @@ def compare_layouts(
 
 
 def scaled(value: Any, by: float) -> Any:
-    """A field's value times `by`. The value is a number, or pairs (format, rate) whose rates are multiplied.
+    """The value of a chip's field, multiplied by `by`. `value` is a number, or a tuple of pairs (format, rate).
 
-    Integers and rates are rounded towards 0.
+    In pairs, each rate is multiplied. Integers and rates are rounded towards 0.
     """
     if isinstance(value, tuple):
         return tuple((f, int(rate * by)) for f, rate in value)

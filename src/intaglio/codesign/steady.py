@@ -30,7 +30,7 @@ BUDGETS = (512, 2048, 8192)  # tokens of a step that the search tries
 
 @dataclass(frozen=True)
 class Estimate:
-    """The steady state of one server under a constant number of open requests. Times are in seconds.
+    """Estimated latencies and rates of one server with a constant number of open requests. Times are in seconds.
 
     Attributes:
         ttft: mean time to the first token, waiting included.
@@ -48,15 +48,22 @@ class Estimate:
 
 
 def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
-    """The Estimate of a server with `concurrency` requests open, each of `input` prompt and `output` new tokens.
+    """The Estimate (latencies and rates, by a formula) of a server that always has `concurrency` requests open.
 
-    times, s: step times and settings of the server. Raises ValueError if not one request fits the K/V cache.
+    At most s.max_sequences requests are prefilled or decoded at a time, and no more than fit the K/V cache. The others
+    wait, and Little's law gives their waiting time. Each decoding request is assumed to have half of its response in
+    the cache. Steps with prompts take longer than steps that only decode; if `s.mixed` is False, they decode nothing.
+    The fraction of steps with prompts follows from the steady state, in which as many prompts start as responses end.
+    If prompts in every step are not enough for this, fewer requests decode.
 
-    The model: at most s.max_sequences requests, and no more than fit the K/V cache, are prefilled or decoded at a time.
-    The others wait; Little's law gives their waiting time. Every decoding request has half of its response in the
-    cache. Steps with prompts take longer than steps that only decode. If `s.mixed` is False, a step with prompts
-    decodes nothing. The fraction of steps with prompts follows from the balance: as many prompts start as responses
-    end. If even a prompt in every step could not balance them, fewer requests decode.
+    Args:
+        times: gives the seconds and joules of each step of the server.
+        s: settings of the server's engine.
+        input: number of prompt tokens of each request.
+        output: number of new tokens of each request.
+        concurrency: number of open requests.
+
+    Raises ValueError if not even one request fits the K/V cache.
     """
     check_room(s.room, input, output)
     slots = min(concurrency, s.max_sequences, s.room.sequences(input + output))
@@ -107,13 +114,13 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
 
 @dataclass(frozen=True)
 class Design:
-    """A serving system and its figures under a load. Times are in seconds.
+    """A serving system (chips, layout and load) with its latencies, rates and memory. Times are in seconds.
 
     Attributes:
         chip: name of the chip.
         library: name of its kernel library.
         placement: how the chips share the model.
-        concurrency: requests open at once, of all replicas.
+        concurrency: number of requests open at once, on all replicas together.
         max_batch_tokens: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         ttft: mean time to the first token.
         tpot: mean time per token after the first.
@@ -121,9 +128,10 @@ class Design:
         watts: mean power of all chips.
         weight_bytes: bytes of weights on the chip that has the most.
         kv_bytes: bytes of K/V on the chip that has the most, when every open request has half of its response.
-        kv_tokens: number of tokens whose K/V one server can hold, in requests of the load's length.
-        confirmed: True if the figures come from a simulation of the requests, False if from the formula estimate().
-        within: True if `ttft` and `tpot` are within the limits that were asked for.
+        kv_tokens: number of tokens whose K/V one server can hold if all requests have the load's length.
+        confirmed: True if the figures come from a simulation of the requests; False if they come from the formula
+            estimate().
+        within: True if `ttft` and `tpot` are within the latency limits for which the design was made.
     """
 
     chip: str
@@ -143,24 +151,27 @@ class Design:
 
     @property
     def per_chip(self) -> float:
-        """Output tokens per second of all replicas, per chip."""
+        """Output tokens per second of all replicas, divided by the number of chips."""
         return self.tokens_per_s / self.placement.chips
 
     @property
     def per_watt(self) -> float:
-        """Output tokens per second per watt, which is output tokens per joule; 0 if `watts` is 0."""
+        """Output tokens per second, divided by the power of all chips in watts; 0 if `watts` is 0.
+
+        This equals output tokens per joule.
+        """
         return self.tokens_per_s / self.watts if self.watts else 0.0
 
     @property
     def per_user(self) -> float:
-        """Tokens per second that one response gets after its first token; 0 for responses of one token."""
+        """Tokens per second that one user (one response) gets after the first token; 0 for responses of one token."""
         return 1 / self.tpot if self.tpot else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: the fields, and rates derived from them.
+        """A dict for JSON: the fields, and rates derived from them. `layout` is the placement as text.
 
-        The placement stands as text in the key `layout`. Added are the number of chips, tokens/s per chip and per user
-        (per response, after its first token), tokens per joule, and watts per chip.
+        The derived values are the number of chips, output tokens/s per chip, tokens/s per user (per response, after its
+        first token), tokens per joule, and watts per chip.
         """
         own = {name: value for name, value in vars(self).items() if name != "placement"}
         return {
@@ -172,18 +183,18 @@ class Design:
 
 @dataclass(frozen=True)
 class Question:
-    """What a search for designs is asked: the model, its load, the latency limits, and the engine's overheads.
+    """The input of a search for designs: the model, its load, the latency limits, and the engine's overheads.
 
     Attributes:
         program: the whole model.
         formats: number formats of weights, K/V and activations.
-        input: prompt tokens of a request.
-        output: new tokens of a request.
+        input: number of prompt tokens of a request.
+        output: number of new tokens of a request.
         limits: largest acceptable mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
-        max_sequences: maximum sequences of a server that run at once.
-        settings: the engine's overheads. kv, max_batch_tokens and max_sequences of it are not used: each design
-            sets its own.
+        max_sequences: maximum number of sequences of a server that run at once.
+        settings: the engine's overheads. Its fields kv, max_batch_tokens and max_sequences are not used: each design
+            has its own values.
 
     Raises ValueError if a request is longer than the model's context.
     """
@@ -206,13 +217,13 @@ class Question:
 
 
 class Candidate:
-    """One kind of chip and one placement of the model on such chips, whose rates and latencies are computed.
+    """A kind of chip and a placement of the model on such chips, for which a search computes rates and latencies.
 
     Attributes:
         question: the model, its load and the latency limits.
         server: one server of the placement, compiled.
         on: chip and kernel library.
-        times: the server's StepTimes.
+        times: gives the seconds and joules of the server's steps.
     """
 
     def __init__(self, question: Question, server: Server, on: Target) -> None:
@@ -220,7 +231,7 @@ class Candidate:
         self.times = StepTimes(server, on)
 
     def settings(self, budget: int) -> QueueSettings:
-        """The QueueSettings of one server. Raises ChipError if no K/V block fits.
+        """The QueueSettings (settings of the serving engine) of one server. Raises ChipError if no K/V block fits.
 
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         """
@@ -229,15 +240,16 @@ class Candidate:
         return replace(q.settings, kv=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
-        """The Design (a deployment with its figures) of all replicas, made from the figures of one server.
+        """The Design (serving system with its figures) of all replicas, made from the figures of one server.
 
-        Open requests, tokens/s and watts are one server's, times the number of replicas; latencies are one server's.
+        Open requests, tokens/s and watts are multiplied by the number of replicas. Latencies are the same as for one
+        server.
 
         Args:
-            concurrency: requests open on one server.
+            concurrency: number of requests open on one server.
             settings: settings of the server's engine.
-            seen: its latencies, rate and power.
-            confirmed: True if `seen` comes from a simulation of the requests, False if from estimate().
+            seen: latencies, rate and power of one server.
+            confirmed: True if `seen` comes from a simulation of the requests, False if it comes from estimate().
         """
         p, q = self.server.placement, self.question
         length = q.input + q.output / 2
@@ -251,24 +263,25 @@ class Candidate:
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
-        """The Design (a deployment with its figures) with figures from the formula estimate(), without a simulation.
+        """The Design (serving system with its figures) whose figures come from the formula estimate().
 
-        concurrency: requests open on each server. budget: maximum tokens of a step on each DP rank (data-parallel copy
-        of attention). Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
+        concurrency: number of requests open on each server. budget: maximum tokens of a step on each DP rank
+        (data-parallel copy of attention). Raises ValueError if not even one request fits the K/V cache, ChipError if no
+        K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         seen = estimate(self.times, settings, q.input, q.output, concurrency)
         return self.design(concurrency, settings, seen, confirmed=False)
 
     def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
-        """The Design (a deployment with its figures) with figures from a simulation of one server's requests.
+        """The Design (serving system with its figures) whose figures come from a simulation of one server's requests.
 
-        The simulation is event by event, in virtual time.
+        The simulation runs event by event, in virtual time.
 
         Args:
-            concurrency: requests open on each server.
+            concurrency: number of requests open on each server.
             budget: maximum tokens of a step on each DP rank (data-parallel copy of attention).
-            turns: number of requests to serve, as a multiple of `concurrency`.
+            turns: the simulation serves turns * concurrency requests.
 
         Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
@@ -293,10 +306,11 @@ class Candidate:
         return self.design(concurrency, settings, seen, confirmed=True)
 
     def largest(self, budget: int, most: int) -> Design | None:
-        """The estimated Design with the most open requests whose mean TTFT and TPOT keep the limits of `question`.
+        """The estimated Design with the most open requests that keeps the latency limits of `question`.
 
-        None if a single open request breaks a limit. The search is a bisection, since latencies grow with the number of
-        open requests. It stops where more requests add less than 1 % to the rate, because they would only wait.
+        Returns None if one open request alone breaks a limit. The search is a bisection, since latencies grow with the
+        number of open requests. It stops where more open requests add less than 1 % to the output rate, because they
+        would only wait.
 
         Args:
             budget: maximum tokens of a step on each DP rank (data-parallel copy of attention).
@@ -326,13 +340,17 @@ class Candidate:
 def candidates(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """Compile a model for each layout, and pair each layout with each chip. Returns (Candidates, refusals), two lists.
+    """Compile the model for each layout, and pair each layout with each chip. Returns (candidates, refusals).
 
-    A Candidate is a pair whose steps can be timed. A refusal is (name of the chip, layout, reason) of a pair that
-    cannot hold or run the model. Raises LayoutError for a text that is no layout, FormatError for an unknown format.
+    Both are lists. A pair whose steps can be timed becomes a Candidate. A pair that cannot hold or run the model
+    becomes a refusal: (name of the chip, layout, reason). Raises LayoutError for a text that is no layout, FormatError
+    for an unknown format.
 
-    question: the model, its number formats and its load. targets: chips with kernel libraries. layouts: texts such as
-    tp8.
+    Args:
+        question: the model, its number formats and its load.
+        targets: chips with kernel libraries.
+        layouts: texts such as tp8.
+        progress: called before each layout.
     """
     out: list[Candidate] = []
     refused: list[tuple[str, str, str]] = []
@@ -358,19 +376,20 @@ def find(
     asked: Sequence[Candidate], budgets: Iterable[int] = BUDGETS, by: str = "watt", keep: int = KEEP,
     progress: Progress = silent,
 ) -> list[Design]:  # fmt: skip
-    """Find the best Design of each candidate: the step size and the load with the most output per watt or per chip.
+    """Find the best Design of each candidate (a chip and a placement of the model). Returns a list of Designs.
 
-    A candidate (a chip and a placement of the model) also has the latency limits that a Design must keep. The search
-    uses the formula estimate(), and only estimates that keep the limits count. The best `keep` designs are then
-    simulated, see confirm(). Returns a list in this order: simulated designs that keep the limits, the best first; the
-    estimates that were not simulated, the best first; simulated designs that break a limit.
+    The search chooses the maximum number of tokens per step and the number of open requests that give the most output
+    per watt or per chip. It uses the formula estimate(), and only designs that keep the latency limits count. The best
+    `keep` designs are then simulated, see confirm(). The list has three parts, each with the best design first:
+    simulated designs that keep the limits; designs that were not simulated; simulated designs that break a limit.
 
     Args:
-        asked: the candidates. A candidate has no Design in the list if it has no room for a request, or breaks a limit
-            even with one open request.
-        budgets: values to try for the maximum number of tokens of a step on a DP rank.
-        by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
-        keep: how many of the best estimates are simulated.
+        asked: the candidates. A candidate has no Design in the list if one open request does not fit or breaks a limit.
+        budgets: values to try for the maximum number of tokens of a step on a DP rank (data-parallel copy of
+            attention).
+        by: what is maximised: "watt" for output tokens per second per watt, "chip" for output tokens per second per
+            chip.
+        keep: number of the best designs to simulate.
         progress: called before each candidate.
     """
     value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
@@ -399,13 +418,14 @@ def find(
 
 
 def confirm(one: Candidate, design: Design) -> Design:
-    """Simulate the requests of an estimated design. Returns a Design with the simulated figures.
+    """Simulate the requests of a design whose figures were estimated. Returns a Design with the simulated figures.
 
     While a latency limit is broken, the simulation is repeated with 10 % fewer open requests, up to 12 runs or until
-    one request is open. The last result is returned even if it breaks a limit.
+    one request is open. The result of the last run is returned even if it breaks a limit.
 
-    one: the candidate that the design belongs to. design: its estimate, which gives load and step size. Raises
-    ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
+    one: the candidate that the design belongs to. design: the estimated design; the first run has its number of open
+    requests, and all runs have its step size. Raises ValueError if a request does not fit the K/V cache, ChipError if
+    no K/V block fits.
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

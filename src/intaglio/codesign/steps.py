@@ -39,14 +39,14 @@ WIRE = 2  # bytes a value that travels between chips
 
 @dataclass(frozen=True)
 class Formats:
-    """Number formats of a served model, as `intaglio simulate` takes them.
+    """The number formats of a served model: weights, K/V cache, activations and routed experts.
 
     Attributes:
-        weights: format of weight matrices; "auto": as stored.
+        weights: format of weight matrices; "auto": as stored in the checkpoint.
         kv: format of the K/V cache; "auto": it follows from `weights`, see compiler.weights.set_weight_formats().
-        activations: format of activations in matrix products. "auto": as the model's Program says. "fp8": fp8 for
-            weights in fp8. "weights": the format of the weights, where the chip's arrays multiply it.
-        experts: format of the matrices of routed experts; "": as `weights` says.
+        activations: format of activations in matrix products. "auto": the format in the model's Program. "fp8": fp8
+            where the weights are fp8. "weights": the format of the weights, if the chip's arrays can multiply it.
+        experts: format of the matrices of routed experts; "": the format in `weights`.
     """
 
     weights: str = "auto"
@@ -57,16 +57,16 @@ class Formats:
 
 @dataclass(frozen=True)
 class Server:
-    """A model compiled for one server of a Placement: one rank's Program of each pipeline stage.
+    """One server of a serving system, with the model compiled for it: one rank's Program of each pipeline stage.
 
     Attributes:
         program: the whole model.
         placement: how the chips share the model.
-        stages: a Program for each pipeline stage. Its ops are timed, except those of routed experts.
-        experts: a Program for each pipeline stage. Only its ops of routed experts are timed. The tuple is `stages`
-            itself, unless experts have a layout or number format of their own.
-        activations: format of activations in matrix products. "auto": the Programs' own. "weights": the format of the
-            weights, if the chip's arrays multiply it; see StepTimes._kernel().
+        stages: for each pipeline stage, the Program whose ops are timed, except the ops of routed experts.
+        experts: for each pipeline stage, the Program whose ops of routed experts are timed. This is `stages` itself,
+            unless experts have a layout or number format of their own.
+        activations: format of activations in matrix products. "auto": the format in the Programs. "weights": the format
+            of the weights, if the chip's arrays can multiply it.
         kv_rooms: cache {arguments of kv_room(): its result}.
     """
 
@@ -81,9 +81,9 @@ class Server:
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
         """Compile a whole model for one server of a placement. Returns the Server.
 
-        program: the uncompiled model, for example from simulate.ported(). how: number formats. Raises LayoutError if
+        program: the model, not compiled, for example from simulate.ported(). how: number formats. Raises LayoutError if
         the placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a
-        layout of experts but the model has no experts.
+        layout for experts but the model has none.
         """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
@@ -102,7 +102,7 @@ class Server:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of weights on the chip that has the most."""
+        """Bytes of the weights on one chip: the chip that holds the most."""
         return max(
             sum(p.tensors[w].nbytes({}) for w in weights_of(p, False))
             + sum(e.tensors[w].nbytes({}) for w in weights_of(e, True))
@@ -113,7 +113,7 @@ class Server:
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
         states: int = 2, gives_back: bool = True,
     ) -> KvRoom:  # fmt: skip
-        """The KvRoom of one server beside weights and activations: the sum over its DP ranks.
+        """The KvRoom (K/V capacity in tokens) of one server: what fits beside weights and activations, on all DP ranks.
 
         A DP rank is a data-parallel copy of the attention layers, with sequences and a K/V cache of its own.
 
@@ -122,12 +122,12 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: maximum tokens of a step on one DP rank.
             max_sequences: maximum sequences of a step on one DP rank.
-            open_sequences: upper limit of the K/V cache of a DP rank, in sequences of the model's full context; None:
-                max_sequences.
-            states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
-                writes, or 1 in engines that update it in place.
-            gives_back: True if layers with a sliding window keep only their last tokens, as in the engine. False for
-                servers that send K/V to others or get it from them: these keep the K/V of all tokens.
+            open_sequences: the K/V cache of a DP rank is not larger than this number of sequences with the model's full
+                context would need; None: max_sequences.
+            states: number of recurrent states kept for each sequence, if the model has recurrent state: 2 if a step
+                reads one and writes another, 1 in engines that update the state in place.
+            gives_back: True if layers with a sliding window keep only the last tokens. False for servers that send K/V
+                to other servers or receive it from them: all their layers keep the K/V of all tokens.
 
         Raises ChipError if not even one K/V block fits.
         """
@@ -162,11 +162,11 @@ class Server:
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
-        """Bytes of K/V that a token takes in all layers of the chip where it takes the most."""
+        """Bytes of K/V that one token takes on one chip, in all of its layers: the chip where it takes the most."""
         return max(sum(page_bytes(p)) for p in self.stages) / BLOCK
 
     def kv_bytes(self, length: float, room: KvRoom) -> float:
-        """Bytes of K/V of a sequence of `length` tokens, on the chip where it takes the most.
+        """Bytes of K/V that a sequence of `length` tokens takes on one chip: the chip where it takes the most.
 
         room: the server's KvRoom, which says how many tokens layers with a sliding window keep.
         """
@@ -175,16 +175,17 @@ class Server:
 
 
 def weights_of(p: Program, of_experts: bool) -> set[str]:
-    """Names of some weights of a Program, as a set. of_experts: True for those of routed experts, False for all others.
+    """Names of the Program's weights that belong to routed experts, or of all others, as a set.
 
-    The weights of routed experts are those that ops of class Experts read. The router's weights are not among them.
+    of_experts: True for the weights of routed experts, which are the weights that ops of class Experts read. False for
+    all other weights, such as the router's.
     """
     routed = {n for op in p.ops if isinstance(op, Experts) for n in op.inputs if p.tensors[n].role == "weight"}
     return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
 
 
 class Costs(Protocol):
-    """Interface to the step times of a server, which the simulated queue uses.
+    """Interface of an object that gives the seconds and joules of a server's steps to the queue simulation.
 
     Attributes:
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
@@ -193,7 +194,7 @@ class Costs(Protocol):
     copies: int
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step.
+        """The time and energy of one step, as a pair (seconds, joules of all chips of the server).
 
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
@@ -202,10 +203,13 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A kernel of one pipeline stage that runs `count` times in a step.
+    """A kernel of one pipeline stage, with the number of times that it runs in a step.
 
-    shared: True if the kernel processes the tokens of all data-parallel copies of attention (DP ranks), like experts.
-    False if it processes the tokens of one copy only.
+    Attributes:
+        kernel: the kernel.
+        count: number of times that the kernel runs in a step.
+        shared: True if the kernel processes the tokens of all data-parallel copies of attention (DP ranks), as experts
+            do. False if it processes the tokens of one copy.
     """
 
     kernel: ChipKernel
@@ -215,20 +219,21 @@ class Part:
 
 @dataclass
 class StepTimes:
-    """The modelled seconds and joules of the steps of one server on a target, kept in a table once computed.
+    """The modelled seconds and joules of one server's steps. Computed values are kept in a table.
 
     Attributes:
         server: the compiled model.
         target: chip and kernel library.
-        fusions: names in FUSIONS. Each is a way in which the engine fuses, splits or replaces ops of the Program.
-        queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
+        fusions: names in FUSIONS. Each names a way in which the engine fuses, splits or replaces ops of the Program.
+        queries: number of tokens that a step computes for each decoding sequence: 1, plus the number of draft tokens
+            that it verifies.
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
         overlaps: True if the kernel library prefetches weights or hides collectives, so that a step takes less time
-            than the sum of its kernels. Steps are then timed by self.plans. There are three exceptions, in which the
-            kernels' times are summed: there are fusions; routed experts have a layout or weight format of their own;
-            the model has routed experts and server.activations is not "auto".
+            than the sum of its kernels. Steps are then timed by self.plans. In three cases the kernels' times are
+            summed even so: `fusions` is not empty; routed experts have a layout or weight format of their own; the
+            model has routed experts and server.activations is not "auto".
         tables: cache {(decoding, context, chunks): result of exact()}.
-        others: cache {target: StepTimes that on() has made}.
+        others: cache {target: StepTimes of the same server on this target}, filled by on().
 
     Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
@@ -261,10 +266,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Calls with equal targets return the same object.
+        """The StepTimes of the same server on another target (chip and kernel library).
 
-        That object keeps the step times that it has computed. Raises ChipError if a chip of the target cannot hold the
-        weights, or the chip's arrays do not take a format.
+        Calls with equal targets return the same object, so its table of step times is kept. Raises ChipError if a chip
+        of the target cannot hold the weights, or if the chip's arrays do not take a number format.
         """
         if target == self.target:
             return self
@@ -274,10 +279,10 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, as a tuple. A Plan is an object that times steps in which ops overlap.
+        """The Plan of each pipeline stage, as a tuple. A Plan is an object that times steps whose ops overlap.
 
-        Read this only if `overlaps` is True. If ops do not overlap, a step's time is the sum of its kernels' times,
-        which takes less computation than a Plan.
+        Read this property only if `overlaps` is True. If ops do not overlap, a step's time is the sum of its kernels'
+        times, which needs no Plan and less computation.
         """
         return Plan.of(self.server.stages, self.target)
 
@@ -295,10 +300,11 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel with the number formats in which this server's chips run it.
+        """The kernel `kernel` with the number formats of weights and activations in which this server's chips run it.
 
-        A kernel of a matrix product or of experts is copied. In the copy, weights in nvfp4 (e2m1 codes with scales) are
-        e2m1. Any other kernel is returned itself. The format of the activations depends on self.server.activations:
+        A kernel of a matrix product or of experts is copied; any other kernel is returned unchanged. In the copy,
+        weights in nvfp4 (e2m1 codes with scales) have the format e2m1. The format of the activations depends on
+        self.server.activations:
 
         - "auto": the activations keep their format.
         - "weights": it depends on the weights' format. For e4m3, e2m1 and int8 weights, the activations get the same
@@ -322,7 +328,7 @@ class StepTimes:
         return replace(kernel, w_format=w, x_format=x)
 
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step, computed anew, without the interpolation of cost().
+        """The time and energy of one step, computed without a table: (seconds, joules of all chips of the server).
 
         decoding: number of decoding sequences, spread evenly over the data-parallel copies of attention (DP ranks) and
         the pipeline's micro-batches. context: number of keys of each decoding sequence. chunks: the step's prompt
@@ -341,12 +347,12 @@ class StepTimes:
         return seconds, spent * ranks
 
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
-        """(BatchSizes of the busiest DP rank, tokens of all DP ranks) of one micro-batch of a pipeline.
+        """The sizes of one micro-batch: (BatchSizes of the busiest DP rank, number of tokens of all DP ranks).
 
-        A DP rank is a data-parallel copy of the attention layers. The busiest rank is the one with the most prompt
-        tokens. All prompts of the step are in this micro-batch. They are dealt to the ranks, the longest first, each to
-        the rank with the fewest prompt tokens so far. Decoding sequences are spread evenly over ranks and
-        micro-batches, and the number per rank is rounded up.
+        A DP rank is a data-parallel copy of the attention layers. The busiest rank is the rank with the most prompt
+        tokens. All prompts of the step are in this micro-batch: the longest prompt comes first, and each goes to the
+        rank with the fewest prompt tokens so far. Decoding sequences are spread evenly over DP ranks and micro-batches.
+        Their number per rank is rounded up.
 
         Args:
             decoding: number of decoding sequences of the whole step.
@@ -373,11 +379,12 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """Ratio of the K/V bytes read by a decode step with self.queries tokens per sequence to those with one token.
+        """How many times as many K/V bytes a decode step reads with self.queries tokens per sequence as with one token.
 
-        The rows of all queries, and of all heads that share a K/V head, are multiplied together in tiles of
-        library.min_query_rows rows. Each tile reads the keys and values once. The ratio is therefore the number of
-        tiles for self.queries tokens, divided by the number of tiles for one token, and rounded down. It is 1 or more.
+        It is a whole number of 1 or more. The rows of all queries, and of all heads that share a K/V head, are
+        multiplied in tiles of library.min_query_rows rows. Each tile reads the keys and values once. The result is
+        therefore the number of tiles for self.queries tokens, divided by the number of tiles for one token and rounded
+        down.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -387,10 +394,10 @@ class StepTimes:
         return -(-group * self.queries // tile) // -(-group // tile)
 
     def _stage(self, i: int, own: BatchSizes, tokens: int) -> tuple[float, float]:
-        """(seconds, joules of one chip) of one micro-batch in pipeline stage number i; (0, 0) if it has no tokens.
+        """The time and energy of one micro-batch in pipeline stage number `i`: (seconds, joules of one chip).
 
-        own: sizes of the micro-batch on one data-parallel copy of attention (DP rank). tokens: tokens of all DP ranks,
-        which the experts compute together.
+        The result is (0, 0) for a micro-batch without tokens. own: sizes of the micro-batch on one data-parallel copy
+        of attention (DP rank). tokens: number of tokens of all DP ranks, which the experts compute together.
         """
         if not own.tokens:
             return 0.0, 0.0
@@ -412,9 +419,10 @@ class StepTimes:
         return seconds, sum(joules(self.target.chip, done, seconds).values())
 
     def _exchange(self, tokens: int) -> Timing:
-        """The Timings of two collectives, summed: all_gather before a layer's experts, reduce_scatter after them.
+        """The modelled Timing (seconds, bytes and busy times) of the two collectives around a layer's experts.
 
-        tokens: rows that each of them moves.
+        They are an all_gather before and a reduce_scatter after the experts. They run one after the other, so their
+        times are added. tokens: number of rows that each collective moves.
         """
         chips, moved = self.chips_per_stage, tokens * self.width * WIRE
         return collective_timing(self.target, "all_gather", chips, moved) + collective_timing(
@@ -422,10 +430,11 @@ class StepTimes:
         )
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step, from a table of exact() times.
+        """The time and energy of one step, from a table: (seconds, joules of all chips of the server).
 
-        A step that only decodes is interpolated between four entries of the table. A step with chunks takes the entry
-        with the nearest sizes, scaled by the number of tokens. (0, 0) for a step with neither.
+        The table has results of exact(). For a step that only decodes, the result is interpolated between four entries.
+        For a step with chunks, it is the entry with the nearest sizes, scaled by the number of tokens. The result is
+        (0, 0) for a step with neither sequences nor chunks.
 
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).
@@ -452,12 +461,12 @@ class StepTimes:
 
 
 def around(x: float, step: int) -> tuple[int, int, float]:
-    """Find the grid points for interpolation at x: (point at or below x, next point, fraction of the way to the next).
+    """The grid points around `x` for an interpolation: (lower point, next point, fraction of the way between the two).
 
-    Step times are computed only for sizes on a grid, and interpolated between its points. Up to `step` the points are
-    1 apart. From there to 2 * PER_OCTAVE * `step` they are `step` apart. After that, the distance doubles each time
-    that the numbers double: it is 2 * `step` up to 4 * PER_OCTAVE * `step`, and so on. For x below 1 the result is
-    (1, 2, 0.0).
+    Step times are computed only for sizes on a grid and interpolated between its points. Up to `step` the grid points
+    are 1 apart. From there to 2 * PER_OCTAVE * `step` they are `step` apart. After that the distance doubles whenever
+    the size has doubled: it is 2 * `step` up to 4 * PER_OCTAVE * `step`, and so on. For `x` below 1 the result is (1,
+    2, 0.0).
     """
     if x <= step:
         low = max(1, math.floor(x))
@@ -470,9 +479,9 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """Round x to the nearest size for which step times are computed. Returns an int, at least 1.
+    """The size nearest to `x` for which step times are computed, as an int of 1 or more.
 
-    These sizes are the grid points of around(x, step). A tie goes to the lower one.
+    The sizes are the grid points of around(x, step). In the middle between two points, the result is the lower point.
     """
     low, high, way = around(x, step)
     return high if way > 0.5 else low

@@ -41,28 +41,32 @@ ZERO = (  # columns that may be 0
 
 
 class TableError(ValueError):
-    """A table of measurements lacks a column, or has a value that is not allowed."""
+    """Raised for a table of measurements that lacks a column or has a value that is not allowed."""
 
 
 def integers(row: Mapping[str, str], *names: str) -> list[int]:
-    """The values of the columns `names` of a row, as a list of ints. row: {column: text}, checked by check_rows()."""
+    """The integer values of a row in the columns `names`, as a list in the order of `names`.
+
+    row: {column: text}, checked by check_rows().
+    """
     return [int(row[name]) for name in names]
 
 
 def needed(table: str, rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """Names of the columns that the rows of a table must have, besides `us` (measured microseconds), as a tuple.
+    """Names of the columns that a table must have, as a tuple, without the column `us` of measured microseconds.
 
-    They are NEEDED[table]. In a table of recurrent kernels, HEADS are needed too, unless all rows are of convolutions.
+    table: name of the table. The result is NEEDED[table]. A table of recurrent kernels needs the columns HEADS too,
+    unless all its rows are convolutions.
     """
     heads = table == "recurrent" and any(not (r.get("kernel") or "").startswith(CONVOLUTION) for r in rows)
     return NEEDED[table] + (HEADS if heads else ())
 
 
 def fault(column: str, value: str, formats: Collection[str]) -> str:
-    """Check one value of a column of a table. Returns "" if it is allowed, otherwise the allowed values as text.
+    """Check one value of a table's column. Returns "" if it is allowed, otherwise a text that says what is allowed.
 
-    The text completes an error message, such as "a whole number of at least 1". formats: names of number formats that
-    a column of formats (its name ends in dtype) allows; empty: all.
+    The text completes an error message, for example "a whole number of at least 1". formats: the number formats that
+    are allowed in columns whose names end in dtype; empty: all formats.
     """
     if column.endswith("dtype"):
         return f"one of {', '.join(formats)}" if formats and value not in formats else ""
@@ -94,18 +98,18 @@ def check_rows(
     path: Path | str, rows: Sequence[Mapping[str, str]], columns: Sequence[str], formats: Collection[str] = (),
     times: Sequence[str] = ("us",), optional: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Check the rows of a CSV file, as csv.DictReader gives them. Without rows there is nothing to check.
+    """Check the rows of a CSV file. Returns nothing if they are valid; raises TableError if they are not.
 
-    Raises TableError, naming file, row, column and value, for a missing column, a row with more or fewer values than
-    the header, and a value that its column does not allow. Rows are counted from 1, the first below the header.
+    The error names file, row, column and value. Errors are a missing column, a row with more or fewer values than the
+    header, and a value that its column does not allow. Rows are counted from 1, the first below the header.
 
     Args:
         path: the file, for the message.
-        rows: the rows.
-        columns: names of the columns to check. Each must be there; the values in other columns are not checked.
-        formats: names of number formats that columns of formats (names that end in dtype) allow; empty: all.
-        times: names of the columns of measured times, keys of TIMES, which are checked too. Each must be there.
-        optional: names of columns that may be missing, and may be empty in a row; other values are checked.
+        rows: the rows, as csv.DictReader gives them. An empty list is valid.
+        columns: names of the columns that must be there and are checked. The values in other columns are not checked.
+        formats: the number formats that are allowed in columns whose names end in dtype; empty: all formats.
+        times: names of the columns of measured times, keys of TIMES. They must be there and are checked too.
+        optional: names of columns that may be missing or empty. A value in these columns is checked.
     """
     wanted = (*columns, *times)
     if rows and (missing := [c for c in wanted if c not in rows[0]]):

@@ -46,10 +46,10 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 
 
 def matmul(on: Target, row: Row) -> Timing:
-    """The modelled Timing of the matrix product that a row of a measured table describes.
+    """The modelled Timing of a matrix product. row: the row of a measured table that gives its sizes and number format.
 
-    If the row's format has activations of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16.
-    Raises ChipError if the chip's arrays do not take the row's format.
+    If the activations have 8 or 4 bits, the Timing includes the kernels that quantise them from bf16. Raises ChipError
+    if the chip's arrays do not take the number format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format, x_format, w_bits = formats_of(row)
@@ -59,27 +59,27 @@ def matmul(on: Target, row: Row) -> Timing:
 
 
 def stay_in_l2(on: Target, weights: int, w_bits: float, others: float = 0.0) -> bool:
-    """True if a product's weights stay in the L2 while a benchmark repeats the product.
+    """True if the weights of a matrix product stay in the L2 cache while a benchmark repeats the product.
 
-    The benchmark has several copies of the weights and uses them in turn, see Conditions.weight_copies; all must fit.
-
-    weights: number of the weights. w_bits: bits of a weight with its scales. others: bytes that must fit beside them.
+    The benchmark uses several copies of the weights in turn, see Conditions.weight_copies. All copies must fit.
+    weights: number of weights in one copy. w_bits: bits per weight, with its scales. others: bytes of other data that
+    must fit too.
     """
     copies = conditions(on.library).weight_copies * weights * w_bits / 8
     return copies + others <= on.chip.l2_bytes * on.library.l2_usable
 
 
 def formats_of(row: Row) -> tuple[str, str, float]:
-    """(format of weights, format of activations, bits of a weight with its scales) of a row with a column dtype."""
+    """(format of weights, format of activations, bits per weight with its scales) of a row that has a column dtype."""
     format = FORMAT[row["dtype"]]
     return format, X_FORMAT.get(row["dtype"], format), W_BITS.get(row["dtype"], formats.bits(format))
 
 
 def quantise(on: Target, m: int, k: int) -> Timing:
-    """The modelled Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
+    """The modelled Timing (seconds and busy times) of the kernels that quantise activations before a matrix product.
 
-    The kernel library's quantise_launches, quantise_bytes and row_cycles describe these kernels. The Timing is 0 s if
-    quantise_launches is 0.
+    The activations are bf16 [m, k]. The kernel library's fields quantise_launches, quantise_bytes and row_cycles
+    describe these kernels. If quantise_launches is 0, no kernel runs and the Timing is 0 s.
     """
     if not on.library.quantise_launches:
         return Timing(0.0)
@@ -90,16 +90,16 @@ def quantise(on: Target, m: int, k: int) -> Timing:
 
 
 def quantised(on: Target, row: Row) -> Timing:
-    """The modelled Timing of quantising activations [m, k]. row: a row of a measured table, with columns m and k."""
+    """The modelled Timing of the kernels that quantise bf16 activations [m, k]. row: a measured row with m and k."""
     return quantise(on, *integers(row, "m", "k"))
 
 
 def bmm(on: Target, row: Row) -> Timing:
-    """The modelled Timing of a batched matrix product of DeepSeek-V3, with the sizes in a row of a measured table.
+    """The modelled Timing of a batched matrix product of DeepSeek-V3: queries times key up-projections, per head.
 
-    For each head, queries [tokens, 128] are multiplied by the head's key up-projection [128, 512]. If the row's format
-    has queries of 8 or 4 bits, the Timing includes the kernels that quantise them from bf16. row: {column: text} with
-    dtype, tokens and n_heads. Raises ChipError if the chip's arrays do not take the row's format.
+    For each head, queries [tokens, 128] are multiplied by the head's key up-projection [128, 512]. If the queries have
+    8 or 4 bits, the Timing includes the kernels that quantise them from bf16. row: a row of a measured table, {column:
+    text}, with dtype, tokens and n_heads. Raises ChipError if the chip's arrays do not take the number format.
     """
     tokens, heads = integers(row, "tokens", "n_heads")
     format, x_format, w_bits = formats_of(row)
@@ -115,9 +115,8 @@ def bmm(on: Target, row: Row) -> Timing:
 def attention(on: Target, row: Row) -> Timing:
     """The modelled Timing of the attention call that a row of a measured table describes.
 
-    The write of the new keys and values to the K/V cache is included.
-
-    Raises ChipError if the chip's arrays do not take the row's format.
+    The Timing includes the rotation of queries and keys, and the write of the new keys and values to the K/V cache.
+    Raises ChipError if the chip's arrays do not take the format.
     """
     batch, q, before, heads, kv, d, window = integers(
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
@@ -132,11 +131,11 @@ def attention(on: Target, row: Row) -> Timing:
 
 
 def prepared(on: Target, tokens: int, h: Heads) -> Timing:
-    """The modelled Timing of what comes before attention: queries and keys are rotated, keys and values are cached.
+    """The modelled Timing of the work before attention: rotate queries and keys, write keys and values to the cache.
 
-    If the library's fused_rotation is True, one kernel does both and reads keys and values once. Otherwise the bytes of
-    the rotation are added to the kernel that writes the cache. Bytes move at HBM's rate, or at core_rate() if that is
-    lower. tokens: number of new tokens.
+    If the library's `fused_rotation` is True, one kernel does both and reads keys and values once. Otherwise the
+    rotation's bytes are added to the time of the kernel that writes the cache. Bytes move at the rate of HBM or at
+    core_rate(), whichever is lower. tokens: number of new tokens. h: numbers and widths of the attention heads.
     """
     rate, fused = min(on.chip.hbm_rate, core_rate(on)), on.library.fused_rotation
     of_head = 4.0 + h.bits / 4 if fused else 4.0  # bytes of a K/V head for each of its columns
@@ -148,9 +147,9 @@ def prepared(on: Target, tokens: int, h: Heads) -> Timing:
 def cast(on: Target, values: float, bits: int) -> Timing:
     """The modelled Timing of a kernel that converts cached keys and values to bf16 before attention.
 
-    The Timing is 0 s if no such kernel runs: because the library's kv_cast_bytes is 0, the cached values have more than
-    8 bits, or there are none. values: number of cached elements of keys and values that attention reads. bits: bits of
-    one such element.
+    No such kernel runs, and the Timing is 0 s, if the library's kv_cast_bytes is 0, if the cached values have more than
+    8 bits, or if `values` is 0. values: number of cached key and value elements that attention reads. bits: bits per
+    element.
     """
     moved = values * on.library.kv_cast_bytes
     if not moved or bits > 8:
@@ -162,8 +161,8 @@ def cast(on: Target, values: float, bits: int) -> Timing:
 def latent_attention(on: Target, row: Row) -> Timing:
     """The modelled Timing of the attention call of DeepSeek-V3 (MLA) that a row of a measured table describes.
 
-    The write of the new latents to the cache is included. With one query per sequence, all heads attend to the cached
-    latents. With more queries (prompts), each query head has a key head and a value head of its own, in bf16.
+    The Timing includes the write of the new latents to the cache. With one query per sequence, all heads attend to the
+    cached latents. With more queries (prompts), each query head has its own key head and value head, in bf16.
     """
     batch, q, before, heads = integers(row, "batch", "query_len", "context_len", "n_heads")
     bits = 8 if row["kv_dtype"] == "fp8" else 16
@@ -179,7 +178,7 @@ def latent_attention(on: Target, row: Row) -> Timing:
 
 
 def collective(on: Target, row: Row) -> Timing:
-    """The modelled Timing of the collective that a row of a measured table describes.
+    """The modelled Timing of a collective. row: the row of a measured table that names it and gives chips and bytes.
 
     Raises ChipError if the chip cannot run the collective.
     """
@@ -188,11 +187,10 @@ def collective(on: Target, row: Row) -> Timing:
 
 
 def experts(on: Target, row: Row) -> Timing:
-    """The modelled Timing of the layer of routed experts that a row of a measured table describes.
+    """The modelled Timing of a layer of routed experts, on the rank that gets the most tokens.
 
-    It is the time on the rank that gets the most tokens.
-
-    Raises ChipError if the chip's arrays do not take the row's format.
+    row: the row of a measured table that gives the layer's sizes, number format, ranks and load. Raises ChipError if
+    the chip's arrays do not take the number format.
     """
     tokens, hidden, inner, top_k, n, tp, ep = integers(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
@@ -211,19 +209,19 @@ def experts(on: Target, row: Row) -> Timing:
 
 
 def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:
-    """Number of rows of each expert on the most loaded of `ep` ranks, as a tuple.
+    """Numbers of rows that the experts of one rank compute: the most loaded of `ep` ranks. A tuple, one int per expert.
 
     Args:
-        tokens: number of tokens in the batch; tokens * top_k rows are routed.
-        top_k: number of experts of each token.
+        tokens: number of tokens in the batch.
+        top_k: number of experts of each token, so that tokens * top_k rows are computed on all ranks.
         n: number of experts on all ranks.
         ep: number of ranks that share the experts.
-        load: "balanced"; or "power_law_A", such as power_law_1.2: the experts' rows are proportional to n evenly spaced
-            quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in a fixed random order. An expert has at most
-            `tokens` rows. The benchmark that measured the table does the same.
-        in_order: where rows that are left over by rounding go. True: to experts in the order of their rounded counts,
-            the largest first (the older benchmark). False: in the order of their counts before rounding. If rounding
-            gives too many rows, experts lose some in the reverse order.
+        load: how the benchmark distributed the rows. "balanced": evenly. "power_law_A", such as power_law_1.2: in
+            proportion to n evenly spaced quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in a fixed random
+            order, with at most `tokens` rows per expert.
+        in_order: which experts get the rows that are left over after rounding. True (the older benchmark): those with
+            the largest rounded counts first. False: those with the largest counts before rounding first. If rounding
+            gives too many rows, experts lose rows in the reverse order.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -249,9 +247,9 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
 
 
 def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
-    """The KernelRecord (description of one kernel) that a measured row's column `kernel` names.
+    """The KernelRecord (description of a kernel) of the kernel that a measured row names in its column `kernel`.
 
-    None if the row names no kernel, or if the library of `on` has no record with this name that fits the row's number
+    Returns None if the row names no kernel, or if the library of `on` has no record of this name for the row's number
     format and head width. table: name of the row's table, a key of TABLES.
     """
     if not (name := row.get("kernel", "")):
@@ -261,10 +259,11 @@ def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
 
 
 def timing(on: Target, table: str, row: Row) -> Timing:
-    """The modelled Timing of the call that a measured row describes.
+    """The modelled Timing of the kernel call that a measured row describes.
 
-    The call runs the kernel that the row names if the library has it, see record_of_row(), and otherwise the library's
-    default kernels. table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run the call.
+    If the row names a kernel and the library has it (see record_of_row()), this kernel is timed, otherwise the
+    library's default kernels. table: name of the row's table, a key of TABLES. Raises ChipError if the chip cannot run
+    the call.
     """
     record = record_of_row(on, table, row)
     return TABLES[table](on.reduced(record) if record else on, row)
@@ -292,7 +291,7 @@ FAMILY = {  # table -> the op of the kernel records that describe its kernels
 
 @dataclass(frozen=True)
 class Errors:
-    """Statistics of the errors 100 * (predicted - measured) / measured of some rows, in per cent.
+    """Statistics of the errors of modelled times, in per cent. A row's error is 100 * (predicted / measured - 1).
 
     Attributes:
         rows: number of rows.
@@ -308,9 +307,9 @@ class Errors:
 
     @classmethod
     def of(cls, predicted: np.ndarray, us: np.ndarray) -> Errors:
-        """The Errors of some rows.
+        """The Errors (statistics of the errors) of modelled times.
 
-        predicted: modelled microseconds of each row. us: measured microseconds of each row.
+        predicted: modelled microseconds, an array [rows]. us: measured microseconds of the same rows, an array [rows].
         """
         error = (predicted / us - 1) * 100
         size = np.abs(error)
@@ -319,13 +318,13 @@ class Errors:
 
 @dataclass(frozen=True)
 class Worst:
-    """A row with a large error.
+    """A measured row whose modelled time has a large error.
 
     Attributes:
-        words: the call as text, see words().
+        words: the kernel call as text, see words().
         us: measured microseconds.
         predicted: modelled microseconds.
-        reason: the cause of the error, in words.
+        reason: the likely cause of the error, as text.
     """
 
     words: str
@@ -336,18 +335,18 @@ class Worst:
 
 @dataclass(frozen=True)
 class Record(Errors):
-    """Errors of the modelled times for one chip, table (or kernel) and number format.
+    """Statistics of the errors of modelled times for one chip, table (or kernel) and number format.
 
-    The fields inherited from Errors are for all rows of the table in this format: `rows` is the number of rows,
-    `median` and `mean` are those of the absolute errors in per cent, and `bias` is the mean of the signed errors.
+    The inherited fields `rows`, `median`, `mean` and `bias` are over all rows of the table in this format, in per cent.
 
     Attributes:
         chip: name of the chip.
         table: name of the table, such as matmul.
-        dtype: number format, as in the table.
-        halves: {value of the rows' column `split`, fit or test: Errors of these rows}; {} if the rows have none.
-        regimes: {what bounds the modelled time, one of regime.REGIMES: Errors of these rows}; only those with rows.
-        causes: {cause of an error, a key of regime.CAUSES: number of rows} of the 5 % of rows with the largest errors.
+        dtype: number format, as written in the table.
+        halves: {value of the rows' column `split`, "fit" or "test": Errors of these rows}; {} without such a column.
+        regimes: {what limits the modelled time, one of regime.REGIMES: Errors of these rows}, without empty groups.
+        causes: {cause of an error, a key of regime.CAUSES: number of rows}, over the 5 % of rows with the largest
+            errors.
         worst: some rows with the largest errors, the largest first.
     """
 
@@ -361,10 +360,11 @@ class Record(Errors):
 
 
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, each row a dict by column name.
+    """Read all files `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}; a row is a dict {column: text}.
 
     The file serving.csv is skipped: it has measurements of whole servers, not of kernels. Raises ValueError for an
-    unknown chip or table, and if there is no file to read; TableError for rows that check_rows() refuses.
+    unknown chip or table, and if there is no file to read. Raises TableError for a missing column or a value that is
+    not allowed.
     """
     found = {}
     for path in sorted(p for p in folder.glob("*.csv") if p.name != SERVING):
@@ -383,17 +383,14 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row as text: its column dtype, or else its column kv_dtype.
-
-    For a row with neither column, such as a collective's, the text is "two bytes": values of such tables have 16 bits.
-    """
+    """The number format of a row as text: its column dtype or kv_dtype; "two bytes" for a row with neither."""
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 
 
 def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
-    """Modelled microseconds of each row of a table, as an array [rows]. table: its name, a key of TABLES.
+    """Modelled microseconds of the kernel call of each row, as an array [rows].
 
-    Raises ChipError if the chip cannot run a row's call.
+    table: name of the rows' table, a key of TABLES. Raises ChipError if the chip cannot run a row's call.
     """
     return np.array([timing(on, table, row).seconds for row in rows]) * 1e6
 
@@ -406,17 +403,17 @@ def measured(rows: Sequence[Row]) -> np.ndarray:
 def validate(
     folder: Path, split: str | None = None, min_us: float = 0.0, worst: int = 5, progress: Progress = silent
 ) -> list[Record]:
-    """Compare modelled with measured times. Returns a list of Records, one for every chip, table and number format.
+    """Compare modelled with measured kernel times. Returns a Record for each chip, table and number format, as a list.
 
     Args:
-        folder: holds `<chip>_<table>.csv`.
-        split: only rows with this value of column `split` count; None: all.
-        min_us: rows that took fewer microseconds are left out.
-        worst: how many rows with the largest errors a Record lists.
+        folder: the folder of the measured tables, `<chip>_<table>.csv`.
+        split: value of the column `split`, "fit" or "test". Rows with another value are left out. None: all rows count.
+        min_us: rows whose measured time is below this number of microseconds are left out.
+        worst: number of rows with the largest errors that each Record lists.
         progress: called before each table.
 
-    Raises ValueError for an unknown chip or table, and if the folder has no such file; ChipError if a chip cannot run a
-    row's call.
+    Raises ValueError for an unknown chip or table or a folder without tables, ChipError if a chip cannot run a row's
+    call.
     """
     out = []
     progress(0, 0, f"reading {folder}")
@@ -432,9 +429,10 @@ def validate(
 
 
 def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
-    """A list of Calls, one for each row of a table: the modelled Timing, and how much of it is launch overhead.
+    """The Calls of a table's rows, as a list. A Call has the modelled Timing and how much of it is launch overhead.
 
-    For a collective the ranks' barrier counts as launch overhead. Raises ChipError if the chip cannot run a row's call.
+    For a collective, the barrier between the ranks counts as launch overhead. table: name of the rows' table, a key of
+    TABLES. Raises ChipError if the chip cannot run a row's call.
     """
     without = on.with_library(launch_s=0.0, barrier_s=0.0)
     out = []
@@ -445,17 +443,17 @@ def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
 
 
 def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, name: str = "") -> Record:
-    """The Record of the errors of predicted against measured times of `rows`.
+    """The Record of some measured rows: statistics of the errors of their modelled times, and the worst rows.
 
     Raises ChipError if the chip cannot run a row's call.
 
     Args:
         on: chip and kernel library.
-        table: the rows' table, a key of TABLES.
+        table: name of the rows' table, a key of TABLES.
         dtype: number format of the rows.
-        rows: at least one measured row.
-        worst: how many rows with the largest errors the Record lists.
-        name: what the Record calls the table; "": `table`.
+        rows: the measured rows, at least one.
+        worst: number of rows with the largest errors that the Record lists.
+        name: the Record's field `table`; "": the argument `table`.
     """
     us, found = measured(rows), calls(on, table, rows)
     predicted = np.array([c.timing.seconds for c in found]) * 1e6
@@ -473,12 +471,12 @@ def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, 
 
 
 def words(row: Row) -> str:
-    """A row's call as text: "name=value" pairs of its columns, without format, latency and split."""
+    """The kernel call of a measured row as text: "name=value" for its columns, without format, latency and split."""
     return " ".join(f"{k}={v}" for k, v in row.items() if k not in ("us", "split", "dtype", "kv_dtype"))
 
 
 def errors_as_dict(e: Errors) -> dict[str, Any]:
-    """A dict for JSON of Errors, rounded to three decimals."""
+    """A dict for JSON with the statistics in `e`, rounded to three decimals."""
     return {
         "rows": e.rows, "median_abs_error_pct": round(e.median, 3), "mean_abs_error_pct": round(e.mean, 3),
         "bias_pct": round(e.bias, 3),
@@ -486,7 +484,7 @@ def errors_as_dict(e: Errors) -> dict[str, Any]:
 
 
 def as_dict(r: Record) -> dict[str, Any]:
-    """A dict for JSON of a Record's fields, with errors and predicted times rounded to three decimals."""
+    """A dict for JSON with the fields of `r`. Errors and predicted times are rounded to three decimals."""
     return {
         "chip": r.chip, "table": r.table, "dtype": r.dtype, **errors_as_dict(r),
         "halves": {name: errors_as_dict(e) for name, e in r.halves.items()},

@@ -15,7 +15,7 @@ UNWRITTEN = ("name", "description", "reasons", "kernels", "protocols")
 
 
 def toml(value: Any) -> str:
-    """A value as TOML text. Raises TypeError for a type that chip and library files do not have."""
+    """The value as TOML text, for a chip or library file. Raises TypeError for a type that these files do not use."""
     match value:
         case bool():
             return str(value).lower()
@@ -29,18 +29,19 @@ def toml(value: Any) -> str:
 
 
 def differences(new: Any, old: Any) -> dict[str, Any]:
-    """{field: value in `new`} of the fields in which two objects of one dataclass differ.
+    """The fields in which two objects of one dataclass differ, as a dict {field: value in `new`}.
 
-    Fields of UNWRITTEN (such as name and reasons), and the nested parts of a chip, are left out.
+    Left out are the fields in UNWRITTEN, such as name and reasons, and the nested parts of a chip.
     """
     fields = [f.name for f in dataclasses.fields(new) if f.name not in (*UNWRITTEN, *PARTS)]
     return {name: getattr(new, name) for name in fields if getattr(new, name) != getattr(old, name)}
 
 
 def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -> str:
-    """Text of a chip file with the values in which `new` differs from `old`.
+    """The text of a chip file (TOML) for the chip `new`, with the values in which it differs from the chip `old`.
 
-    base: name of the file of `old`. library: name of the default library's file. why: reason given for each value.
+    base: name of the file of `old`, on which the new file builds. library: name of the file of the chip's default
+    kernel library. why: the reason, which is written for each value.
     """
     lines = [
         f"description = {toml(f'{old.description}, calibrated')}",
@@ -58,11 +59,11 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """The text of a library file (TOML) for the library `new`, which builds on the library file `base`.
+    """The text of a library file (TOML) for the library `new`, with the values in which it differs from `old`.
 
-    The text sets the fields in which `new` differs from `old`. If the kernel records differ, it has all records of
-    `new`, not only those that differ: the first record that fits a call is used, and a file's own records come before
-    those of its base, so the order of the records matters.
+    The file builds on the file `base`. If the kernel records differ, the text has all records of `new`, because their
+    order matters: the first record that fits a call is used, and the records of a file come before the records of its
+    base.
 
     Args:
         new: the library to write.
@@ -80,26 +81,26 @@ def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) ->
 
 
 def record_lines(record: KernelRecord) -> list[str]:
-    """The lines `field = value` of a kernel record's table `[[kernels]]` in a library file, as a list.
+    """The lines `field = value` that describe a kernel record in a library file, as a list.
 
-    The heading `[[kernels]]` is not among them.
+    The heading `[[kernels]]`, which comes before these lines, is not in the list.
     """
     own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "changes"}
     return [f"{name} = {toml(value)}" for name, value in {**own, **dict(record.changes)}.items()]
 
 
 def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
-    """The lines of the section `[reasons]`, as a list, with the reason `why` for each field in `changed`.
+    """The lines of the section `[reasons]` of a chip or library file, as a list; [] if `changed` is empty.
 
-    An empty list if nothing changed.
+    Each field in `changed` gets a line with the reason `why`.
     """
     return ["", "[reasons]", *(f"{name} = {toml(why)}" for name in changed)] if changed else []
 
 
 def new_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """(path of the chip's file, path of the library's file): folder/NAME.toml and folder/NAME_library.toml.
+    """The paths of a new chip file and a new library file: (folder/NAME.toml, folder/NAME_library.toml).
 
-    Raises ChipError if one of them exists, or if `name` is empty or has a folder in it.
+    Raises ChipError if one of these files exists, or if `name` is empty or has a folder in it.
     """
     if not name or name != Path(name).name or "\\" in name:
         raise ChipError(f"--name {name!r}: give a name without folders, such as mine, and the folder with --output")
@@ -111,11 +112,15 @@ def new_files(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def write(files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str) -> None:
-    """Write the chip's and the library's file, with the values in which the target `new` differs from `old`.
+    """Write a chip file and a library file for the target `new`, with the values in which it differs from `old`.
 
-    files: paths of the chip's and the library's file, see new_files(). base, library_base: name or file of the chip and
-    of the kernel library from which `old` was made; the new files refer to them as their base. why: the reason that the
-    files give for each value.
+    Args:
+        files: paths of the chip file and the library file, see new_files().
+        new: the target (chip and kernel library) to write.
+        old: the target that `new` was made from.
+        base: name or file of the chip of `old`; the new chip file builds on it.
+        library_base: name or file of the kernel library of `old`; the new library file builds on it.
+        why: the reason, which both files give for each value.
     """
     chip_file, library_file = files
     chip_file.write_text(chip_text(new.chip, old.chip, base, library_file.name, why), encoding="utf-8")

@@ -18,9 +18,9 @@ Place = Callable[[int, int], Slot]  # (rank, chunk) -> slot of the chunk on that
 
 
 def input_slot(rank: int, chunk: int) -> Slot:
-    """The Slot that holds chunk number `chunk` before a collective starts: Slot("in", chunk), the same on every rank.
+    """The Slot that holds chunk number `chunk` before a collective starts: Slot("in", chunk), on every rank.
 
-    `rank` is not used. It is there because scatter_ring() and its like call src(rank, chunk) to find a chunk.
+    `rank` is not used. It is there because functions such as scatter_ring() call src(rank, chunk) to find a chunk.
     """
     return Slot("in", chunk)
 
@@ -28,7 +28,7 @@ def input_slot(rank: int, chunk: int) -> Slot:
 def output_slot(rank: int, chunk: int) -> Slot:
     """The Slot that holds chunk number `chunk` after a collective has ended: Slot("out", chunk), on every rank.
 
-    `rank` is not used. It is there because scatter_ring() and its like call dst(rank, chunk) to place a chunk.
+    `rank` is not used. It is there because functions such as scatter_ring() call dst(rank, chunk) to place a chunk.
     """
     return Slot("out", chunk)
 
@@ -37,12 +37,13 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
     """Add to `w` a direct reduce-scatter: for each chunk, every rank sends its contribution to the chunk's owner.
 
     The owner of a chunk is the rank that gets the chunk's sum. It adds the contributions in the order of the group.
+    Returns nothing.
 
     Args:
         w: builder of the schedule.
         group: numbers of the ranks that take part.
         own: function from i to the numbers of the chunks that the group's i-th rank owns.
-        src: function (rank, chunk) -> the Slot with the rank's own contribution to the chunk.
+        src: function (rank, chunk) -> the Slot with the rank's contribution to the chunk.
         dst: function (rank, chunk) -> the Slot for the chunk's sum on its owner.
     """
     for i, owner in enumerate(group):
@@ -56,15 +57,16 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 
 
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
-    """Add to `w` the steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... Returns nothing.
+    """Add to `w` the steps with which one rank sums the slots `parts` into the slot `dst`. Returns nothing.
 
-    A single part is copied to `dst`.
+    The order of the sum is ((parts[0] + parts[1]) + parts[2]) + ... A single part is copied to `dst`.
 
     Args:
         w: builder of the schedule.
         rank: number of the rank.
         chunk: number of the chunk that is summed.
-        parts: slots of the values to add, at least one. Each holds one rank's contribution, or a sum of several.
+        parts: slots of the values to add, at least one. Each holds the contribution of one rank, or a sum of several
+            contributions.
         dst: slot of the result.
     """
     if len(parts) == 1:
@@ -79,10 +81,14 @@ def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: 
 def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a direct all-gather: every rank sends its own chunks to all other ranks. Returns nothing.
 
-    Each rank sends first to its successor in the group, then to the rank after the successor, and so on.
+    Each rank sends first to the next rank in the group, then to the rank after it, and so on.
 
-    group: the ranks. own(i): numbers of the chunks that the group's i-th rank has at the start. src(rank, chunk): the
-    Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks that take part.
+        own: function from i to the numbers of the chunks that the group's i-th rank has at the start.
+        src: function (rank, chunk) -> the Slot of one of the rank's own chunks at the start.
+        dst: function (rank, chunk) -> the Slot of any chunk on the rank at the end.
     """
     for k in range(1, len(group)):
         for i, sender in enumerate(group):
@@ -93,10 +99,10 @@ def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place
 
 
 def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` steps that copy each rank's own chunks from slot src(rank, chunk) to slot dst(rank, chunk).
+    """Add to `w` the steps with which each rank copies its own chunks from one slot to another. Returns nothing.
 
-    A chunk whose two slots are the same gets no step. group: the ranks. own(i): numbers of the chunks that the group's
-    i-th rank owns. src, dst: functions (rank, chunk) -> Slot.
+    The copy is from slot src(rank, chunk) to slot dst(rank, chunk). If both are the same slot, no step is added. group:
+    numbers of the ranks. own(i): numbers of the chunks that the group's i-th rank owns.
     """
     for i, rank in enumerate(group):
         for c in own(i):
@@ -105,13 +111,17 @@ def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst
 
 
 def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a ring reduce-scatter: P - 1 rounds for P ranks.
+    """Add to `w` a ring reduce-scatter: P - 1 rounds for P ranks. Returns nothing.
 
-    A chunk's sum travels from its owner's successor around the ring to its owner, and each rank on the way adds its own
-    contribution. The owner of a chunk is the rank that gets its sum.
+    The owner of a chunk is the rank that gets its sum. The sum starts at the rank after the owner and travels around
+    the ring to the owner. Each rank on the way adds its contribution.
 
-    group: the ranks. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the Slot with the rank's own
-    contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks that take part, in the order of the ring.
+        own: function from i to the numbers of the chunks that the group's i-th rank owns.
+        src: function (rank, chunk) -> the Slot with the rank's contribution to the chunk.
+        dst: function (rank, chunk) -> the Slot for the chunk's sum on its owner.
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
@@ -128,13 +138,17 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 
 
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
+    """Add to `w` a ring all-gather: P - 1 rounds for P ranks. Returns nothing.
 
-    In the first round a rank sends its own chunks to the next rank. In each later round it sends on the chunks that it
-    received in the round before.
+    In the first round each rank sends its own chunks to the next rank. In each later round it forwards the chunks that
+    it received in the previous round.
 
-    group: the ranks. own(i): numbers of the chunks that the group's i-th rank has at the start. src(rank, chunk): the
-    Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks that take part, in the order of the ring.
+        own: function from i to the numbers of the chunks that the group's i-th rank has at the start.
+        src: function (rank, chunk) -> the Slot of one of the rank's own chunks at the start.
+        dst: function (rank, chunk) -> the Slot of any chunk on the rank at the end.
     """
     n = len(group)
     for k in range(n - 1):
@@ -146,22 +160,27 @@ def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, 
 
 
 def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a recursive-halving reduce-scatter: log2 P rounds for P ranks, P a power of two.
+    """Add to `w` a recursive-halving reduce-scatter: log2 P rounds for P ranks, P a power of two. Returns nothing.
 
-    In each round every rank halves the chunks that it still sums: it keeps one half, and sends its sums of the other
-    half to its partner. The distance between partners halves each round. A sum takes the lower rank's operand first.
+    At first every rank has its contributions to all chunks. In each round a rank keeps half of the chunks that it still
+    has, and sends its partial sums of the other half to its partner. The partner of rank i is P / 2 ranks away in the
+    first round, and half as far in each later round. In each addition the operand of the lower rank comes first.
 
-    group: the ranks. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the Slot with the rank's own
-    contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks that take part.
+        own: function from i to the numbers of the chunks whose sums the group's i-th rank gets.
+        src: function (rank, chunk) -> the Slot with the rank's contribution to the chunk.
+        dst: function (rank, chunk) -> the Slot for the chunk's sum on its owner.
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
 
     def block_chunks(i: int, distance: int) -> list[int]:
-        """Numbers of the chunks that the ranks of the i-th rank's block own, as a list.
+        """Numbers of the chunks that the i-th rank still sums in one round, as a list.
 
-        The group is cut into blocks of `distance` consecutive ranks. In the round in which ranks at this distance
-        exchange data, the i-th rank still sums the chunks of its own block.
+        distance: distance between partners in this round. The group is cut into blocks of `distance` consecutive ranks,
+        and the rank still sums the chunks that the ranks of its block own.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -183,13 +202,17 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 
 
 def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a recursive-doubling all-gather: log2 P rounds for P ranks, P a power of two.
+    """Add to `w` a recursive-doubling all-gather: log2 P rounds for P ranks, P a power of two. Returns nothing.
 
-    In each round two partners send each other all the chunks that they have. The distance between partners doubles each
-    round.
+    In each round, two partners send each other all the chunks that they have. Partners are 1 rank apart in the first
+    round, and twice as far in each later round.
 
-    group: the ranks. own(i): numbers of the chunks that the group's i-th rank has at the start. src(rank, chunk): the
-    Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks that take part.
+        own: function from i to the numbers of the chunks that the group's i-th rank has at the start.
+        src: function (rank, chunk) -> the Slot of one of the rank's own chunks at the start.
+        dst: function (rank, chunk) -> the Slot of any chunk on the rank at the end.
     """
     copy_own(w, group, own, src, dst)
     distance = 1
@@ -202,15 +225,19 @@ def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 
 
 def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a reduce-scatter for two sides of h ranks, each rank linked only to the ranks of the other side.
+    """Add to `w` a reduce-scatter for two sides of h ranks, where links connect only ranks of opposite sides.
 
-    Each rank owns h chunks. For an owner's k-th chunk, the k-th rank of the other side is the relay. Step 1: the other
-    ranks on the owner's side send the relay their contributions, and the relay adds them and its own. Step 2: the relay
-    sends this sum to the owner. The other ranks on the relay's side send the owner their contributions. The owner adds
-    all these to its own. Returns nothing.
+    The owner of a chunk is the rank that gets its sum. Each rank owns h chunks. The relay of an owner's k-th chunk is
+    the k-th rank of the other side. In step 1 the other ranks on the owner's side send their contributions to the
+    relay, which adds its own. In step 2 the relay sends this sum to the owner, and the other ranks on the relay's side
+    send their contributions. The owner adds all of these to its own contribution. Returns nothing.
 
-    group: the ranks, one side after the other. own(i): chunks that the group's i-th rank owns. src(rank, chunk): the
-    Slot with the rank's own contribution to the chunk. dst(rank, chunk): the Slot for the chunk's sum on its owner.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks, first those of one side, then those of the other.
+        own: function from i to the numbers of the h chunks that the group's i-th rank owns.
+        src: function (rank, chunk) -> the Slot with the rank's contribution to the chunk.
+        dst: function (rank, chunk) -> the Slot for the chunk's sum on its owner.
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -234,13 +261,17 @@ def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pl
 
 
 def gather_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` an all-gather for two sides of h ranks, each rank linked only to the ranks of the other side.
+    """Add to `w` an all-gather for two sides of h ranks, where links connect only ranks of opposite sides.
 
-    Each rank sends its h chunks to all ranks of the other side. The k-th rank of that side forwards the k-th chunk to
-    the other ranks of the sender's side.
+    In step 1 each rank sends its h chunks to all ranks of the other side. In step 2 the k-th rank of the other side
+    forwards the k-th chunk to the other ranks of the sender's side. Returns nothing.
 
-    group: the ranks, one side after the other. own(i): numbers of the h chunks that the group's i-th rank has at the
-    start. src(rank, chunk): the Slot of an own chunk at the start. dst(rank, chunk): the Slot of any chunk at the end.
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks, first those of one side, then those of the other.
+        own: function from i to the numbers of the h chunks that the group's i-th rank has at the start.
+        src: function (rank, chunk) -> the Slot of one of the rank's own chunks at the start.
+        dst: function (rank, chunk) -> the Slot of any chunk on the rank at the end.
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -266,9 +297,10 @@ BLOCKS = {
 
 
 def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` an all_reduce, reduce_scatter or all_gather over all ranks as one group.
+    """Add to `w` the steps of its collective (all_reduce, reduce_scatter or all_gather) over all ranks.
 
-    algorithm: a key of BLOCKS. An all_reduce is a reduce-scatter and then an all-gather. node is not used.
+    algorithm: a key of BLOCKS. An all_reduce is a reduce-scatter followed by an all-gather. `node` is not used. Returns
+    nothing.
     """
     scatter, gather = BLOCKS[algorithm]
     group, each = range(w.ranks), w.chunks // w.ranks
@@ -284,9 +316,9 @@ def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` a one-shot all_reduce: every rank sends its whole input to all others, and each adds all inputs.
+    """Add to `w` a one-shot all_reduce: every rank sends its whole input to all others, and each rank adds all inputs.
 
-    Inputs are added in the order of the ranks. algorithm and node are not used.
+    Inputs are added in the order of the ranks. `algorithm` and `node` are not used. Returns nothing.
     """
     for receiver in range(w.ranks):
         got = [input_slot(receiver, 0) if sender == receiver else w.temp(receiver) for sender in range(w.ranks)]
@@ -297,10 +329,11 @@ def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` a two-level all_reduce, reduce_scatter or all_gather for nodes of `node` ranks.
+    """Add to `w` the steps of its collective (all_reduce, reduce_scatter or all_gather) in two levels.
 
-    A reduce-scatter runs inside each node, then across nodes among ranks with the same place in their node. All-gathers
-    run across nodes first, then inside them. algorithm is not used.
+    There are nodes of `node` ranks each. A reduce-scatter runs first inside each node, then between the ranks that have
+    the same place in their nodes. An all-gather runs first between these ranks, then inside each node. `algorithm` is
+    not used. Returns nothing.
     """
     count = w.ranks // node
     inside = [range(n * node, (n + 1) * node) for n in range(count)]
@@ -330,21 +363,21 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """A function own(i) that gives the chunks of the group's i-th rank: a tuple of one, the rank's own number."""
+    """A function own(i) that returns (group[i],): each rank of the group owns the chunk that has the rank's number."""
     return lambda i: (group[i],)
 
 
 def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` an all_to_all.
+    """Add to `w` an all_to_all: every rank sends a chunk, or several, to every other rank. Returns nothing.
 
-    algorithm is one of:
+    The algorithm is one of:
 
-    - direct: one transfer for each pair of ranks.
+    - direct: each rank sends its chunks straight to their receivers.
     - ring: a chunk goes from rank to rank along the ring, in the shorter direction.
-    - two_step: the ranks are two sides of h ranks. Chunks for the opposite side go directly. Chunks for a rank's own
-      side go in h parts; the k-th rank of the opposite side relays the k-th part.
+    - two_step: the ranks are two sides of h ranks. Chunks for the other side go directly. Data for a rank of the same
+      side is cut into h chunks; the k-th rank of the other side relays the k-th chunk.
 
-    node is not used.
+    `node` is not used.
     """
     n, parts = w.ranks, w.chunks // w.ranks**2
     h, paths = n // 2, list[tuple[int, list[int]]]()
@@ -364,9 +397,9 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _relay(w: ScheduleBuilder, chunk: int, path: Sequence[int]) -> None:
-    """Add to `w` the steps that move a chunk along the ranks `path`, one after the other.
+    """Add to `w` the steps that move a chunk from rank to rank along `path`. Returns nothing.
 
-    The chunk goes from the first rank's input slot to the last rank's output slot.
+    The chunk starts in the first rank's input slot and ends in the last rank's output slot.
     """
     at = input_slot(path[0], chunk)
     for a, b in pairwise(path):
@@ -423,9 +456,9 @@ for _collective in ("all_gather", "reduce_scatter"):
 
 
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
-    """The names of the algorithms for `collective` that support `ranks` ranks, as a list.
+    """The names of the algorithms that can run `collective` on `ranks` ranks, as a list.
 
-    node: ranks in a node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
+    node: ranks per node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
     """
     if collective not in TABLE:
         raise ScheduleError(f"unknown collective {collective!r}; supported: {', '.join(COLLECTIVES)}")
@@ -434,11 +467,10 @@ def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
 
 @cache
 def schedule(collective: str, algorithm: str, ranks: int, node: int = 0) -> Schedule:
-    """The Schedule of `collective` with `algorithm` for `ranks` ranks. Cached.
+    """The Schedule (steps of all ranks) that runs `collective` with `algorithm` on `ranks` ranks. Results are cached.
 
-    node: ranks in a node, which only the algorithm "hierarchical" uses; 0: no nodes.
-
-    Raises ScheduleError for ranks below 1, an unknown collective, and an algorithm that does not support these ranks.
+    node: ranks per node, which only the algorithm "hierarchical" uses; 0: no nodes. Raises ScheduleError for `ranks`
+    below 1, for an unknown collective, and for an algorithm that does not support so many ranks.
     """
     if ranks < 1:
         raise ScheduleError(f"ranks={ranks}; allowed: 1 or more")

@@ -18,24 +18,24 @@ from intaglio.collectives.topology import Topology
 
 
 def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
-    """The bytes of each chunk of a schedule for a payload of `nbytes`, as a list of equal numbers.
+    """Bytes of each chunk of a schedule, as a list with one number per chunk; all are equal.
 
-    nbytes: size of one rank's input (all_reduce, reduce_scatter, all_to_all, send) or output (all_gather).
+    nbytes: size of the payload in bytes: one rank's input, but for an all_gather one rank's output.
     """
     parts = s.chunks // s.ranks if s.collective == "all_to_all" else s.chunks
     return [nbytes / parts] * s.chunks
 
 
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
-    """Modelled seconds of a collective: until the last step (send, recv, reduce or copy) of its schedule has ended.
+    """Modelled seconds of a collective, until the last step of its schedule has ended.
 
     A transfer starts when its send and its recv are ready and every link of its route is free. Transfers that wait for
-    the same link get the link in schedule order.
+    the same link use it in schedule order.
 
     Args:
         s: the schedule.
         topology: the links.
-        sizes: bytes of each chunk, the parts into which the schedule cuts each rank's data.
+        sizes: bytes of each chunk. Chunks are the parts into which the schedule cuts each rank's data.
         local: bytes per second at which a rank copies and reduces, one chunk at a time.
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
@@ -48,7 +48,7 @@ FREE, END, BEGIN = 0, 1, 2  # events: a link or rank becomes free, a step ends, 
 
 
 class ScheduleClock:
-    """Event-driven simulation of one schedule on a topology. seconds() runs it for given sizes of the chunks.
+    """Event-driven simulation of the time that a schedule takes on a topology. seconds() runs the simulation.
 
     Time is counted in ticks of 2**-60 s.
 
@@ -59,11 +59,12 @@ class ScheduleClock:
 
     Attributes:
         chunks: number of chunks of the payload.
-        needs: for each step, a list of (number, bytes per second) of the links or the rank that the step occupies. The
-            number of a link is its index in topology.links; the number of rank r is -1 - r.
-        arrival: for each step, the latency of its route in ticks: from the last byte sent until the step ends.
-        waits: number of unmet dependencies of each step.
-        busy: the tick at which a link or a rank becomes free, by the same numbers as in `needs`.
+        needs: for each step, a list of pairs (number, bytes per second): the links that the step occupies, or its rank.
+            The number of a link is its index in topology.links; the number of rank r is -1 - r.
+        arrival: for each step, the sum of its links' latencies in ticks. A transfer ends this much later than its last
+            byte is sent.
+        waits: for each step, the number of its dependencies that have not been met.
+        busy: {number of a link or rank, as in `needs`: the tick at which it becomes free}.
         held: cache {(bytes of a chunk, bytes per second): ticks for which the chunk occupies a link or rank}.
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
@@ -87,7 +88,7 @@ class ScheduleClock:
         self.recvs = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "recv"}
 
     def seconds(self, sizes: Sequence[float]) -> float:
-        """Modelled seconds until the last step has ended. sizes: bytes of each chunk."""
+        """Modelled seconds until the last step of the schedule has ended. sizes: bytes of each chunk."""
         now, self.sizes, self.waits = 0, sizes, self.dependencies.copy()
         self.busy: dict[int, int] = {}
         self.held: dict[tuple[float, float], int] = {}
@@ -107,15 +108,18 @@ class ScheduleClock:
         return now * TICK
 
     def count_down(self, step: int, now: int) -> None:
-        """Count one dependency of step number `step` as met at tick `now`. If it was the last, queue the step."""
+        """Record at tick `now` that one dependency of step number `step` is met. Returns nothing.
+
+        If no unmet dependency is left, the step is queued to begin at this tick.
+        """
         self.waits[step] -= 1
         if self.waits[step] == 0:
             heapq.heappush(self.events, (now, BEGIN, step))
 
     def begin(self, i: int, now: int) -> None:
-        """Start step number `i` at tick `now`, or queue it at the first busy link or rank that it needs.
+        """Start step number `i` at tick `now`. If a link or the rank that the step needs is busy, queue the step there.
 
-        A send takes no time itself: it only allows its recv, which occupies the links, to start.
+        A send takes no time itself: it only allows its recv to start, which occupies the links. Returns nothing.
         """
         step, needs = self.steps[i], self.needs[i]
         if step.kind == "send":
@@ -139,23 +143,23 @@ class ScheduleClock:
 
 
 def ticks(seconds: float) -> int:
-    """A time in seconds as a whole number of the time model's ticks, rounded."""
+    """A time in seconds as a number of ticks (2**-60 s), rounded to a whole number."""
     return round(seconds / TICK)
 
 
 def choose(
     collective: str, topology: Topology, nbytes: float, *, node: int = 0, local: float = inf, ordered: bool = False
 ) -> tuple[Schedule, float]:
-    """The fastest schedule for a payload of `nbytes` bytes on a topology. Returns (schedule, modelled seconds).
+    """Find the fastest schedule for a collective on a topology. Returns (schedule, modelled seconds).
 
     Args:
         collective: name of the collective, such as "all_reduce".
         topology: the ranks and links.
-        nbytes: size of one rank's input; for all_gather, of its output.
-        node: ranks in a node, for algorithms with two levels; 0: no nodes.
+        nbytes: size of the payload in bytes: one rank's input, but for an all_gather one rank's output.
+        node: ranks per node, for algorithms with two levels; 0: no nodes.
         local: bytes per second at which a rank copies and reduces.
-        ordered: True to consider only schedules that sum all values in one order, by rank or by one tree. Then no bit
-            depends on a value's position in the payload.
+        ordered: True to consider only schedules that add the ranks' contributions in the same order for every value,
+            see rules.order(). The bits of a sum then do not depend on the value's position in the payload.
 
     Raises ScheduleError for an unknown collective.
     """

@@ -12,14 +12,14 @@ from intaglio.collectives.schedule import Schedule, ScheduleError, Slot
 def execute(
     s: Schedule, inputs: Sequence[Mapping[int, np.ndarray]], order: Iterable[int] | None = None
 ) -> list[dict[int, np.ndarray]]:
-    """Execute a schedule. Returns a list of dicts, one per rank: {chunk number: array} for Schedule.outputs(rank).
+    """Execute a schedule on arrays. Returns the output chunks of each rank: a list of dicts {chunk number: array}.
 
-    Sums keep the arrays' dtype.
+    The dict of a rank has the chunks in Schedule.outputs(rank). Sums keep the arrays' dtype.
 
     Args:
         s: the schedule.
-        inputs: one dict per rank: {chunk number: array} for Schedule.inputs(rank).
-        order: indices of all steps in execution order; None: schedule order. The result does not depend on it.
+        inputs: one dict per rank: {chunk number: array} for the chunks in Schedule.inputs(rank).
+        order: indices of all steps in execution order; None: schedule order. The result does not depend on the order.
 
     Raises ScheduleError if `inputs` has other chunks than Schedule.inputs() says, if a step runs before a step that it
     depends on, and for a malformed step.
@@ -55,32 +55,37 @@ def execute(
 
 
 def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Cut x along its last axis. Returns a list of `parts` views, whose widths differ by at most 1.
+    """Cut the array `x` along its last axis. Returns a list of `parts` views whose widths differ by at most 1.
 
-    If there are more parts than columns, some views are empty. A value's part depends only on its column and on the
-    number of columns. So the order in which a collective sums values does not depend on the number of rows.
+    If there are more parts than columns, some views are empty. Which part a value is in depends only on its column and
+    the number of columns. Therefore the order in which a collective sums the values of a row does not depend on the
+    number of rows.
     """
     n = x.shape[-1]
     return [x[..., n * i // parts : n * (i + 1) // parts] for i in range(parts)]
 
 
 def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
-    """The chunks concatenated along the last axis, in order of their numbers, as one array; the inverse of cut()."""
+    """Concatenate chunks along the last axis, in the order of their numbers. Returns one array.
+
+    chunks: {number: array}. The function is the inverse of cut().
+    """
     return np.concatenate([chunks[c] for c in sorted(chunks)], axis=-1)
 
 
 def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list with the sum for each rank.
+    """Run an all_reduce schedule. Returns a list of arrays: for each rank, the sum of all arrays in `x`.
 
-    Raises ScheduleError for a malformed schedule.
+    x: one array per rank, all of the same shape. Raises ScheduleError for a malformed schedule.
     """
     return [join(got) for got in execute(s, [dict(enumerate(cut(a, s.chunks))) for a in x])]
 
 
 def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Run a reduce_scatter schedule on arrays x[sender][receiver]. Returns a list: each receiver's sum over senders.
+    """Run a reduce_scatter schedule. Returns a list of arrays: for each rank, the sum of the arrays sent to it.
 
-    The arrays for one receiver have one shape. Raises ScheduleError for a malformed schedule.
+    x: arrays x[sender][receiver]. The arrays for one receiver have the same shape. Raises ScheduleError for a malformed
+    schedule.
     """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for r, part in enumerate(row) for i, c in enumerate(cut(part, each))} for row in x]
@@ -88,9 +93,9 @@ def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.nd
 
 
 def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Run an all_gather schedule on one array per rank, of any shapes. Returns, for each rank, a list of all arrays.
+    """Run an all_gather schedule. Returns, for each rank, a list with the arrays of all ranks.
 
-    Raises ScheduleError for a malformed schedule.
+    x: one array per rank, of any shapes. Raises ScheduleError for a malformed schedule.
     """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for i, c in enumerate(cut(part, each))} for r, part in enumerate(x)]
@@ -99,9 +104,9 @@ def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def all_to_all(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Run an all_to_all schedule on arrays x[sender][receiver] of any shapes. Returns lists y[receiver][sender].
+    """Run an all_to_all schedule. Returns lists of arrays y[receiver][sender], with the values of x[sender][receiver].
 
-    Raises ScheduleError for a malformed schedule.
+    x: arrays x[sender][receiver], of any shapes. Raises ScheduleError for a malformed schedule.
     """
     each, n = s.chunks // s.ranks**2, s.ranks
     first = [[(sender * n + receiver) * each for receiver in range(n)] for sender in range(n)]

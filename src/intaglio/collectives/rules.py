@@ -18,8 +18,9 @@ Sum = int | tuple["Sum", "Sum"]  # a rank's contribution, or left + right
 def steps_well_formed(s: Schedule) -> Iterator[str]:
     """Yield a message for each malformed step of a schedule.
 
-    A step is malformed if its kind is unknown, its rank or chunk number is out of range, it lacks one of the operands
-    of its kind (the slots src, add and dst) or has another one, or it writes to an input.
+    A step is malformed in these cases: its kind is unknown; its rank or chunk number is out of range; it lacks an
+    operand of its kind (`src`, `add` or `dst`); it has an operand that its kind does not use; it writes to an input
+    slot.
     """
     needs = {"copy": (True, False, True), "reduce": (True, True, True), "send": (True, False, False),
              "recv": (False, False, True)}  # fmt: skip
@@ -35,14 +36,14 @@ def steps_well_formed(s: Schedule) -> Iterator[str]:
 
 
 def transfers_paired(s: Schedule) -> Iterator[str]:
-    """Yield a message, as text, for each case in which sends and recvs break a rule.
+    """Yield a message, as text, for each send or recv of a schedule that breaks one of the rules below.
 
-    Rules:
+    The rules:
 
     - No two sends have the same tag. No two recvs have the same tag.
     - Each send has a recv with the same tag later in the schedule. Each recv has a send with the same tag before it.
     - A send and the recv with its tag have the same chunk, and each names the other's rank as its peer.
-    - The recvs of one rank from another are in the order of the other's sends.
+    - A rank receives the chunks of another rank in the order in which that rank sends them.
     """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
@@ -68,10 +69,10 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
 
 
 def no_deadlock(s: Schedule) -> Iterator[str]:
-    """Yield a message for each step that can never run, because it waits for a cycle of dependencies.
+    """Yield a message for each step of a schedule that can never run, because its dependencies form or follow a cycle.
 
-    A send and its recv count as one step here. So a schedule that this rule accepts runs even if every send blocks
-    until its recv is ready.
+    A send and its recv count as one step here. A schedule without such steps therefore runs to its end even if every
+    send blocks until its recv is ready.
     """
     pair: dict[int, int] = {}
     node = list(range(len(s.steps)))  # a send and its recv share a node
@@ -97,9 +98,9 @@ def no_deadlock(s: Schedule) -> Iterator[str]:
 
 
 def hazards_ordered(s: Schedule) -> Iterator[str]:
-    """Yield a message, as text, for each case in which the order of reads and writes breaks a rule.
+    """Yield a message, as text, for each step of a schedule that breaks one of the rules below.
 
-    Rules:
+    The rules order reads and writes of a slot:
 
     - A step that reads a slot waits for the last write of the slot.
     - A step that writes a slot waits for the last write of the slot, and for all reads since that write.
@@ -129,9 +130,10 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
 
 
 def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
-    """Yield a message for each output chunk that a rank does not get, or gets with a contribution missing or repeated.
+    """Yield a message for each output chunk of a schedule that does not have each rank's contribution exactly once.
 
-    There is a message too for a chunk that is summed in different orders on different ranks.
+    The message says that a rank does not get the chunk, that a contribution is missing or repeated, or that two ranks
+    sum the chunk in different orders.
     """
     held = trace(s)
     alike: dict[int, Sum] = {}
@@ -149,10 +151,10 @@ def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
 
 
 def contributors(s: Schedule, chunk: int) -> range:
-    """Numbers of the ranks whose inputs are summed in output chunk `chunk`, as a range.
+    """Numbers of the ranks whose inputs make up the output chunk `chunk`, as a range.
 
-    In a collective that sums nothing, such as all_gather, the range has one number: the rank that has the chunk at the
-    start.
+    If the collective sums (all_reduce, reduce_scatter), these are all ranks. Otherwise the range has one number: the
+    rank that has the chunk at the start.
     """
     if s.collective in ("all_reduce", "reduce_scatter"):
         return range(s.ranks)
@@ -161,10 +163,10 @@ def contributors(s: Schedule, chunk: int) -> range:
 
 
 def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
-    """Run a schedule symbolically, in schedule order. Returns {(rank, slot): (chunk, sum)} after the last step.
+    """Run a schedule symbolically. Returns what each slot holds after the last step: {(rank, slot): (chunk, sum)}.
 
-    A sum is a rank's number, which stands for that rank's input, or a pair (left, right) of sums that are added. chunk
-    is -1 where different chunks were added.
+    A sum is the number of a rank, which stands for the rank's input, or a pair (left, right) of two sums that are
+    added. chunk is the number of the chunk; -1 if different chunks were added.
     """
     held: dict[tuple[int, Slot], tuple[int, Sum]] = {}
     in_flight: dict[int, tuple[int, Sum]] = {}
@@ -188,7 +190,10 @@ def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
 
 
 def leaves(sum: Sum) -> list[int]:
-    """The ranks whose inputs are added in a symbolic sum (see trace()), from left to right, as a list."""
+    """Numbers of the ranks whose inputs are added in a symbolic sum, from left to right, as a list.
+
+    sum: the number of a rank, or a pair (left, right) of two sums, see trace().
+    """
     found, rest = [], [sum]
     while rest:
         top = rest.pop()
@@ -209,9 +214,9 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
 
 
 def check(s: Schedule) -> None:
-    """Return nothing if a schedule is valid; else raise ScheduleError with the messages of the first broken rule.
+    """Check that a schedule is valid. Raises ScheduleError with the messages of the first broken rule if it is not.
 
-    Rules run in the order of RULES, since later ones assume the earlier ones.
+    Rules are checked in the order of RULES, since later rules assume the earlier ones. Returns nothing.
     """
     for rule in RULES:
         wrong = list(rule(s))
@@ -222,11 +227,12 @@ def check(s: Schedule) -> None:
 
 
 def order(s: Schedule) -> str:
-    """The order in which a schedule sums the values of a payload: "rank", "tree" or "chunk".
+    """The order in which a schedule sums the ranks' contributions: "rank", "tree" or "chunk".
 
-    - rank: every chunk as ((0 + 1) + 2) + ..., by number of the rank. A collective without sums is "rank" too.
-    - tree: every chunk by the same tree, but not by rank.
-    - chunk: chunks by different trees, so that the bits of a sum depend on the value's position in the payload.
+    - rank: all chunks are summed as ((0 + 1) + 2) + ... by number of the rank. A collective without sums is "rank" too.
+    - tree: all chunks are summed by the same binary tree, but not in the order of the ranks.
+    - chunk: different chunks are summed by different trees, so the bits of a sum depend on the value's position in the
+      payload.
     """
     held = trace(s)
     sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.outputs(rank)}

@@ -14,15 +14,15 @@ KINDS = ("copy", "send", "recv", "reduce")
 
 
 class ScheduleError(ValueError):
-    """Raised for an invalid schedule, and where no algorithm supports a number of ranks."""
+    """Raised for an invalid schedule, and if no algorithm supports a collective on so many ranks."""
 
 
 class Slot(NamedTuple):
-    """Storage for one chunk on one rank.
+    """The place of one chunk of data in the memory of a rank.
 
     Attributes:
-        buffer: `in`, `out` or `tmp`.
-        number: number of the slot in its buffer. In `in` and `out` it is the chunk's number; slots of `tmp` are
+        buffer: kind of the slot: "in" (inputs), "out" (outputs) or "tmp" (temporary values).
+        number: number of the slot in its buffer. In "in" and "out" it is the chunk's number; slots of "tmp" are
             numbered from 0 as they are allocated.
     """
 
@@ -39,14 +39,14 @@ class Step(NamedTuple):
     Attributes:
         kind: copy (dst = src), reduce (dst = src + add, in this order), send (src goes to `peer`) or recv (dst comes
             from `peer`).
-        rank: the rank that runs it.
+        rank: number of the rank that runs the step.
         chunk: number of the chunk.
-        src: slot that is read; None for recv.
-        add: second slot that is read by a reduce; None for other kinds.
-        dst: slot that is written; None for send.
-        peer: the other rank of a send or recv, else -1.
-        tag: number that a send and its recv have in common, else -1.
-        after: indices of steps of this rank that must end before this one begins.
+        src: Slot that the step reads; None for a recv.
+        add: second Slot that a reduce reads; None for other kinds.
+        dst: Slot that the step writes; None for a send.
+        peer: number of the other rank of a send or recv; -1 for other kinds.
+        tag: number that a send and its recv have in common; -1 for other kinds.
+        after: indices in Schedule.steps of the steps of this rank that must end before this step begins.
     """
 
     kind: str
@@ -60,9 +60,9 @@ class Step(NamedTuple):
     after: tuple[int, ...] = ()
 
     def reads(self) -> Iterator[Slot]:
-        """Yield each Slot that the step reads: its fields `src` and `add`, in this order, without those that are None.
+        """Yield each Slot that the step reads: `src`, then `add`, if they are not None.
 
-        So a reduce (dst = src + add) yields two slots, a copy or send one, and a recv none.
+        A reduce (dst = src + add) reads two slots, a copy or a send reads one, and a recv reads none.
         """
         yield from (slot for slot in (self.src, self.add) if slot)
 
@@ -74,21 +74,20 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """One collective with one algorithm for `ranks` ranks, with its payload split into `chunks` chunks.
+    """The steps with which `ranks` ranks run one collective by one algorithm. The payload is cut into `chunks` chunks.
 
-    `steps` are the steps of all ranks, `collective` and `algorithm` are names.
+    `steps` has the steps of all ranks. `collective` and `algorithm` are names, such as all_reduce and ring. Each rank
+    owns chunks / ranks consecutive chunks: rank 0 the first of them, rank 1 the next, and so on. This is what a rank
+    has at the start and gets by the end:
 
-    A rank's own chunks are chunks / ranks consecutive ones: rank 0 has the first, rank 1 the next, and so on. What
-    ranks have at the start and at the end:
-
-    - all_reduce: every rank has every chunk, and gets the sum of each.
-    - reduce_scatter: every rank has every chunk, and gets the sums of its own chunks.
-    - all_gather: a rank has its own chunks, and gets all chunks.
+    - all_reduce: a rank has its contribution to every chunk, and gets the sums of all chunks.
+    - reduce_scatter: a rank has its contribution to every chunk, and gets the sums of the chunks that it owns.
+    - all_gather: a rank has the chunks that it owns, and gets all chunks.
     - all_to_all: chunks are ordered (sender, receiver, part). A rank has the chunks that it sends, and gets the chunks
       that it receives.
-    - send: rank 0 has all chunks, and the last rank gets them.
+    - send: rank 0 has all chunks, and the last rank gets all chunks.
 
-    If sends do not block, every rank can run its own steps one by one in the order of `steps`.
+    If sends do not block, every rank can run its steps one by one in the order of `steps`.
     """
 
     collective: str
@@ -98,12 +97,12 @@ class Schedule:
     steps: tuple[Step, ...]
 
     def inputs(self, rank: int) -> range:
-        """Numbers of the chunks in the input slots of `rank` at the start, as a range."""
+        """Numbers of the chunks that rank `rank` has at the start of the collective, in its input slots, as a range."""
         return {"all_gather": self._own(rank), "all_to_all": self._own(rank),
                 "send": range(self.chunks if rank == 0 else 0)}.get(self.collective, range(self.chunks))  # fmt: skip
 
     def outputs(self, rank: int) -> list[int]:
-        """Numbers of the chunks in the output slots of `rank` at the end, as a list."""
+        """Numbers of the chunks that rank `rank` has at the end of the collective, in its output slots, as a list."""
         if self.collective == "reduce_scatter":
             return list(self._own(rank))
         if self.collective == "all_to_all":
@@ -118,11 +117,11 @@ class Schedule:
 
 
 class ScheduleBuilder:
-    """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
+    """Builds the Schedule of a collective: copy(), reduce() and move() add steps, done() returns the schedule.
 
-    A step reads and writes slots. A slot is storage for one chunk of the payload on one rank. The builder finds each
-    step's dependencies (Step.after) by itself: a step waits for the earlier steps of its rank that wrote a slot it
-    reads, or that read or wrote the slot it writes.
+    A step reads and writes slots. A slot is storage for one chunk of the payload on one rank. The builder fills in the
+    dependencies of each step (Step.after). A step waits for the last step of its rank that wrote a slot which it reads
+    or writes. It also waits for the steps that have since read the slot which it writes.
 
     Args:
         collective: name of the collective, such as "all_reduce".
@@ -140,20 +139,26 @@ class ScheduleBuilder:
         self.touched: dict[tuple[int, Slot], tuple[list[int], list[int]]] = {}  # (last write, reads since) of a slot
 
     def temp(self, rank: int) -> Slot:
-        """A new temporary Slot on `rank`, not used by any step yet."""
+        """A new temporary Slot on rank `rank`, which no step uses yet."""
         self.temps[rank] += 1
         return Slot("tmp", self.temps[rank] - 1)
 
     def copy(self, rank: int, chunk: int, dst: Slot, src: Slot) -> None:
-        """Add a step: on `rank`, copy a chunk from slot `src` to slot `dst`."""
+        """Add a step in which rank `rank` copies a chunk from slot `src` to slot `dst`. Returns nothing."""
         self._add(Step("copy", rank, chunk, src=src, dst=dst))
 
     def reduce(self, rank: int, chunk: int, dst: Slot, src: Slot, add: Slot) -> None:
-        """Add a step: on `rank`, dst = src + add for a chunk, in this order of the operands."""
+        """Add a step in which rank `rank` computes dst = src + add for a chunk, with the operands in this order.
+
+        Returns nothing.
+        """
         self._add(Step("reduce", rank, chunk, src=src, add=add, dst=dst))
 
     def move(self, chunk: int, sender: int, src: Slot, receiver: int, dst: Slot) -> None:
-        """Add two steps that move a chunk: a send of `src` on `sender`, and its recv into `dst` on `receiver`."""
+        """Add two steps that move a chunk from slot `src` on rank `sender` to slot `dst` on rank `receiver`.
+
+        The steps are a send on `sender` and a recv on `receiver`, with a tag of their own. Returns nothing.
+        """
         self._add(Step("send", sender, chunk, src=src, peer=receiver, tag=self.tags))
         self._add(Step("recv", receiver, chunk, dst=dst, peer=sender, tag=self.tags))
         self.tags += 1

@@ -9,12 +9,12 @@ from functools import cached_property
 
 
 class TopologyError(ValueError):
-    """Raised for a link with invalid values, and for ranks that no links connect."""
+    """Raised for a link with invalid values, and if no links connect two ranks."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A link in one direction.
+    """A network link in one direction, between two ranks or switches.
 
     Attributes:
         src: number of the rank or switch at its start.
@@ -31,9 +31,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """Links between ranks and switches. Ranks are 0..ranks - 1; switches are numbered from `ranks` on.
+    """A network: ranks, switches, and the links between them.
 
-    Raises TopologyError if a rank cannot be reached from another, or a link is invalid.
+    Raises TopologyError if no route leads from a rank to another, or if a link is invalid.
+
+    Attributes:
+        name: name for messages, such as ring(8).
+        ranks: number of ranks. Ranks have the numbers 0 to ranks - 1, switches the numbers from `ranks` on.
+        links: the links, one for each direction.
     """
 
     name: str
@@ -65,7 +70,10 @@ class Topology:
         return {}
 
     def _steps_to(self, goal: int) -> dict[int, int]:
-        """{rank or switch: number of links on its shortest path to `goal`}, for all that can reach `goal`."""
+        """Distances to `goal`, as a dict {number of a rank or switch: number of links on its shortest path to `goal`}.
+
+        Ranks and switches from which no path leads to `goal` are not in the dict.
+        """
         if goal not in self._distances:
             into: dict[int, list[int]] = {}
             for link in self.links:
@@ -81,10 +89,10 @@ class Topology:
         return self._distances[goal]
 
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
-        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if `src` is `dst`.
+        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if `src` equals `dst`.
 
-        Where n links are equally short ways on, the one with index (src + dst) % n is taken, so that different pairs of
-        ranks use different links.
+        If the route can continue over n links that are equally close to `dst`, it takes the link with index (src + dst)
+        % n, so that different pairs of ranks use different links.
         """
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()
@@ -97,19 +105,19 @@ class Topology:
 
 
 def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -> tuple[Link, ...]:
-    """A tuple of Links, one in each direction, for each distinct pair of ranks or switches.
+    """A tuple of Links that connects each pair of ranks or switches in both directions.
 
-    bandwidth: bytes per second. latency: seconds.
+    A pair that occurs twice gets its two Links once. bandwidth: bytes per second of a Link. latency: seconds.
     """
     ends = dict.fromkeys(end for a, b in pairs for end in ((a, b), (b, a)))
     return tuple(Link(a, b, bandwidth, latency) for a, b in ends)
 
 
 def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A ring topology: each rank has links in both directions to the next rank, the last rank to the first.
+    """A ring topology: each rank has links in both directions to the next rank, and the last rank to the first rank.
 
-    bandwidth: bytes/s of a link, in each direction. latency: seconds. Raises TopologyError if a link would have
-    bandwidth <= 0 or latency < 0. A single rank has no links.
+    bandwidth: bytes/s of a link, in each direction. latency: seconds per link. Raises TopologyError if a link would
+    have bandwidth <= 0 or latency < 0. A single rank has no links.
     """
     pairs = [(i, (i + 1) % ranks) for i in range(ranks if ranks > 2 else ranks - 1)]
     return Topology(f"ring({ranks})", ranks, _links(pairs, bandwidth, latency))
@@ -118,20 +126,20 @@ def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
 def full(ranks: int, bandwidth: float, latency: float) -> Topology:
     """A fully connected topology: links in both directions between any two ranks.
 
-    bandwidth: bytes/s of a link, in each direction. latency: seconds. Raises TopologyError if a link would have
-    bandwidth <= 0 or latency < 0. A single rank has no links.
+    bandwidth: bytes/s of a link, in each direction. latency: seconds per link. Raises TopologyError if a link would
+    have bandwidth <= 0 or latency < 0. A single rank has no links.
     """
     pairs = [(i, j) for i in range(ranks) for j in range(i)]
     return Topology(f"full({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A complete bipartite topology: each rank of the first half has links in both directions to each of the second.
+    """A complete bipartite topology: links in both directions from each rank of one half to each of the other half.
 
     If the number of ranks is odd, the second half has one rank more. A single rank has no links.
 
-    bandwidth: bytes/s of a link, in each direction. latency: seconds. Raises TopologyError if a link would have
-    bandwidth <= 0 or latency < 0.
+    bandwidth: bytes/s of a link, in each direction. latency: seconds per link. Raises TopologyError if a link would
+    have bandwidth <= 0 or latency < 0.
     """
     half = ranks // 2
     pairs = [(i, j) for i in range(half) for j in range(half, ranks)]
@@ -139,11 +147,17 @@ def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology:
-    """A 2-D torus topology: a grid of ranks with wrap-around links, all in both directions.
+    """A 2-D torus topology: a grid of ranks with wrap-around links in both directions.
 
-    The rank at (row, column) has the number row * columns + column. bandwidth: bytes/s of a link, in each direction.
-    latency: seconds. Raises TopologyError if a link would have bandwidth <= 0 or latency < 0. A single rank has no
-    links.
+    The rank at (row, column) has the number row * columns + column. A single rank has no links.
+
+    Args:
+        rows: number of rows of the grid.
+        columns: number of columns of the grid.
+        bandwidth: bytes/s of a link, in each direction.
+        latency: seconds per link.
+
+    Raises TopologyError if a link would have bandwidth <= 0 or latency < 0.
     """
     at = [[i * columns + j for j in range(columns)] for i in range(rows)]
     across = [(at[i][j], at[i][(j + 1) % columns]) for i in range(rows) for j in range(columns if columns > 1 else 0)]
@@ -152,7 +166,7 @@ def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology
 
 
 def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A topology with one non-blocking switch, to which every rank has links in both directions (a port).
+    """A topology with one non-blocking switch. Each rank has a port: links to and from the switch.
 
     bandwidth: bytes/s of a port, in each direction. latency: seconds from rank to rank. Raises TopologyError if
     bandwidth <= 0 or latency < 0.
@@ -161,11 +175,11 @@ def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def nodes(count: int, ranks: int, inside: tuple[float, float], across: tuple[float, float]) -> Topology:
-    """A topology of `count` nodes with `ranks` ranks each, which two kinds of switches connect.
+    """A topology of `count` nodes with `ranks` ranks each: a switch in each node, and one switch between all nodes.
 
-    Each node has a switch that connects its ranks. One more switch connects the ranks of all nodes. Every rank has one
-    port to each of these two switches. inside, across: (bytes/s of a port in each direction, seconds of latency from
-    rank to rank) in a node and between nodes. Raises TopologyError for a bandwidth <= 0 or a latency < 0.
+    Each rank has two ports, to the switch of its node and to the switch between the nodes. inside: (bytes/s of a port
+    in each direction, seconds of latency from rank to rank) of the switch in a node. across: the same two numbers of
+    the switch between the nodes. Raises TopologyError for a bandwidth <= 0 or a latency < 0.
     """
     total = count * ranks
     local = _links([(i, total + 1 + i // ranks) for i in range(total)], inside[0], inside[1] / 2)

@@ -12,12 +12,14 @@ from intaglio.program import Program
 
 
 def plan_buffers(p: Program) -> Program:
-    """A copy of the Program with a buffer assigned to each temp (result of an op that is no output of the Program).
+    """A copy of the Program in which each temp has a buffer, the number of a piece of memory.
 
-    The assignment is one linear scan over the ops, as in register allocation. A temp takes the narrowest free buffer
-    that is wide enough, else the widest free one, which is widened, else a new one. A view uses the buffer of its base.
-    An op's results never share a buffer with its operands. Temps of T rows and of R rows have separate buffers, since
-    the two counts vary independently.
+    A temp is a result of an op that is no output of the Program. Temps whose lifetimes do not overlap share a buffer.
+    Buffers are assigned in one scan over the ops, like registers. A temp takes the narrowest free buffer that is wide
+    enough. If none is, the widest free buffer is widened; if none is free, a new buffer is made. A view uses the buffer
+    of the tensor that it views. A result of an op never shares a buffer with the op's operands. Temps with T rows (one
+    per token) and temps with R rows (one per row of logits) have separate buffers, since the two numbers vary
+    independently.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []
@@ -42,17 +44,17 @@ def plan_buffers(p: Program) -> Program:
 
 
 def planned(p: Program) -> bool:
-    """True if plan_buffers() has assigned a buffer to any temp (intermediate result) of the Program."""
+    """True if some temp (intermediate result) of the Program has a buffer, which plan_buffers() assigns."""
     return any(t.buffer is not None for t in p.tensors.values())
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Size of a buffer in which a device keeps temps (intermediate results): rows times bytes per row.
+    """The size of a buffer, in which a device keeps intermediate results of a Program.
 
     Attributes:
-        rows: a number, or the symbol of a batch size such as T.
-        row_bytes: bytes of a row.
+        rows: number of rows: an int, or the symbol of a number that depends on the batch, such as T (tokens).
+        row_bytes: bytes per row.
     """
 
     rows: Dim
@@ -60,9 +62,9 @@ class Buffer:
 
 
 def buffers(p: Program) -> dict[str | int, Buffer]:
-    """The size of each buffer of a Program, as a dict from its number to a Buffer.
+    """The sizes of all buffers of a Program, as a dict {number of the buffer: Buffer}.
 
-    A temp (intermediate result) to which no buffer is assigned is in the dict by its name, with its own size.
+    An intermediate result without a buffer has an entry of its own: {name of the tensor: Buffer of its size}.
     """
     sizes: dict[str | int, Buffer] = {}
     for t in p.of_role("temp"):
@@ -74,10 +76,10 @@ def buffers(p: Program) -> dict[str | int, Buffer]:
 
 
 def bytes_per_row(p: Program) -> int:
-    """Sum of `row_bytes` over all buffers of a Program (see buffers())."""
+    """Bytes per row of all buffers of a Program together: the sum of their `row_bytes`, see buffers()."""
     return sum(b.row_bytes for b in buffers(p).values())
 
 
 def _row_bytes(t: Tensor) -> int:
-    """Bytes of one row of the tensor `t`, an intermediate result."""
+    """Bytes of one row of the tensor `t`, whose first axis counts the rows."""
     return prod(int(d) for d in t.shape[1:]) * formats.get(t.format).bits // 8

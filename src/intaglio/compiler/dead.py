@@ -6,10 +6,10 @@ from intaglio.program import Program
 
 
 def remove_dead(p: Program) -> Program:
-    """The Program without ops and tensors that have no effect.
+    """A copy of the Program without the ops and tensors that have no effect.
 
-    An op has an effect if an output depends on it, if it writes state, or if it communicates with other ranks. A tensor
-    is kept if it is an input or output, or if a remaining op uses it.
+    An op has an effect if an output of the Program depends on it, if it writes state, or if it communicates with other
+    ranks. A tensor is kept if it is an input or output of the Program, or if a remaining op uses it.
     """
     needed = {t.name for t in p.tensors.values() if t.role in ("input", "output")}
     kept = []

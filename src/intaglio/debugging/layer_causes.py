@@ -120,9 +120,9 @@ def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
     """Yield a triple (site, text, {site: changed op}) for each op of `chain` that may read the wrong residual.
 
-    `site` is the op's name. `text` describes the mistake. In a sequential layer the MLP reads the layer's input plus
-    the result of attention. In a parallel layer it reads the layer's input alone. The changed op reads the value of the
-    other kind of layer.
+    `site` is the op's name. `text` describes the mistake. In a sequential layer, the MLP reads the sum of the layer's
+    input and the result of attention. In a parallel layer, it reads only the layer's input. The changed op reads the
+    sum instead of the input, or the input instead of the sum.
     """
     sums: Mapping[str, Map] = {
         op.out: op for op in p.ops if isinstance(op, Map) and op.b and op.expr.startswith("a + b")

@@ -17,8 +17,8 @@ class HasRecipe(Protocol):
     def recipe(self) -> Recipe:
         """Return the Recipe of this object: a tuple ("module:name" of a function, its arguments).
 
-        Another process gives it to make() to make an equal object. The arguments are a dict {name: value}; JSON can
-        hold the values.
+        Another process calls make() with the Recipe to get an equal object. The arguments are a dict {name: value} that
+        can be written as JSON.
         """
 
 

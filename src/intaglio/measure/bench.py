@@ -109,9 +109,9 @@ class Row:
 
 
 def measured_roofs(device: Device) -> Roofs | str:
-    """The Roofs of the computer, for a device that runs on its CPU.
+    """The measured limits of the computer, as Roofs, for a device that runs on the CPU.
 
-    If the device does not, the result is a text that says why there are no Roofs. Each limit is measured when the
+    For any other device the result is a text that says why there are no Roofs. Each limit is measured when the
     functions of the Roofs are first called for it.
     """
     facts = device.facts()
@@ -230,7 +230,7 @@ class Stopwatch:
 
 
 def _cost(batch: Batch) -> int:
-    """What a step counts for in the progress report: its number of tokens, but at least LEAST_COST."""
+    """The weight of a step in the progress report: its number of tokens, but at least LEAST_COST."""
     return max(len(batch.tokens), LEAST_COST)
 
 
@@ -271,8 +271,8 @@ def check_size(executable: Executable, count: int, length: int, runs: int) -> No
 def _blocks(executable: Executable, sequence: int, length: int) -> range:
     """The numbers of the K/V blocks of one sequence, as a range.
 
-    The blocks hold a prompt of `length` tokens and the decode steps. Each sequence has other blocks. sequence: number
-    of the sequence, from 0.
+    The blocks hold a prompt of `length` tokens and the decode steps. No two sequences have a block in common. sequence:
+    number of the sequence, from 0.
     """
     each = -(-(length + DECODE_STEPS) // executable.state.page_tokens)
     return range(sequence * each, (sequence + 1) * each)

@@ -156,8 +156,8 @@ async def load(
 ) -> list[Outcome]:
     """Send each request at its planned arrival, wait until all have ended, and return their Outcomes in the same order.
 
-     A request that fails has its reason in Outcome.error. Call probe() before: it sets the name of the model, which
-     each request needs, and the number of tokens per word, from which the lengths of prompts follow.
+    If a request fails, Outcome.error has the reason. Call probe() before: it sets the name of the model, which each
+    request needs, and the number of tokens per word, from which the lengths of prompts follow.
 
     Args:
         server: the server to measure.
@@ -193,7 +193,9 @@ async def load(
 
 
 async def _send(session: Any, server: Server, request: LoadRequest, body: bytes, began: float, start: float) -> Outcome:
-    """Send one request, read its response to the end, and return its Outcome. A failure is told in Outcome.error.
+    """Send one request, read its response to the end, and return its Outcome.
+
+    If the request fails, Outcome.error has the reason.
 
     Args:
         session: an aiohttp.ClientSession.

@@ -27,7 +27,7 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request of a load test that the engine has accepted and not yet ended.
+    """A request of a load test that the engine is working on.
 
     Attributes:
         planned: the request as planned.

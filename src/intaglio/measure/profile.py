@@ -84,7 +84,7 @@ class Profile:
         prompt_tokens: prompt length of each sequence.
         steps: number of steps in the phase.
         seconds: wall time of the phase in runs that also timed each op.
-        untimed_seconds: wall time in runs that did not, usually shorter.
+        untimed_seconds: wall time of the phase in runs that did not time ops, usually shorter.
         outside_seconds: `seconds` minus the time of all ops.
         sites: the time of each op, summed over layers, in the order of the Program.
     """

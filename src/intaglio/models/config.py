@@ -238,9 +238,9 @@ class Config:
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError, with the reason `why`, if one of `keys` switches something on that is not supported.
+        """Raise PortError, with the reason `why`, if one of `keys` is set.
 
-        Accepted are keys that are missing, null, false, 0 or {}.
+        A key is not set if it is missing or its value is null, false, 0 or {}.
         """
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):

@@ -71,10 +71,9 @@ CHECKS = {key: (kind, check) for kind, (check, keys) in KINDS.items() for key in
 
 
 def kind_wanted(key: str, value: Any) -> str:
-    """Returns "" if a key of config.json has a value of the right kind; otherwise the kind it must have, as text.
+    """Check the value of a config.json key. Returns "" if it is right, else the wanted kind, such as "a list of names".
 
-    An example is "a list of names". null is right for every key, and so is every value of a key that KINDS does not
-    list.
+    null is right for every key. Every value is right for a key that KINDS does not list.
     """
     kind, check = CHECKS.get(key, ("", None))
     return "" if value is None or check is None or check(value) else kind

@@ -16,9 +16,11 @@ CACHE_FORMATS = ("f32", "bf16", "int8row", "e4m3")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
-    """(heads, head_dim) of the K or V cache `name`, a state tensor [P, B, heads, head_dim].
+    """Returns (number of heads, head_dim) of the K or V cache `name`, whose shape is [pages, tokens, heads, head_dim].
 
-    Raises OpError, which names the op, for another shape or format. t: the Program's tensors by name.
+    Raises OpError, which names the op, if the tensor has another shape or a format that caches cannot have.
+
+    op: the op that uses the cache. t: the Program's tensors by name.
     """
     s = t[name]
     fixed = all(isinstance(d, int) for d in s.shape[2:])
@@ -28,15 +30,19 @@ def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
 
 
 def token_bytes(cache: Tensor) -> int:
-    """Number of bytes of one token in a K or V cache."""
+    """Returns the number of bytes that one token takes in a K or V cache, all heads together."""
     return formats.get(cache.format).nbytes(int(cache.shape[2]), int(cache.shape[3]))
 
 
 def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: np.ndarray, context: int) -> np.ndarray:
-    """A sequence's K or V cache in order of position, dequantised: float64 [context, kv heads, head_dim].
+    """Returns a sequence's keys or values in order of position, dequantised: float64 [context, kv heads, head_dim].
 
-    v: operand values by name. name: the cache. scale: the operand with the scales of an e4m3 cache, or None. blocks:
-    the sequence's block table.
+    Args:
+        v: operand values by name.
+        name: name of the K or V cache.
+        scale: name of the operand with the scales of an e4m3 cache, or None.
+        blocks: the sequence's block table: the numbers of its pages in the cache.
+        context: number of positions.
     """
     cache = v[name]
     pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
@@ -47,10 +53,15 @@ def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: n
 
 
 def check_chosen(op: Op, t: Tensors, name: str | None, what: str) -> None:
-    """Check an attention op's optional operand that lists what each token attends to. Returns nothing.
+    """Raise OpError unless `name` is None or the name of a tensor i32 [T, n], with a row for each token.
 
-    Raises OpError unless `name` is None or the name of a tensor i32 [T, n]. t: the Program's tensors by name. what:
-    "positions" or "entries" (compressed runs of positions), for the message.
+    Such a tensor is an operand that lists the positions or entries that each token attends to. Returns nothing.
+
+    Args:
+        op: the op that has the operand.
+        t: the Program's tensors by name.
+        name: name of the operand's tensor, or None.
+        what: "positions" or "entries" (compressed runs of positions), for the message.
     """
     if name is not None:
         ok = t[name].format == "i32" and len(t[name].shape) == 2 and t[name].shape[0] == "T"
@@ -58,7 +69,10 @@ def check_chosen(op: Op, t: Tensors, name: str | None, what: str) -> None:
 
 
 def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
-    """Boolean mask [queries, context]: True for positions listed in the query's row of `chosen` (-1: none)."""
+    """Returns a boolean mask [queries, context], True at the positions that a query's row of `chosen` lists.
+
+    chosen: [queries, n], positions; -1 lists nothing. context: number of positions.
+    """
     mask = np.zeros((len(chosen), context + 1), bool)
     np.put_along_axis(mask, chosen.astype(np.int64), True, axis=1)  # -1 marks the column that is cut off
     return mask[:, :context]
@@ -66,15 +80,16 @@ def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class KvWrite(Op, kind="kv_write"):
-    """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
+    """Op that stores the keys and values of the step's T tokens in the K/V cache.
 
-    k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x divided
-    by the scale of its head, clipped to -448..448; a value that is not finite becomes NaN. If only keys are to be
-    stored (for the indexer's op choose_keys), k_cache and v_cache are the same cache, and v is k.
+    Keys k and values v are f32 [T, kv heads * head_dim]. Token t is stored in the cache slot that the batch assigns to
+    the token, rounded to the cache's format. An int8row cache has one scale per token and head. In an e4m3 cache, each
+    value is divided by the scale of its head and clipped to -448..448; a value that is not finite becomes NaN. To store
+    only keys (for the indexer's op choose_keys), let k_cache and v_cache be the same cache, and v be k.
 
     Attributes:
-        k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
-        v_scale: [heads of v_cache], as k_scale for values.
+        k_scale: [heads of k_cache], the scales of an e4m3 cache for keys; other formats do not use them. None means 1.
+        v_scale: [heads of v_cache], the scales of an e4m3 cache for values. None means 1.
     """
 
     k: str = operand()
@@ -112,9 +127,9 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """What the op writes: a tuple with (operand, cache, scales or None) for keys, and the same for values.
+        """Returns a tuple of the op's two writes, keys and values, each as (operand, cache, scales or None), by name.
 
-        It has one item if keys and values are the same operand in the same cache.
+        The tuple has one item if keys and values are the same operand in the same cache.
         """
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
         return (keys,) if keys[:2] == values[:2] else (keys, values)
@@ -127,15 +142,16 @@ class KvWrite(Op, kind="kv_write"):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Op, kind="attend"):
-    """Op for attention over the K/V pages of each sequence: softmax(softcap(q k^T * scale) + mask) v, causal.
+    """Op for causal attention of the step's T tokens over the K/V cache of their sequences.
 
-    q f32 [T, heads * head_dim]; K and V caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head
-    h reads kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
+    For each head: out = softmax(softcap(q k^T * scale) + mask) v. q is f32 [T, heads * head_dim], out is f32 [T, heads
+    * v head_dim]. The K and V caches are [P, B, kv heads, head_dim], P pages of B tokens. Query head h reads kv head h
+    // (heads / kv heads). Scores and sums are in float32 or wider.
 
     Attributes:
-        window: a query at position i sees positions max(0, i - window + 1) .. i; 0 sees all.
-        chunk: a query at position i sees only its own chunk, from i // chunk * chunk on (Llama 4); 0 sees all.
-        softcap: c > 0 replaces a score s by c * tanh(s / c) (Gemma 2).
+        window: a query at position i sees positions max(0, i - window + 1) .. i; 0: it sees all positions up to i.
+        chunk: a query at position i sees only its own chunk, from i // chunk * chunk on (Llama 4); 0: no chunks.
+        softcap: c > 0 replaces a score s by c * tanh(s / c) (Gemma 2); 0: no softcap.
         rope_cache: [P, B, kv heads, r], more columns of the keys, multiplied with the last r columns of each query
             head. With k_cache = v_cache this is latent attention (DeepSeek-V2).
         sinks: [heads], scores of an extra key that every query sees and whose value is zero (gpt-oss).
@@ -227,21 +243,28 @@ class Attend(Op, kind="attend"):
         return self.window or self.chunk
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """The first position that each query attends to, as an array with the shape of `at`, the queries' positions."""
+        """Returns the first position that each query attends to, as an array with the shape of `at`.
+
+        at: the position of each query.
+        """
         if self.chunk:
             return at // self.chunk * self.chunk
         return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)
 
     def _hidden(self, at: np.ndarray, context: int) -> np.ndarray:
-        """Boolean mask [queries, context]: True where a query at position `at` must not attend to a key."""
+        """Returns a boolean mask [queries, context], True where a query must not attend to the key at a position.
+
+        at: the position of each query. context: number of positions.
+        """
         keys = np.arange(context)[None, :]
         return (keys > at[:, None]) | (keys < self.first_seen(at)[:, None])
 
     def _weights(self, score: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """Softmax of `score` [heads, queries, keys] over the keys, in the same shape.
+        """Returns attention weights: the softmax of `score` over the keys, both [heads, queries, keys].
 
-        If the op has attention sinks, exp(sink) of each head is added to the denominator. v: values of the op's
-        operands by name.
+        If the op has attention sinks, exp(sink) of each head is added to the denominator.
+
+        score: attention scores; -inf where a query must not attend. v: values of the op's operands by name.
         """
         top = score.max(axis=-1, keepdims=True)
         if self.sinks is None:

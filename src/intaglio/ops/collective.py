@@ -20,10 +20,13 @@ WIRES = ("f32", "bf16", "f16")  # formats that values may be rounded to before t
 
 
 class Collective(Op):
-    """Base class of collectives.
+    """Base class of collectives: ops that exchange tensors between ranks.
 
     A collective defines exchange(), which takes the values of all ranks. Other ops define reference(), which takes the
     values of one rank.
+
+    Attributes:
+        wire: number format to which values are rounded before they are sent.
     """
 
     faces: ClassVar[tuple[str, ...]] = ("shapes", "exchange", "work")
@@ -31,9 +34,10 @@ class Collective(Op):
     wire: str = "f32"
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The outputs of all ranks of the group, as a list in the group's order.
+        """Compute the collective for all ranks of the group.
 
-        parts: the ranks' inputs, in the same order.
+        Returns a list with the output of each rank, in the group's order. parts: the input of each rank, in the same
+        order.
         """
         raise NotImplementedError
 
@@ -41,35 +45,42 @@ class Collective(Op):
         raise OpError(f"{self.site} ({self.kind}): a single rank cannot compute it; run all ranks of the mesh")
 
     def check_wire(self) -> None:
-        """Raise OpError if `wire` is not a format in which values may travel."""
+        """Raise OpError unless `wire` is a number format in which values can be sent. Returns nothing."""
         self.check(self.wire in WIRES, f"wire={self.wire!r}; use one of {', '.join(WIRES)}")
 
     def carried(self, x: np.ndarray) -> np.ndarray:
-        """The values of x after transmission: rounded to the format `wire`."""
+        """Returns the values that a receiver gets if `x` is sent: `x` rounded to the number format `wire`."""
         return formats.round_to(x, self.wire)
 
     def link_bytes(self, t: Tensors, name: str, batch: Batch) -> int:
-        """Number of bytes to send the tensor `name` of a batch over a link, in the op's number format `wire`."""
+        """Returns the number of bytes that the tensor `name` takes on a link, in the number format `wire`.
+
+        t: the Program's tensors by name. batch: the batch, which gives the tensor's number of rows.
+        """
         return t[name].nbytes(batch.sizes) * formats.get(self.wire).bits // formats.get(t[name].format).bits
 
 
 def check_group(op: Op, group: tuple[int, ...]) -> None:
-    """Raise OpError unless `group` is a non-empty tuple of different ranks in ascending order; return nothing."""
+    """Raise OpError unless `group` is a non-empty tuple of different rank numbers in ascending order.
+
+    Returns nothing.
+    """
     fits = len(group) > 0 and tuple(sorted(set(group))) == group and group[0] >= 0
     op.check(fits, f"group={group}; wanted ranks in ascending order, each once")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Collective, kind="all_reduce"):
-    """Op that sums x over ranks: every rank of `group` gets ((x0 + x1) + x2) + ..., added in the order of `group`.
+    """Op that sums a tensor over ranks: every rank of `group` gets the sum of the ranks' tensors x.
 
-    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32. With more than one slot, the sum's blocks
-    of `width` columns are then added to each other, so `out` is narrower than x.
+    The sum is ((x0 + x1) + x2) + ... in the order of `group`, in float32. x is f32 [rows, width * slots] and out is f32
+    [rows, width]. With more than one slot, the `slots` blocks of `width` columns of the sum are then added to each
+    other.
 
     Attributes:
         group: numbers of the ranks.
-        wire: number format in which values travel between ranks: each x is rounded to it before the sum, and the sum
-            before it is sent back.
+        wire: number format in which values are sent between ranks. Each x is rounded to it before the sum, and the sum
+            is rounded to it before it is sent back.
         slots: number of blocks of `width` columns that x has; 1: x is as wide as out. After the sum over ranks, the
             blocks are added to each other in their order: (s0 + s1) + s2 ... Experts that may move between ranks use
             several slots: one rank has the values of a block and the others have zeros there, so `out` has the same
@@ -97,10 +108,10 @@ class AllReduce(Collective, kind="all_reduce"):
         return [self.carried(add_slots(self.carried(total), self.slots))] * len(parts)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """The Work (FLOPs and bytes) of one rank.
+        """Returns the Work (FLOPs and bytes) of one rank.
 
-        Link bytes are the bytes that the rank receives, in a reduce-scatter and an all-gather: 2 (p-1)/p of x for p
-        ranks.
+        link_bytes counts what the rank receives in a reduce-scatter and an all-gather: 2 (p - 1) / p times the bytes of
+        x, for p ranks.
         """
         n, p = self.link_bytes(t, self.x, batch), len(self.group)
         sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
@@ -110,7 +121,10 @@ class AllReduce(Collective, kind="all_reduce"):
 
 
 def add_slots(x: np.ndarray, slots: int) -> np.ndarray:
-    """The sum of the `slots` column blocks of x f32 [rows, slots * width], in their order: f32 [rows, width]."""
+    """Returns the sum of the `slots` blocks of columns of x, added in their order: f32 [rows, width].
+
+    x: f32 [rows, slots * width]. Block i is columns i * width .. (i + 1) * width - 1.
+    """
     first, *others = np.split(x, slots, axis=1)
     for other in others:
         first = first + other
@@ -119,13 +133,15 @@ def add_slots(x: np.ndarray, slots: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class AllGather(Collective, kind="all_gather"):
-    """Op that joins columns: every rank of `group` gets the columns of all ranks' x side by side, in `group`'s order.
+    """Op that joins columns: every rank of `group` gets the columns of all ranks' tensors x side by side.
 
-    x f32 [rows, c], where c may differ from rank to rank; out f32 [rows, width], where `width` is the sum of c over the
-    ranks. `wire` is the format to which values are rounded before they are sent: f32, bf16 or f16.
+    The columns are in the order of `group`. x is f32 [rows, c], where c may differ between ranks. out is f32 [rows,
+    width], where `width` is the sum of c over the ranks. `wire` is the number format to which values are rounded before
+    they are sent: f32, bf16 or f16.
 
-    If `tokens` is True, the op joins token rows instead: rank i of n has x f32 [T:i/n, width], where T:i/n stands for
-    the number of token rows in the rank's run. Every rank gets out f32 [T, width], the runs of all ranks in order.
+    If `tokens` is True, the op joins token rows instead of columns. Rank i of n then has x f32 [T:i/n, width], where
+    T:i/n stands for the number of token rows of rank i. Every rank gets out f32 [T, width], the rows of all ranks in
+    order.
     """
 
     x: str = operand()
@@ -156,12 +172,12 @@ class AllGather(Collective, kind="all_gather"):
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceScatter(Collective, kind="reduce_scatter"):
-    """Op that sums x over the ranks of `group` and gives each rank one run of token rows of the sum.
+    """Op that sums a tensor x over the ranks of `group`, and gives each rank some of the sum's token rows.
 
-    x f32 [T, width] on every rank. The T rows are divided into n near-equal runs for n ranks (batch.shared_rows()). out
-    f32 [T:share/n, width] on the rank whose place in `group` is `share`; T:share/n stands for the number of rows in its
-    run. The values are summed in the order of `group`, as in all_reduce. `wire` is a format: f32, bf16 or f16. Each x
-    is rounded to it before it is sent, and the sum is rounded to it too.
+    x is f32 [T, width] on every rank. The T rows are divided into n consecutive runs of nearly equal length for n ranks
+    (batch.shared_rows()). `share` is this rank's place in `group`, and out is f32 [T:share/n, width], the rank's run;
+    T:share/n stands for the number of its rows. Values are summed in the order of `group`. `wire` is a number format:
+    f32, bf16 or f16. Each x is rounded to it before it is sent, and the sum is rounded to it, too.
     """
 
     x: str = operand()
@@ -183,10 +199,10 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
         return [self.carried(rows) for rows in split_rows(total, len(parts))]
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """The Work (FLOPs and bytes) of one of the p ranks.
+        """Returns the Work (FLOPs and bytes) of one of the p ranks.
 
-        Link bytes are the bytes that the rank receives: from each of the p - 1 other ranks, the token rows of x whose
-        sum it computes. Together that is (p - 1) / p of the size of x.
+        link_bytes counts what the rank receives: from each of the p - 1 other ranks, the token rows of x whose sum this
+        rank computes. Together that is (p - 1) / p of the bytes of x.
         """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
@@ -195,12 +211,13 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAll(Collective, kind="all_to_all"):
-    """Op that exchanges parts among ranks: each rank has some columns of all rows, and gets all columns of some rows.
+    """Op that redistributes a tensor: a rank has some columns of all rows, and gets all columns of some rows.
 
-    x f32 [T, c] on every rank of `group`, where c may differ from rank to rank. The T token rows are divided into n
-    runs for n ranks (batch.shared_rows()). out f32 [T:share/n, width] on the rank whose place in `group` is `share`:
-    its run of rows, with the columns of all ranks' x side by side, `width` in all. T:share/n stands for the number of
-    rows in that run. `wire` is the format to which values are rounded before they are sent.
+    x is f32 [T, c] on every rank of `group`, where c may differ between ranks. The T token rows are divided into n
+    consecutive runs for n ranks (batch.shared_rows()). `share` is this rank's place in `group`, and out is f32
+    [T:share/n, width]: the rows of this rank's run, with the columns of all ranks' x side by side. T:share/n stands for
+    the number of rows in the run, and `width` for the number of columns of all ranks. `wire` is the number format to
+    which values are rounded before they are sent.
     """
 
     x: str = operand()
@@ -232,19 +249,20 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """A list of texts, one for each rank, that stand for the number of its token rows: "T:0/4" for rank 0 of 4."""
+    """Returns a list with the symbol for each rank's number of token rows: "T:0/4" for rank 0 of 4."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
 def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
-    """Raise OpError unless `share` is an index into `group`."""
+    """Raise OpError unless `share` is an index into `group`. Returns nothing."""
     op.check(0 <= share < len(group), f"share={share} is outside 0..{len(group) - 1}, the places in group={group}")
 
 
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Divide the rows of x among ranks: a list with a view of x for each rank, in order.
+    """Divide the rows of x among ranks. Returns a list with a view of x for each rank, in the order of the ranks.
 
-    batch.shared_rows() says which rows. Numbers of rows differ by at most one; with more ranks than rows some are 0.
+    Each rank gets consecutive rows, as batch.shared_rows() divides them. The numbers of rows differ by at most one; if
+    there are more ranks than rows, some ranks get none.
     """
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]
@@ -252,9 +270,9 @@ def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class Send(Collective, kind="send"):
-    """Op that sends x, f32 [rows, width], to rank `peer`, rounded to `wire`.
+    """Op that sends the tensor x, f32 [rows, width], to rank `peer`. Values are rounded to the number format `wire`.
 
-    The n-th send to a peer is received by its n-th recv from this rank.
+    The n-th send of a rank to a peer is received by the peer's n-th recv from this rank.
     """
 
     x: str = operand()
@@ -275,10 +293,10 @@ class Send(Collective, kind="send"):
 
 @dataclass(frozen=True, kw_only=True)
 class Recv(Collective, kind="recv"):
-    """Op that receives: out = the value that rank `peer` sends, f32 [rows, width].
+    """Op that receives a tensor from another rank: out, f32 [rows, width], is what rank `peer` sends.
 
     `rows` is "T" (all tokens), text such as "T:1/4" (the token rows of rank 1 of 4), or "R" (rows to sample). `wire` is
-    the format to which the sender rounds values.
+    the number format to which the sender rounds values.
     """
 
     out: str = result()

@@ -16,9 +16,10 @@ from intaglio.ops.recurrence import check_state, sequences, state_bytes
 class ShortConv(Op, kind="short_conv"):
     """Op for a causal convolution over the last k tokens of a sequence, with one filter for each channel.
 
-    out[t, c] = bias[c] + the sum over j < k of w[c, j] * x[t - k + 1 + j, c]; x is 0 before the sequence's start.
-    x, out f32 [T, channels]; w [channels, k], k >= 2; bias [channels]. The state of a sequence is its last k - 1
-    rows of x, oldest first: state f32 [N, k - 1, channels]. Used in Mamba (Gu & Dao 2023), LFM2 and gated delta nets.
+    out[t, c] = bias[c] + the sum over j < k of w[c, j] * x[t - k + 1 + j, c], where x is 0 before the sequence's start.
+    x and out are f32 [T, channels] for T tokens; w is [channels, k] with k >= 2; bias is [channels]. `state` is f32 [N,
+    k - 1, channels]: for each of N sequences, the last k - 1 rows of x, oldest first. Used in Mamba (Gu & Dao 2023),
+    LFM2 and gated delta nets.
     """
 
     x: str = operand()

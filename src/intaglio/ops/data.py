@@ -14,9 +14,9 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Op, kind="embed"):
-    """Op that looks up rows of a table: out[t] = w[tokens[t]] * scale.
+    """Op that looks up rows of an embedding table: out[t] = w[tokens[t]] * scale, for each token t of the step.
 
-    tokens int32 [T], w [vocabulary, width] in any format, out f32 [T, width].
+    tokens is int32 [T] for T tokens, w is [vocabulary, width] in any format, out is f32 [T, width].
     """
 
     tokens: str = operand("index")
@@ -43,7 +43,7 @@ class Embed(Op, kind="embed"):
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Op, kind="select"):
-    """Op that selects rows: out[r] = x[rows[r]]. x f32 [T, width], rows int32 [R], out f32 [R, width]."""
+    """Op that selects rows of x: out[r] = x[rows[r]]. x is f32 [T, width], rows int32 [R], out f32 [R, width]."""
 
     x: str = operand()
     rows: str = operand("index")
@@ -64,10 +64,10 @@ class Select(Op, kind="select"):
 
 @dataclass(frozen=True, kw_only=True)
 class Permute(Op, kind="permute"):
-    """Op that puts columns in another order: out[t, j] = x[t, order[j]].
+    """Op that puts the columns of x in another order: out[t, j] = x[t, order[j]].
 
-    x f32 [rows, width], order i32 [width], out as x. The columns of weights quantised with act-order (GPTQ) are sorted
-    by quantisation group when they are read; Permute sorts x to match.
+    x and out are f32 [rows, width], order is i32 [width]. Weights quantised with act-order (GPTQ) have their columns
+    sorted by quantisation group; Permute sorts the columns of x to match.
     """
 
     x: str = operand()
@@ -93,9 +93,9 @@ class Permute(Op, kind="permute"):
 
 @dataclass(frozen=True, kw_only=True)
 class Concat(Op, kind="concat"):
-    """Op that puts the columns of two tensors side by side: out[t] = a[t], then b[t].
+    """Op that puts the columns of two tensors side by side: row t of out has row t of a, then row t of b.
 
-    a f32 [rows, m], b f32 [rows, n], out f32 [rows, m + n].
+    a is f32 [rows, m], b is f32 [rows, n], out is f32 [rows, m + n].
     """
 
     a: str = operand()

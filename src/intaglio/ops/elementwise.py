@@ -16,19 +16,22 @@ from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, array, o
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x) for each element of x, as float32; computed in float64 without overflow."""
+    """Returns 1 / (1 + e^-x) for each element of x, as float32. It is computed in float64 without overflow."""
     wide = x.astype(np.float64)
     return (1 / (1 + np.exp(-np.abs(wide))) * np.where(wide >= 0, 1, np.exp(-np.abs(wide)))).astype(np.float32)
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """GELU in its tanh form, float32: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
+    """Returns GELU in its tanh form for each element of x, as float32.
+
+    The formula is x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016).
+    """
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU of each element of x, as float32: x * Phi(x), with Phi from the error function."""
+    """Returns GELU for each element of x, as float32: x * Phi(x), where Phi is the normal distribution function."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.vectorize(erf, otypes=[np.float64])(wide / np.sqrt(2)))).astype(np.float32)
 
@@ -52,7 +55,7 @@ Steps = tuple[tuple[str, float | str], ...]  # an expression in postfix order, s
 
 @cache
 def postfix(expr: str) -> Steps:
-    """Parse an expression such as "silu(a) * b". Returns its steps in postfix order, as a tuple of pairs.
+    """Parse an expression such as "silu(a) * b". Returns its steps in postfix order, as a tuple of pairs (kind, value).
 
     The pairs are ("operand", "a"), ("number", 0.5), ("call", "silu") and ("binary", "+"). Operands are a, b and c,
     operators are + - * /, and functions are the keys of FUNCTIONS. Raises OpError for any other expression.
@@ -83,9 +86,9 @@ def postfix(expr: str) -> Steps:
 
 
 def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The value of an expression as a float32 array, or as a float32 number if it has no operand.
+    """Returns the value of an expression: a float32 array, or a float32 number if the expression has no operand.
 
-    steps: from postfix(). operand: function from the name a, b or c to that operand's value.
+    steps: the expression, parsed by postfix(). operand: function from the name a, b or c to that operand's value.
     """
     stack: list[np.ndarray] = []
     for step, value in steps:
@@ -105,8 +108,9 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 class Map(Op, kind="map"):
     """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
 
-    out has the shape of a. b and c each have the shape of a, or as many rows and fewer columns. A single column is then
-    used for all columns of a; n columns are each used for an equal run of a's columns, such as those of one head.
+    out has the shape of a. b and c have the shape of a, or the same number of rows and fewer columns. A single column
+    of b or c is used for all columns of a. If there are n columns, a's columns are divided into n equal runs, such as
+    heads, and each column is used for one run.
     """
 
     elementwise: ClassVar[bool] = True
@@ -141,7 +145,7 @@ class Map(Op, kind="map"):
         return self.moved(t, batch, steps * (t[self.out].nbytes(batch.sizes) // 4))
 
     def other_of_sum(self, x: str) -> str | None:
-        """The name of the operand that the op adds to its operand `x`; None if the op computes anything else."""
+        """Returns the name of the operand that the op adds to operand `x`; None if the op does not add two operands."""
         others = [name for name in self.inputs if name != x]
         steps = postfix(self.expr)
         sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == ("binary", "+")

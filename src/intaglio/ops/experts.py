@@ -20,24 +20,25 @@ FLOOR = np.float32(1e-20)  # added to the sum that weights are divided by, as De
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, computed in float64, returned as float32."""
+    """Returns the softmax of x over its last axis, as float32. It is computed in float64."""
     p = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
     return (p / p.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def best(key: np.ndarray, count: int) -> np.ndarray:
-    """Column indices of the `count` largest values of each row, as an array [rows, count], largest first.
+    """Returns the column indices of the `count` largest values of each row, largest first: an int array [rows, count].
 
-    Ties go to the lowest index.
+    Of equal values, the value with the lowest index comes first.
     """
     return np.argsort(-key, axis=-1, kind="stable")[..., :count]
 
 
 def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
-    """(expert ids, float32 weights), both [rows, count], by SparseMixer at inference (Liu et al. 2024).
+    """Choose experts by SparseMixer at inference (Liu et al. 2024). Returns (expert ids, float32 weights).
 
-    Experts are chosen one after the other, each time the one with the largest remaining logit m. Its weight is its
-    softmax over the remaining experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter.
+    Both are [rows, count]. Experts are chosen one after the other, each time the expert with the largest remaining
+    logit m. Its weight is its softmax over the remaining experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 *
+    jitter.
     """
     left = logits.astype(np.float64)
     ids, weights = [], []
@@ -54,17 +55,19 @@ def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarr
 class Route(Op, kind="route"):
     """Op that chooses the `top` experts of each token, best first, and computes their weights.
 
-    logits f32 [T, E], bias and factors [E], table i32 [vocabulary, top]; weights f32 [T, top], ids i32 [T, top].
+    For T tokens and E experts: logits f32 [T, E], bias and factors [E], table i32 [vocabulary, top]. Results: weights
+    f32 [T, top], ids i32 [T, top]. The op has three steps.
 
-    1. Score, by `score`: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen`: a softmax over
-       the logits of the chosen experts only; `sparsemixer`: the function of that name, with `jitter`.
-    2. Choice: the experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a
+    1. It scores all experts, by the field `score`. "softmax", "sigmoid" and "sqrt_softplus" (sqrt(ln(1 + e^l))) are
+       functions of the logits; "chosen" is a softmax over the logits of the chosen experts only; "sparsemixer" is the
+       function of that name, with `jitter`.
+    2. It chooses the experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a
        bias, experts are ordered by their logits, or by their scores if `group_best` is above 1. Ties go to the lowest
        index. With `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups
        can be chosen; a group is rated by the sum of its `group_best` highest values. With a `table`, the experts are
-       those that it lists for the token's id, in its order (hash routing, DeepSeek-V4); an expert may be listed twice.
-    3. Weights: the scores, divided by their sum (plus FLOOR, 1e-20) if `normalise`, times `scale`, and times the
-       factors of their experts, if there are any (Gemma 4).
+       the table's row for the token's id, in order (hash routing, DeepSeek-V4); a row may list an expert twice.
+    3. It computes the weights: the scores of the chosen experts, divided by their sum (plus FLOOR, 1e-20) if
+       `normalise`, times `scale`, and times the experts' factors, if there are any (Gemma 4).
     """
 
     logits: str = operand(exact=True)
@@ -125,7 +128,10 @@ class Route(Op, kind="route"):
         return {self.weights: weights.astype(np.float32), self.ids: ids.astype(np.int32)}
 
     def _scores(self, logits: np.ndarray) -> np.ndarray:
-        """Scores of all experts by the routing function, f32 [T, E]."""
+        """Returns the score of each expert for each token, f32 [T, E], by the op's scoring function.
+
+        logits: f32 [T, E], for T tokens and E experts.
+        """
         if self.score == "sigmoid":
             return sigmoid(logits)
         if self.score == "sqrt_softplus":
@@ -133,20 +139,27 @@ class Route(Op, kind="route"):
         return softmax(logits)
 
     def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """The values by which a token's experts are chosen, f32 [T, E]. The largest values win.
+        """Returns the values by which a token's experts are chosen, f32 [T, E].
 
-        With a bias the values are scores + bias. Without a bias they are the logits, which have the same order as the
-        scores. There is one exception: if a group of experts is rated by a sum of several values, the values are the
-        scores, because sums of logits have another order than sums of scores.
+        The experts with the largest values win. With a bias the values are scores + bias. Without a bias they are the
+        logits, which have the same order as the scores. There is one exception: if a group of experts is rated by a sum
+        of several values, the values are the scores, because sums of logits have another order than sums of scores.
+
+        Args:
+            logits: f32 [T, E], for T tokens and E experts.
+            scores: f32 [T, E].
+            v: values of the op's operands by name.
         """
         if self.bias is not None:
             return scores + array(v, self.bias)
         return scores if self.group_best > 1 else logits
 
     def _open(self, key: np.ndarray) -> np.ndarray:
-        """`key` [T, E], with minus infinity for experts outside the kept groups of each token.
+        """Returns a copy of `key` with minus infinity for the experts that a token cannot choose.
 
-        key: values by which experts are chosen, from _key().
+        These are the experts outside the token's `kept_groups` best groups. Without groups it returns `key` itself.
+
+        key: [T, E], the values by which the experts of each token are chosen (see _key()).
         """
         if not self.groups:
             return key
@@ -164,12 +177,15 @@ class Route(Op, kind="route"):
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(Op, kind="experts"):
-    """Op that applies each token's experts: out[t] = sum over j of weights[t, j] * expert_e(x[t]) + residual[t].
+    """Op that applies the chosen experts (MLPs) to each token and adds up their weighted results.
 
-    e is ids[t, j]. An expert is down @ (activation(gate @ x) * (up @ x)), or without a gate down @ activation(up @ x).
-    x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
-    gate_bias and up_bias [E, I], with a gate both or neither; down_bias [E, N]; residual and out f32 [T, N]. Sums of
-    products are in float32 or wider.
+    out[t] = the sum over j of weights[t, j] * expert_e(x[t]) + residual[t], where e is ids[t, j]. expert_e(x) is down @
+    (activation(gate @ x) * (up @ x)) or, without a gate, down @ activation(up @ x). The argument of `down` is called
+    the inner row, [I]. Sums of products are in float32 or wider.
+
+    For T tokens and E experts: x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one
+    weight format, down [E, N, I]; gate_bias and up_bias [E, I], with a gate both or neither; down_bias [E, N]; residual
+    and out f32 [T, N]. "Stacks" below are the tensors gate, up and down.
 
     Attributes:
         order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): expert e is multiplied
@@ -187,14 +203,17 @@ class Experts(Op, kind="experts"):
         held: with an expert placement, the expert number of each matrix in the stacks, ascending. Experts that are not
             in `held` add nothing on this rank, and `first` is 0. (): no placement; then copies, copy, rank and ranks
             are not used.
-        copies: for each matrix, the number of ranks that hold the same expert. They take turns at its tokens.
-        copy: for each matrix, this rank's number among those ranks: it computes the expert for token t of the step if
-            t % copies == copy.
-        rank, ranks: this rank's number among the expert-parallel ranks, and the number of these ranks. Results do not
-            depend on them; they say which rank's matrices to exchange when experts move.
+        copies: for each matrix, the number of ranks that hold the same expert. These ranks take turns at the expert's
+            tokens.
+        copy: for each matrix, this rank's number among those ranks. The rank computes the expert for token t of the
+            step if t % copies == copy.
+        rank: this rank's number among the expert-parallel ranks. Results do not depend on `rank` and `ranks`: they say
+            which rank's matrices to exchange when experts move.
+        ranks: number of expert-parallel ranks.
         slots: above 0, results are not summed: out f32 [T, slots * N] has weights[t, j] * expert_e(x[t]) in the columns
-            j * N .. j * N + N - 1, zeros if this rank does not compute e. slots is `top`, or top + 1 if any rank has a
-            residual, which is in the last N columns. An all_reduce with the same `slots` adds them.
+            j * N .. j * N + N - 1, or zeros if this rank does not compute e. slots is `top`, or top + 1 if any rank has
+            a residual, which is in the last N columns. An all_reduce with the same `slots` adds the blocks of N
+            columns.
     """
 
     x: str = operand()
@@ -268,9 +287,9 @@ class Experts(Op, kind="experts"):
     def _placement(self, experts: int, total: int) -> None:
         """Raise OpError unless the fields held, copy, copies, rank and ranks (an expert placement) are valid.
 
-        Valid are empty `held`, `copy` and `copies`. Else each of the three must have one item for each matrix in the
-        stacks: `held` different expert numbers, ascending, and 0 <= copy < copies. `rank` and `ranks` must satisfy 0 <=
-        rank < ranks.
+        There is no placement if `held`, `copy` and `copies` are empty. Otherwise each of the three must have one item
+        for each matrix in the stacks: `held` different expert numbers, ascending; `copy` and `copies` numbers with 0 <=
+        copy < copies. `rank` and `ranks` must satisfy 0 <= rank < ranks. Returns nothing.
 
         experts: number of matrices in the stacks. total: number of experts in the model.
         """
@@ -288,9 +307,9 @@ class Experts(Op, kind="experts"):
         self.check(turns, f"copy={self.copy}, copies={self.copies}; wanted 0 <= copy < copies for each matrix")
 
     def matrix_of(self, t: int, expert: int, experts: int) -> int:
-        """Index of an expert's matrices in this rank's weights gate, up and down; -1 if another rank computes it.
+        """Returns the index of an expert's matrices in this rank's weights; -1 if another rank computes the expert.
 
-        If several ranks have copies of the expert, they take turns at the tokens, so the result depends on the token.
+        If several ranks have copies of the expert, the ranks take turns at the tokens, so the result depends on `t`.
 
         Args:
             t: row of the token in the step.
@@ -304,7 +323,10 @@ class Experts(Op, kind="experts"):
         return i if here else -1
 
     def _sizes(self, t: Tensors, name: str) -> tuple[int, int, int]:
-        """(experts, rows, columns) of the stack of matrices `name`. Raises OpError for another shape."""
+        """Returns (number of experts, rows, columns) of a stack of matrices [experts, rows, columns], three ints.
+
+        Raises OpError for another shape. t: the Program's tensors by name. name: name of the stack.
+        """
         s = t[name].shape
         ok = len(s) == 3 and all(isinstance(d, int) for d in s)
         self.check(ok, f"{name} is {t[name].type}; wanted a stack of matrices [experts, rows, columns]")
@@ -313,7 +335,8 @@ class Experts(Op, kind="experts"):
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
         """Raise OpError unless the biases of gate, up and down have the right shapes and plain formats.
 
-        Gate and up must both have a bias, or none. Without a gate matrix, the gate has no bias.
+        Returns nothing. Gate and up must both have a bias, or neither. Without a gate matrix, there must be no gate
+        bias.
 
         Args:
             t: the Program's tensors by name.
@@ -359,7 +382,7 @@ class Experts(Op, kind="experts"):
         return {self.out: out if self.residual is None else out + array(v, self.residual)}
 
     def _part(self, v: Mapping[str, Value], x: np.ndarray, name: str, bias: str | None, e: int) -> np.ndarray:
-        """Multiply rows x by expert e's matrix of the stack `name`, and add the expert's bias if there is one.
+        """Multiply rows `x` by one expert's matrix of the stack `name`, and add the expert's bias if there is one.
 
         Returns float32 [rows of x, rows of the matrix].
 
@@ -374,9 +397,11 @@ class Experts(Op, kind="experts"):
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
 
     def _glu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """Combine an expert's gate and up products: activation(alpha * gate) / alpha * (up + shift), f32 [rows, I].
+        """Returns an expert's gate and up products combined: activation(alpha * gate) / alpha * (up + shift).
 
-        With `limit` above 0, gate is first capped at `limit` and up at +-limit.
+        The result is f32 [rows, I]. If the op's `limit` is above 0, gate is first capped at `limit` and up at +-limit.
+
+        gate, up: products of the rows with an expert's two matrices, f32 [rows, I].
         """
         if self.limit:
             gate, up = np.minimum(gate, np.float32(self.limit)), np.clip(up, -self.limit, self.limit)
@@ -384,10 +409,10 @@ class Experts(Op, kind="experts"):
         return (act * (up + np.float32(self.shift))).astype(np.float32)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """The Work (FLOPs and bytes) of one step.
+        """Returns the Work (FLOPs and bytes) of one step.
 
-        The weights of some experts are not read in a step. Counted are as many experts as random routing of T tokens is
-        expected to reach: E * (1 - (1 - top / E)^T).
+        A step does not read the weights of experts that no token chose. weight_bytes counts as many experts as random
+        routing of T tokens is expected to reach: E * (1 - (1 - top / E)^T) of E experts.
         """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.up].shape[0])
@@ -404,15 +429,21 @@ class Experts(Op, kind="experts"):
 
 
 def expert(w: Value, e: int) -> Value:
-    """Matrix number `e` of a stack of matrices `w`, as an array [N, K] or, if the stack is quantised, a Quantised."""
+    """Returns matrix number `e` of a stack of matrices: an array [N, K] or, if the stack is quantised, a Quantised.
+
+    w: the stack, [E, N, K].
+    """
     return w.matrix(e) if isinstance(w, Quantised) else w[e]
 
 
 def _in_order(x: np.ndarray, v: Mapping[str, Value], order: str | None, e: int) -> np.ndarray:
-    """The columns of x in the order that the weights of expert `e` need (GPTQ's act-order).
+    """Returns x with its columns in the order that the weights of expert `e` need (GPTQ's act-order).
 
-    v: values of the tensors by name. order: name of the tensor with the column order of each expert, i32 [E, columns];
-    None: there is no such order, and x itself is returned.
+    Args:
+        x: [rows, columns].
+        v: values of the tensors by name.
+        order: name of the tensor with the column order of each expert, i32 [E, columns]; None: x itself is returned.
+        e: number of the expert's matrix in the stack.
     """
     return x if order is None else x[:, np.asarray(v[order])[e]]
 

@@ -15,23 +15,25 @@ from intaglio.ops.pooled import gather_entries, pooled_head
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseKeys(Op, kind="choose_keys"):
-    """Op that chooses, for each token, the `top` positions up to its own with the highest scores.
+    """Op that chooses, for each of T tokens, the `top` positions with the highest scores.
 
-    With `every` above 1 it chooses among entries of `every` tokens instead of positions.
+    Only positions up to the token's own are considered. With `every` above 1 it chooses among entries, each pooled from
+    a run of `every` tokens, instead of positions.
 
-    score(position) = sum over heads h of weights[h] * relu(scale * (q[h] . k[position])), in float32, as in the
+    score(position) = the sum over heads h of weights[h] * relu(scale * (q[h] . k[position])), in float32, as in the
     lightning indexer of DeepSeek-V3.2 (2025). A score that is not a number counts as -inf. Ties go to the lower
     position. A token with at most `top` positions chooses all of them.
 
-    q f32 [T, heads * head_dim]; weights f32 [T, heads]; cache [P, B, 1, head_dim], the keys of all heads, which
-    kv_write stores; chosen i32 [T, top], ascending. Places left over hold -1 and come first.
+    q is f32 [T, heads * head_dim] and weights is f32 [T, heads]. cache is [P, B, 1, head_dim], P pages of B tokens: the
+    keys, which kv_write stores and all heads share. chosen is i32 [T, top], ascending; if there are fewer positions, -1
+    in front fills the row.
 
     Attributes:
         heads: heads of q.
-        top: positions to choose.
+        top: number of positions to choose.
         scale: factor on the products of q and k, above 0.
         every: above 1, entries are chosen, not positions. The cache is [P, B/every, 1, head_dim]; the op pool_keys
-            writes it, one entry for each run of `every` tokens. A token at position p chooses among the entries 0 ..
+            writes one entry to it for each run of `every` tokens. A token at position p chooses among the entries 0 ..
             (p + 1) // every - 1, whose runs end at p or before.
     """
 

@@ -17,10 +17,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
 def x_format(weight: str, exact: bool = False) -> str:
-    """The name of the format to which x is rounded before a product with weights of format `weight`.
+    """Returns the name of the number format to which x is rounded before a product with weights of format `weight`.
 
-    int8 for integer codes, bf16 for bf16 and other quantised weights, else f32. exact: True to use f32 in place of
-    bf16.
+    It is int8 for integer codes, bf16 for bf16 and other quantised weights, and f32 for all others. exact: True to use
+    f32 in place of bf16.
     """
     fmt = formats.get(weight)
     if fmt.integer:
@@ -29,9 +29,12 @@ def x_format(weight: str, exact: bool = False) -> str:
 
 
 def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
-    """Raise OpError unless activations in `x_format` can be multiplied with the weight `w`.
+    """Raise OpError unless activations in the number format `x_format` can be multiplied with the weight `w`.
 
-    Weights of integer codes take int8 only. All other weights take f32 and bf16; fp8 weights (e4m3) also take fp8row.
+    Weights of integer codes allow only int8. All other weights allow f32 and bf16; fp8 weights (e4m3) also allow
+    fp8row. Returns nothing.
+
+    op: the op that has the weight. t: the Program's tensors by name. w: name of the weight.
     """
     fmt = formats.get(t[w].format)
     allowed = ("int8",) if fmt.integer else ("f32", "bf16", "fp8row") if fmt.element == "e4m3" else ("f32", "bf16")
@@ -39,9 +42,11 @@ def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
 
 
 def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
-    """The product x @ w.T, float64 [rows, N], with x [rows, K] first rounded to `x_format`.
+    """Returns the matrix product x @ w.T, float64 [rows, N], where x is first rounded to the number format `x_format`.
 
-    w: [N, K]. For weights of integer codes x is always rounded to int8.
+    For weights of integer codes x is always rounded to int8.
+
+    x: [rows, K]. w: [N, K].
     """
     if isinstance(w, Quantised) and (w.levels or w.codes.dtype == formats.E4M3):
         w = w.rows(slice(None))
@@ -67,16 +72,17 @@ def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op, kind="linear"):
-    """Op for a matrix product with what follows it: out = activation((x @ w.T + bias) * scale) + residual.
+    """Op for a matrix product with bias and activation: out = activation((x @ w.T + bias) * scale) + residual.
 
-    x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. Products are summed in float32 or wider;
-    integer products are exact within a group.
+    x is f32 [rows, K], w is [N, K] in any weight format, out is f32 [rows, N]. Products are summed in float32 or wider;
+    integer products are exact within a quantisation group.
 
     Attributes:
-        x_format: format to which x is rounded before the product. With weights of integer codes: int8 (see
+        x_format: number format to which x is rounded before the product. With weights of integer codes: int8 (see
             formats.quantise_rows()). With E4M3 weights: f32, bf16 or fp8row (E4M3 with one scale per row). With all
             other weights: f32 or bf16.
-        glu: True if the rows of w are [gate; up]; then out = activation(gate) * up, [rows, N / 2].
+        glu: True if w has the rows of a gate matrix, then the rows of an up matrix. Then out = activation(gate) * up,
+            [rows, N / 2], where gate and up are the products with these two matrices.
     """
 
     x: str = operand()
@@ -91,7 +97,7 @@ class Linear(Op, kind="linear"):
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """Names of the weights whose gate and up rows a device stores alternately: (w,) if `glu` is set, else ()."""
+        """A tuple with the weight whose gate and up rows a device stores alternately: (w,) if `glu` is set, else ()."""
         return (self.w,) if self.glu else ()
 
     def shapes(self, t: Tensors) -> Results:
@@ -130,11 +136,12 @@ class Linear(Op, kind="linear"):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLinear(Op, kind="head_linear"):
-    """Op that multiplies each head of x by a matrix of its own: out[t, h] = w[h] @ x[t, h, :K].
+    """Op that multiplies each head of x by a matrix of its own: out[t, h] = w[h] @ x[t, h, :K], for token t and head h.
 
-    The head's columns beyond K are copied behind the product. x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain
-    format, out f32 [T, heads * (N + rest)]. Latent attention uses the op for queries, into the latent space, and for
-    attention results, out of it (DeepSeek-V2, 2.1.2). Sums are in float32 or wider.
+    A head of x has K + rest columns; the last `rest` columns are copied behind the product. x is f32 [T, heads * (K +
+    rest)], w is [heads, N, K] in a plain format, out is f32 [T, heads * (N + rest)]. Latent attention (DeepSeek-V2,
+    2.1.2) uses the op to bring queries into the latent space, and attention results out of it. Sums are in float32 or
+    wider.
     """
 
     x: str = operand()

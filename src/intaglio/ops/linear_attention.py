@@ -15,15 +15,15 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 
 @dataclass(frozen=True, kw_only=True)
 class Decay(Op, kind="decay"):
-    """Op that computes the step sizes and log decays of a recurrence.
+    """Op that computes the step sizes and log decays of a recurrence for T tokens.
 
-    step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step. x f32 [T, width], bias [width], rate [heads].
-    width is a multiple of heads: the columns of a head lie side by side. step and decay f32 [T, width]. Used in Mamba-2
-    (Dao & Gu 2024), where x is dt and rate A_log, and in gated delta nets (Yang et al. 2024).
+    step = clamp(softplus(x + bias)) and decay = -exp(rate[head]) * step. x is f32 [T, width], bias is [width], rate is
+    [heads]; step and decay are f32 [T, width]. width is a multiple of heads: the columns of a head lie side by side.
+    Used in Mamba-2 (Dao & Gu 2024), where x is dt and rate is A_log, and in gated delta nets (Yang et al. 2024).
 
     Attributes:
-        low: steps below it become `low`.
-        high: steps above it become `high`; 0: no limit.
+        low: smaller steps become `low`.
+        high: larger steps become `high`; 0: no limit.
         floor: if below 0, decay is floor * sigmoid(exp(rate[head]) * (x + bias)) instead, so decay is never below
             `floor` (the bounded gate of Ling 3).
     """
@@ -67,16 +67,18 @@ class Decay(Op, kind="decay"):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAttention(Op, kind="linear_attention"):
-    """Op for a recurrence over a matrix S [K, V] of state per head, which each token in turn updates.
+    """Op for linear attention: a recurrence over a state matrix S [K, V] per head, which each token in turn updates.
+
+    For each token and head, with the token's q, k [K] and v [V]:
 
     1. S = exp(decay) * S, with a decay per row of S if `decay` has heads * K columns;
-    2. u = beta * (v - S^T k) with `delta`, else beta * v; beta is 1 if there is none;
+    2. u = beta * (v - S^T k) if `delta` is set, else u = beta * v; beta is 1 if the op has no beta;
     3. S = S + k u^T;
     4. out = scale * S^T q + skip * v.
 
-    q, k f32 [T, groups * K], v f32 [T, heads * V], decay f32 [T, heads] or [T, heads * K] (natural logs; or
-    instead `rates` [heads], the same for all tokens), beta f32 [T, heads], skip [heads], state f32 [N, heads, K, V],
-    out f32 [T, heads * V]. Head h reads group h // (heads / groups) of q and k.
+    For T tokens: q, k f32 [T, groups * K]; v, out f32 [T, heads * V]; beta f32 [T, heads]; skip [heads]. decay is f32
+    [T, heads] or [T, heads * K], natural logarithms; `rates` [heads] may replace it with the same decays for all
+    tokens. state is f32 [N, heads, K, V] for N sequences. Head h reads group h // (heads / groups) of q and k.
 
     Four kinds of models use the op:
 

@@ -14,7 +14,10 @@ MOMENTS = ("mean", "rms", "std")
 
 
 def moment(x: np.ndarray, of: str) -> np.ndarray:
-    """The mean, root mean square ("rms") or standard deviation ("std") of each row of x, as an array [rows, 1]."""
+    """Returns the mean, root mean square or standard deviation of each row of x, as an array [rows, 1].
+
+    of: "mean", "rms" or "std".
+    """
     mean = x.mean(axis=1, keepdims=True)
     if of == "mean":
         return mean
@@ -23,9 +26,9 @@ def moment(x: np.ndarray, of: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment(Op, kind="moment"):
-    """Op that reduces each row of x to one number: out[t] = the mean, root mean square or standard deviation of x[t].
+    """Op that reduces each row of x to one number: its mean, root mean square (rms) or standard deviation (std).
 
-    x f32 [rows, width], out f32 [rows, 1]. mean: sum(x) / width. rms: sqrt(sum(x^2) / width). std: sqrt(sum((x -
+    x is f32 [rows, width], out is f32 [rows, 1]. mean: sum(x) / width. rms: sqrt(sum(x^2) / width). std: sqrt(sum((x -
     mean)^2) / width), the deviation of a whole population. AltUp scales residual streams by rms (Baykal et al. 2023,
     "Alternating Updates for Efficient Transformers"); the gaussian top-k of Gemma 3n cuts at mean + n * std.
     """

@@ -20,15 +20,16 @@ KINDS = ("rms", "layer", "l2", "none")
 class Norm(Op, kind="norm"):
     """Op that normalises rows: out = normalised(x) * (weight + offset) + bias + residual, float32 [rows, width].
 
-    normalised(x), by the field `norm`:
+    The field `norm` names the formula of normalised(x):
 
     - rms: x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019);
     - layer: (x - mean) / sqrt(var + eps) (Ba et al. 2016);
     - l2: x / sqrt(sum(x^2) + eps);
     - none: x itself.
 
-    x [rows, width]; weight and bias [width]. If `group` is above 0, each run of that many columns is normalised by
-    itself, and weight and bias are [group] or [width]. `offset` is 1 where the checkpoint stores weight - 1 (Gemma).
+    x is [rows, width]; weight and bias are [width]. If `group` is above 0, the columns are divided into runs of `group`
+    columns, each run is normalised by itself, and weight and bias are [group] or [width]. `offset` is 1 where the
+    checkpoint stores weight - 1 (Gemma).
     """
 
     x: str = operand()

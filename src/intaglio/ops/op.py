@@ -28,9 +28,10 @@ ROLES = ("input", "const", "weight", "state", "temp", "output")
 
 
 def dim_known(dim: Dim) -> bool:
-    """True if a dimension is a number above 0, one of SYMBOLS, or a text such as "T:1/4" or "B/4".
+    """True if a dimension of a shape is valid: a number above 0, one of SYMBOLS, or a text such as "T:1/4" or "B/4".
 
-    "T:1/4": token rows of rank 1 of 4. "B/4": a page has one row for each run of 4 tokens.
+    "T:1/4" is the number of token rows of rank 1 of 4. "B/4" is the number of rows of a page with one row for each run
+    of 4 tokens.
     """
     if isinstance(dim, int):
         return dim > 0
@@ -40,9 +41,9 @@ def dim_known(dim: Dim) -> bool:
 
 
 def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The size of a dimension: `dim` itself if it is a number, else its value in `sizes`.
+    """Returns the size of a dimension of a shape: `dim` itself if it is a number, else its value in `sizes`.
 
-    A dimension such as "B/4" is sizes["B"] / 4, rounded up. Raises KeyError for one that `sizes` lacks.
+    A dimension such as "B/4" has the size sizes["B"] / 4, rounded up. Raises KeyError if `sizes` lacks the symbol.
     """
     if isinstance(dim, int):
         return dim
@@ -53,13 +54,13 @@ def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
 class OpError(ValueError):
     """Raised for an op whose operands or attributes do not fit.
 
-    The message has the op's site (name), the value and what is allowed.
+    The message has the op's site (name), the wrong value and what is allowed.
     """
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named array of a Program.
+    """Description of a named array of a Program: shape, number format and role, without its values (except constants).
 
     Attributes:
         name: unique in the Program.
@@ -67,10 +68,10 @@ class Tensor:
             (tokens), "T:1/4" (the token rows of rank 1 of 4) or "B/4" (a row for each 4 tokens of a page).
         format: name of the number format, such as "f32" or "int8g128".
         role: one of ROLES.
-        source: sources of a weight (see program/source.py), joined along dim 0; () for other roles.
+        source: sources of a weight (see program/source.py), joined along dimension 0; () for other roles.
         view: (base, first column) of a temp that is a range of columns of the temp `base`; else None.
         values: the numbers of a const; () for other roles.
-        buffer: number of the memory buffer planned for a temp; None if none is.
+        buffer: number of the memory buffer that a temp uses; None if memory is not planned for it.
     """
 
     name: str
@@ -88,7 +89,10 @@ class Tensor:
         return f"{self.format}[{', '.join(map(str, self.shape))}]"
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
-        """Bytes of the array. sizes: the value of each symbolic dim of its shape."""
+        """Returns the number of bytes of the array.
+
+        sizes: the value of each symbolic dimension of its shape, such as "T".
+        """
         dims = [dim_size(d, sizes) for d in self.shape]
         cols = dims[-1] if dims else 1
         return formats.get(self.format).nbytes(prod(dims[:-1]), cols)
@@ -100,10 +104,10 @@ Results = dict[str, tuple[Shape, str]]  # result name -> shape and format
 
 @dataclass(frozen=True)
 class Work:
-    """The work of an op in one step.
+    """Arithmetic and memory traffic of an op in one step.
 
     Attributes:
-        flops: floating-point or integer operations; a multiply-add counts as two.
+        flops: number of floating-point or integer operations; a multiply-add counts as two.
         weight_bytes: bytes of weights read.
         state_bytes: bytes of K/V cache and recurrent state read or written.
         temp_bytes: bytes of activations read and written.
@@ -121,7 +125,7 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory traffic: weights, state and temps, without links."""
+        """Bytes of memory traffic: weights, state and activations together. Traffic between ranks is not included."""
         return self.weight_bytes + self.state_bytes + self.temp_bytes
 
 
@@ -150,7 +154,7 @@ def operand(
     keys: bool = False,
     up: str = "",
 ) -> Any:
-    """A dataclass field that declares a tensor which the op reads, or state that it updates.
+    """Returns a dataclass field of an op's class for a tensor that the op reads, or for state that the op updates.
 
     Raises TypeError for an unknown use or access, or an access that does not fit the use.
 
@@ -158,11 +162,12 @@ def operand(
         use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
             layout and state tracking from it.
         optional: True if the field may be None.
-        access: "read", or "write" for state in pages, or "update" for state in slots.
+        access: "read"; "write" for state in pages that the op writes; "update" for state in slots.
         exact: True if the product that computes this operand must keep its stored weight format and read x unrounded,
             because a rounding error would change a choice (expert routing).
         keys: True if attention reads this cache as keys, so a device may store it transposed.
-        up: on the gate of a gated product, the field that holds its `up`; the two are packed side by side.
+        up: for the gate matrix of activation(gate @ x) * (up @ x), the name of the field with the up matrix. The two
+            are packed side by side. "" for any other tensor.
     """
     if use not in USES or access not in ACCESS:
         known = f"use one of {', '.join(USES)} and {' or '.join(ACCESS)}"
@@ -177,7 +182,10 @@ def operand(
 
 
 def result(optional: bool = False) -> Any:
-    """A dataclass field that declares a tensor which the op writes. optional: True if the field may be None."""
+    """Returns a dataclass field of an op's class for a tensor that the op writes.
+
+    optional: True if the field may be None.
+    """
     return field(default=None, metadata={"is": "result"}) if optional else field(metadata={"is": "result"})
 
 
@@ -191,14 +199,14 @@ class Op:
 
     Attributes:
         site: the op's name in the Program, which is its place in the model, such as layers.3.attn.q_proj.
-        kind: the name of the class of ops, such as linear. A subclass without one is a base class.
-        faces: names of the methods that every subclass with a kind must define itself; else it raises TypeError when it
-            is declared.
+        kind: the name of the class of ops, such as linear. A subclass without a kind is a base class.
+        faces: names of the methods that every subclass with a kind must define itself. The declaration of a subclass
+            that lacks one raises TypeError.
         elementwise: True if each column of the result depends only on the same column of the operands.
         has_effect: True if the op must run even if no op reads its results, because other ranks wait for it.
-        two_tables: True if the op has caches that it reads through a window (see reach()) and caches that it does not.
-            It takes blocks of the former from the batch's window table, if there is one, and of the latter from its
-            block table.
+        two_tables: True if the op reads some caches through a window (see reach()) and others without a window. For the
+            caches with a window it uses the batch's window table, if there is one; for the others it uses the block
+            table.
     """
 
     site: str
@@ -220,77 +228,83 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit.
+        """Check the op's operands. Returns {name of a result: (shape, number format)}.
+
+        Raises OpError if operands do not fit. t: the Program's tensors by name.
+        """
+        raise NotImplementedError
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        """Compute the op in NumPy. Returns {name of a result: array}. This function is the definition of the op.
+
+        v: operand values by name; state arrays are updated in place. batch: the batch of the step.
+        """
+        raise NotImplementedError
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        """Returns the Work (FLOPs and bytes) of the op in one step with this batch.
 
         t: the Program's tensors by name.
         """
         raise NotImplementedError
 
-    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        """Compute the op in NumPy; this is its definition. Returns a dict of the results by name.
-
-        v: operand values by name. State arrays are updated in place.
-        """
-        raise NotImplementedError
-
-    def work(self, t: Tensors, batch: Batch) -> Work:
-        """The Work (FLOPs and bytes) of one step with this batch."""
-        raise NotImplementedError
-
     def reach(self, cache: str) -> int:
-        """The largest number of tokens of a K/V cache that a query of this op attends to, its own token included.
+        """Returns the largest number of tokens in a K/V cache that a query of this op attends to.
 
-        It is the window of an op with a sliding window, for example. 0: there is no limit. cache: name of one of the
-        op's K/V caches.
+        The query's own token counts. For an op with a sliding window it is the window, for example. 0: there is no
+        limit.
+
+        cache: name of one of the op's K/V caches.
         """
         return 0
 
     @classmethod
     @cache
     def named(cls, *kinds: str) -> tuple[str, ...]:
-        """Names of the dataclass fields of these kinds, as a tuple. The field `site` has no kind.
+        """Returns the names of the dataclass fields of the given kinds, as a tuple. The field `site` has no kind.
 
-        kinds: operand, optional (an optional operand), result, attribute.
+        kinds: any of operand, optional (an optional operand), result and attribute.
         """
         return tuple(f.name for f in fields(cls) if f.name != "site" and f.metadata.get("is", "attribute") in kinds)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of all operand tensors, as a tuple."""
+        """A tuple of the names of all operand tensors of the op."""
         return tuple(v for n in self.named("operand", "optional") if (v := getattr(self, n)) is not None)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of all result tensors, as a tuple."""
+        """A tuple of the names of all result tensors of the op."""
         return tuple(v for n in self.named("result") if (v := getattr(self, n)) is not None)
 
     @classmethod
     @cache
     def fields_where(cls, **facts: Any) -> tuple[str, ...]:
-        """Names of the class's operand fields, as a tuple, that were declared by operand() with all of these arguments.
+        """Returns the names of the class's operand fields that were declared with given arguments of operand().
 
-        facts: arguments of operand(), such as use="matrix".
+        They are a tuple of strings. facts: arguments of operand(), such as use="matrix". A field must have been
+        declared with all of them.
         """
         return tuple(
             f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
         )
 
     def operands(self, *uses: str, **facts: Any) -> tuple[str, ...]:
-        """Names of the op's operand tensors that are used in one of the ways `uses`, as a tuple.
+        """Returns the names of the op's operand tensors that are used in one of the ways `uses`, as a tuple.
 
         Tensors come in the order of `uses`, then of the op's fields. An optional operand that is None is left out.
 
         Args:
             uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them.
-            facts: further conditions, such as access="read": only operands are returned whose field was declared by
-                operand() with these arguments.
+            facts: further conditions: arguments of operand(), such as access="read", with which a field must have been
+                declared.
         """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)
 
     @property
     def reads_state(self) -> tuple[str, ...]:
-        """Names of the K/V caches that this op reads, as a tuple.
+        """A tuple of the names of the K/V caches that this op reads.
 
         Recurrent state is not among them: the op updates it, so it is in writes_state.
         """
@@ -298,36 +312,40 @@ class Op:
 
     @property
     def writes_state(self) -> tuple[str, ...]:
-        """A tuple of the names of the state tensors that this op writes: K/V caches, and recurrent state."""
+        """A tuple of the names of the state tensors that this op writes: K/V caches and recurrent state."""
         return (*self.operands("pages", access="write"), *self.operands("slots"))
 
     @property
     def rounds_x(self) -> bool:
-        """True if the op has the attribute x_format, the format that its x is rounded to before a product."""
+        """True if the op has the attribute x_format: the number format to which x is rounded before a product."""
         return "x_format" in self.named("attribute")
 
     @property
     def gates(self) -> dict[str, str]:
-        """The gate and up tensors of an op that computes activation(gate @ x) * (up @ x), as {gate: up}, by name.
+        """A dict from the name of each gate tensor to the name of its up tensor; {} for an op without a gated product.
 
-        One item is for the two weights; another is for the two biases, if the op has them. {} for an op without such a
-        product.
+        A gated product is activation(gate @ x) * (up @ x). The dict has an item for the two weights and, if the op has
+        biases, an item for the two biases.
         """
         pairs = [(n, f.metadata["up"]) for f in fields(self) if (n := f.name) and f.metadata.get("up")]
         return {gate: up for a, b in pairs if (gate := getattr(self, a)) and (up := getattr(self, b))}
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """Names of the weight matrices whose gate and up rows a device stores alternately, to compute both in one pass.
+        """A tuple of the names of weight matrices whose gate and up rows a device stores alternately.
 
-        A tuple of the matrices in `gates`; biases are left out. () for an op without a gated product. The class Linear
-        overrides it, because there one weight holds both gate and up.
+        A device can then compute both products in one pass. The matrices are those of the property `gates`; biases are
+        left out. () for an op without a gated product. The class Linear overrides it, because there one weight holds
+        both gate and up.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)
 
     def rename(self, names: Mapping[str, str]) -> Op:
-        """A copy of the op with other tensor names: a name that is a key of `names` becomes the key's value."""
+        """Returns a copy of the op with other tensor names.
+
+        names: {old name: new name}; names that are not in it stay.
+        """
         change = {
             n: names[v]
             for n in self.named("operand", "optional", "result")
@@ -336,14 +354,20 @@ class Op:
         return replace(self, **change) if change else self
 
     def check(self, ok: bool, what: str) -> None:
-        """Raise OpError with this op's site (name) and the text `what` unless `ok`; return nothing."""
+        """Raise OpError unless `ok` is True. Returns nothing.
+
+        The message has this op's site (name) and the text `what`.
+        """
         if not ok:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 
     def rows_cols(self, t: Tensors, name: str) -> tuple[Dim, int]:
-        """(rows, columns) of an operand.
+        """Returns (number of rows, number of columns) of the operand tensor `name`.
 
-        `rows` may be a symbol such as "T". Raises OpError unless it is a matrix and `columns` is a number.
+        The number of rows may be a symbol such as "T". Raises OpError unless the tensor is a matrix with a fixed number
+        of columns.
+
+        t: the Program's tensors by name.
         """
         x = t[name]
         ok = len(x.shape) == 2 and isinstance(x.shape[1], int)
@@ -351,19 +375,22 @@ class Op:
         return x.shape[0], int(x.shape[1])
 
     def token_columns(self, t: Tensors, name: str) -> int:
-        """Number of columns of an operand [T, columns], with a row per token. Raises OpError for another shape."""
+        """Returns the number of columns of the operand tensor `name`, which must be [T, columns] with a row per token.
+
+        Raises OpError for another shape. t: the Program's tensors by name.
+        """
         rows, columns = self.rows_cols(t, name)
         self.check(rows == "T", f"{name} is {t[name].type}; wanted a row for every token, [T, {columns}]")
         return columns
 
     def same_shape(self, t: Tensors, a: str, b: str) -> None:
-        """Raise OpError unless tensors `a` and `b` have one shape."""
+        """Raise OpError unless the tensors named `a` and `b` have equal shapes. Returns nothing."""
         self.check(t[a].shape == t[b].shape, f"{a} is {t[a].type} but {b} is {t[b].type}; they must have one shape")
 
     def vector(self, t: Tensors, name: str | None, length: int) -> None:
         """Raise OpError unless tensor `name` has the shape [length] and a format without scales (f32, bf16, f16, ...).
 
-        Returns nothing; a `name` of None, for an optional operand that is not given, is accepted.
+        Returns nothing. `name` may be None, for an optional operand that is not given.
         """
         if name is not None:
             self.check(t[name].shape == (length,), f"{name} is {t[name].type}; wanted [{length}]")
@@ -371,9 +398,9 @@ class Op:
             self.check(plain, f"{name} is {t[name].format}; vectors stay in a plain format (f32, bf16, f16)")
 
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
-        """The Work of an op that does `flops` operations, reads its operands once and writes its results once.
+        """Returns the Work of an op that does `flops` operations, reads its operands once and writes its results once.
 
-        The bytes of state are not counted, nor those of the tensors named in `leave`.
+        Bytes of state tensors, and of the tensors named in `leave`, are not counted.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):
@@ -384,7 +411,7 @@ class Op:
 
 
 def array(v: Mapping[str, Value], name: str) -> np.ndarray:
-    """The value `v[name]` as a float32 array. It must not be quantised (AssertionError)."""
+    """Returns the value `v[name]` as a float32 array. Raises AssertionError if the value is quantised."""
     x = v[name]
     assert isinstance(x, np.ndarray), f"{name} is quantised where a plain array is wanted"
     return x.astype(np.float32, copy=False)

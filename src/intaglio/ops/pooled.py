@@ -24,10 +24,17 @@ POOLED_FORMATS = ("f32", "bf16")
 
 
 def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> int:
-    """head_dim of a cache with a row for each run of `every` tokens, [P, B/every, heads, head_dim].
+    """Returns head_dim of a cache of shape [P, B/every, heads, head_dim], with P pages of B/every rows.
 
-    every: 1 for a cache with a row for each token, [P, B, ...]. heads: the number of heads that it must have. Raises
-    OpError for another shape or format.
+    A row belongs to a run of `every` tokens, or to one token if `every` is 1. Raises OpError for another shape or
+    format.
+
+    Args:
+        op: the op that uses the cache, for the error.
+        t: the Program's tensors by name.
+        name: name of the cache.
+        every: tokens in a run.
+        heads: number of heads that the cache must have.
     """
     s, dim = t[name], "B" if every == 1 else f"B/{every}"
     fixed = len(s.shape) == 4 and all(isinstance(d, int) for d in s.shape[2:])
@@ -37,13 +44,13 @@ def pooled_head(op: Op, t: Tensors, name: str, every: int, heads: int = 1) -> in
 
 
 def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int, count: int) -> np.ndarray:
-    """The first `count` entries of a sequence in order: float64 [count, head_dim].
+    """Returns the first `count` entries of a sequence in order, as float64 [count, head_dim].
 
     An entry is a key that was pooled from a run of `every` consecutive tokens.
 
     Args:
         cache: the cache of entries, [P, entries in a page, 1, head_dim].
-        blocks: the sequence's block table.
+        blocks: the sequence's block table: the numbers of its pages in the cache.
         block_size: tokens in a block.
         every: tokens in a run.
         count: number of entries.
@@ -54,7 +61,10 @@ def gather_entries(cache: Value, blocks: np.ndarray, block_size: int, every: int
 
 
 def pool(value: np.ndarray, gate: np.ndarray) -> np.ndarray:
-    """The sum over rows of `value`, each times the softmax over the rows of `gate`: [n] of two arrays [rows, n]."""
+    """Returns the sum of the rows of `value`, weighted by the softmax of `gate` over the rows: an array [n].
+
+    value, gate: arrays [rows, n]. Each column has weights of its own.
+    """
     p = np.exp(gate - gate.max(axis=0))
     return np.asarray((p / p.sum(axis=0) * value).sum(axis=0))
 
@@ -63,19 +73,22 @@ def pool(value: np.ndarray, gate: np.ndarray) -> np.ndarray:
 class PoolKeys(Op, kind="pool_keys"):
     """Op that pools each complete run of `every` tokens into one entry, and writes it to a cache of entries.
 
-    For each token of the step whose position p closes a run, (p + 1) % every == 0, and each column:
-    entry = the sum over the run's tokens j of softmax over j of (gate[j] + bias[j]) * value[j],
-    then entry / sqrt(mean(entry^2) + eps) * weight. Then rope of style interleaved rotates the last columns by the
-    position of the run's first token (DeepSeek-V4, 2026, section 2.3).
+    A token of the step completes a run if its position p satisfies (p + 1) % every == 0. For each such token and each
+    column, the entry is computed in three steps (DeepSeek-V4, 2026, section 2.3):
 
-    value_cache, gate_cache [P, B, s, head_dim], as kv_write stores them; s is 1, or 2 with `overlap`. entries [P,
-    B/every, 1, head_dim]; bias [every, s * head_dim]; weight [head_dim]; frequencies [rotated columns / 2], a const.
+    1. entry = the sum over the run's tokens j of value[j] times the softmax over j of (gate[j] + bias[j]);
+    2. entry = entry / sqrt(mean(entry^2) + eps) * weight;
+    3. rope of style interleaved rotates the last columns by the position of the run's first token.
+
+    value_cache and gate_cache are [P, B, s, head_dim], P pages of B tokens, as kv_write stores them; s is 1, or 2 with
+    `overlap`. entries is [P, B/every, 1, head_dim]; bias [every, s * head_dim]; weight [head_dim]; frequencies [rotated
+    columns / 2], a const.
 
     Attributes:
         every: tokens in a run.
-        overlap: True if the run before is pooled with the run. Its tokens take the first head of values and gates and
-            the first half of the biases; the tokens of the run itself take the second ones. Nothing is before the
-            sequence's first run.
+        overlap: True if the previous run is pooled together with the run. Tokens of the previous run use the first head
+            of values and gates and the first half of the biases; tokens of the run itself use the second head and half.
+            A sequence's first run has no previous run.
         eps: added to the mean of squares.
         factor: scales cos and sin of rope.
     """
@@ -142,7 +155,10 @@ class PoolKeys(Op, kind="pool_keys"):
 
 
 def closers(batch: Batch, every: int) -> list[tuple[int, int]]:
-    """(sequence, token row) of each token of the step that is the last of a run of `every` tokens, as a list."""
+    """Returns a list with (sequence, row in the step) of each token of the step that is the last token of a run.
+
+    A run has `every` tokens. sequence: index of the sequence in the batch.
+    """
     rows = np.flatnonzero((batch.positions + 1) % every == 0)
     sequences = np.searchsorted(batch.first_row, rows, side="right") - 1
     return list(zip(sequences.tolist(), rows.tolist(), strict=True))
@@ -150,13 +166,15 @@ def closers(batch: Batch, every: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPooled(Op, kind="attend_pooled"):
-    """Op for attention over a window of keys and over pooled entries at once. There is no V: the keys are the values.
+    """Op for attention over a window of keys and over pooled entries at once. The keys are the values, too.
 
-    For each head of a token at position p: softmax(q k^T * scale) k. The rows of k are the keys at positions max(0,
-    p - window + 1) .. p and the entries 0 .. (p + 1) // every - 1. These are the entries whose run of `every` tokens
-    ends at p or before. The attention of DeepSeek-V4 (2026, section 2.3). q, out f32 [T, heads * head_dim]; cache [P,
-    B, 1, head_dim]; entries [P, B/every, 1, head_dim], as pool_keys writes them. Scores and sums are in float32 or
-    wider.
+    For each head of a token at position p: out = softmax(q k^T * scale) k. The rows of k are the keys at positions
+    max(0, p - window + 1) .. p and the entries 0 .. (p + 1) // every - 1. An entry is pooled from a run of `every`
+    tokens, and these entries are those whose run ends at p or before. This is the attention of DeepSeek-V4 (2026,
+    section 2.3).
+
+    For T tokens, q and out are f32 [T, heads * head_dim]. cache is [P, B, 1, head_dim], P pages of B tokens. entries is
+    [P, B/every, 1, head_dim], as the op pool_keys writes it. Scores and sums are in float32 or wider.
 
     Attributes:
         sinks: [heads], scores of an extra key that every query sees and whose value is zero.

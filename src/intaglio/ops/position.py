@@ -18,12 +18,17 @@ STYLES = ("half", "interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op, kind="rope"):
-    """Op that rotates pairs of columns of each head by position * frequency (Su et al. 2021), and scales by `factor`.
+    """Op for rotary position embedding: rotates pairs of columns of each head by position * frequency (Su et al. 2021).
 
-    x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first
-    rotary_dim columns of a head are rotated (with `trailing` the last ones); the others are copied. Style half pairs
-    column i with i + rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is
-    a float32 product; `factor` scales cos and sin (the attention factor of longrope and yarn).
+    For T tokens: x and out f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const).
+    The angle is a float32 product.
+
+    Attributes:
+        style: "half" pairs column i with i + rotary_dim / 2 (as transformers' rotate_half); "interleaved" pairs 2i with
+            2i + 1.
+        factor: scales cos and sin (the attention factor of longrope and yarn).
+        trailing: True to rotate the last rotary_dim columns of a head, False to rotate the first. The others are
+            copied.
     """
 
     x: str = operand()
@@ -68,10 +73,10 @@ class Rope(Op, kind="rope"):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoid(Op, kind="sinusoid"):
-    """Op for sinusoidal positions: out[t] = [sin(p * frequencies), cos(p * frequencies)], p = positions[t] + first.
+    """Op for sinusoidal position embeddings: out[t] = [sin(p * frequencies), cos(p * frequencies)] for token t.
 
-    positions int32 [T], frequencies f32 [width / 2] (a const), out f32 [T, width]. The angle is a float32 product
-    (Vaswani et al. 2017, 3.5).
+    p is positions[t] + first. For T tokens: positions int32 [T], frequencies f32 [width / 2] (a const), out f32 [T,
+    width]. The angle is a float32 product (Vaswani et al. 2017, 3.5).
     """
 
     positions: str = operand("index")

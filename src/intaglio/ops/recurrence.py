@@ -15,13 +15,13 @@ from intaglio.ops.op import Op, Tensors, Value
 
 
 def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
-    """Raise OpError unless state `name` is f32 [N, *shape]."""
+    """Raise OpError unless the state tensor `name` is f32 [N, *shape], with N state slots. Returns nothing."""
     fits = t[name].shape == ("N", *shape) and t[name].format == "f32"
     op.check(fits, f"{name} is {t[name].type}; wanted f32[N, {', '.join(map(str, shape))}]")
 
 
 def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (token rows, state) of each sequence in the batch: a slice of the step's tokens, and a float32 array.
+    """Yield (token rows, state) for each sequence in the batch: a slice of the step's tokens, and a float32 array.
 
     The array is a copy of the sequence's state, or zeros if it has none yet. The caller changes the array in place to
     the new state, which is then written to the sequence's slot `state_to`.
@@ -38,10 +38,13 @@ def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple
 
 
 def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
-    """Bytes of the state tensor `name` that a step reads and writes: one slot is read and one written per sequence."""
+    """Returns the bytes of state that a step reads and writes: for each sequence, its state is read and written once.
+
+    t: the Program's tensors by name. name: name of the state tensor. batch: the sequences of the step.
+    """
     return 2 * len(batch.q_len) * t[name].nbytes({"N": 1})
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
-    """ln(1 + e^x) of x, as float64."""
+    """Returns ln(1 + e^x) for each element of x, as float64."""
     return np.logaddexp(0, x.astype(np.float64))

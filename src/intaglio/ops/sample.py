@@ -14,7 +14,10 @@ MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends only on (seed, position): splitmix64 (Steele et al. 2014) of the two."""
+    """Returns a pseudo-random number in [0, 1) that depends only on `seed` and `position`.
+
+    It is the output of the generator splitmix64 (Steele et al. 2014).
+    """
     z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & MASK
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
         z = ((z ^ (z >> shift)) * multiplier) & MASK
@@ -22,10 +25,13 @@ def uniform(seed: int, position: int) -> float:
 
 
 def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """Sampling weight of each id, float64 [vocabulary]: exp((l - max) / temperature), or 0 if the filters drop the id.
+    """Returns the sampling weight of each token id, float64 [vocabulary]; 0 for ids that the filters drop.
 
-    The temperature must be above 0. The filters are applied in the order of transformers' generate(): top-k, top-p over
-    the ids that top-k kept, min-p. Of ids with equal logits, the lower one is kept first.
+    The weight of an id with logit l is exp((l - max) / temperature), where max is the largest logit. The temperature
+    must be above 0. The filters are applied in the order of transformers' generate(): top-k, then top-p over the ids
+    that top-k kept, then min-p. Of ids with equal logits, the lower id is kept first.
+
+    logits: [vocabulary]. s: temperature and filters.
     """
     wide = logits.astype(np.float64)
     p = np.exp((wide - wide.max()) / s.temperature)
@@ -41,10 +47,10 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """The logits from which a row is sampled, float32 [vocabulary]: after penalties, logit bias and grammar mask.
+    """Returns the logits from which a token is sampled, float32 [vocabulary]: after penalties, bias and grammar mask.
 
-    s.edits holds penalties and logit bias; None: none. s.mask has a bit for each token; a token whose bit is 0 gets
-    -inf.
+    logits: the model's logits, [vocabulary]. s: `s.edits` holds penalties and logit bias, or is None. `s.mask` has a
+    bit for each token id, or is None; an id whose bit is 0 gets -inf.
     """
     if s.edits is not None:
         at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
@@ -58,13 +64,18 @@ def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
-    """The token id sampled from float32 logits [vocabulary] with the Sampling `s`; -1 if the logits are unusable.
+    """Returns the token id sampled from logits with the settings `s`, an int; -1 if the logits are unusable.
 
-    The logits are unusable if one of them is NaN, or if the largest is infinite, before or after edits and mask.
+    Logits are unusable if one of them is NaN, or if the largest is infinite, before or after edits and mask.
 
     Greedy sampling (temperature 0) takes the lower id of equal largest logits. Otherwise the ids' sampling weights are
-    added up in ascending order of id, and the result is the first id at which the sum passes the fraction uniform(seed,
-    position) of the total.
+    added up in ascending order of id, and the result is the first id at which the sum passes the fraction
+    uniform(s.seed, position) of the total.
+
+    Args:
+        logits: float32 [vocabulary].
+        s: the Sampling (temperature, filters, edits and mask).
+        position: position of the new token in its sequence.
     """
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return -1
@@ -79,12 +90,12 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
-    """Op that samples tokens[r] from logits[r] with the batch's Sampling of row r.
+    """Op that samples a token for each of R rows: tokens[r] from logits[r], with the settings batch.sampling[r].
 
-    The random numbers depend on the Sampling's seed and on the new token's position in its sequence only. logits f32
-    [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural
-    log-probability under the softmax of the unedited logits. A row with a NaN, or whose largest logit is not finite
-    before or after edits and mask, gives token -1 and logprob NaN.
+    logits is f32 [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural
+    log-probability under the softmax of the model's logits, before penalties, bias and mask. If a row has a NaN, or its
+    largest logit is infinite (before or after edits and mask), its token is -1 and its logprob is NaN. The random
+    numbers depend only on the seed in the row's settings and on the new token's position in its sequence.
     """
 
     logits: str = operand()

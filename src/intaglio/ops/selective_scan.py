@@ -17,12 +17,15 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 class SelectiveScan(Op, kind="selective_scan"):
     """Op for the selective state space of Mamba (Gu & Dao 2023).
 
-    For each token and channel i:
-    dt = softplus(step[i]); h[i, n] = exp(-exp(rate[i, n]) * dt) * h[i, n] + dt * x[i] * b[n];
-    out[i] = skip[i] * x[i] + the sum over n of h[i, n] * c[n].
+    It keeps a state h of n numbers for each channel. For each token it updates h and computes one output per channel i:
 
-    x, step, out f32 [T, channels]; b, c f32 [T, n]; rate [channels, n] (A_log); skip [channels] (D); the state h f32
-    [N, channels, n].
+        dt = softplus(step[i])
+        h[i, j] = exp(-exp(rate[i, j]) * dt) * h[i, j] + dt * x[i] * b[j]    for each j below n
+        out[i] = skip[i] * x[i] + the sum over j of h[i, j] * c[j]
+
+    Shapes, for T tokens: x, step and out are f32 [T, channels]; b and c are f32 [T, n]; rate (A_log in Mamba) is
+    [channels, n]; skip (D in Mamba) is [channels]. `state` is f32 [N, channels, n]: it has N slots, and each sequence
+    keeps its h in one slot.
     """
 
     x: str = operand()
@@ -63,12 +66,15 @@ class SelectiveScan(Op, kind="selective_scan"):
 class RgLru(Op, kind="rg_lru"):
     """Op for the real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4).
 
-    For each token and channel:
-    a = exp(-8 * softplus(rate) * sigmoid(decay_gate + decay_bias));
-    h = a * h + sqrt(1 - a^2) * x * sigmoid(input_gate + input_bias); out = h.
+    It keeps a state h of one number for each channel. For each token and channel it computes:
 
-    At position 0 the factor sqrt(1 - a^2) is 1. x, input_gate, decay_gate, out f32 [T, channels]; rate, input_bias,
-    decay_bias [channels]. h is kept in `state` f32 [N, channels], with one of N slots for each sequence.
+        a = exp(-8 * softplus(rate) * sigmoid(decay_gate + decay_bias))
+        h = a * h + sqrt(1 - a^2) * x * sigmoid(input_gate + input_bias)
+        out = h
+
+    At position 0, the factor sqrt(1 - a^2) is replaced by 1. Shapes, for T tokens: x, input_gate, decay_gate and out
+    are f32 [T, channels]; rate, input_bias and decay_bias are [channels]. `state` is f32 [N, channels]: it has N slots,
+    and each sequence keeps its h in one slot.
     """
 
     x: str = operand()

@@ -17,9 +17,10 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 
 
 def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
-    """The matrices that the op `sinkhorn` makes of x, float64 [rows, n * n], as an array of the same shape.
+    """Returns the matrices that the op Sinkhorn computes from `x`: their rows and columns sum to about 1.
 
-    iterations, eps: the op's fields, see Sinkhorn.
+    `x` and the result are float64 [rows, n * n]: each row is an n x n matrix, written row by row. The class Sinkhorn
+    describes the computation and the meaning of `iterations` and `eps`.
     """
     n = isqrt(x.shape[1])
     m = x.reshape(-1, n, n)
@@ -34,11 +35,16 @@ def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Op, kind="sinkhorn"):
-    """Op that turns each row of x, an n x n matrix, into one whose rows and columns sum to about 1.
+    """Op that turns each row of `x`, an n x n matrix, into a matrix whose rows and columns sum to about 1.
 
-    The matrix m is softmax(x) over its last axis, plus eps; then m = m / (sums of its columns + eps). Then,
-    `iterations` - 1 times: m = m / (sums of its rows + eps), and m = m / (sums of its columns + eps). This is the
-    algorithm of Sinkhorn & Knopp (1967) as DeepSeek-V4 uses it. x, out f32 [rows, n * n], matrices row by row.
+    It is the algorithm of Sinkhorn & Knopp (1967) as DeepSeek-V4 uses it:
+
+    1. m = softmax of each matrix row, plus `eps`.
+    2. Divide each matrix column of m by (its sum + `eps`).
+    3. Repeat `iterations` - 1 times: divide each matrix row by (its sum + `eps`), then each column by (its sum +
+       `eps`).
+
+    `x` and `out` are f32 [rows, n * n]: each row is one matrix, written row by row.
     """
 
     x: str = operand()
@@ -64,11 +70,14 @@ class Sinkhorn(Op, kind="sinkhorn"):
 
 @dataclass(frozen=True, kw_only=True)
 class MixStreams(Op, kind="mix_streams"):
-    """Op that mixes residual streams: out[k] = the sum over j of weights[j, k] * x[j], plus gains[k] * branch.
+    """Op that mixes n residual streams into m streams.
 
-    x f32 [rows, n * width], n streams side by side; weights f32 [rows, n * m], a row of m weights for each stream;
-    branch f32 [rows, width] and gains f32 [rows, m], both or neither; out f32 [rows, m * width]. With m = 1 the op
-    collapses the streams into one.
+    Output stream k is the sum over the input streams j of weights[j, k] * x[j]. If `branch` and `gains` are given,
+    gains[k] * branch is added. With m = 1, the op collapses the streams into one.
+
+    `x` is f32 [rows, n * width], with the n streams side by side; `out` is f32 [rows, m * width]. `weights` is f32
+    [rows, n * m]: for each input stream, its m weights. `branch` is f32 [rows, width] and `gains` is f32 [rows, m];
+    give both of these or neither. The field `streams` is n.
     """
 
     x: str = operand()

@@ -15,9 +15,10 @@ from intaglio.program.verify import verify
 
 
 class Builder:
-    """Builds a Program op by op. The result of an op has the op's site as its name, unless `out=` gives another name.
+    """Builds a Program op by op.
 
-    A site is the name of an op's place in the model, such as layers.0.attn.q_proj.
+    Each op has a site: the name of its place in the model, such as layers.0.attn.q_proj. An op's first result is a
+    tensor with the site as its name, unless the caller gives another name.
     """
 
     def __init__(self, name: str, context: int) -> None:
@@ -30,14 +31,14 @@ class Builder:
         return tensor.name
 
     def weight(self, name: str, shape: Shape, source: str | Sequence[str], format: str = "f32") -> str:
-        """Declare a weight. Returns its name.
+        """Declare a weight tensor. Returns its name.
 
         Args:
             name: the weight's name.
-            shape: its shape.
-            source: the checkpoint tensors from which it is read (see program/source.py); if there are several sources,
-                they are joined along dimension 0.
-            format: name of its number format.
+            shape: the weight's shape.
+            source: text that names the checkpoint tensor to read the weight from (see program/source.py). If it is a
+                list of several texts, their tensors are joined along dimension 0.
+            format: name of the weight's number format, such as bf16.
         """
         names = (source,) if isinstance(source, str) else tuple(source)
         return self._add(Tensor(name, tuple(shape), format, "weight", source=names))
@@ -48,36 +49,46 @@ class Builder:
         return self._add(Tensor(name, (len(values),), "f32", "const", values=rounded))
 
     def cache(self, name: str, heads: int, head_dim: int, format: str, every: int = 1) -> str:
-        """Declare a K or V cache: state [P pages, B tokens per page, heads, head_dim]. Returns its name.
+        """Declare a K or V cache, which is a state tensor [P pages, B tokens per page, heads, head_dim].
 
-        format: name of its number format, such as bf16.
-        every: above 1, a page has a row for each run of so many tokens (see ops/pooled.py).
+        Returns its name.
+
+        Args:
+            name: the cache's name.
+            heads: number of K/V heads.
+            head_dim: columns of a head.
+            format: name of the cache's number format, such as bf16.
+            every: 1 to keep one row for each token. A larger number keeps one row for each group of `every` consecutive
+                tokens, so that a page has B / `every` rows (see ops/pooled.py).
         """
         rows = "B" if every == 1 else f"B/{every}"
         return self._add(Tensor(name, ("P", rows, heads, head_dim), format, "state"))
 
     def state(self, name: str, *shape: int) -> str:
-        """Declare recurrent state f32 [N, *shape], an array of `shape` for each of N slots. Returns its name."""
+        """Declare a recurrent-state tensor, f32 [N, *shape]: N slots with an array of the given shape each.
+
+        Returns its name.
+        """
         return self._add(Tensor(name, ("N", *shape), "f32", "state"))
 
     def view(self, name: str, base: str, start: int, stop: int) -> str:
-        """Declare a view of columns start..stop - 1 of the intermediate result `base`, without a copy.
+        """Declare a view of columns `start` to `stop` - 1 of the intermediate result `base`. Returns the view's name.
 
-        Returns the view's name.
+        A view is a tensor that shares the memory of its base; nothing is copied.
         """
         of = self.tensors[base]
         return self._add(replace(of, name=name, shape=(of.shape[0], stop - start), view=(base, start)))
 
     def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
-        """Append an op of class `cls`. Returns the name of its first result, or "" if it has none.
+        """Append an op of class `cls`. Returns the name of the op's first result, or "" if the op has no result.
 
         Args:
             cls: class of the op.
-            site: name of the op's place in the model, such as layers.0.attn.q_proj. Its first result gets the same
-                name.
-            operands: names of the required operands, in order.
-            role: role of the results' tensors, temp or output.
-            fields: optional operands, attributes, and names of results.
+            site: name of the op's place in the model, such as layers.0.attn.q_proj. It also becomes the name of the
+                op's first result, unless `fields` gives another.
+            operands: names of the tensors for the op's required operands, in order.
+            role: role of the result tensors, "temp" or "output".
+            fields: further fields of the op by name: optional operands, attributes, and names for its results.
 
         Raises OpError if the operands do not fit.
         """
@@ -91,7 +102,10 @@ class Builder:
         return op.outputs[0] if results else ""
 
     def done(self) -> Program:
-        """The Program built so far, verified. Raises ProgramError naming the rule that it breaks."""
+        """Returns the Program built so far, after verifying it.
+
+        Raises ProgramError, naming a rule that the Program breaks.
+        """
         program = Program(self.name, tuple(self.ops), self.tensors, self.context)
         verify(program)
         return program

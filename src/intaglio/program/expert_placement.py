@@ -32,37 +32,40 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts that each expert-parallel rank holds, layer by layer.
+    """Says, for each layer, which experts each expert-parallel rank holds.
 
-    layers: {site (name) of a layer's op `experts`: for each rank, the numbers of its experts, ascending}. If n ranks
-    hold an expert, each of them computes the expert for every n-th token of a step.
+    `layers` maps a layer, by the site (name) of its op `experts`, to one tuple per rank: the numbers of the experts
+    that the rank holds, ascending. Several ranks may hold the same expert. If n ranks hold it, they share its tokens:
+    each of them computes the expert for every n-th token of a step.
     """
 
     layers: Mapping[str, Ranks]
 
     @classmethod
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-        """The placement used before any tokens are counted: the result of balance() for equal loads, in each layer.
+        """Returns the ExpertPlacement for experts of equal loads, which is used before any tokens are counted.
 
-        Experts are dealt to the ranks in turn, so that with 8 experts and 4 ranks rank 1 holds (1, 5). Each rank holds
-        ceil((experts + redundant) / ranks) experts; the places left over get further copies of the experts from 0 on.
+        Each rank holds ceil((experts + redundant) / ranks) experts in each layer. Experts are dealt to the ranks in
+        turn: with 8 experts and 4 ranks, rank 1 holds experts 1 and 5. If the ranks have room for more than `experts`
+        experts together, they hold second copies of experts 0, 1, 2 and so on.
 
         Args:
-            sites: sites (names) of the layers' ops `experts`.
+            sites: for each layer, the site (name) of its op `experts`.
             experts: number of different experts of a layer.
             ranks: number of expert-parallel ranks.
-            redundant: number of further copies of experts in a layer.
+            redundant: number of additional copies of experts in a layer, on all ranks together.
 
-        Raises PlacementError if a rank would hold more than `experts`.
+        Raises PlacementError if a rank would hold more than `experts` experts.
         """
         return cls(dict.fromkeys(sites, balance(np.ones(experts), ranks, slots_of(experts, ranks, redundant))))
 
     @classmethod
     def parse(cls, text: str) -> ExpertPlacement:
-        """The placement of a JSON text {site: [[expert, ...] of each rank]}.
+        """Returns the ExpertPlacement that is written in a JSON text, such as {"layers.0.experts": [[0, 1], [2, 3]]}.
 
-        A site is the name of a layer's op `experts`. Raises PlacementError for any other text, for an expert that is
-        not an integer of 0 or more, and for a site that is written twice.
+        The JSON object maps the site (name) of each layer's op `experts` to one list per rank, with the numbers of the
+        experts that this rank holds. Raises PlacementError if the text has another form, if an expert is not an integer
+        of 0 or more, or if a site is written twice.
         """
         form = "an expert placement is JSON such as {site: [[0, 1], [1, 2]]}"
         try:
@@ -77,9 +80,9 @@ class ExpertPlacement:
 
     @classmethod
     def read(cls, path: Path) -> ExpertPlacement | None:
-        """The placement in a file that keep() wrote; None if there is no file.
+        """Returns the ExpertPlacement read from a file that keep() wrote; None if the file does not exist.
 
-        Raises PlacementError if the file cannot be read or holds anything but a placement.
+        Raises PlacementError if the file cannot be read or does not contain a placement.
         """
         try:
             return cls.parse(path.read_text(encoding="utf-8"))
@@ -89,11 +92,11 @@ class ExpertPlacement:
             raise PlacementError(f"{path}: {e}") from None
 
     def keep(self, path: Path) -> None:
-        """Replace the file `path` by this placement's text, in one step. Returns nothing.
+        """Write the placement to the file `path` as JSON, replacing the whole file at once. Returns nothing.
 
-        The text goes to a temporary file in the same folder, which is renamed to `path` once it is on the disk. So a
-        reader finds the old placement or the new one, even if several processes write. A failure is logged, and leaves
-        `path` as it was.
+        The text is written to a temporary file in the same folder, which is then renamed to `path`. So another process
+        that reads `path` gets either the old placement or the new one, never a mixture. If writing fails, a warning is
+        logged and `path` stays as it was.
         """
         try:
             replace_file(path, self.text())
@@ -101,14 +104,17 @@ class ExpertPlacement:
             log.warning("the expert placement is not kept in %s: %s", path, e)
 
     def text(self) -> str:
-        """The placement as JSON, with a line for each layer; parse() reads it."""
+        """Returns the placement as JSON text with one line for each layer. parse() reads this text."""
         return "{\n" + ",\n".join(f"{json.dumps(s)}: {json.dumps(ranks)}" for s, ranks in self.layers.items()) + "\n}\n"
 
     def check(self, experts: int, ranks: int) -> None:
-        """Raise PlacementError unless the placement fits a model of `experts` experts on `ranks` ranks; return nothing.
+        """Raise PlacementError if the placement does not fit a model of `experts` experts on `ranks` ranks.
 
-        In each layer, all ranks must hold equally many experts, at least one; a rank must list its experts in ascending
-        order and none twice; and every expert must be on at least one rank. Several ranks may hold the same expert.
+        Returns nothing. The placement fits if, in each layer:
+
+        - all ranks hold the same number of experts, at least one;
+        - each rank lists its experts in ascending order, without duplicates;
+        - every expert is on at least one rank.
         """
         for site, held in self.layers.items():
             sizes = {len(own) for own in held}
@@ -124,9 +130,10 @@ class ExpertPlacement:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a UTF-8 text to a temporary file beside `path`, and rename it to `path`. Returns nothing.
+    """Write `text` to the file `path` in UTF-8, replacing the whole file at once. Returns nothing.
 
-    Raises OSError if that fails; the temporary file is then deleted.
+    The text goes to a temporary file in the same folder, which is then renamed to `path`. Raises OSError if that fails;
+    the temporary file is then deleted.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
     file = open(temporary, "x", encoding="utf-8")  # noqa: SIM115, closed below; tempfile's mode is 0600, not the umask's
@@ -143,7 +150,10 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise PlacementError, naming `path`, if no temporary file can be written to its folder; return nothing."""
+    """Raise PlacementError if no file can be created in the folder of `path`.
+
+    Returns nothing; the file itself is not written.
+    """
     try:
         with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".new", dir=path.parent) as file:
             file.write(b"{}")
@@ -155,7 +165,7 @@ def check_writable(path: Path) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The dict of a JSON object's pairs. Raises PlacementError for a key that is written twice."""
+    """Returns the key-value pairs of a JSON object as a dict. Raises PlacementError if a key occurs twice."""
     found = dict[str, Any]()
     for key, value in pairs:
         if key in found:
@@ -165,9 +175,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ranks(site: str, found: Any) -> Ranks:
-    """The expert numbers of each rank, as a tuple of tuples of ints, from a layer's JSON value `found`.
+    """Returns one layer's placement, read from its JSON value `found`: a tuple with a tuple of expert numbers per rank.
 
-    site: name of the layer's op, for the error. Raises PlacementError if it is not a list of lists of integers from 0.
+    `site` is the name of the layer's op, for the error message. Raises PlacementError unless `found` is a list of lists
+    of integers of 0 or more.
     """
     if not isinstance(found, list) or not all(isinstance(own, list) for own in found):
         raise PlacementError(
@@ -182,13 +193,17 @@ def _ranks(site: str, found: Any) -> Ranks:
 
 
 def turns(held: Ranks, rank: int) -> dict[str, Any]:
-    """The placement attributes of the op `experts` on one rank, as a dict of keyword arguments for Experts.
+    """Returns the placement attributes of one rank's op `experts`, as a dict of keyword arguments for Experts.
 
-    Ranks that hold copies of one expert take turns at its tokens. Keys: "held" (numbers of this rank's experts),
-    "copies" (for each of these experts, the number of ranks that hold it), "copy" (for each, the number of this rank
-    among its holders, from 0), "rank" and "ranks" (this rank's number, and the number of ranks).
+    If several ranks hold copies of an expert, they take turns at its tokens; the attributes say whose turn it is. Keys:
 
-    held: the experts of each rank. rank: number of the rank.
+    - "held": numbers of the experts that this rank holds.
+    - "copies": for each expert in "held", the number of ranks that hold it.
+    - "copy": for each expert in "held", which of its copies this rank has, counted from 0 in the order of the ranks.
+    - "rank": number of this rank, which is the argument `rank`.
+    - "ranks": number of ranks.
+
+    `held`: for each rank, the numbers of the experts that it holds.
     """
     holders = [[r for r, own in enumerate(held) if e in own] for e in held[rank]]
     return {
@@ -201,14 +216,14 @@ def turns(held: Ranks, rank: int) -> dict[str, Any]:
 
 
 def slots_of(experts: int, ranks: int, redundant: int) -> int:
-    """Number of experts of a layer that each rank holds, copies included: ceil((experts + redundant) / ranks).
+    """Returns how many experts of a layer each rank holds, copies included: ceil((experts + redundant) / ranks).
 
     Args:
-        experts: number of different experts.
+        experts: number of different experts of the layer.
         ranks: number of expert-parallel ranks.
-        redundant: number of further copies of experts, on all ranks together.
+        redundant: number of additional copies of experts, on all ranks together.
 
-    Raises PlacementError if the result is above `experts`.
+    Raises PlacementError if the result is above `experts`, since a rank would then hold an expert twice.
     """
     each = -(-(experts + redundant) // ranks)
     if each > experts:
@@ -219,13 +234,13 @@ def slots_of(experts: int, ranks: int, redundant: int) -> int:
 
 
 def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
-    """Choose how many copies each expert gets, so that all copies have near-equal loads. Returns i64 [experts].
+    """Choose the number of copies of each expert, so that all copies have nearly equal loads. Returns i64 [experts].
 
-    Every expert has at least one copy. Each further copy goes to the expert whose copies have the largest load each.
+    Every expert gets one copy. Each further copy goes to the expert with the highest load per copy at that point.
 
     Args:
         load: tokens of each expert, f64 [experts].
-        slots: number of copies of all experts together.
+        slots: total number of copies, over all experts.
         most: maximum number of copies of one expert.
     """
     copies = np.ones(len(load), np.int64)
@@ -236,16 +251,19 @@ def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
 
 
 def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
-    """Distribute experts over ranks so that the ranks' loads are nearly equal.
+    """Distribute experts over ranks so that the loads of the ranks are nearly equal.
 
-    Returns a tuple with a tuple for each rank: the numbers of its `each` experts, ascending. An expert may be on
-    several ranks, which share its load equally, but only once on a rank.
+    Returns one tuple per rank, with the numbers of the `each` experts that it holds, ascending. Several ranks may hold
+    copies of one expert, and then share the expert's load equally. A rank never holds an expert twice.
 
-    Copies are dealt out in order of load, each to the least loaded rank with room, as in EPLB. Then experts of the most
-    and of the least loaded rank are exchanged as long as that makes the two more equal. In the result, the loads of any
-    two ranks differ by no more than the load of the heaviest copy.
+    The method starts like EPLB: copies are dealt out in descending order of load, each to the least loaded rank that
+    has room. Then the most and the least loaded rank exchange experts as long as that makes their loads more equal. In
+    the result, the loads of any two ranks differ by no more than the load of the heaviest copy.
 
-    load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts.
+    Args:
+        load: tokens of each expert, f64 [experts].
+        ranks: number of ranks. `ranks` * `each` must be at least the number of experts.
+        each: number of experts on a rank, at most the number of experts.
     """
     # While the two ranks' loads differ by more, there is a pair of experts, each on only one of the two, to exchange.
     load = np.asarray(load, np.float64)
@@ -261,29 +279,34 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
 
 
 def rank_loads(held: Sequence[Sequence[int] | set[int]], share: np.ndarray) -> np.ndarray:
-    """The load of each rank: the sum over the experts that it holds, f64 [ranks].
+    """Returns the load of each rank, f64 [ranks]: the sum of the loads of the expert copies that the rank holds.
 
-    held: the experts of each rank. share: load of one copy of each expert, f64 [experts].
+    held: for each rank, the numbers of its experts. share: load of one copy of each expert, f64 [experts].
     """
     return np.array([_rank_load(own, share) for own in held])
 
 
 def _rank_load(own: Sequence[int] | set[int], share: np.ndarray) -> float:
-    """The load of one rank, which holds the experts `own`: the sum of their items in `share`, f64 [experts].
+    """Returns the load of one rank: the sum of share[e] over the experts e in `own`, the experts that the rank holds.
 
-    It is summed in ascending order of expert, so that the same experts always give the same bits.
+    `share` is the load of one copy of each expert, f64 [experts]. The terms are added in ascending order of expert, so
+    that the same set of experts always gives the same bits.
     """
     return float(share[sorted(own)].sum())
 
 
 def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.ndarray) -> None:
-    """Give a copy of expert e to the least loaded rank that has room and no copy of it. Returns nothing.
+    """Give a copy of expert `e` to the least loaded rank that has room and does not hold `e` yet. Returns nothing.
 
-    If every rank with room has a copy of e already, another expert first moves from a full rank to one with room, and
-    the full rank gets e.
+    If every rank with room already holds `e`, an expert is first moved from a full rank without `e` to a rank with
+    room. The full rank then gets `e`.
 
-    held: experts of each rank; changed. share: load of one copy of each expert. each: number of experts that a rank has
-    room for. loads: load of each rank, f64 [ranks]; changed.
+    Args:
+        e: number of the expert.
+        held: set of the experts of each rank; changed in place.
+        share: load of one copy of each expert, f64 [experts].
+        each: maximum number of experts on a rank.
+        loads: load of each rank, f64 [ranks]; changed in place.
     """
     # There is an expert to move: the full rank holds `each` experts and not e, the one with room fewer, e among them.
     order: list[int] = np.argsort(loads, kind="stable").tolist()
@@ -301,12 +324,12 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
 
 
 def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
-    """Swap pairs of experts between the most and the least loaded rank, until no swap makes the two loads more equal.
+    """Swap experts between the most and the least loaded rank until no swap makes these two loads more equal.
 
     Changes `held` and `loads` in place and returns nothing.
 
     Args:
-        held: set of experts of each rank.
+        held: set of the experts of each rank.
         share: load of one copy of each expert, f64 [experts].
         loads: load of each rank, f64 [ranks].
     """

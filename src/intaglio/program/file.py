@@ -13,22 +13,27 @@ END = re.compile(r"end(?: sha256=(\S+))?")
 
 
 def save(program: Program, path: str | Path) -> None:
-    """Verify the Program and write its text form to a file. Raises ProgramError naming the rule that it breaks.
+    """Verify the Program and write it to a file in its text form.
 
-    The file ends with the line `end sha256=HASH`, where HASH is Program.hash.
+    Raises ProgramError, naming a rule that the Program breaks. The last line of the file is `end sha256=HASH`, where
+    HASH is Program.hash.
     """
     verify(program)
     Path(path).write_text(f"{program}\nend sha256={program.hash}\n", encoding="utf-8")
 
 
 def load(path: str | Path) -> Program:
-    """Read a file in text form, verify the Program in it and return it.
+    """Read a file with a Program in text form. Returns the Program, verified.
 
-    A file ends with the line `end sha256=HASH`, the hash of its Program. If you edit a file by hand, make this line
-    `end`, so that no hash is compared.
+    The last line of the file is `end sha256=HASH`, where HASH is the hash of the Program. If you edit a file by hand,
+    replace this line by `end`; the hash is then not checked.
 
-    Raises ProgramError naming the line that fails to parse, or the rule that the Program breaks; if the last line is
-    neither of the two, as in a file that is cut; and if the Program has another hash than the line says.
+    Raises ProgramError in these cases:
+
+    - A line cannot be parsed; the error names the line.
+    - The Program breaks a rule; the error names the rule.
+    - The last line has neither form, for example because the file is cut.
+    - The Program's hash is not the HASH of the last line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8").rstrip()

@@ -16,9 +16,9 @@ from intaglio.program.verify import verify
 
 @dataclass(frozen=True)
 class MeshProgram:
-    """The Programs of all ranks that share a model, in order of rank. There may be a single rank.
+    """The Programs of all ranks that share a model, in order of rank. A MeshProgram may have a single rank.
 
-    `layout`: the layout by which the model was sharded, as text such as tp4; empty for one rank.
+    `layout` is the layout by which the model was divided over the ranks, as text such as "tp4"; "" for a single rank.
     """
 
     programs: tuple[Program, ...]
@@ -31,7 +31,10 @@ class MeshProgram:
 
     @property
     def stages(self) -> int:
-        """Number of pipeline stages. A rank that receives (op recv) from a lower rank is one stage after it."""
+        """Returns the number of pipeline stages.
+
+        A rank that receives tensors from a lower rank is one stage after that rank.
+        """
         stage = list[int]()
         for program in self.programs:
             before = [op.peer for op in program.ops if isinstance(op, Recv) and op.peer < len(stage)]
@@ -40,9 +43,11 @@ class MeshProgram:
 
 
 def verify_mesh(mesh: MeshProgram) -> None:
-    """Verify each rank's Program, then all together. Raises ProgramError naming ranks and sites.
+    """Check that each rank's Program is valid and that the Programs fit together. Returns nothing.
 
-    Ranks must be in order and have the same name and context. The peers of each collective must take part in it.
+    They fit if the ranks are in order, if all have the same model name and context length, and if their collectives
+    match: every rank that a collective names takes part in it, with a fitting shape. Raises ProgramError, naming ranks
+    and sites (names of ops).
     """
     for program in mesh.programs:
         verify(program)
@@ -52,7 +57,11 @@ def verify_mesh(mesh: MeshProgram) -> None:
 
 
 def _misplaced(mesh: MeshProgram) -> Iterator[str]:
-    """Yield a message for each Program with a wrong rank or mesh size, or another name or context than rank 0's."""
+    """Yield an error message for each Program that does not belong at its place in the mesh.
+
+    It belongs there if its `rank` is its index, if its `mesh` is the number of Programs, and if its name and context
+    equal those of rank 0.
+    """
     first, n = mesh.programs[0], len(mesh.programs)
     for i, p in enumerate(mesh.programs):
         if (p.mesh, p.rank) != (n, i):
@@ -62,9 +71,9 @@ def _misplaced(mesh: MeshProgram) -> Iterator[str]:
 
 
 class CollectiveMatcher:
-    """Runs the collectives of all ranks without values, to find mismatches and deadlocks.
+    """Steps through the collectives of all ranks, without computing values, to find mismatches and deadlocks.
 
-    A send never waits; every other collective waits for its peers.
+    In this model, a send never waits for its receiver. Every other collective waits for its peers.
     """
 
     def __init__(self, mesh: MeshProgram) -> None:
@@ -73,10 +82,13 @@ class CollectiveMatcher:
         self.messages: dict[tuple[int, int], deque[Send]] = {}  # sent but not received, by (sender, receiver)
 
     def run(self) -> Iterator[str]:
-        """Run all ranks' collectives, and yield a message for each fault; no message if all collectives match.
+        """Step through the collectives of all ranks and yield a message for each fault.
 
-        The first mismatch ends the run. If ranks wait for each other in a deadlock, there is a message for each that
-        waits. Sends that are never received are faults too.
+        Yields nothing if all collectives match. There are three kinds of fault:
+
+        - Ranks disagree about a collective. This ends the run.
+        - Ranks wait for each other in a deadlock. There is one message for each rank that waits.
+        - A rank sends a tensor that is never received.
         """
         rank = idle = 0
         while idle < len(self.programs):
@@ -97,10 +109,11 @@ class CollectiveMatcher:
                 yield f"rank {sender} sends at {ops[0].site} what rank {receiver} never receives"
 
     def advance(self, rank: int) -> str | None:
-        """Run the next collective of `rank`, which must have one left, if its peers have come to it.
+        """Try to pass the next collective of `rank`: compare it with the same collective on its peers.
 
-        Returns "" if it has run, None if it must wait for a peer, and an error message that names ranks and sites if
-        the ranks do not agree about it.
+        Returns "" if the collective was passed. Returns None if `rank` must wait, because a peer has not come to this
+        collective yet. Returns an error message, naming ranks and sites (names of ops), if the ranks disagree about it.
+        Call it only if `rank` has a collective left.
         """
         op = self.queues[rank][0]
         if isinstance(op, Send):
@@ -123,10 +136,10 @@ class CollectiveMatcher:
         return _shape_mismatch(members)
 
     def receive(self, rank: int, op: Recv) -> str | None:
-        """Match the op `op` of `rank`, a Recv, with the oldest tensor that rank `op.peer` has sent to `rank`.
+        """Match `op`, a Recv on `rank`, with the oldest unreceived tensor that rank `op.peer` has sent to `rank`.
 
-        Returns "" if the two ops fit, None if nothing has been sent yet, and an error message that names ranks and
-        sites if they do not fit.
+        Returns "" if the send and the receive fit. Returns None if there is no such tensor yet. Returns an error
+        message, naming ranks and sites (names of ops), if the two do not fit.
         """
         messages = self.messages.get((op.peer, rank))
         if not messages:
@@ -142,10 +155,11 @@ class CollectiveMatcher:
 
 
 def _terms(p: Program, op: Collective) -> Hashable:
-    """The properties of a collective that must be equal on all its peers, as one hashable value.
+    """Returns the properties of the collective `op` that must be the same on all its ranks, as one hashable tuple.
 
-    They are the shape and the wire format. Except for send and recv, they also include the kind, the site (name of the
-    op's place in the model) and `slots`, the number of column blocks that an all_reduce adds to each other.
+    For a send or recv these are the tensor's shape and its format on the wire. Any other collective also has its kind,
+    its site (name of the op's place in the model) and `slots`, the number of column blocks that an all_reduce adds to
+    each other. `p` is the Program that contains `op`.
     """
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire
@@ -156,10 +170,12 @@ def _terms(p: Program, op: Collective) -> Hashable:
 
 
 def _shape_mismatch(members: list[tuple[Program, Grouped]]) -> str:
-    """An error message if what the ranks hold of a collective's tensor does not fit together; "" if it does.
+    """Returns an error message if the ranks' parts of a collective's tensor do not fit together; "" if they fit.
 
-    If the op joins the ranks' columns, their numbers must add up to its width. If the tensor is split by token rows,
-    rank i of n must have the share T:i/n. members: (Program, its op) of each rank.
+    If the collective joins the columns of all ranks, the column counts must add up to the op's width. If the tensor is
+    split by token rows over n ranks, rank i must have part i, which is written T:i/n.
+
+    members: for each rank, its Program and its op.
     """
     op, inputs = members[0][1], [p.tensors[head.x].shape for p, head in members]
     if isinstance(op, AllToAll) or (isinstance(op, AllGather) and not op.tokens):

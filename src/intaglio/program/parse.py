@@ -18,7 +18,10 @@ RESULT = re.compile(r"[^,\[]+\[[^\]]*\](?: %\d+)?")
 
 
 def literal(name: str, text: str) -> object:
-    """The value of an attribute, from its text. name: for the error. Raises ProgramError if it is no Python literal."""
+    """Returns the value of an op's attribute, parsed from its text as a Python literal.
+
+    `name` is the attribute's name, for the error. Raises ProgramError if the text is not a Python literal.
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -26,9 +29,10 @@ def literal(name: str, text: str) -> object:
 
 
 class _Parser:
-    """Parser of a Program's text form, line by line.
+    """Parses a Program's text form, line by line, and collects its ops and tensors.
 
-    A name that begins with a dot belongs to the current section, such as layers.3, whose name is put in front of it.
+    A line such as "layers.3:" begins a section. In a section, a name that begins with a dot is completed with the
+    section's name: ".attn" becomes "layers.3.attn".
     """
 
     def __init__(self) -> None:
@@ -119,9 +123,9 @@ class _Parser:
 
 
 def parse_program(text: str) -> Program:
-    """Parse the text form of a Program. Returns the Program, not verified.
+    """Returns the Program that is written in `text`, the text form of a Program. The Program is not verified.
 
-    Raises ProgramError with the number of the first wrong line. Raises PluginError for a plugin that cannot be
+    Raises ProgramError, with the number of the first line that is wrong. Raises PluginError if a plugin cannot be
     imported.
     """
     load_plugins()

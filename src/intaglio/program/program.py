@@ -20,15 +20,15 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True, eq=True)
 class Program:
-    """A model, or one rank's part of it: ops in the order they run, over a table of tensors.
+    """A model, or the part of it that one rank computes: ops in the order in which they run, and a table of tensors.
 
     Attributes:
         name: the model's name.
-        ops: the ops, in the order they run.
-        tensors: the table of tensors, by name.
-        context: number of positions the Program is valid for.
-        mesh: number of ranks that share the model; 1 if it is whole.
-        rank: this Program's rank in the mesh.
+        ops: the ops, in the order in which they run.
+        tensors: the tensors by name.
+        context: number of token positions for which the Program is valid.
+        mesh: number of ranks that share the model; 1 if one rank computes the whole model.
+        rank: number of the rank that runs this Program, from 0.
     """
 
     name: str
@@ -42,16 +42,19 @@ class Program:
         return self.text()
 
     def text(self, fold: bool = False) -> str:
-        """The text form of the Program, which parse_program() reads back.
+        """Returns the Program in its text form, which parse_program() can read.
 
-        fold: True to print equal layers only once. Such text is for people and cannot be parsed.
+        fold: True to print layers with equal text only once. The result is then for people, and cannot be parsed.
         """
         head = f"program {self.name} context={self.context} mesh={self.mesh} rank={self.rank}"
         return print_text(head, self.ops, self.tensors, fold)
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the text form, as hex digits. Computed once, since a server needs it for each relayed request."""
+        """Returns the SHA-256 hash of the Program's text form, as hexadecimal digits.
+
+        It is computed once and then kept.
+        """
         return hashlib.sha256(str(self).encode()).hexdigest()
 
     @property
@@ -61,13 +64,13 @@ class Program:
 
     @cached_property
     def windows(self) -> dict[str, int]:
-        """The K/V caches with a sliding window, as {cache: largest number of tokens that a query reads}.
+        """Returns the K/V caches that are read through a sliding window, as {name of the cache: window size in tokens}.
 
-        The number includes the query's own token. A cache has a window if every op that reads it does so through a
-        window or chunk (Op.reach).
+        The window size is the largest number of tokens that a query reads, its own token included. A cache has a window
+        only if every op that reads the cache does so through a window or chunk (see Op.reach).
 
-        A cache that shares a block table with a cache without a window is left out. All caches of one op share a table,
-        unless the op has `two_tables`.
+        A cache is left out if it shares a block table with a cache that has no window. All caches of one op share a
+        block table, unless the op's `two_tables` is True.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
         found = {t.name: 0 for t in self.of_role("state") if t.shape[0] == "P"}
@@ -83,7 +86,7 @@ class Program:
             whole |= more
 
     def has_window(self, op: Op) -> bool:
-        """True if the op has K/V caches, and all of them have a sliding window (are keys of self.windows)."""
+        """True if the op has K/V caches, and all of its caches have a sliding window (see `windows`)."""
         caches = op.operands("pages")
         return bool(caches) and all(name in self.windows for name in caches)
 
@@ -93,28 +96,43 @@ class Program:
         return any(t.shape[0] == "N" for t in self.of_role("state"))
 
     def of_role(self, role: str) -> list[Tensor]:
-        """A list of all tensors of a role: weight, const, state, input, output or temp."""
+        """Returns a list of all tensors of one role.
+
+        `role` is "weight", "const", "state", "input", "output" or "temp".
+        """
         return [t for t in self.tensors.values() if t.role == role]
 
     def with_ops(self, ops: Iterable[Op], tensors: Mapping[str, Tensor]) -> Program:
-        """A copy of the Program with these ops and tensors instead of its own."""
+        """Returns a copy of the Program in which `ops` and `tensors` replace the Program's own ops and tensors."""
         return replace(self, ops=tuple(ops), tensors=dict(tensors))
 
     def base(self, name: str) -> str:
-        """Name of the tensor whose memory holds `name`: the base if `name` is a view, else `name` itself."""
+        """Returns the name of the tensor whose memory holds tensor `name`.
+
+        If `name` is a view (a column range of another tensor), this is the other tensor; else it is `name` itself.
+        """
         view = self.tensors[name].view
         return view[0] if view else name
 
     def uses(self, name: str) -> list[Op]:
-        """A list of the ops that read tensor `name` itself. Ops that read it through a view are not included."""
+        """Returns a list of the ops that have the tensor `name` itself as an input.
+
+        Ops that read a view of it are not included.
+        """
         return self._readers.get(name, [])
 
     def producer(self, name: str) -> Op | None:
-        """The op that writes `name`, or its base if it is a view; None if no op does."""
+        """Returns the op that writes the tensor `name`; None if no op writes it.
+
+        If `name` is a view (a column range of another tensor), this is the op that writes the other tensor.
+        """
         return self._writers.get(self.base(name))
 
     def views(self, base: str) -> list[tuple[int, str]]:
-        """A list of (first column, name) of the views (column ranges) of `base`, ascending; [] if there are none."""
+        """Returns the views (column ranges) of the tensor `base`, as a list of (first column, name of the view).
+
+        The list is in ascending order of column; [] if `base` has no views.
+        """
         return self._views.get(base, [])
 
     @cached_property
@@ -138,5 +156,8 @@ class Program:
         return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
-        """{site: Work} of every op for one step: its FLOPs and bytes. A site is the name of the op."""
+        """Returns the Work (FLOPs and bytes) of each op in one step with the given batch, as a dict.
+
+        The keys are the ops' sites, the names of their places in the model.
+        """
         return {op.site: op.work(self.tensors, batch) for op in self.ops}

@@ -36,10 +36,11 @@ AXES = {"r": -2, "c": -1, "s": -3}
 
 
 def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Parse a source, a text such as experts.{0..7}.w1|T|r0:1/2: yield (tensor name, steps) for each tensor it names.
+    """Parse a source, such as "experts.{0..7}.w1|T|r0:1/2". Yields (tensor name, steps) for each tensor that it names.
 
-    {0..7} stands for eight tensors. steps: a tuple of the changes to apply to each, in order, such as ("T", "r0:1/2"):
-    transpose it, then keep row 0 of every 2 rows. () if there are none.
+    {0..7} stands for eight tensors, numbered 0 to 7. The steps say how to change a tensor after it is read; all tensors
+    of a source have the same steps. Steps are a tuple of texts, in the order to apply: here ("T", "r0:1/2"), which
+    means transpose, then keep row 0 of every 2 rows. () means no change.
     """
     name, *steps = source.split("|")
     run = RUN.search(name)
@@ -49,15 +50,19 @@ def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def is_run(source: str) -> bool:
-    """True if a source names a run of tensors such as experts.{0..7}, each one matrix of a stack."""
+    """True if the source names a run of numbered tensors, such as "experts.{0..7}.w1".
+
+    Each tensor of a run is one matrix of a stack.
+    """
     return RUN.search(source) is not None
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """The source (pattern of checkpoint tensor names) for some tensors of a run, as text.
+    """Returns a copy of the source text that names only some tensors of its run of numbered tensors.
 
-    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}. source: names a run. numbers: which tensors of the
-    run to keep, counted from 0 at its first tensor.
+    For example, experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+
+    source: text that names a run. numbers: which tensors of the run to keep, counted from 0 at its first tensor.
     """
     run = RUN.search(source)
     assert run, f"{source} is no run"
@@ -68,18 +73,18 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """The sources of the matrices `wanted` of a stack, made from the sources of the matrices `held`.
+    """Returns source texts that read the matrices `wanted` of a stack, made from source texts for the matrices `held`.
 
-    Used when experts move to another rank. A source is text that names checkpoint tensors and how to cut or transpose
-    them. Returns a tuple with a source for each run of consecutive numbers in `wanted`. Cuts of rows or columns and
-    transpositions stay as in sources[0].
+    This is used when experts move to another rank: a stack has one matrix for each expert. A source text names
+    checkpoint tensors, and says how to cut or transpose them. The result is a tuple with one text for each run of
+    consecutive numbers in `wanted`. Each text has the transpositions and the cuts of rows or columns of sources[0].
 
     Args:
-        sources: the sources of the matrices `held`; the results are made from the first.
-        held: numbers of the matrices that `sources` name, ascending.
-        wanted: numbers of the matrices that the result names, ascending.
-        total: number of matrices in the stack.
-        axis: "s" for a stack of matrices, "r" for a stack of vectors, which are the rows of one matrix.
+        sources: source texts that read the matrices `held`. Only the first text is used as a template.
+        held: numbers of the matrices that `sources` read, ascending.
+        wanted: numbers of the matrices that the result is to read, ascending.
+        total: number of matrices in the whole stack.
+        axis: "s" for a stack of matrices; "r" for a stack of vectors, which is one matrix with a vector in each row.
     """
     template, found = sources[0], list[str]()
     ends = [n + 1 for n in wanted if n + 1 not in wanted]
@@ -95,31 +100,35 @@ def restacked(
 
 
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
-    """A list of texts for consecutive parts of a checkpoint tensor, such as "qkv.weight|r0:4/12" for rows 0 to 3 of 12.
+    """Returns a list of source texts for consecutive parts of a checkpoint tensor, one text for each item of `sizes`.
 
-    The parts have the sizes `sizes` and together make up the tensor. If the tensor's axis is longer, it must be a
-    multiple of their sum: the tensor is then a row of equal blocks, and a part has its rows or columns of each block.
+    For example, parts_of("qkv.weight", [4, 8]) returns ["qkv.weight|r0:4/12", "qkv.weight|r4:12/12"]: rows 0 to 3 of
+    every 12, and rows 4 to 11 of every 12. If the tensor is longer than the sum of `sizes`, its length must be a
+    multiple of this sum. Each part then takes its rows from each of the equal blocks of the tensor.
 
     Args:
-        source: name of the tensor, perhaps with steps that reshape it (see this file's docstring).
-        sizes: rows or columns of each part.
-        axis: "r" for rows, "c" for columns.
+        source: name of the tensor, perhaps followed by steps that reshape it (see this file's docstring).
+        sizes: number of rows or columns of each part.
+        axis: "r" to divide rows, "c" to divide columns.
     """
     starts, of = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
 
 
 def part_sizes(sources: Sequence[str], length: int, axis: str = "r") -> list[int] | None:
-    """How many rows of a weight each of its sources gives, as a list; None if the sources do not say.
+    """Returns how many rows of a weight each of its sources provides, as a list; None if the sources do not say.
 
-    Sources are texts; one with a cut of rows ends with |rA:B/N, rows A to B - 1 of every N rows. The values of a vector
-    are its columns, so there the cut is |cA:B/N. Two cases are known:
+    A source is a text that names a checkpoint tensor. If it takes only some rows of the tensor, it ends with |rA:B/N,
+    which means rows A to B - 1 of every N rows. The row counts are known in two cases:
 
-    - All sources are cuts of rows, and their B - A add up to `length`: these are the numbers of rows.
-    - All sources are cuts of the same tensor with the same N, as parts_of() makes them, and `length` is a multiple of
-      the sum of their B - A. The tensor then has several runs of N rows, and a source gives B - A rows of each run.
+    - All sources have this ending, and their numbers B - A add up to `length`. The result is then these numbers.
+    - All sources take rows of the same tensor with the same N, and `length` is k times the sum of their numbers B - A.
+      The tensor then has k blocks of N rows, and each source provides k * (B - A) rows.
 
-    length: number of rows of the weight. axis: "r", or "c" for a vector.
+    Args:
+        sources: the source texts of the weight, in order.
+        length: number of rows of the weight.
+        axis: "r" for rows; "c" for a vector, whose cuts are written |cA:B/N.
     """
     cuts = [re.fullmatch(rf"(.+)\|{axis}(\d+):(\d+)/(\d+)", source) for source in sources]
     sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
@@ -131,19 +140,21 @@ def part_sizes(sources: Sequence[str], length: int, axis: str = "r") -> list[int
 
 
 def names(source: str) -> list[str]:
-    """A list of the names of the checkpoint tensors that a source reads.
+    """Returns a list of the names of the checkpoint tensors that a source reads.
 
-    source: text that says which tensors of the checkpoint, or parts of them, make a weight, such as "a.weight|r0:4/8".
+    source: text such as "experts.{0..7}.w1|T", which names checkpoint tensors and the changes to make to them.
     """
     return [name for name, _ in expand(source)]
 
 
 def _cut(step: str, length: int) -> tuple[int, int, int, int]:
-    """Parse a cut such as r0:1/2, which keeps every second row, from row 0 on. Returns (axis, first, last, of).
+    """Parse a cut, a text such as "r0:1/2", which keeps row 0 of every 2 rows.
 
-    axis: -2 for rows, -1 for columns, -3 for matrices of a stack. The axis is divided into runs of `of` indices. In
-    each run, the indices first to last - 1 are kept. length: size of the axis, which `of` must divide. Raises
-    ProgramError for a step that is no cut or does not fit the length.
+    Returns four ints: (axis, first, last, of). The axis is divided into runs of `of` indices. In each run, the indices
+    `first` to `last` - 1 are kept. axis: -2 for rows ("r"), -1 for columns ("c"), -3 for the matrices of a stack ("s").
+
+    `length` is the size of that axis, which must be a multiple of `of`. Raises ProgramError for a text that is not a
+    cut or does not fit `length`.
     """
     match = CUT.fullmatch(step)
     if not match:
@@ -155,7 +166,7 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape that a tensor of this shape has after the steps of a source, as a tuple.
+    """Returns the shape that a tensor of shape `shape` has after the steps of a source were applied, as a tuple.
 
     steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
     matrices). Raises ProgramError for a cut that does not fit.
@@ -183,15 +194,18 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 
 
 def take(x: Value, steps: tuple[str, ...]) -> Value:
-    """Apply the steps of a source to a tensor x, and return the result; without a copy where possible.
+    """Returns the tensor `x` after applying the steps of a source to it, such as cuts and transpositions.
 
-    A quantised x stays quantised if possible. It becomes a float32 array in three cases. A step would split a group
-    (values that share a scale). A step divides the rows into matrices ("h16"). The steps have a "T" (transpose) but x
-    is not stored transposed (x.turned), or x is stored transposed and they have none.
+    The result shares memory with `x` where possible. A quantised `x` stays quantised, except in these cases, in which
+    the result is a float32 array:
 
-    steps: texts, applied in order: "T" transposes, "r0:1/2" keeps row 0 of every 2 rows (rA:B/N: rows A to B - 1 of
-    every N), "h16" divides the rows into a stack of 16 matrices of consecutive rows; for the others see this file's
-    docstring. Raises ProgramError for a step that does not fit.
+    - A step would divide a group (values that share a scale).
+    - A step divides the rows into a stack of matrices ("h16").
+    - The steps transpose ("T") but `x` is not stored transposed (x.turned), or the reverse.
+
+    steps: texts, applied in order. "T" transposes; "r0:1/2" keeps row 0 of every 2 rows; "h16" divides the rows into a
+    stack of 16 matrices of consecutive rows. This file's docstring lists the others. Raises ProgramError for a step
+    that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -203,11 +217,13 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """Apply the steps of a source to the codes and scales of x. Returns a Quantised; None if that is impossible.
+    """Returns the quantised tensor `x` after applying the steps of a source, still quantised; None if impossible.
 
-    It is impossible in three cases. A step would split a group (values that share a scale). A step divides the rows
-    into matrices ("h16"). The steps have a "T" (transpose) but x is not stored transposed (x.turned), or x is stored
-    transposed and they have none.
+    The steps are applied to the codes and to the scales. That is impossible in these cases:
+
+    - A step would divide a group (values that share a scale).
+    - A step divides the rows into a stack of matrices ("h16").
+    - The steps transpose ("T") but `x` is not stored transposed (x.turned), or the reverse.
 
     steps: texts such as "r0:1/2", see take(). Raises ProgramError for a step that does not fit.
     """
@@ -230,18 +246,18 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
 
 
 def _unit_run(x: Quantised) -> int:
-    """Number of neighbouring columns of x that share one value of x.units, a second level of scales.
+    """Returns how many neighbouring columns of the quantised tensor `x` share one second-level scale (x.units).
 
-    256 for the formats q4_k, q5_k and q6_k, the length of a whole row for others.
+    It is 256 for the formats q4_k, q5_k and q6_k, and the length of a whole row for other formats.
     """
     return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
 
 
 def _regrouped(x: Quantised, group: int) -> Quantised:
-    """A copy of x in smaller groups of `group` columns, with each scale repeated. Codes and values do not change.
+    """Returns a copy of the quantised tensor `x` in which each scale is shared by only `group` columns.
 
-    Raises ProgramError unless `group` divides the size of x's groups, and for a format whose scales are multiples of a
-    unit (x.units), such as q4_k.
+    The scales are repeated, so the codes and the values stay the same. Raises ProgramError if `group` does not divide
+    the size of x's groups, or if the scales of x are multiples of a second-level scale (x.units), as in q4_k.
     """
     if x.group % group or x.units is not None:
         raise ProgramError(f"groups of {x.group} cannot become groups of {group}; wanted a divisor of {x.group}")
@@ -254,10 +270,12 @@ def _regrouped(x: Quantised, group: int) -> Quantised:
 
 
 def _cut_columns(x: Quantised, step: str) -> Quantised:
-    """Keep some columns of `x`, which has one scale per row; returns a Quantised in which each row keeps its scale.
+    """Returns the quantised tensor `x` with only some of its columns.
 
-    step: the cut as text, such as "c96:192/384" (columns 96 to 191 of every 384). Raises ProgramError if it does not
-    fit.
+    `x` must have one scale for each row, which is kept.
+
+    step: text that says which columns to keep, such as "c96:192/384" (columns 96 to 191 of every 384). Raises
+    ProgramError if the step does not fit.
     """
     codes = _moved(x.codes, (step,))
     group = formats.get(x.format).group_of(codes.shape[-1])
@@ -270,14 +288,18 @@ def _cut_columns(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """Find which scales belong to a range of columns of a quantised matrix, with one scale for `group` columns.
+    """Translate a cut of a quantised matrix's columns into the cut of its scales.
 
-    A step "cA:B/N" takes the columns A to B (without B) of every N. Returns a tuple with the step that takes their
-    scales: with group 32, "c96:192/384" gives ("c3:6/12",). Returns () if a group is the whole row, so that all scales
-    are needed. Returns None if the range begins or ends inside a group.
+    Each scale is shared by `group` columns. A cut "cA:B/N" keeps columns A to B - 1 of every N. The result is a tuple
+    with the cut to apply to the scales: with `group` 32, "c96:192/384" gives ("c3:6/12",). Returns () if a group is the
+    whole row, so that all scales are kept. Returns None if the kept range begins or ends inside a group.
 
-    step: the range of columns as text. length: number of columns of the matrix. Raises ProgramError for a step that
-    does not fit.
+    Args:
+        step: the cut of columns, as text.
+        length: number of columns of the matrix.
+        group: number of neighbouring columns that share a scale.
+
+    Raises ProgramError for a step that does not fit.
     """
     _, first, last, of = _cut(step, length)
     if group >= length:
@@ -288,10 +310,10 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """Apply the steps of a source to an array that is not quantised, and return the result.
+    """Returns the array `x`, which is not quantised, after applying the steps of a source to it.
 
-    steps: texts such as "T" (transpose) or "r0:1/2" (keep row 0 of every 2). Raises ProgramError for a cut that does
-    not fit.
+    steps: texts such as "T" (transpose) or "r0:1/2" (keep row 0 of every 2), see take(). Raises ProgramError for a cut
+    that does not fit.
     """
     for step in steps:
         if step[0] == "g":
@@ -320,16 +342,16 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Read the tensors of a source a few rows at a time, to save memory: yield (tensor name, values) for each piece.
+    """Read the tensors of a source piece by piece, to save memory. Yields (tensor name, values) for each piece.
 
-    The source's steps (cuts, transposition) are applied to every piece; a piece may be left out if a cut keeps none of
-    its rows. Two kinds of quantised tensors are yielded whole: those whose rows a step divides into several matrices
-    (such as the step "h16"), and matrices that a step transposes.
+    A piece has some consecutive rows of a tensor, after the source's steps (cuts, transposition) were applied to it. A
+    piece is left out if the cuts keep none of its rows. A quantised tensor is yielded as one piece if a step divides
+    its rows into several matrices (such as "h16"), or if it is a matrix and a step transposes it.
 
     Args:
         source: text that names checkpoint tensors and steps (see this file's docstring).
-        read: function from a name to the whole tensor.
-        runs: function from a name to an iterator over the tensor's pieces.
+        read: function from a tensor's name to the whole tensor.
+        runs: function from a tensor's name to an iterator over its pieces.
     """
     for name, steps in expand(source):
         at = 0
@@ -350,9 +372,9 @@ def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) ->
 
 
 def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
-    """Boolean mask of the indices `ids` of an axis that remain after the cuts `steps`.
+    """Returns a boolean mask, one item for each index in `ids`: True if the cuts `steps` keep this index of an axis.
 
-    Raises ProgramError for a step that is no cut.
+    steps: cuts of that axis as texts, such as "r0:1/2". Raises ProgramError for a step that is not a cut.
     """
     kept = np.ones(len(ids), bool)
     for step in steps:
@@ -363,11 +385,13 @@ def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
 
 
 def read(source: str, reader: Reader) -> Iterator[tuple[str, Value]]:
-    """Yield (name, values) of each checkpoint tensor that a source names, cut and reshaped as the source says.
+    """Read the checkpoint tensors that a source names. Yields (tensor name, values) for each of them.
+
+    The steps of the source, such as cuts and transpositions, have been applied to the values.
 
     Args:
-        source: a text such as "experts.{0..7}.w1.weight|T", see this file's docstring.
-        reader: function from a tensor's name to its values. Whatever it raises for a missing tensor is passed on.
+        source: text such as "experts.{0..7}.w1.weight|T", see this file's docstring.
+        reader: function from a tensor's name to its values. An error that it raises is passed on.
 
     Raises ProgramError for a step of the source that does not fit the tensor.
     """

@@ -55,7 +55,10 @@ def _attributes(op: Op) -> Iterator[str]:
 
 
 def _literal(value: object) -> str:
-    """`value` written as a Python literal, without spaces except inside strings, because spaces separate attributes."""
+    """Returns `value` written as a Python literal, without spaces outside strings.
+
+    In the text form, spaces separate the attributes of an op.
+    """
     return repr(value) if isinstance(value, str) else repr(value).replace(" ", "")
 
 
@@ -73,9 +76,11 @@ def _op_line(op: Op, tensors: Tensors, section: str) -> str:
 
 
 def _sections(ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[str, list[str]]]:
-    """Yield (section, lines of text) in order. A section declares its weights and state, then lists its ops and views.
+    """Yield the parts of a Program's text form as (section name, list of lines), in order.
 
-    Sections are layers such as "layers.3", and "" for everything outside layers.
+    A section is a layer such as "layers.3", or "" for everything outside layers. Its lines declare its weights and
+    state, then list its ops and views. If ops of a layer do not follow each other directly, the layer has several
+    parts.
     """
     declared: set[str] = set()
     views: dict[str, list[Tensor]] = {}
@@ -102,10 +107,13 @@ def _sections(ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[str, list[s
 
 
 def print_text(head: str, ops: Sequence[Op], tensors: Tensors, fold: bool = False) -> str:
-    """The text form of a Program, with `head` as its first line.
+    """Returns a Program in its text form, with `head` as its first line.
 
-    ops: the ops, in order. tensors: all tensors by name. fold: True to print equal layers only once. Such text is for
-    people and cannot be parsed.
+    Args:
+        head: the first line.
+        ops: the Program's ops, in order.
+        tensors: the Program's tensors, by name.
+        fold: True to print layers with equal text only once. The result is then for people, and cannot be parsed.
     """
     out = [head]
     alike: list[str] = []

@@ -17,9 +17,9 @@ Rule = Callable[[Program], Iterator[str]]
 
 
 def names_resolve(p: Program) -> Iterator[str]:
-    """Yield a message for each name that an op or a view uses and that is not in the Program's table of tensors.
+    """Yield an error message for each tensor name that an op or a view uses but the Program's table of tensors lacks.
 
-    Also yield one for each tensor whose key in the table is not the tensor's own name.
+    Also yields a message for each entry of the table whose key is not the tensor's own name.
     """
     for key, t in p.tensors.items():
         if key != t.name:
@@ -33,10 +33,10 @@ def names_resolve(p: Program) -> Iterator[str]:
 
 
 def tensors_well_formed(p: Program) -> Iterator[str]:
-    """Yield a message for each tensor that is declared wrongly.
+    """Yield an error message for each fault in the declaration of a tensor.
 
-    Wrong are: an unknown role, format or dimension, a constant whose shape is not its number of values, and a weight
-    without a source.
+    The faults are: an unknown role, number format or dimension; a constant whose shape does not match its number of
+    values; a weight without a source.
     """
     for t in p.tensors.values():
         if t.role not in ROLES:
@@ -55,7 +55,10 @@ def tensors_well_formed(p: Program) -> Iterator[str]:
 
 
 def sites_unique(p: Program) -> Iterator[str]:
-    """Yield a message for each op whose site (name of the op's place in the model) an earlier op has, too."""
+    """Yield an error message for each op that has the same site as an earlier op.
+
+    A site is the name of an op's place in the model, such as layers.0.attn.q_proj.
+    """
     seen: set[str] = set()
     for op in p.ops:
         if op.site in seen:
@@ -64,9 +67,9 @@ def sites_unique(p: Program) -> Iterator[str]:
 
 
 def faces_present(p: Program) -> Iterator[str]:
-    """Yield a message for each op that is not registered or lacks shapes(), reference() or work().
+    """Yield an error message for each op that is not registered, and for each method that an op lacks.
 
-    A collective needs exchange() in place of reference().
+    An op needs the methods shapes(), reference() and work(). A collective needs exchange() instead of reference().
     """
     for op in p.ops:
         if REGISTRY.get(op.kind) is not type(op):
@@ -77,9 +80,9 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Yield a message for each op whose shape rule refuses its operands, and for each result that is declared wrongly.
+    """Yield an error message for each op that does not accept the shapes of its operands.
 
-    A result is declared wrongly if its Tensor has another shape or format than the op computes.
+    Also yields a message for each result whose declared shape or format differs from what the op computes.
     """
     for op in p.ops:
         try:
@@ -94,10 +97,13 @@ def shapes_agree(p: Program) -> Iterator[str]:
 
 
 def written_before_read(p: Program) -> Iterator[str]:
-    """Yield a message for each temp (intermediate result) or output that is read before it is written.
+    """Yield an error message for each wrong read or write of a temp (intermediate result) or output tensor.
 
-    Also yield one for each temp or output that is not written exactly once, and for each op that writes another
-    tensor than a temp or an output, or writes a view.
+    The faults are:
+
+    - The tensor is read before it is written.
+    - The tensor is never written, or is written twice.
+    - An op writes a view, or a tensor that is neither a temp nor an output.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -118,10 +124,11 @@ def written_before_read(p: Program) -> Iterator[str]:
 
 
 def views_inside(p: Program) -> Iterator[str]:
-    """Yield a message for each invalid view. A view is a range of columns of another tensor, without a copy.
+    """Yield an error message for each invalid view.
 
-    A view is valid if it is of a temp (intermediate result) that is not a view itself, has the temp's format and number
-    of rows, and lies inside the temp's columns.
+    A view is a range of columns of another tensor, its base, without a copy. The base must be a temp (intermediate
+    result) and not a view itself. The view must have the same format and number of rows as its base, and its columns
+    must lie inside the base's columns.
     """
     for t in p.tensors.values():
         if t.view:
@@ -134,11 +141,15 @@ def views_inside(p: Program) -> Iterator[str]:
 
 
 def state_kept(p: Program) -> Iterator[str]:
-    """Yield a message for each wrong use of a state tensor by an op.
+    """Yield an error message for each wrong use of a state tensor (K/V cache or recurrent state) by an op.
 
-    Wrong are: a state tensor in an operand that is not declared for state; any other tensor in an operand that is
-    declared for state; a read of a K/V cache before this step's values are written to it; recurrent state that is
-    updated twice, or whose first dimension is not N.
+    The faults are:
+
+    - an operand that is not declared for state gets a state tensor;
+    - an operand that is declared for state gets another tensor;
+    - an op reads a K/V cache before this step's values were written to it;
+    - recurrent state is updated twice in a step;
+    - the first dimension of recurrent state is not N.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -161,7 +172,7 @@ def state_kept(p: Program) -> Iterator[str]:
 
 
 def windows_kept(p: Program) -> Iterator[str]:
-    """Yield a message for each cache that one op reads through a window and another op without a window.
+    """Yield an error message for each K/V cache that some op reads through a sliding window and another op without one.
 
     Only the caches of ops with two block tables (Op.two_tables) are checked.
     """
@@ -173,9 +184,9 @@ def windows_kept(p: Program) -> Iterator[str]:
 
 
 def buffers_apart(p: Program) -> Iterator[str]:
-    """Yield a message for each temp that overwrites a temp of the same buffer which a later op still reads.
+    """Yield an error message for each op that overwrites a temp (intermediate result) which a later op still reads.
 
-    A temp is an intermediate result; several may have one memory buffer, one after another.
+    This can happen because several temps may share one memory buffer, one after another.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     holder: dict[int, str] = {}
@@ -191,10 +202,10 @@ def buffers_apart(p: Program) -> Iterator[str]:
 
 
 def collectives_placed(p: Program) -> Iterator[str]:
-    """Yield a message for each collective that does not fit the mesh, and for a rank outside the mesh.
+    """Yield an error message for each collective that names a wrong rank.
 
-    The group of a collective must lie inside the mesh and contain this rank. A send or recv must name another rank of
-    the mesh.
+    Also yields a message if the Program's own rank is outside the mesh. The group of a collective must lie inside the
+    mesh and contain the Program's rank. A send or recv must name another rank of the mesh.
     """
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"
@@ -221,9 +232,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def verify(program: Program) -> None:
-    """Raise ProgramError for a Program that breaks a rule; return nothing for a valid one.
+    """Raise ProgramError if the Program breaks a rule; return nothing if it is valid.
 
-    The error lists up to eight faults of the first rule that is broken.
+    The error lists up to eight faults, all of the first rule that is broken.
     """
     for rule in RULES:
         wrong = list(rule(program))

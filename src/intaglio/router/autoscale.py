@@ -21,9 +21,9 @@ SLOWER = 1.25  # factor by which a step may become longer when a replica is remo
 
 
 class Autoscaler:
-    """Decides the number of replicas, between `least` and `most`. `why` is the reason of the last change, as text.
+    """Decides how many replicas should run, from `least` to `most`.
 
-    Raises ValueError unless 1 <= least <= most.
+    `why` is the reason for the last change, as text. Raises ValueError unless 1 <= least <= most.
     """
 
     def __init__(self, least: int, most: int) -> None:
@@ -34,15 +34,15 @@ class Autoscaler:
         self._quiet: float | None = None  # since when one replica less would do
 
     def wanted(self, router: Router, replicas: int, now: float) -> int:
-        """The number of replicas that there should be.
+        """Returns the number of replicas that should run from now on, at least `least` and at most `most`.
 
-        It is always in the allowed range. It rises when requests have waited without a pause for UP_AFTER seconds, and
-        falls by 1 when none has waited for DOWN_AFTER seconds and the others could do the work. Call this about once a
-        second, since it measures these times between its calls.
+        The number rises if there have been waiting requests at all times for the last UP_AFTER seconds. It falls by 1
+        if for the last DOWN_AFTER seconds no request has waited, and one replica less would have been enough. Call this
+        about once per second, because both times are measured between calls.
 
         Args:
-            router: the router, whose queue and replicas are looked at.
-            replicas: the present number.
+            router: the router, whose queue and replicas are examined.
+            replicas: the present number of replicas.
             now: the time in seconds.
         """
         if not self.least <= replicas <= self.most:
@@ -69,10 +69,10 @@ class Autoscaler:
         return replicas
 
     def _enough_without_one(self, serving: list[Replica], paces: Mapping[str, Pace]) -> bool:
-        """True if one of the replicas could be removed.
+        """True if one of the replicas `serving` could be removed.
 
-        That is so if the remaining replicas can hold all sequences, and a mean step would take at most SLOWER times as
-        long as a mean step now. False for fewer than two replicas.
+        The remaining replicas must have room for all running sequences. Their mean step, with more sequences than now,
+        must take at most SLOWER times as long as the mean step takes now. False for fewer than two replicas.
 
         serving: the replicas that serve now. paces: their Pace by name.
         """

@@ -26,7 +26,14 @@ def _place_in_order(entry: Entry) -> tuple[int, int]:
 
 @dataclass
 class Tenant:
-    """A tenant's weight, its counter (tokens charged / weight) and its waiting jobs in order."""
+    """State of one tenant in a FairQueue.
+
+    Attributes:
+        weight: the tenant's share of the service, relative to the weights of other tenants.
+        counter: tokens that the tenant has been charged, divided by its weight. The tenant with the lowest counter is
+            next.
+        waiting: the tenant's waiting jobs, as (priority, arrival number, job), in this order.
+    """
 
     weight: float
     counter: float = 0.0
@@ -34,10 +41,13 @@ class Tenant:
 
 
 class FairQueue:
-    """The waiting jobs of all tenants, by priority, and within a priority by the tenants' use of the service.
+    """Queue of the waiting jobs of all tenants, which says in which order to place them.
 
-    weights: shares by tenant; a tenant without a weight has weight 1. Raises ValueError for a weight that is not a
-    finite number above 0.
+    Jobs of a lower priority number come first. Among jobs of equal priority, the tenant that has used the least service
+    in proportion to its weight comes first.
+
+    weights: weight of each tenant by name; a tenant that is not named has weight 1. Raises ValueError for a weight that
+    is not a finite number above 0.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
@@ -56,7 +66,7 @@ class FairQueue:
         return len(self._entries)
 
     def push(self, job: Job) -> None:
-        """Add a job behind the other jobs of its tenant and priority."""
+        """Add a job to the queue, behind the other waiting jobs of the same tenant and priority."""
         tenant = self._tenant(job.tenant)
         self._return(tenant)
         self._arrivals += 1
@@ -66,11 +76,14 @@ class FairQueue:
         self.tokens_of[job.stage] += job.prompt_tokens - job.handed
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the waiting jobs in no particular order. Do not change the queue meanwhile."""
+        """Yield the waiting jobs in no particular order. Do not change the queue during the iteration."""
         return (entry[2] for entry in self._entries.values())
 
     def order(self) -> Iterator[Job]:
-        """Yield the waiting jobs in the order in which they should be placed. Do not change the queue meanwhile."""
+        """Yield the waiting jobs in the order in which they should be placed.
+
+        Do not change the queue during the iteration.
+        """
         heads = {name: 0 for name, t in self.tenants.items() if t.waiting}
         counters = {name: self.tenants[name].counter for name in heads}
 
@@ -89,9 +102,10 @@ class FairQueue:
                 del heads[name]
 
     def take(self, job: Job) -> None:
-        """Remove a job that is placed now, and charge its tenant for its prompt and expected output.
+        """Remove a job from the queue because it is placed now, and charge its tenant for it. Returns nothing.
 
-        The job may also be one that never waited. A job that was taken before and has not ended is not charged again.
+        The charge is the number of tokens of the prompt and of the expected output. A job that is not in the queue is
+        charged, too. A job that was charged before and has not ended is not charged again.
         """
         tenant = self._tenant(job.tenant)
         if job.id in self._entries:
@@ -105,18 +119,19 @@ class FairQueue:
         self._forget_idle()
 
     def discard(self, job: Job) -> None:
-        """Remove a job from the queue, if it waits there, without adding its tokens to what its tenant has used."""
+        """Remove a job from the queue without charging its tenant. Does nothing if the job is not in the queue."""
         self._remove(job)
         self._forget_idle()
 
     def settle(self, job: Job, output_tokens: int) -> None:
-        """Correct the charge of a job's tenant once the job has ended: charge its real output, not the expected output.
+        """Correct the charge of a job's tenant after the job has ended. Returns nothing.
 
-        Does nothing for a job that was never taken, or has been settled.
+        take() charged the tenant for the expected output; afterwards the charge is for the output that was generated.
+        Does nothing for a job that was never taken or was already settled.
 
         Args:
             job: the job that has ended.
-            output_tokens: tokens that it has generated, over all choices.
+            output_tokens: number of tokens that the job has generated, over all its choices.
         """
         if job.id not in self.charged:
             return
@@ -126,32 +141,33 @@ class FairQueue:
         self._forget_idle()
 
     def share(self, tenant: str, total: int) -> int:
-        """Number of the `total` places in the queue that the tenant may hold, at least 1.
+        """Returns how many of the queue's `total` places the tenant may use at most, an int of 1 or more.
 
-        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one place-holder of
-        weight 1 for a tenant that may come next.
+        The places are divided in proportion to weight among three parties: this tenant, the other tenants with waiting
+        jobs, and one reserved share of weight 1 for a tenant that may come next.
         """
         own = self._tenant(tenant).weight
         others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)
         return max(1, int(total * own / (own + others + 1.0)))
 
     def waiting(self, tenant: str) -> int:
-        """Number of a tenant's waiting jobs."""
+        """Returns the number of waiting jobs of the tenant with this name."""
         return len(self.tenants[tenant].waiting) if tenant in self.tenants else 0
 
     def _return(self, tenant: Tenant) -> None:
-        """Take away the credit of a tenant that had no waiting jobs, when it returns with one. Returns nothing.
+        """Raise the counter of a tenant that had no waiting jobs and now gets a job. Returns nothing.
 
-        The tenant's counter (tokens charged / weight) is raised to the lowest counter of the tenants with waiting jobs;
-        if there are none, to the highest counter at which a job was ever taken. A counter that is higher already stays
-        as it is. A tenant that has waiting jobs is left alone.
+        So a tenant gains no credit by idle time. A counter is the tokens that the tenant was charged, divided by its
+        weight. It is raised to the lowest counter of all tenants with waiting jobs. If no tenant has any, it is raised
+        to the highest counter at which a job was ever taken. A counter that is already higher stays unchanged. Does
+        nothing if the tenant has waiting jobs.
         """
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]
             tenant.counter = max(tenant.counter, min(others, default=self._floor))
 
     def _remove(self, job: Job) -> None:
-        """Remove a job from the waiting jobs, if it is among them."""
+        """Remove a job from the waiting jobs. Does nothing if it is not among them."""
         if (entry := self._entries.pop(job.id, None)) is None:
             return
         waiting, own = self.tenants[entry[2].tenant].waiting, entry[2]
@@ -163,13 +179,13 @@ class FairQueue:
         return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
 
     def _forget_idle(self) -> None:
-        """Drop the tenants whose counter no longer matters, so that their number stays bounded. Returns nothing.
+        """Forget tenants without waiting jobs, so that the number of tenants stays bounded. Returns nothing.
 
-        A counter is the tokens that a tenant has been charged, divided by its weight. A tenant without waiting jobs is
-        dropped if its counter is at most the lowest counter of the tenants with waiting jobs: push() gives a tenant
-        that comes back a counter at least that high. If no tenant has waiting jobs, the bound is the highest counter at
-        which a job was ever taken. If more than IDLE_MAX tenants without waiting jobs are left, the IDLE_MAX / 2 with
-        the highest counters are kept.
+        A counter is the tokens that a tenant was charged, divided by its weight. A tenant without waiting jobs is
+        forgotten if its counter is at most the lowest counter of the tenants with waiting jobs, because _return() would
+        raise it to this value anyway. If no tenant has waiting jobs, the limit is the highest counter at which a job
+        was ever taken. If more than IDLE_MAX tenants without waiting jobs remain, only the IDLE_MAX / 2 with the
+        highest counters are kept.
         """
         lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
         idle = [name for name, t in self.tenants.items() if not t.waiting]

@@ -31,21 +31,21 @@ TOKENS_PER_CHUNK = CHUNK_BYTES / 4.0  # until the first prompt's true length is 
 
 @dataclass(frozen=True)
 class BlocksStored:
-    """Event: these blocks were added to a replica's prefix cache and can be reused from now on."""
+    """Event from a replica: the K/V blocks `names` were added to its prefix cache and can be reused from now on."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BlocksRemoved:
-    """Event: these blocks were evicted from a replica's prefix cache."""
+    """Event from a replica: the K/V blocks `names` were evicted from its prefix cache."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BlocksCleared:
-    """Event: a replica's prefix cache was emptied."""
+    """Event from a replica: its prefix cache was emptied."""
 
 
 CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
@@ -53,13 +53,14 @@ CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is known of a prefix of prompt text: its length in tokens, and the name of the last whole K/V block in it.
+    """What the router knows about a prefix of a prompt's text: its length in tokens, and its last whole K/V block.
 
     PromptMemory keeps one Prefix for each prefix key, which is a hash of the prefix (see prefix_keys()).
 
     Attributes:
-        tokens: tokens of the prefix, estimated.
-        name: name of the block; None if the prefix is shorter than a block, or the replica gave no names.
+        tokens: estimated number of tokens of the prefix.
+        name: name of the last whole K/V block that lies in the prefix. None if the prefix is shorter than a block, or
+            if the replica reported no block names.
     """
 
     tokens: int
@@ -67,13 +68,13 @@ class Prefix:
 
 
 class PromptMemory:
-    """For prefixes of prompt texts: how many tokens they have and which K/V block they end in, learnt from replicas.
+    """Table of prompt prefixes that replicas have computed, with the length and the last K/V block of each prefix.
 
-    A prefix is looked up by its key, a hash of the text up to that point (see prefix_keys()). A replica reports a
-    prompt's token count and the names of its whole K/V blocks. Tokens are taken to be spread evenly over the text, so
-    the place in the text where a block ends is an estimate; the block's name is exact.
+    The router looks a prefix up by its key, a hash of the text up to that point (see prefix_keys()). A replica reports
+    a prompt's number of tokens and the names of its whole K/V blocks. The tokens are assumed to be spread evenly over
+    the text. So the place in the text where a block ends is an estimate, and the block's name is exact.
 
-    limit: number of keys that are kept; the oldest are dropped.
+    limit: maximum number of prefixes; the oldest are dropped.
     """
 
     def __init__(self, limit: int = MEMORY_MAX) -> None:
@@ -81,17 +82,17 @@ class PromptMemory:
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
 
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
-        """Record the length in tokens and the last whole K/V block of each prefix of a prompt's text. Returns nothing.
+        """Record, for each prefix of a prompt's text, its length in tokens and its last whole K/V block.
 
-        With this record the router can tell which blocks a later prompt with the same beginning needs. The length of a
-        prefix is an estimate: the prompt's tokens count as spread evenly over its text.
+        Returns nothing. The router needs this to tell which blocks a later prompt with the same beginning can reuse.
+        The lengths are estimates: the prompt's tokens are assumed to be spread evenly over its text.
 
         Args:
-            keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()). Nothing is recorded without
-                keys.
-            tokens: tokens of the whole prompt.
-            names: names of the prompt's whole blocks, in order.
-            block_size: tokens of a block.
+            keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()). If there are none,
+                nothing is recorded.
+            tokens: number of tokens of the whole prompt.
+            names: names of the prompt's whole K/V blocks, in order.
+            block_size: tokens in a block.
         """
         if not keys:
             return
@@ -106,19 +107,20 @@ class PromptMemory:
             self._prefixes.popitem(last=False)
 
     def find(self, key: bytes) -> Prefix | None:
-        """The Prefix recorded under a prefix key; None if none was recorded or it has been dropped.
+        """Returns the Prefix that is recorded under a prefix key; None if there is none.
 
-        key: hash of the first chunks of a prompt's text (see prefix_keys()).
+        key: hash of the beginning of a prompt's text (see prefix_keys()).
         """
         return self._prefixes.get(key)
 
     def estimate_tokens(self, keys: Sequence[bytes]) -> int:
-        """Estimated number of tokens of a prompt, an int, from its prefix keys.
+        """Returns the estimated number of tokens of a prompt, an int, from the prefix keys of its text.
 
-        The longest prefix that is recorded counts with its recorded tokens, each further chunk of text with the mean
-        number of tokens of a chunk.
+        The estimate is the recorded length of the longest known prefix, plus the mean number of tokens per chunk of
+        text for each further chunk. Without keys it is 0.
 
-        keys: all prefix keys of the prompt's text, shortest prefix first (see prefix_keys()); 0 tokens for no keys.
+        keys: all prefix keys of the prompt's text, shortest prefix first; there is one for each chunk (see
+        prefix_keys()).
         """
         n = bisect_left(keys, True, key=lambda key: self.find(key) is None)  # leading keys that are known
         known = self.find(keys[n - 1]) if n else None
@@ -126,13 +128,16 @@ class PromptMemory:
 
 
 class CacheIndex:
-    """The router's record of one replica's K/V cache: blocks that it reported, and prompts that were sent to it.
+    """The router's record of what one replica has in its K/V cache.
+
+    It has two sources: K/V blocks that the replica reported, and prompts that the router has sent to the replica, whose
+    prefixes are assumed to be cached for a time.
 
     Attributes:
-        incarnation: text that names the replica's cache since its last restart; None before the first report.
-        stale: True if the router needs a snapshot of the cache: there was none yet, or events were missed.
-        events: True once an event or snapshot has come. Before, the prefixes of prompts that were sent to the replica
-            count as cached without a time limit; after, for ASSUMED_SECONDS.
+        incarnation: text that identifies the latest start of the replica's engine; None before the first report.
+        stale: True if the router needs a snapshot of the replica's cache, because it has had none yet or has missed
+            events.
+        events: True once the replica has sent an event or a snapshot. Until then, assumed prefixes have no time limit.
         names: names of the blocks that the replica reported.
     """
 
@@ -145,10 +150,10 @@ class CacheIndex:
         self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: until when it counts, seconds
 
     def restarted(self, incarnation: str) -> None:
-        """Forget everything if the replica has restarted, which a new `incarnation` shows. Returns nothing.
+        """Empty the record if the replica has restarted. Returns nothing.
 
-        Nothing counts as cached then, and `stale` is True: a snapshot of the cache is needed. If `incarnation` is the
-        same, nothing changes.
+        A restart shows in a new `incarnation`. Nothing counts as cached then, and `stale` becomes True, because a
+        snapshot of the cache is needed. If `incarnation` is the same as before, nothing changes.
 
         incarnation: text that is different for each start of the replica's engine.
         """
@@ -158,16 +163,16 @@ class CacheIndex:
             self._assumed.clear()
 
     def apply(self, incarnation: str, sequence: int, event: CacheEvent) -> None:
-        """Update the record of a replica's cache with one event from the replica. Returns nothing.
+        """Update the record of the replica's cache with one event that the replica has sent. Returns nothing.
 
-        An event with the number of an earlier one is ignored. If a number is missing, all blocks known from events are
-        forgotten, and `stale` stays True until a snapshot comes.
+        An event is ignored if its number is not above the last applied number. If numbers in between are missing, the
+        block names are forgotten, and `stale` is True until a snapshot comes.
 
         Args:
-            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
-                recorded is forgotten first.
-            sequence: number of the event in its incarnation, from 1.
-            event: blocks that were stored or removed, or that the cache was emptied.
+            incarnation: text that is different for each start of the replica's engine. If it is new, the record is
+                emptied first.
+            sequence: number of the event, counted from 1 since the engine's start.
+            event: says that blocks were stored or removed, or that the cache was emptied.
         """
         self.restarted(incarnation)
         if self.events and sequence <= self.sequence:
@@ -190,13 +195,13 @@ class CacheIndex:
                 self._assumed.clear()
 
     def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
-        """Replace the blocks that the replica has reported by those in a snapshot of its cache. Returns nothing.
+        """Replace the names of the replica's blocks by those in a snapshot of its cache. Returns nothing.
 
-        A snapshot is ignored if an event or snapshot with a higher number of the same incarnation was already applied.
+        A snapshot is ignored if a later event or snapshot of the same incarnation was already applied.
 
         Args:
-            incarnation: text that is different for each start of the replica's engine. If it is a new one, all that was
-                recorded is forgotten first. Else the prefixes recorded by assume() stay.
+            incarnation: text that is different for each start of the replica's engine. If it is new, the record is
+                emptied first. Else the prefixes recorded by assume() stay.
             sequence: number of the last event before the snapshot.
             names: names of all blocks in the cache.
         """
@@ -206,11 +211,11 @@ class CacheIndex:
         self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt was sent to the replica, so that its prefixes count as cached. Returns nothing.
+        """Record that a prompt was sent to the replica, so that its prefixes count as cached from now on.
 
-        A prefix counts until CONFIRMED_SECONDS after computed(), at most for ASSUMED_SECONDS. It counts without a time
-        limit while the replica reports nothing, or `stale` is True. At most ASSUMED_MAX prefixes are kept; the oldest
-        are dropped.
+        Returns nothing. A prefix counts as cached for ASSUMED_SECONDS. Once the prompt has been computed, this is
+        shortened to CONFIRMED_SECONDS from then (see computed()). There is no time limit while `stale` is True or the
+        replica has sent no events. At most ASSUMED_MAX prefixes are kept; the oldest are dropped.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
@@ -223,14 +228,14 @@ class CacheIndex:
             self._assumed.popitem(last=False)
 
     def computed(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt has been computed. Its assumed prefixes stay in the index for CONFIRMED_SECONDS more.
+        """Record that the replica has computed a prompt. Returns nothing.
 
-        A prefix is assumed if the index has it because the prompt was sent to this replica, and not because the replica
-        reported it. After CONFIRMED_SECONDS only the replica's events say whether blocks are cached: otherwise the
-        index would still show blocks that a small K/V cache has evicted.
+        The prompt's prefixes, recorded by assume(), count as cached for only CONFIRMED_SECONDS more. After that time,
+        only the replica's events say which blocks are cached. Otherwise, the index would still show blocks that a small
+        K/V cache has evicted.
 
         Args:
-            keys: the prefix keys of the prompt's text.
+            keys: the prefix keys of the prompt's text (see prefix_keys()).
             now: the time in seconds.
         """
         for key in keys:
@@ -238,7 +243,7 @@ class CacheIndex:
                 self._assumed[key] = min(self._assumed[key], now + CONFIRMED_SECONDS)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
-        """Estimated number of a prompt's leading tokens whose K/V this replica has cached, an int; 0 if it has none.
+        """Returns how many tokens at the beginning of a prompt the replica has in its K/V cache, an estimate.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).
@@ -256,15 +261,14 @@ class CacheIndex:
         return tokens
 
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
-        """Ask whether the replica has cached one prefix of a prompt.
+        """Returns the number of tokens of a prompt's prefix if the replica has it cached; None if not.
 
-        Returns the prefix's number of tokens if it is cached, and None if it is not. 0 means unknown, because no name
-        of a K/V block is known for the prefix: it is shorter than a block, or replicas gave no names. A longer prefix
-        may still be cached.
+        Returns 0 if this is unknown, because `memory` has no K/V block for the prefix: it is shorter than a block, or
+        the replicas reported no block names. A longer prefix may still be cached.
 
         Args:
             key: prefix key of the prefix (see prefix_keys()).
-            number: number of text chunks in the prefix.
+            number: number of chunks of text in the prefix.
             memory: token counts and block names of the prefixes that replicas have reported.
             now: the time in seconds.
         """

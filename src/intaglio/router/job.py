@@ -8,22 +8,22 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Job:
-    """A request to place on a replica.
+    """A request as the router sees it: what it needs to know to place the request on a replica.
 
-    Times are in seconds, on the clock of the argument `now` of the Router's methods.
+    All times are in seconds by the clock of the argument `now` of the Router's methods.
 
     Attributes:
-        id: a text that is unique among live requests.
+        id: text that is unique among live requests.
         keys: prefix keys of the prompt (see prefix_keys()).
-        prompt_tokens: tokens of the prompt, estimated from its length.
-        output_tokens: expected tokens of one choice's output, at most max_tokens.
-        choices: number of sequences that the request runs.
+        prompt_tokens: number of tokens of the prompt, estimated from the length of its text.
+        output_tokens: expected number of output tokens of one choice, at most the request's max_tokens.
+        choices: number of choices (alternative outputs) that the request asks for.
         tenant: name of the tenant that is charged for the request.
-        priority: a lower number is placed first.
+        priority: jobs with a lower number are placed first.
         deadline: time by which the request must have ended; None: no limit.
         start_by: time by which the request must have been placed; None: no limit.
-        stage: "all": the request runs on the replica it is placed on; "prefill": only its prompt is computed there.
-        handed: prompt tokens whose K/V another replica has computed, and which every replica can load.
+        stage: "all" to run the whole request on the replica; "prefill" to compute only its prompt there.
+        handed: number of prompt tokens whose K/V another replica has computed, and which every replica can load.
     """
 
     id: str
@@ -40,15 +40,18 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the tenant is charged for the job: its prompt, and the expected output of all choices."""
+        """Returns the number of tokens that the tenant is charged for the job.
+
+        It is the length of the prompt plus the expected output of all choices.
+        """
         return self.prompt_tokens + self.output_tokens * self.choices
 
 
 class Refusal(Exception):
-    """Raised for a job that is not admitted, or not placed on a replica in its time.
+    """Raised if the router does not admit a job, or could not place it on a replica in time.
 
-    reason: full (too many jobs wait), late (it would miss its deadline), unavailable (no replica serves). retry_after:
-    seconds after which to retry.
+    reason: "full" (too many jobs wait), "late" (the job would miss, or has missed, its time limit) or "unavailable" (no
+    replica serves). retry_after: number of seconds after which the client should try again.
     """
 
     def __init__(self, reason: Literal["full", "late", "unavailable"], message: str, retry_after: float) -> None:

@@ -19,9 +19,9 @@ TRUSTED_STEPS = 50.0  # weight of a replica's steps at which its own speed count
 
 @dataclass(frozen=True)
 class Pace:
-    """Step-time model of a replica: a step of T token rows takes per_step + T * per_token seconds.
+    """Model of a replica's step time: a step with T token rows takes per_step + T * per_token seconds.
 
-    measured: False for the values used before any replica has reported steps.
+    measured: False if the numbers are defaults, because no replica has reported step times yet.
     """
 
     per_step: float = 0.02
@@ -30,30 +30,33 @@ class Pace:
 
     @classmethod
     def fitted(cls, fit: StepFit) -> Pace:
-        """The Pace of a fit. Without steps that took any time it is the default Pace.
+        """Returns the Pace with the coefficients of `fit`, a fit of step times.
 
-        While all steps had about the same number of tokens, the fit has no slope. A token then counts as 1/32 of a
-        step, since with a slope of 0 a cached prefix would seem to save nothing.
+        If the fit has no steps, returns the default Pace. If all steps had about the same number of tokens, the fit
+        gives no time per token. The time per token is then 1/32 of the time per step: with 0, a cached prefix would
+        seem to save nothing.
         """
         if fit.mean_seconds <= 0:
             return cls()
         return cls(fit.seconds_per_step, fit.seconds_per_token or fit.seconds_per_step / 32, measured=True)
 
     def slower(self, factor: float) -> Pace:
-        """The Pace of a replica whose steps take `factor` times as long."""
+        """Returns the Pace of a replica whose steps take `factor` times as long as those of this Pace."""
         return Pace(self.per_step * factor, self.per_token * factor, self.measured)
 
 
 def paces(replicas: Iterable[Replica]) -> dict[str, Pace]:
-    """The Pace of each replica, by name.
+    """Returns the Pace (step-time model) of each replica, as a dict by the replica's name.
 
-    A common pace is fitted to the steps of all replicas of one role. A replica's pace is the common one times its own
-    slowness:
+    A common Pace is fitted to the steps of all replicas of the same role. A replica's Pace is the common Pace, with
+    both times multiplied by the replica's slowness:
 
-        (mean time of its steps / time that the common pace gives to a step of their mean size) ** trust
+        slowness = (m / c) ** trust
+        trust = w / (w + TRUSTED_STEPS)
 
-    trust = w / (w + TRUSTED_STEPS), from 0 to 1, where w is the weight of its steps (see StepFit). So a replica with
-    few steps so far is taken to be as fast as the others.
+    Here m is the mean time of the replica's steps, and c is the time that the common Pace gives for a step of their
+    mean size. w is the weight of the replica's steps (see StepFit). So a replica with few steps counts as about as fast
+    as the others.
     """
     by_role: dict[str, list[Replica]] = {}
     for replica in replicas:
@@ -66,9 +69,12 @@ def paces(replicas: Iterable[Replica]) -> dict[str, Pace]:
 
 
 def _slowness(fit: StepFit, common: Pace) -> float:
-    """Mean time of a replica's steps, divided by the time that the common pace gives for them.
+    """Returns the factor by which a replica's steps are slower than the Pace `common` predicts, a float above 0.
 
-    With few steps the quotient is drawn towards 1, see paces(). fit: of the replica's steps.
+    It is the ratio of the mean measured time to the predicted time. With few steps, it is moved towards 1 (see
+    paces()).
+
+    fit: the StepFit of the replica's own steps.
     """
     if fit.mean_seconds <= 0:
         return 1.0

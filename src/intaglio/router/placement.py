@@ -20,13 +20,13 @@ PREFILL_SHARE = 0.5  # of the time of a job's prefill, which is added to its cos
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated cost of a job on a replica.
+    """Estimated times of a job if it is placed on a certain replica.
 
     Attributes:
         replica: the replica.
-        pace: step times that the estimate is based on.
-        cached: prompt tokens that the replica has cached.
-        uncached: prompt tokens that the replica has to compute.
+        pace: the replica's step times, from which the estimate is made.
+        cached: number of prompt tokens that the replica has cached.
+        uncached: number of prompt tokens that the replica has to compute.
         first_token: seconds from now until the job's first token.
         end: seconds from now until the job's end.
     """
@@ -40,12 +40,13 @@ class Estimate:
 
     @property
     def cost(self) -> float:
-        """The cost that placement minimises, in seconds: seconds until the job ends + PREFILL_SHARE * prefill seconds.
+        """Returns the cost of the placement in seconds. The replica with the lowest cost is chosen.
 
-        The second term stands for the delay of other jobs of the replica, whose steps this prefill makes longer.
-        Without it, a job would go where it ends a little earlier, away from its cached prefix, and all replicas
-        together would compute more. With a share of 1, replicas would stay idle while jobs with the same prefix queue
-        at another replica.
+        The cost is the time until the job ends, plus PREFILL_SHARE times the time of its prefill. The second term
+        stands for the delay of other jobs on the replica, whose steps the prefill makes longer. Without it, a job would
+        often leave the replica that has its prefix cached in order to end a little earlier, and all replicas together
+        would compute more. If PREFILL_SHARE were 1, replicas would stay idle while jobs with the same prefix queue at
+        another replica.
         """
         return self.end + PREFILL_SHARE * self.uncached * self.pace.per_token
 
@@ -54,19 +55,19 @@ Policy = Callable[[Sequence[Estimate]], Estimate]
 
 
 def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, pace: Pace, ahead: int = 0) -> Estimate:
-    """The Estimate of a job on a replica: cached prompt tokens, and seconds until its first token and its end.
+    """Returns the Estimate of a job on a replica: cached prompt tokens, and seconds until its first token and its end.
 
-    The first token comes after the prefill of the jobs before it and of its own uncached tokens; its decode steps
-    follow. The last prompt token is always computed, because its logits are needed. A job of stage "prefill" ends with
-    its first token.
+    The replica first prefills the jobs before this job, then this job's uncached tokens. After that the first token
+    comes, and the decode steps follow. At least the last prompt token is computed, because its logits are needed. A job
+    of stage "prefill" ends with its first token.
 
     Args:
-        replica: the replica that may be given the job.
+        replica: the replica.
         job: the job.
         memory: token counts and block names of the prompt prefixes that replicas have reported.
         now: the time in seconds.
         pace: step times of the replica.
-        ahead: prompt tokens of queued jobs that will go to this replica before this job.
+        ahead: number of prompt tokens of queued jobs that will go to this replica before this job.
     """
     cached = max(job.handed, replica.index.cached_tokens(job.keys, memory, now))
     cached = min(cached, job.prompt_tokens - 1)
@@ -79,19 +80,21 @@ def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, pace:
 
 
 def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:
-    """The Estimate with the lowest cost. Among equal costs, the replica that has waited longest for a job is chosen.
+    """Returns the Estimate with the lowest cost.
 
-    estimates: one for each replica that may be given the job. Raises ValueError if it is empty.
+    Among equal costs, it is the one whose replica was given a job least recently.
+
+    estimates: one Estimate for each replica on which the job may be placed. Raises ValueError if there are none.
     """
     return min(estimates, key=lambda e: (e.cost, e.replica.last_placed))
 
 
 def take_turns(estimates: Sequence[Estimate]) -> Estimate:
-    """The Estimate of the replica that was given a job least recently, for the policy "round-robin".
+    """Returns the Estimate whose replica was given a job least recently. This is the placement policy "round-robin".
 
-    Replicas without room are considered only if no replica has room. Load and cached tokens are not considered.
+    A replica without room is chosen only if no replica has room. Load and cached tokens make no difference.
 
-    estimates: one for each replica that may be given the job. Raises ValueError if it is empty.
+    estimates: one Estimate for each replica on which the job may be placed. Raises ValueError if there are none.
     """
     return min(estimates, key=lambda e: (not e.replica.has_room, e.replica.last_placed))
 

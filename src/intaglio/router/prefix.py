@@ -14,13 +14,14 @@ KEY_BYTES = 8
 
 
 def prefix_keys(salt: bytes, pieces: Iterable[bytes]) -> tuple[bytes, ...]:
-    """A tuple with one key for each whole chunk of CHUNK_BYTES bytes of the joined `pieces`.
+    """Returns the prefix keys of a prompt's text: a tuple of hashes, one for each whole chunk of CHUNK_BYTES bytes.
 
-    Key i is a hash (KEY_BYTES bytes) of `salt` and of chunks 0 to i, so equal keys mean equal prefixes. () if the text
-    is shorter than a chunk.
+    Key i is a hash of `salt` and of chunks 0 to i, as bytes of length KEY_BYTES. So two prompts with the same key i
+    have the same first i + 1 chunks. Returns () if the text is shorter than a chunk.
 
-    salt: bytes, such as the model's name and the request's cache salt. Prompts with different salts share no keys.
-    pieces: the prompt's text as bytes, in one or more pieces.
+    Args:
+        salt: bytes such as the model's name and the request's cache salt. Prompts with different salts share no keys.
+        pieces: the prompt's text as bytes, in one or more pieces that are joined.
     """
     text = b"".join(pieces)
     keys, parent = [], blake2b(salt, digest_size=KEY_BYTES).digest()

@@ -19,20 +19,21 @@ Role = Literal["mixed", "prefill", "decode"]  # of a replica: which stages of re
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Figures that a replica reports about itself.
+    """Load and token counts that a replica reports about itself.
 
     Attributes:
-        running: choices that run.
-        waiting: choices that wait.
+        running: number of choices (outputs of requests) that run.
+        waiting: number of choices that wait in the replica.
         kv_usage: fraction of the K/V cache in use, 0 to 1.
-        draining: True if it takes no new requests.
-        steps: fit of the times of its latest steps.
-        max_sequences: maximum number of choices that run at a time.
+        draining: True if the replica takes no new requests.
+        steps: StepFit of the times of its latest steps.
+        max_sequences: maximum number of choices that run at the same time.
         max_batch_tokens: maximum number of token rows of a step.
-        prompt_tokens: tokens of prompts since its start.
-        cached_tokens: prompt tokens found in the K/V cache since its start.
-        output_tokens: tokens generated since its start.
-        tier: counts of its K/V tier by name, see TierCounts; {} without one.
+        prompt_tokens: number of prompt tokens since the replica's start.
+        cached_tokens: number of prompt tokens found in the K/V cache since the replica's start.
+        output_tokens: number of tokens generated since the replica's start.
+        tier: counts of its K/V tier (a store of K/V blocks outside the engine) by name, see TierCounts; {} without a
+            tier.
     """
 
     running: int = 0
@@ -50,23 +51,23 @@ class LoadReport:
 
 @dataclass
 class Replica:
-    """One replica: its state, its last report, its cache index and the jobs the router has placed on it.
+    """The router's record of one replica: its state, its last report, its cache index and the jobs placed on it.
 
     Attributes:
-        name: the router's name for it.
-        role: which stages of requests it is given: "mixed", "prefill" or "decode".
+        name: the replica's name in the router.
+        role: stages of requests that it is given: "mixed", "prefill" or "decode".
         state: "starting", "ready", "draining" or "dead".
         report: its latest LoadReport.
-        index: the blocks it has cached.
-        jobs: placed jobs by id; only the methods change them.
-        prefill_tokens: number of prompt tokens that the replica still has to compute, for all jobs in `prefills`.
-        prefills: {id of a job whose first token has not come: prompt tokens to compute}, in the order of placement.
-        prefill_since: time in seconds at which the replica began the first job in `prefills`, as far as the router
-            knows.
-        sequences: number of sequences of its jobs: the sum of their `choices`.
-        last_placed: number of the router's placement that last chose it; breaks ties, so that equal replicas take
-            turns.
-        failures: number of requests it lost by dying.
+        index: CacheIndex of the K/V blocks that it has cached.
+        jobs: the jobs placed on it, by id. Only the methods of this class change it.
+        prefill_tokens: number of prompt tokens that it still has to compute, the sum over `prefills`.
+        prefills: for each job whose first token has not come, by id: number of prompt tokens to compute. In the order
+            of placement.
+        prefill_since: estimated time in seconds at which the replica began to compute the first job in `prefills`.
+        sequences: number of choices (outputs) of all its jobs.
+        last_placed: number of the latest placement on this replica; placements of the router are counted from 1. Among
+            equally good replicas, the one with the lowest number is chosen.
+        failures: number of jobs that were lost because the replica died.
     """
 
     name: str
@@ -89,11 +90,12 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        """True if the replica may be given one more job now. A ready replica without jobs always may.
+        """True if the router may give the replica one more job now.
 
-        A replica in which sequences wait for room in its K/V cache is given only one job more than it can run. The
-        others wait in the router: until they can start, blocks of their prefix may be evicted, and another replica may
-        become the better one.
+        A ready replica without jobs always has room. Any other has room until it has its maximum number of sequences,
+        or prompts to compute for PREFILL_STEPS steps. If sequences wait inside the replica for room in its K/V cache,
+        it is given only one sequence more than fit into the cache. Other jobs wait in the router: before they could
+        start, blocks of their prefix may be evicted there, and another replica may become the better choice.
         """
         if not self.placeable:
             return False
@@ -102,28 +104,31 @@ class Replica:
 
     @property
     def _fits(self) -> float:
-        """Estimated number of sequences that fit the whole K/V cache; inf unless sequences wait in the replica.
+        """Returns the estimated number of sequences that fit into the whole K/V cache, a float.
 
-        It is the number of running sequences divided by the fraction of the cache that they hold (`kv_usage`).
+        Returns inf if no sequence waits in the replica. The estimate is the number of running sequences, divided by the
+        fraction of the cache in use (`kv_usage`).
         """
         report = self.report
         limited = report.waiting and report.running and report.kv_usage
         return report.running / report.kv_usage if limited else inf
 
     def pace_is_recent(self, placements: int) -> bool:
-        """True if the replica has measured the times of its steps and the measurement is recent.
+        """True if the replica has reported step times and they are recent.
 
-        It is recent if the replica has jobs, or was given one of the router's latest PACE_KEPT jobs. placements: number
-        of placements that the router has made.
+        They are recent if the replica has jobs, or if it was given one of the latest PACE_KEPT jobs that the router
+        placed.
+
+        placements: number of jobs that the router has placed so far.
         """
         return self.report.steps.weight > 0 and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 
     def prefill_left(self, now: float, per_token: float) -> float:
-        """Estimated number of prompt tokens of this replica's jobs that are still to be computed.
+        """Returns the estimated number of prompt tokens that the replica still has to compute for its jobs, a float.
 
-        The replica computes prompts in the order of placement. So it works at the first job that has no output token
-        yet. The part of this prompt that is done is estimated as the time since the replica began it, divided by
-        `per_token`. A replica near the end of a long prompt is thus free sooner than one at its beginning.
+        The replica computes prompts in the order of placement, so it works at the first job without an output token.
+        For this job, the number of tokens already computed is estimated: the time since the replica began the job /
+        `per_token`.
 
         Args:
             now: the time in seconds.
@@ -133,11 +138,11 @@ class Replica:
         return self.prefill_tokens - min(first, max(0.0, now - self.prefill_since) / per_token)
 
     def assign(self, job: Job, prefill: int, now: float) -> None:
-        """Add a job that the router has placed on this replica.
+        """Record that the router has placed a job on this replica. Returns nothing.
 
         Args:
             job: the job.
-            prefill: number of its prompt tokens that the replica has to compute.
+            prefill: number of prompt tokens that the replica has to compute for the job.
             now: the time in seconds.
         """
         if not self.prefills:
@@ -148,18 +153,18 @@ class Replica:
         self.sequences += job.choices
 
     def started(self, id: str, now: float) -> Job:
-        """Record that a job's first token has come: no prompt tokens are left to compute. Returns the Job.
+        """Record that a job's first token has come, so that its prompt has been computed. Returns the Job.
 
-        id: id of a job on this replica. now: the time in seconds. Raises KeyError for any other id.
+        id: id of a job on this replica. now: the time in seconds. Raises KeyError if no such job is on this replica.
         """
         job, self.prefill_since = self.jobs[id], now
         self.prefill_tokens -= self.prefills.pop(id, 0)
         return job
 
     def release(self, id: str) -> None:
-        """Remove a job from the replica's jobs, because it has ended or goes to another replica. Returns nothing.
+        """Remove a job from this replica's jobs, because it has ended or goes to another replica. Returns nothing.
 
-        id: id of a job on this replica. Raises KeyError for any other.
+        id: id of a job on this replica. Raises KeyError if no such job is on this replica.
         """
         job = self.jobs.pop(id)
         self.prefill_tokens -= self.prefills.pop(id, 0)

@@ -26,7 +26,7 @@ RETRY_MIN, RETRY_MAX = 1.0, 60.0  # bounds of Retry-After, seconds
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a router. Raises ValueError if `max_queued`, the maximum number of jobs that wait in it, is below 1."""
+    """Limits of a router. `max_queued` is the maximum number of waiting jobs; raises ValueError if it is below 1."""
 
     max_queued: int = 1024
 
@@ -37,7 +37,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Placement:
-    """A job and the name of the replica it goes to, with the Estimate by which that was decided."""
+    """Decision of the router to place `job` on a replica.
+
+    `replica` is the replica's name. `estimate` is the Estimate of the job's times there, which was compared with those
+    of the other replicas.
+    """
 
     job: Job
     replica: str
@@ -45,10 +49,14 @@ class Placement:
 
 
 class Router:
-    """Queue of jobs, and their placement on replicas.
+    """Admits jobs, keeps the waiting jobs in a queue, and places each job on a replica.
 
-    policy: a name in POLICIES. limits: limits of the queue; None: Limits(). weights: weight of each tenant by name (see
-    FairQueue). Raises ValueError for an unknown policy and for an invalid weight.
+    Args:
+        policy: name of the placement policy, a key of POLICIES.
+        limits: limits of the queue; None for the defaults.
+        weights: weight of each tenant by name (see FairQueue).
+
+    Raises ValueError for an unknown policy and for an invalid weight.
     """
 
     def __init__(
@@ -69,9 +77,10 @@ class Router:
     # Replicas
 
     def add_replica(self, name: str, role: Role = "mixed") -> Replica:
-        """Add a replica in state "starting". Returns its Replica. Once it is ready, it is given jobs of its role.
+        """Add a replica, which is in state "starting" at first. Returns its Replica.
 
-        Raises ValueError if the name is in use.
+        Once the replica is ready, the router gives it jobs according to its role. Raises ValueError if the name is in
+        use.
         """
         if name in self.replicas:
             raise ValueError(f"there is a replica {name!r} already; every replica needs its own name")
@@ -79,12 +88,14 @@ class Router:
         return self.replicas[name]
 
     def ready(self, name: str, incarnation: str) -> None:
-        """Record that a replica accepts requests. A replica that is being drained stays so.
+        """Record that a replica accepts requests now. Returns nothing.
+
+        Its state becomes "ready", except that a draining replica stays draining.
 
         Args:
             name: name of the replica.
-            incarnation: identifies the content of its K/V cache. If it differs from the last one, nothing counts as
-                cached.
+            incarnation: text that is different for each start of the replica's engine. If it is new, the router forgets
+                what the replica had cached.
         """
         replica = self.replicas[name]
         if replica.state != "draining":
@@ -92,24 +103,22 @@ class Router:
         replica.index.restarted(incarnation)
 
     def report(self, name: str, report: LoadReport) -> None:
-        """Store a replica's latest LoadReport."""
+        """Store the latest LoadReport of the replica `name`. Returns nothing."""
         self.replicas[name].report, self._paces = report, None
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on the replica `name`.
+        """Stop placing jobs on the replica `name`. Returns a list of the jobs that are on it.
 
-        Returns a list of its jobs; the caller may move them by resubmit().
+        The caller may move these jobs to other replicas with resubmit().
         """
         self.replicas[name].state = "draining"
         return list(self.replicas[name].jobs.values())
 
     def died(self, name: str) -> list[Job]:
-        """Record that a replica has ended, and take all its jobs off it.
+        """Record that the replica `name` has ended, and take all jobs off it.
 
-        Returns a list of these jobs, in the order of their placement, so that the caller can resubmit() them. The
-        replica is given no jobs until it is ready() again.
-
-        name: name of the replica. Raises KeyError for an unknown one.
+        Returns a list of these jobs, in order of placement. The caller can move the jobs to other replicas with
+        resubmit(). The replica is given no jobs until ready() is called for it. Raises KeyError for an unknown name.
         """
         replica = self.replicas[name]
         replica.state = "dead"
@@ -120,11 +129,11 @@ class Router:
         return jobs
 
     def restarting(self, name: str) -> None:
-        """Record that a replica that had ended is being started again."""
+        """Record that the replica `name`, which had ended, is being started again. Returns nothing."""
         self.replicas[name].state = "starting"
 
     def remove_replica(self, name: str) -> None:
-        """Forget a replica. Raises ValueError if it has jobs."""
+        """Remove the replica `name` from the router. Raises ValueError if jobs are placed on it."""
         if jobs := self.replicas[name].jobs:
             raise ValueError(f"replica {name!r} has {len(jobs)} requests; drain it first")
         del self.replicas[name]
@@ -133,19 +142,28 @@ class Router:
     # Jobs
 
     def submit(self, job: Job, now: float) -> None:
-        """Queue a job. Raises Refusal, with the seconds after which to retry, if it is not admitted.
+        """Admit a job and add it to the queue. Returns nothing.
 
-        A job is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would
-        miss its `start_by` or `deadline` by the estimate. now: the time in seconds.
+        Raises Refusal if the job is not admitted; the error says after how many seconds to try again. A job is not
+        admitted in these cases:
+
+        - No replica serves.
+        - Too many jobs wait, in all or of the job's tenant.
+        - By the estimate, the job would miss its `start_by` or `deadline`.
+
+        now: the time in seconds.
         """
         self._admit(job, now)
         self.queue.push(job)
 
     def place(self, job: Job, now: float) -> Placement | None:
-        """Place a job at once, if its stage's queue is empty and the best replica has room; else add it to the queue.
+        """Place a job at once if possible; else add it to the queue.
 
-        A job's stage is "all" or "prefill" (only the prompt is computed). Returns the Placement; None if the job is
-        queued, to be placed by dispatch() later. Raises Refusal if the job is not admitted. now: the time in seconds.
+        Returns the Placement, or None if the job was queued. A job is placed at once if no job of its stage is queued
+        and the best replica for it has room. (The stage is "all", or "prefill" to compute only the prompt.) dispatch()
+        places a queued job later. Raises Refusal if the job is not admitted.
+
+        now: the time in seconds.
         """
         estimates = self._admit(job, now)
         if not self.queue.jobs_of[job.stage]:
@@ -156,17 +174,18 @@ class Router:
         return None
 
     def resubmit(self, job: Job) -> None:
-        """Queue a job again whose replica died or drains.
+        """Put a job back into the queue, because its replica died or drains. Returns nothing.
 
-        It was admitted before, so it is not refused, and its tenant is not charged again.
+        The job was admitted before, so it is not refused, and its tenant is not charged again.
         """
         self._unplace(job.id)
         self.queue.push(job)
 
     def dispatch(self, now: float) -> list[Placement]:
-        """Place queued jobs, in fair order, on replicas that have room. Returns a list of the Placements, in order.
+        """Place queued jobs on replicas that have room, in fair order.
 
-        Call this after every change of jobs or replicas.
+        Returns a list of the Placements, in the order made. Call this after every change of jobs or replicas. now: the
+        time in seconds.
         """
         placed: list[Placement] = []
         ahead: Counter[str] = Counter()  # prompt tokens of jobs that wait for a full replica
@@ -186,17 +205,16 @@ class Router:
         return placed
 
     def started(self, id: str, now: float, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
-        """Record that a placed job's first token has come, so its prompt has been computed. Returns nothing.
+        """Record that the first token of a placed job has come, so that its prompt has been computed. Returns nothing.
 
-        The prompt's length and block names are remembered, for the estimates of later jobs.
+        The prompt's number of tokens and its block names are kept, to estimate how much of later prompts is cached.
 
         Args:
-            id: the job's id; one that is not placed is ignored.
+            id: the job's id. A job that is on no replica is ignored.
             now: the time in seconds.
             tokens: number of tokens of the prompt.
-            names: names of the K/V blocks that hold the prompt, in order, as the replica's cache reports them; (): not
-                known.
-            block_size: tokens of a block.
+            names: names of the prompt's K/V blocks in the replica's cache, in order; () if they are not known.
+            block_size: tokens in a block.
         """
         if (name := self._where.get(id)) is not None:
             replica = self.replicas[name]
@@ -205,23 +223,23 @@ class Router:
             replica.index.computed(keys, now)
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Record that a job has ended or was cancelled: take it off its replica, or out of the queue.
+        """Record that a job has ended or was cancelled: remove it from its replica or from the queue. Returns nothing.
 
-        Its tenant is charged for its real output, if it was ever placed. Call this also for a job that expired() has
-        returned.
+        If the job was ever placed, the charge of its tenant is corrected to the output that was generated. Call this
+        also for each job that expired() has returned.
 
         Args:
             job: the job.
-            output_tokens: tokens generated, over all choices.
+            output_tokens: number of tokens generated, over all choices.
         """
         if not self._unplace(job.id):
             self.queue.discard(job)
         self.queue.settle(job, output_tokens)
 
     def expired(self, now: float) -> list[Job]:
-        """Remove the queued jobs that have waited too long, or whose deadline has passed. Returns a list of them.
+        """Remove the queued jobs whose `start_by` or `deadline` has passed. Returns a list of these jobs.
 
-        They count as refused.
+        They are counted as refused. now: the time in seconds.
         """
         late = [job for job in self.queue.jobs() if now >= _earliest(job.start_by, job.deadline)]
         for job in late:
@@ -230,10 +248,10 @@ class Router:
         return late
 
     def wants_prefill(self, job: Job, now: float) -> bool:
-        """True if the job's prompt should be computed by a prefill replica, before the job goes to another replica.
+        """True if a prefill replica should compute the job's prompt, before the job goes to another replica.
 
-        It should if a prefill replica may be given jobs, and if the best of the other replicas would have PREFILL_MIN
-        tokens or more to compute. The policy says which is best.
+        This is so under two conditions. A prefill replica is ready. And the best other replica, by the router's policy,
+        would have to compute at least PREFILL_MIN tokens of the prompt. now: the time in seconds.
         """
         if not any(r.placeable and r.role == "prefill" for r in self.replicas.values()):
             return False
@@ -242,23 +260,24 @@ class Router:
         return bool(options) and POLICIES[self.policy](options).uncached >= PREFILL_MIN
 
     def where(self, id: str) -> str | None:
-        """Name of the replica on which a job is placed; None if it waits or is unknown."""
+        """Returns the name of the replica on which the job `id` is placed; None if the job waits or is unknown."""
         return self._where.get(id)
 
     def queue_seconds(self) -> float:
-        """Seconds in which one replica of mean pace would compute the prompts of all queued jobs.
+        """Returns the estimated seconds that one replica of mean speed would take for the prompts of all queued jobs.
 
-        inf if no replica may be given jobs.
+        Returns inf if no replica can be given jobs.
         """
         found = self.paces()
         seconds = [found[name].per_token for name, r in self.replicas.items() if r.placeable]
         return self.queue.tokens_of.total() * sum(seconds) / len(seconds) if seconds else float("inf")
 
     def paces(self) -> dict[str, Pace]:
-        """The Pace of each replica by name, from the steps that replicas of its role have reported.
+        """Returns the Pace (step-time model) of each replica, as a dict by the replica's name.
 
-        A replica whose measurement is not recent (see Replica.pace_is_recent()) counts as fast as the fastest of the
-        others of its role: a replica that seemed slow would be given no jobs, and then never be measured again.
+        It is computed from the step times that the replicas of the same role have reported. A replica without recent
+        measurements (see Replica.pace_is_recent()) gets the Pace of the fastest replica of its role. Otherwise a
+        replica that once was slow would be given no jobs, and would never be measured again.
         """
         if self._paces is None:
             self._paces = paces(self.replicas.values())
@@ -274,10 +293,11 @@ class Router:
     # Inside
 
     def _takers(self, stage: str) -> list[Replica]:
-        """The replicas that may be given jobs of a stage now, as a list. stage: "all" or "prefill", see Job.
+        """Returns a list of the replicas that can be given jobs of the stage `stage` now.
 
-        Prefill replicas take whole requests only if no other replica takes any. A job of stage "prefill" goes to any
-        replica if no prefill replica is left.
+        stage: "all" for whole requests, "prefill" for jobs that only compute a prompt (see Job). Whole requests go to
+        prefill replicas only if no other replica is ready. Prefill jobs go to other replicas only if no prefill replica
+        is ready.
         """
         alive = [r for r in self.replicas.values() if r.placeable]
         if stage == "prefill":
@@ -285,10 +305,11 @@ class Router:
         return [r for r in alive if r.role != "prefill"] or alive
 
     def _admit(self, job: Job, now: float) -> list[Estimate]:
-        """A list of Estimates (first token and end, in seconds), one for each replica on which the job can be placed.
+        """Check that a job can be admitted.
 
-        Raises Refusal if the job is not admitted: there is no such replica, the queue is full, or the job would start
-        or end too late. A refusal is also counted by its reason.
+        Returns a list of its Estimates, one for each replica on which it could be placed. An Estimate has the seconds
+        until the job's first token and end. Raises Refusal if the job is not admitted: no replica serves, the queue is
+        full, or the job would start or end too late. Refusals are counted by reason. now: the time in seconds.
         """
         try:
             return self._check(job, now)
@@ -323,10 +344,12 @@ class Router:
         return estimates
 
     def _wait_seconds(self, alive: list[Replica], stage: str) -> float:
-        """Estimated seconds until the waiting jobs of a stage have been placed, from the replicas' pace of prefill.
+        """Returns the estimated seconds until the queued jobs of a stage have been placed.
+
+        The estimate divides the prompt tokens of these jobs by the prefill speed of all the replicas together.
 
         Args:
-            alive: the replicas that may be given jobs of the stage; at least one.
+            alive: the replicas that can be given jobs of the stage; at least one.
             stage: "all" or "prefill", see Job.
         """
         if not self.queue.tokens_of[stage]:
@@ -337,14 +360,14 @@ class Router:
     def _estimates(
         self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
     ) -> list[Estimate]:
-        """A list of the Estimates of a job, one for each of the replicas.
+        """Returns a list of Estimates (times of a job on a replica), one for each replica in `replicas`.
 
         Args:
             replicas: the replicas.
             job: the job.
             now: the time in seconds.
-            ahead: {replica's name: prompt tokens of waiting jobs that will be placed on it first}; None: there are
-                none.
+            ahead: by replica name, the number of prompt tokens of waiting jobs that will be placed there before this
+                job; None if there are none.
         """
         found, ahead = self.paces(), ahead or {}
         return [estimate(r, job, self.memory, now, found[r.name], ahead.get(r.name, 0)) for r in replicas]
@@ -361,7 +384,7 @@ class Router:
         return Placement(job, replica.name, on)
 
     def _unplace(self, id: str) -> bool:
-        """Take a job off its replica. Returns True, or False if the job was on no replica."""
+        """Take the job `id` off its replica. Returns True if it was on a replica, else False."""
         name = self._where.pop(id, None)
         if name is None:
             return False

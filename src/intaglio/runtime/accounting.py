@@ -15,7 +15,10 @@ from intaglio.runtime.stats import Counts
 
 
 class Accounting:
-    """Applies step results: appends sampled tokens, accepts drafts, keeps prompt scores, ends finished sequences.
+    """Applies the results of steps to sequences.
+
+    It appends sampled tokens, accepts or rejects draft tokens, keeps the scores of prompt tokens, and ends finished
+    sequences.
 
     context: context length of the model in tokens; a sequence that is longer ends.
     """
@@ -26,9 +29,10 @@ class Accounting:
         self.live, self.scheduler, self.clock, self.counts, self.context = live, scheduler, clock, counts, context
 
     def account(self, done: Completed) -> None:
-        """Apply a completed launch to all of its sequences: their tokens, events and ends.
+        """Apply the result of a completed launch to all sequences of the launch. Returns nothing.
 
-        The clock is read once, before; all events of the launch get that time.
+        A launch is one step on the device. The clock is read once at the beginning, and all events of the launch get
+        this time.
         """
         self.clock.read()
         row = 0
@@ -38,14 +42,15 @@ class Accounting:
             row += len(chunk.rows)
 
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
-        """Apply the result of a step to one of its sequences, emit the sequence's events and count its drafts.
+        """Apply the result of a step to one sequence: append its sampled tokens and emit its events. Returns nothing.
 
-        The sequence's rows begin at index `row` of the result. They are, in this order:
+        `row` is the index of the sequence's first row in the result. The sequence's rows are, in this order:
 
-        - a row for each position of the prompt that is in the chunk and whose logits the request wants;
-        - if the sequence samples in this step, a row for the next token, and a row for each draft.
+        - one row for each prompt position in `chunk` whose logits the request wants;
+        - if the sequence samples in this step: one row for the next token and one row for each draft token.
 
-        Sampled tokens are appended up to and including the first that differs from its draft or ends the sequence.
+        Sampled tokens are appended one after another, up to the first token that differs from its draft or ends the
+        sequence; this token is still appended. Proposed and accepted drafts are counted.
         """
         s, drafts, start = scheduled.sequence, scheduled.drafts, scheduled.sequence.computed
         sampled, accepted = 1 + len(drafts) if scheduled.samples else 0, 0
@@ -70,12 +75,12 @@ class Accounting:
                 self.live.emit(self.live.end(s, "length"))
 
     def settle_state(self, s: Sequence, start: int, rejected: bool) -> None:
-        """Update the recurrent-state slots of a sequence after a step that began at position `start`.
+        """Update which slots hold the recurrent state of a sequence, after a step that began at position `start`.
 
-        Does nothing if the model has no recurrent state. If no draft was rejected, the state that the step wrote
-        becomes the sequence's. rejected: True if a draft was rejected, so that the state that the step wrote includes
-        rejected tokens and is not used. The sequence then keeps the state of position `start`, and its next step
-        computes the tokens from there on again.
+        Returns nothing. Does nothing if the model has no recurrent state. If `rejected` is False, the state that the
+        step wrote becomes the sequence's state. If `rejected` is True, at least one draft token was rejected, and the
+        state that the step wrote is not used because it includes rejected tokens. The sequence then keeps the state of
+        position `start`, and its next step computes the tokens from `start` on again.
         """
         if s.next_state_slot < 0:
             return
@@ -87,17 +92,17 @@ class Accounting:
 
     @staticmethod
     def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:
-        """Store in the sequence what its request asked for about the prompt. Returns the index of the next row to read.
+        """Store a step's results for the prompt in the sequence `s`. Returns the index of the next row to read.
 
-        A request with `scored` set (evaluation of a text, without generation) gets the logits of its prompt rows, in
-        `s.logits`. One with prompt_logprobs gets, for each row, the score of the prompt token that follows the row's
-        position, in `s.prompt_scores`.
+        If the request has `scored` set (evaluation of a text, without generation), the logits of the prompt rows are
+        added to `s.logits`. If prompt_logprobs is set, a Scored is added to `s.prompt_scores` for each row: the
+        log-probability of the prompt token that follows the row's position.
 
         Args:
             s: the sequence.
             result: the step's result.
-            row: index, in the result, of the first row to read.
-            n: number of rows, one for each prompt position; 0: nothing is read.
+            row: index of the first row to read in the result.
+            n: number of rows, one for each prompt position; 0 if there is nothing to read.
         """
         if n:
             assert result.logits is not None, "the device was asked for logits and gave none"
@@ -111,10 +116,10 @@ class Accounting:
         return row + n
 
     def _append(self, s: Sequence, result: StepResult, row: int) -> None:
-        """Append the token sampled from one row of the result to the sequence and emit its event.
+        """Append the token sampled from row `row` of the result to the sequence `s`, and emit an event.
 
-        The sequence is ended if the token finishes it, if the row has no valid token, or if its stop checker or grammar
-        fails.
+        Returns nothing. The sequence is ended if this token finishes it, if the row has no valid token, or if the
+        sequence's stop checker or grammar fails.
         """
         token, logprob = int(result.tokens[row]), float(result.logprobs[row])
         if token < 0:
@@ -138,9 +143,9 @@ class Accounting:
         self.live.emit(self.live.end(s, reason, None, scored) if reason else Event(s.request.id, s.index, scored))
 
     def _finish_reason(self, s: Sequence, token: int) -> FinishReason | None:
-        """The reason why the sequence ends with `token`, its latest token: "stop" or "length"; None if it continues.
+        """Returns why the sequence `s` ends with `token`, its latest token: "stop" or "length".
 
-        Raises ValueError if the grammar does not allow the token.
+        Returns None if it does not end. Raises ValueError if the grammar does not allow the token.
         """
         p = s.request.params
         if token in s.request.eos_ids and not p.ignore_eos:

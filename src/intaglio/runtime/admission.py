@@ -16,13 +16,13 @@ RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # bounds of the Retry-After se
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """Work queued and running in an engine at one moment; the input of Admission.admit().
+    """The work that is queued and running in an engine at one moment; an input of Admission.admit().
 
     Attributes:
-        waiting: number of sequences that wait.
-        waiting_tokens: tokens that the waiting sequences must compute before each can sample its next token.
+        waiting: number of waiting sequences.
+        waiting_tokens: number of tokens that the waiting sequences must compute before they can sample.
         live: number of sequences that have not ended, waiting or running.
-        prefill_tokens: tokens still to prefill, over all live sequences.
+        prefill_tokens: number of tokens still to prefill, over all live sequences.
         latency: estimator of step times, from recent steps.
         draining: True if the engine refuses new requests.
         failed: why the engine cannot serve; None while it can.
@@ -39,7 +39,7 @@ class EngineLoad:
 
 @dataclass(frozen=True)
 class Admission:
-    """Admission control: decides by the limits of one engine which requests it accepts.
+    """Admission control: decides which requests an engine accepts, from the engine's limits and its load.
 
     Attributes:
         context: context length in tokens.
@@ -58,9 +58,9 @@ class Admission:
     max_batch_tokens: int
 
     def check(self, request: Request) -> None:
-        """Raise RequestError if the engine can never serve the request; return nothing otherwise.
+        """Raise RequestError if the engine can never serve the request, whatever its load. Returns nothing.
 
-        The message gives the value and the allowed range.
+        The error names the value that is wrong and the allowed range.
         """
         n, context, p = len(request.prompt), self.context, request.params
         if n == 0:
@@ -91,18 +91,22 @@ class Admission:
                 raise RequestError(f"{name} is {value}; allowed: seconds above 0, or None")
 
     def max_tokens(self, prompt_tokens: int) -> int:
-        """Largest `max_tokens` that fits into context and K/V cache after a prompt of `prompt_tokens` tokens.
+        """Returns the largest possible `max_tokens` of a request whose prompt has `prompt_tokens` tokens.
 
-        A result below 1 means that the prompt is too long.
+        Prompt and output must fit into the context and into the K/V cache. A result below 1 means that the prompt is
+        too long.
         """
         return min(self.context, self.num_blocks * self.block_size) - prompt_tokens + 1
 
     def admit(self, request: Request, load: EngineLoad) -> float:
-        """Decide whether to queue the request, given the current load.
+        """Admit a request under the given load, or raise Refused. Returns the estimated seconds until the request ends.
 
-        Returns the estimated seconds until the request ends, before correction by the observed slowdown. Raises Refused
-        if the engine is draining or failed, if its queue is full, or if the request would meet its `timeout` on an idle
-        engine but not under this load.
+        The estimate is not multiplied by the slowdown that was observed for earlier requests. Raises Refused in these
+        cases:
+
+        - The engine is draining or has failed.
+        - The engine's queue is full.
+        - The request would meet its `timeout` on an idle engine, but not under this load.
         """
         n = request.params.n
         if load.failed is not None:
@@ -120,13 +124,13 @@ class Admission:
         return estimate
 
     def _seconds_to_prefill(self, load: EngineLoad) -> float:
-        """Estimated seconds to prefill all waiting sequences."""
+        """Returns the estimated seconds until all waiting sequences have been prefilled."""
         tokens = load.waiting_tokens
         return load.latency.estimate(tokens, -(-tokens // self.max_batch_tokens), 0)
 
     @staticmethod
     def _estimates(request: Request, load: EngineLoad) -> tuple[float, float]:
-        """Estimated seconds until the request ends, as (under this load, on an idle engine)."""
+        """Returns two estimates of the seconds until the request ends: (under the given load, on an idle engine)."""
         prompt, n = len(request.prompt), request.params.n
         outputs = 0.0 if request.scored else load.latency.output_tokens(request.params.max_tokens)
         beside = load.latency.estimate(load.prefill_tokens + prompt, outputs, load.live + n)

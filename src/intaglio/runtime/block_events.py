@@ -16,14 +16,15 @@ EVENTS_KEPT = 16384
 
 @dataclass(frozen=True)
 class BlockEvent:
-    """A change of the prefix cache.
+    """One change of the prefix cache: a K/V block was stored or evicted, or the cache was emptied.
 
     Attributes:
         sequence: number of the event, counted from 1 since the engine's start.
-        kind: "stored": the block is in the prefix cache now; "removed": it was evicted; "cleared": all blocks are gone.
-        name: name of the block; "" if cleared.
-        parent: name of the block before it in the sequence; for a sequence's first block BlockNames.root() of the
-            request's cache salt; "" unless stored.
+        kind: "stored" (the block is in the prefix cache now), "removed" (the block was evicted) or "cleared" (all
+            blocks were removed).
+        name: name of the block; "" for "cleared".
+        parent: for "stored", the name of the block before this one in the sequence. For the first block of a sequence,
+            it is BlockNames.root() for the request's cache salt. Else "".
     """
 
     sequence: int
@@ -32,18 +33,19 @@ class BlockEvent:
     parent: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The event's fields as a dict that JSON can hold; fields that are "" are left out."""
+        """Returns the event's fields as a dict that can be written as JSON. Fields with the value "" are left out."""
         return {name: value for name, value in vars(self).items() if value}
 
 
 @dataclass(frozen=True)
 class BlockSnapshot:
-    """The blocks in a prefix cache at one moment.
+    """The names of the blocks in a prefix cache at one moment.
 
     Attributes:
         incarnation: text that is different for each start of an engine.
-        sequence: number of the last event that the snapshot includes.
-        scope: digest of the BlockScope; with `block_size` it makes the engine's BlockNames.
+        sequence: number of the last event before the snapshot.
+        scope: digest of the engine's BlockScope. Together with `block_size`, it determines how blocks are named (see
+            BlockNames).
         block_size: tokens in a block.
         names: names of the blocks, in the order in which they were stored.
     """
@@ -55,16 +57,17 @@ class BlockSnapshot:
     names: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The snapshot's fields as a dict that JSON can hold."""
+        """Returns the snapshot's fields as a dict that can be written as JSON."""
         return {**vars(self), "names": list(self.names)}
 
 
 class BlockEvents:
-    """The last `kept` events of a prefix cache.
+    """Numbered log of the changes of a prefix cache. It keeps the last `kept` events.
 
     Attributes:
         incarnation: text that is different for each start of an engine.
         sequence: number of the last event; 0 before the first.
+        last: the events that are kept, oldest first.
     """
 
     def __init__(self, incarnation: str = "", kept: int = EVENTS_KEPT) -> None:
@@ -74,13 +77,13 @@ class BlockEvents:
     def stored(self, name: str, parent: str) -> None:
         """Record that a block was added to the prefix cache.
 
-        name: the block's key, a hash of its tokens and of all before them. parent: the key of the block before it; for
-        a sequence's first block, the root key that its K/V scope and salt give.
+        name: name of the block (see BlockNames). parent: name of the block before it in the sequence; for the first
+        block of a sequence, BlockNames.root() for the request's cache salt.
         """
         self._add("stored", name, parent)
 
     def removed(self, name: str) -> None:
-        """Record that a block was evicted."""
+        """Record that the block `name` was evicted from the prefix cache."""
         self._add("removed", name)
 
     def cleared(self) -> None:
@@ -88,10 +91,10 @@ class BlockEvents:
         self._add("cleared")
 
     def after(self, sequence: int) -> list[BlockEvent] | None:
-        """A list of the events after event number `sequence`, oldest first; [] if there are none yet.
+        """Returns a list of the events with numbers above `sequence`, oldest first; [] if there are none yet.
 
-        Returns None if some of these events are not kept any more, or no event has had the number `sequence` since the
-        engine started. The reader then needs a new snapshot.
+        Returns None if some of these events are no longer kept, or if `sequence` is above the number of the last event.
+        The caller then needs a new snapshot.
         """
         missing = self.sequence - sequence
         if not 0 <= missing <= len(self.last):
@@ -99,12 +102,12 @@ class BlockEvents:
         return [self.last[i] for i in range(len(self.last) - missing, len(self.last))]
 
     def snapshot(self, scope: str, block_size: int, names: Iterable[str]) -> BlockSnapshot:
-        """A BlockSnapshot: which blocks a prefix cache holds now, with the number of the last event.
+        """Returns a BlockSnapshot: the block names `names`, with the number of the last event.
 
         Args:
-            scope: digest of the engine's BlockScope; with `block_size` it determines the block names.
+            scope: digest of the engine's BlockScope, which is part of every block's name.
             block_size: tokens in a block.
-            names: names of the blocks that the cache holds.
+            names: names of all blocks that the prefix cache holds now.
         """
         return BlockSnapshot(self.incarnation, self.sequence, scope, block_size, tuple(names))
 

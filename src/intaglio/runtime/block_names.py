@@ -20,19 +20,19 @@ NAME_BYTES = 32  # 256 bits: nobody finds two blocks of one name, not even on pu
 
 
 def digest(content: bytes) -> str:
-    """The hash of some bytes, as 64 hexadecimal digits."""
+    """Returns a hash of the bytes `content`, as text of 64 hexadecimal digits."""
     return blake2b(content, digest_size=NAME_BYTES).hexdigest()
 
 
 @dataclass(frozen=True)
 class BlockScope:
-    """Everything that decides the bits of the K/V blocks of an engine, apart from their tokens and salt.
+    """What decides the bits of an engine's K/V blocks, apart from the token ids and the cache salt.
 
     Attributes:
-        program: hash of the Program; with several ranks, of the whole model's.
+        program: hash of the whole model's Program, also if several ranks share the model.
         weights: identity of the weights (see devices.Weights); "" if unknown.
-        kv_format: formats of the K/V cache, such as "bf16".
-        numerics: device, instruction set and what decides bits of the layout, such as "host avx2 tp2".
+        kv_format: number formats of the K/V cache, such as "bf16".
+        numerics: device, instruction set and layout, such as "host avx2 tp2".
         block_size: tokens in a block.
         version: version of this package and its compiled part.
     """
@@ -48,29 +48,33 @@ class BlockScope:
     def of(
         cls, program: Program, block_size: int, numerics: str = "", weights: str = "", version: str = ""
     ) -> BlockScope:
-        """The BlockScope of the K/V blocks of a Program. Its kv_format is taken from the Program's K/V tensors.
+        """Returns the BlockScope of the K/V blocks of a Program.
 
-        The other arguments are described at the attributes of the class.
+        Its fields `program` and `kv_format` are taken from the Program. The arguments `block_size`, `numerics`,
+        `weights` and `version` become the fields of the same names.
         """
         formats = sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"})
         return cls(program.hash, weights, " ".join(formats), numerics, block_size, version)
 
     @cached_property
     def digest(self) -> str:
-        """The hash of all fields of this BlockScope, as 64 hexadecimal digits.
+        """Returns a hash of all fields of this BlockScope, as text of 64 hexadecimal digits.
 
-        Every block name includes this hash. So two engines give a block the same name only if their model, weights, K/V
-        format, numerics, block size and version are the same.
+        The hash is part of every block name. So two engines give a block the same name only if their model, weights,
+        K/V format, numerics, block size and version are the same.
         """
         return digest(json.dumps(asdict(self), sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Computes names of K/V blocks. A name is a hash, 64 hexadecimal digits, over all tokens up to the block's end.
+    """Computes the names of K/V blocks from token ids.
+
+    A block's name is a hash of all tokens from the sequence's start to the block's end, as text of 64 hexadecimal
+    digits. The BlockScope and the request's cache salt are also hashed.
 
     Attributes:
-        scope: digest of the BlockScope.
+        scope: digest of the BlockScope, which says what decides the bits of K/V blocks.
         block_size: tokens in a block.
     """
 
@@ -78,23 +82,26 @@ class BlockNames:
     block_size: int
 
     def root(self, salt: str | None = None) -> str:
-        """The name that stands for the parent of a sequence's first block: a hash over the scope and the salt.
+        """Returns the name that is used as the parent of a sequence's first block.
 
-        salt: the request's cache salt; None: none. None and "" give different names.
+        It is a hash of the scope and the salt.
+
+        salt: the request's cache salt; None if it has none. None and "" give different names.
         """
         end = b"" if salt is None else b"salt " + salt.encode("utf-8", "surrogatepass")
         return digest(b"root " + self.scope.encode() + b" " + end)
 
     def child(self, parent: str, tokens: Sequence[int]) -> str:
-        """The name of the block of `tokens` (`block_size` token ids) that follows the block named `parent`."""
+        """Returns the name of the block that follows the block named `parent` and contains the token ids `tokens`.
+
+        `tokens` must have `block_size` items.
+        """
         return digest(parent.encode() + b" " + np.asarray(tokens, "<i8").tobytes())
 
     def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:
-        """Yield the names of a sequence's full K/V blocks one by one, in order; of() returns the same names as a list.
+        """Yield the names of a sequence's full K/V blocks one by one, in order. of() returns the same names as a list.
 
-        Args:
-            tokens: token ids of the sequence.
-            salt: the request's cache salt; None: none.
+        tokens: token ids of the sequence. salt: the request's cache salt; None if it has none.
         """
         name = self.root(salt)
         for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
@@ -102,12 +109,11 @@ class BlockNames:
             yield name
 
     def of(self, tokens: Sequence[int], salt: str | None = None) -> list[str]:
-        """The names of a sequence's full K/V blocks, in order, as a list of strings; [] if no block is full.
+        """Returns the names of a sequence's full K/V blocks as a list of strings, in order; [] if no block is full.
 
-        A name is a hash, 64 hexadecimal digits, over all tokens from the sequence's start to the block's end.
+        A name is a hash of all tokens from the sequence's start to the block's end, as 64 hexadecimal digits.
 
-        Args:
-            tokens: token ids of the sequence.
-            salt: the request's cache salt; None: none. Other salts give other names.
+        tokens: token ids of the sequence. salt: the request's cache salt; None if it has none. A different salt gives
+        different names.
         """
         return list(self.chain(tokens, salt))

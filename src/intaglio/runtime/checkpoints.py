@@ -15,24 +15,24 @@ CHECKPOINT_BLOCKS = 32  # blocks between the checkpoints of a long prompt
 
 
 class Checkpoints:
-    """Keeps copies of recurrent state at block borders for the prefix cache, and finds them again.
+    """Saves copies of recurrent state for the prefix cache, and finds them again. Such a copy is called a checkpoint.
 
-    Such a copy is called a checkpoint. A block border is a position at which a K/V block ends. A state exists only at
-    the end of a step. So steps of a prompt are made to end at these block borders, and a checkpoint is kept at each:
+    A checkpoint is the state at a block border, a position at which a K/V block ends. A state exists only at the end of
+    a step. So the steps of a prompt are made to end at certain block borders, and a checkpoint is saved at each of
+    these:
 
-    1. every `every` blocks, counted from position 0;
-    2. where another sequence branched off: the end of the K/V blocks found in the prefix cache, if no state was kept
-       there (Pan et al. 2024, Marconi);
+    1. the end of every `every`-th block, counted from position 0;
+    2. the end of the K/V blocks that were found in the prefix cache, if no state was saved there: it is the place where
+       another sequence branched off (Pan et al. 2024, Marconi);
     3. the last block border before the prompt's last token.
 
-    While a sequence decodes, its steps are not made to end at borders. If a step ends at any block border, the state is
-    kept. This checkpoint replaces the sequence's previous one from decoding, unless the previous one is of the first
-    kind.
+    During decoding, steps are not made to end at borders. If a step happens to end at a border, a checkpoint is saved.
+    It replaces the sequence's previous checkpoint from decoding, unless that is one of the first kind.
 
     Args:
-        pool: the K/V blocks. Dropping a block from the prefix cache drops the checkpoint at its end.
-        slots: the slots of recurrent state.
-        every: blocks between checkpoints; 0: no state is kept or found.
+        pool: the K/V blocks. When a block leaves the prefix cache, the checkpoint at its end is dropped.
+        slots: the slots that hold recurrent state.
+        every: number of blocks between checkpoints of the first kind; 0 to save and find no checkpoints.
     """
 
     def __init__(self, pool: BlockPool, slots: SlotPool, every: int) -> None:
@@ -41,17 +41,16 @@ class Checkpoints:
 
     @property
     def on(self) -> bool:
-        """True if states are kept: the model has recurrent state, and `every` is above 0."""
+        """True if checkpoints are saved: the model has recurrent state, and `every` is above 0."""
         return bool(self.slots.total and self.every)
 
     def usable(self, known: Many[int]) -> int:
-        """Number of leading K/V blocks in the prefix cache that a new sequence can reuse, an int.
+        """Returns the number of cached K/V blocks that a new sequence can reuse, counted from its first block, an int.
 
-        A model without recurrent state can reuse all of them. Any other needs the recurrent state at the end of the
-        last block it reuses. So the result is the longest prefix with a saved copy of the state at its end; 0 if there
-        is none.
+        Without recurrent state, it can reuse all of them. With recurrent state, it also needs a checkpoint at the end
+        of the last reused block. The result is then the largest possible number; 0 if there is no such checkpoint.
 
-        known: numbers of the sequence's leading blocks that are in the prefix cache.
+        known: numbers of the K/V blocks at the sequence's beginning that are in the prefix cache, in order.
         """
         if not self.slots.total:
             return len(known)
@@ -59,17 +58,21 @@ class Checkpoints:
         return next(deepest, 0)
 
     def start(self, sequence: Sequence, found: int) -> None:
-        """Prepare the recurrent state of a sequence that begins to run: two slots, and where to save the state.
+        """Set up the recurrent state of a sequence that starts to run. Returns nothing.
 
-        `sequence.state_slot` becomes the slot with the saved state at the end of the sequence's cached blocks. It stays
-        -1 if no cached blocks are used: the recurrence then starts from zero. `sequence.next_state_slot` becomes the
-        slot that the first step writes. Without recurrent state both stay -1. Steps of the prompt end at certain
-        positions so that the state can be saved there: every `self.every` blocks, and at `sequence.borders`, which this
-        method sets to the end of the cached blocks and the prompt's last block border.
+        It sets three fields of the sequence:
+
+        - `state_slot`: the slot with the saved state at the end of the sequence's cached blocks. It stays -1 if no
+          cached blocks are used, and the recurrence starts from zero.
+        - `next_state_slot`: the slot that the first step writes.
+        - `borders`: positions in the prompt at which the state will be saved, in addition to every `every` blocks.
+          These are the end of the cached blocks and the last block border of the prompt.
+
+        Without recurrent state, both slots stay -1.
 
         Args:
             sequence: the sequence. Its `computed` and `prefix_name` must already be set.
-            found: number of its leading K/V blocks in the prefix cache, with or without a saved state.
+            found: number of K/V blocks at its beginning that are in the prefix cache, with or without a saved state.
         """
         size = self.pool.block_size
         if sequence.prefix_name and self.slots.total:
@@ -81,10 +84,10 @@ class Checkpoints:
         sequence.prefill_end = sequence.length
 
     def cut(self, sequence: Sequence, tokens: int) -> int:
-        """Number of a sequence's next tokens that one step may compute, an int, at most `tokens`.
+        """Returns how many of a sequence's next tokens one step may compute, an int of at most `tokens`.
 
-        A step of a prompt ends at the next position at which the recurrent state is to be saved. All `tokens` are
-        returned once the sequence decodes, and if no states are saved.
+        A step of a prompt must end at the next position at which recurrent state is to be saved. If no state is to be
+        saved, or if the sequence decodes, the result is `tokens`.
         """
         start, stop = sequence.computed, sequence.computed + tokens
         if not self.on or start >= sequence.prefill_end:
@@ -97,11 +100,11 @@ class Checkpoints:
         return min([*borders, stop]) - start
 
     def keep(self, sequence: Sequence) -> None:
-        """Save a sequence's recurrent state for the prefix cache, if its position is one to save at.
+        """Save a sequence's recurrent state for the prefix cache, if a checkpoint is due at its present position.
 
-        Called after a step. A state is saved only at the end of a block that is in the prefix cache. While the sequence
-        decodes, it is saved at every such position; in its prompt, only at the positions that the docstring of the
-        class lists.
+        Returns nothing. Called after a step. A checkpoint is saved only at the end of a block that is in the prefix
+        cache. During decoding, it is due at every such position; in the prompt, it is due only at the positions that
+        the class docstring lists.
         """
         at, size = sequence.computed, self.pool.block_size
         name = sequence.prefix_name
@@ -123,9 +126,10 @@ class Checkpoints:
             sequence.checkpoint = name
 
     def supersede(self, name: str) -> None:
-        """Free the saved recurrent state at the end of block `name`, because the same sequence has saved a later one.
+        """Drop the recurrent state that was saved at the end of block `name`. Returns nothing.
 
-        Does nothing if a sequence still holds the saved state, or if there is none.
+        Called when the same sequence has saved a later state. Does nothing if a sequence still uses the saved state, or
+        if there is none.
         """
         slot = self.slots.checkpoints.get(name)
         if slot in self.slots.evictable:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 
 class MonotonicClock:
-    """Wraps a clock in seconds so that time never goes back: a reading below the latest one returns the latest.
+    """Clock in seconds that never goes back, made from the clock `source`.
 
-    `now` is the latest reading; events between two readings are stamped with it.
+    If `source` returns a lower time than before, the latest time is returned again. `now` is the result of the latest
+    read(); it is the time of events until the next read().
     """
 
     def __init__(self, source: Callable[[], float]) -> None:
@@ -18,6 +19,6 @@ class MonotonicClock:
         self.read()
 
     def read(self) -> float:
-        """Read the source clock and return the time in seconds, never before the last reading."""
+        """Read the source clock. Returns the time in seconds, never a lower time than before."""
         self.now = max(self.now, self.source())
         return self.now

@@ -15,12 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BlockKey:
-    """A K/V block's name, and what the name is computed from.
+    """The name of a K/V block, with the parent and the tokens from which the name is computed.
 
     Attributes:
-        name: its name (see BlockNames).
-        parent: its parent's name.
-        tokens: its token ids.
+        name: name of the block (see BlockNames).
+        parent: name of the block before it in the sequence.
+        tokens: token ids of the block.
     """
 
     name: str
@@ -30,25 +30,25 @@ class BlockKey:
 
 @dataclass
 class TierCounts:
-    """Total counts of a tier, a store of K/V blocks outside the engine.
+    """Total counts of a tier, which is a store of K/V blocks outside the engine.
 
-    The engine computes blocks that are missing, corrupt or late.
+    The engine itself computes the blocks that are missing, corrupt or late.
 
     Attributes:
         hits: blocks that were loaded into an engine's pool.
         misses: blocks that an engine looked for and the tier did not have.
-        corrupt: blocks that the tier had but that failed a check: checksum, length, name, or another model's.
-        late: blocks that were given up because no further block came in time.
-        saved: blocks that were written.
-        dropped: blocks that were not saved because earlier ones were still being written, or writing had just failed.
+        corrupt: blocks that the tier had, but that failed a check: wrong checksum, length or name, or of another model.
+        late: blocks that an engine no longer waited for, because no further block had come in time.
+        saved: blocks that were written to the tier.
+        dropped: blocks that were not saved, because earlier blocks were still being written or writing had just failed.
         evicted: blocks that were deleted to make room for others.
-        refused: blocks that were not saved because pinned blocks leave no room.
-        expired: times that a lease (which pins blocks for another replica) had already run out when it was renewed or
-            its blocks were handed over.
+        refused: blocks that were not saved, because pinned blocks left no room.
+        expired: number of times that a lease had already run out when it was to be renewed or its blocks were to be
+            handed over. A lease pins blocks for another replica.
         errors: reads and writes that the operating system refused, such as writes to a full disk.
-        loaded_bytes: bytes of the hits.
-        saved_bytes: bytes of the blocks that were written.
-        held_bytes: bytes in the tier, as last seen; a gauge.
+        loaded_bytes: bytes of the blocks in `hits`.
+        saved_bytes: bytes of the blocks in `saved`.
+        held_bytes: bytes in the tier when last measured; a gauge.
     """
 
     hits: int = 0
@@ -67,68 +67,71 @@ class TierCounts:
 
 
 class Load(Protocol):
-    """Interface of a load in progress: K/V blocks that a tier is reading."""
+    """Interface of a transfer in progress, by which a tier reads K/V blocks for an engine."""
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the load to end. Returns True if it has ended."""
+        """Wait up to `seconds` seconds for the transfer to end. Returns True if it has ended."""
 
     def blocks(self) -> list[np.ndarray]:
-        """The contents of the blocks loaded so far: a new list of uint8 [block_bytes], in the order of the keys.
+        """Returns the contents of the blocks loaded so far, a new list of uint8 [block_bytes], in the order requested.
 
-        The list ends before the first block that the tier did not have, or that failed a check.
+        The list ends before the first block that the tier did not have or that failed a check.
         """
 
     def cancel(self) -> None:
-        """Stop the load, as no further blocks are wanted: what has not been read yet is not read."""
+        """Stop the transfer, because no further blocks are wanted. Blocks that have not been read yet are not read."""
 
 
 class Connector(Protocol):
-    """Interface of a tier, a store of K/V blocks outside the engine.
+    """Interface of a tier, which is a store of K/V blocks outside the engine.
 
-    Its methods do not wait for a disk or a network, and raise nothing.
+    Its methods do not wait for a disk or a network, and raise no errors.
 
-    counts: the tier's TierCounts. The engine adds hits, loaded bytes, misses, late blocks, blocks dropped because it
+    `counts` is the tier's TierCounts. The engine counts hits, loaded bytes, misses, late blocks, the blocks that it
     stopped saving, and errors of the device. The tier counts everything else.
     """
 
     counts: TierCounts
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks of `names` that the tier holds; counting ends at the first one that it lacks.
+        """Returns how many of the blocks `names`, from the first on, the tier can load.
 
-        A quick look without reading the blocks, so a later load() may find fewer. names: the names of the blocks, each
-        the parent of the next.
+        The first missing block ends the count. The blocks are not read, so a later load() may find fewer.
+
+        names: names of consecutive blocks of a sequence, in order.
         """
 
     def stored(self, names: Sequence[str]) -> int:
-        """Number of blocks, from the first of `names` on, that the tier itself holds, and that need not be saved.
+        """Returns how many of the blocks `names`, from the first on, the tier itself holds.
 
-        lookup() also counts blocks that the tier would fetch from elsewhere.
+        These blocks need not be saved. lookup() also counts blocks that the tier would fetch from elsewhere. names:
+        names of consecutive blocks, in order.
         """
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Load:
-        """Begin to load the blocks of `keys`, of `block_bytes` bytes each, and return the Load without waiting."""
+        """Begin to load blocks. Returns a Load, which is the transfer in progress, without waiting.
+
+        keys: name, parent and tokens of each block. block_bytes: bytes of a block.
+        """
 
     def save(self, key: BlockKey, content: np.ndarray) -> bool:
-        """Save a block, now or later. Returns True, or False if the tier drops the block.
+        """Save a block at once or later. Returns True, or False if the tier drops the block.
 
-        After a False the caller stops saving, since the tier would drop the next blocks too.
+        After False, the caller stops saving for now, since the tier would drop the next blocks, too.
 
         Args:
             key: the block's name, its parent's name and its tokens.
-            content: uint8 [block_bytes], which belongs to the tier from now on.
+            content: the block's bytes, uint8 [block_bytes]. The caller must not change this array afterwards.
         """
 
     def touch(self, names: Sequence[str]) -> None:
         """Mark blocks as just used, so that the tier evicts other blocks first. Returns nothing.
 
-        names: the names of the blocks, each the parent of the next.
+        names: names of consecutive blocks of a sequence, in order.
         """
 
     def say(self, kind: str, what: str) -> None:
-        """Tell the operator a message about the tier. Only the first of each kind is told; later ones are dropped.
+        """Show the operator a message about the tier. Only the first message of each kind is shown.
 
-        Args:
-            kind: a word for the kind of message.
-            what: the message.
+        kind: a word that identifies the kind of message. what: the message.
         """

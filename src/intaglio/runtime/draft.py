@@ -13,16 +13,21 @@ PROMPT_TOKENS_INDEXED_MAX = 4096  # from the end of the prompt; the index takes 
 
 
 class PromptLookup:
-    """Index of the n-grams in a growing list of tokens: the position after each n-gram's latest occurrence."""
+    """Index of the n-grams of one growing list of tokens, which proposes draft tokens for speculative decoding.
+
+    For each n-gram, the index has the position after its latest occurrence.
+    """
 
     def __init__(self) -> None:
         self.ends: dict[tuple[int, ...], int] = {}
         self.indexed = 0  # tokens of the list that are in the index
 
     def propose(self, tokens: Sequence[int], max_drafts: int) -> list[int]:
-        """A list of up to `max_drafts` draft tokens: those that followed the latest earlier match of the last n tokens.
+        """Returns up to `max_drafts` draft tokens, a guess of the tokens that follow `tokens`, as a list of ints.
 
-        n is the largest from NGRAM_MIN to NGRAM_MAX that has a match; [] if none has.
+        The last n tokens are looked up among all earlier tokens. The drafts are the tokens that followed their latest
+        earlier occurrence. n is the largest number from NGRAM_MIN to NGRAM_MAX for which there is one; if there is
+        none, the result is [].
         """
         first = self.indexed + 1 if self.indexed else max(1, len(tokens) - PROMPT_TOKENS_INDEXED_MAX)
         for end in range(first, len(tokens)):  # not those at the end: they would match themselves

@@ -40,36 +40,40 @@ from intaglio.runtime.windows import Windows
 
 
 class Rng(Protocol):
-    """Interface of the random source that gives seeds to requests without one; random.Random satisfies it."""
+    """Interface of a source of random numbers, such as random.Random. The engine draws seeds for requests from it."""
 
     def getrandbits(self, k: int, /) -> int:
-        """A random integer of `k` bits."""
+        """Returns a random integer of `k` bits: 0 or more, below 2**k."""
 
 
 class Engine:
-    """Serves requests on one executable, until it is drained or its device is lost and cannot be replaced.
+    """Serves requests on one device, step by step, with continuous batching.
+
+    It works until it is drained, or until its device is lost and cannot be replaced.
 
     Args:
-        executable: the loaded Program.
-        clock: seconds, from any start; it may go back.
-        rng: source of seeds for requests without one.
-        max_batch_tokens: token rows of a step.
-        max_sequences: sequences that run at once.
-        max_waiting: sequences that wait.
-        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off.
-        checkpoint_blocks: of a model with recurrent state: K/V blocks between the positions of a long prompt at which
-            the state is kept for the prefix cache (see Checkpoints); 0: such a model has no prefix cache.
-        restart: loads the same Program again after the device was lost.
-        numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
-            and layout. A request suspended on another engine is resumed only if both have the same.
-        scope: BlockScope for the names of K/V blocks; None: from the Program and `numerics`, with unknown weights.
-        rebalance_every: seconds between two proposals of another placement of experts, for layouts with redundant
-            experts; 0: experts are never moved.
-        connector: a tier that keeps K/V blocks outside the engine; None if there is none. If the model or the device
-            cannot use it, the tier is told so and not used.
-        incarnation: text that is different for each start of an engine; block events carry it.
-        max_restarts: attempts for each loss; when all have failed, every sequence ends in error and `failed` has the
+        executable: the Program loaded on the device.
+        clock: function that returns the time in seconds; the time may go back.
+        rng: random numbers, for the seeds of requests without a seed.
+        max_batch_tokens: maximum number of token rows in a step.
+        max_sequences: maximum number of sequences that run at the same time.
+        max_waiting: maximum number of sequences that wait.
+        max_drafts: maximum number of draft tokens per sequence and step; 0 switches speculative decoding off.
+        checkpoint_blocks: for models with recurrent state: in a prompt, the state is saved for the prefix cache every
+            this many K/V blocks (see Checkpoints). 0: such a model has no prefix cache.
+        restart: function that loads the same Program again after the device was lost; None if there is no replacement.
+        max_restarts: attempts to replace a lost device. If all fail, every sequence ends in error and `failed` has the
             reason.
+        numerics: device, instruction set and layout, such as "host avx2 tp2", which decide the bits of results besides
+            the Program. A request that another engine has suspended can be resumed only if both engines have the same
+            `numerics`.
+        scope: BlockScope for the names of K/V blocks; None to make it from the Program and `numerics`, with unknown
+            weights.
+        incarnation: text that is different for each start of an engine; block events contain it.
+        rebalance_every: seconds between two proposals of a new placement of experts, for layouts with redundant
+            experts; 0 to never move experts.
+        connector: the tier, a store of K/V blocks outside the engine; None if there is none. If the model or the device
+            cannot use a tier, the tier is told the reason and is not used.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class Engine:
 
     @property
     def executable(self) -> Executable:
-        """The loaded Program (Executable) on the device in use."""
+        """Returns the Program loaded on the device in use, as an Executable."""
         return self.launcher.executable
 
     @executable.setter
@@ -143,41 +147,46 @@ class Engine:
 
     @property
     def requests(self) -> dict[str, list[Sequence]]:
-        """A dict of the live requests: request id to the sequences of all its choices."""
+        """Returns the live requests as a dict: request id to a list of the sequences of all its choices."""
         return self.live.by_id
 
     @property
     def idle(self) -> bool:
-        """True if no request is live, so step() would do nothing."""
+        """True if no request is live, so that step() would do nothing."""
         return not self.live.by_id
 
     @property
     def failed(self) -> str | None:
-        """The reason why the device is lost and cannot be replaced; None while the engine works."""
+        """Returns why the engine cannot serve any more: its device is lost and cannot be replaced.
+
+        None while it works.
+        """
         return self.recovery.failed
 
     def add(self, request: Request) -> list[Sequence]:
-        """Queue a request. Returns a list with one Sequence per choice; the engine extends them, callers may read them.
+        """Queue a request. Returns a list with one Sequence for each choice (output) of the request.
 
-        Raises RequestError if the request can never be served or its id is in use. Raises Refused, with the seconds
-        after which to retry, if it cannot be served now.
+        The engine extends the sequences with each step; callers may read them. Raises RequestError if the request can
+        never be served or if its id is in use. Raises Refused if the request cannot be served now; the error says when
+        to try again.
         """
         seed = self.rng.getrandbits(62) if request.params.seed is None else request.params.seed
         return self._admit(request, seed, range(request.params.n))
 
     def suspend(self, id: str) -> Resumption | None:
-        """Take a request out of the engine, with no event. Returns its Resumption, for resume() on any engine.
+        """Take a request out of the engine without emitting an event.
 
-        Returns None if no such request is live.
+        Returns its Resumption, which any engine can resume(). Returns None if no request with this id is live.
         """
         now, left = self.clock.read(), self.live.release(id)
         return Resumption.of(left, now, self.scope.program, self.numerics) if left else None
 
     def resume(self, resumption: Resumption) -> list[Sequence]:
-        """Queue a suspended request, to go on after its output. Returns a list of a Sequence per unfinished choice.
+        """Queue a suspended request, which continues after the output that it has. Returns a list of its Sequences.
 
-        The request's stop checkers and matchers must be new ones; the engine passes the output so far to them. Raises
-        RequestError if this engine would not give the same bits, and the errors of add().
+        There is one Sequence for each choice that has not ended. The stop checkers and matchers in `resumption.request`
+        must be new; the engine passes the output so far to them. Raises RequestError if this engine would not give the
+        same bits as the engine that suspended the request, and the same errors as add().
         """
         request = resumption.request
         seed = request.params.seed
@@ -185,7 +194,10 @@ class Engine:
         return self._admit(request, seed, [c.index for c in resumption.choices], resumption)
 
     def abort(self, id: str) -> list[Event]:
-        """End all choices of a request now. Returns a list of their last Events; [] if no such request is live."""
+        """End all choices of a request now.
+
+        Returns a list of their last Events; [] if no request with this id is live.
+        """
         self.clock.read()
         return [self.live.end(s, "abort") for s in self.live.of(id)]
 
@@ -194,9 +206,10 @@ class Engine:
         self.draining = True
 
     def step(self) -> list[Event]:
-        """Run one step: decodes and prefill chunks of as many sequences as fit. Returns a list of Events; [] when idle.
+        """Run one step: decodes and prefill chunks of as many sequences as fit. Returns a list of the step's Events.
 
-        On a pipeline of N stages, launch until N steps (micro-batches) are under way, then wait for the oldest.
+        On a pipeline of N stages, steps are launched until N of them are under way; then the oldest is waited for.
+        Returns [] if there is nothing to do.
         """
         began = self.clock.read()
         self.live.expire(began)
@@ -213,14 +226,14 @@ class Engine:
         return self.live.take_events()
 
     def submit(self, now: float) -> list[ScheduledSequence]:
-        """Schedule and launch steps until as many are under way as the executable has pipeline stages.
+        """Launch steps until as many are under way as the executable has pipeline stages.
 
-        Normally this waits for nothing and returns []: collect() reads the results later. If a sequence is suspected of
-        having made the device fail, only one launch may be under way at a time. Then each launch is waited for, and its
-        results are applied, before the next one.
+        Returns a list of ScheduledSequences. Normally the list is empty, because the results of the steps are read
+        later, by collect(). The exception is a sequence that is suspected of having made the device fail. Then only one
+        launch may be under way at a time, so each launch is waited for before the next one. The list has the sequences
+        of the launches that were waited for.
 
-        Returns a list of the ScheduledSequences whose results were applied. Raises DeviceLost if the device is lost.
-        now: the time in seconds.
+        now: the time in seconds. Raises DeviceLost if the device is lost.
         """
         collected: list[ScheduledSequence] = []
         depth = self.executable.depth
@@ -240,8 +253,8 @@ class Engine:
     def collect(self) -> list[ScheduledSequence]:
         """Wait for the oldest launch under way and apply its results to its sequences.
 
-        Returns a list of the ScheduledSequences of that launch. Call it only while a launch is under way. Raises
-        DeviceLost if the device is lost.
+        Returns a list of its ScheduledSequences. Call it only while a launch is under way. Raises DeviceLost if the
+        device is lost.
         """
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
@@ -249,22 +262,24 @@ class Engine:
         return launch.scheduled
 
     def move_experts(self, now: float) -> None:
-        """Let the ExpertBalancer do what is due: count the tokens of each expert, move experts between ranks.
+        """Let the ExpertBalancer do what is due now. Returns nothing.
 
-        Called between two steps. The balancer has an interval of its own for each of the two; most calls do nothing.
-        Does nothing for a model without experts. now: the time in seconds. Raises DeviceLost if the device is lost.
+        The balancer counts the tokens of each expert and moves experts between ranks, each at its own interval. So most
+        calls do nothing, and for a model without experts all of them. Called between two steps.
+
+        now: the time in seconds. Raises DeviceLost if the device is lost.
         """
         self.experts.tick(now, last=self.idle)
 
     def run(self) -> list[Event]:
-        """Run steps until no request is left. Returns a list of all Events in order."""
+        """Run steps until no request is live. Returns a list of all Events, in order."""
         events: list[Event] = []
         while not self.idle:
             events += self.step()
         return events
 
     def load(self) -> EngineLoad:
-        """The EngineLoad: a snapshot of the work queued and running, for Admission."""
+        """Returns an EngineLoad: how much work is queued and running now. Admission needs it."""
         live, waiting = self.live.sequences(), self.scheduler.waiting
         return EngineLoad(
             waiting=len(waiting), waiting_tokens=sum(s.remaining for s in waiting), live=len(live),
@@ -273,7 +288,7 @@ class Engine:
         )  # fmt: skip
 
     def gauges(self) -> Gauges:
-        """The engine's current state as Gauges: numbers of sequences, blocks and slots."""
+        """Returns the engine's current numbers of sequences, K/V blocks and state slots, as Gauges."""
         waiting, pool, slots = self.scheduler.waiting, self.pool, self.slots
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,
@@ -282,7 +297,10 @@ class Engine:
         )  # fmt: skip
 
     def _usable(self, connector: Connector | None, executable: Executable) -> Connector | None:
-        """`connector` if this model and device can use one; else None, and the connector tells the operator why."""
+        """Returns `connector` if this model and device can use one; else None.
+
+        A connector that cannot be used is told the reason, as a message to the operator.
+        """
         why = ""
         if self.state.slots:
             why = f"{self.program.name} has recurrent state, which is not kept with them"
@@ -298,33 +316,34 @@ class Engine:
 
     @property
     def block_names(self) -> BlockNames:
-        """The BlockNames of this engine, which computes the names of its K/V blocks from token ids."""
+        """Returns the BlockNames of this engine: an object that computes the names of K/V blocks from token ids."""
         return self.pool.names
 
     def block_events(self, after: int) -> list[BlockEvent] | None:
-        """A list of the prefix cache's events after number `after`.
+        """Returns a list of the prefix cache's events (BlockEvent) with numbers above `after`.
 
-        Returns None if some of them are not kept any more; the caller then needs block_snapshot().
+        Returns None if some of these events are no longer kept; the caller then needs block_snapshot().
         """
         return self.pool.events.after(after)
 
     def block_snapshot(self) -> BlockSnapshot:
-        """The BlockSnapshot of the prefix cache now."""
+        """Returns the names of all blocks that are in the prefix cache now, as a BlockSnapshot."""
         return self.pool.snapshot()
 
     def _admit(
         self, request: Request, seed: int, choices: abc.Sequence[int], resumption: Resumption | None = None
     ) -> list[Sequence]:
-        """Check the choices of a new or suspended request and queue them. Returns a list with a Sequence for each.
+        """Check a new or suspended request and queue its choices. Returns a list with one Sequence for each choice.
 
-        Raises RequestError if the request is invalid, Refused if the engine takes no more work. In both cases the
-        choices are counted as refused.
+        Raises RequestError if the request is invalid, and Refused if the engine takes no more work. The choices are
+        then counted as refused.
 
         Args:
             request: the request.
             seed: seed of choice 0.
             choices: numbers of the choices to queue.
-            resumption: None for a new request; for a suspended one, its output so far, after which the choices go on.
+            resumption: for a suspended request, its output so far, after which the choices continue; None for a new
+                request.
         """
         n = len(choices)
         self.counts.received += n
@@ -345,13 +364,13 @@ class Engine:
         return sequences
 
     def _sequences(self, request: Request, seed: int, choices: abc.Sequence[int], estimate: float) -> list[Sequence]:
-        """Make the Sequences of a request's choices. Returns them as a list, in the order of `choices`.
+        """Returns new Sequences for choices of a request, as a list in the order of `choices`. They are not queued yet.
 
         Raises RequestError if the caller's function that makes stop checkers or matchers fails.
 
         Args:
             request: the request.
-            seed: seed of choice 0; choice i samples with seed + i.
+            seed: seed of choice 0; choice i has the seed `seed` + i.
             choices: numbers of the choices.
             estimate: estimated seconds until the request ends.
         """
@@ -368,7 +387,10 @@ class Engine:
         ]
 
     def _start(self, scheduled: list[ScheduledSequence], now: float) -> None:
-        """Record start time and prefix-cache hits of the sequences that are in their first step. now: seconds."""
+        """Record the start time and the prefix-cache hits of each sequence in `scheduled` that is in its first step.
+
+        now: the time in seconds.
+        """
         for s in (one.sequence for one in scheduled):
             if s.started is None:
                 s.started, s.cached_tokens = now, min(s.computed, len(s.prompt) - 1)  # resumed: output may be there too
@@ -376,9 +398,10 @@ class Engine:
                 self.counts.cached_tokens += s.cached_tokens
 
     def _close_step(self, scheduled: list[ScheduledSequence], began: float) -> None:
-        """Count the step, record it as last_step and update the latency estimator, if any sequence ran in it.
+        """Record a step that has ended: in the counts, in `last_step` and in the latency estimator. Returns nothing.
 
-        began: the step's start in seconds.
+        Only the number of preemptions is updated if no sequence ran in the step. scheduled: the sequences of the step.
+        began: start of the step, in seconds.
         """
         if scheduled:
             seconds = self.clock.read() - began

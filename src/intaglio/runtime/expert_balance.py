@@ -23,20 +23,21 @@ WORTH = 1.1  # a layer is moved if that makes the largest load of a rank smaller
 
 
 class ExpertBalancer:
-    """Counts the tokens that each expert of a model gets, and moves experts between ranks to make loads equal.
+    """Counts the tokens that each expert of a model gets, and moves experts between ranks to balance the ranks' loads.
 
-    Experts are moved only in layouts with redundant experts. Does nothing for a model without experts. If experts
-    cannot be loaded, nothing is moved until the device is replaced, and `failed` says why.
+    Experts are moved only in layouts with redundant experts. For a model without experts, nothing is done. If experts
+    cannot be loaded, no experts are moved until the device is replaced, and `failed` says why.
 
     Attributes:
-        every: seconds between two proposals of a new placement; inf: experts are never moved.
-        worth: a layer's experts are moved only if the load of its busiest rank, divided by the mean load of its ranks,
-            becomes smaller by this factor, above 1.
-        loads: the ExpertLoad of each layer when they were last counted, by site (the layer's name); tokens since the
-            engine's start.
+        every: seconds between two proposals of a new placement; inf to never move experts.
+        worth: a factor above 1. A layer's experts are moved only if its imbalance becomes smaller by this factor. The
+            imbalance is the load of the busiest rank, divided by the mean load of the ranks.
+        loads: the ExpertLoad of each layer at the last count, by the site (name) of the layer's op `experts`. Tokens
+            are counted since the engine's start.
         moves: number of times that a layer's experts were moved.
-        moved: None, or called after a layer's experts have moved, with each rank's experts of every layer, by site.
-        failed: why experts are not moved; "" if they are.
+        moved: function that is called after a layer's experts were moved, or None. Its argument is a dict from site to
+            the experts of each rank, for all layers.
+        failed: why experts cannot be moved; "" if they can.
     """
 
     def __init__(self, launcher: Launcher, every: float = MOVE_EVERY, worth: float = WORTH) -> None:
@@ -54,27 +55,27 @@ class ExpertBalancer:
 
     @property
     def movable(self) -> bool:
-        """True if experts can be moved between ranks: the layout has redundant experts.
+        """True if experts can be moved between ranks, because the layout has redundant experts.
 
-        False until count() was first called, because the layout is known only from the device's answer.
+        False before the first call of count(): the layout is known only from the device's answer.
         """
         return any(load.held and all(load.held) for load in self.loads.values())
 
     def tick(self, now: float, last: bool = False) -> None:
-        """Count the tokens of experts every COUNT_EVERY seconds, and move experts between ranks step by step.
+        """Do what is due now: count the tokens of each expert, or do the next part of moving experts. Returns nothing.
 
-        The next step of a move is taken every LOOK_EVERY seconds.
+        Called between two steps. Tokens are counted every COUNT_EVERY seconds. The next part of a move is done every
+        LOOK_EVERY seconds; a call handles at most one layer, because that takes milliseconds.
 
-        Called between two steps. The device answers only when no step is under way. So while a pipeline has steps under
-        way, the intervals are RARELY times as long. If experts cannot be moved, the counts serve only metrics, and the
-        interval of counting is always RARELY times as long. A call balances one layer at most, as that takes
-        milliseconds.
+        The intervals are RARELY times as long while a pipeline has steps under way, since the device answers only when
+        no step is under way. If experts cannot be moved, tokens are always counted at the longer interval, because the
+        counts then serve only metrics.
 
         Args:
             now: the time in seconds.
-            last: True if no request is left; tokens are then counted now.
+            last: True if no request is left; tokens are then counted at once.
 
-        Raises DeviceLost if the device is lost. Another failure of the device stops all moves, see `failed`.
+        Raises DeviceLost if the device is lost. Any other failure of the device stops all moves, see `failed`.
         """
         if self._counted_on is not self.launcher.executable:
             self._begin(now)
@@ -95,21 +96,25 @@ class ExpertBalancer:
                 self.failed, self._recent, self._loading = str(e), {}, {}
 
     def count(self) -> None:
-        """Read from the device how many tokens each expert has got, and store it in `loads`. Returns nothing.
+        """Read from the device how many tokens each expert has got, and store the numbers in `loads`. Returns nothing.
 
-        Tokens counted on earlier devices that were lost are included. Raises DeviceLost if the device is lost.
+        They include the tokens that were counted on earlier devices, since lost. Raises DeviceLost if the device is
+        lost.
         """
         for site, load in self.launcher.between_steps(lambda device: device.expert_loads()).items():
             base = self._base.get(site, np.zeros_like(load.tokens))
             self.loads[site] = ExpertLoad(base + load.tokens, load.held)
 
     def propose(self, site: str, recent: np.ndarray) -> Ranks | None:
-        """A better placement of one layer's experts: for each rank a tuple of the experts that it holds.
+        """Returns a better placement of one layer's experts: for each rank a tuple of the experts that it is to hold.
 
-        None if the layout has no redundant experts, if no expert got a token, or if moving is not worth it: the
-        imbalance (busiest rank over mean) must fall by the factor `worth` at least.
+        Returns None in these cases:
 
-        site: name of the layer's op `experts`. recent: tokens that each expert got lately, i64 [experts].
+        - The layout has no redundant experts.
+        - No expert got a token.
+        - The imbalance (load of the busiest rank / mean load) would not fall by the factor `worth`.
+
+        site: name of the layer's op `experts`. recent: number of tokens that each expert got recently, i64 [experts].
         """
         held = self.loads[site].held
         if not held or not all(held) or not recent.any():
@@ -119,10 +124,10 @@ class ExpertBalancer:
         return proposed if now >= then * self.worth else None
 
     def _begin(self, now: float) -> None:
-        """Start again on a new executable, after the first start or the loss of a device. now: the time in seconds.
+        """Prepare for a new executable, at the first start or after the loss of a device. Returns nothing.
 
-        The new executable counts tokens from 0, so the tokens counted so far are kept as a base. A move in progress is
-        forgotten, and `failed` is reset.
+        A new executable counts tokens from 0, so the tokens counted so far are kept and will be added. A move in
+        progress is forgotten, and `failed` becomes "". now: the time in seconds.
         """
         self._base = {site: load.tokens for site, load in self.loads.items()}
         self._counted_on = self.launcher.executable
@@ -131,9 +136,9 @@ class ExpertBalancer:
         self._counted, self._looked = -np.inf, now - LOOK_EVERY
 
     def _tokens_since_last(self) -> dict[str, np.ndarray]:
-        """How many tokens went to each expert since the last call of this method, or since counting began.
+        """Returns how many tokens each expert got since the last call of this method, or since counting began.
 
-        Returns {site (name of the layer's op `experts`): i64 [experts]}.
+        The result is a dict from the site (name) of each layer's op `experts` to i64 [experts].
         """
         found = {}
         for site, load in self.loads.items():
@@ -144,13 +149,14 @@ class ExpertBalancer:
     def _move(self, now: float) -> None:
         """Do the next part of moving experts. Returns nothing.
 
-        1. If a layer's experts are being loaded at their new places: return. If they have been loaded: switch the layer
-           to them and go on.
-        2. If no layer is left to balance and `every` seconds have passed since the last round: list all layers, each
-           with the tokens that its experts got since that round.
-        3. If a layer is left: propose a new placement for it. If propose() finds one, begin to load the experts.
+        1. If a layer's experts are still being loaded at their new places, return. If they have been loaded, switch the
+           layer to them.
+        2. If no layer is left to balance and `every` seconds have passed since the last round, begin a round: list all
+           layers, each with the tokens that its experts got since the last round.
+        3. If a layer is left, propose a new placement for it, and begin to load the experts if there is a better
+           placement.
 
-        Raises DeviceError if the device fails, DeviceLost if it is lost. now: the time in seconds.
+        now: the time in seconds. Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
         device = self.launcher.between_steps
         if self._loading:

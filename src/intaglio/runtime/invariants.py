@@ -12,9 +12,10 @@ from intaglio.runtime.engine import Engine
 
 
 def blocks_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each K/V block that is not exactly one of free, evictable and held, or has a wrong refcount.
+    """Yield an error message for each K/V block in a wrong state or with a wrong reference count.
 
-    The refcount must be the number of sequences that hold the block.
+    A block must be in exactly one of three states: free, evictable or held. Its reference count must be the number of
+    sequences that hold it.
     """
     pool, free = e.pool, set(e.pool.free)
     holders = Counter(b for choices in e.requests.values() for s in choices for b in s.blocks)
@@ -29,13 +30,16 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 
 
 def windows_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each error in the window blocks (K/V of layers with a sliding window) and their reservations.
+    """Yield an error message for each fault in the window blocks (K/V blocks of layers with a sliding window).
 
-    A block must be exactly one of free, evictable and held. Its refcount must be the number of sequences that hold it.
-    A running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved.
-    The prefix cache's key of a held block must be the hash of the sequence's tokens up to the block's end. The
-    reservations of all running sequences must add up to `e.windows.reserved`, which is at most
-    `e.windows.limit`.
+    These rules must hold:
+
+    - A block is in exactly one of three states: free, evictable or held. Its reference count is the number of sequences
+      that hold it.
+    - A running sequence holds the blocks that its next token sees. Between its steps it holds no more blocks than it
+      has reserved.
+    - If a held block is in the prefix cache, its name there follows from the sequence's tokens up to the block's end.
+    - The reservations of the running sequences add up to `windows.reserved`, which is at most `windows.limit`.
     """
     windows, holders = e.windows, Counter[int]()
     pool, running = windows.pool, e.scheduler.running
@@ -63,10 +67,11 @@ def windows_conserved(e: Engine) -> Iterator[str]:
 
 
 def slots_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each error in the slots of recurrent state and their refcounts.
+    """Yield an error message for each fault in the slots of recurrent state and their reference counts.
 
-    A slot must be exactly one of free, evictable and held. A running sequence must hold the slot that its next step
-    writes, alone. Once it has computed tokens, it must also hold a slot with its state.
+    A slot must be in exactly one of three states: free, evictable or held. A running sequence must hold the slot that
+    its next step writes, and no other sequence may hold that slot. Once the sequence has computed tokens, it must also
+    hold a slot with its own state.
     """
     pool, held = e.slots, Counter[int]()
     for s in (s for choices in e.requests.values() for s in choices):
@@ -86,10 +91,10 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 
 
 def checkpoints_sound(e: Engine) -> Iterator[str]:
-    """Yield a text for each inconsistency of the recurrent states that are saved for the prefix cache (checkpoints).
+    """Yield an error message for each inconsistency of the checkpoints: recurrent states saved for the prefix cache.
 
-    The map from block names to slots and the map from slots to block names must agree. Evictable slots must have a
-    saved state, free ones must not. Each saved state must stand at the end of a block in the prefix cache.
+    The two maps between block names and slots must agree. Every evictable slot must have a checkpoint; no free slot may
+    have one. The block at whose end a checkpoint was saved must be in the prefix cache.
     """
     slots = e.slots
     if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:
@@ -103,10 +108,11 @@ def checkpoints_sound(e: Engine) -> Iterator[str]:
 
 
 def prefix_cache_sound(e: Engine) -> Iterator[str]:
-    """Yield a text for each inconsistency of the prefix cache.
+    """Yield an error message for each inconsistency of the prefix cache.
 
-    Its index and its table of blocks must agree. Evictable blocks must be in the prefix cache, free blocks must not. A
-    held block in the prefix cache must have the name that follows from the tokens of its sequence.
+    Its map from names to blocks and its map from blocks to names must agree. Every evictable block must be in the
+    prefix cache; no free block may be in it. If a sequence holds a block that is in the prefix cache, the block's name
+    must follow from the tokens of the sequence.
     """
     pool = e.pool
     if {cached.name: block for block, cached in pool.cached.items()} != pool.index:
@@ -123,11 +129,11 @@ def prefix_cache_sound(e: Engine) -> Iterator[str]:
 
 
 def parents_kept(e: Engine) -> Iterator[str]:
-    """Yield a text for each K/V block that would leave the prefix cache before a block that follows it in a prefix.
+    """Yield an error message for each K/V block that would be evicted before a block that follows it in a prefix.
 
-    A block in the cache may be evictable only if all cached blocks that follow it are evictable, too, and are evicted
-    earlier. Otherwise, blocks would stay in the cache although no cached prefix leads to them. Routers know only the
-    names of cached blocks, and would take a prefix for cached because its last block is.
+    A block may be evictable only if all cached blocks that follow it in a prefix are evictable, too, and are evicted
+    earlier. Otherwise the following blocks could not be reached any more, but routers would take the prefix for cached:
+    they know only the names of cached blocks.
     """
     pool = e.pool
     order = {block: at for at, block in enumerate(pool.evictable)}
@@ -138,10 +144,10 @@ def parents_kept(e: Engine) -> Iterator[str]:
 
 
 def sequences_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each of these sums that does not hold, and for each error in the queues.
+    """Yield an error message if the counts of choices do not add up, and for each fault in the queues.
 
-    Choices received = refused + admitted. Choices admitted = finished + suspended + live. Each live sequence must be in
-    the queue of its state, and each queue must be in order.
+    These equations must hold: received = refused + admitted; admitted = finished + suspended + live. Each live sequence
+    must be in the queue of its state, and each queue must be in order.
     """
     scheduler, counts = e.scheduler, e.counts
     live = e.live.sequences()
@@ -158,9 +164,10 @@ def sequences_conserved(e: Engine) -> Iterator[str]:
 
 
 def queues_bounded(e: Engine) -> Iterator[str]:
-    """Yield a text for each queue that is over its limit.
+    """Yield an error message for each queue that is longer than allowed.
 
-    At most max_sequences run. At most max_waiting + max_sequences wait, because preempted sequences wait too.
+    At most max_sequences sequences may run. At most max_waiting + max_sequences may wait, because preempted sequences
+    wait, too.
     """
     scheduler, most = e.scheduler, e.admission.max_waiting
     if len(scheduler.running) > scheduler.max_sequences:
@@ -170,10 +177,10 @@ def queues_bounded(e: Engine) -> Iterator[str]:
 
 
 def progress_sound(e: Engine) -> Iterator[str]:
-    """Yield a text for each sequence with inconsistent progress.
+    """Yield an error message for each sequence whose progress is inconsistent.
 
-    Only a running sequence may hold blocks or have computed tokens. Its blocks must have room for the tokens computed.
-    A live sequence must have at least one token left to compute.
+    A sequence that does not run must hold no blocks, and a waiting sequence must have no computed tokens. The computed
+    tokens of a running sequence must fit into its blocks. A live sequence must have at least one token left to compute.
     """
     for choices in e.requests.values():
         for s in choices:
@@ -197,7 +204,7 @@ INVARIANTS = (
 
 
 def check_invariants(engine: Engine) -> None:
-    """Raise AssertionError with a line for each violation of the invariants; return nothing if there is none."""
+    """Raise AssertionError if the engine violates an invariant, with one line for each violation. Returns nothing."""
     wrong = [w for invariant in INVARIANTS for w in invariant(engine)]
     if wrong:
         raise AssertionError("engine invariants broken:\n  " + "\n  ".join(wrong))

@@ -14,17 +14,17 @@ from intaglio.runtime.request import TokenIds
 
 
 class KvError(RuntimeError):
-    """Raised for a pool without blocks, a request for more blocks than are available, or a block that is not held."""
+    """Raised for a pool without blocks, if too few blocks are available, or for a block that is not held."""
 
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """Entry of a block in the prefix cache.
+    """What the prefix cache records about one K/V block.
 
     Attributes:
-        name: the block's name (see BlockNames).
-        parent: the name of the block before it.
-        tokens: the block's token ids.
+        name: name of the block (see BlockNames).
+        parent: name of the block before it in the sequence.
+        tokens: token ids of the block.
     """
 
     name: str
@@ -33,23 +33,24 @@ class CachedBlock:
 
 
 class BlockPool:
-    """`total` blocks of `block_size` tokens, numbered from 0, with reference counts and a prefix cache.
+    """Allocator of `total` K/V blocks of `block_size` tokens, with reference counts and a prefix cache.
 
-    A block is free; held, by as many sequences as its refcount says; or evictable: held by none, its content kept in
-    the prefix cache until the block is needed.
+    Blocks are numbered from 0. A block is in one of three states. It is free, or it is held by one or more sequences,
+    which its reference count counts, or it is evictable. An evictable block is held by no sequence, but it stays in the
+    prefix cache until its room is needed.
 
-    The prefix cache is a tree: a full block is a child of the block before it. Blocks are found by their names, 256-bit
-    hashes over all tokens from the start of the sequence and the salt (see BlockNames). So a block is found only for
-    exactly the same tokens, and sequences of different salts share none.
+    The prefix cache finds a full block by its name, a hash of all tokens from the sequence's start to the block's end
+    and of the request's cache salt (see BlockNames). So a block is found only for exactly the same tokens and the same
+    salt. The block before it in the sequence is called its parent.
 
     Args:
         total: number of blocks.
         block_size: tokens in a block.
-        scope: digest of the BlockScope for the names.
-        events: records what is added to and removed from the prefix cache.
+        scope: digest of the engine's BlockScope, which is part of every block's name.
+        events: log to which changes of the prefix cache are added; None for a new one.
 
     Attributes:
-        dropped: called with the name of each block that leaves the prefix cache.
+        dropped: function that is called with the name of each block that leaves the prefix cache.
     """
 
     def __init__(self, total: int, block_size: int, scope: str = "", events: BlockEvents | None = None) -> None:
@@ -66,27 +67,27 @@ class BlockPool:
 
     @property
     def total(self) -> int:
-        """Number of blocks."""
+        """Returns the number of blocks in the pool."""
         return len(self.refcounts)
 
     @property
     def held(self) -> int:
-        """Number of blocks that sequences hold."""
+        """Returns the number of blocks that sequences hold."""
         return self.total - self.available
 
     @property
     def available(self) -> int:
-        """Number of blocks that can be allocated: free or evictable."""
+        """Returns the number of blocks that can be allocated, because they are free or evictable."""
         return len(self.free) + len(self.evictable)
 
     def blocks_for(self, tokens: int) -> int:
-        """Number of blocks needed for `tokens` tokens."""
+        """Returns the number of blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """Take `n` blocks, with a refcount of 1 each, and return a list of their numbers.
+        """Allocate `n` blocks, each with a reference count of 1. Returns a list of their numbers.
 
-        Raises KvError, taking none, if fewer are available.
+        Raises KvError if fewer than `n` blocks are available; none is allocated then.
         """
         if n > self.available:
             raise KvError(f"{n} blocks requested, {self.available} of {self.total} are available")
@@ -96,7 +97,10 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Increment the refcount of each of `blocks`. Raises KvError for a block that is neither held nor evictable."""
+        """Increase the reference count of each of the blocks by 1.
+
+        Raises KvError for a block that is neither held nor evictable.
+        """
         for block in blocks:
             if block in self.evictable:
                 del self.evictable[block]
@@ -105,10 +109,12 @@ class BlockPool:
             self.refcounts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Decrement the refcount of each of a sequence's `blocks`. Raises KvError for a block that is not held.
+        """Decrease the reference count of each of the blocks by 1. Raises KvError for a block that is not held.
 
-        At 0 a block becomes evictable if it is in the prefix cache, else free. Later blocks are evicted first, so a
-        block is never evicted before its children.
+        A block whose count becomes 0 is evictable if it is in the prefix cache, else free. Later blocks of a sequence
+        are evicted first, so that no block is evicted before the blocks that follow it.
+
+        blocks: numbers of a sequence's blocks, in order.
         """
         for block in reversed(blocks):
             self._check_held(block)
@@ -120,13 +126,13 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """The longest prefix of `tokens` that is in the prefix cache, as a list of block numbers; [] if there is none.
+        """Returns a list of the numbers of the cached blocks that hold the beginning of a sequence; [] for none.
 
-        Only whole blocks count. No refcount is changed: share() the blocks to hold them.
+        The list ends before the first whole block that is not in the prefix cache. Reference counts do not change: call
+        share() to hold the blocks.
 
-        Args:
-            tokens: token ids of the sequence.
-            salt: the request's cache salt; None: none. Blocks of another salt are not found.
+        tokens: token ids of the sequence. salt: the request's cache salt; None if it has none. Blocks with another salt
+        are not found.
         """
         blocks: list[int] = []
         for name in self.names.chain(tokens, salt):
@@ -137,10 +143,14 @@ class BlockPool:
         return blocks
 
     def add_to_prefix_cache(self, block: int, parent: str, tokens: TokenIds) -> str:
-        """Add a full block of `tokens` to the prefix cache, as a child of the block named `parent`. Returns its name.
+        """Add the full block number `block` to the prefix cache. Returns the block's name.
 
-        parent: `names.root()` for a first block. If another block of the same name is already in the cache, that block
-        stays and `block` is not added. Raises KvError if the block is not held.
+        If another block with the same name is already in the cache, that block stays there and `block` is not added.
+
+        Args:
+            block: number of the block. Raises KvError if it is not held.
+            parent: name of the block before it in the sequence; `names.root()` for the first block.
+            tokens: token ids of the block.
         """
         self._check_held(block)
         name = self.names.child(parent, tokens)
@@ -151,15 +161,21 @@ class BlockPool:
         return name
 
     def name(self, block: int) -> str:
-        """The name (see BlockNames) of a block in the prefix cache. Raises KeyError if the block is not in it."""
+        """Returns the name (see BlockNames) of the block number `block`.
+
+        Raises KeyError if the block is not in the prefix cache.
+        """
         return self.cached[block].name
 
     def snapshot(self) -> BlockSnapshot:
-        """The BlockSnapshot of the blocks that are in the prefix cache now."""
+        """Returns the names of all blocks that are in the prefix cache now, as a BlockSnapshot."""
         return self.events.snapshot(self.names.scope, self.block_size, self.index)
 
     def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache: evictable blocks become free at once, held blocks when they are released."""
+        """Empty the prefix cache.
+
+        Evictable blocks become free at once; held blocks become free when they are released.
+        """
         self.free += self.evictable
         names, self.evictable, self.index, self.cached = list(self.index), {}, {}, {}
         self.events.cleared()
@@ -167,7 +183,10 @@ class BlockPool:
             self.dropped(name)
 
     def _evict(self) -> int:
-        """Remove the evictable block that was released earliest from the prefix cache, and return its number."""
+        """Remove one evictable block from the prefix cache: the block that was released earliest.
+
+        Returns its number.
+        """
         block = next(iter(self.evictable))
         del self.evictable[block]
         name = self.cached.pop(block).name

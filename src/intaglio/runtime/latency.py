@@ -20,16 +20,17 @@ SLOWDOWN_MIN, SLOWDOWN_MAX = 1 / 8, 8.0
 
 @dataclass(frozen=True)
 class StepFit:
-    """Model of step times, `seconds_per_step + seconds_per_token * tokens`, from weighted least squares over steps.
+    """Model of step times, fitted to measured steps: seconds = seconds_per_step + seconds_per_token * tokens.
 
-    Both coefficients are not below 0. While all steps have the same number of tokens, the cost of a token cannot be
-    fitted and is taken as 0.
+    The fit is a weighted least-squares fit. No coefficient is negative. If all steps had the same number of tokens,
+    `seconds_per_token` cannot be fitted and is 0. The attributes are the sums that the fit needs:
 
     Attributes:
-        weight: sum of the weights of all steps; 0 before the first.
-        mean_tokens, mean_seconds: weighted means over steps of token rows and seconds.
-        tokens_squared: weighted sum over steps of (tokens - mean_tokens)^2.
-        tokens_by_seconds: weighted sum over steps of (tokens - mean_tokens) * (seconds - mean_seconds).
+        weight: sum of the weights of all steps; 0 before the first step.
+        mean_tokens: weighted mean of the number of token rows of a step.
+        mean_seconds: weighted mean of the seconds of a step.
+        tokens_squared: weighted sum of (tokens - mean_tokens)^2.
+        tokens_by_seconds: weighted sum of (tokens - mean_tokens) * (seconds - mean_seconds).
     """
 
     weight: float = 0.0
@@ -40,9 +41,9 @@ class StepFit:
 
     @classmethod
     def pooled(cls, fits: Sequence[StepFit]) -> StepFit:
-        """The StepFit over the steps of all `fits` together, each step with its weight there. [] gives StepFit().
+        """Returns the StepFit of the steps of all `fits` together. Each step has the weight that it has in its own fit.
 
-        The sums about the common means follow from those about each mean by the parallel axis theorem.
+        Returns an empty StepFit for no fits. The sums are moved to the common means by the parallel axis theorem.
         """
         weight = sum(f.weight for f in fits)
         if not weight:
@@ -55,9 +56,9 @@ class StepFit:
         )  # fmt: skip
 
     def with_step(self, tokens: int, seconds: float) -> StepFit:
-        """The StepFit after one more step, of `tokens` token rows and `seconds` seconds.
+        """Returns the StepFit after one more step, which had `tokens` token rows and took `seconds` seconds.
 
-        Its weight is 1; the weights of all earlier steps are multiplied by STEP_DECAY.
+        The new step has weight 1. The weights of all earlier steps are multiplied by STEP_DECAY.
         """
         weight = STEP_DECAY * self.weight + 1
         ahead, more, share = tokens - self.mean_tokens, seconds - self.mean_seconds, 1 / weight
@@ -69,27 +70,29 @@ class StepFit:
 
     @property
     def seconds_per_token(self) -> float:
-        """Slope of the fit: seconds that each token row adds to a step; 0 while it cannot be fitted."""
+        """Returns the slope of the fit: the seconds that each token row adds to a step. 0 if it cannot be fitted."""
         if self.tokens_squared <= 0 or self.tokens_by_seconds <= 0:
             return 0.0
         return min(self.tokens_by_seconds / self.tokens_squared, self.mean_seconds / self.mean_tokens)
 
     @property
     def seconds_per_step(self) -> float:
-        """Intercept of the fit: seconds of a step that do not depend on its tokens."""
+        """Returns the intercept of the fit: the part of a step's seconds that does not depend on its tokens."""
         return max(0.0, self.mean_seconds - self.seconds_per_token * self.mean_tokens)
 
 
 @dataclass
 class LatencyEstimator:
-    """Predicts how long steps and whole requests will take, from a StepFit (`steps`) of the latest steps.
+    """Predicts how long steps and whole requests take, from the times of recent steps and requests.
 
-    While the cost of a token cannot be fitted, the estimate errs towards admitting a request, from which the model then
-    learns; it could not learn from a refused one.
+    `steps` is the StepFit of recent steps. While the time per token cannot be fitted, estimates are rather too low than
+    too high. So requests are admitted, and the estimator learns from their steps.
 
-    Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951): `output_length`, in tokens,
-    since most outputs end well before max_tokens; and `slowdown`, the ratio of measured to estimated time of a request,
-    which covers bursts and preemption. The slowdown changes slowly, because a request is observed only when it ends.
+    Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951):
+
+    - `output_length`: number of output tokens of a request, since most outputs end well before max_tokens.
+    - `slowdown`: measured time / estimated time of a request, which covers bursts and preemption. It changes slowly,
+      because a request is observed only at its end.
     """
 
     slowdown: float = 1.0
@@ -98,19 +101,23 @@ class LatencyEstimator:
     mean_sampled: float = 0.0  # weighted mean over steps of the number of tokens sampled
 
     def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
-        """Update the estimates with a step of `tokens` token rows that sampled `sampled` tokens and took `seconds`."""
+        """Update the estimates after a step. Returns nothing.
+
+        tokens: token rows of the step. sampled: number of tokens that it sampled. seconds: time that it took.
+        """
         self.steps = self.steps.with_step(tokens, seconds)
         self.mean_sampled += (sampled - self.mean_sampled) / self.steps.weight
 
     def forget_steps(self) -> None:
-        """Forget all steps so far, as if none had been observed. What is known of requests stays. Returns nothing."""
+        """Forget all steps observed so far. What was observed of requests is kept. Returns nothing."""
         self.steps, self.mean_sampled = StepFit(), 0.0
 
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
-        """Estimated seconds to prefill `prefill_tokens` tokens and then sample `output_tokens` for each sequence.
+        """Returns the estimated seconds for a prefill and the decode steps that follow it.
 
-        One sampled token per sequence and step is assumed. Decode steps also have rows of other requests' prefills, so
-        a step is taken to have as many token rows per sampled token as recent steps had on average.
+        It is assumed that each decode step samples one token per sequence. Decode steps also contain prefill rows of
+        other requests. So a step is assumed to have as many token rows per sampled token as recent steps had on
+        average.
 
         Args:
             prefill_tokens: number of tokens to prefill, of all sequences together.
@@ -124,35 +131,34 @@ class LatencyEstimator:
         )
 
     def output_tokens(self, max_tokens: int) -> float:
-        """Expected output length in tokens: LENGTH_MARGIN times the 90th percentile of output lengths so far.
+        """Returns the expected output length of a request in tokens, at most its limit `max_tokens`.
 
-        It is at most `max_tokens`, the request's limit, and equal to it before any request has ended.
+        It is LENGTH_MARGIN times the 90th percentile of earlier outputs. Before any request has ended, it is
+        `max_tokens`.
         """
         return min(max_tokens, LENGTH_MARGIN * self.output_length)
 
     def observe_output(self, tokens: int) -> None:
-        """Update the 90th percentile of output lengths with an output of `tokens` tokens."""
+        """Update the 90th percentile of output lengths after an output of `tokens` tokens. Returns nothing."""
         if self.output_length < math.inf:
             self.output_length = _moved(self.output_length, LENGTH_STRIDE, tokens > self.output_length)
         else:
             self.output_length = tokens
 
     def percentile_90(self, estimate: float) -> float:
-        """The seconds within which 9 of 10 requests end if their estimated time is `estimate` seconds.
+        """Returns the seconds within which 9 of 10 requests end, if their estimated time is `estimate` seconds.
 
-        It is `slowdown` * estimate; before any request has ended, `estimate` itself.
+        It is `slowdown` * `estimate`; before any request has ended, it is `estimate`.
         """
         return self.slowdown * estimate
 
     def observe_request(self, estimate: float, seconds: float) -> None:
         """Update `slowdown` after a request has ended. Returns nothing.
 
-        The slowdown is the 90th percentile of measured time / estimated time of requests; percentile_90() multiplies by
-        it. It stays within SLOWDOWN_MIN..SLOWDOWN_MAX. An estimate of 0 is ignored.
+        `slowdown` is the 90th percentile of measured time / estimated time, limited to SLOWDOWN_MIN to SLOWDOWN_MAX. A
+        request with an estimate of 0 is ignored.
 
-        Args:
-            estimate: seconds that the request had been estimated to take.
-            seconds: seconds that it took.
+        estimate: seconds that the request was estimated to take. seconds: seconds that it took.
         """
         if estimate > 0:
             moved = _moved(self.slowdown, SLOWDOWN_STRIDE, seconds > self.percentile_90(estimate))
@@ -160,10 +166,10 @@ class LatencyEstimator:
 
 
 def _moved(quantile: float, stride: float, above: bool) -> float:
-    """A tracked 90th percentile after one more observation: larger if the observation was above it, else smaller.
+    """Returns a tracked 90th percentile after one more observation: higher if the observation was above it, else lower.
 
     Args:
-        quantile: the percentile before.
+        quantile: the percentile before the observation.
         stride: step size, in the logarithm of the value.
         above: True if the observation was above `quantile`.
     """

@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A step that is running on the device.
+    """A step that was started on the device and has not been completed.
 
     Attributes:
-        scheduled: the step's sequences.
-        chunks: the token rows (Chunk) of each.
-        pending: the result to wait for.
-        retried: True if this is the second attempt of a step with a single sequence.
+        scheduled: the sequences in the step.
+        chunks: for each of the sequences, its token rows in the step (Chunk).
+        pending: the step's future result.
+        retried: True if the step is the second attempt for a single sequence whose step failed.
     """
 
     scheduled: list[ScheduledSequence]
@@ -40,11 +40,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Completed:
-    """A launch that the device has completed.
+    """A step that the device has completed.
 
     Attributes:
-        scheduled: the step's sequences.
-        chunks: the token rows (Chunk) of each.
+        scheduled: the sequences in the step.
+        chunks: for each of the sequences, its token rows in the step (Chunk).
         result: the step's result.
     """
 
@@ -54,13 +54,14 @@ class Completed:
 
 
 class Launcher:
-    """Runs scheduled sequences on the device.
+    """Runs the steps of scheduled sequences on the device, and retries failed steps.
 
     Attributes:
-        before_launch: callback just before each launch, or None.
+        before_launch: function that is called before each launch, or None.
         under_way: launches that have not been completed, oldest first.
         in_flight: the sequences of all launches that were under way when the device was lost.
-        lost_in_step: True if the last loss of the device was noticed in a step; False if while K/V blocks were moved.
+        lost_in_step: True if the last loss of the device was noticed in a step; False if it was noticed in another
+            call, such as a copy of K/V blocks.
     """
 
     def __init__(self, executable: Executable, live: LiveRequests, counts: Counts) -> None:
@@ -71,25 +72,27 @@ class Launcher:
         self.lost_in_step = True
 
     def forget(self) -> None:
-        """Drop all launches under way, as their device is lost."""
+        """Drop all launches under way, because their device is lost."""
         for launch in self.under_way.copy():
             self._remove(launch)
 
     def run(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Iterator[Completed]:
-        """Launch a step and wait for it. Yields one Completed, or several if the step failed and was split.
+        """Launch a step, wait for it, and yield it as a Completed.
 
-        Yields none if every sequence's grammar fails or every retry fails. Raises DeviceLost. retried: True for the
-        second attempt of a step with a single sequence.
+        If the step fails, it is split and retried, so that several Completed may be yielded. None is yielded if every
+        sequence's grammar fails or if every retry fails. Raises DeviceLost if the device is lost.
+
+        scheduled: the sequences of the step. retried: True for the second attempt for a single sequence.
         """
         if launch := self.launch(scheduled, retried):
             yield from self.complete(launch)
 
     def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
-        """Start one step with these sequences. Returns its Launch.
+        """Start one step with the sequences `scheduled`. Returns its Launch; None if no sequence is left.
 
-        Sequences whose grammar fails are ended with a fault and left out. Returns None if no sequence is left.
+        A sequence whose grammar fails is ended with a fault and left out of the step.
 
-        retried: True if the step is the second attempt of a single sequence whose step failed. The Launch keeps it.
+        retried: True for the second attempt for a single sequence whose step failed. The Launch records it.
         """
         ready = [(one, chunk) for one in scheduled if (chunk := self.chunk(one))]
         if not ready:
@@ -103,12 +106,12 @@ class Launcher:
         return launch
 
     def complete(self, launch: Launch) -> Iterator[Completed]:
-        """Wait for a launch and yield a Completed. If it failed, launch its sequences again, and yield what completes.
+        """Wait for a launch, and yield it as a Completed.
 
-        A failed step has changed no state. Its sequences are launched again in two halves, a half that fails in two
-        quarters, and so on down to single sequences. A Completed is yielded for each launch that succeeds. A single
-        sequence that fails is launched once more without drafts, since a draft may be the cause; if it fails again it
-        ends with a fault. Raises DeviceLost if the device is lost.
+        If its step failed, retry the sequences and yield each success. A failed step has changed no state. Its
+        sequences are launched again in two halves; a half that fails is halved again, and so on down to single
+        sequences. A single sequence that fails is launched once more without drafts, since a draft may be the cause. If
+        it fails again, it ends with a fault. Raises DeviceLost if the device is lost.
         """
         try:
             with self._noting_loss(in_step=True):
@@ -124,20 +127,19 @@ class Launcher:
             yield Completed(launch.scheduled, launch.chunks, result)
 
     def _remove(self, launch: Launch) -> None:
-        """Remove a launch from those under way, and mark its sequences as not in flight."""
+        """Remove a launch from `under_way`, and mark its sequences as not in flight. Returns nothing."""
         self.under_way.remove(launch)
         for one in launch.scheduled:
             one.sequence.in_flight = False
 
     def _retry(self, launch: Launch, error: Exception) -> Iterator[Completed]:
-        """Launch a failed step again, in two halves, or its only sequence once more without drafts.
+        """Launch the sequences of a failed step again. Yields a Completed for each launch that succeeds.
 
-        Yields a Completed for each launch that completes. If sequences were aborted meanwhile, the others are launched
-        together. A single sequence that has already been retried ends with a fault.
+        Several sequences are launched in two halves. A single sequence is launched once more without drafts; if that
+        was already done, it ends with a fault. If some sequences of the step have been aborted, the others are launched
+        together.
 
-        Args:
-            launch: the launch that failed.
-            error: what the device raised.
+        launch: the launch that failed. error: what the device raised.
         """
         scheduled = [one for one in launch.scheduled if one.sequence.state != "ended"]  # others were aborted meanwhile
         half = len(scheduled) // 2
@@ -156,43 +158,44 @@ class Launcher:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a K/V block on the device; 0 if it cannot read or write blocks."""
+        """Returns the bytes of a K/V block on the device; 0 if the device cannot read or write blocks."""
         return self.executable.block_bytes
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of K/V blocks, uint8 [blocks, block_bytes].
+        """Returns the contents of K/V blocks, read from the device: uint8 [number of blocks, block_bytes].
 
-        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        blocks: numbers of the blocks. Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
         with self._noting_loss():
             return self.executable.read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
+        """Write `contents` to K/V blocks on the device. Returns nothing.
 
-        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        blocks: numbers of the blocks. contents: uint8 [number of blocks, block_bytes]. Raises DeviceError if the device
+        fails, DeviceLost if it is lost.
         """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
-        """Call `call(executable)` while no step runs, and return its result.
+        """Call `call(executable)` while no step runs on the device. Returns what `call` returns.
 
-        It is for work on the device that is not a step, such as reading how many tokens each expert got. The executable
-        is the innermost one, inside all wrappers. Raises what `call` raises. For a DeviceLost, the sequences in flight
-        are recorded in `in_flight`.
+        This is for work on the device that is not a step, such as reading how many tokens each expert got. The argument
+        is the innermost executable, inside all wrappers. Raises what `call` raises. If that is DeviceLost, the
+        sequences in flight are recorded in `in_flight`.
         """
         with self._noting_loss():
             return self.executable.between_steps(call)
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
-        """Context manager for device calls. If the code inside it raises DeviceLost, it notes what was lost.
+        """Context manager around a call of the device, which records what was lost if the call raises DeviceLost.
 
-        `in_flight` gets the sequences of all launches under way, and `lost_in_step` gets `in_step`. Then the error is
-        raised again. The `with` statement yields None.
+        `in_flight` is set to the sequences of all launches under way, and `lost_in_step` to `in_step`. The error is
+        then raised again.
 
-        in_step: True if the code waits for a step; False if it copies K/V blocks.
+        in_step: True if the call waits for a step; False if it does anything else, such as copying K/V blocks.
         """
         try:
             yield
@@ -202,10 +205,10 @@ class Launcher:
             raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
-        """Combine the chunks to a Batch and launch it. Returns the PendingStep.
+        """Combine chunks into one batch and launch a step with it.
 
-        logits: True if the step must return the logits of its rows. If launching raises an error, the returned step's
-        result() raises it.
+        Returns the PendingStep, whose result() waits for the result. If launching raises an error, result() raises it.
+        chunks: token rows of each sequence. logits: True if the step must return the logits of its rows.
         """
         try:
             batch = bind(chunks, self.executable.state.page_tokens)
@@ -216,13 +219,16 @@ class Launcher:
             return CompletedStep(e)
 
     def step(self, chunks: list[Chunk]) -> StepResult:
-        """Run one step with these chunks and wait for it. Returns its StepResult; raises what the device raises."""
+        """Run one step with the chunks `chunks` and wait for it. Returns its StepResult.
+
+        Raises what the device raises.
+        """
         return self.start(chunks).result()
 
     def chunk(self, scheduled: ScheduledSequence) -> Chunk | None:
-        """The Chunk of a scheduled sequence: its token rows with their sampling inputs.
+        """Returns the Chunk of a scheduled sequence: its token rows in the step, with their sampling parameters.
 
-        Returns None if the sequence's grammar failed; the sequence has then ended with a fault.
+        Returns None if the sequence's grammar fails; the sequence is then ended with a fault.
         """
         s, start = scheduled.sequence, scheduled.sequence.computed
         stop = start + scheduled.num_tokens
@@ -241,10 +247,10 @@ class Launcher:
 
 
 def launch_groups(scheduled: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
-    """A list of the launches of a step, each a list of sequences.
+    """Divide the sequences of a step into launches. Returns a list of lists of sequences; [] if there are no sequences.
 
-    All sequences are in one launch, except suspects: each of these has a launch of its own. A suspect is a sequence
-    that was in flight when the device was lost, and may be the cause. Without sequences the list is empty.
+    Each suspect has a launch of its own; all other sequences are in one launch. A suspect is a sequence that was in
+    flight when the device was lost, and that may be the cause.
     """
     batched = [s for s in scheduled if not s.sequence.suspect]
     suspects = [[s] for s in scheduled if s.sequence.suspect]

@@ -13,12 +13,12 @@ from intaglio.runtime.stats import Counts
 
 
 class LiveRequests:
-    """The requests that have at least one sequence that has not ended.
+    """The requests that an engine is serving: those with at least one sequence that has not ended.
 
-    Every sequence ends through `end()`, which frees its blocks and returns its last Event. `emit()` collects the events
-    of a step and `take_events()` returns them at its end.
+    Every sequence ends through end(), which frees its blocks and returns its last Event. emit() collects the events of
+    a step, and take_events() returns them at the end of the step.
 
-    by_id: request id to the sequences of all its choices.
+    by_id: dict from request id to the sequences of all the request's choices.
     """
 
     def __init__(self, scheduler: Scheduler, clock: MonotonicClock, latency: LatencyEstimator, counts: Counts) -> None:
@@ -28,7 +28,7 @@ class LiveRequests:
         self.events: list[Event] = []
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Register the choices of one request and queue them in the scheduler."""
+        """Add the sequences of one request and queue them in the scheduler. Returns nothing."""
         self.by_id[sequences[0].request.id] = sequences
         self.counts.admitted += len(sequences)
         for s in sequences:
@@ -36,24 +36,31 @@ class LiveRequests:
             self.next_deadline = min(self.next_deadline, s.deadline())
 
     def sequences(self) -> list[Sequence]:
-        """A list of all sequences that have not ended, by request in order of arrival."""
+        """Returns a list of all sequences that have not ended.
+
+        Sequences of one request are together, requests are in order of arrival.
+        """
         return [s for choices in self.by_id.values() for s in choices if s.state != "ended"]
 
     def of(self, id: str) -> list[Sequence]:
-        """A list of the sequences of one request that have not ended; [] if there is no such request."""
+        """Returns a list of the sequences of request `id` that have not ended; [] if there is no such request."""
         return [s for s in self.by_id.get(id, []) if s.state != "ended"]
 
     def expire(self, now: float) -> None:
-        """End every sequence whose deadline is at or before `now` (seconds). Their last events are emitted."""
+        """End every sequence whose deadline has passed at the time `now` (seconds), and emit its last event.
+
+        Returns nothing.
+        """
         if now >= self.next_deadline:
             for s in [s for s in self.sequences() if s.deadline() <= now]:
                 self.emit(self.end(s, "deadline"))
             self.next_deadline = min((s.deadline() for s in self.sequences()), default=math.inf)
 
     def end(self, s: Sequence, reason: FinishReason, fault: Fault | None = None, scored: Scored | None = None) -> Event:
-        """End a sequence, free its blocks and return its last Event.
+        """End a sequence and free its blocks. Returns its last Event.
 
-        reason: its finish_reason. fault: the error, if it ends with one. scored: its last token, if the event has one.
+        reason: the finish_reason. fault: the error that ended the sequence; None if none did. scored: the token to put
+        into the event; None if the event has no token.
         """
         now = self.clock.now
         if reason in ("stop", "length"):
@@ -70,9 +77,9 @@ class LiveRequests:
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(now))
 
     def release(self, id: str) -> list[Sequence]:
-        """Take a request out without an event, and free its blocks.
+        """Take the request `id` out without an event, and free its blocks.
 
-        Returns a list of its sequences that had not ended; [] if no request with this id is live.
+        Returns a list of its sequences that had not ended. Returns [] if no request with this id is live.
         """
         left = self.of(id)
         for s in left:
@@ -88,14 +95,14 @@ class LiveRequests:
         self.events.append(event)
 
     def take_events(self) -> list[Event]:
-        """A list of the Events emitted since the last call, in order."""
+        """Returns a list of the Events that were emitted since the last call, in order."""
         events, self.events = self.events, []
         return events
 
     def _observe(self, s: Sequence, seconds: float, cut: bool) -> None:
-        """Update the latency estimator from a sequence that ended after `seconds`.
+        """Update the latency estimator with a sequence that has ended after `seconds` seconds. Returns nothing.
 
-        cut: True if its deadline ended the sequence; its time is then extrapolated to the expected output length.
+        cut: True if the sequence's deadline ended it. Its time is then extrapolated to the expected output length.
         """
         expected = max(1.0, self.latency.output_tokens(s.request.params.max_tokens))
         whole = seconds * max(1.0, expected / max(1, len(s.output))) if cut else seconds

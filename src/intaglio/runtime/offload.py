@@ -19,39 +19,40 @@ POLL = 0.05  # seconds that a wait for a load may take when nothing else can run
 
 
 class BlockDevice(Protocol):
-    """Interface of the device whose K/V blocks are read and written: an Executable, or the launcher of one."""
+    """Interface for reading and writing the K/V blocks of a device. Executable and Launcher implement it."""
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a K/V block on the device."""
+        """Returns the number of bytes of a K/V block on the device."""
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of blocks, uint8 [blocks, block_bytes].
+        """Returns the contents of K/V blocks, read from the device: uint8 [number of blocks, block_bytes].
 
-        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        blocks: numbers of the blocks. Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
+        """Write `contents` to K/V blocks on the device. Returns nothing.
 
-        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        blocks: numbers of the blocks. contents: uint8 [number of blocks, block_bytes]. Raises DeviceError if the device
+        fails, DeviceLost if it is lost.
         """
 
 
 @dataclass
 class SequenceLoad:
-    """A load of K/V blocks for a waiting sequence.
+    """A transfer of K/V blocks from the tier for a waiting sequence.
 
     Attributes:
-        sequence: the sequence that waits.
-        first: index, among the sequence's blocks, of the first block that is loaded.
-        keys: the BlockKey (name, parent, tokens) of each block that is loaded, in order.
-        load: the tier's handle of the transfer, to ask for what has arrived or to cancel it.
-        since: when the newest block arrived, or, before the first one, when the load began; in seconds by the engine's
-            clock.
+        sequence: the waiting sequence.
+        first: index, among the sequence's blocks, of the first block to load.
+        keys: name, parent and tokens (BlockKey) of each block to load, in order.
+        load: the tier's object for the transfer, which says what has arrived and can cancel the rest.
+        since: time at which the newest block arrived, in seconds by the engine's clock; before the first block, the
+            time at which the transfer began.
         arrived: number of blocks that had arrived at the time `since`.
-        kept: None normally. If the load was stopped because no further block came in time: the contents of the blocks
-            that had arrived, which are used.
+        kept: contents of the blocks that had arrived when the transfer was stopped because it took too long; None if it
+            was not stopped. These blocks are used.
     """
 
     sequence: Sequence
@@ -64,19 +65,20 @@ class SequenceLoad:
 
 
 class Offload:
-    """Moves K/V blocks between an engine's pool and a tier, a store outside the engine.
+    """Copies K/V blocks between an engine's device and a tier, which is a store of blocks outside the engine.
 
-    Full blocks are saved once they are in the prefix cache, and again if a sequence starts with them and the tier has
-    evicted them. Blocks are loaded for one sequence at a time, the first that waits; the waiting sequences behind it do
-    not start before it. Running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
+    Blocks are saved to the tier once they are full and in the prefix cache. They are saved again when a sequence starts
+    with them and the tier has evicted them. Blocks are loaded for the first waiting sequence only; the sequences behind
+    it do not start earlier, while running sequences continue. Blocks that cannot be loaded in time are computed.
+
+    `device` is the device with the blocks; it must be set before the first step.
 
     Args:
-        connector: the tier; None: there is none, and nothing is moved.
+        connector: the tier; None if there is none, and nothing is copied.
         pool: the engine's K/V blocks.
         clock: the engine's clock.
-        timeout: seconds without a further block after which a load is stopped and the blocks that have come are used.
-
-    `device`, the device with the blocks, must be set before the first step.
+        timeout: seconds without a further block, after which a transfer is stopped and the blocks that have arrived are
+            used.
     """
 
     def __init__(
@@ -89,12 +91,14 @@ class Offload:
         self.fetched: set[str] = set()  # names of the blocks loaded since then: where they came from has them
 
     def ready(self, sequence: Sequence, cached: int, wait: bool) -> bool:
-        """True if a waiting sequence may start; False while blocks for it are being loaded. Begins the load if needed.
+        """True if the first waiting sequence may start; False while blocks for it are being loaded from the tier.
+
+        The first call for a sequence begins to load its blocks.
 
         Args:
-            sequence: the first that waits.
-            cached: number of its leading blocks that are in the prefix cache.
-            wait: True if nothing else can run; then up to POLL seconds are spent waiting for the load.
+            sequence: the first waiting sequence.
+            cached: number of blocks at its beginning that are in the prefix cache.
+            wait: True if no sequence runs; the call may then wait up to POLL seconds for the transfer.
         """
         if not self.connector:
             return True
@@ -119,10 +123,15 @@ class Offload:
         return True
 
     def fill(self, sequence: Sequence, cached: int, blocks: list[int]) -> int:
-        """Write the contents loaded for a sequence to its blocks, from index `cached` on. Returns the number written.
+        """Write the contents that were loaded for a sequence to its blocks on the device.
 
-        cached: number of the sequence's leading blocks that are in the prefix cache. blocks: numbers of all its blocks.
-        Returns 0 if nothing was loaded for it or the device refuses the contents. Raises DeviceLost.
+        Returns the number of blocks written. Returns 0 if nothing was loaded for the sequence or if the device refuses
+        the contents. Raises DeviceLost if the device is lost.
+
+        Args:
+            sequence: the sequence.
+            cached: number of blocks at its beginning that are in the prefix cache; the blocks after them are written.
+            blocks: numbers of all its blocks, in order.
         """
         done, self.loading = self.loading, None
         if not self.connector or not self.device or not done:
@@ -152,18 +161,23 @@ class Offload:
         return len(contents)
 
     def started(self, blocks: list[int]) -> None:
-        """Tell the tier that a sequence starts with these blocks, so that it counts them as recently used.
+        """Tell the tier that a sequence starts with the given blocks, so that it counts them as recently used.
 
-        They are also queued for the next save(), which writes those that the tier has evicted. blocks: their numbers;
-        those that are not in the prefix cache are left out.
+        Returns nothing. The blocks are also queued for the next save(), which writes those that the tier has evicted.
+        Blocks that are not in the prefix cache are left out.
+
+        blocks: numbers of the blocks.
         """
         self.unsaved += self.touch(blocks)
 
     def touch(self, blocks: list[int]) -> list[int]:
-        """Tell the tier that a sequence uses these blocks now, so that it evicts them later than others.
+        """Tell the tier that a sequence uses the given blocks now, so that it evicts other blocks first.
 
-        Returns a list of the blocks that are in the prefix cache; [] without a tier. Called when a sequence starts and
-        again when it ends: blocks that were saved while it ran were not in the tier at its start.
+        Returns a list of the numbers in `blocks` whose blocks are in the prefix cache; [] if there is no tier. Called
+        when a sequence starts and again when it ends, because blocks saved in between were not in the tier at its
+        start.
+
+        blocks: numbers of the blocks.
         """
         if not self.connector:
             return []
@@ -174,19 +188,23 @@ class Offload:
         return cached
 
     def stored(self, block: int) -> None:
-        """Note that a K/V block has been added to the prefix cache, so that the next save() copies it to the tier.
+        """Queue the block number `block` for the next save(), because it was added to the prefix cache.
 
-        Does nothing without a tier. block: number of the block.
+        Returns nothing. Does nothing if there is no tier.
         """
         if self.connector:
             self.unsaved.append(block)
 
     def save(self) -> None:
-        """Write the queued blocks to the tier, reading them from the device. Returns nothing.
+        """Read the queued blocks from the device and write them to the tier. Returns nothing.
 
-        started() and stored() queue blocks. A block is left out if the tier has it, or if it is not in the prefix cache
-        any more. It is also left out if it was loaded since the last call, because the tier or peer that it came from
-        has it. If the device fails, or the tier refuses a block because it is busy or full, the rest of the queue is
+        started() and stored() queue blocks. A block is left out in these cases:
+
+        - The tier has it.
+        - It is no longer in the prefix cache.
+        - It was loaded since the last call, so that the tier or the replica that it came from has it.
+
+        If the device fails, or if the tier refuses a block because it is busy or full, the rest of the queue is
         dropped. Raises DeviceLost if the device is lost.
         """
         noted, self.unsaved = self.unsaved, []
@@ -214,7 +232,7 @@ class Offload:
                 return
 
     def _give_up(self) -> None:
-        """Cancel the load. None of its blocks are used."""
+        """Cancel the transfer in progress, if there is one. None of its blocks are used."""
         if self.loading:
             self.loading.load.cancel()
         self.loading = None
@@ -224,10 +242,13 @@ class Offload:
         return BlockKey(cached.name, cached.parent, cached.tokens)
 
     def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
-        """Begin to load a sequence's blocks from index `cached` on, as many as the tier has. Returns the SequenceLoad.
+        """Begin to load blocks of a waiting sequence from the tier.
 
-        Returns None if the tier does not have the first of them. The sequence's last token is always computed, so a
-        block that ends with it is not loaded.
+        Returns the SequenceLoad, or None if the tier has none. The first block to load is the block after the cached
+        blocks. The blocks to load end before the first block that the tier does not have. A block that ends with the
+        sequence's last token is not loaded, because this token is always computed.
+
+        sequence: the sequence. cached: number of blocks at its beginning that are in the prefix cache.
         """
         assert self.connector and self.device
         size = self.pool.block_size

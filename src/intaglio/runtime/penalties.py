@@ -11,7 +11,10 @@ from intaglio.runtime.request import SamplingParams
 
 
 class Penalties:
-    """Penalty state of one sequence: arrays with one row for each token id that has a penalty or a bias."""
+    """Computes the changes of one sequence's logits by penalties and logit biases.
+
+    It counts the output tokens, on which the penalties depend.
+    """
 
     def __init__(self, p: SamplingParams, prompt: Iterable[int]) -> None:
         self.p = p
@@ -26,7 +29,7 @@ class Penalties:
         self.scale = np.array([p.repetition_penalty if id in in_prompt else 1.0 for id in first], np.float32)
 
     def push(self, token: int) -> None:
-        """Count one more output token, if a penalty depends on it."""
+        """Count one more output token, if the request has a penalty that depends on output tokens. Returns nothing."""
         if not (self.repeated or self.counted):
             return
         row = self.row.setdefault(token, len(self.row))
@@ -38,13 +41,19 @@ class Penalties:
             self.scale[row] = self.p.repetition_penalty
 
     def edits(self) -> Edits:
-        """The Edits (penalties and biases by token id) to apply to the logits before the next token is sampled."""
+        """Returns the changes (Edits) to apply to the logits before the next token is sampled.
+
+        They are a factor and an addend for each token id that has a penalty or a bias.
+        """
         n, p = len(self.row), self.p
         add = self.bias[:n] - p.presence_penalty * (self.counts[:n] > 0) - p.frequency_penalty * self.counts[:n]
         return Edits(self.ids[:n].copy(), self.scale[:n].copy(), add.astype(np.float32))
 
     def _grow(self) -> None:
-        """Double the number of rows of the arrays, adding at least 8."""
+        """Double the length of the arrays, which have one row for each token id, or add 8 rows if that is more.
+
+        Returns nothing.
+        """
         more = max(8, len(self.ids))
         self.ids, self.counts = (np.append(a, np.zeros(more, np.int32)) for a in (self.ids, self.counts))
         self.bias = np.append(self.bias, np.zeros(more))

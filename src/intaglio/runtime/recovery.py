@@ -18,9 +18,11 @@ MAX_DEVICE_LOSSES_PER_SEQUENCE = 2  # steps with only this sequence, no token be
 class Recovery:
     """Replaces a lost device, and ends a sequence whose steps make the device fail again and again.
 
-    `restart` loads the same Program again on another device. Each loss allows `max_restarts` attempts; if all
-    fail, every sequence ends in error, and `failed` has the reason. A sequence ends in error if the device is lost
-    MAX_DEVICE_LOSSES_PER_SEQUENCE times in steps with this sequence alone, with no token sampled between.
+    A sequence ends in error if the device is lost MAX_DEVICE_LOSSES_PER_SEQUENCE times in steps that contain only this
+    sequence, and the sequence samples no token in between.
+
+    `restart` is the function that loads the same Program again on another device. After a loss, it is tried up to
+    `max_restarts` times. If all attempts fail, every sequence ends in error, and `failed` has the reason.
     """
 
     def __init__(
@@ -33,14 +35,15 @@ class Recovery:
         self.attempts = ""  # what became of the last attempts
 
     def recover(self, lost: DeviceLost) -> None:
-        """Replace the lost device, or end all sequences in error if it cannot be replaced.
+        """Replace the lost device. If that is impossible, end all sequences in error. Returns nothing.
 
-        If the new device has the K/V of the lost one, running sequences go on: a step writes K/V only at new positions,
-        so the K/V computed before the loss is intact. Otherwise all running sequences are preempted and recomputed from
-        their token ids.
+        If the new device has the K/V of the lost device, running sequences go on. (A step writes K/V only at new
+        positions, so earlier K/V is intact.) Otherwise all running sequences are preempted and recomputed from their
+        token ids.
 
-        The sequences in flight at the loss become suspects: each runs in a step of its own, without drafts, until it
-        has sampled a token. A sequence that loses the device twice in such steps, with no token between, ends in error.
+        The sequences that were in flight at the loss become suspects: each runs in a step of its own, without drafts,
+        until it has sampled a token. A sequence ends in error if it loses the device MAX_DEVICE_LOSSES_PER_SEQUENCE
+        times in this way.
 
         lost: the error that the device raised.
         """
@@ -55,12 +58,13 @@ class Recovery:
                 self.live.emit(self.live.end(s, "error", Fault("worker", why)))
 
     def blame(self, why: str) -> None:
-        """After a loss of the device: mark the sequences that were in flight as suspects. Returns nothing.
+        """Mark the sequences that were in flight when the device was lost as suspects. Returns nothing.
 
-        A suspect runs in steps of its own until it samples a token. If a sequence was alone in the step, the loss
-        counts against it: after MAX_DEVICE_LOSSES_PER_SEQUENCE such losses without a sampled token it ends in error.
+        A suspect runs in steps of its own until it has sampled a token. If the step contained only one sequence, the
+        loss is counted for this sequence. After MAX_DEVICE_LOSSES_PER_SEQUENCE such losses without a sampled token, the
+        sequence ends in error.
 
-        why: text of that error.
+        why: text of this error.
         """
         in_flight = self.launcher.in_flight
         alone = len(in_flight) == 1 and self.launcher.lost_in_step
@@ -71,10 +75,10 @@ class Recovery:
                 self.live.emit(self.live.end(s, "error", Fault("worker", f"{why}, in a step with this request only")))
 
     def probe(self) -> Chunk:
-        """A Chunk of one token, for the step that tests a replaced device before sequences run on it.
+        """Returns the Chunk for the step that tests a replaced device before sequences run on it. It has one token.
 
-        It writes only to a K/V block and a state slot whose contents nobody needs. The last running sequence is
-        preempted if no block is available.
+        The step writes only to a K/V block and a state slot whose contents nobody needs. If no block is available, the
+        last running sequence is preempted.
         """
         slot = self.scheduler.spare_slot()
         windows = self.scheduler.windows
@@ -82,10 +86,10 @@ class Recovery:
         return Chunk([0], 0, [self.scheduler.spare_block()], [0], state=(-1, slot), window_blocks=spare)
 
     def replace_device(self) -> bool:
-        """Start another device and run a step of one token on it. Returns True, or False if no attempt succeeds.
+        """Start another device and test it with a step of one token.
 
-        At most `max_restarts` attempts. After the error ReplacementRefused there is no further attempt, and the result
-        is False. No error reaches the caller.
+        Returns True on success, False if no attempt succeeds. There are at most `max_restarts` attempts, and none after
+        the error ReplacementRefused. Errors are not passed on.
         """
         self.attempts = "nothing replaces it"
         for attempt in range(self.max_restarts if self.restart else 0):

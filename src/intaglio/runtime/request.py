@@ -22,18 +22,19 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
 class ParamsError(ValueError):
-    """Raised for sampling parameters that are not allowed: of a wrong type, out of range, or excluding each other."""
+    """Raised for invalid sampling parameters: a wrong type, a value out of range, or a contradiction between two."""
 
 
 class RequestError(ValueError):
-    """Raised for a request that can never be served, such as an empty or too long prompt, or an id that is in use."""
+    """Raised for a request that can never be served, for example because its prompt is too long or its id is in use."""
 
 
 class Refused(RuntimeError):
-    """Raised for a request that cannot be served now, or not within its timeout.
+    """Raised for a request that the engine cannot serve now, or not within the request's timeout.
 
-    reason: full (too many sequences wait), late (it would miss its timeout), draining or failed. retry_after: seconds
-    after which to retry; None: this engine will not admit it later either.
+    reason: "full" (too many sequences wait), "late" (the request would miss its timeout), "draining" or "failed".
+    retry_after: number of seconds after which to try again; None if this engine will not accept the request later,
+    either.
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class Grammar:
     """Constraint on an output: a JSON schema, a regular expression, or a grammar in Lark syntax.
 
     Attributes:
-        kind: the language of `source`.
+        kind: language of `source`: "json_schema", "regex" or "lark".
         source: the schema, expression or grammar.
-        before: a Lark grammar of the whole output, in which `@answer` stands for the constraint; for instance,
-            reasoning and then an answer. "": the constraint is the whole output.
+        before: "" if the whole output must match `source`. Else a Lark grammar of the whole output, in which `@answer`
+            stands for the part that must match `source`, for example after some reasoning.
 
-    Raises ParamsError for an unknown kind or a source of a wrong type.
+    Raises ParamsError for an unknown kind, or a source of a wrong type.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -68,18 +69,27 @@ class Grammar:
 
     @property
     def text(self) -> str:
-        """The grammar's source as text; a JSON schema given as a dict is serialised, its keys in their order."""
+        """Returns the grammar's source as text.
+
+        A JSON schema given as a dict is written as JSON, with its keys in their order.
+        """
         return self.source if isinstance(self.source, str) else json.dumps(self.source)
 
 
 class Matcher(Protocol):
-    """Interface of a grammar's state for one output. The state advances by token ids."""
+    """Interface of an object that tracks one output against a grammar. advance() tells it each token."""
 
     def mask(self) -> np.ndarray:
-        """Bit mask of the token ids allowed next: uint32 [(vocabulary + 31) // 32], lowest bit first."""
+        """Returns the bit mask of the token ids that the grammar allows next.
+
+        It is uint32 [(vocabulary + 31) // 32], lowest bit first; a bit of 1 means allowed.
+        """
 
     def advance(self, token: int) -> bool:
-        """Append a token. Returns True; False, changing nothing, if the grammar does not allow it."""
+        """Append a token to the output.
+
+        Returns True, or False if the grammar does not allow the token; then nothing changes.
+        """
 
     def rollback(self, n: int) -> None:
         """Undo the last `n` calls of advance()."""
@@ -87,32 +97,38 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of a request. Raises ParamsError, naming the field and what is allowed.
+    """Sampling parameters of a request. Raises ParamsError for an invalid value; the error says what is allowed.
 
     The output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence token
-    (unless `ignore_eos`), or after `max_tokens` tokens.
+    (unless `ignore_eos` is True), or after `max_tokens` tokens.
 
-    The logit l of a token id is changed in this order. Log-probabilities are always those of the unchanged logits.
+    The logit of each token id is changed in this order before sampling. `count` is how often the id is in the output.
 
-    1. repetition_penalty r, if the id is in the prompt or the output: l / r if l > 0, else l * r.
-    2. l + logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count. count: how often the id is in
-       the output.
-    3. The masks of `grammar`, `min_tokens`, `allowed_token_ids` and `bad_words`.
+    1. If the id is in the prompt or the output, a positive logit is divided by repetition_penalty, a negative one is
+       multiplied by it.
+    2. logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count is added.
+    3. Ids that `grammar`, `min_tokens`, `allowed_token_ids` or `bad_words` forbid are excluded.
+
+    Log-probabilities are always those of the unchanged logits.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
-        seed: the same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n`
-            uses seed + i.
-        n: number of outputs (choices) for the prompt.
-        min_tokens: no end of sequence, no token of `stop_token_ids` and no stop string before that many tokens.
-        allowed_token_ids: draw from these ids alone; None: all.
-        bad_words: texts that must not be generated; the last token of each is not drawn after the others.
-        logprobs: how many of the likeliest tokens to return with each sampled token.
-        logprob_token_ids: return the log-probabilities of these ids instead of the likeliest.
-        prompt_logprobs: how many of the likeliest tokens to return with each prompt token; None: no prompt scores.
-        include_stop_str_in_output: True if the text ends after the stop string; False: before it.
-        skip_special_tokens: True to leave special tokens out of the text.
+        temperature: 0 for greedy sampling.
+        top_k: number of likeliest tokens from which to sample; 0 for all.
+        top_p: only the likeliest tokens that together have this probability can be sampled; 1 for all.
+        min_p: tokens with less than this fraction of the likeliest token's probability cannot be sampled; 0 for all.
+        seed: the same seed gives the same tokens, whatever other requests run; None for a random seed. Choice i has the
+            seed `seed` + i.
+        n: number of choices (outputs) to generate for the prompt.
+        min_tokens: number of tokens before which no end of sequence, token of `stop_token_ids` or stop string may come.
+        allowed_token_ids: only these ids may be sampled; None for all.
+        bad_words: texts that must not be generated. The last token of a text is not sampled after the text's other
+            tokens.
+        logprobs: number of likeliest tokens whose log-probabilities to return with each sampled token.
+        logprob_token_ids: ids whose log-probabilities to return instead of the likeliest.
+        prompt_logprobs: number of likeliest tokens whose log-probabilities to return with each prompt token; None for
+            no log-probabilities of the prompt.
+        include_stop_str_in_output: True if the output text includes the stop string.
+        skip_special_tokens: True to leave special tokens out of the output text.
     """
 
     max_tokens: int = 16
@@ -187,7 +203,7 @@ class SamplingParams:
 
     @property
     def edits_logits(self) -> bool:
-        """True if logits are changed before sampling, by a penalty or a logit bias."""
+        """True if the logits are changed before sampling, because a penalty or a logit bias is set."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
 
@@ -199,9 +215,9 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
 
 
 def _ids(name: str, value: object) -> tuple[int, ...]:
-    """`value` as a tuple of token ids without duplicates, in the given order; sets are sorted.
+    """Returns the token ids in `value` as a tuple without duplicates, in the given order. The ids of a set are sorted.
 
-    name: the parameter's name, for the ParamsError if the value is not a list of token ids.
+    name: the parameter's name, for the error. Raises ParamsError if `value` is not a list or set of token ids.
     """
     if not isinstance(value, list | tuple | frozenset | set):
         raise ParamsError(f"{name} is {value!r}; allowed: a list of token ids")
@@ -218,23 +234,24 @@ def _real(name: str, value: object, low: float, high: float, allowed: str) -> No
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue `params.n` times. The engine never changes it.
+    """A prompt for which to generate `params.n` choices (outputs). The engine never changes a Request.
 
     Attributes:
-        id: unique among live requests.
-        prompt: token ids.
+        id: text that is unique among live requests.
+        prompt: token ids of the prompt.
         params: sampling parameters.
         eos_ids: token ids that end a sequence.
-        stop_checker: stop_checker(index) makes the stop checker of a choice, which is called with each new token and
-            returns True when a stop string is complete.
-        scored: True to generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, f32
+        stop_checker: function from the number of a choice to a new stop checker. A stop checker is a function that is
+            called with each new token id, and returns True when a stop string is complete. None if there is none.
+        scored: True to generate nothing, but collect the logits of all prompt positions in the sequence's `logits`, f32
             [tokens, vocabulary].
-        matcher: matcher(index) makes the Matcher of a choice; needed if `params.grammar` is given.
-        priority: a request with a lower number is scheduled earlier and preempted later.
-        queue_timeout: seconds from arrival to the first step; None: no limit.
-        timeout: seconds from arrival to the end; None: no limit.
-        salt: K/V is shared only between requests of the same salt.
-        bad_words: sequences of token ids; the last id of each is not drawn after the others.
+        matcher: function from the number of a choice to a new Matcher; required if `params.grammar` is given.
+        priority: requests with a lower number are scheduled earlier and preempted later.
+        queue_timeout: maximum seconds from arrival to the first step; None: no limit.
+        timeout: maximum seconds from arrival to the end; None: no limit.
+        salt: the request shares K/V only with requests that have the same salt.
+        bad_words: sequences of token ids that must not be generated. The last id of a sequence is not sampled after the
+            sequence's other ids.
     """
 
     id: str
@@ -256,10 +273,10 @@ class Fault:
     """The error that ended a sequence.
 
     Attributes:
-        kind: "request": the sequence's own logits, grammar or stop checker failed. "step": a step with only this
-            sequence failed twice. "worker": steps with only this sequence lost the device, or a lost device could not
-            be replaced.
-        message: the error's text.
+        kind: "request": the sequence's own logits, grammar or stop checker failed. "step": a step that contained only
+            this sequence failed twice. "worker": the device was lost in steps that contained only this sequence, or a
+            lost device could not be replaced.
+        message: text of the error.
     """
 
     kind: Literal["request", "step", "worker"]
@@ -268,14 +285,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token with its log-probability, and the log-probabilities of other tokens at its position.
+    """A token with its log-probability, and log-probabilities of other tokens at the same position.
 
-    All are natural logarithms under the softmax of the unchanged logits.
+    All log-probabilities are natural logarithms of the softmax of the unchanged logits.
 
     Attributes:
         token: id of the token.
-        logprob: its log-probability.
-        top: (id, log-probability) of the likeliest tokens, or of the ids in `logprob_token_ids`.
+        logprob: log-probability of the token.
+        top: pairs (token id, log-probability) for the likeliest tokens, or for the ids in `logprob_token_ids`.
         rank: 1 if the token is the likeliest, 2 for the next, and so on; None if the rank was not computed.
     """
 
@@ -287,13 +304,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts and times of one choice. Times are seconds by the engine's clock; None: not reached.
+    """Token counts and times of one choice (output). Times are in seconds by the engine's clock.
 
     Attributes:
-        prompt_tokens, output_tokens: numbers of tokens.
-        cached_tokens: prompt tokens found in the prefix cache at its first step.
-        preemptions: times the choice was preempted.
-        arrived, started, first_token, ended: times of arrival, first step, first token and end.
+        prompt_tokens: number of tokens of the prompt.
+        cached_tokens: number of prompt tokens found in the prefix cache at the first step.
+        output_tokens: number of generated tokens.
+        preemptions: number of times that the choice was preempted.
+        arrived: time of arrival.
+        started: start of the first step; None if the choice ended before.
+        first_token: time of the first token; None if the choice ended before.
+        ended: time of the end.
     """
 
     prompt_tokens: int
@@ -308,19 +329,20 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a choice of a request: a new token, the choice's end, both, or the scores of the prompt.
+    """What happened to one choice (output) of a request.
 
-    An event with a finish_reason is the last of its choice.
+    It is a new token, the end of the choice, both, or log-probabilities of the prompt. An event with a finish_reason is
+    the last event of its choice.
 
     Attributes:
         request: id of the request.
         index: number of the choice.
-        scored: the new token as a Scored (its id, with log-probabilities if asked for), or None.
-        finish_reason: stop, length, abort, deadline, or error with a `fault`.
-        fault: why the choice ended in error; else None.
-        usage: token counts and times, in the last event of a choice; else None.
-        prompt: scores of the prompt tokens from the second on, once, in an event before the first token, if
-            prompt_logprobs was set.
+        scored: the new token with its log-probability; None if there is no new token.
+        finish_reason: "stop", "length", "abort", "deadline" or "error"; None if the choice has not ended.
+        fault: the error, if finish_reason is "error"; else None.
+        usage: token counts and times of the choice, in its last event; else None.
+        prompt: if prompt_logprobs was set, log-probabilities of the prompt tokens from the second on. They come once,
+            in an event before the first token; else None.
     """
 
     request: str
@@ -333,5 +355,5 @@ class Event:
 
     @property
     def token(self) -> int | None:
-        """Id of the new token; None if the event has none."""
+        """Returns the id of the new token; None if the event has no token."""
         return self.scored.token if self.scored else None

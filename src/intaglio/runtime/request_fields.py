@@ -10,7 +10,10 @@ from intaglio.runtime.request import Grammar, Request, SamplingParams
 
 
 def write_request(request: Request, seed: int) -> dict[str, Any]:
-    """A dict of a request's fields except its functions (stop_checker, matcher). seed: the seed that it runs with."""
+    """Returns a request's fields as a dict that can be written as JSON, without the functions stop_checker and matcher.
+
+    seed: the seed that the request uses; it replaces the seed in the sampling parameters.
+    """
     bare = replace(request, stop_checker=None, matcher=None, params=replace(request.params, seed=seed))
     fields = asdict(bare)
     del fields["stop_checker"], fields["matcher"]
@@ -18,9 +21,9 @@ def write_request(request: Request, seed: int) -> dict[str, Any]:
 
 
 def read_request(table: Mapping[str, Any]) -> Request:
-    """Make a Request from `table`, the dict of fields that write_request() returned.
+    """Returns a Request, made from a dict of fields that write_request() returned.
 
-    Its stop_checker and matcher are None: only the caller can create these again.
+    Its stop_checker and matcher are None; only the caller can create these again.
     """
     return Request(**{**table, "params": _read_params(table["params"]), "eos_ids": frozenset(table["eos_ids"])})
 

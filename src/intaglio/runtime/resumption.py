@@ -18,12 +18,12 @@ from intaglio.runtime.sequence import Sequence
 
 @dataclass(frozen=True)
 class SuspendedChoice:
-    """One unfinished choice of a suspended request: its output so far.
+    """The output so far of one unfinished choice of a suspended request.
 
     Attributes:
         index: number of the choice.
-        output: token ids.
-        logprobs: one natural log-probability per output token.
+        output: token ids generated so far.
+        logprobs: natural log-probability of each token in `output`.
     """
 
     index: int
@@ -33,13 +33,13 @@ class SuspendedChoice:
 
 @dataclass(frozen=True)
 class Resumption:
-    """A suspended request, which Engine.resume() continues on any engine that gives the same bits.
+    """A suspended request with its output so far. Engine.resume() continues it on any engine that gives the same bits.
 
     Attributes:
-        request: the request, with the seed in use and with timeouts shortened to the seconds that are left.
-        choices: its choices that have not ended.
-        program: hash of the Program.
-        numerics: what else decides the bits of results (see Engine).
+        request: the request. Its seed is the seed in use, and its timeouts are the seconds that are left.
+        choices: output so far of each choice that has not ended.
+        program: hash of the Program of the engine that suspended the request.
+        numerics: device, instruction set and layout of that engine, such as "host avx2 tp2" (see Engine).
     """
 
     request: Request
@@ -49,13 +49,13 @@ class Resumption:
 
     @classmethod
     def of(cls, sequences: list[Sequence], now: float, program: str, numerics: str) -> Resumption:
-        """The Resumption of a request: what Engine.resume() needs to continue it with the same tokens elsewhere.
+        """Returns the Resumption of a request: all that another engine needs to continue it with the same tokens.
 
         Args:
-            sequences: the request's choices that have not ended, at least one.
+            sequences: the request's choices that have not ended; at least one.
             now: time of the suspension, in seconds by the engine's clock.
             program: hash of the Program that the engine runs.
-            numerics: what else decides the bits of results, such as "host avx2 tp2".
+            numerics: device, instruction set and layout of the engine, such as "host avx2 tp2".
         """
         s = sequences[0]
         params = replace(s.request.params, seed=(s.seed - s.index) % 2**63)
@@ -69,9 +69,11 @@ class Resumption:
         return cls(request, choices, program, numerics)
 
     def check(self, program: str, numerics: str) -> None:
-        """Raise RequestError if an engine could give other bits than the engine that began the request.
+        """Raise RequestError if an engine would not give the same bits as the engine that suspended the request.
 
-        program: hash of the engine's Program. numerics: its device, instruction set and layout, as text.
+        Returns nothing.
+
+        program: hash of the engine's Program. numerics: device, instruction set and layout of the engine, as text.
         """
         id = self.request.id
         if self.program != program:
@@ -86,12 +88,12 @@ class Resumption:
             )
 
     def apply(self, sequence: Sequence) -> None:
-        """Append the tokens that were generated earlier to a new sequence, after a request has moved. Returns nothing.
+        """Append the output so far to a new sequence, which continues one choice of the request. Returns nothing.
 
-        The tokens are also passed to the sequence's stop checker and grammar. Raises RequestError if one of these does
-        not accept the tokens, because it belongs to another request.
+        The tokens are also passed to the sequence's stop checker and matcher. Raises RequestError if one of these does
+        not accept the tokens, because it was made for another request.
 
-        sequence: the new sequence, for one choice (output) of the request.
+        sequence: the new sequence.
         """
         choice = next(c for c in self.choices if c.index == sequence.index)
         for token in choice.output:
@@ -113,9 +115,9 @@ class Resumption:
             sequence.prompt_rows_read = sequence.prompt_rows_wanted
 
     def as_dict(self) -> dict[str, Any]:
-        """The Resumption as a dict that JSON can hold, for from_dict().
+        """Returns the Resumption as a dict that can be written as JSON. from_dict() reads it.
 
-        The request's callables, `stop_checker` and `matcher`, are left out. The caller makes them again.
+        The functions `stop_checker` and `matcher` of the request are left out; only the caller can create these again.
         """
         request = write_request(self.request, self.request.params.seed or 0)
         choices = [{"index": c.index, "output": [*c.output], "logprobs": [*c.logprobs]} for c in self.choices]
@@ -123,7 +125,10 @@ class Resumption:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Resumption:
-        """The Resumption that as_dict() wrote. The caller has to make its stop checker and matcher again."""
+        """Returns the Resumption in `table`, a dict that as_dict() returned.
+
+        The `stop_checker` and `matcher` of its request are None; only the caller can create these again.
+        """
         choices = tuple(SuspendedChoice(c["index"], tuple(c["output"]), tuple(c["logprobs"])) for c in table["choices"])
         return cls(read_request(table["request"]), choices, table["program"], table["numerics"])
 
@@ -132,8 +137,9 @@ class Resumption:
 
 
 def _left(seconds: float | None, waited: float) -> float | None:
-    """Seconds left of a timeout of `seconds` after `waited` seconds; None if there is no timeout.
+    """Returns how many seconds are left of a timeout of `seconds` seconds after `waited` seconds; None for no timeout.
 
-    At least 1e-9, since a timeout of 0 is invalid: a request whose time is up is resumed and ends in the next step.
+    The result is at least 1e-9, because a timeout of 0 is invalid. A request whose time is up is thus resumed, and ends
+    in the next step.
     """
     return None if seconds is None else max(seconds - waited, 1e-9)

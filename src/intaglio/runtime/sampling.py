@@ -17,9 +17,10 @@ from intaglio.runtime.sequence import Sequence
 
 
 def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None:
-    """The Edits of the logits from which the token after `prompt` and `output` is sampled; None if nothing edits them.
+    """Returns the changes (Edits) of the logits from which the next token is sampled; None if the request has none.
 
-    They are the penalties and logit biases of the sampling parameters `p`.
+    They come from the penalties and logit biases in the sampling parameters `p`. The next token is the token after
+    `prompt` and `output`, which are token ids.
     """
     if not p.edits_logits:
         return None
@@ -30,10 +31,12 @@ def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None
 
 
 def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
-    """The sampling parameters of the rows from which a sequence samples, as a list of len(drafts) + 1 Samplings.
+    """Returns the sampling parameters (Sampling) of each row from which a sequence samples, as a list.
 
-    The first is for the row of the sequence's last token, the others for the rows of the draft tokens, in order. Raises
-    ValueError if the grammar does not allow a draft.
+    The list has len(drafts) + 1 items: one for the row of the sequence's last token, then one for the row of each draft
+    token, in order. Raises ValueError if the grammar does not allow a draft.
+
+    s: the sequence. drafts: the ids of its draft tokens.
     """
     p, rows = s.request.params, list[Sampling]()
     if s.matcher is None and s.token_filter is None and not p.edits_logits:
@@ -54,10 +57,13 @@ def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
 
 
 def score(logits: np.ndarray, token: int, top: int, ids: TokenIds = ()) -> Scored:
-    """Log-probability and rank of a token, and the log-probabilities of the likeliest tokens, as a Scored.
+    """Returns a Scored: the log-probability and rank of a token, and the log-probabilities of other tokens.
 
-    logits: the row [vocabulary] at the token's position. Log-probabilities are those of its softmax. top: number of the
-    likeliest tokens to include; of equal logits the lower id comes first. ids: if given, include these tokens instead.
+    Args:
+        logits: logits at the token's position, [vocabulary]. Log-probabilities are the logarithm of their softmax.
+        token: id of the token.
+        top: number of likeliest tokens to include. Of equal logits, the lower id comes first.
+        ids: if not empty, include these token ids instead of the likeliest.
     """
     wide = logits.astype(np.float64)
     logprobs = wide - wide.max()

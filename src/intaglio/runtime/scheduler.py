@@ -20,7 +20,7 @@ from intaglio.runtime.windows import Windows
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """One sequence in a step: its next `num_tokens` tokens are computed, and the tokens `drafts` after them verified.
+    """The work of one sequence in a step: compute its next `num_tokens` tokens, then verify the draft tokens `drafts`.
 
     decodes: True if the step is a decode of this sequence; False if it computes a part of its prompt.
     """
@@ -32,23 +32,26 @@ class ScheduledSequence:
 
     @property
     def samples(self) -> bool:
-        """True if the step reaches the end of the sequence's known tokens, so that it also samples the next token."""
+        """True if the step samples the sequence's next token, because it computes all tokens that the sequence has.
+
+        Always False for a request with `scored` set, which generates nothing.
+        """
         return self.num_tokens == self.sequence.remaining and not self.sequence.request.scored
 
 
 class Scheduler:
-    """Queues of waiting and running sequences, both in order of (priority, arrival), and the choice of the next step.
+    """Chooses the sequences of each step, from its queues of waiting and running sequences.
 
-    A running sequence holds blocks for all of its tokens; a waiting sequence holds none. When no block is available, or
-    no block of the separate pool for sliding windows, the last running sequence is preempted: it goes back to waiting
-    and is recomputed later. Running sequences are also preempted for a waiting one of better priority. A sequence never
-    preempts one before it, and admission checks that the pools can hold any single sequence. So the first running
-    sequence always finishes.
+    Both queues are in order of (priority, arrival). A running sequence holds K/V blocks for all its tokens; a waiting
+    sequence holds none. If a sequence needs a block and none is available, the last running sequence is preempted: it
+    goes back to waiting and is recomputed later. Running sequences are also preempted for a waiting sequence of better
+    priority. A sequence never preempts a sequence before it, and admission checks that each single sequence fits. So
+    the first running sequence always finishes.
 
     If the model has recurrent state, each running sequence also holds two slots for its state, from the SlotPool
-    `slots`. So the number of running sequences is limited by slots as well as by blocks. Sequences
-    share blocks only up to a position at which the recurrent state was saved (see Checkpoints). If a draft is rejected,
-    the state stays as it was before that step, and the next step computes the accepted tokens again.
+    `slots`. So the slots limit the number of running sequences, too. Sequences share blocks only up to a position at
+    which the recurrent state was saved (see Checkpoints). If a draft is rejected, the state stays as it was before the
+    step, and the next step computes the accepted tokens again.
     """
 
     def __init__(
@@ -66,12 +69,12 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence as waiting."""
+        """Add a sequence to the waiting queue. Returns nothing."""
         sequence.state = "waiting"
         insort(self.waiting, sequence, key=lambda s: s.order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of its queue and free its blocks and state slots."""
+        """Remove a sequence from its queue, and free its blocks and state slots. Returns nothing."""
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
         self.offload.touch(sequence.blocks)
         self.pool.release(sequence.blocks)
@@ -82,7 +85,10 @@ class Scheduler:
         sequence.state_slot = sequence.next_state_slot = -1
 
     def preempt(self, sequence: Sequence) -> None:
-        """Move a running sequence back to waiting, to be recomputed from its first token."""
+        """Move a running sequence back to the waiting queue and free its blocks.
+
+        It will be recomputed from its first token.
+        """
         self.remove(sequence)
         sequence.computed = sequence.rerun = 0
         sequence.preemptions += 1
@@ -90,17 +96,20 @@ class Scheduler:
         self.add(sequence)
 
     def preempt_all(self) -> None:
-        """Preempt every running sequence and drop the prefix cache: the device has lost all K/V."""
+        """Preempt all running sequences and empty the prefix cache, because the device has lost all K/V.
+
+        Returns nothing.
+        """
         self.pool.reset_prefix_cache()
         self.windows.pool.reset_prefix_cache()
         for sequence in reversed(self.running.copy()):
             self.preempt(sequence)
 
     def spare_block(self) -> int:
-        """Number of a K/V block whose content nobody needs; for the step that tests a replaced device.
+        """Returns the number of a K/V block whose content nobody needs, for the step that tests a replaced device.
 
-        The block stays available: it is not allocated to the caller. To find one, the blocks of rejected drafts are
-        freed, and while none is available the last running sequence is preempted.
+        The block is not allocated. First the blocks of rejected drafts are freed. Then the last running sequence is
+        preempted as long as no block is available.
         """
         for sequence in self.running:
             self.update_blocks(sequence)
@@ -111,11 +120,11 @@ class Scheduler:
         return block
 
     def spare_slot(self) -> int:
-        """Number of a slot of recurrent state that a test step on a replaced device may overwrite.
+        """Returns the number of a slot of recurrent state that the test step on a replaced device may overwrite.
 
-        The slot is not allocated. It is an available slot if there is one. Otherwise it is the slot that the last
-        running sequence writes in its next step: its content is not needed before that. -1 if the model has no
-        recurrent state. Call it only while no step runs.
+        The slot is not allocated. If no slot is available, it is the slot that the last running sequence writes in its
+        next step, because its content is not needed before. Returns -1 if the model has no recurrent state. Call it
+        only while no step runs.
         """
         if self.slots.free or self.slots.evictable:
             slot = self.slots.allocate()
@@ -124,13 +133,14 @@ class Scheduler:
         return self.running[-1].next_state_slot if self.slots.total else -1
 
     def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
-        """The sequences of the next step, as a list of ScheduledSequence, with at most `max_batch_tokens` tokens.
+        """Returns a list of the ScheduledSequences of the next step.
 
-        Sequences in flight are left out. K/V blocks are allocated for the step; for that, waiting sequences may be
-        started and running ones preempted. Returns [] only if every sequence is in flight or waits to start. Raises
-        DeviceLost if the device is lost.
+        Together they have at most `max_batch_tokens` tokens. Sequences in flight (in a launch that has not been
+        completed) are left out. The method allocates the K/V blocks for the step. It may start waiting sequences and
+        preempt running ones. Returns [] only if every sequence is in flight or has to wait.
 
-        parts: number of steps (micro-batches) over which all sequences are divided evenly.
+        parts: number of steps (micro-batches) over which all sequences are evenly divided. Raises DeviceLost if the
+        device is lost.
         """
         scheduled: list[ScheduledSequence] = []
         self._preempt_for_priority()
@@ -154,20 +164,20 @@ class Scheduler:
         return scheduled
 
     def start_next(self) -> Sequence | None:
-        """Move the first waiting sequence to running, with blocks for all its tokens. Returns the sequence.
+        """Start the first waiting sequence, with blocks for all its tokens.
 
-        Returns None if no sequence waits or the first cannot start yet. Later sequences never overtake it. It cannot
-        start in these cases:
+        Returns the sequence, or None if none was started. Later sequences never overtake the first one. It cannot start
+        yet in these cases:
 
-        - `max_sequences` are running, or too few blocks are available.
+        - `max_sequences` sequences are running, or too few blocks are available.
         - Blocks for it are being loaded from a tier.
         - Another choice of its request is computing the prompt, whose blocks it will share.
-        - A running sequence is computing most of the tokens that this one would have to compute.
+        - A running sequence is computing most of the tokens that it would have to compute.
 
-        Blocks found in the prefix cache are shared; of a model with recurrent state, only those up to a saved state.
-        The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
-        prompt is computed instead. The last token is always computed, because its logits are needed. Raises DeviceLost
-        if the device is lost while loaded blocks are written to it.
+        Blocks that are in the prefix cache are shared; with recurrent state, only those up to a saved state. The blocks
+        after them are loaded from the tier, if it has them. If logits of the prompt are wanted, the whole prompt is
+        computed instead. The last token is always computed, because its logits are needed. Raises DeviceLost if the
+        device is lost while blocks are written to it.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
@@ -211,16 +221,16 @@ class Scheduler:
         return sequence
 
     def _computed_by_another(self, sequence: Sequence, tokens: list[int], known: int) -> bool:
-        """True if a waiting sequence should wait, as a running one is about to compute K/V blocks that both can share.
+        """True if a waiting sequence should not start yet, since a running one is about to compute K/V blocks for both.
 
-        That is so if the running sequence has yet to compute the first missing block and has the same tokens for at
-        least half of the missing blocks. Waiting takes a step or a few; starting now would compute these tokens twice.
-        Always False for models with recurrent state.
+        This is so if the running sequence has not yet computed the first K/V block that the waiting sequence lacks, and
+        has the same tokens in at least half of the lacking blocks. If the waiting sequence started now, these tokens
+        would be computed twice. Always False for models with recurrent state.
 
         Args:
             sequence: the waiting sequence.
             tokens: its tokens whose blocks may be shared.
-            known: number of its leading blocks that are in the prefix cache.
+            known: number of blocks at its beginning that are in the prefix cache.
         """
         size, full = self.pool.block_size, len(tokens) // self.pool.block_size
         half = (known + full + 1) // 2 * size  # tokens up to the middle of the missing blocks
@@ -233,13 +243,13 @@ class Scheduler:
         )  # fmt: skip
 
     def _usable(self, found: list[int]) -> list[int]:
-        """The leading blocks of `found` that a new sequence can reuse, as a list; [] if there are none.
+        """Returns the numbers of the cached blocks that a new sequence can reuse, as a list.
 
-        If the model has recurrent state, the state at the end of the last block must be cached. If it has sliding
-        windows, the window blocks that the next token sees must be cached. Blocks are left out at the end until the
-        rest meets both conditions.
+        It is the longest usable beginning of `found`; [] if no block is usable. If the model has recurrent state, the
+        state at the end of the last block must be saved. If the model has sliding windows, the window blocks that the
+        next token sees must be cached.
 
-        found: numbers of the sequence's leading blocks that are in the prefix cache.
+        found: numbers of the blocks at the sequence's beginning that are in the prefix cache, in order.
         """
         while True:
             known = found[: self.windows.usable([self.pool.name(block) for block in found])]
@@ -248,10 +258,11 @@ class Scheduler:
                 return known
 
     def allocate(self, sequence: Sequence) -> bool:
-        """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
+        """Give a running sequence blocks for all its tokens. Returns True if it has them.
 
-        Sequences in flight are not preempted. Returns True if the sequence has the blocks. Returns False if it was
-        itself preempted, or has to wait because all sequences after it in `running` are in flight.
+        If too few blocks are available, the last running sequences are preempted. Sequences in flight (in a launch that
+        has not been completed) are not preempted. Returns False if the sequence was itself preempted, or if it has to
+        wait because all sequences after it are in flight.
         """
         while (
             missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)
@@ -266,20 +277,22 @@ class Scheduler:
         return True
 
     def move_state(self, sequence: Sequence) -> None:
-        """Replace the sequence's recurrent state by the state that its last step has written. Returns nothing.
+        """Replace a sequence's recurrent state by the state that its last step has written. Returns nothing.
 
-        It is called after each step. The slot of the old state is released, the slot that the step has written becomes
-        the sequence's, and a new slot is allocated for the next step to write. Without recurrent state nothing changes.
+        The slot of the old state is released. The slot that the step has written becomes the sequence's `state_slot`. A
+        new slot is allocated for the next step to write. Called after each step; without recurrent state nothing
+        changes.
         """
         self.slots.release(sequence.state_slot)
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
 
     def update_blocks(self, sequence: Sequence) -> None:
-        """Add the sequence's blocks that became full in the last step to the prefix cache.
+        """Add to the prefix cache the blocks of a sequence that became full in the last step. Returns nothing.
 
-        If a block of the same name is cached already, the sequence shares that one, which has the same bits, and its
-        own is freed. A sequence that holds a cached block therefore holds all cached blocks before it too, so none of
-        these is evicted first. Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
+        If a block with the same name is in the cache already, the sequence uses that block, which has the same bits,
+        and frees its own. So a sequence that holds a cached block also holds all cached blocks before it, and none of
+        them is evicted earlier. If the model has no prefix cache, no block is added. Blocks that only rejected drafts
+        needed are freed.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
@@ -300,10 +313,12 @@ class Scheduler:
         self.windows.give_back(sequence)
 
     def _schedule_chunk(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-        """Append a ScheduledSequence with the sequence's next tokens, as many as the budget allows, to `scheduled`.
+        """Append the next tokens of a sequence to the step `scheduled`. Returns how many tokens of `budget` are left.
 
-        A model with recurrent state gets fewer tokens if its state is to be saved for the prefix cache at an earlier
-        position (see Checkpoints.cut()). Returns the number of tokens left of the budget.
+        The tokens are appended as one ScheduledSequence, as many as `budget` allows. With recurrent state they are
+        fewer, if the state is to be saved for the prefix cache at an earlier position (see Checkpoints.cut()).
+
+        budget: maximum number of tokens to append.
         """
         num_tokens = self.checkpoints.cut(sequence, min(budget, sequence.remaining))
         if num_tokens:
@@ -311,10 +326,10 @@ class Scheduler:
         return budget - num_tokens
 
     def _preempt_for_priority(self) -> None:
-        """Preempt running sequences of worse priority than the first waiting one, last ones first, until it can start.
+        """Preempt running sequences that have a worse priority than the first waiting sequence, until it can start.
 
-        Sequences of a launch under way are not touched. Nothing is preempted if that would not free enough blocks for
-        the waiting sequence.
+        The last running sequences are preempted first. Sequences in flight (in a launch that has not been completed)
+        are not preempted. No sequence is preempted if that would not free enough blocks. Returns nothing.
         """
         if not self.waiting:
             return
@@ -329,15 +344,15 @@ class Scheduler:
                 self.preempt(worse.pop())
 
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
-        """Add draft tokens (speculative decoding) to the sequences of a step. Returns a new list of ScheduledSequence.
+        """Add draft tokens (speculative decoding) to the sequences of a step. Returns a new list of ScheduledSequences.
 
-        All drafts together are at most `budget` tokens, and need no preemption: a sequence gets only drafts for which
-        blocks are available. A sequence gets no drafts if it samples no token in this step, or if it is suspected of
-        having made the device fail.
+        All drafts together are at most `budget` tokens. No sequence is preempted for drafts: a sequence gets drafts
+        only as far as blocks are available. A sequence gets none if it samples no token in this step, or if it is
+        suspected of having made the device fail.
 
-        A step whose drafts are rejected does not advance a recurrent state: the sequence's next step computes the
-        accepted tokens again. If these are more than `max_drafts`, the sequence gets no drafts in that step, so that
-        nothing can be rejected and the state advances.
+        With recurrent state, a step whose drafts are rejected does not advance the state, so the next step computes the
+        accepted tokens again. If these are more than `max_drafts`, the next step gets no drafts, so that it advances
+        the state.
         """
         drafted = []
         for one in scheduled:

@@ -21,10 +21,10 @@ from intaglio.runtime.token_filter import TokenFilter
 
 @dataclass(eq=False)
 class Sequence:
-    """One output (choice `index`) of a request, with its tokens, K/V blocks, state slots and progress.
+    """One output (choice) of a request in the engine, with its tokens, K/V blocks, state slots and progress.
 
-    A waiting sequence holds no blocks; a running one holds blocks for all its tokens. Times are seconds by the engine's
-    clock; a time is None if that point was not reached. Comments at the fields define each.
+    A waiting sequence holds no blocks; a running sequence holds blocks for all its tokens. Times are in seconds by the
+    engine's clock, and None for what has not happened yet. The comments at the fields explain each field.
     """
 
     request: Request
@@ -78,36 +78,36 @@ class Sequence:
 
     @property
     def salt(self) -> str | None:
-        """The request's cache salt; None if it has none."""
+        """Returns the request's cache salt; None if it has none."""
         return self.request.salt
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key in every queue: (priority, arrival number)."""
+        """Returns the key by which queues of sequences are sorted: (priority, arrival number)."""
         return self.request.priority, self.arrival
 
     @property
     def length(self) -> int:
-        """Number of tokens so far, prompt and output."""
+        """Returns the number of tokens so far, of prompt and output."""
         return len(self.prompt) + len(self.output)
 
     @property
     def remaining(self) -> int:
-        """Number of tokens still to compute before the next one can be sampled."""
+        """Returns the number of tokens that must still be computed before the next token can be sampled."""
         return self.length - self.computed
 
     @property
     def decoding(self) -> bool:
-        """True if the sequence's next step is a decode: exactly one of its tokens has never been computed.
+        """True if the sequence's next step is a decode, so that exactly one of its tokens has never been computed.
 
-        False while tokens of its prompt are left to compute. Tokens that are computed a second time, after a rejected
-        draft, do not matter.
+        False while more tokens of the prompt are left to compute. Tokens that must be computed again, because a draft
+        after them was rejected, are not counted.
         """
         return self.remaining - self.rerun == 1
 
     @property
     def prompt_rows_wanted(self) -> int:
-        """Number of prompt positions, from the first on, whose logits the request needs."""
+        """Returns the number of prompt positions whose logits the request needs, counted from the first position."""
         if self.request.scored:
             return len(self.prompt)
         return 0 if self.request.params.prompt_logprobs is None else len(self.prompt) - 1
@@ -119,28 +119,34 @@ class Sequence:
         return self.prompt_rows_read < self.prompt_rows_wanted or p.logprobs > 0 or bool(p.logprob_token_ids)
 
     def max_kv_tokens(self, context: int) -> int:
-        """Largest number of tokens whose K/V this sequence can need at once. context: context length in tokens."""
+        """Returns the largest number of tokens whose K/V this sequence can ever need, an int.
+
+        context: context length of the model in tokens.
+        """
         return max_kv_tokens(self.request, context)
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """The sequence's tokens at positions `start` to `stop` - 1, prompt and output."""
+        """Returns the token ids at positions `start` to `stop` - 1 of the prompt and the output after it, as a list."""
         split = len(self.prompt)
         if start >= split:
             return self.output[start - split : stop - split]
         return [*self.prompt[start:stop], *self.output[: max(0, stop - split)]]
 
     def deadline(self) -> float:
-        """Time in seconds at which the engine ends the sequence; infinity without a timeout.
+        """Returns the time at which the engine ends the sequence, in seconds by the engine's clock.
 
-        It is the request's arrival + `timeout`. Until the sequence's first step has begun, it is the arrival +
-        `queue_timeout` if that time is earlier.
+        It is infinity if the request has no time limit. Otherwise it is the arrival time plus the request's `timeout`.
+        Before the sequence's first step, it is the arrival time plus `queue_timeout`, if that is earlier.
         """
         r = self.request
         queue = r.queue_timeout if self.started is None else None
         return self.arrived + min((t for t in (queue, r.timeout) if t is not None), default=float("inf"))
 
     def propose_drafts(self, max_drafts: int) -> list[int]:
-        """A list of up to `max_drafts` draft tokens by prompt lookup, cut before the first that the grammar forbids."""
+        """Returns up to `max_drafts` draft tokens as a list of ids, found by prompt lookup (see PromptLookup).
+
+        The list ends before the first token that the grammar does not allow.
+        """
         drafts = self.lookup.propose(self.tokens(0, self.length), max_drafts)
         if self.matcher:
             allowed = list(takewhile(self.matcher.advance, drafts))
@@ -149,7 +155,7 @@ class Sequence:
         return drafts
 
     def usage(self, now: float) -> Usage:
-        """The Usage (token counts and times) of the sequence, which ends at time `now` (seconds)."""
+        """Returns the Usage (token counts and times) of the sequence, with its end at the time `now` in seconds."""
         return Usage(
             len(self.prompt), self.cached_tokens, len(self.output), self.preemptions, self.arrived, self.started,
             self.first_token, now,
@@ -157,8 +163,8 @@ class Sequence:
 
 
 def max_kv_tokens(request: Request, context: int) -> int:
-    """Largest number of tokens whose K/V a choice of the request can need. The last output token needs none.
+    """Returns the largest number of tokens whose K/V one choice of the request can need, an int.
 
-    context: context length in tokens.
+    The last output token needs no K/V. context: context length of the model in tokens.
     """
     return min(context, len(request.prompt) + (0 if request.scored else request.params.max_tokens - 1))

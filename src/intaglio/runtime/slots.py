@@ -12,23 +12,26 @@ PER_SEQUENCE = 2  # slots of a running sequence: its state, and where the next s
 
 
 class SlotError(RuntimeError):
-    """Raised for a pool too small for one sequence, for a slot that is not held, or if none is available."""
+    """Raised for a pool too small for one sequence, for a slot that is not held, or if no slot is available."""
 
 
 class SlotPool:
-    """Pool of `total` slots of recurrent state, numbered from 0, with reference counts and checkpoints.
+    """Allocator of `total` slots of recurrent state, with reference counts and checkpoints.
 
-    A checkpoint is a state that is saved for the prefix cache, under the name of the K/V block at whose end it stood. A
-    slot is free; held, by as many sequences as its refcount says; or evictable: held by none, its checkpoint kept until
-    the slot is needed. A model without recurrent state has a pool of 0 slots. Raises SlotError if `total` is too small
-    for one sequence.
+    Slots are numbered from 0. A checkpoint is a state that is saved for the prefix cache: the state at the end of a K/V
+    block, saved under the block's name. A slot is in one of three states. It is free, or it is held by one or more
+    sequences, which its reference count counts, or it is evictable. An evictable slot is held by no sequence, but keeps
+    its checkpoint until the slot is needed.
+
+    A model without recurrent state has a pool of 0 slots. Raises SlotError if `total` is above 0 and too small for one
+    sequence.
 
     Attributes:
-        refcounts: number of sequences that hold each slot.
-        free: the free slots, a stack; slot 0 is allocated first, then the slot freed last.
-        evictable: slots held by none that are checkpoints, in order of release; the first is evicted first.
-        checkpoints: block name (see BlockNames) to the slot with the state at that block's end.
-        named: slot to block name, the reverse of `checkpoints`.
+        refcounts: for each slot, the number of sequences that hold it.
+        free: numbers of the free slots, as a stack: slot 0 is allocated first, later the slot freed last.
+        evictable: numbers of the evictable slots in order of release; the first is evicted first.
+        checkpoints: dict from a block's name (see BlockNames) to the slot with the state at the block's end.
+        named: dict from a slot to the block's name, the reverse of `checkpoints`.
     """
 
     def __init__(self, total: int) -> None:
@@ -42,24 +45,24 @@ class SlotPool:
 
     @property
     def total(self) -> int:
-        """Number of slots."""
+        """Returns the number of slots in the pool."""
         return len(self.refcounts)
 
     @property
     def held(self) -> int:
-        """Number of slots that sequences hold."""
+        """Returns the number of slots that sequences hold."""
         return self.total - len(self.free) - len(self.evictable)
 
     @property
     def sequences(self) -> int:
-        """Number of sequences that can run at once."""
+        """Returns the number of sequences that can run at the same time."""
         return self.total // PER_SEQUENCE
 
     def allocate(self) -> int:
-        """Take a slot, with a refcount of 1, and return its number; -1 if the model has no recurrent state.
+        """Allocate a slot with a reference count of 1. Returns its number; -1 if the model has no recurrent state.
 
-        If no slot is free, the saved state that was released earliest is evicted from the prefix cache, and its slot is
-        taken. Raises SlotError if sequences hold all slots.
+        If no slot is free, the evictable slot that was released earliest loses its checkpoint and is allocated. Raises
+        SlotError if sequences hold all slots.
         """
         if not self.total:
             return -1
@@ -72,7 +75,7 @@ class SlotPool:
         return slot
 
     def share(self, slot: int) -> None:
-        """Increment the refcount of a slot. Raises SlotError if it is neither held nor evictable."""
+        """Increase the reference count of a slot by 1. Raises SlotError if the slot is neither held nor evictable."""
         if slot in self.evictable:
             del self.evictable[slot]
         else:
@@ -80,10 +83,10 @@ class SlotPool:
         self.refcounts[slot] += 1
 
     def release(self, slot: int) -> None:
-        """Decrement the refcount of a slot. Returns nothing.
+        """Decrease the reference count of a slot by 1. Returns nothing.
 
-        At 0 the slot becomes evictable if its recurrent state is saved for the prefix cache, see keep(); else it
-        becomes free. -1 stands for no slot and does nothing. Raises SlotError for a slot that is not held.
+        If the count becomes 0, the slot is evictable if it has a checkpoint (see keep()), else free. Does nothing for
+        -1, which stands for no slot. Raises SlotError for a slot that is not held.
         """
         if slot == -1:
             return
@@ -96,11 +99,11 @@ class SlotPool:
                 self.free.append(slot)
 
     def keep(self, slot: int, name: str) -> bool:
-        """Save the recurrent state in a slot for the prefix cache, as the state at the end of the K/V block `name`.
+        """Save the recurrent state in a slot for the prefix cache, under the block name `name`.
 
-        Nothing is copied: the slot is not reused until the saved state is dropped or evicted. Returns True; False if a
-        state is already saved under that name, or if the slot's state is already saved under another. Raises SlotError
-        if the slot is not held.
+        Returns True if it was saved. It must be the state at the end of the K/V block with this name. Nothing is
+        copied: the slot is not reused until the saved state is dropped or evicted. Returns False if a state is already
+        saved under `name`, or if the slot already has a name. Raises SlotError if the slot is not held.
         """
         self._check_held(slot)
         if name in self.checkpoints or slot in self.named:
@@ -109,9 +112,9 @@ class SlotPool:
         return True
 
     def drop(self, name: str) -> None:
-        """Forget the recurrent state that is saved under block `name`, if there is one.
+        """Forget the recurrent state that is saved under the block name `name`. Does nothing if there is none.
 
-        Its slot becomes free if no sequence holds it.
+        The slot of the state becomes free if no sequence holds it.
         """
         slot = self.checkpoints.pop(name, None)
         if slot is not None:

@@ -8,24 +8,26 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Totals of an engine since its creation.
+    """Totals of an engine since its creation. A choice is one output of a request.
 
     Attributes:
         steps: steps run.
-        received: choices received, whether refused or admitted.
-        refused: choices refused, by reason: full, late, draining, failed, invalid.
+        received: choices received, both refused and admitted.
+        refused: choices refused, by reason: "full", "late", "draining", "failed" or "invalid".
         admitted: choices admitted.
         finished: choices finished, by finish_reason.
-        suspended: choices taken out by suspend(); if they come back, they are received and admitted again.
-        faults: faults by kind: request, step (failed launches), worker (lost devices).
+        suspended: choices taken out by suspend(). If they come back, they are received and admitted again.
+        faults: faults by kind: "request" (choices that failed), "step" (launches that failed), "worker" (devices that
+            were lost).
         restarts: replacements of the device.
         preemptions: preemptions of sequences.
         prompt_tokens: prompt tokens of started choices.
         cached_tokens: prompt tokens of started choices that were found in the prefix cache.
-        computed_tokens: token rows computed, drafts and recomputation included.
+        computed_tokens: token rows computed, including draft tokens and recomputed tokens.
         output_tokens: tokens generated.
-        drafts: times a sequence was given draft tokens.
-        draft_tokens, accepted_tokens: draft tokens proposed, and those accepted.
+        drafts: number of times that a sequence got draft tokens in a step.
+        draft_tokens: draft tokens proposed.
+        accepted_tokens: draft tokens accepted.
     """
 
     steps: int = 0
@@ -48,20 +50,25 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current numbers of an engine: sequences, K/V blocks, slots of recurrent state and window blocks.
+    """Present numbers of an engine: sequences, K/V blocks, slots of recurrent state and window blocks.
+
+    Window blocks are the K/V blocks of layers with a sliding window, if these layers have a pool of their own.
 
     Attributes:
-        running, waiting: numbers of sequences.
+        running: sequences that run.
+        waiting: sequences that wait.
         waiting_tokens: tokens of the waiting sequences.
-        blocks, blocks_held: K/V blocks in all, and those that sequences hold.
-        blocks_cached: evictable K/V blocks: held by no sequence, kept in the prefix cache.
-        slots, slots_held: slots of recurrent state in all, and those that sequences hold; 0 for a model without.
-        checkpoints: evictable slots: held by no sequence, kept for the prefix cache.
-        draining: True if no request is admitted.
+        blocks: K/V blocks in all.
+        blocks_held: K/V blocks that sequences hold.
+        blocks_cached: K/V blocks that no sequence holds and that are kept in the prefix cache.
+        slots: slots of recurrent state in all; 0 for a model without recurrent state.
+        slots_held: slots that sequences hold.
+        checkpoints: slots that no sequence holds and that are kept for the prefix cache.
+        draining: True if the engine admits no more requests.
         failed: why the engine cannot serve; None while it can.
-        window_blocks: K/V blocks in all of the separate pool for layers with a sliding window; 0 without such a pool.
-        window_blocks_reserved: window blocks that are promised to running sequences.
-        window_blocks_held: window blocks that hold K/V of sequences now.
+        window_blocks: window blocks that all sequences together can reserve; 0 without a pool of window blocks.
+        window_blocks_reserved: window blocks that running sequences have reserved.
+        window_blocks_held: window blocks that sequences hold.
     """
 
     running: int
@@ -81,24 +88,26 @@ class Gauges:
 
     @property
     def kv_usage(self) -> float:
-        """Fraction of the K/V blocks that sequences hold, or of the window blocks that they reserve if that is larger.
+        """Returns the fraction of the K/V cache in use, a float from 0 to 1.
 
-        From 0 to 1. At 1 a sequence that needs another block waits or is preempted.
+        It is the fraction of the K/V blocks that sequences hold, or the fraction of the window blocks that sequences
+        have reserved, whichever is larger. At 1, a sequence that needs another block waits or is preempted.
         """
         return max(self.blocks_held / self.blocks, self.window_blocks_reserved / max(1, self.window_blocks))
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: its time and its numbers of tokens and sequences.
+    """Time and size of one step.
 
     Attributes:
         number: number of the step, from 1.
-        began, seconds: start time and duration, in seconds by the engine's clock.
-        prefill_tokens: prompt tokens computed.
-        decode_tokens: token rows of decodes, drafts included.
+        began: start of the step, in seconds by the engine's clock.
+        seconds: duration of the step.
+        prefill_tokens: number of prompt tokens computed.
+        decode_tokens: number of token rows of decodes, including draft tokens.
         sequences: number of sequences in the step.
-        output_tokens: tokens sampled and kept.
+        output_tokens: number of tokens generated.
     """
 
     number: int

@@ -13,10 +13,10 @@ from intaglio.runtime.request import Request, TokenIds
 
 
 class TokenFilter:
-    """Computes the mask of the token ids that min_tokens, allowed_token_ids and bad_words of a request allow next.
+    """Computes which token ids a request allows next, by its min_tokens, allowed_token_ids and bad_words.
 
-    A mask is uint32 [(vocabulary + 31) // 32], lowest bit first, 1 = allowed. The filter keeps no state of a choice, so
-    all choices of a request share one.
+    A mask is uint32 [(vocabulary + 31) // 32], lowest bit first; a bit of 1 means allowed. The filter keeps no state,
+    so all choices of a request share one filter.
     """
 
     def __init__(self, request: Request, vocabulary: int) -> None:
@@ -33,17 +33,23 @@ class TokenFilter:
 
     @classmethod
     def of(cls, request: Request, vocabulary: int) -> TokenFilter | None:
-        """The filter of a request; None if the request restricts no token ids."""
+        """Returns the TokenFilter of a request; None if the request does not restrict token ids.
+
+        vocabulary: number of token ids.
+        """
         p = request.params
         needed = p.min_tokens or p.allowed_token_ids is not None or request.bad_words
         return cls(request, vocabulary) if needed else None
 
     def mask(self, output: TokenIds, drafts: TokenIds, grammar: np.ndarray | None) -> np.ndarray:
-        """The mask of ids that may follow `output` and then `drafts`, uint32 [(vocabulary + 31) // 32].
+        """Returns the bit mask of the token ids that may come after `output` and `drafts`.
 
-        grammar: the grammar's mask, to intersect with; None: no grammar. Before min_tokens, end-of-sequence tokens and
-        those of stop_token_ids are not allowed, unless the grammar allows nothing else. An id that would complete one
-        of the request's bad words is never allowed.
+        It is uint32 [(vocabulary + 31) // 32], lowest bit first; a bit of 1 means allowed. Before min_tokens tokens,
+        end-of-sequence tokens and stop_token_ids are not allowed, unless the grammar allows nothing else. An id that
+        would complete one of the request's bad words is never allowed.
+
+        output: ids of the tokens generated so far. drafts: ids of the draft tokens after them. grammar: the grammar's
+        mask, with which the result is intersected; None if there is no grammar.
         """
         early = len(output) + len(drafts) < self.min_tokens
         mask = (self.unfinished if early else self.allowed).copy()
@@ -59,7 +65,10 @@ class TokenFilter:
 
 
 def pack(flags: np.ndarray) -> np.ndarray:
-    """Boolean flags as a bit mask, uint32 [len(flags) / 32], lowest bit first. len(flags) is a multiple of 32."""
+    """Returns boolean flags as a bit mask, uint32 [len(flags) / 32], lowest bit first.
+
+    flags: bool array whose length is a multiple of 32.
+    """
     return np.packbits(flags, bitorder="little").view(np.uint32)
 
 

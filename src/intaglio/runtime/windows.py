@@ -21,19 +21,19 @@ from intaglio.runtime.sequence import Sequence
 def reservations(
     window: int, block_size: int, *, context: int, max_batch_tokens: int, depth: int
 ) -> tuple[int, int]:  # fmt: skip
-    """Numbers of window blocks to provide: (blocks that each sequence reserves, blocks that all steps share), two ints.
+    """Returns how many window blocks to provide: (blocks that each sequence reserves, blocks that all steps share).
 
-    Window blocks are the K/V blocks of layers with a sliding window. A step with r rows of a sequence reads and writes
-    window - 1 + r positions of it. They touch at most window // block_size + 3 + r // block_size blocks.
+    Window blocks are the K/V blocks of layers with a sliding window. If a sequence has r rows in a step, the step reads
+    and writes `window` - 1 + r of its positions. These touch at most window // block_size + 3 + r // block_size blocks.
 
-    - Each sequence reserves window // block_size + 3 blocks, the part that does not depend on r.
-    - The steps share depth * (max_batch_tokens // block_size) blocks for the rest, because all sequences of a step
-      together have at most `max_batch_tokens` rows.
+    - Each sequence reserves window // block_size + 3 blocks: the part that does not depend on r.
+    - The steps share depth * (max_batch_tokens // block_size) blocks for the other part, because all sequences of a
+      step together have at most `max_batch_tokens` rows.
 
-    If a whole context needs no more blocks than a sequence would reserve, the result is (blocks of a context, 0).
+    If the whole context needs no more blocks than a sequence would reserve, the result is (blocks of the context, 0).
 
     Args:
-        window: positions that a query sees.
+        window: number of positions that a query sees.
         block_size: tokens in a block.
         context: context length in tokens.
         max_batch_tokens: maximum number of token rows in a step.
@@ -44,20 +44,30 @@ def reservations(
 
 
 def first_block(position: int, window: int, block_size: int) -> int:
-    """The index, among a sequence's blocks, of the first block that a query at `position` sees through a window."""
+    """Returns which of a sequence's blocks is the first that a query at `position` sees, as an index from 0.
+
+    window: number of positions that a query sees. block_size: tokens in a block.
+    """
     return max(0, position - window + 1) // block_size
 
 
 def blocks_of_step(rows: int, keys: int, window: int, block_size: int) -> int:
-    """Number of window blocks that a sequence holds in a step, an int: those that its rows read and write.
+    """Returns the number of window blocks that a sequence needs in a step, an int: those that its rows read and write.
 
-    rows: the sequence's token rows in the step. keys: its tokens up to and including these rows.
+    Args:
+        rows: number of token rows of the sequence in the step.
+        keys: number of tokens of the sequence up to the end of these rows.
+        window: number of positions that a query sees.
+        block_size: tokens in a block.
     """
     return -(-keys // block_size) - first_block(keys - rows, window, block_size)
 
 
 def longest_window(programs: Iterable[Program]) -> int:
-    """The longest window in tokens of all layers with a sliding window or chunks (Program.windows); 0 without any."""
+    """Returns the length in tokens of the longest sliding window or chunk of all layers; 0 if no layer has one.
+
+    programs: the Programs of all ranks (see Program.windows).
+    """
     return max((n for p in programs for n in p.windows.values()), default=0)
 
 
@@ -65,23 +75,23 @@ def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
     max_sequences: int, depth: int = 1,
 ) -> StateSpec:  # fmt: skip
-    """A copy of `state` with K/V pages of their own for the layers with a sliding window, as a StateSpec.
+    """Returns a copy of `state` in which layers with a sliding window have K/V pages of their own, if that is wanted.
 
-    Returns `state` itself if no layer has a window, or if such pages are not wanted. All layers then have the same
-    pages.
+    Otherwise returns `state` itself, and all layers share the same pages. A page is the room of a K/V block in the
+    device's memory. The result is a StateSpec.
 
     Args:
         state: sizes of the K/V cache.
-        programs: the Programs of all ranks, which name the layers with a window.
-        window_tokens: tokens of all window pages together, rounded up to whole pages. 0: none. None: enough that
-            `max_sequences` sequences of any length never wait for a window block; but none if that saves less than a
-            quarter of the pages, or if a sequence would keep its whole context anyway.
+        programs: the Programs of all ranks, which say which layers have a window.
+        window_tokens: number of tokens in all window pages together, rounded up to whole pages. 0: no window pages.
+            None: enough pages that `max_sequences` sequences never wait for one. But there are no window pages if they
+            save less than a quarter of the pages, or if a sequence would keep its whole context anyway.
         context: context length in tokens.
         max_batch_tokens: maximum number of token rows in a step.
-        max_sequences: maximum number of sequences that run at a time.
+        max_sequences: maximum number of sequences that run at the same time.
         depth: number of steps under way at once.
 
-    Raises RequestError if `window_tokens` is above 0 and less than one sequence needs, or no layer has a window.
+    Raises RequestError if `window_tokens` is above 0 and is less than one sequence needs, or no layer has a window.
     """
     window, size = longest_window(programs), state.page_tokens
     if window_tokens == 0 or (not window and window_tokens is None):
@@ -103,28 +113,31 @@ def with_windows(
 
 
 class Windows:
-    """Window blocks (K/V of layers with a sliding window) of all sequences, with a prefix cache of their own.
+    """Allocator of the window blocks of all sequences, with a prefix cache of its own.
 
-    Each block is kept in a page, which is a block's room in the device's memory. If `state.window_pages` is 0, layers
-    with windows share the pages of other layers, and the methods here do nothing.
+    Window blocks are the K/V blocks of layers with a sliding window. Each is kept in a page, its room in the device's
+    memory. If `state.window_pages` is 0, these layers share the pages of other layers, and the methods here do nothing.
 
     Each running sequence reserves window blocks for its tokens so far and its next drafts, but no more than a window
-    needs (see reservations()). A further `step_blocks` blocks are kept for the rows of the steps under way. So a step
-    never lacks a window block. When a reservation cannot grow, the scheduler preempts the last sequence. A prefix is
-    found in the prefix cache only if the window blocks that the token after it sees are cached too. Released blocks
-    that are in the prefix cache stay there until their room is needed; the block released first is evicted first.
+    needs (see reservations()). Another `step_blocks` blocks are kept for the rows of the steps under way. So a step
+    never lacks a window block. If a reservation cannot grow, the scheduler preempts the last running sequence.
+
+    A sequence can reuse a cached prefix only if the window blocks that the next token sees are cached, too. Released
+    blocks that are in the prefix cache stay there until their room is needed; the block released first is evicted
+    first.
 
     Args:
-        state: gives the window and the number of window pages. The last page is used only to test a replaced device.
-        scope: digest of the BlockScope for the names of blocks.
+        state: sizes of the K/V cache, with the window length and the number of window pages. The last page is used only
+            to test a replaced device.
+        scope: digest of the engine's BlockScope, which is part of every block's name.
         context: context length in tokens.
         max_batch_tokens: maximum number of token rows in a step.
         max_drafts: maximum number of draft tokens of a sequence in a step.
         depth: number of steps under way at once.
 
     Attributes:
-        limit: blocks that all sequences together can reserve.
-        step_blocks: blocks for the rows of the steps under way, which no sequence reserves.
+        limit: number of blocks that all sequences together can reserve.
+        step_blocks: number of blocks kept for the rows of the steps under way, which no sequence reserves.
 
     Raises KvError if there are fewer window pages than one sequence needs.
     """
@@ -148,17 +161,18 @@ class Windows:
         self.reserved, self.limit = 0, self.spare - self.step_blocks if self.on else 0
 
     def fits(self, sequence: Sequence, freed: int = 0) -> bool:
-        """True if a waiting sequence can reserve its blocks, once others have freed reservations of `freed` blocks."""
+        """True if a waiting sequence could reserve its window blocks, after others have given up `freed` blocks."""
         return not self.on or self.reserved - freed + self._needed(sequence) <= self.limit
 
     def usable(self, names: Many[str]) -> int:
-        """The largest number of leading K/V blocks that a new sequence can reuse, as far as layers with windows allow.
+        """Returns how many cached K/V blocks a new sequence can reuse, as far as layers with sliding windows allow.
 
-        The next token after the reused blocks sees some of the blocks before it through its window. All those must be
-        in the prefix cache of the layers with windows. The result is len(names) if these layers have no blocks of
-        their own.
+        The next token after the reused blocks sees some of them through its window. These must also be cached as window
+        blocks. The result is the largest number of blocks that meets this condition. It is len(names) if layers with
+        windows have no blocks of their own.
 
-        names: names of the sequence's leading blocks that are in the prefix cache of the other layers.
+        names: names of the blocks at the sequence's beginning that are in the prefix cache of the other layers, in
+        order.
         """
         if not self.on:
             return len(names)
@@ -170,11 +184,12 @@ class Windows:
         return deepest
 
     def start(self, sequence: Sequence, names: Many[str]) -> None:
-        """Reserve window blocks for a sequence that starts, and share the cached ones that its next token sees.
+        """Reserve window blocks for a sequence that starts, and share the cached blocks that its next token sees.
 
-        Call it only if fits() is True.
+        Returns nothing. Call it only if fits() is True.
 
-        names: names of the leading blocks that the sequence reuses from the prefix cache, at most usable() of them.
+        names: names of the cached blocks at the sequence's beginning that it reuses, in order; at most usable() of
+        them.
         """
         if not self.on:
             return
@@ -186,10 +201,10 @@ class Windows:
         sequence.window_blocks = [-1] * first + shared
 
     def grow(self, sequence: Sequence) -> bool:
-        """Raise a running sequence's reservation of window blocks so that it covers its newest tokens.
+        """Increase a running sequence's reservation of window blocks to cover its newest tokens.
 
-        Returns True if the reservation covers them now. Returns False, and reserves nothing more, if all reservations
-        together would exceed `limit`.
+        Returns True if it covers them. Returns False, and changes nothing, if all reservations together would then
+        exceed `limit`.
         """
         more = self._needed(sequence) - sequence.window_reserved if self.on else 0
         if more > 0 and self.reserved + more > self.limit:
@@ -199,26 +214,34 @@ class Windows:
         return True
 
     def extend(self, sequence: Sequence, stop: int) -> None:
-        """Before a step: allocate the window blocks that a sequence lacks for its positions below `stop`.
+        """Allocate the window blocks that a sequence lacks for its positions below `stop`.
 
-        Blocks are always available: reservations and the `step_blocks` of the class see to that.
+        Called before a step; returns nothing. There are always enough blocks, because of the reservations and the
+        `step_blocks`.
         """
         if self.on:
             missing = self.pool.blocks_for(stop) - len(sequence.window_blocks)
             sequence.window_blocks += self.pool.allocate(max(0, missing))
 
     def add_to_prefix_cache(self, sequence: Sequence, at: int, parent: str, tokens: Many[int]) -> None:
-        """Add a sequence's full block at index `at`, a child of the block named `parent`, to the prefix cache.
+        """Add one of a sequence's full window blocks to the prefix cache. Returns nothing.
 
-        tokens: the block's token ids. Does nothing if the sequence no longer holds the block, as after give_back().
+        Does nothing if the sequence no longer holds the block.
+
+        Args:
+            sequence: the sequence.
+            at: index of the block among the sequence's blocks.
+            parent: name of the block before it.
+            tokens: token ids of the block.
         """
         if self.on and sequence.window_blocks[at] >= 0:
             self.pool.add_to_prefix_cache(sequence.window_blocks[at], parent, tokens)
 
     def give_back(self, sequence: Sequence) -> None:
-        """After a step: release the blocks that no later query of the sequence sees.
+        """Release the window blocks that a sequence no longer needs. Called after a step; returns nothing.
 
-        The sequence's last blocks are released too if no computed token is in them, as after rejected drafts.
+        These are the blocks that no later query of the sequence sees, and blocks at the end without computed tokens,
+        which rejected drafts had used.
         """
         if not self.on:
             return
@@ -233,19 +256,19 @@ class Windows:
             held[i] = -1
 
     def remove(self, sequence: Sequence) -> None:
-        """Release all blocks of a sequence and its reservation."""
+        """Release all window blocks of a sequence and its reservation. Returns nothing."""
         self.pool.release([block for block in sequence.window_blocks if block >= 0])
         self.reserved -= sequence.window_reserved
         sequence.window_blocks, sequence.window_reserved = [], 0
 
     def _needed(self, sequence: Sequence) -> int:
-        """Number of window blocks to reserve for a sequence's tokens so far and its next drafts, an int.
+        """Returns the number of window blocks to reserve for a sequence's tokens so far and its next drafts, an int.
 
-        It is at most `self.most`, the number of blocks that a window can touch wherever it stands (see reservations()).
+        It is at most `self.most`, the largest number of blocks that a window can touch (see reservations()).
         """
         tokens = min(sequence.length + self.max_drafts, sequence.max_kv_tokens(self.context))
         return min(self.most, self.pool.blocks_for(tokens))
 
     def first_block(self, position: int) -> int:
-        """The index, among a sequence's blocks, of the first block that a query at `position` sees."""
+        """Returns which of a sequence's blocks is the first that a query at `position` sees, as an index from 0."""
         return first_block(position, self.window, self.size)

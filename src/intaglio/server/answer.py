@@ -19,29 +19,32 @@ MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent; v
 
 
 class Choice(Protocol):
-    """Interface of a response builder for one choice, that is, for one of the alternative outputs of a prompt.
+    """Interface of an object that builds the response for one choice, that is, for one output of a prompt.
 
-    The engine's deltas go in; stream chunks, or at the end the whole choice, come out. `rank` orders choices for
-    best_of.
+    feed() takes the engine's events and returns chunks to stream. whole() returns the complete choice at the end.
+    `rank` is the Rank by which best_of compares choices.
     """
 
     rank: Rank
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
+        """Add one ChoiceDelta, an event of the engine.
 
-        Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
+        Returns the chunk to stream, a dict; None if there is nothing new to send. Raises Problem if the choice failed,
+        was aborted, or missed its deadline before its first token (see reason()).
         """
 
     def whole(self) -> dict[str, Any]:
-        """The complete choice as a dict of JSON fields, for a response that is not streamed."""
+        """Returns the complete choice as a dict of JSON fields, for a response that is not streamed."""
 
 
 def reason(update: ChoiceDelta) -> str | None:
-    """The finish_reason, a string, that the response shows; None while the choice is still being generated.
+    """Returns the finish_reason to show in the response, a string; None while the choice is still being generated.
 
-    "deadline" extends OpenAI's values: the output up to the deadline is returned. Raises Problem if the choice ended in
-    an error or was aborted, or if its deadline passed before its first token.
+    It may be "deadline", in addition to OpenAI's values: the output up to the deadline is then returned. Raises Problem
+    if the choice ended in an error, if it was aborted, or if its deadline passed before its first token.
+
+    update: the latest ChoiceDelta (event) of the choice.
     """
     match update.finish_reason:
         case "error":
@@ -55,7 +58,10 @@ def reason(update: ChoiceDelta) -> str | None:
 
 
 class CompletionChoice:
-    """Response builder for one choice of /v1/completions: text, log-probabilities, and the prompt if `echo` is set."""
+    """Builds the response for one choice of /v1/completions.
+
+    It contains the text, log-probabilities if requested, and the prompt if `echo` is set.
+    """
 
     def __init__(
         self, index: int, prepared: Prepared, body: CompletionRequest, reading: Reading, vocabulary: Vocabulary
@@ -75,9 +81,10 @@ class CompletionChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
+        """Add one ChoiceDelta, an event of the engine.
 
-        Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
+        Returns the chunk to stream, a dict; None if there is nothing new to send. Raises Problem if the choice failed,
+        was aborted, or missed its deadline before its first token (see reason()).
         """
         self.reason, self.stop_reason = reason(update), update.stop_reason
         first = not self.ids
@@ -109,7 +116,10 @@ class CompletionChoice:
         return chunk
 
     def whole(self) -> dict[str, Any]:
-        """The complete choice as a dict of JSON fields, with prompt log-probabilities and token ids if requested."""
+        """Returns the complete choice as a dict of JSON fields, for a response that is not streamed.
+
+        It includes log-probabilities of the prompt and token ids, if the client has asked for them.
+        """
         asked = bool(self.body.return_token_ids)
         return {
             **self._as_dict(self.text, self.scores),
@@ -134,12 +144,13 @@ class CompletionChoice:
             self._score(scores, scored, self.offsets.of_prompt(scored.token))
 
     def _score(self, scores: dict[str, list[Any]], scored: Scored, offset: int) -> None:
-        """Append one token's entry to each list of `scores` (the lists of OpenAI's logprobs object).
+        """Append the entry of one token to each list in `scores`, the lists of OpenAI's logprobs object.
 
-        offset: the token's place in the text, in characters.
+        Returns nothing. In the list top_logprobs, an entry is a dict from the texts of tokens to log-probabilities. If
+        several tokens have the same text, only one of them is entered under it: the token of `scored`, or else the
+        likeliest. The others are entered as "token_id:N".
 
-        The keys of top_logprobs are token texts. If several tokens have the same text, one of them has it as key:
-        `scored`'s own token, else the likeliest. The others have the key token_id:N.
+        scored: the token with log-probabilities. offset: position of the token in the text, in characters.
         """
         likely = scored.top if self.body.logprob_token_ids else scored.top[: self.body.logprobs]
         pairs = dict(likely)
@@ -166,30 +177,35 @@ def _no_scores() -> dict[str, list[Any]]:
 
 
 class Rank:
-    """Running mean of a choice's token log-probabilities, by which best_of ranks choices.
+    """Mean log-probability of a choice's tokens, by which best_of compares choices.
 
-    `sum`: sum of the log-probabilities. `tokens`: their number.
+    `sum` is the sum of the log-probabilities so far, `tokens` the number of tokens so far.
     """
 
     def __init__(self) -> None:
         self.sum, self.tokens = 0.0, 0
 
     def add(self, scored: Scored | None) -> None:
-        """Add a token's log-probability to the mean. None (a delta without a token) changes nothing."""
+        """Include a token's log-probability in the mean.
+
+        Does nothing for None, which stands for an event without a token.
+        """
         if scored:
             self.sum, self.tokens = self.sum + finite(scored.logprob), self.tokens + 1
 
     @property
     def mean(self) -> float:
-        """Mean log-probability; MIN_LOGPROB for a choice without tokens."""
+        """Returns the mean log-probability of the tokens so far; MIN_LOGPROB if there are none."""
         return self.sum / self.tokens if self.tokens else MIN_LOGPROB
 
 
 def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
-    """A list of the JSON dicts of the choices to return, numbered from 0: the `n` likeliest for each prompt.
+    """Returns the choices to send to the client, as a list of dicts of JSON fields, numbered from 0.
 
-    choices: `of` choices for each prompt, in the order of the prompts. A prompt's choices are returned in descending
-    order of mean log-probability; in the given order if n equals `of`.
+    For each prompt these are the `n` choices with the highest mean log-probability, best first. If `n` equals `of`, all
+    choices are returned in the given order.
+
+    choices: `of` choices for each prompt, in the order of the prompts.
     """
     kept: list[Choice] = []
     for i in range(0, len(choices), of):
@@ -199,12 +215,13 @@ def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
 
 
 def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
-    """A list in the form of vLLM's prompt_logprobs, with an entry for each prompt token.
+    """Returns the log-probabilities of a prompt's tokens in the form of vLLM's prompt_logprobs, a list.
 
-    The first entry is None, as the first token has no score. Every other entry is a dict from token ids, as text, to
-    logprob, rank and text, for the `n` likeliest tokens and the prompt's own token.
+    It has one entry per token. The first entry is None, because the first token has no log-probability. Each other
+    entry is a dict for the `n` likeliest tokens and the prompt's own token. Its keys are token ids as text; its values
+    are dicts with "logprob", "rank" and "decoded_token" (the text).
 
-    scores: log-probabilities of the prompt's tokens from the second on.
+    scores: log-probabilities of the prompt's tokens from the second on. vocabulary: gives the texts of tokens.
     """
 
     def entry(id: int, logprob: float, rank: int | None) -> dict[str, Any]:
@@ -218,7 +235,10 @@ def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> l
 
 
 class ChatChoice:
-    """Response builder for one choice of /v1/chat/completions: content, reasoning, tool calls and log-probabilities."""
+    """Builds the response for one choice of /v1/chat/completions.
+
+    It contains the content, reasoning, tool calls, and log-probabilities if requested.
+    """
 
     def __init__(
         self, index: int, prepared: Prepared, body: ChatRequest, reading: Reading, vocabulary: Vocabulary
@@ -239,9 +259,10 @@ class ChatChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one ChoiceDelta of the engine. Returns the chunk to stream, a dict; None if the client sees nothing new.
+        """Add one ChoiceDelta, an event of the engine.
 
-        Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
+        Returns the chunk to stream, a dict; None if there is nothing new to send. Raises Problem if the choice failed,
+        was aborted, or missed its deadline before its first token (see reason()).
         """
         self.reason, self.stop_reason = reason(update), update.stop_reason
         self.rank.add(update.scored)
@@ -269,7 +290,10 @@ class ChatChoice:
         return {**chunk, "token_ids": ids} if self.body.return_token_ids else chunk
 
     def whole(self) -> dict[str, Any]:
-        """The complete choice as a dict of JSON fields: message, finish reason, log-probabilities and token ids."""
+        """Returns the complete choice as a dict of JSON fields, for a response that is not streamed.
+
+        Its fields are the message, the finish reason, log-probabilities and token ids.
+        """
         content = self.said["content"]
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not self.calls else None}
         if self.said["reasoning"]:
@@ -282,9 +306,10 @@ class ChatChoice:
         return {"index": self.index, "message": message, "logprobs": scores, **ends, "token_ids": ids}
 
     def _take(self, part: Part, delta: dict[str, Any]) -> None:
-        """Add a parsed part of the output to the whole message and to `delta`, the message of the next stream chunk.
+        """Add one parsed part of the output to the whole message, and to `delta`, the message in the next stream chunk.
 
-        Reasoning is dropped if include_reasoning is false, and all calls but the first if parallel_tool_calls is false.
+        Reasoning is dropped if include_reasoning is false. Tool calls after the first are dropped if
+        parallel_tool_calls is false. Returns nothing.
         """
         if isinstance(part, TextDelta):
             if part.role == "reasoning" and self.body.include_reasoning is False:
@@ -326,15 +351,24 @@ class ChatChoice:
 
 
 def finite(logprob: float) -> float:
-    """The log-probability, or MIN_LOGPROB if it is lower or NaN: JSON has neither infinities nor NaN."""
+    """Returns `logprob`, or MIN_LOGPROB if `logprob` is lower than that or NaN.
+
+    JSON can represent neither infinity nor NaN.
+    """
     return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
 class Envelope:
-    """A response's fields outside `choices`: id, object, created and model. They are equal in all chunks of a stream.
+    """Builds response bodies: adds the fields that all chunks of a response share to the choices.
 
-    Arguments: `kind`, the object's name without ".chunk"; `first`, further fields of the first chunk; `created`, Unix
-    time in seconds (None: now).
+    These fields are id, object, created and model.
+
+    Args:
+        kind: name of the response's object, such as "chat.completion"; without ".chunk".
+        id: id of the response.
+        model: name of the model.
+        first: additional fields of the first chunk.
+        created: Unix time in seconds; None for now.
     """
 
     def __init__(
@@ -345,11 +379,13 @@ class Envelope:
         self.head: dict[str, Any] = {"id": id, "object": kind, "created": when, "model": model}
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
-        """One chunk of a stream, as a dict. The first chunk also has the fields given to the constructor as `first`.
+        """Returns one chunk of a streamed response, as a dict of JSON fields.
+
+        The first chunk also has the fields that the constructor got as `first`.
 
         Args:
-            choices: the chunk's choices.
-            usage: OpenAI's `usage` object; None: null in JSON.
+            choices: the choices in the chunk.
+            usage: OpenAI's `usage` object; None for null.
             with_usage: True to include the field `usage`.
         """
         name = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
@@ -358,25 +394,32 @@ class Envelope:
         return {**body, "usage": usage} if with_usage else body
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """The response body, a dict, of a request that is not streamed.
+        """Returns the body of a response that is not streamed, as a dict of JSON fields.
 
-        choices: the complete choices. usage: OpenAI's `usage` object. more: further fields.
+        choices: the complete choices. usage: OpenAI's `usage` object. more: additional fields.
         """
         return {**self.head, "choices": choices, "usage": usage, **more}
 
 
 def usage_so_far(submission: Submission, output: int) -> dict[str, Any]:
-    """OpenAI's `usage` object, a dict, of a request that is still running, after `output` generated tokens."""
+    """Returns OpenAI's `usage` object, a dict of token counts, for a request that is still running.
+
+    submission: the request. output: number of tokens generated so far.
+    """
     prompt = sum(len(p.request.prompt) for p in submission.prompts)
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
 def usage(submission: Submission, generated: bool, reasoning: int | None = None) -> dict[str, Any]:
-    """OpenAI's `usage` object, a dict, of a finished request.
+    """Returns OpenAI's `usage` object, a dict of token counts, for a finished request.
 
-    A prompt counts once, even if several choices are generated from it. generated: False if the request only scored
-    its prompt; completion_tokens is then 0. reasoning: number of output tokens that are reasoning; None for a model
-    that does not reason, which leaves out completion_tokens_details.
+    The tokens of a prompt count once, even if several choices are generated from it.
+
+    Args:
+        submission: the request.
+        generated: False if the request only scored its prompt; completion_tokens is then 0.
+        reasoning: number of output tokens that are reasoning. None leaves out completion_tokens_details, for a model
+            that does not reason.
     """
     all = [u for u in submission.usages if u]
     prompt = sum(len(p.request.prompt) for p in submission.prompts)
@@ -392,12 +435,12 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """A dict of the modelled times of a finished request on simulated chips.
+    """Returns the modelled times of a finished request on simulated chips, as a dict.
 
-    - by: the argument `by`, the name of the chips.
-    - time_to_first_token_seconds: time from arrival to the first token of any choice.
-    - time_per_output_token_seconds: the mean over all tokens except the first one of each choice.
-    - seconds: time from arrival until the latest choice ended.
+    - "by": the argument `by`, the name of the chips.
+    - "time_to_first_token_seconds": time from arrival to the first token of any choice.
+    - "time_per_output_token_seconds": mean time per token, over all tokens except the first token of each choice.
+    - "seconds": time from arrival until the last choice ended.
 
     A time is None if too few tokens were generated.
     """

@@ -51,7 +51,7 @@ PAGE = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline
 
 
 def build(service: Service) -> ASGIApp:
-    """The ASGI application that serves the models of `service`."""
+    """Returns the ASGI application of the HTTP server. It serves all models of `service`."""
     api = Api(service)
     post = ["POST"]
     routes = [
@@ -78,7 +78,10 @@ def build(service: Service) -> ASGIApp:
 
 
 def _unrouted(scope: Scope, error: HTTPException) -> Problem:
-    """The Problem to send for an unknown path (404) or method (405)."""
+    """Returns the error response, a Problem, for an unknown path (404) or a method that the path does not take (405).
+
+    scope: the ASGI scope of the request. error: the router's exception; its status code and headers are kept.
+    """
     where = f"{scope['method']} {scope['path']}"
     what = {404: f"{where}: there is no such path", 405: f"{where}: the path does not take this method"}
     return Problem(error.status_code, what[error.status_code], headers=dict(error.headers or {}))
@@ -182,19 +185,20 @@ class Api:
         relay: Relay | None, model: ServedModel, body: Any, prompts: list[Prepared], choices: list[Any],
         envelope: Envelope, ignored: Sequence[str],
     ) -> ASGIApp:  # fmt: skip
-        """The ASGI response to a generation request.
+        """Returns the ASGI response that computes and sends the answer to a generation request.
 
-        - For a client's request: an Answer.
-        - For a router's request of which only the prompt is to be computed here: a Prefill.
-        - For other requests of a router: a RelayedAnswer. If the router names a peer that has the prompts' K/V, the
-          model is told to fetch it from there when it is needed.
+        - A request that came from a client directly: an Answer.
+        - A request from a router that asks only for the prompt's K/V cache: a Prefill. Another replica generates the
+          output.
+        - Any other request from a router: a RelayedAnswer. The router may name a peer, a replica that has the K/V cache
+          of the prompts. This method then arranges that the engine fetches the cache from the peer.
 
-        relay: the router's fields; None for a client's request. body: the parsed request. prompts: one for each prompt
-        of the body. choices: a response builder for each choice. envelope: the response's other fields, such as its id.
-        ignored: names of the request's fields without effect.
+        relay: the fields that a router added to the request; None if it came from a client. body: the parsed request.
+        prompts: the prompts of the body. choices: a response builder for each choice. envelope: the response's other
+        fields, such as its id. ignored: names of the request's fields that have no effect.
 
-        Raises Problem if a relayed request cannot be continued here, or if stream_options or prompt_logprobs
-        contradicts `stream`.
+        Raises Problem if this replica cannot continue an output that another replica began, or if stream_options or
+        prompt_logprobs contradicts `stream`.
         """
         if relay is None:
             return Answer(model, body, prompts, choices, envelope, ignored)
@@ -267,12 +271,15 @@ class Api:
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME. Returns the response that describes one served model.
 
-        Raises Problem 404 if there is none of that name.
+        Raises Problem 404 if no model with this name is served.
         """
         return Json(self.service.find(request.path_params["name"]).card(self.service.started))
 
     async def health(self, request: Request) -> Response:
-        """GET /health. Returns a response with status 200; 503 if a model's engine has failed or hangs in a step."""
+        """GET /health. Returns a response with status 200 if the engine of every model works, else 503.
+
+        An engine does not work if it has failed, or if its current step takes longer than the option step_timeout.
+        """
         why = self.service.alive()
         return Json({"status": why or "ok"}, 503 if why else 200)
 
@@ -294,10 +301,10 @@ class Api:
         return Response(self.service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def state(self, request: Request) -> Response:
-        """GET /state. Returns the response, as JSON: queue, K/V cache and steps of one model, and the names of all.
+        """GET /state. Returns a JSON response with queue, K/V cache and steps of one model, and all models' names.
 
-        The query parameter `model` names the model (default: the first). Only steps with numbers above the query
-        parameter `since` are included. Raises Problem if one of the parameters is invalid.
+        The query parameter `model` selects the model (default: the first). The query parameter `since` is the number of
+        a step: only later steps are included. Raises Problem if one of these parameters is invalid.
         """
         since = request.query_params.get("since", "0")
         if not re.fullmatch("[0-9]{1,18}", since, re.ASCII):
@@ -330,11 +337,13 @@ class Api:
         return body
 
     async def _read(self, request: Request) -> bytes:
-        """The request's body as bytes.
+        """Returns the request's body as bytes.
 
-        Raises Problem 415 unless it is application/json, 408 if it comes too slowly, 413 if it is too long; and
-        ClientDisconnected. Only application/json is accepted because browsers send that type to another origin only if
-        CORS allows it.
+        Raises Problem 415 if the content type is not application/json, 408 if the body comes too slowly, and 413 if it
+        is too long. Raises ClientDisconnected if the client closes its connection.
+
+        Browsers send application/json to another origin only if CORS allows it; therefore no other content type is
+        accepted.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
@@ -344,25 +353,29 @@ class Api:
 
 
 def _relay(request: Request) -> Relay | None:
-    """The Relay (fields that a router adds to a request before it forwards it); None if no router sent this request."""
+    """Returns the Relay of a request: the fields that a router adds before it forwards the request to this replica.
+
+    Returns None if the request did not come from a router.
+    """
     relay: Relay | None = request.scope.get("relay")
     return relay
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
-    """The id that a response has: `id`, or one with the client's request_id if the client gave one.
+    """Returns the id that the client sees in the response: `id`, unless the request's body gives a request_id.
 
-    In the second case the beginning is that of `id`: "cmpl-17" and request_id "abc" give "cmpl-abc". The engine never
-    sees request_id.
+    With a request_id, the part of `id` after the first hyphen is replaced by it: "cmpl-17" and request_id "abc" give
+    "cmpl-abc". The engine uses `id` in both cases.
     """
     return f"{id.split('-')[0]}-{body.request_id}" if body.request_id else id
 
 
 def _weight(error: Any) -> tuple[bool, bool, int]:
-    """Sort key of one of pydantic's validation errors, a tuple; the error with the largest key is reported.
+    """Returns a sort key, a tuple, for one of pydantic's validation errors; the error with the largest key is reported.
 
-    If a value matches no member of a union, pydantic reports errors for every member. An unknown field outranks the
-    others, then a wrong value outranks a wrong type, then the error deeper in the body is preferred.
+    Pydantic reports several errors if a value matches no member of a union. An error about an unknown field has the
+    largest key. Next come errors about wrong values, then errors about wrong types. Among errors of one kind, the error
+    at the deepest place in the body has the largest key.
     """
     kind = error["type"]
     return kind == "extra_forbidden", not kind.endswith("_type"), len(error["loc"])

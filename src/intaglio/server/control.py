@@ -44,7 +44,10 @@ ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answ
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
-    """The bytes of one frame of the control channel: the lengths of header and body, the header as JSON, the body."""
+    """Returns the bytes of one frame of the control channel.
+
+    A frame consists of the lengths of header and body, the header as JSON, and the body.
+    """
     head = encode(header)
     return LENGTHS.pack(len(head), len(body)) + head + body
 
@@ -117,13 +120,13 @@ async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddre
 
 
 class Connection(asyncio.Protocol):
-    """One router's connection to the control channel, with its calls (requests) in progress, each in a task.
+    """One router's connection to this replica's control channel. It runs the calls (requests) that the router sends.
 
-    When the connection ends, all its calls are cancelled. It is an asyncio.Protocol, since asyncio's streams would take
-    two more turns of the event loop for each frame.
+    Each call runs in a task of its own. When the connection ends, all its calls are cancelled. The class is an
+    asyncio.Protocol because asyncio's streams would take two more turns of the event loop for each frame.
 
-    connections: set of the open connections, in which this one is while it is open. `ended`: future that is done once
-    the connection has ended.
+    connections: set of all open connections; this connection adds itself when it opens and removes itself when it ends.
+    `ended`: future that is done once the connection has ended.
     """
 
     def __init__(self, app: ASGIApp, service: Service, connections: set[Connection]) -> None:
@@ -135,12 +138,16 @@ class Connection(asyncio.Protocol):
         self._frames = FrameBuffer()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep the connection's transport."""
+        """Store the connection's transport, and add the connection to the set of open connections."""
         self._transport = transport
         self.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Start or cancel calls, as the frames say that have arrived. Bytes that are no call end the connection."""
+        """Handle the frames that are complete with the new bytes `data`.
+
+        A frame starts a call, cancels a call, or asks for a load report, which is sent back (see load_report()). Closes
+        the connection if the bytes are not valid frames.
+        """
         try:
             for header, body in self._frames.feed(data):
                 self._handle(header, body)
@@ -149,13 +156,13 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel all calls."""
+        """Cancel all calls, and remove the connection from the set of open connections."""
         self.close()
         self.connections.discard(self)
         self.ended.set_result(None)
 
     def close(self) -> None:
-        """Cancel all calls and close the connection."""
+        """Cancel all calls, end the leases that the router holds on K/V blocks, and close the connection."""
         for call in list(self.calls.values()):
             call.disconnect()
         if self.leases:
@@ -264,18 +271,18 @@ class Call:
 
 
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
-    """A dict for the router about a model's engine: queue, rates, and what its K/V cache has gained or lost.
+    """Returns a dict that tells the router the load of a model's engine: queue, rates, and changes of its K/V cache.
 
-    The changes of the cache are the events of K/V blocks with numbers above `after`. If the router has followed another
-    cache, or the events are no longer kept, the dict has a snapshot of all blocks instead. If the engine does not
-    answer within ENGINE_WAIT seconds, the dict has no events and no snapshot.
+    The changes are the cache's events (blocks gained or lost) with numbers above `after`. The dict has a snapshot of
+    all blocks instead if `incarnation` is not the id of the engine's present cache, or if the engine no longer keeps
+    these events. If the engine does not answer within ENGINE_WAIT seconds, the dict has neither events nor a snapshot.
 
     Args:
         model: the model.
-        incarnation: id of the K/V cache that the router has followed, new at each start of an engine; None: it has
-            followed none.
-        after: number of the last event that the router knows.
-        step_timeout: seconds of a step after which the engine is reported as failed.
+        incarnation: id of the K/V cache whose events the router has received so far; None if it has received none. Each
+            start of an engine makes a new id.
+        after: number of the last event that the router has received.
+        step_timeout: if the engine's current step has taken this many seconds, the engine is reported as failed.
 
     Raises Refused if the engine has ended.
     """
@@ -293,9 +300,10 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
 
 
 def engine_report(engine: Engine, gauges: Gauges, counts: Counts) -> dict[str, Any]:
-    """The figures of a load report that are about the engine alone, as a dict.
+    """Returns the part of a load report that describes the engine, as a dict: queue, limits, token counts, step times.
 
-    engine: the engine, of which only values are read that any thread may read. gauges, counts: of this engine.
+    gauges, counts: the engine's latest gauges and counters. The function can be called from any thread: from `engine`
+    it reads only values that any thread may read.
     """
     return {
         "running": gauges.running, "waiting": gauges.waiting, "kv_usage": gauges.kv_usage, "draining": gauges.draining,
@@ -307,10 +315,13 @@ def engine_report(engine: Engine, gauges: Gauges, counts: Counts) -> dict[str, A
 
 
 def block_changes(engine: Engine, after: int | None) -> dict[str, Any]:
-    """The part of a load report that says which K/V blocks an engine's cache has gained or lost, as a dict.
+    """Returns the part of a load report that says which K/V blocks an engine's cache has gained or lost, as a dict.
 
-    It has the `events` with numbers above `after`. If `after` is None, or these events are no longer kept, it has a
-    `snapshot` of all blocks and the `sequence` number of its last event. Call it in the engine's thread.
+    The dict has the key `events`: a list of the events with numbers above `after`, each as (number, kind, block name).
+    If `after` is None, or if the engine no longer keeps these events, the dict has two other keys: `snapshot`, the
+    names of all blocks in the cache, and `sequence`, the number of the last event that the snapshot includes.
+
+    Call it in the engine's thread.
     """
     events = None if after is None else engine.block_events(after)
     if events is not None:

@@ -24,14 +24,14 @@ Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Non
 
 
 class NotAuthenticated(ConnectionError):
-    """Raised if the other end does not know the token, is of another version, or does not answer in time."""
+    """Raised if the other end of a connection does not know the token, has another version, or does not answer."""
 
 
 async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a control channel, authenticate both ends, and return (reader, writer).
+    """Connect to a control channel and authenticate both ends with the token. Returns (reader, writer).
 
-    Raises NotAuthenticated if the other end does not answer in time or does not know the token, OSError if nothing
-    listens there.
+    Raises NotAuthenticated if the other end does not answer in time or does not know the token. Raises OSError if
+    nothing listens at the address.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -56,10 +56,10 @@ async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.St
 
 
 async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
-    """Authenticate a connection that has come. Returns nothing.
+    """Authenticate both ends of a connection that this server has accepted. Returns nothing.
 
-    Raises NotAuthenticated if the other end does not prove in TIMEOUT seconds that it knows the token, or is of another
-    version. The caller then closes the connection.
+    Raises NotAuthenticated if the client does not prove within TIMEOUT seconds that it knows the token, or if the
+    client has another version. The caller must then close the connection.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -80,10 +80,13 @@ async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, toke
 async def tcp_server(
     address: TcpAddress, connected: Connected, refused: Callable[[str], None]
 ) -> AsyncIterator[TcpAddress]:
-    """Async context manager that listens at an address until the block ends. Yields the address with its real port.
+    """Async context manager that listens at `address` until the block ends, and authenticates each client.
 
-    connected: called with reader and writer of each authenticated connection. refused: called with the reason for
-    each connection that is not authenticated. Raises OSError that names the address if it cannot be bound.
+    It yields the address with the port that was bound. Raises OSError, with the address in its message, if the address
+    cannot be bound.
+
+    connected: called with (reader, writer) of each authenticated connection. refused: called for each client that fails
+    to authenticate, with a text that gives the reason.
     """
     greeting: dict[asyncio.StreamWriter, None] = {}  # the oldest first
 

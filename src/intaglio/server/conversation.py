@@ -53,12 +53,12 @@ class Rendered:
 def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> Rendered:
     """Render a conversation with the model's chat template. Returns a Rendered, which has the prompt's text.
 
-    choice: the request's tool_choice. wishes: template variables that are only hints, such as reasoning_effort; the
-    names of those that the template does not read are listed in Rendered.ignored.
+    choice: the request's tool_choice. wishes: values for template variables that are only hints, such as
+    reasoning_effort. The name of each hint that the template does not read is added to Rendered.ignored.
 
-    Raises Problem if the model has no chat template, if the template cannot express the conversation (roles, user text,
-    calls of tools), or if it does not read a field that would change the answer. Raises TokenizerError if the template
-    refuses the conversation.
+    Raises Problem in three cases: the model has no chat template; the template cannot express the conversation (its
+    roles, user texts or tool calls); the template does not read a field that would change the answer. Raises
+    TokenizerError if the template itself reports an error.
     """
     tokenizer = llm.model.tokenizer
     tools = body.tools or []
@@ -94,20 +94,20 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 
 
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
-    """A dict of variables for the chat template: those of chat_template_kwargs, `documents`, and hints.
+    """Returns a dict of variables for the chat template: chat_template_kwargs, `documents`, and hints of the request.
 
-    A hint is a field of the request that may stay without effect, such as reasoning_effort. If the template does not
-    read reasoning_effort but does read enable_thinking, the hint becomes enable_thinking: False for
-    reasoning_effort="none", True for any other value. A variable that chat_template_kwargs has is not replaced by a
-    hint.
+    A hint, such as reasoning_effort, is a request field that may stay without effect. A hint does not replace a
+    variable that chat_template_kwargs sets. If the template reads enable_thinking but not reasoning_effort, the hint
+    reasoning_effort becomes the variable enable_thinking: False for "none", True for any other value.
 
     Args:
         template: text of the chat template.
         body: the request.
-        wishes: hints by name; None for a hint that the request does not give.
-        out: the names of hints without effect are added to out.ignored.
+        wishes: value of each hint by name; None for a hint that the request does not give.
+        out: the names of hints that have no effect are added to out.ignored.
 
-    Raises Problem if chat_template_kwargs has a variable that the server sets or that the template does not read.
+    Raises Problem if chat_template_kwargs has a variable that the server sets itself or that the template does not
+    read.
     """
     given: dict[str, Any] = dict(body.chat_template_kwargs or {})
     reserved = sorted({"messages", "tools", "documents", "add_generation_prompt"} & given.keys())
@@ -135,10 +135,11 @@ def reads(template: str, name: str) -> bool:
 
 
 def _message(i: int, m: Message, template: str, form: Form, out: Rendered) -> dict[str, Any]:
-    """Message number `i` as a dict for the chat template: content as plain text, tool-call arguments as objects.
+    """Returns message `m`, number `i` of the conversation, as a dict for the chat template.
 
-    Fields outside the API are passed on if the template reads them; the names of the others go to out.ignored. Raises
-    Problem if the content is missing, or for a field that is not supported.
+    The content becomes plain text, and the arguments of tool calls become objects. A field that the API does not define
+    is passed on if the template reads it; otherwise its name is added to out.ignored. Raises Problem if the content is
+    missing or a field is not supported.
     """
     data: dict[str, Any] = {"role": "system" if m.role == "developer" else m.role}
     content = m.content
@@ -173,9 +174,9 @@ def _message(i: int, m: Message, template: str, form: Form, out: Rendered) -> di
 
 
 def _call(i: int, call: Any, form: Form) -> dict[str, Any]:
-    """A tool call of an earlier message as a dict for the chat template: arguments as an object instead of JSON text.
+    """Returns a tool call of an earlier message as a dict for the chat template, with the arguments as an object.
 
-    i: the message's number, for the error. Raises Problem if the arguments are not JSON.
+    i: number of the message, for the error text. Raises Problem if the call's arguments are not JSON.
     """
     try:
         arguments = json.loads(call.function.arguments) if call.function.arguments.strip() else {}
@@ -187,14 +188,18 @@ def _call(i: int, call: Any, form: Form) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """The last nine letters and digits of a tool-call id, zeros in front if fewer, as Mistral's templates require."""
+    """Returns the last nine letters and digits of a tool-call id, the form that Mistral's templates require.
+
+    An id with fewer than nine letters and digits is padded with zeros in front.
+    """
     return re.sub("[^a-zA-Z0-9]", "", id)[-9:].rjust(9, "0")
 
 
 def _as_text(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """A copy of the messages with tool calls and tool results as text, for a chat template that does not know tools.
+    """Returns a copy of the messages in which tool calls and tool results are plain text.
 
-    The list of tools is added to the system message, which is created if it is missing.
+    It is for chat templates that do not know tools. The descriptions of `tools` are added to the system message; a
+    system message is created if there is none.
     """
     out: list[dict[str, Any]] = []
     for m in messages:
@@ -223,16 +228,16 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
-    """The form in which a chat template takes a message's content: "text", "parts" or "none".
+    """Returns the form in which a chat template expects a message's content: "text", "parts" or "none".
 
-    It is found by rendering a test message in both forms, first as a string, and cached per template.
+    - "text": the template writes the content if it is a string.
+    - "parts": the template writes the content only if it is a list of typed parts.
+    - "none": the template leaves out the content in both forms.
 
-    - "text": the template writes the content if it is a string. Also if neither form worked and the template refused a
-      test message with an error, so that the form stays unknown.
-    - "parts": it writes the content only if it is a list of typed parts.
-    - "none": it leaves out the content in both forms.
+    The function renders a test message in both forms to find out, and caches the result for each template. If the
+    template reports an error for a test message and neither form works, the form is unknown and "text" is returned.
 
-    variables: variables of the template, of which only `tools` is used.
+    variables: the template's variables; only `tools` is used for the test.
     """
     if template not in _formats:
         _formats[template] = _probe(tokenizer, {"tools": variables["tools"]} if "tools" in variables else {})
@@ -255,11 +260,13 @@ def _probe(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> ContentFormat:
 def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversation, variables: dict[str, Any]) -> str:
     """Render the conversation with the chat template. Returns the text of the prompt.
 
-    With continue_final_message the prompt is cut after the last message's text. The template may refuse a system
-    message that the server has added (the list of tools); that text is then put in front of the first user message.
+    If the request sets continue_final_message, the prompt ends right after the last message's text.
 
-    Raises Problem if the last message cannot be continued, or if add_generation_prompt is set too; TokenizerError if
-    the template refuses the conversation.
+    The server may have added a system message that lists the tools. If the template refuses this message, its text is
+    put in front of the first user message instead.
+
+    Raises Problem if the last message cannot be continued, or if the request sets both continue_final_message and
+    add_generation_prompt. Raises TokenizerError if the template refuses the conversation.
     """
     cut = bool(body.continue_final_message)
     if cut and body.add_generation_prompt:
@@ -277,9 +284,10 @@ def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversati
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """A list of the messages with the system text moved to the front of the first user message.
+    """Returns a list of the messages in which the first user message begins with the system message's text.
 
-    None if the messages do not begin with a system and a user message, both with text content.
+    The system message itself is left out. Returns None unless the conversation begins with a system message and a user
+    message whose contents are strings.
     """
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
@@ -290,12 +298,12 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | No
 
 
 def _open_final_message(text: str, message: Message) -> str:
-    """The prompt cut right after the final message's text, so that the model continues this message.
+    """Returns the prompt `text`, cut right after the final message's text, so that the model continues this message.
 
-    text: the rendered prompt. If the message's text occurs in it several times, the last occurrence counts.
+    If the message's text occurs several times in the prompt, the last occurrence counts. If it does not occur, it is
+    searched without the white space at its ends.
 
-    Raises Problem if the message has no text, or if the prompt does not contain the text, not even without the white
-    space at its ends.
+    Raises Problem if the message has no text, or if neither form of its text occurs in the prompt.
     """
     content = message.content if isinstance(message.content, str) else "".join(
         part.text for part in message.content or () if not isinstance(part, RefusalPart)
@@ -309,10 +317,10 @@ def _open_final_message(text: str, message: Message) -> str:
 
 
 def _check_roles(messages: Sequence[Message], text: str) -> None:
-    """Raise Problem if the chat template has left out a message with an unknown role. Returns nothing.
+    """Raise Problem if the chat template has left out a message whose role it does not know. Returns nothing.
 
-    Unknown are roles outside OpenAI's five. A message counts as left out if a text of it does not appear in the prompt
-    `text`.
+    Only messages with another role than system, developer, user, assistant or tool are checked. Each text of such a
+    message must occur in the rendered prompt `text`.
     """
     for i, m in enumerate(messages):
         if m.role in ("system", "developer", "user", "assistant", "tool"):

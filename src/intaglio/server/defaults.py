@@ -14,10 +14,15 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # tho
 
 
 def sampling_defaults(folder: Path, source: str = "auto") -> dict[str, Any]:
-    """A dict of SamplingParams fields from a checkpoint's generation_config.json; {} if it has none.
+    """Returns a dict of SamplingParams fields, such as temperature, that a checkpoint recommends.
 
-    source: auto (in the checkpoint's folder), none (no defaults), or another folder or file. Raises ParamsError for a
-    value out of range, and CheckpointError for a file that is missing or not JSON; both name the file.
+    The values come from the file generation_config.json. The dict is empty if the checkpoint has no such file.
+
+    folder: the checkpoint's folder. source: "auto" reads the file in this folder; "none" reads no file and gives an
+    empty dict; any other text is the path of another file, or of a folder with the file.
+
+    Raises ParamsError if a value is out of range, and CheckpointError if the file that `source` names is missing or is
+    not JSON. Both messages name the file.
     """
     if source == "none":
         return {}

@@ -28,10 +28,11 @@ class Answer:
 
     If the client disconnects, the request is cancelled in the engine.
 
-    prompts: one per prompt of the body. choices: a response builder for each choice. envelope: the response's other
-    fields. ignored: names of request fields without effect, for the header X-Ignored-Fields. earlier: deltas that
-    another replica has already sent for this request; the output continues after them. Raises Problem if stream_options
-    or prompt_logprobs contradicts `stream`.
+    prompts: the prompts of the body. choices: a response builder for each choice. envelope: the response's other
+    fields. ignored: names of request fields that have no effect, for the header X-Ignored-Fields. earlier: the output,
+    as deltas, that another replica has already sent to the client; this response continues after it.
+
+    Raises Problem if stream_options or prompt_logprobs contradicts `stream`.
     """
 
     def __init__(
@@ -97,15 +98,16 @@ class Answer:
         await self._send(send, end + DONE, (), more=False)
 
     async def _note(self, send: Send, deltas: Sequence[ChoiceDelta], last: bool) -> None:
-        """Hook for subclasses, called with new deltas of a response that is not streamed. Does nothing here.
+        """Hook for subclasses; does nothing here. Called with each list of new deltas if the response is not streamed.
 
-        last: True if no more follow.
+        last: True if no more deltas follow.
         """
 
     async def _send(self, send: Send, body: bytes, deltas: Sequence[ChoiceDelta], more: bool = True) -> None:
-        """Send `body`, one or more events of a stream. more: False ends the stream.
+        """Send `body`, which holds one or more events of a stream, to the client.
 
-        deltas: the engine's deltas from which the events were made; for subclasses, not used here.
+        more: False if the stream ends after this body. deltas: the engine's deltas from which the events were made;
+        only subclasses use them.
         """
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": more})
@@ -135,7 +137,8 @@ def _event(value: Any) -> bytes:
 async def while_connected(scope: Scope, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected. Returns nothing.
 
-    scope: of a request; its state has the future "disconnected", which is done once the client has disconnected.
+    scope: the ASGI scope of the request. The future scope["state"]["disconnected"] is done once the client has
+    disconnected.
     """
     disconnected: asyncio.Future[None] = scope["state"]["disconnected"]
     worker, left, over = asyncio.current_task(), False, False

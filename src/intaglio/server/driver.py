@@ -59,13 +59,13 @@ class ChoiceDelta:
 
     Attributes:
         choice: index of the choice, counted over all prompts of the submission.
-        text: the new text; "" if none has become final.
+        text: the new text; "" if no text has become final.
         scored: the generated token with its log-probabilities; None if the event has no token.
         finish_reason: why the choice ended; None while it runs.
-        fault: the error, if finish_reason is "error"; else None.
-        usage: token counts and times of the choice; None before its end.
-        prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once, else None.
-        stop_reason: the stop string, or the id of stop_token_ids, that ended the choice; None if neither did.
+        fault: the error if finish_reason is "error"; else None.
+        usage: token counts and times of the choice; None before the choice ends.
+        prompt: if requested, log-probabilities of the prompt's tokens from the second on, in one event; else None.
+        stop_reason: the stop string, or the id from stop_token_ids, that ended the choice; else None.
     """
 
     choice: int
@@ -149,11 +149,12 @@ class ActiveRequest:
 
 
 class Submission:
-    """The prompts of one HTTP request, which the engine admits together or not at all, and their output.
+    """The prompts of one HTTP request on their way through the engine, and the queue of their output (ChoiceDeltas).
 
-    Used on the event loop; the engine's thread only reads `prompts`, `n` and `earlier`.
+    The engine admits all prompts or none. Used on the event loop; the engine's thread only reads `prompts`, `n`,
+    `earlier`.
 
-    earlier: deltas that another engine has generated for this request; the driver's engine continues after them.
+    earlier: output that another engine has already generated for this request; this engine continues after it.
     """
 
     def __init__(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> None:
@@ -168,9 +169,10 @@ class Submission:
         self._arrived = asyncio.Event()
 
     def put(self, update: Admitted | Exception | ChoiceDelta) -> None:
-        """Add an update from the engine's thread: queue a ChoiceDelta, or set the outcome of the admission.
+        """Add one update from the engine's thread. Call it on the event loop.
 
-        An exception means that the submission was refused. Called on the event loop.
+        A ChoiceDelta is queued for deltas(). Admitted, or the exception of a refusal, becomes the outcome of
+        `admitted`.
         """
         if isinstance(update, ChoiceDelta):
             self._deltas.append(update)
@@ -184,10 +186,10 @@ class Submission:
                 self.admitted.set_result(None)
 
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
-        """The choices of one prompt that still need output, as a list of SuspendedChoice; [] if all have ended.
+        """Returns the choices of one prompt that still need output, as a list of SuspendedChoice; [] if none does.
 
-        Each has the tokens that another engine has already generated for it, from the deltas in `self.earlier`. Choices
-        that have ended there are left out. prompt: the prompt's index in the submission, from 0.
+        If another engine began the output, choices that ended there are left out, and each SuspendedChoice holds the
+        tokens that the other engine generated for it. prompt: index of the prompt in the submission, from 0.
         """
         first = prompt * self.n
         mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]
@@ -200,11 +202,11 @@ class Submission:
         ]
 
     def check_text(self, prompt: int, choices: Sequence[SuspendedChoice]) -> None:
-        """Raise RequestError if a continued choice has other text than the client has been sent. Returns nothing.
+        """Raise RequestError if a choice's text differs from the text that the client already has. Returns nothing.
 
-        Another engine generated the choice's first tokens and sent their text, which the deltas in `self.earlier` hold.
-        Here the tokens were decoded again, and must give the same text. prompt: the prompt's index in the submission,
-        from 0. choices: its choices to check.
+        Another engine has sent the text of the first tokens (`self.earlier`). This engine has decoded the same tokens
+        again.
+        prompt: index of the prompt in the submission, from 0. choices: the prompt's choices to check.
         """
         for choice in choices:
             sent = "".join(d.text for d in self.earlier if d.choice == prompt * self.n + choice.index)
@@ -215,10 +217,7 @@ class Submission:
                 )
 
     async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """Yield lists of the ChoiceDeltas that arrived since the previous list, until every choice has ended.
-
-        An async iterator, used on the event loop.
-        """
+        """Async iterator over lists of the ChoiceDeltas that arrived since the previous list, until all choices end."""
         while self.open or self._deltas:
             await self._arrived.wait()
             self._arrived.clear()
@@ -234,13 +233,12 @@ class Snapshot:
     Attributes:
         gauges: the engine's gauges.
         counts: the engine's counters.
-        beat: time.monotonic() when the engine's thread took the snapshot. If it is long ago and the engine is not idle,
-            a step hangs.
+        beat: time.monotonic() at the snapshot. If this was long ago and the engine is not idle, a step hangs.
         idle: True if the engine has no work.
-        active: number of the engine's requests.
-        experts: {site (name) of a layer's op `experts`: the load of the layer's experts}.
-        expert_moves: number of times that a layer's experts were moved between ranks.
-        expert_failure: why experts cannot be moved; "" if they can.
+        active: number of requests in the engine.
+        experts: load of the experts of each mixture-of-experts layer. The key is the name of the layer's op `experts`.
+        expert_moves: how many times the experts of a layer have been moved between ranks.
+        expert_failure: the reason why experts cannot be moved; "" if they can.
     """
 
     gauges: Gauges
@@ -298,8 +296,8 @@ class Driver:
     def submitted(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> Iterator[Submission]:
         """Context manager that submits prompts to the engine and yields their Submission.
 
-        earlier: see Submission. On exit it cancels the choices that have not ended. Raises Refused if the engine has
-        ended.
+        On exit it cancels the choices that have not ended. Raises Refused if the engine has ended. earlier: see
+        Submission.
         """
         if self.ended.is_set():
             raise Refused("failed", ENDED, None)
@@ -365,10 +363,10 @@ class Driver:
             self._call(_settle, message.result, value, None)
 
     def _submit(self, submission: Submission) -> None:
-        """Add all prompts of a submission to the engine, or none if the engine refuses one.
+        """Add all prompts of a submission to the engine, or none if the engine refuses one of them. Returns nothing.
 
-        The outcome, Admitted or the error, is queued as an update for the event loop. If the submission began on
-        another engine, prompts whose choices have all ended there are not added.
+        The outcome, Admitted or the error, is queued as an update for the event loop. If another engine began the
+        output, a prompt is not added if all its choices ended on that engine.
         """
         n = submission.n
         try:
@@ -387,10 +385,10 @@ class Driver:
             self._updates.append((submission, Admitted()))
 
     def _add(self, request: Request, choices: list[SuspendedChoice]) -> None:
-        """Queue a request in the engine. Returns nothing.
+        """Add a request to the engine's queue. Returns nothing.
 
-        If the request began on another engine, so that some of its choices have output or have ended already, it is
-        queued as a Resumption, with the tokens that `choices` hold.
+        choices: the choices that still need output, with the tokens that another engine has generated for them. If
+        there are such tokens or ended choices, the request is added as a Resumption, which continues after the tokens.
         """
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)
@@ -435,10 +433,10 @@ class Driver:
         return Snapshot(gauges, counts, now, self.engine.idle, active, loads, experts.moves, experts.failed)
 
     def _publish(self) -> None:
-        """Store a new snapshot of the engine, and hand pending updates to the event loop.
+        """Store a new snapshot of the engine, and hand the pending updates to the event loop.
 
-        If the engine launched a step and has more work, the updates are kept for now: _before_launch() hands them over
-        at the next launch, so that the event loop works while the device computes.
+        If the engine launched a step and has more work, the updates stay pending. _before_launch() hands them over just
+        before the next launch, so that the event loop works while the device computes.
         """
         before, self.snapshot = self.snapshot, self._take_snapshot()
         if (why := self.snapshot.expert_failure) and not before.expert_failure:
@@ -456,7 +454,7 @@ class Driver:
         self._call(self._deliver, updates, self.steps[-1] if self.steps else None)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Queue a function to be called on the event loop."""
+        """Have `function(*arguments)` called on the event loop. Returns at once."""
         self._outbox.put(partial(function, *arguments))
 
     # In the thread "updates". Waking the event loop hands it the GIL; putting an item into a queue does not, so the

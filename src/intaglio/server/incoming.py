@@ -18,17 +18,19 @@ REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 def request_id(given: str) -> str:
-    """The id of a request: `given`, the header x-request-id, if it is a valid id; else 32 random hexadecimal digits.
+    """Returns the id of a request: `given` if it is a valid id, else 32 random hexadecimal digits.
 
-    Valid are 1 to 128 ASCII letters, digits, `_`, `-` and `.`.
+    given: value of the header x-request-id. A valid id has 1 to 128 characters: ASCII letters, digits, `_`, `-` and
+    `.`.
     """
     return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def check_key(keys: Sequence[str], authorization: str) -> int:
-    """The index in `keys` of the API key that a request's Authorization header holds.
+    """Returns the index in `keys` of the API key that a request has sent. Raises Problem 401 for any other key.
 
-    All keys are compared, so that the time taken does not tell which one matched. Raises Problem 401 if none does.
+    All keys are compared, so that the time taken does not tell which key matched. authorization: the Authorization
+    header.
     """
     scheme, _, key = authorization.partition(" ")
     given = key.strip().encode() if scheme.lower() == "bearer" else b""
@@ -40,11 +42,13 @@ def check_key(keys: Sequence[str], authorization: str) -> int:
 
 
 async def read_body(receive: Receive, most: int, seconds: float, announced: int = 0) -> bytes:
-    """Receive the body of a request. Returns bytes.
+    """Receive the body of a request. Returns the body as bytes.
 
-    most: largest size in bytes. seconds: longest time that the body may take. announced: the size in the Content-Length
-    header, 0 if unknown; if it is larger than `most`, nothing is read. Raises Problem 408 if the body comes too slowly,
-    413 if it is too large, and ClientDisconnected if the client disconnects.
+    most: largest allowed size in bytes. seconds: longest time that the body may take. announced: the size that the
+    Content-Length header states, 0 if unknown; if it is larger than `most`, nothing is read.
+
+    Raises Problem 408 if the body comes too slowly, 413 if it is too large, and ClientDisconnected if the client
+    disconnects.
     """
     raw = bytearray()
     try:

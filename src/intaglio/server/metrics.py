@@ -46,8 +46,8 @@ HISTOGRAMS = {
 class Metrics:
     """Prometheus registry of one server; every series has the label model_name.
 
-    modelled: True if times are those of simulated chips. Histograms of times are then named intaglio:modelled_* instead
-    of vllm:*.
+    modelled: True if times are those of simulated chips. Histograms of times then have names that begin with
+    intaglio:modelled_ instead of vllm:.
     """
 
     def __init__(self, modelled: bool = False) -> None:
@@ -63,18 +63,21 @@ class Metrics:
         self.registry.register(EngineCollector(self.models))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as bytes."""
+        """Returns all metrics in Prometheus' text format, as bytes."""
         return generate_latest(self.registry)
 
     def add_model(
         self, name: str, look: Callable[[], Snapshot], facts: dict[str, str], clock: Callable[[], float] | None = None,
         tier: TierCounts | None = None,
     ) -> ModelMetrics:  # fmt: skip
-        """Add a model's series and return them as ModelMetrics.
+        """Add the metrics of one model to the registry. Returns its ModelMetrics.
 
-        name: the model's name. look: function that returns the engine's latest Snapshot. facts: properties of the K/V
-        cache, as labels of cache_config_info. clock: the engine's modelled clock in seconds; None if its times are
-        measured. tier: counts of the tier that keeps its K/V blocks; None without a tier.
+        Args:
+            name: the model's name.
+            look: function that returns the engine's latest Snapshot.
+            facts: properties of the K/V cache, as labels of the metric cache_config_info.
+            clock: function that returns the engine's modelled time in seconds; None if times are measured.
+            tier: counts of the tier, the store in which the engine keeps K/V blocks; None if it has no tier.
         """
         labels = dict(zip(LABELS, (name, "0"), strict=True))
         histograms = {title: family.labels(**labels) for title, family in self.families.items()}
@@ -89,9 +92,9 @@ class ModelMetrics:
         labels: Prometheus labels of the model.
         histograms: the histograms by name, without prefix.
         look: function that returns the engine's latest Snapshot.
-        facts: fixed facts of the K/V cache, as text by name.
-        clock: function that returns the modelled time in seconds; None if the device has no modelled clock.
-        tier: counts of the engine's K/V tier; None without one.
+        facts: fixed properties of the K/V cache, name to text.
+        clock: function that returns the modelled time in seconds; None if times are measured.
+        tier: counts of the tier, the store in which the engine keeps K/V blocks; None if it has no tier.
     """
 
     def __init__(
@@ -104,11 +107,11 @@ class ModelMetrics:
         self._step = 0
 
     def watch(self, updates: list[Update], step: StepRecord | None) -> None:
-        """Add what the engine's thread has just done to the histograms. Returns nothing.
+        """Add the latest updates of the engine to the histograms. Returns nothing.
 
-        updates: the new updates; each ChoiceDelta counts for the latencies, other updates are ignored. step: the
-        engine's latest step; its tokens count only if it has not been seen before. None: the engine has run no step
-        yet.
+        updates: the new updates; each ChoiceDelta among them adds its latencies, other updates are ignored. step: the
+        engine's latest step, or None before the first step; its token count is added once, even if the step is passed
+        again.
         """
         observe = self.histograms
         if step and step.number > self._step:
@@ -211,7 +214,7 @@ class EngineCollector(Collector):
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
 
     def _experts(self, seen: Sequence[tuple[ModelMetrics, Snapshot]]) -> Iterator[Metric]:
-        """Yield the metrics of mixtures of experts; none if no model has counted tokens of experts.
+        """Yield the metrics of mixture-of-experts layers; none if no engine counts the tokens of each expert.
 
         seen: for each model, its ModelMetrics and its engine's latest Snapshot.
         """

@@ -64,7 +64,7 @@ REFUSALS = {
 
 @cache
 def describe(models: tuple[str, ...]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document, as a dict, of a server that serves the models named."""
+    """Returns the OpenAPI 3.1 document, as a dict, of a server. models: names of the models that it serves."""
     bodies = [(body, "validation") for _, bodies, _ in POSTS.values() for body in bodies]
     _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = {**found["$defs"], "Error": _error()}

@@ -21,21 +21,21 @@ RENEWAL = LEASE / 4  # seconds between renewals of a lease
 
 
 class Prefill:
-    """ASGI response to a request whose prompts are computed here, while another replica generates the output.
+    """ASGI response to a router's request to compute only the K/V cache of prompts, for another replica.
 
-    The engine saves each full K/V block to its tier, a store of blocks. A lease protects all blocks of the prompts from
-    eviction; it is renewed while they are computed and saved. When all blocks are saved, a response of JSON is sent:
+    The other replica loads the cache from the engine's tier, a store of K/V blocks, and generates the output. The
+    engine saves each full block to the tier. A lease protects the blocks from eviction; it is renewed while they are
+    computed and saved. When all blocks are saved, a JSON response is sent to the router, with these fields:
 
     - tokens: number of tokens of the first prompt.
-    - whole: number of the first prompt's tokens that lie in full K/V blocks; only full blocks can be handed over. 0 if
-      nothing is computed.
-    - handed: number of the first prompt's tokens whose blocks are in the tier and protected. It is less than `whole` if
-      a block could not be saved or the lease has run out.
-    - lease: the lease, which the router renews for as long as the blocks are wanted; "" if no tokens are handed.
-    - peer: the address at which the other replica fetches the blocks; "" if it finds them in a folder that both use.
+    - whole: how many of these tokens lie in full K/V blocks; only full blocks can be loaded. 0 if nothing is computed.
+    - handed: how many of these tokens the other replica can load. The number is less than `whole` if a block could not
+      be saved or the lease has run out.
+    - lease: id of the lease, which the router renews as long as the blocks are needed; "" if `handed` is 0.
+    - peer: address at which the other replica fetches the blocks; "" if both replicas use the same folder.
 
-    Nothing is computed if the engine has no tier. Prompts whose log-probabilities are wanted are left out; the other
-    replica computes them itself.
+    Nothing is computed if the engine has no tier. A prompt for which log-probabilities are requested is left out; the
+    other replica computes it itself.
     """
 
     def __init__(self, model: ServedModel, prompts: Sequence[Prepared]) -> None:
@@ -83,21 +83,22 @@ class Prefill:
                 await asyncio.to_thread(tier.renew, self.lease, LEASE)
 
     def _names(self, *requests: Request) -> list[str]:
-        """A list of the names of the full K/V blocks of the prompts of `requests`, each name once.
+        """Returns a list of the names of all full K/V blocks of the prompts of `requests`, without duplicates.
 
-        requests: if none are given, all requests of this response count.
+        If no requests are given, the prompts of all requests of this response are used.
         """
         names = self.model.driver.engine.block_names
         chosen = requests or [p.request for p in self.prompts]
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
     def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
-        """Number of leading prompt tokens whose K/V blocks another replica can load from the tier (a store of blocks).
+        """Returns how many tokens of the first prompt, from its start, another replica can load from the tier.
 
-        They are tokens of the request's first prompt. Counted are whole blocks that are stored and that the request's
-        lease protects from eviction; 0 without a lease. Waits until the engine's blocks are saved.
+        The tier is a store of K/V blocks. Only whole blocks count, up to the first block that is not stored or that the
+        lease does not protect from eviction. Without a lease the number is 0. The function first waits until the
+        engine's blocks are saved.
 
-        tier: the store. names: names of the first prompt's full blocks, in order.
+        names: names of the first prompt's full blocks, in order.
         """
         tier.flush()
         blocks = tier.handed(self.lease, names) if self.lease else 0
@@ -105,11 +106,11 @@ class Prefill:
 
 
 class HeldLeases:
-    """Renews the leases of a router's requests, which keep their K/V blocks from being evicted from a tier.
+    """Renews the leases that a router holds on K/V blocks. A lease protects blocks in a tier from eviction.
 
-    A tier is a store of K/V blocks that replicas share. Each lease held is renewed every RENEWAL seconds. A lease that
-    has run out cannot be renewed, and its blocks may be gone. Methods called on the event loop never wait: another
-    thread does the work, because another process may have locked the tier.
+    A tier is a store of K/V blocks that replicas share. Each lease is renewed every RENEWAL seconds. A lease that has
+    run out cannot be renewed, and its blocks may be gone. The tier may be locked by another process; therefore another
+    thread calls it, and methods called on the event loop never wait.
     """
 
     def __init__(self, tier: StoreTier) -> None:
@@ -119,9 +120,10 @@ class HeldLeases:
         self._working: asyncio.Task[None] | None = None
 
     def update(self, held: Iterable[str], released: Iterable[str]) -> None:
-        """Replace the leases to renew by `held`, and end the leases `released`. Returns at once, before that is done.
+        """Renew the leases `held` from now on, and end the leases `released`. Returns at once; the work is done later.
 
-        A lease protects K/V blocks from eviction for a time. held, released: ids of leases.
+        A lease protects K/V blocks from eviction for a time. held, released: ids of leases. A lease that was renewed
+        before and is not in `held` is no longer renewed.
         """
         now = asyncio.get_running_loop().time()
         self._due = {lease: self._due.get(lease, now) for lease in held}
@@ -132,8 +134,8 @@ class HeldLeases:
     async def _work(self) -> None:
         """End the leases in `_released` and renew the leases that are due, until nothing is left to do.
 
-        Returns nothing. A lease protects K/V blocks from eviction for a time. This runs as a task, which update()
-        starts if none is running.
+        A lease protects K/V blocks from eviction for a time. This method runs as a task; update() starts the task if
+        none is running. It returns nothing.
         """
         now = asyncio.get_running_loop().time
         while self._released or any(due <= now() for due in self._due.values()):
@@ -151,7 +153,7 @@ class HeldLeases:
 
 
 def prompt_only(request: Request) -> Request:
-    """A copy of `request` that computes only the prompt: it generates one token and ends."""
+    """Returns a copy of `request` that computes the prompt and then ends: it generates one token only."""
     return Request(
         request.id, request.prompt, SamplingParams(max_tokens=1, ignore_eos=True), priority=request.priority,
         queue_timeout=request.queue_timeout, timeout=request.timeout, salt=request.salt,

@@ -39,9 +39,9 @@ SAME = {  # fields that SamplingParams has under the same name
 
 @dataclass(frozen=True)
 class Limits:
-    """The server's own limits for every request, in seconds from arrival; None: no limit.
+    """The server's own time limits for every request, in seconds from the request's arrival; None: no limit.
 
-    `timeout`: until the request ends. `queue_timeout`: until its first step.
+    `timeout`: the request must end within this time. `queue_timeout`: its first step must begin within this time.
     """
 
     timeout: float | None = None
@@ -58,14 +58,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reading:
-    """The way to turn a request's output into its response.
+    """How to turn the output of one prompt into the response.
 
     Attributes:
         style: how to parse the text of a chat into reasoning, content and tool calls.
         ignored: names of request fields that had no effect.
-        echo: text to put in front of the output: the prompt's text if the request asked for echo; "": none.
+        echo: text to put in front of the output, if the request asked for echo; "" if it did not.
         prefix: number of tokens at the prompt's beginning, such as BOS, that have no text in `echo`.
-        suffix: number of tokens at its end, such as EOS, that have none.
+        suffix: number of tokens at the prompt's end, such as EOS, that have no text in `echo`.
     """
 
     style: OutputStyle
@@ -78,9 +78,9 @@ class Reading:
 def prepare_completion(
     llm: LLM, body: CompletionRequest, id: str, settings: Settings
 ) -> tuple[list[Prepared], list[Reading]]:
-    """(prepared, readings), two lists with one entry per prompt of a completion.
+    """Returns (prepared, readings) for a completion request: two lists with one item for each prompt.
 
-    A Prepared holds the engine's request; a Reading says how to turn its output into the response.
+    A Prepared holds the engine's request for a prompt. A Reading says how to turn its output into the response.
 
     id: id of the response, from which the ids of the engine's requests are made. settings: what the server adds to
     every request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
@@ -115,19 +115,21 @@ def prepare_completion(
 
 
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int, int]:
-    """(text, before, after) for `echo`: the prompt's text, and the numbers of tokens before and after its own.
+    """Returns (text, before, after) if the request asks for echo of its prompt, else ("", 0, 0).
 
-    The tokenizer adds them, such as a beginning and an end of sequence. If the prompt was given as token ids or was
-    cut, the text is decoded from `ids`, shows special tokens too, and the numbers are 0. ("", 0, 0) if the request does
-    not ask for echo.
+    text: the prompt's text. before, after: numbers of special tokens that the tokenizer has added at the beginning and
+    at the end of the prompt, such as BOS and EOS; they have no characters in the text.
+
+    If the prompt was given as token ids or has been cut, the text is decoded from `ids`. It then shows special tokens
+    too, so both numbers are 0.
 
     Args:
         llm: the model.
         body: the request.
-        prompt: the prompt as given, a text or token ids.
-        ids: token ids of the prompt.
+        prompt: the prompt in the form in which it was given, a text or token ids.
+        ids: token ids of the prompt as the engine gets it.
 
-    Raises Problem if the model has no tokenizer to decode token ids.
+    Raises Problem if the text must be decoded and the model has no tokenizer.
     """
     if not body.echo:
         return "", 0, 0
@@ -143,9 +145,9 @@ def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[
 
 
 def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:
-    """(prepared, reading) of a chat.
+    """Returns (prepared, reading) for a chat request.
 
-    The Prepared holds the engine's request; the Reading says how to turn its output into the response.
+    `prepared` holds the engine's request. `reading` says how to turn its output into the response.
 
     id: id of the response, from which the id of the engine's request is made. settings: what the server adds to every
     request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
@@ -187,16 +189,16 @@ def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tu
 
 
 def hints(body: GenerationRequest) -> list[str]:
-    """A list of the names of the request's fields that are accepted but have no effect."""
+    """Returns the names of the fields that a request gives although they have no effect here, as a list."""
     return [
         name for name in HINTS if name in body.model_fields_set and body.model_dump(include={name})[name] is not None
     ]
 
 
 def candidates(body: GenerationRequest) -> int:
-    """Number of choices to generate for each prompt: best_of, or n.
+    """Returns how many choices to generate for each prompt: best_of if the request gives it, else n.
 
-    Raises Problem if best_of contradicts n or stream.
+    Raises Problem if best_of is less than n, or if it differs from n in a streamed request.
     """
     n, best = body.n or 1, body.best_of
     if best is None:
@@ -209,9 +211,9 @@ def candidates(body: GenerationRequest) -> int:
 
 
 def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
-    """A list of the token ids of `text`. special: True to add the tokenizer's special tokens, such as BOS.
+    """Returns a list of the token ids of `text`. Raises Problem if the model has no tokenizer.
 
-    Raises Problem if the model has no tokenizer.
+    special: True to add the tokenizer's special tokens, such as BOS.
     """
     if llm.model.tokenizer is None:
         raise Problem(400, f"{llm.model.path.name} has no tokenizer; give token ids", param="prompt")
@@ -219,11 +221,12 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """A list of the prompt's token ids `ids`, cut to as many tokens as the body's truncate_prompt_tokens says.
+    """Returns the prompt's token ids `ids` as a list, cut to the length that truncate_prompt_tokens gives.
 
-    If truncate_prompt_tokens is -1, as many tokens are kept as leave room for `asked` output tokens in the context, at
-    least 1. The end of the prompt is kept or, with truncation_side "right", its beginning. Without
-    truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
+    If the request's truncate_prompt_tokens is -1, the prompt is cut so that the context has room for `asked` output
+    tokens; at least 1 prompt token is kept. If the field is missing, nothing is cut. Raises Problem if it is 0.
+
+    The end of the prompt is kept. With truncation_side "right", its beginning is kept.
 
     asked: number of output tokens that the request asks for; None counts as 1.
     """
@@ -238,9 +241,10 @@ def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | N
 
 
 def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """The tools that a forced tool call may name, as {name: argument schema}; {} if tool_choice forces no call.
+    """Returns the tools that a forced tool call may name, as a dict from name to argument schema.
 
-    Raises Problem if the request has no tools, or if tool_choice names none of them.
+    The dict is empty if tool_choice does not force a call. Raises Problem if it forces a call and the request has no
+    tools, or not the tool that tool_choice names.
     """
     choice = body.tool_choice
     if choice in (None, "auto", "none"):
@@ -258,9 +262,10 @@ def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
 
 
 def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
-    """The Grammar (kind and text) that response_format or structured_outputs asks for; None if neither asks for one.
+    """Returns the Grammar (kind and text) that the output must match; None if the request does not restrict the output.
 
-    Raises Problem if they ask for more than one, or if response_format's type and its json_schema do not agree.
+    Raises Problem if response_format and structured_outputs give more than one grammar, or if response_format's type
+    and its json_schema do not agree.
     """
     asked: list[Grammar] = []
     if form and form.type == "json_object":
@@ -288,10 +293,10 @@ def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) 
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
-    """A list of the request's prompts, each a text or a list of token ids.
+    """Returns a list of the request's prompts. Each prompt is a text or a list of token ids.
 
-    prompt: the body's `prompt`, which validation has checked: one prompt, or a list of prompts that is not empty.
-    Raises Problem if there are more than MAX_PROMPTS.
+    prompt: the body's `prompt`, which validation has checked: one prompt, or a list of at least one prompt. Raises
+    Problem if there are more than MAX_PROMPTS prompts.
     """
     prompts: list[str | list[int]] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if len(prompts) > MAX_PROMPTS:
@@ -300,10 +305,12 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _max_tokens(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
-    """Largest number of output tokens of the request: `asked`; if that is None, as many as the context has room for.
+    """Returns the largest number of output tokens of a request.
 
-    prompt: number of prompt tokens. name: the request's field, for the error. Raises Problem if the prompt fills the
-    context or `asked` is more than the room left.
+    This is `asked`. If `asked` is None, it is all the room that the prompt leaves in the context.
+
+    prompt: number of prompt tokens. name: the request field that gives `asked`, for the error text. Raises Problem if
+    the prompt fills the context, or if `asked` is more than the room left.
     """
     context, room = llm.model.program.context, llm.admission.max_tokens(prompt)
     if room < 1:
@@ -316,10 +323,11 @@ def _max_tokens(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
 
 
 def _params(body: GenerationRequest, settings: Settings, **more: Any) -> SamplingParams:
-    """The SamplingParams of a request. `more`: parameters that the caller has computed.
+    """Returns the SamplingParams of a request. more: parameters that the caller has computed.
 
-    A field that the request leaves out has the checkpoint's default, else OpenAI's: temperature 1, no top-k, no
-    top-p. Raises ParamsError for a value out of range, Problem if best_of is invalid.
+    A field that the request does not give gets the checkpoint's default. If the checkpoint has none, it gets OpenAI's
+    default: temperature 1, no top-k, no top-p. Raises ParamsError for a value out of range, and Problem if best_of is
+    invalid.
     """
     given = body.model_dump(include=SAME, exclude_none=True)
     if body.prompt_logprobs is not None:
@@ -334,9 +342,9 @@ def _params(body: GenerationRequest, settings: Settings, **more: Any) -> Samplin
 
 
 def _options(body: GenerationRequest, limits: Limits) -> dict[str, Any]:
-    """A dict of arguments for Request: priority, cache salt, and timeouts in seconds.
+    """Returns a dict of arguments for Request: priority, cache salt, timeout and queue_timeout.
 
-    A timeout is the shorter of the client's and the server's.
+    Both timeouts are in seconds. Each is the shorter of the client's timeout and the server's.
     """
     return {
         "priority": body.priority or 0,

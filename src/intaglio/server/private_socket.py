@@ -14,10 +14,11 @@ OPEN_FOLDERS = Path("/proc/self/fd")  # has a link to each folder that this proc
 
 
 def private_socket(path: Path) -> socket.socket:
-    """A Unix socket bound to `path` that only this user may connect to. It does not listen yet.
+    """Returns a Unix socket that is bound to `path` and that only this user may connect to. It does not listen yet.
 
-    Its permissions are set before it listens, so that other users can never connect. A socket that a killed process
-    left at the path is replaced. Raises OSError that names the path if a process listens there, or if it is no socket.
+    Its permissions are set before it listens, so that other users can never connect. If a killed process has left a
+    socket at the path, this socket is replaced. Raises OSError if another process listens there, or if the file at
+    `path` is not a socket. The message names the path.
     """
     bound = socket.socket(socket.AF_UNIX)
     try:
@@ -41,9 +42,9 @@ def private_socket(path: Path) -> socket.socket:
 
 
 def connected_socket(path: Path, timeout: float | None = None) -> socket.socket:
-    """A socket connected to the Unix socket at `path`. timeout: seconds that it may take; None: no limit.
+    """Returns a socket that is connected to the Unix socket at `path`. Raises OSError if no process listens there.
 
-    Raises OSError if nobody listens there.
+    timeout: time limit in seconds for connecting and for later operations of the socket; None: no limit.
     """
     connected = socket.socket(socket.AF_UNIX)
     connected.settimeout(timeout)
@@ -67,12 +68,13 @@ def in_use(path: Path) -> bool:
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Context manager that yields a path of the same file that is short enough for a Unix socket's address.
+    """Context manager that yields a path to the file at `path` that fits in the address of a Unix socket.
 
-    The path is `path` itself if that is short enough. Otherwise the file's folder is opened, and the path is
-    /proc/self/fd/N/NAME, where N is the open folder's descriptor. The folder is closed when the context exits, and the
-    path is invalid from then on. On a system without /proc it is `path` in any case. Raises OSError if the folder
-    cannot be opened.
+    If `path` is short enough, it is yielded unchanged. Otherwise the file's folder is opened, and the yielded path is
+    /proc/self/fd/N/NAME, where N is the descriptor of the open folder. This path is valid only inside the context,
+    which closes the folder at its end. On a system without /proc, `path` is yielded unchanged even if it is too long.
+
+    Raises OSError if the folder cannot be opened.
     """
     if len(os.fsencode(path)) <= PATH_MAX or not OPEN_FOLDERS.is_dir():
         yield os.fspath(path)

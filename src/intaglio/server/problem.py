@@ -23,8 +23,13 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 class Problem(Exception):
     """An error to send as an HTTP response in OpenAI's format.
 
-    Arguments: `status`, the HTTP status; `param`, name of the invalid field; `code`, a word for programs;
-    `retry_after`, seconds for the header Retry-After, rounded up to at least 1; `headers`, further headers.
+    Args:
+        status: the HTTP status.
+        message: text for the user.
+        param: name of the invalid field.
+        code: short name of the error, such as queue_full, which client programs can test.
+        retry_after: seconds for the header Retry-After, rounded up to at least 1.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -44,20 +49,20 @@ class Problem(Exception):
             self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
 
     def as_dict(self) -> dict[str, Any]:
-        """The response body, as a dict in OpenAI's error format."""
+        """Returns the response body as a dict in OpenAI's error format."""
         kind = KINDS[self.status]
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}}
 
     def response(self) -> Response:
-        """The HTTP response that tells the client of this problem: its JSON, status and headers."""
+        """Returns the HTTP response for this error, with its JSON body, status and headers."""
         return Json(self.as_dict(), self.status, self.headers)
 
 
 def as_problem(error: Exception) -> Problem | None:
-    """The HTTP error for an exception, as a Problem; None if the exception is no error of a request.
+    """Returns the HTTP error, a Problem, that tells a client about an exception; None if it is an internal error.
 
-    A Problem is returned unchanged. Invalid requests become status 400, a full queue or a deadline that cannot be met
-    429, and other refusals, such as a server that shuts down, 503.
+    A Problem is returned unchanged. An invalid request becomes status 400. A full queue, or a deadline that cannot be
+    met, becomes status 429. Any other refusal, such as that of a server that shuts down, becomes status 503.
     """
     match error:
         case Problem():
@@ -75,12 +80,15 @@ def as_problem(error: Exception) -> Problem | None:
 
 
 def fault_problem(fault: Fault) -> Problem:
-    """The Problem for a request that ended with an error: 400 if the request caused it, else 500."""
+    """Returns the Problem for a request that ended with an error: status 400 if the request caused it, else 500."""
     return Problem(400 if fault.kind == "request" else 500, fault.message, code=f"{fault.kind}_fault")
 
 
 def dumps(value: Any) -> bytes:
-    """`value` as compact JSON, in UTF-8 bytes. Raises ValueError for NaN and infinities, which JSON does not have."""
+    """Returns `value` as compact JSON, in UTF-8 bytes.
+
+    Raises ValueError for NaN and infinities, which JSON does not have.
+    """
     return ENCODER.encode(value).encode()
 
 
@@ -90,7 +98,7 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The response body: `content` as JSON in bytes."""
+        """Returns the response body: `content` as JSON, in bytes."""
         return dumps(content)
 
     def __init__(self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> None:

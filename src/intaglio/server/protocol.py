@@ -41,7 +41,8 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """Options of a streamed response.
 
-    continuous_usage_stats: with include_usage, every chunk has the usage so far (vLLM).
+    include_usage: True to send the token counts (usage) in a last chunk. continuous_usage_stats: True to send the
+    counts so far in every chunk too; it has an effect only with include_usage.
     """
 
     include_usage: bool | None = None
@@ -49,7 +50,7 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    """A JSON schema by name, as in OpenAI's response_format."""
+    """A JSON schema with a name, as in OpenAI's response_format."""
 
     name: Text
     schema_: Annotated[Json, Field(alias="schema")]
@@ -80,9 +81,9 @@ class ModelRequest(Body):
 
 
 class GenerationRequest(ModelRequest):
-    """Fields that completions and chat share.
+    """The request fields that completions and chat completions share.
 
-    Those from `top_k` on extend OpenAI's API, with vLLM's names where it has them.
+    The fields from `top_k` on are not in OpenAI's API. Those that vLLM has too have vLLM's names.
     """
 
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -153,28 +154,31 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(Body):
-    """A text in a message's content."""
+    """One part of a message's content: a text."""
 
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(Body):
-    """A refusal in a message's content."""
+    """One part of a message's content: the text with which the model refused to answer."""
 
     type: Literal["refusal"]
     refusal: str
 
 
 class Function(Body):
-    """The name of the called function, and its arguments as JSON text."""
+    """The function part of a tool call: the name of the called function, and its arguments as JSON text."""
 
     name: Text
     arguments: str
 
 
 class ToolCall(Body):
-    """A tool call in an earlier assistant message. `index` numbers calls in streams; here it is ignored."""
+    """A tool call in an earlier assistant message.
+
+    `index` is accepted because streamed responses number calls with it; here it is ignored.
+    """
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -185,8 +189,8 @@ class ToolCall(Body):
 class Message(Body):
     """One message of a conversation.
 
-    `refusal`, `annotations` and `reasoning` occur in responses of OpenAI and vLLM, so clients may send them back.
-    Further fields go to the chat template if it reads them.
+    Clients may send back `refusal`, `annotations` and `reasoning`, which occur in responses of OpenAI and vLLM. Fields
+    that are not listed here are passed to the chat template if the template reads them.
     """
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -259,7 +263,7 @@ class ChatRequest(GenerationRequest, Conversation):
 
 
 class TokenizeText(ModelRequest):
-    """Body of /tokenize with a text."""
+    """Body of POST /tokenize if the client sends a text."""
 
     prompt: str
     add_special_tokens: bool | None = None
@@ -267,13 +271,13 @@ class TokenizeText(ModelRequest):
 
 
 class TokenizeChat(Conversation, ModelRequest):
-    """Body of /tokenize with a conversation."""
+    """Body of POST /tokenize if the client sends a conversation."""
 
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(ModelRequest):
-    """Body of /detokenize."""
+    """Body of POST /detokenize: the token ids to convert to text."""
 
     tokens: list[TokenId]
 
@@ -288,7 +292,7 @@ class EmbeddingRequest(ModelRequest):
 
 
 def error_message(body: type[BaseModel], error: dict[str, Any]) -> tuple[str, str]:
-    """(message, name of the invalid field) for one error of pydantic's validation of `body`."""
+    """Returns (message, name of the invalid field) for `error`, one error of pydantic's validation of a `body`."""
     place = [str(part) for part in error["loc"] if not _union_tag(part)]
     field = ".".join(place)
     if error["type"] == "extra_forbidden":
@@ -304,7 +308,10 @@ def _names(body: type[BaseModel]) -> list[str]:
 
 
 def _union_tag(part: object) -> bool:
-    """True if this part of an error's location is a tag that pydantic adds for a union's member, not a field's name."""
+    """True if `part`, one item of the location of a pydantic error, does not name a field.
+
+    For a field whose type is a union, pydantic puts the name of the union's member into the location too.
+    """
     return isinstance(part, str) and (
         "[" in part or part in ("str", "int", "float", "bool", "dict", "constrained-str", "none", *_MODELS)
     )

@@ -33,12 +33,13 @@ class Relay:
     Attributes:
         id: id of the response, without its prefix.
         created: Unix time of the response, seconds.
-        seed: seed for a request that has none, so that every replica draws the same tokens.
+        seed: seed for a request that has none. With it every replica draws the same tokens.
         waited: seconds that the request has spent in the router and on other replicas.
-        made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
-        deltas: the output so far.
-        prefill: True to only compute the prompt, for another replica that generates (see prefill.py).
-        peer: address of the replica that gives the K/V blocks of the prompts; "" if they are in a folder, or nowhere.
+        made_by: ServedModel.identity of the replica that generated `deltas`; None if there are no deltas.
+        deltas: the output that other replicas have generated so far.
+        prefill: True if this replica must compute only the K/V cache of the prompts, for another replica (see
+            prefill.py).
+        peer: address of a replica from which this replica can fetch K/V blocks of the prompts; "" if there is none.
     """
 
     id: str
@@ -52,26 +53,28 @@ class Relay:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Relay:
-        """The Relay that as_dict() wrote as the dict `table`."""
+        """Returns the Relay for `table`, a dict in the form that as_dict() returns."""
         made_by = tuple(table["made_by"]) if table["made_by"] else None
         deltas = tuple(read_delta(d) for d in table["deltas"])
         facts = table["id"], table["created"], table["seed"], table["waited"], made_by, deltas
         return cls(*facts, table["prefill"], table["peer"])
 
     def as_dict(self) -> dict[str, Any]:
-        """The Relay as a dict for JSON."""
+        """Returns the fields of the Relay as a dict that can be written as JSON."""
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """A list of copies of the prompts, changed for this replica.
+        """Returns a list of copies of `prompts` in which the requests are changed for this replica.
 
-        - Timeouts are shortened by the seconds that the request has waited elsewhere (self.waited).
-        - queue_timeout becomes None if the client has been sent output: such a request may wait.
-        - A prompt without a seed gets one, made from self.seed and the prompt's number. So every replica draws the same
-          tokens.
+        - Timeouts are shortened by the seconds that the request has already waited elsewhere (self.waited).
+        - queue_timeout becomes None if the client has already received output.
+        - A request without a seed gets a seed that is made from self.seed and the prompt's number, so that every
+          replica draws the same tokens.
 
-        engine: ServedModel.identity of this replica. Raises Problem 503 if another replica began the output
-        (self.made_by) and its identity differs: this replica could then not continue the output bit for bit.
+        engine: ServedModel.identity of this replica.
+
+        Raises Problem 503 if a replica with another identity began the output (self.made_by). This replica could then
+        not continue the output with bitwise equal results.
         """
         if self.made_by is not None and self.made_by != engine:
             why = f"it was begun by {self.made_by[1]} and Program {self.made_by[0][:12]}, this replica is {engine[1]}"
@@ -96,9 +99,9 @@ class Relay:
 class RelayedAnswer(Answer):
     """A replica's answer to a request that came from a router.
 
-    Besides the HTTP response for the client, it sends the router the generated tokens (ChoiceDeltas), so that another
-    replica can continue if this one fails. They travel as extra ASGI messages, or fields of messages, which only the
-    control channel between router and replica understands.
+    In addition to the HTTP response for the client, the replica sends the router the generated tokens as ChoiceDeltas.
+    With them another replica can continue the output if this replica fails. They are sent as extra ASGI messages, or as
+    extra fields of ASGI messages; only the control channel between router and replica understands them.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +122,7 @@ class RelayedAnswer(Answer):
 
 
 def write_delta(d: ChoiceDelta) -> list[Any]:
-    """A delta as a list that json.dumps() takes; read_delta() reads it.
+    """Returns a ChoiceDelta as a list that json.dumps() accepts. read_delta() converts the list back.
 
     Log-probabilities that are infinite or NaN stay floats, which Python's JSON writes as Infinity and NaN.
     """
@@ -134,7 +137,7 @@ def write_delta(d: ChoiceDelta) -> list[Any]:
 
 
 def read_delta(values: Sequence[Any]) -> ChoiceDelta:
-    """The ChoiceDelta that write_delta() wrote as the list `values`."""
+    """Returns the ChoiceDelta for `values`, a list that write_delta() has made."""
     padded: list[Any] = list(values) + [None] * (8 - len(values))
     choice, text, scored, reason, usage, prompt, stop, fault = padded
     return ChoiceDelta(
@@ -144,7 +147,10 @@ def read_delta(values: Sequence[Any]) -> ChoiceDelta:
 
 
 def encode(value: Any) -> bytes:
-    """`value` as compact JSON in bytes. Infinities and NaN are written as Infinity and NaN, which json.loads reads."""
+    """Returns `value` as compact JSON, in bytes.
+
+    Infinities and NaN are written as Infinity and NaN, which json.loads() reads.
+    """
     return ENCODER.encode(value).encode()
 
 

@@ -86,13 +86,13 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _between(self) -> bool:
-        """True if the connection is idle: no request is being answered or waits for its answer."""
+        """True if the connection is idle: none of its requests is being answered or waits to be answered."""
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
         """Close the connection if it is idle; if closing takes longer than `write_timeout` seconds, abort it.
 
-        A connection with a request that is being answered is left open, and so is one that is closing already.
+        Nothing is done if a request is being answered, or if the connection is closing already.
         """
         if self._between and not self.transport.is_closing():
             self.transport.close()
@@ -100,11 +100,11 @@ class Connection(HttpToolsProtocol):
 
 
 class QuietServer(uvicorn.Server):
-    """A uvicorn server without signal handlers: serve() installs its own."""
+    """A uvicorn server that installs no signal handlers, since serve() installs its own."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Context manager that does nothing, in place of uvicorn's, which installs signal handlers."""
+        """Context manager that does nothing. It replaces uvicorn's context manager, which installs signal handlers."""
         yield
 
 
@@ -112,17 +112,17 @@ async def serve(
     llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
     signals: bool = True, control: Path | TcpAddress | None = None,
 ) -> int:  # fmt: skip
-    """Serve models until a signal or a failure. Returns the process's exit code.
+    """Serve models over HTTP until a signal or a failure. Returns the process's exit code.
 
-    The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
-    0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can
-    serve requests any more.
+    The first SIGTERM or SIGINT drains the server: admitted requests run to their end and new requests are refused; then
+    the exit code is 0. A second signal aborts all requests, and the exit code is 1. The exit code is also 1 if the HTTP
+    server fails, or if no model can serve requests any more.
 
     Args:
         llms: the models by the names that clients use.
         options: options of the server.
         listener: socket on which HTTP is served.
-        announce: called with the Service once requests are accepted.
+        announce: function that is called with the Service once requests are accepted.
         signals: True to handle SIGTERM and SIGINT.
         control: Unix socket or TCP address at which a router may connect (see control.py); None: no router.
 
@@ -167,7 +167,11 @@ class Shutdown:
         self.service, self.code = service, 0
 
     def on_signal(self) -> None:
-        """Handle SIGTERM or SIGINT: the first drains, the second aborts all requests. Returns nothing."""
+        """Handle SIGTERM or SIGINT. Returns nothing.
+
+        The first signal drains the server: it refuses new requests and finishes the admitted ones. The second signal
+        aborts all requests.
+        """
         if self.service.draining:
             log.warning("second signal: aborting all requests")
             self.code = 1
@@ -179,8 +183,8 @@ class Shutdown:
     async def wait(self, serving: asyncio.Future[Any]) -> None:
         """Wait until the server should end. Returns nothing.
 
-        It should end when it is drained, after a second signal, when the HTTP server has stopped, or when no model can
-        serve requests any more. In the last two cases `code`, the exit code, is set to 1.
+        The server should end in four cases: it is drained; a second signal has come; the HTTP server has stopped; no
+        model can serve requests any more. In the last two cases `code`, the exit code, is set to 1.
 
         serving: future of the running HTTP server.
         """
@@ -199,9 +203,10 @@ class Shutdown:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to host and port, on which the server listens later.
+    """Returns a TCP socket that is bound to host and port. It does not listen yet.
 
-    Call it before loading models, so that a port in use fails early. Raises OSError that names the address.
+    Call the function before loading models, so that a port in use is reported early. Raises OSError, with host and port
+    in its message, if they cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)

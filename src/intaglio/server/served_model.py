@@ -18,10 +18,12 @@ from intaglio.tiers import PeerTier
 
 
 class ServedModel:
-    """A model under the name that clients request, with its engine's driver. Created and used on the event loop.
+    """A model under the name that clients request, with its engine and the driver that runs the engine.
 
-    llm: the model and its engine. metrics: the server's metrics, to which the model is added. defaults: SamplingParams
-    fields used where a request leaves them out.
+    It is created and used on the event loop.
+
+    llm: the model and its engine. metrics: the server's metrics, to which the model is added. defaults: values of
+    SamplingParams fields for requests that do not give these fields.
     """
 
     def __init__(self, name: str, llm: LLM, metrics: Metrics, defaults: Mapping[str, Any]) -> None:
@@ -35,34 +37,38 @@ class ServedModel:
 
     @property
     def broken(self) -> str | None:
-        """The reason why the model can no longer serve requests (engine crashed, device lost); None while it can."""
+        """The reason why the model can no longer serve requests, such as a crashed engine; None while it can."""
         if self.driver.crash is not None:
             return f"the engine crashed: {self.driver.crash}"
         return self.driver.snapshot.gauges.failed
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """(hash of the whole model's Program, name of its numerics, digest of its BlockScope), three texts.
+        """Three texts (program, numerics, scope). Two replicas give bitwise equal results if all three are equal.
 
-        Two replicas give bitwise equal results if all three are equal. The BlockScope includes the weights and the
-        version of the package.
+        program: hash of the Program, the compiled model. numerics: the device and what decides its rounding, such as
+        "host avx2 tp2". scope: digest of everything that the K/V cache depends on, which includes the weights and the
+        version of this package.
         """
         engine = self.driver.engine
         return engine.scope.program, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
-        """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
+        """Returns a dict that tells a router how this replica caches a prompt's K/V blocks.
 
-        salt: the request's cache salt, or None.
+        Its key `block_size` is the number of tokens in a K/V block. Its key `names` is a list with the cache key of
+        each full block of the prompt. salt: the request's cache salt, or None.
         """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
     def announce(self, requests: Sequence[Request], peer: str) -> None:
-        """Have the full K/V blocks of these requests' prompts fetched from a peer when needed. Returns nothing.
+        """Tell the engine that a peer has the full K/V blocks of these requests' prompts. Returns nothing.
 
-        peer: text of the peer's address. Nothing is done if the model fetches no blocks, or is the peer itself. Raises
-        ValueError for a wrong text.
+        The engine fetches the blocks from the peer when it needs them. Nothing is done if this model does not fetch
+        blocks from peers, or if it is the peer itself.
+
+        peer: address of the peer, as text. Raises ValueError if the text is not an address.
         """
         if isinstance(tier := self.llm.tier, PeerTier):
             names = self.driver.engine.block_names
@@ -76,15 +82,16 @@ class ServedModel:
         return self.driver.engine.offload.connector is not None
 
     def hanging(self, seconds: float) -> str | None:
-        """An error message if the engine's current step has taken at least `seconds`; None otherwise."""
+        """Returns an error message if the engine's current step has taken at least `seconds`; None otherwise."""
         s = self.driver.snapshot
         silent = time.monotonic() - s.beat
         return None if s.idle or silent < seconds else f"the engine has been in one step for {silent:.0f} s"
 
     def refusal(self) -> Problem | None:
-        """The Problem (503) that a request for this model would get now: the engine has failed or its queue is full.
+        """Returns the error (status 503) that a new request for this model would get; None if it would be admitted.
 
-        None if the model would admit a request. Does not look at whether the server is draining.
+        A request is refused if the engine has failed or its queue is full. Whether the server is shutting down is not
+        checked.
         """
         if self.broken:
             return Problem(503, self.broken, code="failed", retry_after=1)
@@ -95,19 +102,20 @@ class ServedModel:
         return None
 
     def card(self, created: int) -> dict[str, Any]:
-        """This model's object, a dict, in the list that GET /v1/models returns.
+        """Returns the entry for this model in the list of GET /v1/models, as a dict.
 
-        created: Unix time in seconds that the object states.
+        created: Unix time in seconds, for the entry's field of this name.
         """
         model = self.llm.model
         facts = {"id": self.name, "object": "model", "created": created, "owned_by": "intaglio"}
         return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}
 
     def trace(self, submission: Submission) -> None:
-        """Record queue, prefill and decode of each ended choice as spans of the request's trace. Returns nothing.
+        """Record the phases queue, prefill and decode of each ended choice as spans of the request's trace.
 
-        Nothing is recorded for a request that is not traced, for choices that ended on another replica, or if the
-        device's time is modelled, which does not fit other spans' times.
+        Nothing is recorded if the request is not traced, or if the device's time is modelled, since modelled times
+        cannot be combined with the times of other spans. Choices that ended on another replica are left out. Returns
+        nothing.
         """
         if not self.llm.modelled:
             elsewhere = {d.choice for d in submission.earlier if d.usage}
@@ -115,7 +123,7 @@ class ServedModel:
             trace_choices(here, self.name, self.llm.clock())
 
     def state(self, since: int) -> dict[str, Any]:
-        """A dict of figures for GET /state: queue, K/V cache, totals, and the steps numbered above `since`."""
+        """Returns a dict for GET /state: this model's queue, K/V cache, totals, and the steps after step `since`."""
         s, tokenizer = self.driver.snapshot, self.llm.model.tokenizer
         steps = [r for r in list(self.driver.steps) if r.number > since]
         return {

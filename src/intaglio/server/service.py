@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """Server options; times in seconds, sizes in bytes.
+    """Server options. Times are in seconds, sizes in bytes.
 
     Attributes:
-        keys: accepted API keys; (): no key needed.
+        keys: accepted API keys; (): no key is needed.
         origins: origins that CORS allows.
         limits: longest timeouts of requests.
         max_body: largest size of a request's body.
         max_open: maximum number of requests open at once.
-        read_timeout: time within which a request's headers, and then its body, must arrive.
-        write_timeout: time after which a client that does not read its response is cut off.
-        defaults: SamplingParams fields that are used where a request leaves them out, by model name; see
+        read_timeout: time within which a request's headers must arrive, and then within which its body must arrive.
+        write_timeout: time after which a client that does not read its response is disconnected.
+        defaults: for each model name, values of SamplingParams fields for requests that do not give these fields; see
             sampling_defaults().
         step_timeout: time after which /health reports that a step hangs.
         tracing: records a trace of each generation request; None: no traces.
@@ -92,9 +92,9 @@ class Service:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
     def find(self, name: str | None) -> ServedModel:
-        """The ServedModel that a request names, or the only model if `name` is None.
+        """Returns the ServedModel with the given name; if `name` is None, the only model of the server.
 
-        Raises Problem if there is no such model, or if `name` is None and there are several models.
+        Raises Problem if there is no model with this name, or if `name` is None and there are several models.
         """
         names = ", ".join(map(repr, self.models))
         served = f"there {'are' if len(self.models) > 1 else 'is'} {names}"
@@ -106,7 +106,7 @@ class Service:
 
     @property
     def broken(self) -> str | None:
-        """The reason why no model can serve requests any more, as text; None if at least one can."""
+        """The reason why no model can serve requests any more, as text; None if at least one model can."""
         reasons = [model.broken for model in self.models.values()]
         return self._join(reasons) if all(reasons) else None
 
@@ -121,25 +121,26 @@ class Service:
             await model.driver.ended.wait()
 
     def alive(self) -> str | None:
-        """Liveness check: the reason why the process should be restarted; None if it is healthy."""
+        """Liveness check. Returns the reason why the process should be restarted, as text; None if it is healthy."""
         return self._join([model.broken or model.hanging(self.options.step_timeout) for model in self.models.values()])
 
     def admitting(self, model: ServedModel) -> Problem | None:
-        """The Problem that a request for this model would get now; None if it would be admitted."""
+        """Returns the error that a new request for this model would get now; None if it would be admitted."""
         if self.draining and not model.broken:
             return Problem(503, "the server is shutting down and admits no requests", code="draining", retry_after=1)
         return model.refusal()
 
     def ready(self) -> Problem | None:
-        """Readiness check: None if at least one model admits requests, else the first model's Problem."""
+        """Readiness check. Returns None if at least one model admits requests, else the first model's error."""
         refusals = [self.admitting(model) for model in self.models.values()]
         return refusals[0] if all(refusals) else None
 
     def _join(self, reasons: list[str | None]) -> str | None:
-        """Join the models' reasons to one line; each is preceded by the model's name if there are several models.
+        """Returns one line of text with the reasons of all models that have one; None if no model has a reason.
 
-        reasons: a reason for each model, in the order of self.models; None: the model has none. Returns None if no
-        model has a reason.
+        If the server has several models, each reason is preceded by its model's name.
+
+        reasons: for each model, in the order of self.models, the reason why it does not work; None if it works.
         """
         named = [(name, why) for name, why in zip(self.models, reasons, strict=True) if why]
         return "; ".join(f"{name}: {why}" if len(reasons) > 1 else why for name, why in named) or None

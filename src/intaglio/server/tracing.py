@@ -20,7 +20,7 @@ _active: ContextVar[Any] = ContextVar("tracer", default=None)  # OpenTelemetry's
 
 
 class Tracing:
-    """Records spans and sends them in batches, from a thread of its own, to a collector.
+    """Records OpenTelemetry spans and sends them in batches, from a thread of its own, to a collector.
 
     endpoint: URL of the collector for traces over HTTP, such as http://localhost:4318/v1/traces. service: name of this
     process in the traces. Raises ValueError if OpenTelemetry is not installed.
@@ -42,8 +42,8 @@ class Tracing:
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
         """Context manager that records the span of a request. It yields nothing.
 
-        Spans that are recorded inside the block, such as those of span(), become its children. The span's parent is the
-        one that the header `traceparent` names, if there is one.
+        Spans that are recorded inside the block, such as those of span(), become children of this span. If the request
+        has the header `traceparent`, the span becomes a child of the span that the header names.
 
         name: the span's name. headers: headers of the HTTP request, with names in lower case.
         """
@@ -66,8 +66,10 @@ class Tracing:
 def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
     """Context manager that records the span of an HTTP request if its path generates text. It yields nothing.
 
-    It does nothing for other paths, or if `tracing` is None. method, path: of the request; they make the span's name.
-    headers: the request's headers, with names in lower case.
+    It does nothing for other paths, or if `tracing` is None.
+
+    method, path: method and path of the request, which make the span's name. headers: its headers, with names in lower
+    case.
     """
     if tracing is None or path not in GENERATE:
         return nullcontext()
@@ -75,16 +77,20 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
 
 
 def span(name: str, **attributes: str | int) -> AbstractContextManager[Any]:
-    """Context manager that records a span as a child of the current one; outside a traced request it does nothing.
+    """Context manager that records a span as a child of the current span; outside a traced request it does nothing.
 
-    An exception that leaves the block is noted in the span. name: the span's name. attributes: its attributes.
+    If an exception leaves the block, the span records it. name: the span's name. attributes: the span's attributes.
     """
     tracer = _active.get()
     return nullcontext() if tracer is None else tracer.start_as_current_span(name, attributes=attributes)
 
 
 def trace_headers() -> list[tuple[str, str]]:
-    """The headers (name, value) that make the receiver's spans children of the current one; [] if none is traced."""
+    """Returns the HTTP headers that continue the current trace in another process, as a list of (name, value).
+
+    Send them with a request: the receiver's spans then become children of the current span. The list is empty if no
+    request is being traced.
+    """
     if _active.get() is None:
         return []
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -97,14 +103,14 @@ def trace_headers() -> list[tuple[str, str]]:
 def trace_choices(usages: Mapping[int, Usage], model: str, now: float) -> None:
     """Record the phases queue, prefill and decode of each choice as children of the current request's span.
 
-    Does nothing if the request is not traced, or without choices. Phases that a choice did not reach are left out.
-    Attributes that OpenTelemetry's conventions for generative AI define have the conventions' names; the others begin
-    with "intaglio.".
+    Nothing is recorded if the request is not traced or `usages` is empty. Phases that a choice did not reach are left
+    out. Attributes that OpenTelemetry's conventions for generative AI define have the conventions' names; the names of
+    the other attributes begin with "intaglio.". Returns nothing.
 
     Args:
-        usages: {number of the choice: its Usage}.
+        usages: the Usage (token counts and times) of each choice, by the choice's number.
         model: the model's name.
-        now: the present time by the engine's clock, for the conversion of the engine's times to times of day.
+        now: the present time by the engine's clock in seconds, needed to convert the engine's times to times of day.
     """
     tracer = _active.get()
     if tracer is None or not usages:

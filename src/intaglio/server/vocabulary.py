@@ -14,9 +14,10 @@ from intaglio.models.text.tokenizer import REPLACEMENT
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's byte-level alphabet as {character: byte}.
+    """Returns GPT-2's byte-level alphabet as a dict from character to byte.
 
-    Printable bytes stand for themselves; the others have the characters from U+0100 on, in ascending order.
+    Printable bytes have the character of the same number. The other bytes, in ascending order, have the characters from
+    U+0100 on.
     """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
@@ -27,16 +28,20 @@ BYTES = _byte_alphabet()
 
 
 class Vocabulary:
-    """Looks up the text and the bytes of single tokens, with a cache. Without a tokenizer a text is "token_id:N"."""
+    """Looks up the text and the bytes of single tokens, with a cache.
+
+    tokenizer: the model's tokenizer; None: the text of every token is "token_id:N" with its id N.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.piece = lru_cache(1 << 16)(self._piece)
 
     def name(self, id: int) -> str:
-        r"""The token's text.
+        r"""Returns the text of a token.
 
-        A token whose bytes are not whole characters is named as OpenAI does, such as bytes:\xf0\x9f.
+        If the token's bytes are not whole UTF-8 characters, the text shows the bytes in OpenAI's form, such as
+        bytes:\xf0\x9f.
         """
         text, raw = self.piece(id)
         try:
@@ -46,9 +51,9 @@ class Vocabulary:
         return text
 
     def _piece(self, id: int) -> tuple[str, bytes]:
-        """(text, bytes) of a token; ("token_id:N", b"") if the tokenizer has none of that id.
+        """Returns (text, bytes) of the token `id`; ("token_id:N", b"") if the tokenizer has no token with the id N.
 
-        U+FFFD in the text replaces bytes that are only part of a character.
+        In the text, U+FFFD stands for bytes that are only part of a character.
         """
         name = self.tokenizer.inner.id_to_token(id) if self.tokenizer else None
         if self.tokenizer is None or name is None:
@@ -65,17 +70,17 @@ class Vocabulary:
 
 
 class Offsets:
-    """Computes text_offset: the place in a choice's text, in characters from 0, at which each token begins.
+    """Computes text_offset: for each token, the position in the choice's text at which it begins.
 
-    All tokens that make up one character have the same place.
+    Positions are in characters from 0. All tokens that make up one character have the same position.
 
     Args:
-        tokenizer: the model's tokenizer; None: all places are 0.
+        tokenizer: the model's tokenizer; None: all positions are 0.
         prompt: the prompt's token ids.
         echo: True if the choice's text begins with the prompt's text.
-        hidden: ids that leave no text in the output; None: all special tokens.
-        prefix: number of tokens at the prompt's beginning, such as BOS, that have no text in the prompt's text.
-        suffix: number of tokens at the prompt's end, such as EOS, that have none.
+        hidden: ids of tokens that leave no text in the output; None: all special tokens.
+        prefix: number of tokens at the prompt's beginning, such as BOS, that have no text in the echoed prompt.
+        suffix: number of tokens at the prompt's end, such as EOS, that have no text in the echoed prompt.
     """
 
     def __init__(
@@ -87,10 +92,10 @@ class Offsets:
         self.output = tokenizer.stream(prompt, hidden) if tokenizer else None
 
     def of_prompt(self, id: int) -> int:
-        """The place at which prompt token `id` begins in the choice's text, in characters from 0.
+        """Returns the position in the choice's text, in characters from 0, at which prompt token `id` begins.
 
-        Call it once for each token of the prompt, in order. With `echo` the text begins with the prompt; without, all
-        places are 0.
+        Call it once for each token of the prompt, in order. All positions are 0 unless the text begins with the prompt
+        (`echo`).
         """
         at = self.at
         if self.prompt and self.count in self.shown:
@@ -99,7 +104,7 @@ class Offsets:
         return at
 
     def of_output(self, id: int) -> int:
-        """The place at which output token `id` begins in the choice's text, in characters from 0.
+        """Returns the position in the choice's text, in characters from 0, at which output token `id` begins.
 
         Call it once for each output token, in order, after the tokens of the prompt.
         """

@@ -15,10 +15,12 @@ WAYS = 16  # slots of a set
 class Cache:
     """A write-back cache of `size` bytes, such as the L2 of a chip. Its content persists between launches.
 
-    A line that is fetched or written takes a free slot. If there is none, it takes the slot of another line, chosen by
-    pseudo-random numbers with a fixed seed, so a run can be repeated exactly. Vendors do not publish how their L2
-    chooses, but measured miss rates rise gradually as an array outgrows it. If the least recently used line were
-    evicted, a loop over operands of 1.01 times the cache's size would miss all of them.
+    A line that is fetched or written takes a free slot. If no slot is free, another line is evicted. The evicted line
+    is chosen by pseudo-random numbers with a fixed seed, so that a run can be repeated exactly.
+
+    Vendors do not publish which lines their L2 evicts. But measured miss rates rise gradually as an array outgrows the
+    L2. Eviction of the least recently used line would not show this: a loop over an array of 1.01 times the cache's
+    size would miss every line.
     """
 
     def __init__(self, size: float) -> None:
@@ -38,25 +40,27 @@ class Cache:
         self.step = next((n for n in range(int(self.sets * 0.618) + 1, 2 * self.sets) if gcd(n, self.sets) == 1), 1)
 
     def begin(self) -> None:
-        """Prepare for a new run of the simulator, whose clock starts at 0: mark all lines in the cache as arrived at 0.
+        """Prepare for a new run of the simulator, whose clock starts at 0. Returns nothing.
 
-        The new run then reads lines that earlier runs have fetched without waiting for HBM. Returns nothing.
+        All lines in the cache count as present from time 0 on. The new run can read them without waiting for HBM.
         """
         self.arrival[:] = 0.0
 
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
-        """Record an access to a region of HBM. Returns the bytes moved between HBM and cache, both directions summed.
+        """Record an access to a region of HBM. Returns the bytes that it moves between HBM and cache, both ways.
 
-        Lines that are read and not in the cache are fetched. Of a region without gaps, the region's bytes are counted.
-        Of one with gaps between its rows, such as some columns of a matrix, whole lines are counted: the neighbouring
-        columns are in the cache from then on. Dirty lines that are evicted to make room are written back. A cache of
-        size 0 moves all bytes of the region. Afterwards self.fetched has the bytes read from HBM, and self.ready the
-        time when all lines of this access have come from HBM (0 for a write).
+        A read fetches the region's lines that are not in the cache. If the region's rows follow each other without
+        gaps, the fetched bytes are at most the region's own bytes. If there are gaps between its rows, whole lines are
+        counted, because the cache then also holds the neighbouring columns. Dirty lines that must be evicted to make
+        room are written back to HBM. With a cache of size 0, the access moves all bytes of the region.
+
+        Afterwards `self.fetched` is the number of bytes read from HBM. `self.ready` is the time when all lines of this
+        access have come from HBM, in seconds of the run; it is 0 for a write.
 
         Args:
             region: the region.
             writes: True for a write.
-            arrival: when lines that this access fetches will have come from HBM, in seconds of the run.
+            arrival: time when the lines that this access fetches will have come from HBM, in seconds of the run.
         """
         self.fetched = self.ready = 0.0
         if not region.nbytes:
@@ -83,9 +87,10 @@ class Cache:
         return self.fetched + written * LINE
 
     def _insert(self, lines: np.ndarray) -> int:
-        """Put lines that are not in the cache, at most self.lines, into slots. Returns how many dirty ones it evicts.
+        """Put lines that are not in the cache into slots. Returns the number of dirty lines that are evicted for this.
 
-        A dirty line has been written and not yet copied to HBM, so its eviction costs a write-back.
+        A dirty line has been written and not yet copied to HBM, so its eviction costs a write-back. lines: numbers of
+        the lines, at most `self.lines` of them.
         """
         free = min(len(lines), self.lines - self.held)
         self._place(lines[:free], np.arange(self.held, self.held + free))
@@ -106,7 +111,7 @@ class Cache:
 
 
 def lines_of(region: Region) -> np.ndarray:
-    """The numbers of the cache lines that a region touches, as an ascending array."""
+    """Returns the numbers of the cache lines that a region touches, as an ascending array of integers."""
     low, high = region.span
     if region.rows == 1 or region.stride - region.row_bytes < LINE:
         return np.arange(low // LINE, (high - 1) // LINE + 1)

@@ -19,24 +19,28 @@ from intaglio.silicon.stream import Stream
 
 
 def location(stream: Stream, i: Instruction) -> str:
-    """Text for errors that says which instruction it is: its site (the op's name), engine and class."""
+    """Returns a text for errors that identifies an instruction: its site (the op's name), engine and class."""
     return f"site {stream.site}, engine {i.engine}, instruction {type(i).__name__}"
 
 
 def describe_waits(i: Instruction) -> str:
-    """Text for an error: the counters that an instruction waits for, such as "DMA to finish 3"; "" if none."""
+    """Returns a text for errors with the counters that an instruction waits for, such as "DMA to finish 3".
+
+    The text is "" if the instruction waits for nothing.
+    """
     return ", ".join(f"{ENGINES[e]} to finish {n}" for e, n in enumerate(i.wait) if n)
 
 
 def check(target: Target, stream: Stream) -> None:
     """Raise MachineError if a stream has a fault. Returns nothing if it has none.
 
-    1. Raise for the first instruction that the chip refuses, or that addresses bytes beyond the end of SRAM or
-       accumulators.
-    2. If there is none, follow the instructions in an order in which they can run. Raise for the first race (two
-       accesses to the same bytes that no wait orders), or for a deadlock if no race comes before it.
+    1. The first instruction that the chip refuses, or that addresses bytes beyond the end of SRAM or accumulators, is a
+       fault.
+    2. If there is no such instruction, the instructions are followed in an order in which they can run. The first race
+       is a fault: two accesses to the same bytes, at least one of them a write, that no wait orders. So is a deadlock,
+       if no race comes before it.
 
-    The message names site (the op's place in the model), engine and instruction.
+    The message names the site (the op's place in the model), the engine and the instruction.
     """
     for i in stream.instructions:
         if why := refusal(i, target) or overflow(target, i):
@@ -69,7 +73,7 @@ def check(target: Target, stream: Stream) -> None:
 
 
 def overflow(target: Target, i: Instruction) -> str:
-    """Text of the error if a region of instruction `i` ends beyond the core's SRAM or accumulators; "" if none does."""
+    """Returns an error text if a region of instruction `i` ends beyond the core's SRAM or accumulators, else ""."""
     limits = {"sram": target.chip.sram_bytes, "acc": target.chip.acc_bytes}
     for region in (*i.regions(False), *i.regions(True)):
         limit, end = limits.get(region.space), region.span[1]
@@ -92,11 +96,15 @@ def stored_and_loaded(stream: Stream) -> Iterator[Region]:
 
 
 def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
-    """Yield (engine, number, instruction) so that each instruction comes after all instructions that it waits for.
+    """Yield a stream's instructions in an order in which a core can run them, each as (engine, number, instruction).
 
-    Of the instructions that can come next, the earliest of the stream is taken. engine: index into ENGINES. number:
-    counts the engine's instructions from 1. Raises MachineError (deadlock) when all instructions that are left wait for
-    one another, or for a number that the stream never reaches.
+    Each instruction comes after all instructions that it waits for. If several instructions could come next, the first
+    of them in the stream is yielded.
+
+    engine: index into ENGINES. number: place of the instruction among those of its engine, from 1.
+
+    Raises MachineError (deadlock) if all remaining instructions wait for each other, or if an instruction waits for a
+    number that its engine's counter never reaches.
     """
     queues: list[list[tuple[int, Instruction]]] = [[] for _ in ENGINES]  # with each one's place in the stream
     for place, i in enumerate(stream.instructions):
@@ -124,10 +132,10 @@ def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
 
 @dataclass(frozen=True)
 class Blocked:
-    """An engine that cannot continue, for the error of a deadlock.
+    """An engine that cannot continue. The error text of a deadlock is made from such objects.
 
-    what: text that says which instruction cannot start, and what it waits for. waits_for: key of the engine whose
-    progress would end the wait; None if nothing can end it.
+    what: text that says which instruction cannot start, and what it waits for. waits_for: key of the engine that must
+    advance before this engine can continue; None if no engine can end the wait.
     """
 
     what: str
@@ -135,11 +143,11 @@ class Blocked:
 
 
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
-    """Text that names the engines that wait for each other in a cycle, for the error of a deadlock.
+    """Returns an error text that names engines that wait for each other in a cycle (deadlock).
 
-    The cycle is found by following the waits from the first engine of `blocked`, which is not empty. If they end at an
-    engine whose wait nothing can satisfy, the text names only that engine. At the end the text gives the number of
-    blocked engines that it has not named, if there are any.
+    The cycle is found by following the waits from the first engine of `blocked`, which must not be empty. If they lead
+    to an engine whose wait no other engine can end, the text names only this engine. The end of the text gives the
+    number of other blocked engines, if there are any.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []
@@ -156,14 +164,14 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
 
 @dataclass
 class Entry:
-    """Record of the last accesses to one region of memory, by which check() finds races.
+    """Record of the latest accesses to one region of memory. check() uses it to find races.
 
     Attributes:
         region: the region.
-        overlapping: the Entries of all regions that share a byte with `region`, this Entry included.
-        last: the last read and the last write of each engine: {(engine, True for a write): (n, step)}. The access is
-            that of the engine's n-th instruction, counted from 1. `step` is the instruction's place, counted from 0, in
-            the order in which check() follows the instructions of all engines.
+        overlapping: the Entries of all regions that share a byte with `region`, including this Entry.
+        last: the latest read and the latest write of each engine. The key is (engine, True for a write). The value is
+            (n, step): the access belongs to the engine's n-th instruction, counted from 1, and `step` is the place of
+            this instruction, from 0, in the order in which check() follows the instructions of all engines.
     """
 
     region: Region
@@ -171,11 +179,12 @@ class Entry:
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
-        """The latest earlier access that races with a new access; None if there is no race.
+        """Returns the latest earlier access that races with a new access; None if there is no race.
 
-        The earlier access is given as (its engine, number of its instruction on that engine, True if it is a write).
-        engine: the engine of the new access. writes: True if the new access is a write. known: for each engine, the
-        number of its instructions that have certainly finished.
+        The earlier access is returned as (engine, number of the instruction on that engine, True if it is a write).
+
+        engine: the engine of the new access. writes: True if the new access is a write. known: for each engine, how
+        many of its instructions have certainly finished when the new access starts.
         """
         found = [
             (step, other, n, wrote)
@@ -193,10 +202,11 @@ class Accesses:
         self.entries: dict[tuple[int, int, int, int], Entry] = {}
 
     def entry(self, region: Region) -> Entry:
-        """The Entry of `region`: the record of the last accesses to these bytes, by which races are found.
+        """Returns the Entry of `region`: the record of the latest accesses to its bytes, with which races are found.
 
-        Regions with the same bytes in the same rows share one Entry. The first call for these bytes creates the Entry.
-        The new Entry and each existing Entry of an overlapping region are then added to each other's `overlapping`.
+        Regions with the same bytes in the same rows share one Entry. The first call for such a region creates its
+        Entry. The new Entry and the existing Entries of overlapping regions are then added to each other's
+        `overlapping`.
         """
         key = (region.address, region.rows, region.row_bytes, region.stride)
         if key not in self.entries:

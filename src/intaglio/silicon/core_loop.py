@@ -20,18 +20,19 @@ from intaglio.silicon.l2 import RandomL2
 
 @dataclass
 class Transfer:
-    """A load or store of one core. Times are in seconds since the start of the launch.
+    """One load or store of a core. Times are in seconds since the start of the launch.
 
     Attributes:
-        start: the earliest time at which it starts.
-        bytes: bytes that it moves, above 0.
-        place: key of its tile in the L2; None: it passes the L2, since its rows are addressed by index.
+        start: the earliest time at which the transfer starts.
+        bytes: number of bytes that it moves, above 0.
+        place: key of the tile that it moves, under which the L2 holds the tile. None: the L2 does not hold it, because
+            the tile's rows are addressed by index.
         writes: True for a store.
         lines: bytes of the L2's lines that the tile alone touches, as the L2 moves whole lines. None: `bytes`.
         edges: keys of the other lines that it touches, which have bytes of other tiles too.
         latency_s: seconds from the end of the transfer until its result can be used.
-        ready: for a load, when the L2 has all of the tile; 0.0 for a store.
-        end: when it ends.
+        ready: for a load, the time when the L2 has the whole tile; 0.0 for a store.
+        end: the time when the transfer ends.
     """
 
     start: float
@@ -46,7 +47,7 @@ class Transfer:
 
     @property
     def visible(self) -> float:
-        """When the result of the transfer can be used."""
+        """The time when the result of the transfer can be used."""
         return max(self.end + self.latency_s, self.ready)
 
 
@@ -54,7 +55,7 @@ Program = Iterator[Transfer | None]  # transfers in order; None: it waits for an
 
 
 class TilesInL2(RandomL2):
-    """Expected content of an L2 that evicts lines at random: how many bytes it holds of each tile that cores access."""
+    """Model of an L2 that evicts lines at random: the expected number of bytes that it holds of each tile."""
 
     def __init__(self, capacity: float, latency_s: float) -> None:
         super().__init__(capacity)
@@ -63,17 +64,20 @@ class TilesInL2(RandomL2):
 
     @classmethod
     def of(cls, target: Target) -> TilesInL2:
-        """An empty TilesInL2 for a chip, with the capacity that the library's kernels can use."""
+        """Returns an empty TilesInL2 for a chip. Its capacity is the part of the L2 that kernels can use."""
         return cls(target.chip.l2_bytes * target.library.l2_usable, target.chip.constants.hbm_latency_s)
 
     def hold(self, place: Hashable, size: float) -> None:
-        """Put a tile of `size` bytes, which the op before has used, into the L2. Parts of others may be evicted."""
+        """Put a tile of `size` bytes into the L2. Call it before the loop, for tiles that the previous op left there.
+
+        Parts of other tiles may be evicted. place: key of the tile.
+        """
         if self.capacity:
             self.insert(max(0.0, size - self.left(place)))
             self.tiles[place] = size, self.evicted, 0.0
 
     def access(self, x: Transfer, now: float) -> float:
-        """Record that the transfer `x` starts at time `now`. Returns the bytes that HBM moves because of it.
+        """Record that the transfer `x` starts at time `now`. Returns the number of bytes that HBM moves because of it.
 
         Sets x.latency_s and x.ready.
         """
@@ -95,19 +99,19 @@ class TilesInL2(RandomL2):
         return written + (0.0 if x.writes else missed)
 
     def left(self, place: Hashable) -> float:
-        """Bytes of a tile that the L2 still holds."""
+        """Returns the expected number of bytes that the L2 still holds of the tile with the key `place`."""
         size, before, _ = self.tiles.get(place, (0.0, 0.0, 0.0))
         return size * self.kept(before)
 
 
 class CoreLoop:
-    """Follows a loop of all cores of a chip, transfer by transfer, to find how long it takes.
+    """Simulates a loop that all cores of a chip run at the same time, transfer by transfer, to find its duration.
 
-    Each core has three programs: generators of its loads and of its stores, and one of its computation. A generator
-    yields a transfer and continues when that has ended, or yields None to wait for another program of its core. The
-    programs tell each other through lists of times, which they share.
+    Each core has three programs, which are generators: one for its loads, one for its computation, one for its stores.
+    A program yields a Transfer and continues when the transfer has ended. It yields None to wait for another program of
+    its core. The programs of a core exchange times through lists that they share.
 
-    chip: the chip. l2: content of the L2 at the start. programs: for each core, its loads, computation and stores.
+    chip: the chip. l2: content of the L2 at the start. programs: for each core, (loads, computation, stores).
     """
 
     def __init__(self, chip: ChipSpec, l2: TilesInL2, programs: Sequence[tuple[Program, Program, Program]]) -> None:
@@ -116,7 +120,7 @@ class CoreLoop:
         self.flights: list[Transfer | None] = [None] * (2 * len(programs))  # of each core's loads, then of its stores
 
     def seconds(self) -> float:
-        """Follow the loop to its end. Returns the seconds until the last transfer has ended. Call it once."""
+        """Simulate the loop to its end. Returns the seconds until the last transfer has ended. Call it only once."""
         n, now = len(self.programs), 0.0
         left, slowed = np.full(2 * n, np.inf), np.full(2 * n, np.inf)  # bytes; bytes for each byte that HBM moves
         flying = missing = 0  # transfers in flight, and those for which HBM moves bytes
@@ -147,7 +151,7 @@ class CoreLoop:
         return now
 
     def advance(self, c: int) -> None:
-        """Continue each program of core number `c` up to its next transfer, or until it waits for another program."""
+        """Continue each program of core number `c` to its next transfer, or until it waits for another program."""
         loads, compute, stores = self.programs[c]
         later = c + len(self.programs)  # engine of the core's stores
         for engine, program in ((later, stores), (c, loads), (-1, compute), (c, loads), (later, stores)):
@@ -169,24 +173,23 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a core's loop: it loads tiles, computes on them, and stores results.
+    """One step of a core's loop: the core loads tiles, computes on them, and stores results.
 
     Attributes:
         loads: the loads, in order.
-        array_s: seconds that the matrix array computes, once the loads can be used.
-        lanes_s: seconds that the vector lanes compute after it.
-        stores: the stores, in order. The first starts when the lanes have computed.
-        fill_s: seconds in which the engine of loads sets tiles to a constant before the loads.
-        in_place: True if stores read tiles that were loaded, so that these are free only when the stores have ended.
-        early_s: seconds that the vector lanes compute before the rest of the step, with the results of its first
-            `early` loads only.
+        array_s: seconds of the matrix array. They start when the result of the last load can be used.
+        lanes_s: seconds of the vector lanes, which start after the matrix array has ended.
+        stores: the stores, in order. They start after the vector lanes have ended.
+        fill_s: seconds in which the load engine sets tiles to a constant.
+        in_place: True if the stores read the tiles that were loaded. These tiles are then free only after the stores.
+        early_s: seconds of the vector lanes for what they compute from the first `early` loads alone, before the rest.
         early: number of these loads.
         begins: True for the first step of a job whose first `early` loads, and whose fill, go to rings of `depth` tiles
-            for each job. They wait for the job `depth` before: the loads until it is computed, the fill until it is
-            stored. The other loads wait for the step `depth` before. False: all wait for that step.
+            for each job. They wait for the job `depth` places before: the loads until it is computed, the fill until it
+            is stored. The other loads wait for the step `depth` places before. False: all wait for that step.
         fill_at: number of loads before the fill.
-        late_fill_s: seconds in which the engine of loads sets a tile to a constant that the step before reads, so that
-            it waits for that step. It does so before the loads.
+        late_fill_s: seconds in which the load engine sets a tile to a constant that the step before reads, and so waits
+            until that step is computed. It does so after the other fill.
         drain_s: the first part of lanes_s, after which the array may overwrite the accumulator. 0: all of lanes_s.
     """
 
@@ -213,15 +216,17 @@ def until(times: Sequence[float], number: int) -> Generator[None, None, float]:
 
 @dataclass
 class _Steps:
-    """The steps of one core, with the times at which their parts end.
+    """The steps of one core's loop, with the times at which their parts end, in seconds.
 
     Attributes:
         steps: the steps in order.
-        depth: tiles in each ring. So the loads of a step wait until the tiles of the step `depth` before it are free,
-            and its lanes wait until that step's results have been stored.
-        early: for each step so far, when the tiles of its first step.early loads had come.
-        loaded, freed, computed, stored: for each step so far, when its tiles had come, when they were free again, and
-            when it was computed and stored.
+        depth: number of tiles in each ring of buffers. The loads of a step wait until the tiles of the step `depth`
+            places before it are free. Its vector lanes wait until the results of that step are stored.
+        early: for each step so far, the time when the tiles of its first step.early loads have come.
+        loaded: for each step so far, the time when its tiles have come.
+        freed: for each step so far, the time when its tiles can be overwritten, unless its stores read them.
+        computed: for each step so far, the time when the vector lanes have ended.
+        stored: for each step so far, the time when its results are stored.
     """
 
     steps: Sequence[Step]
@@ -233,7 +238,7 @@ class _Steps:
     stored: list[float] = field(default_factory=list)
 
     def loads(self) -> Program:
-        """Yield each Transfer of the core's loads; None while the next waits for the computation."""
+        """Yield each load of the core as a Transfer. Yields None while the next load waits for a free tile."""
         now = visible = 0.0
         ends = list[int]()  # numbers of the steps with stores: the last of each job
         for i, step in enumerate(self.steps):
@@ -261,7 +266,7 @@ class _Steps:
     def compute(self) -> Program:
         """Record when each step is computed. Yields None while the next step waits for its loads or for earlier stores.
 
-        There are two accumulators: the array multiplies into one while the lanes read the other.
+        There are two accumulators, so that the matrix array fills one while the vector lanes read the other.
         """
         array = lanes = 0.0
         drained = list[float]()  # when the lanes had read the accumulator of each step
@@ -280,7 +285,7 @@ class _Steps:
             self.computed.append(lanes)
 
     def stores(self) -> Program:
-        """Yield each Transfer of the core's stores; None while the next waits for the computation."""
+        """Yield each store of the core as a Transfer. Yields None while the next store waits for the computation."""
         now = 0.0
         for i, step in enumerate(self.steps):
             while len(self.computed) <= i:
@@ -294,13 +299,14 @@ class _Steps:
 
 
 def steps_seconds(chip: ChipSpec, l2: TilesInL2, cores: Sequence[Sequence[Step]], depth: int) -> float:
-    """Seconds of a loop in which each core has a list of steps, until the last store has ended.
+    """Returns the modelled seconds of a loop in which each core does a list of steps, until the last store has ended.
 
     Args:
         chip: the chip.
         l2: content of the L2 at the start.
-        cores: the steps of each core, in order.
-        depth: tiles in each ring, see _Steps.
+        cores: for each core, its steps in order.
+        depth: number of tiles in each ring of buffers. The loads of a step wait until the tiles of the step `depth`
+            places before it are free.
     """
     made = [_Steps(steps, depth) for steps in cores]
     return CoreLoop(chip, l2, [(s.loads(), s.compute(), s.stores()) for s in made]).seconds()

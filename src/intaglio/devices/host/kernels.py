@@ -49,7 +49,7 @@ PythonFunction = Callable[[Any, Mapping[str, Value], Batch], Mapping[str, np.nda
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """The entry for an op class whose host kernel is C++ code in the native module.
+    """Registry entry of an op class whose host kernel is C++ code in the native module.
 
     `attributes` is a function that takes an op and returns {attribute's name: value}, in the form that the kernel
     takes.
@@ -60,7 +60,7 @@ class NativeKernel:
 
 @dataclass(frozen=True)
 class PythonKernel:
-    """The entry for an op class whose host kernel is a Python function.
+    """Registry entry of an op class whose host kernel is a Python function.
 
     The native code of a step stops before such an op and continues after it.
     """

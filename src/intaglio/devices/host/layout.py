@@ -233,7 +233,10 @@ def buffer_key(t: Tensor) -> str | int:
 
 
 def _buffers(program: Program) -> dict[str | int, Buffer]:
-    """Return the buffers for the intermediate results and outputs of a step: {buffer_key() of its tensors: Buffer}."""
+    """Return the buffers in which a step keeps its intermediate results and outputs, as a dict {key: Buffer}.
+
+    A key is the buffer_key() of the tensors that are stored in the buffer.
+    """
     buffers = dict[str | int, Buffer]()
     for t in program.tensors.values():
         if t.role in ("temp", "output") and not t.view:

@@ -211,8 +211,8 @@ def read_contents(message: memoryview) -> np.ndarray | str:
 class RequestReader:
     """Reads step requests from messages.
 
-    If all sampling parameters equal those of the request before, read() returns the same Sampling objects again, so
-    that a device need not convert them a second time.
+    If all sampling parameters equal those of the request before, and no row has logit edits or a mask, read() returns
+    the same Sampling objects again. A device then need not convert them a second time.
     """
 
     def __init__(self) -> None:

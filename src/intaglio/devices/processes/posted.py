@@ -212,7 +212,7 @@ class PostedExecutable(Executable):
     def receive_until(self, step: PostedStep) -> None:
         """Wait for the results of `step` and of all steps that were sent before it. Returns None.
 
-        The result or error of each of these steps is stored in its attribute `completed`.
+        The result or error of each step is stored in the step's attribute `completed`.
         """
         while step.completed is None:
             first = self.pending.popleft()

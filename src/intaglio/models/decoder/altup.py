@@ -16,8 +16,8 @@ LEAST_RMS = 1e-5**0.5  # of a projected stream, by which it is divided; transfor
 def start_streams(w: Writer, altup: AltUp, x: str) -> list[str]:
     """Add the ops that make the residual streams of AltUp from the embeddings `x`.
 
-    Returns the names of the streams' tensors as a list, each tensor [T, hidden]. The first stream is `x` itself. Each
-    other stream is a projection of `x`, scaled so that its rows have the same root mean square as those of `x`.
+    Returns the names of the streams' tensors as a list, each tensor [tokens, hidden]. The first stream is `x` itself.
+    Each other stream is a projection of `x`, scaled so that its rows have the same root mean square as those of `x`.
 
     Args:
         w: the Writer that adds the ops.
@@ -49,8 +49,8 @@ def end_streams(w: Writer, streams: list[str]) -> str:
 def predict(w: Writer, altup: AltUp, i: int, streams: list[str]) -> list[str]:
     """Add the ops that predict, before layer `i` runs, the residual streams after the layer (AltUp).
 
-    Returns the names of the predictions as a list, one tensor [T, hidden] per stream: prediction[m] = streams[m] + sum
-    over n of c[m, n] * streams[n]. Small learned layers compute the coefficients c of a token from its row of the
+    Returns the names of the predictions as a list, one tensor [tokens, hidden] per stream: prediction[m] = streams[m] +
+    sum over n of c[m, n] * streams[n]. Small learned layers compute the coefficients c of a token from its row of the
     active stream.
 
     Args:
@@ -72,9 +72,9 @@ def predict(w: Writer, altup: AltUp, i: int, streams: list[str]) -> list[str]:
 def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> list[str]:
     """Add the ops that correct the predicted residual streams after layer `i` has run (AltUp).
 
-    Returns the names of the corrected streams as a list, one tensor [T, hidden] per stream: corrected[m] = predicted[m]
-    + (1 + c[m]) * (x - predicted[active]). Small learned layers compute the coefficients c of a token from its row of
-    `x`.
+    Returns the names of the corrected streams as a list, one tensor [tokens, hidden] per stream: corrected[m] =
+    predicted[m] + (1 + c[m]) * (x - predicted[active]). Small learned layers compute the coefficients c of a token from
+    its row of `x`.
 
     Args:
         w: the Writer that adds the ops.
@@ -95,7 +95,7 @@ def correct(w: Writer, altup: AltUp, i: int, predicted: list[str], x: str) -> li
 def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
     """Add the op that multiplies the active stream by the layer's learned factors, one factor per column (AltUp).
 
-    Returns the name of the product's tensor, [T, hidden]. If the model has no such factors, no op is added and the
+    Returns the name of the product's tensor, [tokens, hidden]. If the model has no such factors, no op is added and the
     result is the name of the active stream's tensor.
 
     Args:
@@ -112,7 +112,7 @@ def scaled_active(w: Writer, altup: AltUp, i: int, streams: list[str]) -> str:
 
 
 def _coefficients(w: Writer, altup: AltUp, i: int, at: str, x: str, name: str, count: int) -> str:
-    """Add the ops that compute `count` coefficients per row of `x`. Returns the name of their tensor, [T, count].
+    """Add the ops that compute `count` coefficients per row of `x`. Returns the name of their tensor, [tokens, count].
 
     The coefficients are linear(tanh(router(norm(x) / hidden))). All calls for one layer use the same norm and router.
 

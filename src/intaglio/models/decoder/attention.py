@@ -13,7 +13,7 @@ from intaglio.ops import Attend, KvWrite, Map, Norm
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     """Add the ops of grouped-query attention, from the projections to o_proj.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -77,7 +77,7 @@ def gated(w: Writer, at: str, source: str, x: str, a: str, value_dim: int) -> st
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
         x: name of the tensor from which the gate is computed.
-        a: name of attention's result, [T, heads * value_dim].
+        a: name of attention's result, [tokens, heads * value_dim].
         value_dim: columns of a head's values.
     """
     d = w.d

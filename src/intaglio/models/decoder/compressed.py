@@ -18,7 +18,7 @@ from intaglio.ops import Attend, AttendPooled, ChooseKeys, HeadLinear, KvWrite, 
 def write_compressed(w: Writer, m: Compressed, i: int, layer: Layer, x: str) -> str:
     """Add the ops of DeepSeek-V4's compressed attention, from the projections to o_proj.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -90,8 +90,9 @@ def _pool(w: Writer, at: str, source: str, x: str, head_dim: int, layer: Layer) 
 def _choose(w: Writer, index: Indexer, i: int, layer: Layer, x: str, narrow: str, q_rank: int) -> str:
     """Add the ops of a layer's indexer, which chooses the entries that each query attends to.
 
-    Returns the name of the tensor with the chosen entries' numbers. An entry is a run of consecutive tokens pooled into
-    one key. To choose, the indexer pools the same runs a second time, into smaller keys, with weights of its own.
+    Returns the name of the tensor with the chosen entries' numbers. An entry is one key into which a run of consecutive
+    tokens is pooled. To choose, the indexer pools the same runs a second time, into smaller keys, with weights of its
+    own.
 
     Args:
         w: the Writer that adds the ops.

@@ -108,7 +108,7 @@ class Shared:
         block: name of the block's module in a layer of the checkpoint.
         rank: rank of the low-rank adapters (LoRA) that each layer adds to the MLP; 0: none.
         qkv_rank: rank of the adapters that each layer adds to the projections of queries, keys and values; 0: none.
-        bias: True if the MLP's linears have biases.
+        bias: True if the MLP's linear layers have biases.
         fused: True if the checkpoint stores the MLP's gate and up projections as one module, gate_up_proj; False if as
             gate_proj and up_proj.
     """
@@ -180,7 +180,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Sizes of compressed attention (DeepSeek-V4). Decoder and Layer have the others.
+    """Sizes of compressed attention (DeepSeek-V4). Its other sizes are in Decoder and Layer.
 
     Attributes:
         q_rank: columns of the compressed query.
@@ -227,7 +227,7 @@ class Mixture:
             experts have no gate; an expert then computes down(activation(up(x))).
         biases: templates for source(): where the checkpoint has the biases of gate, up and down; None: no biases.
         block: name of the module that holds the experts.
-        router: name of the router's linear.
+        router: name of the router's linear layer.
         router_bias: True if the router has a bias.
         correction: name of a bias that is added to the router's scores when experts are chosen, but not to their
             weights; "": none.
@@ -238,8 +238,9 @@ class Mixture:
         glu: further attributes of the op Experts, by name, such as the limits of the gated activation.
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of the shared expert's module.
-        shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
-        shared_bias: True if the shared expert's linears have biases.
+        shared_gate: name of a linear layer; the shared expert's result is multiplied by the sigmoid of its output. "":
+            none.
+        shared_bias: True if the shared expert's linear layers have biases.
         join: expression for the op Map that joins the result of the routed experts (a) and the result of the shared
             expert (b). Not used if shared_gate is set: then the expression is a + b * sigmoid(gate).
         latent: columns of the routed experts' input and result. The linear layer fc1_latent_proj projects x to this

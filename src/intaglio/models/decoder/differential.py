@@ -13,7 +13,7 @@ from intaglio.program.source import parts_of
 def write_differential(w: Writer, i: int, layer: Layer, x: str) -> str:
     """Add the ops of differential attention (https://arxiv.org/abs/2410.05258), from the projections to o_proj.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     The heads of queries and keys form two halves. Head h of both halves has the same values: those of K/V heads h and h
     + kv_heads / 2 side by side, 2 * head_dim columns. The attention of the first half, minus lambda times the attention
@@ -51,7 +51,7 @@ def write_differential(w: Writer, i: int, layer: Layer, x: str) -> str:
 def _rows(w: Writer, i: int, x: str, which: str, half: int, rope: str, heads: int) -> str:
     """Add the ops that project one half of the heads of queries or keys and apply rope.
 
-    Returns the name of the result's tensor, [T, heads * head_dim].
+    Returns the name of the result's tensor, [tokens, heads * head_dim].
 
     Args:
         w: the Writer that adds the ops.
@@ -70,12 +70,12 @@ def _rows(w: Writer, i: int, x: str, which: str, half: int, rope: str, heads: in
 def _projection(w: Writer, site: str, x: str, source: str, heads: int, order: list[int] | range) -> str:
     """Add a linear layer that computes some heads of a projection, in a given order.
 
-    Returns the name of the result's tensor, [T, len(order) * head_dim].
+    Returns the name of the result's tensor, [tokens, len(order) * head_dim].
 
     Args:
         w: the Writer that adds the op.
         site: name of the op.
-        x: name of the input tensor, [T, hidden].
+        x: name of the input tensor, [tokens, hidden].
         source: name of the projection's module in the checkpoint.
         heads: number of heads of the module.
         order: numbers of the heads that are computed, in the order of the result.
@@ -92,12 +92,12 @@ def _projection(w: Writer, site: str, x: str, source: str, heads: int, order: li
 def _product(w: Writer, site: str, x: str, first: str, second: str) -> str:
     """Add the ops that compute the inner product of two vectors of the checkpoint, each of head_dim values.
 
-    Returns the name of the result's tensor, [T, 1]; every row has the same value.
+    Returns the name of the result's tensor, [tokens, 1]; every row has the same value.
 
     Args:
         w: the Writer that adds the ops.
         site: prefix of the ops' names.
-        x: name of a tensor [T, hidden]; only its number of rows is used.
+        x: name of a tensor [tokens, hidden]; only its number of rows is used.
         first: name of the first vector in the checkpoint.
         second: name of the second vector.
     """

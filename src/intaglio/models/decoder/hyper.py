@@ -1,9 +1,9 @@
 """Residual streams mixed by hyper-connections: their start from the embeddings, each block's entry and exit, their end.
 
-The streams lie side by side in one tensor [T, streams * hidden]. Before a block (attention or an MLP) a weighted sum of
-the streams is its input; after it the streams are mixed by a doubly stochastic matrix, and each adds the block's result
-times a factor (Xie et al. 2026, "mHC: Manifold-Constrained Hyper-Connections"; here in the form of DeepSeek-V4). All
-weights of a token are computed from its own streams.
+The streams lie side by side in one tensor [tokens, streams * hidden]. Before a block (attention or an MLP) a weighted
+sum of the streams is its input; after it the streams are mixed by a doubly stochastic matrix, and each adds the block's
+result times a factor (Xie et al. 2026, "mHC: Manifold-Constrained Hyper-Connections"; here in the form of DeepSeek-V4).
+All weights of a token are computed from its own streams.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class Entry(NamedTuple):
     """Names of the tensors that enter() adds before a block, which is the attention or the MLP of a layer.
 
     Attributes:
-        x: the input of the block, [T, hidden].
-        gains: for each stream, the factor by which the block's result is multiplied before it is added, [T, streams].
-        mixing: the matrix that mixes the streams, [T, streams * streams].
+        x: the input of the block, [tokens, hidden].
+        gains: for each stream, the factor by which the block's result is multiplied before it is added, [tokens,
+            streams].
+        mixing: the matrix that mixes the streams, [tokens, streams * streams].
     """
 
     x: str
@@ -33,7 +34,7 @@ class Entry(NamedTuple):
 def spread(w: Writer, h: Hyper, x: str) -> str:
     """Add the ops that make the residual streams: each starts as a copy of the embeddings `x`.
 
-    Returns the name of the tensor of all streams, [T, streams * hidden]. h: sizes of the hyper-connections.
+    Returns the name of the tensor of all streams, [tokens, streams * hidden]. h: sizes of the hyper-connections.
     """
     streams = x
     for k in range(1, h.streams):
@@ -53,7 +54,7 @@ def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> 
         i: number of the layer.
         part: "attn" or "mlp".
         source: beginning of the names of the three tensors of weights in the layer of the checkpoint.
-        streams: name of the tensor of all streams, [T, streams * hidden].
+        streams: name of the tensor of all streams, [tokens, streams * hidden].
     """
     b, n, at = w.b, h.streams, f"layers.{i}.{part}.hyper."
     names = [f"{w.d.prefix}layers.{i}.{source}_{what}" for what in ("fn", "scale", "base")]
@@ -68,10 +69,10 @@ def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> 
 def leave(w: Writer, h: Hyper, site: str, streams: str, entry: Entry, y: str) -> str:
     """Add the op after a block: it mixes the residual streams and adds the block's result `y` to each of them.
 
-    Returns the name of the new tensor of all streams, [T, streams * hidden].
+    Returns the name of the new tensor of all streams, [tokens, streams * hidden].
 
     site: name of the op. streams: name of the tensor of streams that enter() read. entry: the Entry that enter()
-    returned. y: name of the block's result, [T, hidden].
+    returned. y: name of the block's result, [tokens, hidden].
     """
     return w.b.op(MixStreams, site, streams, entry.mixing, branch=y, gains=entry.gains, streams=h.streams)
 
@@ -92,7 +93,7 @@ def collapse(w: Writer, h: Hyper, streams: str) -> str:
 def _weights(w: Writer, at: str, streams: str, n: int, widths: Sequence[int], names: Sequence[str]) -> str:
     """Add the ops that compute mixing logits for each token: linear(norm(streams)) * scale + base.
 
-    Returns the name of their tensor, [T, sum(widths)].
+    Returns the name of their tensor, [tokens, sum(widths)].
 
     Args:
         w: the Writer that adds the ops.

@@ -16,7 +16,7 @@ from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     """Add the ops of multi-head latent attention (DeepSeek-V2), from the projections to o_proj.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -53,7 +53,7 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
 def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
     """Add the ops that project the input to compressed queries and norm them.
 
-    Returns the name of the result's tensor, [T, q_rank].
+    Returns the name of the result's tensor, [tokens, q_rank].
 
     Args:
         w: the Writer that adds the ops.
@@ -67,15 +67,15 @@ def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> s
 
 
 def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) -> str:
-    """Add the projection that gives the queries. Returns the name of their tensor [T, heads * (nope + rope)].
+    """Add the op that computes the queries. Returns the name of their tensor, [tokens, heads * (nope + rope)].
 
     Args:
         w: the Writer that adds the ops.
         m: sizes of the attention.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        x: name of the input tensor, which is projected if queries are not compressed.
-        narrow: name of the tensor of compressed queries, which is projected otherwise; "" if queries are not
+        x: name of the input tensor, from which queries are computed if they are not compressed.
+        narrow: name of the tensor of compressed queries, from which queries are computed otherwise; "" if they are not
             compressed.
     """
     width = w.d.heads * (m.nope + m.rope)
@@ -123,7 +123,7 @@ def _shared_index(w: Writer, i: int) -> str:
 
 
 def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:
-    """Add the RMS norm of a latent. Returns the name of the result's tensor, [T, width].
+    """Add the RMS norm of a latent. Returns the name of the result's tensor, [tokens, width].
 
     Args:
         w: the Writer that adds the op.

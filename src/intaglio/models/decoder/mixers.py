@@ -115,14 +115,14 @@ class DeltaMixer:
             "fused": q, k, v and gate (z) in in_proj_qkvz, and b and a in in_proj_ba, each grouped by key head
             (Qwen3-Next). "separate": q_proj, k_proj and v_proj, each with a convolution of its own (q_conv1d), and
             g_proj (the gate), b_proj, a_proj and o_proj.
-        conv_rows: rows of the tensors q_conv1d, k_conv1d and v_conv1d, if these have other rows than q, k and v have
-            columns; (): as many. Only for stored="separate".
+        conv_rows: numbers of rows of the tensors q_conv1d, k_conv1d and v_conv1d, if they differ from the numbers of
+            columns of q, k and v; (): they do not differ. Only for stored="separate".
         beta: factor by which beta is multiplied after the sigmoid. With 2, beta may exceed 1; the state's old value for
             a key then enters the update with the opposite sign.
         gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
         by_key: True if each key column has a decay (f_proj), False if each head has one (a_proj).
-        rank: columns between the two linears of the gate and of the decay (g_a_proj and g_b_proj, f_a_proj and
-            f_b_proj; Kimi); 0: one linear each. Needs by_key.
+        rank: columns between the two linear layers that compute the gate (g_a_proj, g_b_proj), and between the two that
+            compute the decay (f_a_proj, f_b_proj), as in Kimi. Needs by_key. 0: one linear layer computes each.
         floor: lower bound of the log decay, a negative number: the log decay is then floor * sigmoid(...) (see the op
             Decay). 0: no lower bound.
         block: name of the block's module in a layer of the checkpoint.

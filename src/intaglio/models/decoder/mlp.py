@@ -19,7 +19,7 @@ def write_dense(
     fused: str = "gate_up_proj",
     sparsity: float = 0.0,
 ) -> str:
-    """Add the ops of a dense MLP. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a dense MLP. Returns the name of the result's tensor, [tokens, hidden].
 
     With a gate the MLP is down_proj(activation(gate_proj(x)) * up_proj(x)), without it
     down_proj(activation(up_proj(x))).
@@ -98,7 +98,7 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
 def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> str:
     """Add the ops of a mixture of experts: router, experts and shared expert.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -149,7 +149,7 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
 def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> str:
     """Add the ops of a mixture of experts that a layer has in addition to its dense MLP (Gemma 4).
 
-    Returns the name of the tensor with the sum of both results, each normed before, [T, hidden].
+    Returns the name of the tensor with the sum of both results, each normed before, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -170,8 +170,8 @@ def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> st
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
     """Add the ops of the shared expert, and the op that joins its result with `y`, the result of the routed experts.
 
-    Returns the name of the joined tensor [T, hidden]: y + shared * sigmoid(gate) if the mixture has a gate for the
-    shared expert, else the expression `m.join` (usually the sum).
+    Returns the name of the joined tensor, [tokens, hidden]. It is y + shared * sigmoid(gate) if the mixture has a gate
+    for the shared expert, else the expression `m.join` (usually the sum).
 
     Args:
         w: the Writer that adds the ops.

@@ -24,11 +24,11 @@ from intaglio.program.source import parts_of
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
     """Add the ops of a layer's recurrent block or short convolution.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
-        m: description of the block; its class decides which function here writes it.
+        m: description of the block; its class says which kind of block it is.
         i: number of the layer.
         x: name of the input tensor.
     """
@@ -49,7 +49,7 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a gated short convolution (LFM2). Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -68,7 +68,7 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a Mamba-2 block. Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -112,7 +112,7 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
         m: description of the block. `m.norm` says whether the gate or the norm comes first; with "" there is no norm.
         at: prefix of the ops' names in the Program.
         source: prefix of the modules' names in the checkpoint.
-        y: name of the tensor that is gated and normed, [T, heads * head_dim].
+        y: name of the tensor that is gated and normed, [tokens, heads * head_dim].
         gate: name of the gate's tensor, of the same shape.
     """
     inner = m.heads * m.head_dim
@@ -125,7 +125,7 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Mamba block. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a Mamba block. Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -157,7 +157,7 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_head_scans(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a Mamba block with heads (Zamba). Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a Mamba block with heads (Zamba). Returns the name of the result's tensor, [tokens, hidden].
 
     Each head is a Mamba block that has its own columns; the results of the heads are added.
 
@@ -197,12 +197,12 @@ def write_head_scans(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> s
 
 
 def part_linear(w: Writer, site: str, x: str, shape: tuple[int, int], source: str, bias: str | None = None) -> str:
-    """Add a linear layer whose weight is a part of a checkpoint tensor. Returns the name of its result, [T, rows].
+    """Add a linear layer whose weight is a part of a checkpoint tensor. Returns the name of its result, [tokens, rows].
 
     Args:
         w: the Writer that adds the op.
         site: name of the op.
-        x: name of the input tensor, [T, columns].
+        x: name of the input tensor, [tokens, columns].
         shape: (rows, columns) of the weight.
         source: the part of the tensor, in the notation of program/source.py.
         bias: name of the bias in the Program; None: no bias.
@@ -212,7 +212,7 @@ def part_linear(w: Writer, site: str, x: str, shape: tuple[int, int], source: st
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of a gated delta net. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a gated delta net. Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -248,7 +248,7 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
     """Add the ops of a recurrent block of Griffin, with its gated linear recurrence.
 
-    Returns the name of the result's tensor, [T, hidden].
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -274,7 +274,9 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Add the ops of lightning attention, a linear attention. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of lightning attention, a kind of linear attention.
+
+    Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -300,10 +302,10 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
     """Add the input projections of a gated delta net. Returns the names of four tensors as a list.
 
-    - q, k and v side by side, [T, 2 * key_heads * keys + heads * values]
-    - z, the gate, [T, heads * values]
-    - b, from which beta is computed, [T, heads]
-    - a, from which the decay is computed, [T, heads]
+    - q, k and v side by side, [tokens, 2 * key_heads * keys + heads * values]
+    - z, the gate, [tokens, heads * values]
+    - b, from which beta is computed, [tokens, heads]
+    - a, from which the decay is computed, [tokens, heads]
 
     Args:
         w: the Writer that adds the ops.
@@ -348,10 +350,10 @@ def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> l
 
     Returns the names of six tensors as a list:
 
-    - q and k, [T, key_heads * keys], and v, [T, heads * values], each after its convolution
-    - the gate, [T, heads * values]
-    - b, from which beta is computed, [T, heads]
-    - the input of the decay, [T, heads], or [T, heads * keys] if m.by_key is True
+    - q and k, [tokens, key_heads * keys], and v, [tokens, heads * values], each after its convolution
+    - the gate, [tokens, heads * values]
+    - b, from which beta is computed, [tokens, heads]
+    - the input of the decay, [tokens, heads], or [tokens, heads * keys] if m.by_key is True
 
     Args:
         w: the Writer that adds the ops.
@@ -410,7 +412,7 @@ def decay(
         w: the Writer that adds the op.
         at: prefix of the op's name in the Program.
         source: prefix of the tensors' names in the checkpoint.
-        step: name of the tensor x, [T, heads], or [T, width] if `width` is given.
+        step: name of the tensor x, [tokens, heads], or [tokens, width] if `width` is given.
         heads: number of heads.
         low: lower limit of dt.
         high: upper limit of dt; 0: none.
@@ -431,13 +433,13 @@ def convolved(
 ) -> str:  # fmt: skip
     """Add a short causal convolution over tokens, and the activation silu.
 
-    Returns the name of the result's tensor, [T, width].
+    Returns the name of the result's tensor, [tokens, width].
 
     Args:
         w: the Writer that adds the ops.
         at: prefix of the ops' names in the Program.
         source: name of the convolution's module in the checkpoint.
-        x: name of the input tensor, [T, width].
+        x: name of the input tensor, [tokens, width].
         width: number of channels; each channel is convolved separately.
         taps: tokens that the convolution reads: the current token and the taps - 1 tokens before it.
         bias: True if the convolution has a bias.
@@ -456,13 +458,13 @@ def short_conv(
 ) -> str:  # fmt: skip
     """Add a short causal convolution over tokens, with the state that keeps the last tokens of each sequence.
 
-    Returns the name of the result's tensor, [T, width].
+    Returns the name of the result's tensor, [tokens, width].
 
     Args:
         w: the Writer that adds the op.
         site: name of the op in the Program.
         source: name of the convolution's module in the checkpoint.
-        x: name of the input tensor, [T, width].
+        x: name of the input tensor, [tokens, width].
         width: number of channels; each channel is convolved separately.
         taps: tokens that the convolution reads: the current token and the taps - 1 tokens before it.
         bias: True if the convolution has a bias.

@@ -10,7 +10,7 @@ from intaglio.ops import Attend, Concat, KvWrite, Map
 def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: str) -> str:
     """Add the ops of the shared block (attention and MLP) that runs before the mixer of layer `i`.
 
-    Returns the name of the tensor with the sum of `x` and the block's result, [T, hidden].
+    Returns the name of the tensor with the sum of `x` and the block's result, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
@@ -18,7 +18,7 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
         i: number of the layer.
         layer: description of the layer. Its attribute `shared` must be set.
         x: name of the layer's input.
-        embedded: name of the tensor of token embeddings, [T, hidden].
+        embedded: name of the tensor of token embeddings, [tokens, hidden].
     """
     assert layer.shared
     d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
@@ -42,14 +42,14 @@ def write_shared(w: Writer, s: Shared, i: int, layer: Layer, x: str, embedded: s
 
 
 def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of a shared block's attention. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a shared block's attention. Returns the name of the result's tensor, [tokens, hidden].
 
     Args:
         w: the Writer that adds the ops.
         s: description of the block.
         i: number of the layer.
         layer: description of the layer.
-        x: name of the normed input tensor, [T, 2 * hidden].
+        x: name of the normed input tensor, [tokens, 2 * hidden].
     """
     assert layer.shared
     d, b, at, (owner, use) = w.d, w.b, f"layers.{i}.shared.", layer.shared
@@ -69,15 +69,16 @@ def _attention(w: Writer, s: Shared, i: int, layer: Layer, x: str) -> str:
 
 
 def adapted(w: Writer, site: str, y: str, x: str, rows: int, cols: int, rank: int, source: str) -> str:
-    """Add a low-rank adapter (LoRA) to the result `y` of a projection. Returns the name of the new tensor, [T, rows].
+    """Add a low-rank adapter (LoRA) to the result `y` of a projection.
 
-    The new tensor is y + x A^T B^T. If `rank` is 0, no op is added and the result is `y`.
+    Returns the name of the new tensor, [tokens, rows], which is y + x A^T B^T. If `rank` is 0, no op is added and the
+    result is `y`.
 
     Args:
         w: the Writer that adds the ops.
         site: prefix of the ops' names in the Program.
-        y: name of the projection's result, [T, rows].
-        x: name of the projection's input, [T, cols].
+        y: name of the projection's result, [tokens, rows].
+        x: name of the projection's input, [tokens, cols].
         rows: columns of `y`; B is [rows, rank].
         cols: columns of `x`; A is [rank, cols].
         rank: rank of the adapter.

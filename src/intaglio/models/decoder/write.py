@@ -92,7 +92,7 @@ def _hyper_streams(w: Writer, h: Hyper, x: str) -> str:
 def _per_layer(w: Writer, x: str) -> str:
     """Add the ops that compute the per-layer inputs of Gemma 3n and 4.
 
-    Returns the name of their tensor, [T, layers * per_layer]. It is (a + b) / sqrt(2): a is the tokens' rows of a
+    Returns the name of their tensor, [tokens, layers * per_layer]. It is (a + b) / sqrt(2): a is the tokens' rows of a
     second embedding table, and b a normed projection of the embeddings `x`. Tokens beyond the end of the second table
     get its first row.
 
@@ -114,8 +114,8 @@ def _per_layer(w: Writer, x: str) -> str:
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
     """Add the ops of the branch in layer `i` that reads per-layer inputs (Gemma 3n and 4).
 
-    Returns the name of the branch's result, [T, hidden]: norm(proj(activation(gate(x)) * p)), where p is the layer's
-    columns of `inputs`. The caller adds the result to the residual.
+    Returns the name of the branch's result, [tokens, hidden]: norm(proj(activation(gate(x)) * p)), where p is the
+    layer's columns of `inputs`. The caller adds the result to the residual.
 
     Args:
         w: the Writer that adds the ops.
@@ -132,7 +132,7 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Add the ops that embed the tokens. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops that embed the tokens. Returns the name of the result's tensor, [tokens, hidden].
 
     If the model has them, position and token-type embeddings, a norm, and a projection to `hidden` columns are added
     too.
@@ -173,7 +173,7 @@ def _root(w: Writer, width: int, table: str) -> float:
 def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
     """Add the ops of one layer: attention or recurrent block, then the MLP, with norms and residual additions.
 
-    Returns the name of the layer's result, [T, hidden]. Parts that the layer does not have are left out.
+    Returns the name of the layer's result, [tokens, hidden]. Parts that the layer does not have are left out.
 
     Args:
         w: the Writer that adds the ops.
@@ -220,7 +220,7 @@ def _laurel(w: Writer, i: int, x: str) -> str:
 
 
 def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Add the ops of a layer's attention or recurrent block. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a layer's attention or recurrent block. Returns the name of the result's tensor, [tokens, hidden].
 
     If layer.beside is True, the layer has both, and the result is their weighted sum.
 
@@ -244,7 +244,7 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _mlp(w: Writer, i: int, layer: Layer, x: str, residual: str) -> str:
-    """Add the ops of a layer's MLP. Returns the name of the result's tensor, [T, hidden].
+    """Add the ops of a layer's MLP. Returns the name of the result's tensor, [tokens, hidden].
 
     A sparse layer has a mixture of experts instead of the dense MLP. If Mixture.beside is True, the layer has both, and
     the result is the sum of both.

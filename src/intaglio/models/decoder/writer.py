@@ -19,7 +19,7 @@ class Writer:
     """Builds the Program of a Decoder: has methods that add a weight, a linear layer, a norm and so on.
 
     Most methods add an op or a weight and return the name of the resulting tensor. The argument `site` is the name of
-    the op in the Program, such as layers.3.mlp.down_proj. T in a shape is the number of tokens.
+    the op in the Program, such as layers.3.mlp.down_proj.
 
     Args:
         d: description of the model.
@@ -136,11 +136,13 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Add ops that make a tensor [T, 1] whose rows all hold the one value of a checkpoint tensor. Returns its name.
+        """Add ops that repeat the one value of a checkpoint tensor in each row of a new tensor.
+
+        Returns the name of the new tensor, [tokens, 1].
 
         Args:
             site: name of the op.
-            x: name of a tensor [T, ...]; only its number of rows is used.
+            x: name of a tensor [tokens, ...]; only its number of rows is used.
             source: name of the checkpoint tensor.
         """
         zeros = self.b.op(Map, f"{site}.zeros", self.b.view(f"{site}.column", x, 0, 1), expr="a * 0.0")
@@ -149,11 +151,11 @@ class Writer:
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False, shared: str = "") -> str:
         """Add a linear layer: x times the transposed weight [rows, cols] of a module, plus a bias if there is one.
 
-        Returns the name of the result's tensor, [T, rows].
+        Returns the name of the result's tensor, [tokens, rows].
 
         Args:
             site: name of the op.
-            x: name of the input tensor, [T, cols].
+            x: name of the input tensor, [tokens, cols].
             rows: rows of the weight.
             cols: columns of the weight and of x.
             source: name of the module in the checkpoint, as Llama calls it (see Decoder.source()).
@@ -169,11 +171,11 @@ class Writer:
     def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
         """Add a linear layer whose weight consists of parts of one module's weight, one below the other.
 
-        Returns the name of the result's tensor, [T, rows].
+        Returns the name of the result's tensor, [tokens, rows].
 
         Args:
             site: name of the op.
-            x: name of the input tensor, [T, hidden].
+            x: name of the input tensor, [tokens, hidden].
             rows: number of rows of all parts together.
             sources: the parts, in the notation of program/source.py.
         """

@@ -237,7 +237,10 @@ class Checkpoint:
             yield c.read(self.read_entry, slice(first, min(first + step, rows)))
 
     def read_entry(self, name: str) -> np.ndarray:
-        """The values of one stored tensor, as a view of the file. Its first read warns of NaN and infinity."""
+        """The values of one stored tensor, as a view of the file.
+
+        If the tensor has NaN or infinite values, a warning is issued the first time that it is read.
+        """
         e, x = self.entry(name), self._array(name)
         if name not in self.checked:
             self.checked.add(name)
@@ -284,11 +287,11 @@ class Checkpoint:
             self._map(e.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def identity(self) -> str:
-        """A hash by which this checkpoint's files can be told from those of other checkpoints, as text.
+        """A hash that differs between checkpoints with different files, as text.
 
-        The folder's path does not count. The hash covers each file's header, size, modification time and samples of the
-        contents. Samples are needed because two fine-tunes of one model have files of the same sizes, and copying, or
-        packing into a container image, can give these files the same times.
+        The hash covers each file's header, size, modification time and samples of the contents. Samples are needed
+        because two fine-tunes of one model have files of the same sizes, and copying, or packing into a container
+        image, can give these files the same times. The path of the folder is not part of the hash.
         """
         digest = hashlib.sha256()
         for file in sorted({e.file for e in self.entries.values()}):
@@ -304,7 +307,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def recipe(self) -> tuple[str, dict[str, object]]:
-        """What another process needs to open the same checkpoint: (name of a function, its arguments as a dict)."""
+        """How another process opens the same checkpoint: (name of a function, its arguments as a dict)."""
         return f"{__name__}:Checkpoint.open", {"path": str(self.path.absolute())}
 
     def _array(self, name: str) -> np.ndarray:

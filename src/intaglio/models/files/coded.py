@@ -71,7 +71,7 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """The number of rows that partial reads must keep to, an int.
+        """The granularity of partial reads, as a number of rows.
 
         Start and stop of a read must be multiples of this number; stop may also be the number of rows.
         """

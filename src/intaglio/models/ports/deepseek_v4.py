@@ -118,8 +118,8 @@ def mlp_types(c: Config) -> list[str]:
 def compress_rates(c: Config) -> dict[str, int]:
     """Returns {attention type: the number of consecutive tokens that are compressed to one entry}.
 
-    The number is 0 for the type sliding_attention, which compresses nothing. The numbers are from the key
-    compress_rates, or from compress_rate_csa and compress_rate_hca. Raises PortError for a number below 2.
+    The type sliding_attention compresses nothing and has the number 0. The other numbers are from the key
+    compress_rates, or from compress_rate_csa and compress_rate_hca. Raises PortError if one of them is below 2.
     """
     given = c.settings("compress_rates")
     rates = {kind: given.get(kind, RATES[kind]) for kind in (SPARSE, HEAVY)}

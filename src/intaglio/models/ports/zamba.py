@@ -133,9 +133,10 @@ def block_kinds(c: Config, usual: list[str]) -> list[str]:
 
 
 def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
-    """Returns which shared block layer `i` runs, as a tuple for the attribute `shared` of a Layer; None if none.
+    """Returns which shared block layer `i` runs, as a tuple for the attribute `shared` of a Layer, or None.
 
-    The tuple is (index of the first layer that runs the same block, how many earlier layers run any shared block).
+    The tuple is (index of the first layer that runs the same block, how many earlier layers run any shared block). It
+    is None if the layer runs no shared block.
 
     Args:
         i: number of the layer.

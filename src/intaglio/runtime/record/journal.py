@@ -18,9 +18,10 @@ Entry = Mapping[str, Any]
 
 
 def write_engine(engine: Engine) -> dict[str, Any]:
-    """A dict of the journal fields of an engine: Program hash, sizes of the K/V cache and options.
+    """Returns the journal fields that describe an engine, as a dict.
 
-    A replay compares the hash and the sizes with its own engine's, and uses the options.
+    They are the Program hash, the K/V cache sizes, the pipeline depth and the engine's options. A replay compares the
+    hash and the sizes with those of its own engine, and makes its engine with the options.
     """
     scheduler = engine.scheduler
     options = {
@@ -33,15 +34,15 @@ def write_engine(engine: Engine) -> dict[str, Any]:
 
 
 def write_event(event: Event) -> list[Any]:
-    """The fields of an event that a replay compares, as a list: request id, choice, token, finish reason."""
+    """Returns the fields of an event that a replay compares: a list [request id, choice, token id, finish reason]."""
     return [event.request, event.index, event.token, event.finish_reason]
 
 
 def write_failure(error: Exception) -> str:
-    """Text of the error of a failed launch, for the journal."""
+    """Returns the error of a failed launch as text for the journal. read_failure() reads it."""
     return f"lost: {error}" if isinstance(error, DeviceLost) else f"{type(error).__name__}: {error}"
 
 
 def read_failure(text: str) -> DeviceError:
-    """The exception for a failure recorded by write_failure(): DeviceLost or DeviceError."""
+    """Returns the exception for a text that write_failure() wrote: DeviceLost for a lost device, else DeviceError."""
     return DeviceLost(text.removeprefix("lost: ")) if text.startswith("lost: ") else DeviceError(text)

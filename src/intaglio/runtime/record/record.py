@@ -29,11 +29,11 @@ class Recorder:
 
     Attributes:
         readings: clock readings, in seconds.
-        launches: for each launch its failure as text, or None if it succeeded.
-        restarts: for each restart of the device: True if it succeeded, "kept" if the new device also has the K/V of
-            the lost one, False if it failed.
-        losses: for each loss of the device that was noticed between two steps, its failure as text.
-        seed: the random number drawn last, which is the seed of a request that gave none; 0 before the first.
+        launches: for each launch, None if it succeeded, else its error as text.
+        restarts: for each attempt to replace the device: False if it failed, "kept" if the new device also has the K/V
+            of the lost one, else True.
+        losses: the error, as text, of each loss of the device that was noticed between two steps.
+        seed: the latest random number, which is the seed of a request that gave none; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Recorder:
         self.seed = 0
 
     def clock(self, inner: Callable[[], float]) -> Callable[[], float]:
-        """A clock that reads the clock `inner` and records its readings."""
+        """Returns a clock function that reads the clock `inner` and records each reading in `readings`."""
 
         def read() -> float:
             self.readings.append(inner())
@@ -53,14 +53,14 @@ class Recorder:
         return read
 
     def executable(self, inner: Executable) -> Executable:
-        """An executable that runs on `inner` and records the outcome of each launch."""
+        """Returns an Executable that runs on `inner` and records the outcome of each launch in `launches`."""
         return RecordedExecutable(inner, self.launches)
 
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
-        """A function that calls `inner`, which loads an executable after the loss of a device, and records the outcome.
+        """Returns a function that calls `inner` to replace a lost device, and records the outcome in `restarts`.
 
-        The outcome of each call is recorded in `restarts`. The function returns an executable whose launches are
-        recorded in `launches`. It raises what `inner` raises.
+        `inner` returns the executable loaded on the new device. The function returns an executable that runs on it and
+        records its launches in `launches`. It raises what `inner` raises.
         """
 
         def load() -> Executable:
@@ -72,26 +72,32 @@ class Recorder:
         return load
 
     def rng(self, inner: Rng) -> Rng:
-        """A random number generator, RecordedRng, that draws from `inner` and keeps the number drawn last as `seed`.
+        """Returns a random number generator that draws from `inner` and keeps the latest number as `seed`.
 
-        The engine draws a seed for a request without one; RecordedEngine then writes `seed` into the request's journal
-        entry.
+        The engine draws a number as the seed of a request without one. RecordedEngine then writes `seed` into the
+        journal entry of the request.
         """
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:
-        """A list of the clock readings since the last call, in seconds. The recorder then forgets them."""
+        """Returns the clock readings since the last call of this method, as a list of seconds.
+
+        The recorder then forgets them.
+        """
         readings = self.readings.copy()
         self.readings.clear()
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """The outcomes of device calls since the last call of this method, as fields of a journal's record.
+        """Returns the outcomes of device calls since the last call of this method, as a dict of journal fields.
 
-        "launches" is a list with an item for each step: None, or the failure as text. "restarts" has an item for each
-        attempt to replace the device: False if it failed, "kept" if the new device has the K/V cache, else True. Both
-        lists may be empty. "losses" is a list of the failures as text, one for each loss of the device between two
-        steps; the key is missing if there was none. The recorder then forgets the outcomes.
+        The recorder then forgets the outcomes. Each field is a list in order of time:
+
+        - "launches": for each step, None if it succeeded, else its error as text.
+        - "restarts": for each attempt to replace the device: False if it failed, "kept" if the new device has the K/V
+          cache of the lost one, else True.
+        - "losses": the error, as text, of each loss of the device between two steps. The field is missing if there was
+          none.
         """
         outcomes: dict[str, Any] = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         if self.losses:
@@ -103,23 +109,22 @@ class Recorder:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A launched step that records its outcome.
+    """A step that was launched on a device and whose outcome is recorded when its result is read.
 
     Attributes:
-        inner: the step.
-        launches: the Recorder's list of outcomes. result() appends to it: the error as text if the step failed, else
-            None.
+        inner: the launched step.
+        launches: list to which result() appends the outcome: None if the step succeeded, else its error as text.
     """
 
     inner: PendingStep
     launches: list[str | None]
 
     def done(self) -> bool:
-        """True if result() returns at once."""
+        """True if the step has ended, so that result() returns at once."""
         return self.inner.done()
 
     def result(self) -> StepResult:
-        """Wait for the step, record its outcome, and return the result or raise the step's error."""
+        """Wait for the step and record its outcome. Returns its StepResult, or raises its error."""
         try:
             result = self.inner.result()
         except Exception as e:
@@ -130,7 +135,10 @@ class RecordedStep:
 
 
 class RecordedExecutable(Executable):
-    """Runs steps on the executable `inner`, and appends each step's failure as text, or None, to `launches`."""
+    """Executable that runs steps on the executable `inner` and appends the outcome of each step to the list `launches`.
+
+    An outcome is None if the step succeeded, else its error as text.
+    """
 
     def __init__(self, inner: Executable, launches: list[str | None]) -> None:
         self.inner, self.launches = inner, launches
@@ -151,22 +159,24 @@ class RecordedExecutable(Executable):
 
 
 class RecordedRng:
-    """Draws random numbers from `inner` and stores the latest one as `recorder.seed`."""
+    """Random number generator that draws from `inner` and stores the latest number as `recorder.seed`."""
 
     def __init__(self, inner: Rng, recorder: Recorder) -> None:
         self.inner, self.recorder = inner, recorder
 
     def getrandbits(self, k: int, /) -> int:
-        """Draw a random number of `k` bits from `inner`, record it and return it."""
+        """Returns a random integer of `k` bits from `inner`, after storing it as `recorder.seed`."""
         self.recorder.seed = self.inner.getrandbits(k)
         return self.recorder.seed
 
 
 class RecordedEngine(Engine):
-    """An Engine that journals its construction and each call of add, suspend, resume, step, abort and drain.
+    """An Engine that writes a journal, from which replay() can run the same steps again.
 
-    Entries are JSON-serialisable; replay() reads them. If add or resume raises RequestError or Refused, its entry has
-    that error's name. A call that raises any other error writes no entry.
+    There is one journal entry for the construction and one for each call of add, suspend, resume, step, abort and
+    drain. An entry is a dict that can be written as JSON; `journal` is the function that is called with it. If add or
+    resume raises RequestError or Refused, the entry has the error's name. A call that raises any other error writes no
+    entry.
     """
 
     def __init__(

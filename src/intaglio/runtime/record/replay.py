@@ -21,21 +21,21 @@ from intaglio.runtime.resumption import Resumption
 class JournalError(ValueError):
     """Raised for a journal that cannot be replayed.
 
-    That is so if its first entry does not describe the engine, it was recorded on another Program or pool size, or a
-    request in it lacks a seed.
+    There are three reasons: its first entry does not describe the engine; it was recorded with another Program or
+    another K/V cache size; or a request in it has no seed.
     """
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Outcome of a replay.
+    """Result of a replay.
 
     Attributes:
         steps: number of steps run.
-        requests: number of requests added or resumed, refused ones included.
+        requests: number of requests that were added or resumed, including refused requests.
         tokens: number of tokens generated.
-        faults: number of launches that the journal records as failed.
-        divergence: the first difference from the journal, as text; None if there is none.
+        faults: number of launches that had failed according to the journal.
+        divergence: text that describes the first difference from the journal; None if there is none.
     """
 
     steps: int
@@ -46,15 +46,16 @@ class Replayed:
 
 
 class ReplayedExecutable(Executable):
-    """Executable for a replay: runs each step on `inner`, or raises the failure that the journal records for the step.
+    """Executable for a replay. It runs each step on `inner`, or raises the error that the journal records for the step.
 
     A step runs when its result is read.
 
     Args:
         inner: the executable that computes.
-        launches: the recorded outcomes in order: the failure as text, or None. They are removed as steps run.
+        launches: recorded outcomes of the steps, in order: None for success, else the error as text. Each is removed
+            when its step runs.
         depth: number of steps that may be under way at once.
-        state_kept: True if this executable replaces one that was lost, and the K/V cache of the lost one was kept.
+        state_kept: True if this executable replaces a lost one and has the K/V cache of the lost one.
     """
 
     def __init__(
@@ -72,18 +73,18 @@ class ReplayedStep:
     """A launched step of a replay. It runs when its result is read, not when it is launched.
 
     The journal lists the outcomes of steps in the order in which their results were read. So result() takes the next
-    outcome of that list: if the recorded step succeeded, this one runs; if it failed, the recorded error is raised.
+    outcome from that list. If the outcome is a success, the step runs; if it is an error, the error is raised.
     """
 
     executable: ReplayedExecutable
     request: StepRequest
 
     def done(self) -> bool:
-        """Always False: the step runs only when its result is read."""
+        """Always returns False, because the step runs only when its result is read."""
         return False
 
     def result(self) -> StepResult:
-        """Run the step and return its result, or raise the recorded failure."""
+        """Run the step and return its StepResult, or raise the error that the journal records for it."""
         launches = self.executable.launches
         failure = launches.popleft() if launches else "this launch is not in the journal"
         if failure is not None:
@@ -94,9 +95,9 @@ class ReplayedStep:
 class ReplayedEngine(Engine):
     """An Engine for a replay. It moves no experts.
 
-    Where the journal has a loss of the device between two steps, the engine loses its device too.
+    If the journal records that the device was lost between two steps, this engine loses its device at the same place.
 
-    losses: the recorded errors of these losses, as text, in order. Each is raised in turn and removed.
+    losses: the recorded errors of these losses as text, in order. Each is removed when it is raised.
     """
 
     def __init__(self, executable: Executable, losses: deque[str], **options: Any) -> None:
@@ -112,25 +113,28 @@ class ReplayedEngine(Engine):
 
 
 class RecordedSeeds:
-    """Replaces the engine's random source: recorded requests carry their seeds, so drawing a number is an error."""
+    """Random source of an engine in a replay. It only raises errors, because recorded requests have their own seeds."""
 
     def getrandbits(self, k: int, /) -> int:
-        """Always raise JournalError: a recorded request must have a seed."""
+        """Always raises JournalError, because a recorded request must have a seed."""
         raise JournalError("the journal has a request without a seed")
 
 
 def replay(
     entries: Iterable[Entry], load: Callable[[], Executable], revive: Callable[[Request], Request] = lambda r: r
 ) -> Replayed:
-    """Run a journal again on executables from `load()`, stopping at the first difference. Returns the Replayed.
+    """Run the calls of a journal again and compare the events.
+
+    Returns a Replayed, which has the first difference if any. The replay ends at the first difference.
 
     Args:
         entries: the journal's entries, in order.
-        load: makes an executable.
-        revive: function from a recorded Request to one with its `stop_checker` and `matcher` made again.
+        load: function that returns an executable for the engine; called again after the loss of a device.
+        revive: function that returns a recorded Request with new `stop_checker` and `matcher`, which a journal cannot
+            hold.
 
-    Raises JournalError if the first entry does not describe the engine, a request has no seed, or the journal was
-    recorded on another Program or pool size.
+    Raises JournalError if the journal cannot be replayed: its first entry does not describe the engine, a request has
+    no seed, or it was recorded with another Program or another K/V cache size.
     """
     player = Player(load, revive)
     for number, entry in enumerate(entries):
@@ -141,7 +145,7 @@ def replay(
 
 
 class Player:
-    """Applies journal entries to a new engine, which is given the recorded clock readings, launches and restarts."""
+    """Repeats the calls of a journal on a new engine, which reads the recorded clock, launch outcomes and restarts."""
 
     def __init__(self, load: Callable[[], Executable], revive: Callable[[Request], Request]) -> None:
         self.load, self.revive = load, revive
@@ -154,10 +158,10 @@ class Player:
         self.steps = self.requests = self.tokens = self.faults = 0
 
     def play(self, entry: Entry) -> str | None:
-        """Apply one journal entry to the engine, and compare what the engine does with what the entry records.
+        """Repeat the call of one journal entry on the engine. Returns None if the engine does what the entry records.
 
-        Returns None if both agree, else a text that says what differs. Raises JournalError if the first entry does not
-        describe the engine, a request has no seed, or the journal was recorded on another Program or pool size.
+        Otherwise returns a text that says what differs. Raises JournalError if the first entry does not describe the
+        engine, if a request has no seed, or if the journal was recorded with another Program or another K/V cache size.
         """
         self.readings.extend(entry.get("clock", ()))
         self.launches.extend(entry.get("launches", ()))
@@ -167,19 +171,22 @@ class Player:
         return self._do(entry) or self._left_over()
 
     def replayed(self, divergence: str | None) -> Replayed:
-        """The Replayed (counts) so far, with `divergence` as its first difference."""
+        """Returns the Replayed: the counts so far, and `divergence` as the first difference from the journal."""
         return Replayed(self.steps, self.requests, self.tokens, self.faults, divergence)
 
     def clock(self) -> float:
-        """The next recorded clock reading in seconds; 0 if none is left (the replay then differs from the journal)."""
+        """Returns the next recorded clock reading, in seconds.
+
+        Returns 0 if none is left; the replay then differs from the journal.
+        """
         return self.readings.popleft() if self.readings else 0.0
 
     def restart(self) -> Executable:
-        """The executable that replaces a lost one.
+        """Returns an executable that replaces the lost one.
 
-        It keeps the K/V cache if the journal says that the new device had it. Otherwise it is loaded anew, with an
-        empty cache. The engine calls this when the replay raises a recorded loss.
-        Raises DeviceError if the recorded restart failed, or if the journal records no further restart.
+        The engine calls this when a recorded loss of the device is raised. If the journal says that the new device had
+        the K/V cache of the lost one, the executable keeps the cache. Otherwise it is loaded anew, with an empty cache.
+        Raises DeviceError if the recorded attempt failed, or if the journal records no further attempt.
         """
         outcome = self.restarts.popleft() if self.restarts else False
         if not outcome:
@@ -233,11 +240,14 @@ class Player:
         return engine
 
     def _admit(self, entry: Entry, id: str, admit: Callable[[Engine], object]) -> str | None:
-        """Add or resume a request, by calling `admit`.
+        """Add or resume a request by calling `admit`. Returns None if it is admitted or refused as the journal records.
 
-        Returns None if it is admitted or refused as in the journal, else a sentence (str) that says both outcomes.
+        Otherwise returns a sentence that states the outcome now and the outcome in the journal.
 
-        entry: the journal's entry. id: the request's id, for the sentence.
+        Args:
+            entry: the journal's entry.
+            id: the request's id, for the sentence.
+            admit: function that adds or resumes the request on an engine.
         """
         assert self.engine
         self.requests += 1
@@ -251,7 +261,7 @@ class Player:
         return f"{id} was {_admission(entry['refused'])}, now {_admission(refused)}"
 
     def _left_over(self) -> str | None:
-        """A sentence (str) that counts the recorded inputs which the engine did not read; None if none is left."""
+        """Returns a sentence that counts the recorded inputs which the engine has not read; None if it has read all."""
         left = {
             "clock readings": len(self.readings),
             "launches": len(self.launches),
@@ -267,7 +277,10 @@ def _admission(refused: str | None) -> str:
 
 
 def _difference(now: list[list[Any]], then: list[list[Any]]) -> str | None:
-    """Text of the first difference between the replay's events (`now`) and the journal's (`then`); None if equal."""
+    """Returns text about the first difference between two lists of events; None if they are equal.
+
+    now: events of the replay. then: events in the journal. Both are as write_event() returns them.
+    """
     for a, b in zip(now, then, strict=False):
         if a != b:
             recorded, replayed = ("request {}, choice {}, token {}, end {}".format(*event) for event in (b, a))

@@ -14,17 +14,18 @@ from intaglio.server.markup.tagged import DSML, GLM, INVOKE, QWEN, tagged
 
 @dataclass(frozen=True)
 class Form:
-    """One model family's format of tool calls in its output.
+    """The format in which one model family writes tool calls in its output.
 
     Attributes:
-        name: key in FORMS.
-        read: the parser.
-        openers: delimiters with which calls begin.
-        bare: calls may also begin the text without a delimiter, if they name a known tool.
-        ends_reasoning: True if an opener inside reasoning ends the reasoning.
-        short_ids: True if ids of calls must be nine letters or digits.
+        name: name of the format, its key in FORMS.
+        read: function that parses the calls.
+        openers: delimiters in the output; a call begins after one of them.
+        bare: True if calls may also stand at the beginning of the output without a delimiter. Such a call counts only
+            if it names a tool of the request.
+        ends_reasoning: True if a delimiter of `openers` inside reasoning ends the reasoning.
+        short_ids: True if ids of calls must have exactly nine letters or digits.
         single: True if a message may have at most one call.
-        marks: delimiters that detokenization must keep, even if they are special tokens, so that the parser sees them.
+        marks: delimiters that detokenization must keep in the text even if they are special tokens, for the parser.
     """
 
     name: str
@@ -133,9 +134,9 @@ THINKING = (
 
 
 def form_of(template: str | None) -> Form | None:
-    """The Form (parser of tool calls) for the format of tool calls that a chat template uses.
+    """Returns the format in which a chat template expects tool calls, as a Form; None if it is unknown.
 
-    None if the template takes no tools or its format is unknown.
+    Returns None also if the template takes no tools.
     """
     if not takes_tools(template):
         return None
@@ -151,8 +152,8 @@ def takes_tools(template: str | None) -> bool:
 
 
 def thinking_of(template: str | None) -> Thinking | None:
-    """The Thinking (delimiters of reasoning) whose end delimiter occurs in a chat template.
+    """Returns the delimiters of reasoning, a Thinking, that a chat template uses; None if it uses no known ones.
 
-    None if there is no template, or no known delimiter occurs in it.
+    The end delimiter of a Thinking must occur in the template. Returns None also if there is no template (None).
     """
     return next((t for t in THINKING if template and t.end in template), None)

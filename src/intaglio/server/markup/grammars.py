@@ -36,11 +36,11 @@ LISTS = ("granite", "cohere", "mistral")
 def call_grammar(
     form: Form, tools: Tools, several: bool, special: Mapping[str, int]
 ) -> tuple[Literal["lark", "json_schema"], str]:
-    """The grammar that forces a call of one of `tools` in a model's format, as (kind, source).
+    """Returns a grammar that forces the model to call one of `tools` in the format `form`, as (kind, grammar's text).
 
-    kind: "lark" or "json_schema". several: True to allow 1 to MAX_FORCED_CALLS calls, if the format allows several;
-    otherwise exactly one call is forced. special: ids of the tokenizer's special tokens by text; a Lark grammar refers
-    to them by id.
+    kind: "lark" or "json_schema". several: True to allow 1 to MAX_FORCED_CALLS calls; False for exactly one. One call
+    is forced in any case if form.single is set. special: the tokenizer's special tokens, text to id; a Lark grammar
+    names them by id.
     """
     several = several and not form.single
 
@@ -83,13 +83,13 @@ def call_grammar(
 
 
 def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
-    """A Lark grammar, as text, for output that begins inside reasoning.
+    """Returns a Lark grammar, as text, for output that begins inside reasoning and continues with an answer.
 
-    It is: any text, the end delimiter of the reasoning, up to two line breaks, then @answer, the term that stands for
-    the grammar of the answer. An opening delimiter that the server removes (`thinking.dropped`), such as
-    <answer>, may come before the answer, and a closing one after it.
+    The grammar allows any text, then the end delimiter of the reasoning, then up to two line breaks, then the answer.
+    The answer is the term @answer, which the grammar does not define: the caller adds the answer's own grammar under
+    this name. Delimiters around the answer (`thinking.dropped`), such as <answer> and </answer>, are optional.
 
-    special: ids of the tokenizer's special tokens by text.
+    special: the tokenizer's special tokens, text to id.
     """
     opening, closing = thinking.dropped[::2], thinking.dropped[1::2]
     answer = f"gap{_optional(opening, special)} @answer{_optional(closing, special)}"
@@ -97,10 +97,12 @@ def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
 
 
 def after_analysis(special: Mapping[str, int]) -> str:
-    """A Lark grammar, as text, for harmony output: any number of messages on the channel analysis, then one on `final`.
+    """Returns a Lark grammar, as text, for harmony output: messages on channel analysis, then one on channel final.
 
-    The text of the final message is the term @answer. It is not defined here: the caller of the grammar library gives
-    the grammar of the answer under this name. special: ids of the tokenizer's special tokens by text.
+    There may be any number of messages on the channel analysis. The text of the final message is the term @answer,
+    which the grammar does not define: the caller adds the grammar of the answer under this name.
+
+    special: the tokenizer's special tokens, text to id.
     """
     m = {text: _mark(text, special) for text in harmony.MARKS}
     channel, message, start = m[harmony.CHANNEL], m[harmony.MESSAGE], m[harmony.START]
@@ -114,12 +116,19 @@ def after_analysis(special: Mapping[str, int]) -> str:
 
 
 def _mark(text: str, special: Mapping[str, int]) -> str:
-    """The Lark term for a delimiter: its id if it is one of the tokenizer's special tokens, else a quoted string."""
+    """Returns the Lark term that matches the delimiter `text`.
+
+    The term is the token's id if the delimiter is one of the tokenizer's special tokens, else a quoted string. special:
+    the special tokens, text to id.
+    """
     return f"<[{special[text]}]>" if text in special else json.dumps(text, ensure_ascii=False)
 
 
 def _until(rule: str, end: str, special: Mapping[str, int]) -> str:
-    """The text of a Lark rule named `rule`: any text up to and including the first delimiter `end`."""
+    """Returns a Lark rule, as text, that matches any text up to and including the first delimiter `end`.
+
+    rule: name of the rule. special: the tokenizer's special tokens, text to id.
+    """
     if end in special:
         return f"{rule}: /(?s:.*)/ {_mark(end, special)}"
     literal = re.escape(end).replace("/", r"\/")
@@ -127,23 +136,27 @@ def _until(rule: str, end: str, special: Mapping[str, int]) -> str:
 
 
 def _optional(marks: Sequence[str], special: Mapping[str, int]) -> str:
-    """A Lark term, as text, that matches one of `marks` or the empty string; "" if there are no marks.
+    """Returns a Lark term, as text, that matches one of the delimiters `marks` or nothing; "" if `marks` is empty.
 
-    special: ids of special tokens by text; a mark that is a special token is matched as a token.
+    special: the tokenizer's special tokens, text to id. A delimiter that is a special token is matched as this token.
     """
     return f" ({' | '.join(_mark(m, special) for m in marks)})?" if marks else ""
 
 
 def _many(several: bool, rule: str = "start") -> str:
-    """The text of a Lark rule named `rule`: one `call`; if `several`, 1 to MAX_FORCED_CALLS calls on separate lines."""
+    """Returns a Lark rule, as text, that matches one `call`, or up to MAX_FORCED_CALLS calls if `several` is True.
+
+    Several calls are separated by line breaks. rule: name of the rule.
+    """
     return f'{rule}: call ("\\n" call){{0,{MAX_FORCED_CALLS - 1}}}' if several else f"{rule}: call"
 
 
 def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str]:
-    """("lark", source of a Lark grammar whose rule `call` has an alternative for each tool).
+    """Returns ("lark", grammar): the text of a Lark grammar that allows a call of any tool, with its own arguments.
 
-    start: text of the rules that use the rule `call`. write(name, args): returns the text of a tool's alternative,
-    given the tool's name and the name of the rule for its arguments.
+    The rule `call` of the grammar has one alternative for each tool. start: text of the rules that refer to `call`.
+    write: function that returns the text of one alternative; its arguments are the tool's name and the name of the rule
+    that matches the tool's arguments.
     """
     rules = [start, "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, (name, schema) in enumerate(tools.items()):
@@ -153,10 +166,11 @@ def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str
 
 
 def _object(tools: Tools, keys: tuple[str, str], extra: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema, as a dict, of a call that is written as a JSON object.
+    """Returns the JSON schema, as a dict, of a tool call that is written as a JSON object.
 
-    keys: the object's field names for the tool's name and for the arguments. extra: schemas of further required fields,
-    by name. The schemas of the tools' arguments are placed in $defs, with their references adjusted.
+    keys: names of two fields of the object: the field for the tool's name and the field for its arguments. extra:
+    schemas of other required fields, by name. The schemas of the tools' arguments are stored in $defs, and their
+    references are adjusted to that place.
     """
     schemas = [
         {
@@ -177,9 +191,9 @@ def _list(schema: dict[str, Any], most: int = MAX_FORCED_CALLS) -> dict[str, Any
 
 
 def moved(schema: Any, root: str) -> Any:
-    """A copy of a JSON schema whose references are adjusted for a new place inside another schema.
+    """Returns a copy of a JSON schema whose references are adjusted for a new place inside another schema.
 
-    root: JSON pointer of that place, beginning with "#". Each reference "#REST" becomes `root` followed by REST.
+    root: JSON pointer of the new place, beginning with "#". Each reference "#REST" becomes `root` followed by REST.
     """
     if isinstance(schema, list):
         return [moved(item, root) for item in schema]

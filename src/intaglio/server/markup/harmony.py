@@ -14,10 +14,10 @@ MARKS = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 
 
 def harmony(s: Source, tools: Tools) -> Steps[None]:
-    """Parse a whole output in gpt-oss's harmony format, and yield it as Parts: text, starts of calls, arguments.
+    """Parse a model's output in gpt-oss's harmony format. Yields its Parts: text, starts of tool calls, arguments.
 
     The output may begin inside a message whose header is in the prompt. This generator yields None while it waits for
-    more text of the model. tools: the tools that the request offers; without any, calls are yielded as text.
+    more text of the model. tools: the request's tools; if it has no tools, calls are yielded as text.
     """
     role: Role = "content"
     while True:
@@ -40,8 +40,8 @@ def harmony(s: Source, tools: Tools) -> Steps[None]:
 def _header(s: Source) -> Generator[None, None, str | None]:
     """Consume a message's header (channel, recipient) up to and including <|message|>.
 
-    This generator yields None while it waits for more text of the model. Its return value is the header's text; None if
-    the output ends inside the header, which is then dropped.
+    This generator yields None while it waits for more text of the model. Its return value is the header's text. If the
+    output ends inside the header, the text is dropped and the return value is None.
     """
     while MESSAGE not in s.held and not s.last:
         yield None
@@ -53,10 +53,10 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 
 
 def _call(s: Source, recipient: str) -> Steps[bool]:
-    """Parse the body of a message to a function as a tool call, and yield it as Parts.
+    """Parse the body of a message to a function as a tool call. Yields a CallStart, then CallArguments.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True, or False if the
-    body does not begin with JSON arguments; then nothing is consumed.
+    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
+    parsed. It is False if the body does not begin with JSON arguments; then nothing is consumed.
 
     recipient: the function's name in the header, such as functions.NAME.
     """

@@ -32,10 +32,12 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def value(s: Source, depth: int = 0) -> Pieces[bool]:
-    """Parse one JSON value and yield its text piece by piece, with one space after `,` and `:`. A generator.
+    """Parse one JSON value and yield its text piece by piece, with one space after each `,` and `:`.
 
-    It yields None while it waits for more text of the model. Its return value is True if the JSON value is complete,
-    and False if the text is not JSON, ends early or is nested deeper than MAX_DEPTH. depth: levels around this value.
+    This generator yields None while it waits for more text of the model. Its return value is True if the JSON value is
+    complete. It is False if the text is not JSON, ends early, or is nested deeper than MAX_DEPTH.
+
+    depth: number of JSON objects and lists that enclose this value.
     """
     if not (yield from blanks(s)) or depth > MAX_DEPTH:
         return False
@@ -56,10 +58,10 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 
 
 def string(s: Source) -> Pieces[bool]:
-    """Parse one JSON string and yield its text piece by piece, with its quotes; control characters are escaped.
+    """Parse one JSON string and yield its text piece by piece, with its quotes and with control characters escaped.
 
-    A generator that yields None while it waits for more text of the model in `s`. Its return value is True if the
-    string is complete, False if the text does not begin with a quote or ends early.
+    This generator yields None while it waits for more text of the model in `s`. Its return value is True if the string
+    is complete. It is False if the text does not begin with a quote or ends early.
     """
     if not (yield from some(s)) or s.held[0] != '"':
         return False
@@ -82,16 +84,17 @@ def string(s: Source) -> Pieces[bool]:
 
 
 def _escape(text: str) -> str:
-    """The text with raw control characters, which JSON strings must not contain, replaced by escape sequences."""
+    """Returns `text` with each raw control character, which JSON strings must not contain, as an escape sequence."""
     return CONTROL.sub(lambda c: json.dumps(c[0])[1:-1], text)
 
 
 def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
     """Parse a JSON object or list between the brackets `begin` and `end`, and yield its text piece by piece.
 
-    The opening bracket is held back until the first member is known to be valid. This generator also yields None while
-    it waits for more text of the model. Its return value is True if the object or list is complete, else False. depth:
-    levels around it.
+    The opening bracket is yielded only when the first member is known to be valid. This generator also yields None
+    while it waits for more text of the model. Its return value is True if the object or list is complete, else False.
+
+    depth: number of JSON objects and lists that enclose this one.
     """
     pending = s.take(1)
     if not (yield from blanks(s)):
@@ -131,11 +134,13 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one tool call, {"name": ..., "arguments": ...}, and yield it as Parts.
+    """Parse one tool call of the form {"name": ..., "arguments": ...}. Yields a CallStart, then CallArguments.
 
-    known: tools that the call may name; another name, or a key that calls do not have, ends the parse. None: any name
-    is accepted, and other keys are skipped. This generator also yields None while it waits for more text of the model.
-    Its return value is True if a call was begun, even if its arguments are cut off.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
+    a call was yielded, even if the call's arguments are cut off.
+
+    known: the tools that the call may name. Parsing then stops at a name of another tool, or at a key that is not in
+    KEYS. If `known` is None, any name is accepted and unknown keys are skipped.
     """
     if not (yield from blanks(s)) or s.held[0] != "{":
         return False
@@ -184,10 +189,11 @@ def call(s: Source, known: Tools | None = None) -> Steps[bool]:
 
 
 def arguments(s: Source) -> Pieces[bool]:
-    """Parse a call's arguments and yield the text of a JSON object in pieces; null and "" become {}.
+    """Parse the arguments of a call and yield them as the text of a JSON object, in pieces; null and "" become {}.
 
-    A generator. Its return value is True for a JSON object, null, an empty string, or a string that contains
-    an object or null, and False for anything else.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the arguments
+    are a JSON object, null, an empty string, or a string that contains an object or null. For anything else it is
+    False.
     """
     if not (yield from blanks(s)):
         return False
@@ -209,11 +215,13 @@ def arguments(s: Source) -> Pieces[bool]:
 
 
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
-    """Parse one tool call or a JSON list of calls, and yield them as Parts.
+    """Parse one tool call, several calls with a separator, or a JSON list of calls, and yield their Parts.
 
-    known: tools that a call may name; None: any. joined: separator of calls outside a list; "": only one call is
-    parsed. This generator also yields None while it waits for more text of the model. Its return value is True if at
-    least one call was begun.
+    The Parts of a call are a CallStart, then CallArguments. This generator also yields None while it waits for more
+    text of the model. Its return value is True if the start of at least one call was yielded.
+
+    known: tools that a call may name; None: any name is accepted. joined: separator between calls that are not in a
+    list; if it is "", at most one call outside a list is parsed.
     """
     if not (yield from blanks(s)):
         return False
@@ -256,24 +264,24 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse JSON tool calls that no delimiter ends, and yield them as Parts.
+    """Parse JSON tool calls in a format that has no delimiter after the calls, and yield their Parts.
 
-    The calls are JSON objects separated by `;`, or a JSON list. This generator also yields None while it waits for more
-    text of the model. Its return value is True if a call was begun.
+    The Parts of a call are a CallStart, then CallArguments. The calls are JSON objects separated by `;`, or a JSON
+    list. This generator also yields None while it waits for more text of the model. Its return value is True if the
+    start of a call was yielded.
 
-    s: the output. opener: the delimiter in front of the calls, already consumed; "": none, and then a call must name
-    one of `tools`, since other JSON may be meant as text.
+    s: the output. opener: the delimiter in front of the calls, which is already consumed; "" if there is none. Without
+    a delimiter, a call must name one of `tools`; other JSON is not parsed as a call.
     """
     return (yield from calls(s, None if opener else tools, ";"))
 
 
 def enclosed(end: str, *more: str) -> Reading:
-    """Make a parser (Reading) of JSON tool calls that are followed by a delimiter: `end` or one of `more`.
+    """Returns a parser of JSON tool calls that end at a delimiter, `end` or one of `more`, or at the end of the output.
 
-    The end of the model's output ends the calls too.
-
-    The parser is a generator function of (Source, opener, tools). The generator yields Parts, and None while it waits
-    for more text of the model; its return value is True if a call was begun.
+    The parser is a generator function with the arguments (s, opener, tools): the model's output as a Source, the
+    delimiter in front of the calls, and the request's tools. Its generator yields Parts, and None while it waits for
+    more text of the model. The generator's return value is True if the start of a call was yielded.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
@@ -288,7 +296,7 @@ def enclosed(end: str, *more: str) -> Reading:
 
 
 def peek_call(s: Source) -> Generator[None, None, bool]:
-    """Consume the spaces, line breaks and commas before another JSON call; nothing if no call follows.
+    """Consume the spaces, line breaks and commas in front of the next JSON call; consume nothing if no call follows.
 
     This generator yields None while it waits for more text of the model. Its return value is True if a call follows.
     """
@@ -302,8 +310,9 @@ def peek_call(s: Source) -> Generator[None, None, bool]:
 
 
 def close(s: Source, *ends: str) -> Generator[None, None, None]:
-    """Consume the delimiter in `ends` that comes next, and any blanks, `}` and `]` in front of it. Returns nothing.
+    """Consume the closing delimiter after tool calls, one of `ends`, and any blanks, `}` and `]` in front of it.
 
-    Nothing is consumed if no such delimiter comes next. A generator that yields None while it waits for more text.
+    If the text continues with anything else, nothing is consumed. This generator yields None while it waits for more
+    text of the model. It has no return value.
     """
     yield from skip(s, *ends, over=" \n}]")

@@ -20,15 +20,18 @@ ACTION, END_ACTION = "<|START_ACTION|>", "<|END_ACTION|>"
 
 
 def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Mistral's tool calls, and yield them as Parts.
+    """Parse Mistral's tool calls, and yield their Parts: starts of calls and pieces of arguments.
 
     Two formats are read:
 
-    - a JSON list of calls, after an opener or without one;
-    - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each opener.
+    - a JSON list of calls, with or without the delimiter `opener` in front;
+    - from tokenizer v11 on, `NAME[ARGS]{...}` or `NAME[CALL_ID]ID[ARGS]{...}` after each delimiter.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
-    begun. opener: the delimiter that was consumed before the calls; "": none, and then a call must name one of `tools`.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
+    a call was yielded.
+
+    opener: the delimiter in front of the calls, which is already consumed; "" if there is none. Without a delimiter, a
+    call must name one of `tools`.
     """
     if not (yield from blanks(s)):
         return False
@@ -55,13 +58,13 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse DeepSeek's tool calls, and yield them as Parts.
+    """Parse DeepSeek's tool calls, and yield their Parts: starts of calls and pieces of arguments.
 
-    V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`. <sep> is
+    V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block. V3.1 writes `NAME<sep>{...}`. <sep> is
     the special token DEEPSEEK["sep"]. This generator also yields None while it waits for more text of the model. Its
-    return value is True if a call was begun, even if it is cut off.
+    return value is True if the start of a call was yielded, even if the call is cut off.
 
-    s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
+    s: the output. opener: the delimiter in front of the calls, already consumed; "" if there is none. tools: not used.
     """
     m, began = DEEPSEEK, False
     while opener == m["call"] or (yield from skip(s, m["call"])):
@@ -83,13 +86,13 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
+    """Parse Kimi-K2's tool calls, `functions.NAME:NUMBER<sep>{...}`, and yield their Parts.
 
-    All text before <sep>, the special token KIMI["sep"], is the call's id; NAME is the function's name. This generator
-    also yields None while it waits for more text of the model. Its return value is True if a call was begun, even if it
-    is cut off.
+    The Parts of a call are a CallStart, then CallArguments. <sep> is the special token KIMI["sep"]. All text before
+    <sep> is the call's id, and NAME is the function's name. This generator also yields None while it waits for more
+    text of the model. Its return value is True if the start of a call was yielded, even if the call is cut off.
 
-    s: the output. opener: the delimiter in front of the calls, already consumed; "": none. tools: not used.
+    s: the output. opener: the delimiter in front of the calls, already consumed; "" if there is none. tools: not used.
     """
     m, began = KIMI, False
     while opener == m["call"] or (yield from skip(s, m["call"])):

@@ -16,11 +16,12 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def pythonic(*ends: str) -> Reading:
-    """Make a parser (Reading) of tool calls in Python syntax, or JSON, that end with one of the delimiters `ends`.
+    """Returns a parser of tool calls in Python syntax or JSON. One of the delimiters `ends` may follow the calls.
 
-    The delimiter at the end may be missing; without `ends` none is expected. The parser is a generator function of
-    three arguments: the model's output as a Source; the delimiter in front of the calls, which was already consumed, or
-    ""; and the request's tools. The generator yields Parts; its return value is True if a call was begun, else False.
+    The parser is a generator function with the arguments (s, opener, tools): the model's output as a Source; the
+    delimiter in front of the calls, already consumed, or ""; and the request's tools. Its generator yields Parts, and
+    None while it waits for more text of the model. The generator's return value is True if the start of a call was
+    yielded, else False.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
@@ -36,13 +37,13 @@ def pythonic(*ends: str) -> Reading:
 
 
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse tool calls written as Python, in a bracketed list or one per line, and yield them as Parts.
+    """Parse tool calls written as Python, in a bracketed list or one per line, and yield their Parts.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if a call was
-    begun, even if it is cut off.
+    The Parts of a call are a CallStart, then CallArguments. This generator also yields None while it waits for more
+    text of the model. Its return value is True if the start of a call was yielded, even if the call is cut off.
 
-    s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "":
-    none, and then a call must name one of `tools`.
+    s: the output; it holds at least one character. opener: the delimiter in front of the calls, already consumed; "" if
+    there is none. Without a delimiter, a call must name one of `tools`.
     """
     if s.held[0] == "[":
         while re.fullmatch(r"\[\s*", s.held) and not s.last:
@@ -65,7 +66,7 @@ def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def _call(s: Source, known: Tools | None) -> Steps[bool]:
-    """Parse one tool call in Python syntax, and yield it as Parts: each argument when it is complete.
+    """Parse one tool call in Python syntax, and yield its Parts: its start, then each argument once it is complete.
 
     This generator also yields None while it waits for more text of the model. Its return value is True if it has
     yielded the beginning of a call, else False. known: tools that the call may name; None: any.
@@ -98,7 +99,10 @@ def _call(s: Source, known: Tools | None) -> Steps[bool]:
 
 
 def _argument_end(text: str) -> int | None:
-    """Index in `text` of the top-level comma or `)` that ends a call's first argument; None if there is none yet."""
+    """Returns the index in `text` of the comma or `)` that ends a call's first argument; None if there is none yet.
+
+    Commas and brackets inside nested brackets or strings are skipped.
+    """
     open: list[str] = []
     quote = ""
     at = 0
@@ -124,7 +128,10 @@ def _argument_end(text: str) -> int | None:
 
 
 def _keywords(text: str) -> dict[str, Any] | None:
-    """A dict {name: value} parsed from the text of one keyword argument; {} for an empty text, None for any other."""
+    """Returns a dict {name: value} parsed from `text`, one keyword argument of a call in Python syntax.
+
+    The dict is empty for an empty text. Returns None if the text is anything else.
+    """
     try:
         node = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(node, ast.Call)
@@ -136,7 +143,7 @@ def _keywords(text: str) -> dict[str, Any] | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The Python value of a literal that JSON can express. Raises ValueError for any other expression."""
+    """Returns the Python value of `node`, a literal that JSON can express. Raises ValueError for another expression."""
     match node:
         case ast.Name(id=name) if name in WORDS:
             return WORDS[name]

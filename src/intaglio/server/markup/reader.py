@@ -49,10 +49,10 @@ class OutputStyle:
 
 
 class Reader:
-    """Streaming parser of one choice's text into TextDelta, CallStart and CallArguments.
+    """Streaming parser of one choice's output text into TextDelta, CallStart and CallArguments.
 
-    Text that is not a valid call is returned as content, or dropped if a call is forced. Delimiters are removed, as is
-    white space between content and calls.
+    Text that is not a valid call is returned as content; it is dropped if the output must be a call. Delimiters are
+    removed, and so is white space between content and calls.
     """
 
     def __init__(self, style: OutputStyle) -> None:
@@ -64,7 +64,7 @@ class Reader:
     def feed(self, text: str, last: bool = False) -> list[Part]:
         """Add new output text. Returns a list of the Parts (text, starts of calls, arguments) that are now certain.
 
-        last: True if no more text follows, so that all the rest is returned.
+        last: True if `text` is the end of the output. All text that was held back is then returned too.
         """
         self.source.held += text
         self.source.last = self.source.last or last
@@ -81,9 +81,10 @@ class Reader:
         return out
 
     def _append(self, out: list[Part], part: Part) -> None:
-        """Append a part to the list `out`, or merge it with the last part there; an empty text is dropped.
+        """Append a part to the list `out`. Returns nothing.
 
-        Text is merged with text of the same role, call arguments with call arguments.
+        If the last item of `out` has the same kind, the part is merged with it: text with text of the same role, call
+        arguments with call arguments. A part with empty text is dropped.
         """
         match part, out[-1] if out else None:
             case ((TextDelta(text="") | CallArguments(text="")), _):
@@ -140,9 +141,10 @@ class Reader:
         return True
 
     def _content(self, gap: bool) -> Steps[None]:
-        """Parse content and tool calls to the end of the output and yield them as Parts.
+        """Parse the rest of the output, and yield its Parts: text, starts of tool calls, pieces of arguments.
 
-        `gap`: True to skip line breaks first (they follow reasoning).
+        This generator also yields None while it waits for more text of the model. gap: True to skip line breaks first,
+        such as those between reasoning and content.
         """
         s, form = self.source, self.style.form
         openers = form.openers if form else ()
@@ -176,11 +178,13 @@ class Reader:
             yield None
 
     def _call(self, opener: str, form: Form) -> Steps[bool]:
-        """Parse the tool calls behind the delimiter `opener`, which is consumed already, and yield them as Parts.
+        """Parse the tool calls that follow `opener`, and yield their Parts: starts of calls, pieces of arguments.
 
-        opener: "" for calls at the beginning of the text. If no call was begun, the text consumed becomes content, or
-        is dropped if a call is forced. This generator also yields None while it waits for more text of the model. Its
-        return value is True if a call was begun.
+        The delimiter `opener` is already consumed. It is "" for calls at the beginning of the output without a
+        delimiter. This generator also yields None while it waits for more text of the model. Its return value is True
+        if the start of a call was yielded.
+
+        If no call was found, the consumed text is yielded as content; it is dropped if the output must be a call.
         """
         s = self.source
         if not opener:
@@ -194,11 +198,14 @@ class Reader:
 def begins_inside(prompt: str, thinking: Thinking | None) -> bool:
     """True if the rendered prompt ends with the delimiter that begins reasoning, so that the output begins inside it.
 
-    False if `thinking` is None: then the template has no such delimiter.
+    False if `thinking` is None, since then no delimiters of reasoning are known.
     """
     return thinking is not None and prompt.rstrip().endswith(thinking.begin)
 
 
 def parameters(tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """A dict from each tool's name to the JSON schema of its arguments; {"type": "object"} for a tool without one."""
+    """Returns a dict from the name of each tool to the JSON schema of its arguments.
+
+    A tool that gives no schema gets {"type": "object"}.
+    """
     return {t.function.name: t.function.parameters or {"type": "object"} for t in tools}

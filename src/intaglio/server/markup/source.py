@@ -44,7 +44,7 @@ Pieces = Generator[str | None, None, T]  # of parsers that yield text
 
 
 class Source:
-    """The output of a model as far as it has come, for parsers that consume it from the front.
+    """Buffer of a model's output text that has arrived so far. Parsers consume the text from the front.
 
     Attributes:
         held: text that no parser has consumed yet.
@@ -56,7 +56,7 @@ class Source:
         self.held, self.taken, self.last = "", "", False
 
     def take(self, n: int) -> str:
-        """Consume the first `n` characters of the text received so far, and return them; fewer if fewer have come."""
+        """Consume and return the first `n` characters of the held text; all of it if it has fewer characters."""
         text, self.held = self.held[:n], self.held[n:]
         self.taken += text
         return text
@@ -66,17 +66,17 @@ class Source:
         self.taken = ""
 
     def waits_for(self, *marks: str) -> bool:
-        """True if the held text, which may be empty, could still grow into one of the delimiters `marks`.
+        """True if the held text, which may be empty, is an incomplete beginning of one of the delimiters `marks`.
 
-        False if the held text is one of them, or if no more text will arrive.
+        False if no more text will arrive, since the delimiter can then no longer be completed.
         """
         return not self.last and any(m != self.held and m.startswith(self.held) for m in marks)
 
     def safe(self, *marks: str) -> int:
-        """Number of held characters, from the first, that a parser may consume without splitting a delimiter.
+        """Returns how many held characters, from the first, a parser may consume without splitting a delimiter.
 
-        Characters at the end that could be the beginning of one of the delimiters `marks` are left out. If no more text
-        will arrive, all characters are counted.
+        Characters at the end that could be the beginning of one of the delimiters `marks` are not counted. If no more
+        text will arrive, all characters are counted.
         """
         if self.last:
             return len(self.held)
@@ -88,7 +88,7 @@ Reading = Callable[[Source, str, Tools], Steps[bool]]  # parses calls after an o
 
 
 def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
-    """Wait until the text not yet consumed (`held`) has `n` characters.
+    """Wait until the text not yet consumed (`s.held`) has at least `n` characters.
 
     This generator yields None while it waits for more text of the model. Its return value is True, or False if the
     output ends earlier.
@@ -112,10 +112,10 @@ def blanks(s: Source) -> Generator[None, None, bool]:
 
 
 def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
-    """Consume the longest of the delimiters `marks` that the text begins with, and characters of `over` before it.
+    """Consume a delimiter, the longest of `marks` that comes next, and any characters of `over` in front of it.
 
-    This generator yields None while it waits for more text of the model. Its return value is the delimiter. If the text
-    begins with none of the delimiters, its return value is None and nothing is consumed.
+    This generator yields None while it waits for more text of the model. Its return value is the delimiter. If none of
+    the delimiters comes next, its return value is None and nothing is consumed.
     """
     while True:
         text = s.held.lstrip(over)
@@ -129,7 +129,7 @@ def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None,
 
 
 def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None]]:
-    """Consume the text up to and including the first of the delimiters `marks`; all remaining text if none comes.
+    """Consume the text up to and including the first of the delimiters `marks`; all remaining text if there is none.
 
     This generator yields None while it waits for more text of the model. Its return value is (text before the
     delimiter, delimiter), or (all remaining text, None).
@@ -146,19 +146,19 @@ def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None
 
 
 def first(s: Source, *marks: str) -> str | None:
-    """The delimiter of `marks` that occurs first in the text not yet consumed (`held`); None if none occurs.
+    """Returns the delimiter of `marks` that occurs first in the text not yet consumed (`s.held`); None if none occurs.
 
-    If several begin at the same position, the longest of them is returned.
+    If several delimiters begin at the same position, the longest of them is returned.
     """
     places = [(at, -len(m), m) for m in marks if (at := s.held.find(m)) >= 0]
     return min(places)[2] if places else None
 
 
 def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
-    """Run the parser `steps`, which yields pieces of text, and append each piece to the list `into`.
+    """Run the parser `steps` to its end, and append each piece of text that it yields to the list `into`.
 
-    Returns a generator. It yields None whenever `steps` yields None, which means that more text of the model must come
-    first. Its return value is the return value of `steps`.
+    This generator yields None whenever `steps` yields None, which means that `steps` waits for more text of the model.
+    Its return value is the return value of `steps`.
     """
     while True:
         try:
@@ -173,16 +173,16 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 
 
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
-    """Yield the Parts of a tool call: `start`, then a CallArguments for each piece of text that `steps` yields.
+    """Run `steps`, a parser of a call's arguments, and yield the Parts of the call: `start`, then pieces of arguments.
 
-    `start` is yielded just before the first piece. Each None of `steps` is passed on: it means that more text of the
-    model must come first. The return value of this generator is a pair: a bool, True if `start` has been yielded here
-    or by the caller, and the return value of `steps`.
+    This generator yields `start` just before the first piece of arguments, and each piece as a CallArguments. It yields
+    None whenever `steps` yields None, which means that `steps` waits for more text of the model. Its return value is
+    (began, result): began is True if the start of the call has been yielded, and result is the return value of `steps`.
 
     Args:
-        steps: parser of the call's arguments. It yields their text piece by piece, and None when it needs more input.
+        steps: parser that yields the text of the call's arguments in pieces.
         start: the first Part of the call, with its name.
-        began: True if the caller has already yielded `start`.
+        began: True if the caller has already yielded the start of the call; `start` is then not used.
     """
     while True:
         try:

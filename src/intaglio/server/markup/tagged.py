@@ -32,16 +32,17 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Tags:
-    """The tags of one format of tool calls. A call is `begin` NAME `named`, its arguments, and `end`.
+    """The tags in which one model family writes a tool call, such as <function=NAME> ... </function>.
 
-    An argument is `key` NAME `keyed`, then `between` VALUE `end_value`.
+    A call is: `begin`, the function's name, `named`, the arguments, `end`. An argument is: `key`, its name, `keyed`,
+    `between`, its value, `end_value`.
 
     Attributes:
-        begin: opening tag up to the call's name; "" if the name comes without a tag.
-        named: end of the opening tag, after the call's name.
-        key: tag up to an argument's name.
-        keyed: end of the tag `key`, after the argument's name.
-        end_value: closing tag of an argument's value.
+        begin: text in front of the function's name, such as "<function="; "" if there is none.
+        named: text after the function's name, such as ">".
+        key: text in front of an argument's name, such as "<parameter=".
+        keyed: text after an argument's name, such as ">".
+        end_value: closing tag after an argument's value.
         end: closing tag of the call; "" if there is none.
         between: opening tag of an argument's value; "" if there is none.
     """
@@ -64,14 +65,15 @@ DSML = Tags(
 
 
 def tagged(end: str, *ways: Tags) -> Reading:
-    """Make a parser (Reading) of tool calls in tags such as <function=NAME>, or as JSON.
+    """Returns a parser of tool calls that are written in tags such as <function=NAME>, or as JSON.
 
-    The parser is a generator function of (the output as a Source, the opener, the request's tools). The opener is the
-    delimiter in front of the calls, already consumed. The generator yields Parts; its return value is True if a call
-    was begun, else False.
+    The parser is a generator function with the arguments (s, opener, tools): the model's output as a Source; the
+    delimiter in front of the calls, already consumed; and the request's tools. Its generator yields Parts, and None
+    while it waits for more text of the model. The generator's return value is True if the start of a call was yielded,
+    else False.
 
     end: delimiter after the last call; the parser consumes it, and accepts that it is missing. ways: the sets of tags
-    that calls may have.
+    in which a call may be written.
     """
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
@@ -95,11 +97,11 @@ def tagged(end: str, *ways: Tags) -> Reading:
 
 
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
-    """Consume the opening tag of the next tool call, and find the set of tags to which it belongs.
+    """Consume the opening tag of the next tool call, and find the set of tags to which this tag belongs.
 
-    A generator that yields None while it waits for more text of the model in `s`. Its return value is the set in `ways`
-    whose opening tag was read. Some formats have calls without an opening tag: if no tag was read, the return value is
-    the first set without an opening tag, or None if every set has one.
+    This generator yields None while it waits for more text of the model in `s`. Its return value is the set of `ways`
+    whose opening tag was read. If no opening tag comes next, its return value is the first set of `ways` that has no
+    opening tag, or None if every set has an opening tag.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
@@ -107,11 +109,13 @@ def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None
 
 
 def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
-    """Parse one tool call in the format `way`, and yield it as Parts.
+    """Parse one tool call that is written in the tags `way`. Yields a CallStart, then CallArguments.
 
-    Where calls have no opening tag (GLM), the name ends at a line break, the first argument, or the end of the call,
-    and must be the name of one of `tools`. This generator also yields None while it waits for more text of the model.
-    Its return value is True if a call was begun, even if it is cut off. end: delimiter after the last call.
+    This generator also yields None while it waits for more text of the model. Its return value is True if the start of
+    a call was yielded, even if the call is cut off.
+
+    If the tags have no opening tag (GLM), the function's name ends at a line break, at the first argument, or at `end`,
+    and must be the name of one of `tools`. end: delimiter after the last call.
     """
     ends = (way.named,) if way.begin else (way.named, way.key, end)
     while not any(e in s.held for e in ends) and not s.last and len(s.held) < 300:
@@ -146,11 +150,12 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
 
 
 def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) -> Pieces[bool]:
-    """Parse one argument's value and yield it as JSON text; strings piece by piece, other values when complete.
+    """Parse one argument's value and yield it as JSON text: strings piece by piece, other values when complete.
 
-    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag. This
-    generator also yields None while it waits for more text of the model. Its return value is True, or False if the
-    closing tag never comes.
+    This generator also yields None while it waits for more text of the model. Its return value is True, or False if the
+    closing tag of the value never comes.
+
+    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag.
     """
     if kinds == {"string"}:
         yield '"'
@@ -171,11 +176,11 @@ def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) ->
 
 
 def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
-    """Yield the text before the closing tag `mark`, in pieces, and consume the tag.
+    """Yield the text in front of the closing tag `mark`, in pieces, and consume the tag.
 
-    The text itself may contain `mark`: only a `mark` before one of `follow`, or at the end of the output, is the
-    closing tag. One line break at each end of the text is removed. This generator also yields None while it waits for
-    more text of the model. Its return value is True, or False if the closing tag never comes.
+    The text itself may contain `mark`. It counts as the closing tag only if one of the tags `follow` comes next, or if
+    the output ends there. One line break at each end of the text is removed. This generator also yields None while it
+    waits for more text of the model. Its return value is True, or False if the closing tag never comes.
     """
     while not s.held and not s.last:
         yield None
@@ -205,9 +210,9 @@ def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
 
 
 def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
-    """The set of JSON types that an argument's schema allows; {"string"} if it names none.
+    """Returns the set of JSON types that the schema of an argument allows; {"string"} if the schema names none.
 
-    root: schema that $ref points into.
+    root: the schema in which references ($ref) are looked up.
     """
     if not isinstance(schema, Mapping):
         return {"string"}
@@ -231,9 +236,10 @@ def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
 
 
 def typed(text: str, kinds: set[str]) -> Any:
-    """An argument's text converted to a value of one of the JSON types `kinds`; the text if it fits none.
+    """Returns the value that the text of an argument stands for, in one of the JSON types `kinds`, such as 3 for "3".
 
-    White space around the text is removed, unless `kinds` is {"string"}.
+    If the text fits none of these types except string, the text itself is returned. White space around it is removed,
+    unless `kinds` is {"string"}.
     """
     text = text.strip() if kinds != {"string"} else text
     for parse in (json.loads, ast.literal_eval):

@@ -17,11 +17,14 @@ MASKED = np.float32(-np.inf)
 
 
 def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, window: int) -> np.ndarray:
-    """Attention mask for a tile of scores: bool [rows, n], the shape of `scores`. True where a score counts.
+    """Returns the attention mask of a tile of scores: bool [rows, n], the shape of `scores`; True where a score counts.
 
     Row r is the query at position query + r // pack, since `pack` query heads share each position. Column j is the key
-    at position key + j. A score counts if three conditions hold. The key is not after the query. The query is less than
-    `window` positions after the key (window 0: any number). And j < keys: columns from `keys` on are padding.
+    at position key + j. A score counts if all three conditions hold:
+
+    - The key is not after the query.
+    - The query is less than `window` positions after the key; with window 0 this condition always holds.
+    - j < keys, since the columns from number `keys` on are padding.
     """
     distance = query + np.arange(len(scores))[:, None] // pack - (key + np.arange(scores.shape[1])[None, :])
     exists = np.arange(scores.shape[1])[None, :] < keys
@@ -29,20 +32,20 @@ def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, wind
 
 
 def capped(s: np.ndarray, softcap: float) -> np.ndarray:
-    """Attention scores after softcapping, softcap * tanh(s / softcap); unchanged if `softcap` is 0."""
+    """Returns attention scores after softcapping: softcap * tanh(s / softcap), or `s` unchanged if `softcap` is 0."""
     return softcap * np.tanh(s / softcap) if softcap else s
 
 
 def masked(i: Any, s: np.ndarray) -> np.ndarray:
-    """Attention scores, f64 [rows, keys], from the products `s` [rows, keys] of queries and keys.
+    """Returns attention scores, f64 [rows, keys], computed from `s`, the products [rows, keys] of queries and keys.
 
     The fields of instruction `i` (Softmax, SoftmaxStep or Attend) determine four steps:
 
-    1. Multiply products by `scale`, and soft-cap them if `softcap` is above 0.
-    2. If `temper` is not 0, multiply them by 1 + temper * ln(1 + floor(p / every)): a temperature that grows with the
-       query's position (Llama 4). p is that position if `from_zero`, else the position + 1.
-    3. Add slope * (key position - query position), the bias of ALiBi; 0 for slope 0.
-    4. Set masked scores to -inf, see visible().
+    1. Multiply `s` by `scale`. If `softcap` is above 0, soft-cap the result.
+    2. If `temper` is not 0, multiply each score by 1 + temper * ln(1 + floor(p / every)). This temperature grows with
+       the position of the query (Llama 4): p is the position if `from_zero` is set, else the position + 1.
+    3. Add slope * (key position - query position), the bias of ALiBi. It is 0 if `slope` is 0.
+    4. Set the scores that the mask excludes to -inf; see visible().
     """
     s = capped(s * i.scale, i.softcap)
     position = i.query + np.arange(len(s))[:, None] // i.pack
@@ -57,10 +60,12 @@ def online_softmax(
     m: np.ndarray,
     l: np.ndarray,  # noqa: E741
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One step of the online softmax over scores `s` [rows, n], from the running maximum m and sum l [rows, 1].
+    """Compute one step of the online softmax for new scores `s` [rows, n]. Returns (p, new m, new l, alpha).
 
-    Returns p [rows, n] (unnormalised weights), the new m and l, and alpha [rows, 1], the factor that rescales sums made
-    with the old m. Source: Milakov & Gimelshein 2018.
+    m, l [rows, 1]: the largest score, and the sum of exp(score - m), over the scores of earlier steps.
+
+    p [rows, n]: exp(s - new m), the softmax weights before the division by l. alpha [rows, 1]: exp(m - new m), by which
+    sums that were made with the old m must be multiplied. Source: Milakov & Gimelshein 2018.
     """
     new_m = np.maximum(m, s.max(axis=1, keepdims=True))
     base = np.where(np.isfinite(new_m), new_m, 0)
@@ -71,26 +76,26 @@ def online_softmax(
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Instruction, engine="VEC", opcode=0x38):
-    """One step of the online softmax, for one tile of queries and one tile of keys (Milakov & Gimelshein 2018).
+    """Do one step of the online softmax, for one tile of queries and one tile of keys (Milakov & Gimelshein 2018).
 
-    Attention takes the keys of a query tile by tile. Between tiles, m holds the largest score of each query (row) so
-    far, and l the sum of exp(score - m). From the scores s of one tile, the instruction computes for each row:
+    Attention processes the keys of a query tile by tile. Between tiles, m holds the largest score so far of each query
+    (row), and l the sum of exp(score - m). From the scores s of the new tile, the instruction computes for each row:
 
-    - the new m: the largest of m and of the row of s;
-    - p = exp(s - new m), the weights of these keys before division by l;
-    - alpha = exp(old m - new m), the factor for sums of weighted values that were made with the old m;
-    - the new l: l * alpha + the sum of the row of p.
+    - the new m: the largest of the old m and the scores of the row;
+    - p = exp(s - new m), the weights of these keys before the division by l;
+    - alpha = exp(old m - new m), by which sums of weighted values that were made with the old m must be multiplied;
+    - the new l = old l * alpha + the sum of p over the row.
 
     scores f32 [q, n] in the accumulators, p [q, n], m, l, alpha f32 [q, 1]. Row r is a query at position query + r //
     pack, since `pack` query heads share a position. Column j is the key at position key + j. The scores s are computed
-    so:
+    in five steps:
 
     1. s = scores * scale.
     2. If `softcap` is above 0: s = softcap * tanh(s / softcap).
-    3. If `temper` is not 0 (Llama 4): s = s * (1 + temper * ln(1 + floor(x / every))), where x is the query's position
-       if `from_zero`, otherwise the position + 1.
+    3. If `temper` is not 0 (Llama 4): s = s * (1 + temper * ln(1 + floor(x / every))). Here x is the position of the
+       query if `from_zero` is set, else the position + 1.
     4. s = s + slope * (key position - query position), the bias of ALiBi.
-    5. s = -inf for a key that the query must not see: a key after the query; a column j >= keys (padding); and, if
+    5. s = -inf for each key that the query must not see: a key after the query; a column j >= keys (padding); and, if
        `window` is above 0, a key `window` or more positions before the query.
     """
 
@@ -135,7 +140,7 @@ class Softmax(Instruction, engine="VEC", opcode=0x38):
 class Rescale(Instruction, engine="VEC", opcode=0x39):
     """Multiply each row of accumulators by a factor: acc = acc * alpha, in FP32.
 
-    acc f32 [q, n], alpha f32 [q, 1], as `Softmax` writes it.
+    acc f32 [q, n]; alpha f32 [q, 1], the factor of each row. Kernels use the alpha that `Softmax` computes.
     """
 
     acc: Region
@@ -155,11 +160,14 @@ class Rescale(Instruction, engine="VEC", opcode=0x39):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Instruction, engine="VEC", opcode=0x3A):
-    """Merge the attention of q queries to several parts of the keys into their attention to all keys: dst [q, d].
+    """Combine attention that was computed over several parts of the keys into attention over all keys.
 
-    Part i is in rows i * q .. (i + 1) * q - 1 of sums [parts * q, d] (the sums of weighted values), and of m and l
-    [parts * q, 1] (see Softmax). With M the largest m of a query, dst is the sum over i of sums_i * exp(m_i - M),
-    divided by the sum over i of l_i * exp(m_i - M). Parts are added in ascending order, in FP64.
+    dst [q, d] is the result for q queries. Part i is in rows i * q .. (i + 1) * q - 1 of three inputs: sums [parts * q,
+    d], the sums of weighted values, and m and l [parts * q, 1], the largest score and the softmax denominator (see
+    Softmax).
+
+    For each query, let M be the largest m of all parts. Then dst = (sum over i of sums_i * exp(m_i - M)) / (sum over i
+    of l_i * exp(m_i - M)). The parts are added in ascending order, in FP64.
     """
 
     dst: Region
@@ -190,13 +198,15 @@ class Merge(Instruction, engine="VEC", opcode=0x3A):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Instruction, engine="ATT", opcode=0x40):
-    """Attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul in one.
+    """Compute attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul in one.
 
     1. The scores are q @ k.T, rounded to FP32.
-    2. p, alpha, and the new m and l follow from them as in Softmax. p is rounded to v's format.
+    2. p, alpha, the new m and the new l are computed from the scores as described at Softmax. p is rounded to v's
+       format.
     3. sums = sums * alpha + p @ v.
 
-    q [rows, d], k [n, d], v [n, dv], sums f32 [rows, dv], m, l f32 [rows, 1]. The other fields are those of Softmax.
+    q [rows, d], k [n, d], v [n, dv], sums f32 [rows, dv], m, l f32 [rows, 1]. The other fields have the same meaning as
+    in Softmax.
     """
 
     sums: Region

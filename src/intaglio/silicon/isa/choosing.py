@@ -15,14 +15,15 @@ from intaglio.silicon.memory import CoreMemory, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Choose(Instruction, engine="VEC", opcode=0x4F):
-    """Merge scores into each row's list of its best entries: ids i32 [m, top], and their scores best f32 [m, top].
+    """Add new scores to each row's list of the `top` entries with the highest scores.
 
-    A list has the `top` entries with the highest scores, in ascending order of entry; of equal scores, the lower entry
-    is kept. Places without an entry come first, with id -1; in a new list all are -1.
+    ids i32 [m, top] holds the entries of each list, and best f32 [m, top] their scores. A list is sorted by entry
+    number, in ascending order. Of entries with equal scores, the one with the lower number is kept. If a list has fewer
+    than `top` entries, its first places are empty: their id is -1. In a new list all places are empty.
 
-    Column j of scores f32 [m, n] is the score of entry first + j. For the same list, `first` rises from one instruction
-    to the next. Row i belongs to the query at position query + i: only entries before (query + i + 1) // every take
-    part. A score that is NaN counts as -inf.
+    scores f32 [m, n] has the new scores: column j is the score of entry first + j. `first` must rise from one
+    instruction to the next for the same list. Row i belongs to the query at position query + i. For this row only
+    entries before (query + i + 1) // every are used. A score that is NaN counts as -inf.
     """
 
     ids: Region
@@ -57,11 +58,13 @@ class Choose(Instruction, engine="VEC", opcode=0x4F):
 
 @dataclass(frozen=True, kw_only=True)
 class Locate(Instruction, engine="VEC", opcode=0x41):
-    """Find the rows of a K/V cache that hold given positions of a sequence: dst and positions i32 [1, n].
+    """Compute the row numbers in a K/V cache that belong to given positions of a sequence.
 
-    For a position p: dst = (table[0, p // size] * size + p % size) * heads + head. table i32 [1, blocks] is the
-    sequence's block table. A block holds `size` tokens, and a token has `heads` rows, one for each head. A position
-    below 0 counts as 0. Raises MachineError for a position beyond the table.
+    positions i32 [1, n]; dst i32 [1, n], the row numbers; table i32 [1, blocks], the sequence's block table. A block
+    holds `size` tokens, and a token has `heads` rows, one for each head.
+
+    The row of position p is (table[0, p // size] * size + p % size) * heads + head. A position below 0 counts as 0.
+    Raises MachineError for a position beyond the table.
     """
 
     dst: Region

@@ -14,11 +14,11 @@ from intaglio.chips import ChipSpec, Target
 
 
 def matmul_cycles(target: Target, m: Any, n: Any, k: Any, format: str) -> Any:
-    """Number of cycles of one core's matrix array for [m, k] times [k, n] in `format`.
+    """Returns the cycles of one core's matrix array to multiply [m, k] by [k, n] in `format`.
 
-    The result is the longer of two times, divided by the library's mxu_efficiency: the time of the
-    multiply-accumulates, with m, n, k rounded up to the array's shape; and the time to write the operands to SRAM once
-    and read them once. Raises ChipError for a format that the chip's array does not multiply.
+    This is the longer of two times, divided by the library's mxu_efficiency. The first is the time of the
+    multiply-accumulates, with m, n and k rounded up to the array's shape. The second is the time to write the operands
+    to SRAM once and to read them once. Raises ChipError for a format that the chip's array does not multiply.
     """
     chip = target.chip
     am, an, ak = chip.array_shape
@@ -29,53 +29,61 @@ def matmul_cycles(target: Target, m: Any, n: Any, k: Any, format: str) -> Any:
 
 
 def vector_cycles(chip: ChipSpec, ops: Any, exps: Any = 0) -> Any:
-    """Cycles of one core's vector lanes for `ops` FP32 operations and `exps` exponentials."""
+    """Returns the cycles of one core's vector lanes for `ops` FP32 operations and `exps` exponentials."""
     return ops / chip.vec_lanes + exps / chip.exp_lanes
 
 
 def norm_cycles(chip: ChipSpec, n: Any) -> Any:
-    """Cycles of a norm of n values: two passes of two operations each, with a tree reduction across the lanes."""
+    """Returns the cycles of the vector lanes to normalise n values.
+
+    Counted are two passes. Each pass does two operations for each value and one tree reduction across the lanes.
+    """
     return vector_cycles(chip, 4 * n) + 2 * np.log2(chip.vec_lanes)
 
 
 def moment_cycles(chip: ChipSpec, n: Any, moment: str) -> Any:
-    """Cycles of the mean ("mean"), root mean square ("rms") or standard deviation ("std") of n values.
+    """Returns the cycles of the vector lanes for one statistic of n values.
 
-    A deviation takes two passes, the others one; each pass ends with a tree reduction across the lanes.
+    moment: "mean", "rms" (root mean square) or "std" (standard deviation). "std" takes two passes over the values, the
+    others take one. Each pass ends with a tree reduction across the lanes.
     """
     operations, passes = {"mean": (1, 1), "rms": (2, 1), "std": (4, 2)}[moment]
     return vector_cycles(chip, operations * n) + passes * np.log2(chip.vec_lanes)
 
 
 def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
-    """Cycles to make a square matrix of n values doubly stochastic, as the op `sinkhorn` does.
+    """Returns the cycles of the vector lanes to make a square matrix doubly stochastic (Sinkhorn & Knopp).
 
-    Counted are a softmax of the rows, and then 2 * iterations - 1 passes. A pass sums all rows or all columns, each by
-    a tree reduction, and divides them by their sums.
+    n: number of values in the matrix. Counted are one softmax over each row, and then 2 * iterations - 1 passes. Each
+    pass sums all rows or all columns, by a tree reduction, and divides the values by these sums.
     """
     rounds = 2 * iterations - 1
     return vector_cycles(chip, (4 + 2 * rounds) * n, n) + (rounds + 1) * np.log2(np.sqrt(n))
 
 
 def pool_cycles(chip: ChipSpec, n: Any) -> Any:
-    """Cycles to pool n values by the softmax of their gates: six operations and one exponential a value."""
+    """Returns the cycles of the vector lanes to sum n values, weighted by the softmax of their gates.
+
+    Each value takes six operations and one exponential.
+    """
     return vector_cycles(chip, 6 * n, n)
 
 
 def scan_cycles(chip: ChipSpec, m: Any, n: Any, normalised: bool) -> Any:
-    """Cycles to advance a state of n columns over m rows, one after the other, so that a row takes whole lanes.
+    """Returns the cycles of the vector lanes for a linear recurrence: a state of n columns advances over m rows.
 
-    Two operations and one exponential a value; `normalised` adds three operations and two exponentials (a root takes as
-    long as an exponential).
+    The rows are processed one after the other; n is rounded up to whole vectors of lanes for each row. Each value takes
+    two operations and one exponential. If `normalised` is set, each value takes three more operations and two more
+    exponentials (a square root counts as an exponential).
     """
     lanes = np.ceil(n / chip.vec_lanes) * chip.vec_lanes
     return m * vector_cycles(chip, (2 + 3 * normalised) * lanes, (1 + 2 * normalised) * n)
 
 
 def choose_cycles(chip: ChipSpec, m: int, n: int, top: int) -> Any:
-    """Cycles to merge n scores into a list of the `top` best, for m rows.
+    """Returns the cycles of the vector lanes to merge n new scores into a list of the `top` best, for each of m rows.
 
-    Four operations for each score and each entry of the list, and a bisection for the threshold, of 32 passes.
+    Each score and each entry of the list takes 36 operations: 4, and 32 for a bisection that finds the threshold.
     """
     return vector_cycles(chip, 36 * m * (n + top))
 
@@ -84,27 +92,29 @@ SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 
 
 def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
-    """Cycles of the vector lanes for a softmax step over n scores.
+    """Returns the cycles of the vector lanes for one step of the online softmax over n scores.
 
-    capped: True if scores are soft-capped, which adds one exponential and two operations per score.
+    capped: True if scores are soft-capped. Each score then takes one more exponential and two more operations.
     """
     return vector_cycles(chip, (SOFTMAX_OPS + 2 * capped) * n, n * (1 + capped))
 
 
 def exposed(target: Target, cycles: float) -> float:
-    """The part of a softmax step's `cycles` that is not hidden behind matrix products of other rows, in cycles.
+    """Returns how many of the `cycles` of a softmax step are not hidden behind matrix products of other rows.
 
-    The hidden fraction is target.library.softmax_overlap.
+    The fraction target.library.softmax_overlap is hidden.
     """
     return cycles * (1 - target.library.softmax_overlap)
 
 
 def attend_cycles(target: Target, rows: Any, n: Any, d: Any, dv: Any, format: str) -> Any:
-    """Cycles of the fused attention engine for `rows` queries and n keys of width d, values of width dv.
+    """Returns the cycles of the fused attention engine for `rows` queries and n keys.
 
-    The matrix array holds queries and sums while keys and values stream through it; at the same time the engine's own
-    lanes turn scores into weights. The longest of multiplying, streaming and the lanes' work determines the time.
-    Raises ChipError for a format that the chip's array does not multiply.
+    The matrix array holds queries and sums while keys and values stream through it. At the same time the engine's own
+    lanes turn scores into softmax weights. The result is the longest of three times: the multiplications, the
+    streaming, and the lanes' work. Raises ChipError for a format that the chip's array does not multiply.
+
+    d: width of a key. dv: width of a value.
     """
     chip = target.chip
     macs = rows * n * (d + dv) / chip.mac_rate(format) / target.library.mxu_efficiency
@@ -113,8 +123,9 @@ def attend_cycles(target: Target, rows: Any, n: Any, d: Any, dv: Any, format: st
 
 
 def sample_cycles(chip: ChipSpec, n: Any, filtered: Any) -> Any:
-    """Cycles to sample from n logits: four operations and one exponential a logit.
+    """Returns the cycles of the vector lanes to sample one token from n logits.
 
-    With `filtered` (top-k or top-p), a bisection for the threshold makes 32 more passes.
+    Each logit takes four operations and one exponential. If `filtered` is set (top-k or top-p), each logit takes 32
+    more operations, for a bisection that finds the threshold.
     """
     return vector_cycles(chip, (4 + 32 * filtered) * n, n)

@@ -32,14 +32,14 @@ MOST_STEPS = 12
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
+    """Cost of an instruction: the cycles of its engine, or the bytes that it moves through a shared resource.
 
     Attributes:
         cycles: cycles of the instruction's engine; for a transfer, the minimum number of cycles.
-        bytes: bytes transferred. If not 0, the time is these bytes over the bandwidth that this transfer gets; the
-            transfers in progress share the bandwidth of `resource`.
-        resource: "hbm" or "link", which carries the bytes; "" without bytes.
-        latency_s: seconds from the end of the instruction until its result is visible to others.
+        bytes: number of bytes transferred. If it is not 0, the time is `bytes` divided by the bandwidth that the
+            transfer gets. All transfers in progress share the bandwidth of `resource`.
+        resource: what carries the bytes, "hbm" or "link"; "" if there are no bytes.
+        latency_s: seconds from the end of the instruction until other instructions can see its result.
     """
 
     cycles: float = 0.0
@@ -55,10 +55,10 @@ OPCODES: dict[int, type[Instruction]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """Base class of instructions: frozen dataclasses that define run(), cost(), shapes() and `writes`.
+    """Base class of instructions, which are frozen dataclasses that define run(), cost(), shapes() and `writes`.
 
-    The class statement takes the engine and the opcode. Raises TypeError at import if the engine is unknown, the opcode
-    is taken, or a definition is missing.
+    A subclass gives its engine and opcode in the class statement: class Load(Instruction, engine="DMA", opcode=0x10).
+    Raises TypeError at import if the engine is unknown, if another class has the opcode, or if a definition is missing.
     """
 
     wait: tuple[int, ...] = (0,) * len(ENGINES)  # of each engine: instructions it must have finished
@@ -82,25 +82,30 @@ class Instruction:
     optional: ClassVar[bool] = False  # only chips that list it in ChipSpec.extra_instructions have it
 
     def run(self, mem: CoreMemory) -> None:
-        """Execute the instruction: read its source regions, write its destination regions.
+        """Execute the instruction: read its source regions, write its destination regions. Returns nothing.
 
-        Raises MachineError for what hardware would compute wrongly, such as an index outside a table.
+        Raises MachineError for an operand with which hardware would compute a wrong result, such as an index outside a
+        table.
         """
         raise NotImplementedError
 
     def cost(self, target: Target) -> Cost:
-        """The Cost of the instruction on a target. Raises ChipError for operands of a format that the chip lacks."""
+        """Returns the Cost of the instruction on a target.
+
+        Raises ChipError if the chip cannot multiply the format of an operand.
+        """
         raise NotImplementedError
 
     def shapes(self) -> Shapes:
-        """{region field: (rows, columns)}: the shapes that region fields must have. Other fields may have any shape.
+        """Returns the shapes that the instruction's memory regions must have, as a dict {field: (rows, columns)}.
 
-        A string stands for a size that is equal wherever it occurs in this instruction.
+        A size is an integer, or a string such as "m". A string stands for any size, but for the same size wherever it
+        occurs in the dict. A region field that is not in the dict may have any shape.
         """
         raise NotImplementedError
 
     def regions(self, written: bool) -> Iterator[Region]:
-        """The memory regions that the instruction writes (written=True) or reads, as an iterator."""
+        """Yield the memory regions that the instruction writes (`written` is True) or reads (`written` is False)."""
         for name in region_fields(type(self)):
             r = getattr(self, name)
             if r is not None and (
@@ -109,7 +114,7 @@ class Instruction:
                 yield r
 
     def reads_old(self, name: str) -> bool:
-        """True if the instruction also reads the old contents of the region `name` that it writes."""
+        """True if the instruction reads the old contents of the region `name` before it writes this region."""
         return name in self.updates
 
     def __str__(self) -> str:
@@ -121,7 +126,10 @@ REGION_FIELDS: dict[int, tuple[str, ...]] = {}
 
 
 def own_fields(cls: type[Instruction]) -> tuple[tuple[str, Any], ...]:
-    """A tuple of (name, type) for each field but `wait`, in the order in which they are encoded."""
+    """Returns the fields of an instruction class as a tuple of (name, type), in the order in which they are encoded.
+
+    The field `wait`, which all instructions have, is left out.
+    """
     if cls.opcode not in FIELDS:
         hints = typing.get_type_hints(cls)
         FIELDS[cls.opcode] = tuple((f.name, hints[f.name]) for f in fields(cls) if f.name != "wait")
@@ -129,7 +137,7 @@ def own_fields(cls: type[Instruction]) -> tuple[tuple[str, Any], ...]:
 
 
 def region_fields(cls: type[Instruction]) -> tuple[str, ...]:
-    """A tuple of the names of the fields that hold a Region or None."""
+    """Returns the names of the fields that hold a memory region (a Region or None), as a tuple."""
     if cls.opcode not in REGION_FIELDS:
         named = own_fields(cls)
         REGION_FIELDS[cls.opcode] = tuple(n for n, kind in named if kind is Region or Region in get_args(kind))
@@ -153,7 +161,7 @@ def _pack(kind: Any, value: Any) -> bytes:
 
 
 def _unpack(kind: Any, word: bytes, offset: int) -> tuple[Any, int]:
-    """Decode the field of type `kind` at `offset`. Returns (value, offset after it)."""
+    """Decode the field of type `kind` at byte `offset` of `word`. Returns (value, offset of the next field)."""
     if kind is Region or (Region in get_args(kind)):
         if word[offset] == 0xFF:
             return None, offset + REGION.size
@@ -173,9 +181,10 @@ def _unpack(kind: Any, word: bytes, offset: int) -> tuple[Any, int]:
 
 
 def encode(i: Instruction) -> bytes:
-    """Encode an instruction as 256 bytes (the constant WORD): opcode, wait counters, the fields in order, zeros.
+    """Returns an instruction encoded as 256 bytes (the constant WORD).
 
-    Raises MachineError if the fields take more bytes, or if an expression has more than MOST_STEPS steps.
+    The bytes are the opcode, the wait counters, the fields in order, and zeros. Raises MachineError if the fields need
+    more bytes, or if an expression has more than MOST_STEPS steps.
     """
     word = struct.pack(f"<B{len(ENGINES)}I", i.opcode, *i.wait)
     word += b"".join(_pack(kind, getattr(i, name)) for name, kind in own_fields(type(i)))
@@ -185,9 +194,9 @@ def encode(i: Instruction) -> bytes:
 
 
 def decode(word: bytes) -> Instruction:
-    """The Instruction that `word` encodes, as made by encode(): 256 bytes (the constant WORD).
+    """Returns the Instruction that was encoded as `word` by encode().
 
-    Raises MachineError for an unknown opcode. The length of `word` is not checked.
+    word: 256 bytes (the constant WORD); the length is not checked. Raises MachineError for an unknown opcode.
     """
     opcode, *wait = struct.unpack_from(f"<B{len(ENGINES)}I", word)
     if opcode not in OPCODES:
@@ -199,7 +208,10 @@ def decode(word: bytes) -> Instruction:
 
 
 def disassemble(i: Instruction) -> str:
-    """One line of text for an instruction, such as `VEC Drain dst=... acc=... after MXU:3`; defaults are left out."""
+    """Returns one line of text for an instruction, such as `VEC Drain dst=... acc=... after MXU:3`.
+
+    Fields that have their default value are left out.
+    """
     default = {f.name: f.default for f in fields(i) if f.default is not MISSING}
     parts = [f"{name}={_text(getattr(i, name))}" for name, _ in own_fields(type(i)) if _differs(i, name, default)]
     after = [f"{engine}:{n}" for engine, n in zip(ENGINES, i.wait, strict=True) if n]
@@ -219,7 +231,7 @@ def _text(value: Any) -> str:
 
 
 def assemble(line: str) -> Instruction:
-    """The Instruction that one line of text describes, in the form that disassemble() writes.
+    """Returns the Instruction that a line of text describes, in the form in which disassemble() writes it.
 
     Raises MachineError for an unknown instruction or field.
     """

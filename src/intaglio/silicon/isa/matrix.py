@@ -26,11 +26,11 @@ EXP_CALLS = ("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "exp", "softplus")
 class Matmul(Instruction, engine="MXU", opcode=0x20):
     """Multiply two tiles in the matrix array: acc = (a @ b.T) * row_scale * col_scale.
 
-    a [m, k], b [n, k], acc f32 [m, n], row_scale f32 [m, 1], col_scale f32 [1, n]. With `by_rows`, b is [k, n] and the
-    product is a @ b. A scale that is none counts as 1.
+    a [m, k], b [n, k], acc f32 [m, n], row_scale f32 [m, 1], col_scale f32 [1, n]. If `by_rows` is set, b is [k, n] and
+    the product is a @ b. A scale that is not given counts as 1.
 
-    The sum over k is computed in FP64, multiplied by the scales and rounded once to FP32. With `accumulate`, the result
-    is then added to the old acc, in FP32. If a and b differ in format, the time is that of the wider format.
+    The sum over k is computed in FP64, multiplied by the scales and rounded once to FP32. If `accumulate` is set, this
+    result is added to the old acc, in FP32. If a and b have different formats, the time is that of the wider format.
     """
 
     acc: Region
@@ -68,14 +68,15 @@ class Matmul(Instruction, engine="MXU", opcode=0x20):
 class Drain(Instruction, engine="VEC", opcode=0x30):
     """Move a tile from the accumulators to SRAM, with bias, scale, activation function f, gate and residual.
 
-    1. y = (acc + bias) * scale, but at most `limit` if `limit` is above 0.
+    1. y = (acc + bias) * scale. If `limit` is above 0, values above `limit` become `limit`.
     2. If there is an activation f: y = f(alpha * y) / alpha.
-    3. If `up` is given, the second product of a gated MLP: z = (up + up_bias) * scale, clamped to -limit .. limit if
+    3. If `up`, the second product of a gated MLP, is given: z = (up + up_bias) * scale, clamped to -limit .. limit if
        `limit` is above 0. Then y = y * (z + shift).
     4. dst = y + residual, rounded to dst's format.
 
     acc, up f32 [m, n] in the accumulators; bias, up_bias [1, n]; residual f32 [m, n]; dst [m, n]. A bias or residual
-    that is none counts as 0. (acc + bias) * scale and z are computed in FP64 and rounded to FP32, all else in FP32.
+    that is not given counts as 0. (acc + bias) * scale and z are computed in FP64 and rounded to FP32. Everything else
+    is computed in FP32.
     """
 
     dst: Region

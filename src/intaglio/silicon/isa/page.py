@@ -96,7 +96,7 @@ default.
 
 
 def page() -> str:
-    """The text of docs/isa.md in Markdown, ordered by engine and opcode."""
+    """Returns the text of docs/isa.md, in Markdown. Instructions are ordered by engine and opcode."""
     optional = [f"`{OPCODES[code].__name__}`" for code in sorted(OPCODES) if OPCODES[code].optional]
     out = [
         HEAD.format(
@@ -114,7 +114,7 @@ def page() -> str:
 
 
 def section(cls: type[Instruction]) -> str:
-    """The Markdown section of one instruction, as text: name, opcode, docstring, table of fields."""
+    """Returns the section of docs/isa.md about one instruction: name, opcode, docstring, table of fields."""
     default = {f.name: f.default for f in fields(cls)}
     rows = [
         f"| `{name}` | {type_name(kind)} | {access_or_default(cls, name, kind, default[name])} |"
@@ -125,7 +125,7 @@ def section(cls: type[Instruction]) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Describe the type of an instruction's field for readers of docs/isa.md, such as "integer" or "region or none".
+    """Returns the name that docs/isa.md shows for the type of an instruction's field, such as "integer".
 
     kind: the field's Python type: int, float, bool, Region, a Literal or Steps. Raises KeyError for another type.
     """
@@ -137,10 +137,10 @@ def type_name(kind: Any) -> str:
 
 
 def access_or_default(cls: type[Instruction], name: str, kind: Any, default: Any) -> str:
-    """Text of the last column of an instruction's table of fields, for the field `name`.
+    """Returns the text of the last column in an instruction's table of fields, for the field `name`.
 
-    It is "read", "written" or "updated" (both) for a field that is a region of memory, with "in HBM" if the region is
-    there; and the default value for any other field, "" if there is none.
+    For a memory region the text is "read", "written" or "updated" (read and written), followed by ", in HBM" if the
+    region is in HBM. For another field it is the default value, or "" if there is none.
     """
     if kind is Region or Region in get_args(kind):
         access = ("updated" if name in cls.updates else "written") if name in cls.writes else "read"

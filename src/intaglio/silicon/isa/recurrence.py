@@ -16,9 +16,9 @@ from intaglio.silicon.memory import CoreMemory, Region
 class Scan(Instruction, engine="VEC", opcode=0x4E):
     """Advance a state h over the rows of x: for each row i in order, h = exp(decay[i]) * h + x[i], and dst[i] = h.
 
-    dst, decay, x f32 [m, n]; h f32 [1, n], with one value for each column. With `normalised`, x[i] is first multiplied
-    by sqrt(1 - exp(2 * decay[i])), but row 0 by 1 if `first` is set. Each row is computed in FP64, and then h is
-    rounded to FP32.
+    dst, decay, x f32 [m, n]; h f32 [1, n], with one value for each column. If `normalised` is set, each x[i] is first
+    multiplied by sqrt(1 - exp(2 * decay[i])); if `first` is set too, x[0] is not multiplied. Each row is computed in
+    FP64, and then h is rounded to FP32.
     """
 
     dst: Region

@@ -18,8 +18,8 @@ from intaglio.silicon.memory import CoreMemory, Region
 class Moment(Instruction, engine="VEC", opcode=0x4B):
     """Reduce each row of x f32 [m, n] to its mean, root mean square or standard deviation: dst f32 [m, 1].
 
-    By the field `of`: mean is sum(x) / n, rms is sqrt(sum(x^2) / n), std is sqrt(sum((x - mean)^2) / n). Computed in
-    FP64 and rounded once.
+    The field `of` selects the statistic: mean is sum(x) / n, rms is sqrt(sum(x^2) / n), std is sqrt(sum((x - mean)^2) /
+    n). The result is computed in FP64 and rounded once.
     """
 
     dst: Region
@@ -39,11 +39,12 @@ class Moment(Instruction, engine="VEC", opcode=0x4B):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Instruction, engine="VEC", opcode=0x4C):
-    """Make matrices doubly stochastic: each row of x f32 [m, n * n] is an n x n matrix, and so is each row of dst.
+    """Make square matrices doubly stochastic: all rows and all columns then sum to about 1 (Sinkhorn & Knopp 1967).
 
-    Rows and columns of a resulting matrix sum to about 1 (Sinkhorn & Knopp 1967). The matrix is first softmax(x) over
-    its rows, plus eps; then each column is divided by its sum + eps. Then, `iterations` - 1 times, each row and then
-    each column is divided by its sum + eps. Computed in FP64 and rounded once.
+    x, dst f32 [m, n * n]: each row of x is an n x n matrix, and the same row of dst is its result. First, softmax is
+    applied to each row of the matrix and eps is added; then each column is divided by its sum + eps. After this,
+    `iterations` - 1 times, each row and then each column is divided by its sum + eps. The result is computed in FP64
+    and rounded once.
     """
 
     dst: Region
@@ -64,9 +65,10 @@ class Sinkhorn(Instruction, engine="VEC", opcode=0x4C):
 
 @dataclass(frozen=True, kw_only=True)
 class Pool(Instruction, engine="VEC", opcode=0x4D):
-    """Pool m rows into one: dst[0, j] = the sum over i of x[i, j] * w[i, j], w the softmax over i of gates + bias.
+    """Replace m rows of x by their weighted sum: dst[0, j] = the sum over i of w[i, j] * x[i, j].
 
-    dst f32 [1, n], x and gates [m, n] in any float format, bias f32 [m, n]. Computed in FP64 and rounded once.
+    The weights w are the softmax of gates + bias over the m rows, separately for each column j. dst f32 [1, n], x and
+    gates [m, n] in any float format, bias f32 [m, n]. The result is computed in FP64 and rounded once.
     """
 
     dst: Region

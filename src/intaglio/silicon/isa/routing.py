@@ -19,9 +19,10 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 
 def rounds_cycles(chip: ChipSpec, n: Any, rounds: int, rows: int) -> Any:
-    """Number of cycles of `rounds` maximum searches over n values in all, which are arranged in `rows` rows.
+    """Returns the cycles of the vector lanes to search the maximum of each row `rounds` times.
 
-    Each search takes one compare for each value and a tree reduction for each row.
+    n: number of values in all rows together. Each search takes one comparison for each value and one tree reduction for
+    each row.
     """
     return rounds * (vector_cycles(chip, n) + rows / chip.vec_lanes * np.log2(chip.vec_lanes))
 
@@ -30,8 +31,9 @@ def rounds_cycles(chip: ChipSpec, n: Any, rounds: int, rows: int) -> Any:
 class Score(Instruction, engine="VEC", opcode=0x3C):
     """Compute router scores: dst [m, n] = the softmax, sigmoid or sqrt(softplus) of the logits x f32 [m, n].
 
-    The softmax is over each row. The others apply to each value: sigmoid is 1 / (1 + e^-x), and sqrt_softplus is
-    sqrt(ln(1 + e^x)). Computed in FP64, then rounded.
+    The field `score` selects the function. "softmax" is computed over each row. The other functions apply to each
+    value: "sigmoid" is 1 / (1 + e^-x), and "sqrt_softplus" is sqrt(ln(1 + e^x)). The result is computed in FP64, then
+    rounded.
     """
 
     dst: Region
@@ -58,14 +60,15 @@ class Score(Instruction, engine="VEC", opcode=0x3C):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Instruction, engine="VEC", opcode=0x3D):
-    """Choose the k best columns of each row: ids i32 [m, k], those with the highest key + bias, the highest first.
+    """Choose the k columns with the highest key + bias in each row.
 
-    key, values f32 [m, n], bias f32 [1, n], selected f32 [m, k] = `values` in the chosen columns. Of equal columns, the
-    lowest comes first.
+    ids i32 [m, k] are the numbers of the chosen columns, the column with the highest key + bias first. Of columns with
+    equal key + bias, the one with the lowest number comes first. selected f32 [m, k] are the elements of `values` in
+    the chosen columns. key, values f32 [m, n], bias f32 [1, n].
 
-    If `groups` is above 0 (group-limited routing), the columns form that many groups of equal size. A group is rated by
-    the sum of its `group_best` highest values of key + bias. Only columns of the `kept_groups` best groups can be
-    chosen.
+    If `groups` is above 0 (group-limited routing), the columns form `groups` groups of equal size. The rating of a
+    group is the sum of its `group_best` highest values of key + bias. Only columns of the `kept_groups` groups with the
+    highest ratings can be chosen.
     """
 
     ids: Region
@@ -105,11 +108,11 @@ class TopK(Instruction, engine="VEC", opcode=0x3D):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMix(Instruction, engine="VEC", opcode=0x3E):
-    """Choose k experts for each row by SparseMixer: ids i32 and weights f32, both [m, k], from logits x f32 [m, n].
+    """Choose k experts and their weights for each row by SparseMixer, from the logits x f32 [m, n].
 
-    k times, the expert with the largest remaining logit m is chosen. Its weight is its softmax over the remaining
-    experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter. The op `route` with score sparsemixer does the
-    same.
+    ids i32 [m, k] are the chosen experts, and weights f32 [m, k] their weights. The experts of a row are chosen one
+    after the other: each time, the remaining expert with the largest logit (call it M) is chosen. Its weight is its
+    softmax over those remaining experts whose logit l is close to M: (M - l) / max(|l|, M) <= 2 * jitter.
     """
 
     ids: Region
@@ -137,8 +140,9 @@ class SparseMix(Instruction, engine="VEC", opcode=0x3E):
 class Weigh(Instruction, engine="VEC", opcode=0x3F):
     """Compute routing weights from the scores x of chosen experts: dst = x * scale * factors[0, ids].
 
-    dst, x f32 [m, k], factors f32 [1, n], ids i32 [m, k]. Without `factors` or `ids`, dst = x * scale. With
-    `normalise`, x is first divided by the sum of its row plus 1e-20; the sum is computed in FP64 and rounded to FP32.
+    dst, x f32 [m, k], factors f32 [1, n], ids i32 [m, k]. If `factors` or `ids` is not given, dst = x * scale. If
+    `normalise` is set, x is first divided by the sum of its row plus 1e-20; this sum is computed in FP64 and rounded to
+    FP32.
     """
 
     dst: Region
@@ -168,14 +172,14 @@ class Weigh(Instruction, engine="VEC", opcode=0x3F):
 
 @dataclass(frozen=True, kw_only=True)
 class Group(Instruction, engine="VEC", opcode=0x49):
-    """Sort routed rows by expert, for a rank that holds the `held` experts from number `first` on.
+    """Sort (token, expert) pairs by expert, for a rank that holds the `held` experts from number `first` on.
 
-    A routed row is a token for one of the `top` experts that the token chose: row i belongs to token i // top, and goes
-    to expert ids[0, i]. The sort is stable. ids i32 [1, n]; the results are:
+    Each token has chosen `top` experts. Pair i consists of token i // top and expert ids[0, i]. Pairs with the same
+    expert keep their order. ids i32 [1, n]; the results are:
 
-    - order i32 [1, n]: the numbers of the routed rows, ordered by expert; rows of other ranks' experts are last;
-    - tokens i32 [1, n]: the tokens of these rows, order // top;
-    - counts i32 [1, held]: the number of rows of each held expert.
+    - order i32 [1, n]: the numbers of the pairs, ordered by expert. Pairs with experts of other ranks come last.
+    - tokens i32 [1, n]: the tokens of these pairs, order // top.
+    - counts i32 [1, held]: the number of pairs for each held expert.
 
     Raises MachineError for an id outside 0 .. experts - 1.
     """
@@ -205,7 +209,7 @@ class Group(Instruction, engine="VEC", opcode=0x49):
         mem.write(self.counts, np.bincount(ids, minlength=held + 1)[None, :held])
 
     def cost(self, target: Target) -> Cost:
-        """The Cost of a counting sort: count, prefix sum, then write each index to its expert's rows."""
+        """Returns the Cost of a counting sort: count the pairs of each expert, sum the counts, write indices."""
         return Cost(cycles=float(vector_cycles(target.chip, 4 * self.ids.cols + 2 * self.counts.cols)))
 
 
@@ -213,9 +217,9 @@ class Group(Instruction, engine="VEC", opcode=0x49):
 class Combine(Instruction, engine="VEC", opcode=0x4A):
     """Sum the experts' results of each token: dst[i] = residual[i] + sum over j of parts[i * top + j] * weights[i, j].
 
-    parts f32 [m * top, n], weights f32 [m, top], residual f32 [m, n], dst [m, n]. Weights that are none count as 1, a
-    residual that is none as 0. Products are rounded to FP32. They are summed in FP64, j ascending, and the sum is
-    rounded to FP32; then the residual is added in FP32.
+    parts f32 [m * top, n], weights f32 [m, top], residual f32 [m, n], dst [m, n]. Weights that are not given count as
+    1, a residual that is not given counts as 0. Products are rounded to FP32. They are summed in FP64, j ascending, and
+    the sum is rounded to FP32. Then the residual is added in FP32.
     """
 
     dst: Region

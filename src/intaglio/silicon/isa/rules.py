@@ -7,7 +7,7 @@ from intaglio.silicon.isa.instruction import REGISTRY, Instruction, region_field
 
 
 def refusal(i: Instruction, target: Target) -> str:
-    """Error text that says why a chip refuses an instruction; "" if the chip accepts it."""
+    """Returns an error text that says why a chip refuses an instruction; "" if the chip accepts it."""
     why = missing_on(target.chip, type(i)) or wrong_memory(i) or wrong_shape(i)
     if why or i.engine not in ("MXU", "ATT"):
         return why
@@ -19,7 +19,7 @@ def refusal(i: Instruction, target: Target) -> str:
 
 
 def missing_on(chip: ChipSpec, cls: type[Instruction]) -> str:
-    """Error text that says why a chip does not have an instruction; "" if it has it."""
+    """Returns an error text that says why a chip does not have an instruction; "" if the chip has it."""
     if cls.engine == "ATT" and not chip.att_lanes:
         return f"{chip.name} has no fused attention engine (att_lanes=0)"
     if cls.engine == "NET" and chip.links.max_chips < 2:
@@ -31,9 +31,10 @@ def missing_on(chip: ChipSpec, cls: type[Instruction]) -> str:
 
 
 def wrong_memory(i: Instruction) -> str:
-    """Error text that names a region field in the wrong memory; "" if there is none.
+    """Returns an error text if a memory region of an instruction is in the wrong memory, else "".
 
-    The fields in the instruction's `hbm` must be regions of HBM, all others regions of SRAM or accumulators.
+    A field that is named in the instruction's `hbm` must be a region of HBM. Any other region field must be in SRAM or
+    in the accumulators.
     """
     for name in region_fields(type(i)):
         region = getattr(i, name)
@@ -44,7 +45,10 @@ def wrong_memory(i: Instruction) -> str:
 
 
 def wrong_shape(i: Instruction) -> str:
-    """Error text for the first region that lacks the shape that Instruction.shapes() demands; "" if all regions fit."""
+    """Returns an error text if a region does not have the shape that Instruction.shapes() requires, else "".
+
+    The text is about the first region with a wrong shape.
+    """
     sizes: dict[str, int] = {}
     for name, dims in i.shapes().items():
         region = getattr(i, name)
@@ -60,7 +64,7 @@ def wrong_shape(i: Instruction) -> str:
 
 
 def check_extra_instructions(chip: ChipSpec) -> None:
-    """Raise ChipError if the chip's extra_instructions names anything but optional instructions. Returns nothing."""
+    """Raise ChipError if a name in the chip's extra_instructions is not an optional instruction. Returns nothing."""
     known = sorted(name for name, cls in REGISTRY.items() if cls.optional)
     for name in chip.extra_instructions:
         if name not in known:

@@ -20,17 +20,18 @@ EDIT_OPS = 5  # operations to edit one logit: read, compare, multiply, add, writ
 class Sample(Instruction, engine="VEC", opcode=0x48):
     """Sample one token id from a row of logits: token i32 [1, 1], from logits f32 [1, vocabulary].
 
-    1. Edit single logits (penalties and logit bias). ids i32, factors f32 and terms f32 are [1, k]. The logit l of the
-       token ids[0, i] becomes l / factors[0, i] if l is above 0, otherwise l * factors[0, i]; then terms[0, i] is
-       added.
+    1. Edit single logits (penalties and logit bias). ids i32, factors f32 and terms f32 are [1, k]. For each i, the
+       logit l of the token ids[0, i] is divided by factors[0, i] if l is above 0, and multiplied by it otherwise. Then
+       terms[0, i] is added.
     2. Exclude tokens by the grammar mask i32 [1, words]: bit b of word w is 0 if the token 32 * w + b must not be
        drawn.
-    3. With temperature 0, take the token with the largest logit. Otherwise divide the logits by the temperature, keep
-       the tokens that top_k, top_p and min_p allow, in this order, and draw one of them. top_k 0, top_p 1 and min_p 0
-       allow all. The random number depends only on seed and position.
+    3. If `temperature` is 0, take the token with the largest logit. Otherwise divide the logits by the temperature,
+       keep the tokens that top_k, top_p and min_p allow, in this order, and draw one of them. top_k 0, top_p 1 and
+       min_p 0 allow all tokens. The random number depends only on `seed` and `position`.
 
-    logprob f32 [1, 1] is the natural log-probability of the token under the softmax of the unedited logits. If a logit
-    is NaN, or if the largest is infinite before or after steps 1 and 2, the token is -1 and logprob NaN.
+    logprob f32 [1, 1] is the natural logarithm of the token's probability under the softmax of the unedited logits. If
+    a logit is NaN, or if the largest logit is infinite before or after steps 1 and 2, the token is -1 and logprob is
+    NaN.
     """
 
     token: Region
@@ -63,10 +64,11 @@ class Sample(Instruction, engine="VEC", opcode=0x48):
         mem.write(self.logprob, np.array([[logprob]]))
 
     def _changes(self, mem: CoreMemory) -> tuple[Edits | None, np.ndarray | None]:
-        """Read the row's logit edits and grammar mask from memory. Returns (edits, mask).
+        """Read this instruction's logit edits and grammar mask from memory. Returns (edits, mask).
 
-        The edits are an Edits with arrays [k]: token ids, factors and terms of the logits to change. The mask is uint32
-        [words], one bit for each token id. An item is None if the instruction has no regions for it.
+        edits: an Edits with three arrays [k]: the token ids, factors and terms of the logits to change; None if the
+        instruction has no regions for them. mask: uint32 [words], one bit for each token id; None if the instruction
+        has no mask.
         """
         edits = None
         if self.ids is not None and self.factors is not None and self.terms is not None:

@@ -22,10 +22,11 @@ PASS_OPS = 2  # operations a score, of Softmax's 5: scale and mask in one on the
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
-    """Softmax and Rescale in one pass over the scores of a tile of keys.
+    """Do the work of Softmax and Rescale in one pass over the scores of a tile of keys.
 
-    Writes p and updates m and l as Softmax does. Also multiplies the accumulators `sums` f32 [q, dv], the running sums
-    of weighted values, by the factor that Softmax writes to alpha. The other fields are those of Softmax.
+    p, m and l are the results that Softmax computes. The accumulators `sums` f32 [q, dv] hold the sums of weighted
+    values so far. Each row of `sums` is multiplied by exp(old m - new m), the factor that Softmax calls alpha. The
+    other fields have the same meaning as in Softmax.
     """
 
     p: Region
@@ -65,8 +66,8 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
 
 
 def step_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
-    """Number of cycles of SoftmaxStep for n scores. capped: True if scores are soft-capped.
+    """Returns the cycles of SoftmaxStep for n scores. capped: True if scores are soft-capped.
 
-    Rescaling the sums takes none: the accumulators' write port does it at the same time.
+    Rescaling the sums adds no cycles: the write port of the accumulators does it at the same time.
     """
     return vector_cycles(chip, (PASS_OPS + 2 * capped) * n, n * (1 + capped))

@@ -12,17 +12,17 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 
 def hbm_cost(chip: ChipSpec, r: Region, store: bool) -> Cost:
-    """The Cost of a transfer of the region `r` between HBM and a core.
+    """Returns the Cost of a transfer of the region `r` between HBM and a core.
 
-    A load has HBM's latency; a store has none (posted write).
+    store: True for a transfer to HBM. A load has HBM's latency; a store has no latency (posted write).
     """
     return Cost(bytes=r.nbytes, resource="hbm", latency_s=0.0 if store else chip.constants.hbm_latency_s)
 
 
 def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
-    """Raise MachineError if an id is outside 0 .. count - 1.
+    """Raise MachineError if one of `ids` is outside 0 .. count - 1. Returns nothing.
 
-    what: words for the message, such as "gathers row". of: region that the ids refer to.
+    what: words for the error text, such as "gathers row". of: the region in which the ids are row or column numbers.
     """
     bad = ids[(ids < 0) | (ids >= count)]
     if len(bad):
@@ -31,9 +31,9 @@ def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Instruction, engine="DMA", opcode=0x10):
-    """Copy a matrix from HBM to the core: dst = src, of the same shape and format.
+    """Copy a matrix from HBM to the core: dst = src, with the same shape and format.
 
-    With `padded`, dst may have more rows and columns than src; those that src lacks are set to zero.
+    If `padded` is set, dst may have more rows and columns than src. The additional elements of dst are set to zero.
     """
 
     dst: Region
@@ -58,9 +58,9 @@ class Load(Instruction, engine="DMA", opcode=0x10):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Instruction, engine="DMA", opcode=0x11):
-    """Load into row i of dst the row of `table` (in HBM) that has the number index[0, i], for every i.
+    """Load rows of a table in HBM by their numbers: row i of dst = row index[0, i] of `table`.
 
-    dst [m, n], table [rows, n], index i32 [1, m]. Kernels read embeddings and K/V slots with it. Raises MachineError
+    dst [m, n], table [rows, n], index i32 [1, m]. Kernels use it to read embeddings and K/V slots. Raises MachineError
     for an index outside 0 .. rows - 1.
     """
 
@@ -103,7 +103,7 @@ class Fill(Instruction, engine="DMA", opcode=0x12):
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Instruction, engine="OUT", opcode=0x18):
-    """Copy a matrix from the core to HBM: dst = src, of the same shape, rounded to dst's format."""
+    """Copy a matrix from the core to HBM: dst = src, with the same shape, rounded to dst's format."""
 
     dst: Region
     src: Region
@@ -122,10 +122,10 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Instruction, engine="OUT", opcode=0x19):
-    """Store row i of src in HBM, in the row of `table` that has the number index[0, i], for every i.
+    """Store rows into a table in HBM by their numbers: row index[0, i] of `table` = row i of src.
 
-    src [m, n], table [rows, n], index i32 [1, m]. Kernels write new keys and values into their K/V slots with it. Each
-    row takes at least `row_cycles` cycles: the time in which a kernel's threads compute its address. Raises
+    src [m, n], table [rows, n], index i32 [1, m]. Kernels use it to write new keys and values into their K/V slots.
+    Each row takes at least `row_cycles` cycles, the time in which a kernel's threads compute the row's address. Raises
     MachineError for an index outside 0 .. rows - 1.
     """
 
@@ -152,10 +152,10 @@ class Scatter(Instruction, engine="OUT", opcode=0x19):
 
 @dataclass(frozen=True, kw_only=True)
 class Send(Instruction, engine="NET", opcode=0x50):
-    """Send src, a matrix, to the chip number `peer`.
+    """Send a matrix, src, to the chip number `peer`.
 
-    Messages between two chips are told apart by their `tag`. The instruction has finished when the last byte has left
-    the chip.
+    Messages between two chips are distinguished by `tag`. The instruction has finished when the last byte has left this
+    chip.
     """
 
     src: Region
@@ -175,11 +175,11 @@ class Send(Instruction, engine="NET", opcode=0x50):
 
 @dataclass(frozen=True, kw_only=True)
 class Receive(Instruction, engine="NET", opcode=0x51):
-    """Receive a matrix: dst = the matrix that the chip number `peer` sent to this chip with the same `tag`.
+    """Receive a matrix: dst = the matrix that the chip number `peer` has sent to this chip with the same `tag`.
 
-    The instruction starts when the message has arrived, and finishes one link latency later. Messages of one chip with
-    one tag are received in the order in which they were sent. Raises MachineError if the message has another shape than
-    dst.
+    The instruction starts when the message has arrived, and finishes one link latency later. Messages from one chip
+    with the same tag are received in the order in which they were sent. Raises MachineError if the shape of the message
+    is not the shape of dst.
     """
 
     dst: Region

@@ -23,7 +23,7 @@ SCALED: Steps = (("operand", "a"), ("operand", "b"), ("binary", "*"))  # a * b, 
 class Convert(Instruction, engine="VEC", opcode=0x31):
     """Convert a matrix to another format: dst = src, rounded to dst's format.
 
-    dst, src [m, n]. For e4m3, values are first clipped to -448 .. 448, and values that are not finite become NaN.
+    dst, src [m, n]. If dst is e4m3, values are first clipped to -448 .. 448, and values that are not finite become NaN.
     """
 
     dst: Region
@@ -43,10 +43,10 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Instruction, engine="VEC", opcode=0x32):
-    """Quantise x f32 [m, k] with one scale for each row: x is about codes * scale.
+    """Quantise each row of x f32 [m, k] with one scale, so that codes * scale is about x.
 
     codes [m, k] in e4m3 or int8, scale f32 [m, 1]. The scale of a row is its largest |x|, divided by 448 for e4m3 and
-    by 127 for int8. With `for_cache`, int8 scales are rounded to bf16, as in a K/V cache of the format int8row.
+    by 127 for int8. If `for_cache` is set, int8 scales are rounded to bf16; the K/V cache format int8row requires this.
     """
 
     codes: Region
@@ -122,10 +122,10 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
 
 
 def map_cycles(chip: ChipSpec, steps: Steps, n: float) -> float:
-    """Number of cycles of an expression over n values.
+    """Returns the cycles of the vector lanes to evaluate an expression `steps` on n values.
 
-    Each value takes one operation for each function call and binary operator, and one to write the result. Calls such
-    as silu also take an exponential.
+    For each value, each function call and each binary operator is one operation; writing the result is one more. Some
+    functions, such as silu, also take one exponential for each value.
     """
     ops = 1 + sum(step in ("call", "binary") for step, _ in steps)
     exps = sum(value in EXP_CALLS for step, value in steps if step == "call")
@@ -134,11 +134,11 @@ def map_cycles(chip: ChipSpec, steps: Steps, n: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Instruction, engine="VEC", opcode=0x33):
-    """Evaluate an elementwise expression of a, b and c: dst = the value of the stack program `steps`.
+    """Evaluate an expression of a, b and c for each element: dst = the value of the stack program `steps`.
 
     A stack program is an expression in postfix order: the steps a, b, * stand for a * b. A step is an operand, a
-    number, one of + - * /, or a function that the op `map` has, such as silu. dst, a, b, c f32 [m, n]; b and c may be
-    [m, 1], with one value for a whole row, or [1, n], with one value for a whole column.
+    number, one of + - * /, or a function that the op `map` has, such as silu. dst, a, b, c f32 [m, n]. b and c may also
+    be [m, 1], with one value for all columns of a row, or [1, n], with one value for all rows of a column.
     """
 
     dst: Region
@@ -168,15 +168,15 @@ class Norm(Instruction, engine="VEC", opcode=0x34):
     """Normalise rows, or groups of columns: dst = normalised(x) * (weight + offset) + bias + residual.
 
     x, dst, residual f32 [m, n]; weight, bias [1, span]. Each row consists of n / span groups of `span` neighbouring
-    columns. normalised(x) of a group, by the field `norm`:
+    columns. Each group is normalised by itself. The field `norm` selects how:
 
     - rms: x / sqrt(mean(x^2) + eps);
     - layer: (x - mean) / sqrt(var + eps), with the mean and variance of the group;
     - l2: x / sqrt(sum(x^2) + eps);
     - none: x itself.
 
-    Without a weight, the factor is 1, whatever `offset` is. All but the residual is computed in FP64 and rounded to
-    FP32.
+    If no weight is given, normalised(x) is not multiplied, whatever `offset` is. Everything but the residual is
+    computed in FP64 and rounded to FP32.
     """
 
     dst: Region
@@ -214,14 +214,14 @@ class Norm(Instruction, engine="VEC", opcode=0x34):
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Instruction, engine="VEC", opcode=0x35):
-    """Rotary position embedding: rotate pairs of columns of each head of x by position * frequency.
+    """Rotate pairs of columns of each head of x by position * frequency (rotary position embedding).
 
     x, dst f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. A pair (u, v) in row i becomes
     factor * (u * cos t - v * sin t, v * cos t + u * sin t), where t = positions[0, i] * the frequency of the pair.
 
-    The first 2 * pairs columns of each head are rotated, or the last with `trailing`; the other columns are copied.
-    Among the rotated columns, style half pairs column j with column j + pairs, and interleaved pairs column 2j with
-    column 2j + 1.
+    The first 2 * pairs columns of each head are rotated. If `trailing` is set, the last 2 * pairs columns are rotated
+    instead. The other columns are copied. With style "half", column j of the rotated columns is paired with column j +
+    pairs. With style "interleaved", column 2j is paired with column 2j + 1.
     """
 
     dst: Region

@@ -3,7 +3,8 @@
 A job is a tile of queries that iterates over tiles of keys. Long contexts of single queries are split into parts, whose
 results are merged (flash decoding). Runs on matrix array and vector lanes, or on the fused attention engine if there is
 one. Tiles and plans are those of attend_tiles.py and attend_plan.py; the closed form is in attend_loop.py. Attention to
-chosen positions is in attend_chosen.py.
+chosen positions is in attend_chosen.py. Long because prefill, decode and the merge of split contexts use the same jobs,
+tile buffers and instructions.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ from intaglio.silicon.timing import Timing, fraction_held
 @chip_kernel(Attend)
 @dataclass(frozen=True)
 class AttendKernel(ChipKernel):
-    """Chip kernel of `attend`: timing and instruction streams. A core takes one job after the other."""
+    """Kernel of the op `attend` on simulated chips: its modelled time, and its instruction streams.
+
+    The attention is divided into jobs. Each core does its jobs one after the other.
+    """
 
     heads: Heads
     chosen: int = 0  # places of a token's list of positions; 0: there is none
@@ -80,11 +84,11 @@ class AttendKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work, that complete the attention.
+        """Returns a list of Streams (instruction sequences), one for each core with work, that complete the attention.
 
-        There are up to three kernels, in this order: one for chunks with several queries, one for chunks with one
-        query, and one that merges split contexts. This method itself executes all but the last of them in `mem`. The
-        returned Streams are the last kernel.
+        The attention takes up to three launches, in this order: sequences with several new tokens; sequences with one
+        new token; the merge of contexts that were split. This method executes all launches but the last in `mem`
+        itself. The caller must run the returned Streams, which are the last launch.
         """
         h, on = cls.of(op, t).heads, mem.target.with_library(activation_bytes=WIDE)
         if op.chosen:
@@ -124,11 +128,14 @@ class AttendKernel(ChipKernel):
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
-    """The Timing of one `attend` over a batch: first the chunks with several queries, then the chunks with one.
+    """Returns the Timing of one `attend` op over a batch.
 
-    batch: (queries, keys, number of sequences) of each distinct chunk. warm: True if the L2 holds as much of the keys
-    and values as fits. kernel: name of one of the library's attention kernels; "": the library's choice. Raises
-    ChipError if the library describes kernels, and none of this name.
+    The sequences with several new tokens (prefill) are computed first, then the sequences with one new token (decode).
+
+    batch: (new tokens, context length, number of such sequences) for each distinct pair of the first two. warm: True if
+    the L2 holds the keys and values at the start, as far as they fit. kernel: name of an attention kernel that the
+    library describes; "": the library chooses. Raises ChipError if the library describes kernels but none with this
+    name.
     """
     chip, lib = target.chip, target.library
     on = {phase: target.kernel(phase, h.format, h.head_dim, kernel) for phase in ("prefill", "decode")}
@@ -163,20 +170,24 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Number of unmasked (query, key) pairs of a head for q queries at the end of `keys` keys; window 0: no window."""
+    """Returns the number of unmasked (query, key) pairs of one head, for the last `q` of `keys` tokens as queries.
+
+    window: number of latest keys that a query sees; 0: it sees all keys up to its own position.
+    """
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window or keys).sum())
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a core: some queries of one sequence, for some heads, and the keys that they attend to.
+    """One job of a core: queries of one sequence, for some heads, and the keys that these queries attend to.
 
     Attributes:
         s: number of the sequence in the batch.
-        head: the first query head; the plan's `pack` heads from there on share the job.
+        head: the first query head. The job computes plan.pack heads, from this head on.
         rows: the queries, as a slice of the sequence's new tokens.
-        low, high: the keys are those at positions low .. high - 1.
-        part, parts: number of the part of a split context, and number of its parts.
+        low, high: the job's keys are those at the positions low .. high - 1.
+        part: if the context is split into parts, the number of the part that the job computes; else 0.
+        parts: number of parts into which the context is split; 1 if it is not split.
     """
 
     s: int
@@ -189,12 +200,12 @@ class Job:
 
 
 def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, least: int = 1) -> list[Job]:
-    """A list of the Jobs for a sequence with several new tokens. s: number of the sequence in the batch.
+    """Returns a list of the Jobs for one sequence with several new tokens. s: number of the sequence in the batch.
 
-    Each tile of queries has h.heads / plan.pack Jobs: one for every plan.pack query heads. Jobs with the last queries
-    come first. They have the largest number of keys, so later jobs find their keys in the L2.
+    The queries are cut into tiles. Each tile has h.heads / plan.pack Jobs, since a Job computes plan.pack query heads.
+    The Jobs of the last queries come first: they load the most keys, so the later Jobs find their keys in the L2.
 
-    least: number of keys to process for each query even if the window is smaller; keys outside the window are masked.
+    least: smallest number of keys to process for a query. If the window is smaller, the keys outside it are masked.
     """
     heads = sorted(range(0, h.heads, plan.pack), key=lambda head: (head % h.group, head))
     before, out = int(batch.context_len[s] - batch.q_len[s]), list[Job]()
@@ -207,10 +218,11 @@ def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, l
 
 
 def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
-    """A list of the Jobs for a sequence with one new token. s: number of the sequence in the batch.
+    """Returns a list of the Jobs for one sequence with one new token. s: number of the sequence in the batch.
 
-    The context is cut into at most plan.parts parts. Each part is a whole number of tiles of plan.keys keys; the last
-    part may end with a shorter tile. Each part has h.heads / plan.pack Jobs, one for every plan.pack query heads.
+    The context is cut into at most plan.parts parts. Each part is a whole number of tiles of plan.keys keys, but the
+    last part may end with a shorter tile. Each part has h.heads / plan.pack Jobs, since a Job computes plan.pack query
+    heads.
     """
     context, out = int(batch.context_len[s]), []
     low = context - decode_keys(target.library, h.window, context)
@@ -227,11 +239,11 @@ def attend_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job],
     parts: dict[tuple[int, int, int], tuple[Region, ...]] | None = None,
 ) -> list[Stream]:  # fmt: skip
-    """A list of Streams (instruction sequences), one for each core with work, that compute these jobs.
+    """Returns a list of Streams (instruction sequences), one for each core with work, that compute `jobs`.
 
-    on: target for which the plan was made, with the values of one attention kernel; see Target.kernel(). parts: None if
-    jobs store results to the op's output. Otherwise a dict {(sequence, head, part of the context): three HBM regions},
-    in which the job stores its sums, maxima and denominators.
+    on: the target for which `plan` was made; see Target.kernel(). parts: None if the jobs store their results in the
+    op's output. If contexts are split, a dict from (sequence, head, number of the part) to three regions of HBM: the
+    job stores its sums, maxima and denominators there, from which the results are computed later.
     """
     q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
     single = all(batch.q_len[j.s] == 1 for j in jobs)
@@ -287,11 +299,11 @@ def attend_streams(
 def split_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job]
 ) -> list[list[Stream]]:
-    """Two lists of Streams for contexts that are split into parts: first the jobs of all parts, then their merge.
+    """Returns two lists of Streams for contexts that are split into parts: those of the jobs, and those of the merge.
 
-    The jobs store sums, maxima and denominators to HBM; the merge computes the results from them. The parts of one
-    tile of queries are stored one below the other: sums f32 [parts * rows, dv], maxima and denominators f32
-    [parts * rows, 1].
+    The jobs store sums, maxima and softmax denominators in HBM. The merge computes the attention from them. All parts
+    of one tile of queries are stored in one matrix, one part below the other: sums f32 [parts * rows, dv], maxima and
+    denominators f32 [parts * rows, 1].
     """
     out, dv, rows = mem.region(op.out), AttendKernel.of(op, t).heads.v_dim, plan.pack
     whole: dict[tuple[int, int], tuple[Region, ...]] = {}
@@ -320,14 +332,15 @@ def split_streams(
 
 
 class AttendTiles:
-    """Tile buffers of one core: queries, keys, values, results, and the softmax's sums, maxima and denominators.
+    """Tile buffers of one core for attention: queries, keys, values, results, and the state of the softmax.
 
-    There are plan.held buffers of queries and of results. If plan.ahead is above 0, there are also plan.held buffers of
-    sums, so that a job's sums are set to 0 while an earlier job is computed. If plan.ahead is 0, plan.lanes jobs share
-    one buffer of sums, which is set to 0 for all of them together.
+    The state of the softmax consists of sums, maxima and denominators. There are plan.held buffers each for queries and
+    for results. If plan.ahead is above 0, there are also plan.held buffers for the state, so that the state of a job is
+    initialised while an earlier job is computed. If plan.ahead is 0, plan.lanes jobs share one buffer for the state,
+    which is initialised for all of them together.
 
-    d, dv: widths of a key and of a value. listed: number of decoding jobs whose queries' row numbers one transfer
-    loads; 0 for chunks with several queries.
+    d: width of a key. dv: width of a value. listed: number of jobs whose row numbers (see row_number()) one transfer
+    loads; 0 for sequences with several new tokens, which need no row numbers for queries.
     """
 
     def __init__(
@@ -356,9 +369,9 @@ class AttendTiles:
         self.pairs, self.d = k.ring(plan.depth, keys, d + dv, format), d  # keys and, beside them, their values
 
     def queries(self, k: StreamBuilder) -> Region:
-        """The SRAM tile for the next job's queries, from a ring of plan.held tiles.
+        """Returns the SRAM tile for the queries of the next job. The plan.held tiles are used in turn.
 
-        Also emits a Fill with 0 at the first use of each tile, since a job may have fewer queries than the tile's rows.
+        At the first use of a tile, a Fill with 0 is emitted, since a job may have fewer queries than the tile has rows.
         """
         tile = self.q.next()
         if tile not in self.written:
@@ -370,10 +383,12 @@ class AttendTiles:
 def row_number(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, batch: Batch, jobs: list[Job], number: int
 ) -> Region:
-    """An SRAM region i32 [1, 1] with the row of q that job `number` reads. Every job must have a single query.
+    """Returns an SRAM region i32 [1, 1] that holds the row of the tensor q that job `number` reads.
 
-    Call it for each job in order. One load brings the row numbers of the next tiles.listed.cols jobs; the calls in
-    between emit nothing. jobs: all jobs of the core.
+    Every job must have a single query. Call the function for each job in order. The call for every tiles.listed.cols-th
+    job emits one Load, which brings the row numbers of that many jobs. The other calls emit nothing.
+
+    jobs: all jobs of the core.
     """
     assert tiles.listed is not None
     place = number % tiles.listed.cols
@@ -384,14 +399,18 @@ def row_number(
 
 
 def key_parts(op: Attend) -> list[str]:
-    """A list of the caches whose columns, side by side, make a key: k_cache, with latent attention also rope_cache."""
+    """Returns a list of the names of the caches that hold the keys: k_cache, and also rope_cache with latent attention.
+
+    A key consists of the columns of all these caches, side by side.
+    """
     return [op.k_cache, *([op.rope_cache] if op.rope_cache else [])]
 
 
 def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
-    """A list of slices of at most `rows` of the new tokens of sequence number `s`; token 0 is its first new one.
+    """Cuts the new tokens of sequence number `s` into slices of at most `rows` tokens. Returns a list of slices.
 
-    With chunked attention (op.chunk) no slice crosses a chunk boundary, so that all its queries see the same first key.
+    The first new token has the index 0. With chunked attention (op.chunk), a slice never crosses the boundary between
+    two chunks, so all its queries see the same first key.
     """
     n, end = int(batch.q_len[s]), int(batch.context_len[s])
     edges = [i for i in range(1, n) if op.chunk and (end - n + i) % op.chunk == 0]
@@ -400,7 +419,7 @@ def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
 
 
 def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:
-    """The K/V cache slots of the positions `span` of sequence number `s`, as an int64 array."""
+    """Returns the K/V cache slots for the positions `span` of sequence number `s`, as an int64 array."""
     at = np.arange(span.start, span.stop)
     return batch.block_table[s, at // batch.block_size].astype(np.int64) * batch.block_size + at % batch.block_size
 
@@ -408,11 +427,14 @@ def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:
 def init_softmax(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, jobs: list[Job], number: int
 ) -> tuple[Region, Region, Region]:
-    """Initialise sums, maxima m and denominators l for job `number` of a core's jobs. Returns the three regions.
+    """Initialise the softmax state of job `number`. Returns three regions: sums, maxima m, denominators l.
 
-    Sums are 0. Without an attention sink, m is -inf and l is 0. With a sink, m is the sink's logit for the head, and l
-    is 1, since the sink counts as a key whose value is 0. Row r of a job is a query of head job.head + r % plan.pack.
-    Where several jobs share a tile, the call for the first job initialises all rows; the other calls emit nothing.
+    Sums are set to 0. Without an attention sink, m is -inf and l is 0. With a sink, m is the sink's logit for the head
+    and l is 1, because the sink counts as a key whose value is 0. Row r of a job belongs to the query head job.head + r
+    % plan.pack.
+
+    If several jobs share a tile, the call for the first of them initialises all rows of the tile; the other calls emit
+    nothing. jobs: all jobs of the core.
     """
     plan, place = tiles.plan, number % tiles.together
     if not place:
@@ -439,10 +461,12 @@ def load_kv(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, batch: Batch, s: int, span: slice, heads: int,
     head: int,
 ) -> tuple[Region, Region]:  # fmt: skip
-    """Load a tile of keys and a tile of values of sequence `s` at the positions `span`. Returns (keys, values).
+    """Load keys and values at the positions `span` of sequence `s` into tiles. Returns the two tiles (keys, values).
 
-    Both are dequantised if the cache is quantised; an e4m3 cache has one scale for each head. Rows of the tiles after
-    the last position are set to 0. heads, head: number of K/V heads, and number of the head to load.
+    If the cache is quantised, keys and values are dequantised to FP32; an e4m3 cache has one scale for each head. Rows
+    after the last position are set to 0.
+
+    heads: number of K/V heads. head: the head to load.
     """
     slots, n, done = slots_of(batch, s, span), span.stop - span.start, 0
     pair = tiles.pairs.next()
@@ -473,15 +497,15 @@ def attend_tile(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, q: Region,
     state: tuple[Region, Region, Region], keys: Region, values: Region, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Emit the instructions for one tile of keys. Returns nothing.
+    """Emit the instructions with which a job's queries attend to one tile of keys. Returns nothing.
 
     - On a chip with the fused attention engine: Attend.
     - On a chip with the extra instruction SoftmaxStep: Matmul, SoftmaxStep, Matmul.
     - On other chips: Matmul, Softmax, Rescale, Matmul.
 
-    q, keys, values: tiles of queries, of keys and of their values. state: regions that the instructions update: sums of
-    weighted values, maxima m of the scores, softmax denominators l. how: fields of the instructions for positions and
-    the ALiBi slope, as a dict. The call changes this dict: it adds the fields that follow from `op`.
+    q, keys, values: the tiles of queries, keys and values. state: three regions that the instructions update: sums of
+    weighted values, maxima m of the scores, softmax denominators l. how: a dict of instruction fields (positions and
+    ALiBi slope). The function adds the fields that follow from `op` to this dict.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

@@ -28,14 +28,16 @@ HIDDEN = postfix("(relu(0.0 - a) + relu(a - 1.0)) * -1e30")  # the second number
 
 @dataclass(frozen=True)
 class ChosenJob:
-    """One token and some of its query heads, which one core computes.
+    """One job of a core: attention of one token, for some query heads, to the positions in the token's list.
+
+    The list (the op's tensor `chosen`) names the positions to which the token attends.
 
     Attributes:
         sequence: number of the token's sequence.
-        row: the token's row, counted from the sequence's first row of the step.
-        head: the first query head.
-        position: the token's position.
-        listed: slice of the token's list that can hold positions. The places before it hold -1.
+        row: number of the token among the sequence's new tokens, from 0.
+        head: the first query head of the job.
+        position: position of the token in its sequence.
+        listed: slice of the list that may hold positions. All places before it are empty (-1).
     """
 
     sequence: int
@@ -46,7 +48,7 @@ class ChosenJob:
 
 
 def chosen_plan(target: Target, h: Heads, chosen: int) -> GatherPlan:
-    """Sizes of the tiles. chosen: places of a list."""
+    """Returns the tile sizes of the kernel, as a GatherPlan. chosen: length of the list of positions of each token."""
     gathered = (h.v_dim, h.head_dim - h.v_dim, h.v_dim) if h.values_in_keys else (h.head_dim, h.v_dim)
     return GatherPlan.of(target, h.group, h.head_dim, h.v_dim, gathered, h.bits, chosen)
 
@@ -54,9 +56,10 @@ def chosen_plan(target: Target, h: Heads, chosen: int) -> GatherPlan:
 def chosen_jobs(
     target: Target, h: Heads, plan: GatherPlan, chosen: int, sequences: list[tuple[int, int]]
 ) -> list[list[ChosenJob]]:
-    """Deal the jobs to the cores. Returns for each core with work a list of its ChosenJobs.
+    """Distributes the jobs of a batch to the cores. Returns a list of ChosenJobs for each core with work.
 
-    chosen: places of a token's list. sequences: for each sequence (new tokens, keys up to the last of them).
+    chosen: length of the list of positions of each token. sequences: (number of new tokens, context length) of each
+    sequence.
     """
     jobs = [
         ChosenJob(s, row, head, keys - q + row, slice(max(0, chosen - (keys - q + row + 1)), chosen))
@@ -67,7 +70,11 @@ def chosen_jobs(
 
 
 def chosen_seconds(target: Target, h: Heads, chosen: int, batch: ChunkCounts) -> float:
-    """Seconds of the streams until the last result is stored, without launch overhead. batch: as in attend_timing()."""
+    """Returns the modelled seconds of attention to chosen positions, until the last result is stored.
+
+    The launch overhead is not included. chosen: length of the list of positions of each token. batch: (new tokens,
+    context length, number of such sequences) for each distinct pair of the first two.
+    """
     plan = chosen_plan(target, h, chosen)
     dealt = chosen_jobs(target, h, plan, chosen, [(q, keys) for q, keys, n in batch for _ in range(n)])
     held = {("list", job.sequence, job.row): 4.0 * chosen for mine in dealt for job in mine}
@@ -83,9 +90,11 @@ def chosen_seconds(target: Target, h: Heads, chosen: int, batch: ChunkCounts) ->
 
 
 class ListTiles:
-    """Tile buffers of one core for lists of positions, the rows of the cache that they name, and masks.
+    """Tile buffers of one core for attention to listed positions: lists, cache row numbers and masks.
 
-    There are AHEAD of each, so that a job is prepared while the one before it is computed.
+    Each token has a list of the positions to which it attends. From the list, locate() computes which cache rows hold
+    the positions, and a mask for the scores. There are AHEAD buffers of each kind, so that the next job's list is
+    prepared while a job is computed.
     """
 
     def __init__(self, mem: ChipMemory, k: StreamBuilder, chosen: Region, blocks: int) -> None:
@@ -96,19 +105,20 @@ class ListTiles:
     def locate(
         self, row: int, listed: slice, position: int, blocks: list[int], size: int, heads: int, head: int
     ) -> tuple[Region, Region]:
-        """Emit the load of a token's list. Returns the rows of the cache that it names, and its mask.
+        """Emit the load of one token's list of positions. Returns two regions [1, n], for the n listed positions.
 
-        The mask is added to scores. It is 0, or so low that the weight is 0 where the list has no position, or one
-        after the query's.
+        The first region, i32, holds the numbers of the cache rows that belong to the positions. The second, f32, is a
+        mask to add to the scores: it is 0 for a valid position. If a place of the list is empty, or if its position is
+        after `position`, the mask is so low that the softmax weight becomes 0.
 
         Args:
-            row: row of the token in the step.
-            listed: places of its list.
+            row: row of the token in the step's tensors.
+            listed: the part of the token's list to load.
             position: position of the token.
-            blocks: block table of its sequence.
-            size: rows of a block for each head.
+            blocks: block table of the token's sequence.
+            size: number of cache rows that a block has for each K/V head.
             heads: number of K/V heads.
-            head: number of the wanted head.
+            head: the K/V head whose rows are wanted.
         """
         k = self.k
         ids = load(k, self.lists.next(), self.chosen.part(slice(row, row + 1), listed))
@@ -121,7 +131,10 @@ class ListTiles:
 
 
 def chosen_streams(mem: ChipMemory, on: Target, op: Attend, h: Heads, batch: Batch) -> list[Stream]:
-    """A list of Streams, one for each core with work, that attend to the positions which op.chosen lists."""
+    """Returns a list of Streams (instruction sequences), one for each core with work, for sparse attention.
+
+    Each token attends only to the positions that the op's tensor `chosen` lists for it.
+    """
     assert op.chosen is not None
     names = [op.k_cache, *([op.rope_cache] if op.rope_cache else []), op.v_cache]
     q, out, chosen, caches = mem.region(op.q), mem.region(op.out), mem.region(op.chosen), [mem.region(n) for n in names]

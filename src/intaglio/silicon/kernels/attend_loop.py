@@ -21,14 +21,14 @@ from intaglio.silicon.sizes import ChunkCounts
 
 @dataclass(frozen=True)
 class StreamJob:
-    """One job of the streams: some queries of one sequence for plan.pack heads, and the keys that they attend to.
+    """One job of a core, for the timing: queries of one sequence, for plan.pack heads, and the keys they attend to.
 
     Attributes:
         sequence: number of the sequence.
         kv_head: number of the K/V head.
         queries: number of queries of each head.
-        low, high: the keys are those at positions low .. high - 1.
-        parts: number of parts into which the sequence's context is split; the job has one of them.
+        low, high: the job's keys are those at the positions low .. high - 1.
+        parts: number of parts into which the sequence's context is split. The job computes one of these parts.
     """
 
     sequence: int
@@ -40,9 +40,12 @@ class StreamJob:
 
 
 def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
-    """A list of the StreamJobs of the chunks with several queries, in the order of attend.prefill_work().
+    """Returns a list of the StreamJobs of all sequences with several new tokens.
 
-    part: (queries, keys, number of sequences) of each distinct chunk.
+    Within each sequence the jobs of the last queries come first, the same order in which attend.prefill_work() makes
+    the jobs of the simulated kernel.
+
+    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
     """
     step, out = max(1, plan.rows // plan.pack), list[StreamJob]()
     heads = [head // h.group for head in sorted(range(0, h.heads, plan.pack), key=lambda i: (i % h.group, i))]
@@ -57,9 +60,11 @@ def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> li
 
 
 def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
-    """A list of the StreamJobs of the chunks with one query, in the order of attend.decode_work().
+    """Returns a list of the StreamJobs of all sequences with one new token.
 
-    part: (queries, keys, number of sequences) of each distinct chunk.
+    The jobs are ordered by sequence, then head, then part of the context.
+
+    part: (1, context length, number of such sequences) for each distinct context length.
     """
     out, sequences = [], [keys for _, keys, n in part for _ in range(n)]
     for s, keys in enumerate(sequences):
@@ -73,16 +78,18 @@ def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, p
 
 @dataclass
 class _Core:
-    """Progress of one core. Times are in seconds since the start of the launch.
+    """Progress of one core in the simulated loop. All times are in seconds since the start of the launch.
 
-    The lists grow while the loop is followed: they have an item for each job, or tile, that has come so far.
+    The lists grow while the loop is simulated.
 
     Attributes:
-        jobs: its jobs, in order, each with its number in the launch.
-        begun: for each job, when its queries and sums can be used.
-        loaded: for each tile of keys and values, when it can be used.
-        tiles: for each tile of keys and values, when it was used for the last time.
-        queries, sums, results: for each job, when its queries, its sums and its results were used for the last time.
+        jobs: the core's jobs in order, each with its number in the launch.
+        begun: for each job so far, the time when its queries and its initialised sums can be used.
+        loaded: for each tile of keys and values so far, the time when it can be used.
+        tiles: for each tile of keys and values so far, the time when it was last used.
+        queries: for each job so far, the time when its queries were last used.
+        sums: for each job so far, the time when its sums were last used.
+        results: for each job so far, the time when its results were stored.
     """
 
     jobs: list[tuple[int, StreamJob]]
@@ -95,7 +102,11 @@ class _Core:
 
 
 class _Loop:
-    """Follows the loop of all cores, transfer by transfer. The arguments are those of stream_seconds()."""
+    """Simulates the loop of all cores over their jobs, transfer by transfer, to find its duration.
+
+    target: chip and kernel library. h: heads and their sizes. plan: tiles and buffers of the kernel. jobs: all jobs of
+    the launch. single: True if each sequence has one new token.
+    """
 
     def __init__(self, target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> None:
         self.chip, self.h, self.plan, self.single = target.chip, h, plan, single
@@ -112,16 +123,16 @@ class _Loop:
             (h.head_dim, True), (h.v_dim, False)]  # fmt: skip
 
     def query_bytes(self, job: StreamJob) -> float:
-        """Bytes of the queries of a job."""
+        """Returns the number of bytes of a job's queries."""
         return float(job.queries * self.plan.pack * self.h.head_dim * WIDE)
 
     def seconds(self) -> float:
-        """Seconds until the last result is stored."""
+        """Returns the modelled seconds from the start of the loop until the last result is stored."""
         programs = [(self.loads(c), self.compute(c), self.stores(c)) for c in self.cores]
         return CoreLoop(self.chip, self.l2, programs).seconds()
 
     def loads(self, c: _Core) -> Program:
-        """Yield a core's loads, each as a Transfer; None while the next waits for the computation or the stores."""
+        """Yield each load of a core as a Transfer. Yields None while the next load waits for computation or stores."""
         plan, h, t, chip = self.plan, self.h, self.t, self.chip
         listed = (len(c.jobs) if plan.ahead else LISTED) if self.single else 1
         now = visible = index = 0.0  # when the engine is free; when its latest load can be used: they arrive in order
@@ -167,7 +178,7 @@ class _Loop:
                 tile += 1
 
     def compute(self, c: _Core) -> Program:
-        """Record when a core's computations end. Yields None while the next waits for the core's loads or stores."""
+        """Record when each computation of a core ends. Yields None while the next one waits for loads or stores."""
         plan, t, array, lanes, tile = self.plan, self.t, 0.0, 0.0, 0
         for number, (_, job) in enumerate(c.jobs):
             for _ in range(job.low, job.high, plan.keys):
@@ -192,7 +203,7 @@ class _Loop:
             c.sums.append(array if self.split else lanes)
 
     def stores(self, c: _Core) -> Program:
-        """Yield a core's stores, each as a Transfer; None while the next one waits for the core's computation."""
+        """Yield each store of a core as a Transfer. Yields None while the next store waits for the computation."""
         scattered, now = not self.single and not self.plan.ahead, 0.0
         columns = self.h.v_dim + 2 * self.split  # with maxima and denominators
         for number, (name, job) in enumerate(c.jobs):
@@ -207,15 +218,16 @@ class _Loop:
 
 
 def stream_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: Sequence[StreamJob], single: bool) -> float:
-    """Seconds of the streams of some jobs, until the last result is stored, without launch overhead.
+    """Returns the modelled seconds of attention's instruction streams, until the last result is stored.
 
-    At the start the L2 holds the queries, as far as they fit, and no keys and values.
+    The launch overhead is not included. At the start the L2 holds the queries, as far as they fit, but no keys and
+    values.
 
     Args:
         target: chip and kernel library.
         h: heads and their sizes.
         plan: tiles and buffers of the kernel.
         jobs: all jobs of the launch.
-        single: True for chunks with one query, whose queries are gathered by index.
+        single: True if each sequence has one new token. Queries are then loaded by row number.
     """
     return _Loop(target, h, plan, jobs, single).seconds()

@@ -34,13 +34,16 @@ PREFILL_LANES = 2  # of kernels that are not persistent: two run on a core
 
 
 def least_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Lower bound in seconds of the time until the last core ends, however jobs are dealt to the cores.
+    """Returns a lower bound on the seconds in which `cores` cores can do all jobs, however the jobs are distributed.
 
-    It is the largest of even_makespan() and of one bound for each j from 1 to ROUNDS: among the j * cores + 1 longest
-    jobs, some core has at least j + 1, and these take at least as long as the j + 1 shortest of them. The bound is
-    exact for equal jobs, up to ROUNDS jobs a core. It never falls if jobs are added or get longer.
+    The result is the largest of several bounds: even_makespan(), and one bound for each j from 1 to ROUNDS. For the
+    bound of j, take the j * cores + 1 longest jobs. Some core does at least j + 1 of these jobs, so it needs at least
+    the time of the j + 1 shortest of them.
 
-    seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
+    The result is exact if all jobs are equal and each core has at most ROUNDS jobs. It never falls when jobs are added
+    or get longer.
+
+    seconds: for each kind of job, the seconds of one job. count: for each kind, the number of jobs.
     """
     order = np.argsort(-seconds, kind="stable")
     ends, least = np.cumsum(count[order]), even_makespan(seconds, count, cores)
@@ -51,11 +54,12 @@ def least_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """A lower bound on the seconds in which `cores` cores do all jobs.
+    """Returns a lower bound on the seconds in which `cores` cores can do all jobs.
 
-    It is the longest job, or the sum of all jobs divided by the cores if that is longer.
+    The bound is the larger of two times: the time of the longest job, and the time of all jobs together divided by
+    `cores`.
 
-    seconds: for each kind of job, seconds of one job. count: for each kind, number of jobs.
+    seconds: for each kind of job, the seconds of one job. count: for each kind, the number of jobs.
     """
     return max(float(seconds.max()), float(seconds @ count) / cores)
 
@@ -64,22 +68,22 @@ def library_prefill_seconds(
     target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, keys: np.ndarray, count: np.ndarray, unique: float,
     rows: float,
 ) -> float:  # fmt: skip
-    """Modelled seconds of prefill attention by a vendor's library, until the last job's result is stored.
+    """Returns the modelled seconds of prefill attention by a vendor's library, until the last result is stored.
 
-    Time never shrinks with more queries or keys. All cores share the L2's rate equally. Of the tiles that a core reads,
-    the first reads of a tile on the chip wait for HBM. They are spread evenly over the chip's cores: cores that are
-    further ahead bring tiles into the L2 for the others. In the streams, cores read the same keys in step instead, so
-    all of them wait; see stream_seconds(). Measured times are nearer to the former.
+    The time never falls with more queries or keys. All cores share the L2's rate equally. Each different key tile is
+    loaded from HBM once, and the core that loads it first waits for HBM's latency. These waits are assumed to be spread
+    evenly over the cores: measured times are nearer to this than to waits of all cores. In the simulator's own
+    instruction streams, all cores read the same keys at the same time, so all of them wait; see stream_seconds().
 
     Args:
         target: chip and library.
         h: sizes of the attention layer.
         plan: the plan of the kernel.
-        tiles: for each kind of job, key tiles of one job.
-        keys: for each kind, keys that these tiles load.
-        count: for each kind, number of jobs.
-        unique: number of different key tiles that all jobs read.
-        rows: query rows of the largest job.
+        tiles: for each kind of job, the number of key tiles that one job reads.
+        keys: for each kind of job, the number of keys in these tiles.
+        count: for each kind, the number of jobs.
+        unique: number of different key tiles that all jobs together read.
+        rows: number of query rows of the largest job.
     """
     chip, lib, latency_s, total = target.chip, target.library, target.chip.constants.hbm_latency_s, float(count.sum())
     t, base = tile_seconds(target, h, plan.rows, plan.keys), min(chip.port_rate, chip.l2_rate / min(total, chip.cores))
@@ -109,13 +113,15 @@ def library_prefill_seconds(
 
 
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
-    """The jobs of the chunks with several queries, as three arrays with an item for each kind of job.
+    """Returns the jobs of the sequences with several new tokens, as three arrays (keys, key tiles, number of jobs).
 
-    They are: how many keys one job reads; how many key tiles that is; how many jobs are of this kind. A window that
-    starts within a tile counts with the mean over all positions within the tile, so that a longer context does not
-    have fewer keys or tiles.
+    Each array has one item for each kind of job. keys and key tiles: how many of them one job reads. number of jobs:
+    how many jobs of this kind there are.
 
-    part: (queries, keys, number of sequences) of each distinct chunk.
+    If a sliding window begins inside a tile, the numbers are means over all positions inside the tile. So a longer
+    context never has fewer keys or tiles.
+
+    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
     """
     seen, tiles, count = [], [], []
     step = max(1, plan.rows // plan.pack)
@@ -131,16 +137,18 @@ def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndar
 
 @lru_cache(maxsize=16384)
 def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, float, AttendPlan, float]:
-    """The fastest plan for the chunks with several queries: (seconds, compute seconds, jobs, plan, bytes read again).
+    """Returns the fastest plan for the sequences with several new tokens, and the figures of this plan.
 
-    - seconds: from the first load until the last result is stored.
+    The tuple has five items:
+
+    - seconds: time from the first load until the last result is stored.
     - compute seconds: time in which a core computes, as a mean over the cores.
     - jobs: number of jobs.
     - plan: the AttendPlan.
-    - bytes read again: bytes of keys and values that HBM delivers in addition to delivering each byte once. It is 0
-      with an L2, which serves repeated reads.
+    - bytes read again: bytes of keys and values that HBM delivers more than once. It is 0 with an L2, which serves
+      repeated reads.
 
-    part: (queries, keys, number of sequences) of each distinct chunk.
+    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
     """
     chip, lib, best = target.chip, target.library, None
     h = replace(h, window=max(h.window, lib.prefill_window_keys)) if h.window else h
@@ -182,10 +190,11 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
 
 
 def unique_tiles(plan: AttendPlan, h: Heads, part: ChunkCounts) -> float:
-    """Number of different key tiles that the chunks with several queries read, over all sequences and K/V heads.
+    """Returns how many different key tiles the sequences with several new tokens read, over all K/V heads.
 
-    part: (queries, keys, number of sequences) of each distinct chunk. A window that starts within a tile counts with
-    the mean over all positions within the tile.
+    If a sliding window begins inside a tile, the number is a mean over all positions inside the tile.
+
+    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
     """
     total = 0.0
     for q, keys, n in part:
@@ -195,24 +204,26 @@ def unique_tiles(plan: AttendPlan, h: Heads, part: ChunkCounts) -> float:
 
 
 def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
-    """True if an attention kernel loads only the keys that exist; False if it loads the context's last tile whole.
+    """True if an attention kernel loads only existing keys; False if it loads the last key tile of a context whole.
 
-    True if the plan loads jobs ahead (plan.ahead > 0), if the library's activations are FP32, as in the streams that
-    the simulator executes, or if the library's whole_key_tiles is False. False in all other cases.
+    It is True in three cases: the plan loads jobs ahead (plan.ahead > 0); the library's activations are FP32, as in the
+    simulator's own instruction streams; the library's whole_key_tiles is False.
     """
     return plan.ahead > 0 or library.activation_bytes >= WIDE or not library.whole_key_tiles
 
 
 @lru_cache(maxsize=16384)
 def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, float, AttendPlan]:
-    """The fastest context split for the chunks with one query: (seconds, compute seconds, jobs, plan).
+    """Returns the fastest plan for the sequences with one new token, and the figures of this plan.
 
-    - seconds: from the first load until the last result is stored, with the merge of the parts.
+    The plans differ in the number of parts into which a context is split. The tuple has four items:
+
+    - seconds: time from the first load until the last result is stored, including the merge of the parts.
     - compute seconds: time in which a core computes, as a mean over the cores.
     - jobs: number of jobs.
-    - plan: the AttendPlan; plan.parts is the context split.
+    - plan: the AttendPlan; plan.parts is the largest number of parts of a context.
 
-    part: (queries, keys, number of sequences) of each distinct chunk; all have 1 query. cached: fraction of the keys
+    part: (1, context length, number of such sequences) for each distinct context length. cached: fraction of the keys
     and values that the L2 holds.
     """
     chip, lib, best = target.chip, target.library, None
@@ -255,12 +266,14 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 
 
 def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The jobs of the chunks with one query, as three arrays with an item for each kind: key tiles, keys, number.
+    """Returns the jobs of the sequences with one new token, as three arrays (key tiles, keys, number of jobs).
 
-    Key tiles and keys are those of one job; the last array is the number of jobs of the kind. A context is cut into
-    parts of equally many tiles. The last part, a kind of its own, has the rest.
+    Each array has one item for each kind of job. key tiles and keys: how many of them one job reads. number of jobs:
+    how many jobs of this kind there are. A context is cut into parts with equal numbers of tiles; the last part has the
+    remaining tiles and is a kind of its own.
 
-    keys, n: keys, and number of tiles of queries that attend to so many.
+    keys: the distinct numbers of keys to which a tile of queries attends. n: for each of these numbers, how many tiles
+    of queries have it.
     """
     tiles = np.ceil(keys / plan.keys)
     per = np.ceil(tiles / plan.parts)
@@ -274,13 +287,14 @@ def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.n
 def decode_seconds(
     target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, keys: np.ndarray, count: np.ndarray, missed: float
 ) -> float:
-    """Modelled seconds of decode attention (chunks with one query), until the last job's result is stored.
+    """Returns the modelled seconds of attention for sequences with one new token, until the last result is stored.
 
-    The model assumes that all cores share the HBM and L2 rates equally, and that the tiles of a job load equally many
-    keys. A job attends with one query, for plan.pack heads, over one part of the context. Equal jobs are one kind.
+    A job computes one query, for plan.pack heads, over one part of the context. The model assumes that all cores share
+    the rates of HBM and L2 equally, and that all tiles of a job have the same number of keys.
 
-    tiles, keys: for each kind, number of key tiles that one job loads, and number of keys in them. count: for each
-    kind, number of jobs. missed: fraction of the tiles loaded from HBM; the L2 holds the rest.
+    tiles: for each kind of job, the number of key tiles that one job loads. keys: for each kind, the number of keys in
+    these tiles. count: for each kind, the number of jobs. missed: fraction of the tiles that is loaded from HBM; the L2
+    holds the rest.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
@@ -315,10 +329,12 @@ def decode_seconds(
 
 
 def merge_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: float) -> float:
-    """Seconds to merge the results of plan.parts parts of the context, for `jobs` tiles of queries.
+    """Returns the modelled seconds to merge the attention results of plan.parts parts of a context.
 
-    Counts HBM latency, the time to store the parts' results and to load them again at HBM's rate, and a launch if the
-    library merges in a launch of its own. The arithmetic is not counted.
+    Counted are HBM's latency, the time to store the results of the parts and to load them again at HBM's rate, and the
+    launch overhead if the library merges in a launch of its own. The arithmetic is not counted.
+
+    jobs: number of tiles of queries.
     """
     chip, lib = target.chip, target.library
     results = jobs * plan.pack * h.v_dim * 4

@@ -31,15 +31,16 @@ from intaglio.silicon.timing import Timing
 
 @dataclass(frozen=True)
 class PooledJob:
-    """One token and some of its query heads.
+    """One job of a core: attention of one token, for some query heads, to its window of keys and to pooled entries.
 
     Attributes:
         sequence: number of the token's sequence.
-        row: the token's row, counted from the sequence's first row of the step.
-        head: the first query head.
-        position: the token's position.
-        near: number of keys of its window.
-        far: number of entries that it attends to, or of the places of its list that can hold an entry.
+        row: number of the token among the sequence's new tokens, from 0.
+        head: the first query head of the job.
+        position: position of the token in its sequence.
+        near: number of keys in the token's window.
+        far: number of pooled entries that the job reads. If the token has a list of chosen entries, it is the number of
+            places in the list that can hold an entry.
     """
 
     sequence: int
@@ -53,10 +54,10 @@ class PooledJob:
 @chip_kernel(AttendPooled)
 @dataclass(frozen=True)
 class AttendPooledKernel(WorkKernel):
-    """Chip kernel of `attend_pooled`.
+    """Kernel of the op `attend_pooled` on simulated chips: its modelled time, and its instruction streams.
 
-    A library's kernel is timed as any WorkKernel, by the longer of two times: its FLOPs on the matrix array in bf16,
-    and its HBM bytes. The streams gather keys and entries by index for each token.
+    For a vendor's library, the time is the longer of two: the op's FLOPs on the matrix array in bf16, and its bytes at
+    HBM's rate (see WorkKernel). The instruction streams load the keys and entries of each token by their row numbers.
     """
 
     engine: ClassVar[str] = "MXU"
@@ -67,14 +68,14 @@ class AttendPooledKernel(WorkKernel):
         return cls(made.op, made.tensors)
 
     def tensor(self, name: str) -> tuple[int, int]:
-        """(columns, bits of a value) of one of the op's tensors."""
+        """Returns (number of columns, bits of one value) of the op's tensor `name`."""
         found = next(t for t in self.tensors if t.name == name)
         return int(found.shape[-1]), formats.bits(found.format)
 
     def dealt(self, target: Target, sequences: list[tuple[int, int]]) -> tuple[GatherPlan, list[list[PooledJob]]]:
-        """The sizes of the tiles, and the jobs of each core with work.
+        """Distributes the op's work to the cores. Returns (tile sizes, a list of jobs for each core with work).
 
-        sequences: (tokens, keys up to the last of them) of each sequence.
+        sequences: (number of new tokens, context length) of each sequence.
         """
         op = self.op
         assert isinstance(op, AttendPooled)
@@ -122,9 +123,10 @@ class AttendPooledKernel(WorkKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: AttendPooled, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work.
+        """Returns a list of Streams (instruction sequences), one for each core with work, that compute the op.
 
-        Raises MachineError for lists of entries if a block of the cache is no multiple of `every` tokens.
+        Raises MachineError if the op has lists of chosen entries and the cache's block size is not a multiple of
+        op.every tokens.
         """
         if op.chosen is not None and batch.block_size % op.every:
             raise MachineError(f"{op.site}: chosen entries of {op.every} tokens in blocks of {batch.block_size}")

@@ -22,17 +22,19 @@ SPARE = 2048  # bytes of SRAM for sinks, indices and alignment
 
 @dataclass(frozen=True, kw_only=True)
 class AttendPlan:
-    """How a kernel cuts attention into tiles and jobs. Prompts and decoding sequences have a plan each.
+    """How a kernel divides attention into tiles and jobs. Prefill and decode have separate plans.
 
     Attributes:
-        rows: query rows of a tile. All of them are computed, even if fewer have a query.
-        pack: query heads that share a tile, since they share a K/V head; 1: none do.
-        keys: keys of a tile.
-        depth: tiles of keys and values that SRAM holds at a time, so that one loads while another is used.
-        ahead: largest number of jobs (tiles of queries) whose operands a core loads while it computes an earlier job;
-            0: the operands of a job are loaded when the job starts.
-        lanes: with `ahead` 0, jobs that a core starts together, so that it waits only for the first job's operands.
-        parts: largest number of parts into which the context of a decoding sequence is split.
+        rows: query rows in a tile. All rows are computed, even if some have no query.
+        pack: number of query heads of one K/V head that share a tile; 1: each query head has its own tile.
+        keys: number of keys in a tile.
+        depth: number of tiles of keys and values that SRAM holds at the same time, so that one is loaded while another
+            is used.
+        ahead: largest number of later jobs whose queries and keys a core loads while it computes a job; 0: a core loads
+            them when the job starts.
+        lanes: if `ahead` is 0, number of jobs that a core starts together. It then waits only for the loads of the
+            first.
+        parts: largest number of parts into which the context of a sequence with one new token is split.
     """
 
     rows: int
@@ -45,15 +47,15 @@ class AttendPlan:
 
     @property
     def held(self) -> int:
-        """Number of jobs whose queries and sums a core holds at the same time."""
+        """Number of jobs whose queries and sums a core keeps in its memory at the same time."""
         return max(self.lanes, 1 + self.ahead)
 
 
 def product_format(target: Target, h: Heads) -> str:
-    """Format in which a kernel multiplies queries by keys, and softmax weights by values.
+    """Returns the name of the format in which a kernel multiplies queries by keys, and softmax weights by values.
 
-    "f32" if the library's activations have 4 bytes. Otherwise "e4m3" if the cache has 8 bits a value and the library
-    multiplies such values without conversion (kv_native), else "bf16".
+    It is "f32" if the library's activations have 4 bytes. Otherwise it is "e4m3" if the cache has 8 bits per value and
+    the library multiplies such values without converting them (kv_native). In all other cases it is "bf16".
     """
     if target.library.activation_bytes >= WIDE:
         return "f32"
@@ -61,11 +63,12 @@ def product_format(target: Target, h: Heads) -> str:
 
 
 def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
-    """Reduce a plan until its tiles fit a core's SRAM and accumulators, and return it.
+    """Returns a copy of `plan` with tiles that fit a core's SRAM and accumulators.
 
-    With FP32 activations (target.library.activation_bytes), as in the instructions that the simulator executes, the
-    result has fewer or smaller tiles, as far as needed. A plan with one row and one key is returned even if it does not
-    fit. With smaller activations, as in a vendor's 16-bit kernels, `plan` is returned unchanged and not checked.
+    Until they fit, the plan's tiles are made fewer or smaller. A plan with one row and one key is returned even if it
+    does not fit. All this applies only if activations are FP32 (target.library.activation_bytes), as in the
+    instructions that the simulator executes. If they are smaller, as in a vendor's 16-bit kernels, `plan` is returned
+    unchanged.
     """
     if target.library.activation_bytes < WIDE:
         return plan
@@ -86,7 +89,7 @@ def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
 
 
 def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
-    """True if a core's SRAM and accumulators fit all tiles of the plan: queries, keys, values, scores and sums."""
+    """True if all tiles of the plan (queries, keys, values, scores, sums) fit a core's SRAM and accumulators."""
     chip, d, dv, ring = target.chip, h.head_dim, h.v_dim, plan.held
     kv = plan.depth * plan.keys * (d + dv) * (h.bits / 8 if h.bits >= 16 else WIDE)
     if h.bits < 16:  # codes, scales and indices of heads
@@ -99,9 +102,10 @@ def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
 
 @dataclass(frozen=True)
 class TileSeconds:
-    """Seconds that one core takes for each part of an attention job, by field.
+    """Seconds that one core takes for each phase of an attention job.
 
-    `scores`, `softmax` and `sums` are for one tile of queries with one tile of keys; the others are once a job.
+    `scores`, `softmax` and `sums` are the seconds for one tile of queries with one tile of keys. `fill`, `blank` and
+    `merge` are the seconds for the job as a whole.
     """
 
     scores: float  # of the product of queries and keys; 0 with a fused engine
@@ -113,15 +117,15 @@ class TileSeconds:
 
     @property
     def work(self) -> float:
-        """Seconds to attend from one tile of queries to one of keys: scores + softmax + sums, without overlap."""
+        """Seconds for one tile of queries with one tile of keys: scores + softmax + sums, one after the other."""
         return self.scores + self.softmax + self.sums
 
 
 @lru_cache(maxsize=16384)
 def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
-    """Modelled seconds of each phase of an attention job (scores, softmax, sums ...), as a TileSeconds. Cached.
+    """Returns the modelled seconds of each phase of an attention job (scores, softmax, sums ...), as a TileSeconds.
 
-    rows: query rows of a tile. keys: keys of a tile.
+    rows: query rows of a tile. keys: keys of a tile. Results are cached.
     """
     chip, d, dv, hz = target.chip, h.head_dim, h.v_dim, target.chip.clock_hz
     width = target.library.activation_bytes
@@ -141,33 +145,38 @@ def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
 
 
 def widen_seconds(target: Target, h: Heads) -> float:
-    """Seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes; 0 if none is needed."""
+    """Returns the seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes.
+
+    It is 0 if the kernel needs no conversion.
+    """
     chip, values = target.chip, target.library.key_tile * h.kv_width(target.library)
     needed = h.bits < 16 and not chip.att_lanes and product_format(target, h) != "e4m3"
     return float(vector_cycles(chip, target.library.kv_dequant_ops * values)) / chip.clock_hz if needed else 0.0
 
 
 def two_jobs_fit(target: Target, h: Heads) -> bool:
-    """True if SRAM fits two tiles of keys and values, each of them twice: in the cache's format and in bf16.
+    """True if SRAM fits two tiles of keys and values, both of them in the cache's format and also in bf16.
 
-    One job's tile can then be loaded while another job's is converted.
+    The tile of one job can then be loaded while the tile of another job is converted.
     """
     return 2 * target.library.key_tile * h.kv_width(target.library) * (h.bits / 8 + 2) <= target.chip.sram_bytes
 
 
 def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
-    """Bytes that HBM transfers per byte of a key or value row.
+    """Returns how many bytes HBM transfers for each byte of a row of keys or values.
 
-    It is library.half_burst_cost if a row is shorter than library.burst_bytes, else 1.
+    The number is library.half_burst_cost if a row is shorter than library.burst_bytes, else 1.
     """
     return library.half_burst_cost if h.head_dim * h.bits // 8 < library.burst_bytes else 1.0
 
 
 def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
-    """Deal jobs to cores, the longest first, each to the core with the least work so far.
+    """Distributes jobs to cores: the longest job first, each to the core with the least work so far.
 
-    seconds: time of each job. Returns a list for each core with the numbers (indices into `seconds`) of its jobs, in
-    the order in which they run; cores without a job are left out.
+    Returns a list for each core with work. The list has the numbers of the core's jobs (indices into `seconds`), in the
+    order in which they run.
+
+    seconds: time of each job.
     """
     out: list[list[int]] = [[] for _ in range(min(cores, len(seconds)))]
     free = [(0.0, core) for core in range(len(out))]
@@ -179,9 +188,9 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
-    """Number of keys that a kernel reads for the query of a decoding sequence with `keys` keys in its context.
+    """Returns the number of keys that a kernel reads for the one query of a sequence with `keys` keys.
 
-    window: largest number of keys that a query sees; 0: it sees all. The kernel reads at least
-    library.window_min_keys keys, even if the window is shorter.
+    window: number of latest keys that the query sees; 0: it sees all keys. If there is a window, the kernel reads at
+    least library.window_min_keys keys, as far as the sequence has so many.
     """
     return min(keys, max(window, library.window_min_keys)) if window else keys

@@ -28,7 +28,10 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class QuantisedRegion:
-    """A quantised tensor in HBM: its codes [N, K], and two copies of its scales, [N, G] and [G, N]; G = K / group."""
+    """A quantised matrix in HBM: its codes [N, K], and its scales in two copies, [N, G] and transposed [G, N].
+
+    `group` neighbouring columns of a row of codes share one scale, so G = K / group.
+    """
 
     codes: Region
     scales: Region  # [N, G]
@@ -37,19 +40,22 @@ class QuantisedRegion:
 
 
 def codes_of(w: Region | QuantisedRegion) -> Region:
-    """The region with a tensor's numbers: `w.codes` if `w` is a QuantisedRegion, else `w` itself."""
+    """Returns the region that holds the numbers of a matrix: `w.codes` if the matrix is quantised, else `w` itself."""
     return w.codes if isinstance(w, QuantisedRegion) else w
 
 
 def group_of(w: Region | QuantisedRegion) -> int:
-    """Number of columns of a row of `w` that share a scale; 0 if `w` is not quantised."""
+    """Returns how many neighbouring columns in a row of `w` share a scale; 0 if `w` is not quantised."""
     return w.group if isinstance(w, QuantisedRegion) else 0
 
 
 class ChipMemory:
-    """HBM of one chip with tensors by name. A vector is stored as one row, a K/V cache as one row per slot and head.
+    """The HBM of one simulated chip, with tensors that are stored by name.
 
-    values: False to assign addresses and store no data; streams are then timed without check(), and compute nothing.
+    Each tensor is a matrix: a vector is stored as one row, a K/V cache with one row for each slot and head.
+
+    values: False to assign addresses without storing data. Instruction streams are then timed, but they compute nothing
+    and are not checked for faults.
     """
 
     def __init__(self, target: Target, values: bool = True) -> None:
@@ -59,10 +65,12 @@ class ChipMemory:
         self.launches: list[RunResult] = []  # of each run so far
 
     def put(self, name: str, value: Value, bits: int = 8) -> None:
-        """Store a tensor's values in HBM under a name. Returns nothing.
+        """Store a tensor in HBM under a name. Returns nothing.
 
-        A quantised value is stored as codes, scales and transposed scales; of format fp8row, whose groups of a row
-        have copies of one scale, with this scale alone. bits: bits of a code, if `value` is quantised to integers.
+        A quantised tensor is stored as three matrices: codes, scales, and transposed scales. In the format fp8row all
+        groups of a row have the same scale, so that only one scale is stored for each row.
+
+        bits: number of bits of a code, if `value` is quantised to integers.
         """
         if isinstance(value, Quantised):
             one = value.format == "fp8row"
@@ -83,15 +91,15 @@ class ChipMemory:
         return region
 
     def allocate(self, name: str, rows: int, cols: int, format: str) -> Region:
-        """Allocate an unwritten [rows, cols] matrix for a result under a name, and return its region."""
+        """Allocate a matrix [rows, cols] in HBM under a name, for a result. Returns its region, still unwritten."""
         region = self.heap.allocate(rows, cols, format)
         self.regions[name] = region
         return region
 
     def region(self, name: str) -> Region:
-        """The HBM region of the unquantised tensor `name`. Raises MachineError for a quantised tensor.
+        """Returns the HBM region of the tensor `name`, which must not be quantised.
 
-        Raises KeyError for an unknown name.
+        Raises MachineError if the tensor is quantised, and KeyError if there is no tensor with this name.
         """
         region = self.regions[name]
         if isinstance(region, QuantisedRegion):
@@ -99,44 +107,50 @@ class ChipMemory:
         return region
 
     def codes(self, name: str) -> Region:
-        """The region of tensor `name`: its codes if it is quantised, else its values."""
+        """Returns the HBM region of the tensor `name`: its codes if it is quantised, else its values."""
         return codes_of(self.regions[name])
 
     def scales(self, name: str) -> Region | None:
-        """The region of a quantised tensor's scales, one row per row of codes; None if the tensor is not quantised."""
+        """Returns the HBM region of the scales of the tensor `name`; None if the tensor is not quantised.
+
+        The region has one row of scales for each row of codes.
+        """
         region = self.regions[name]
         return region.scales if isinstance(region, QuantisedRegion) else None
 
     def optional_region(self, name: str | None) -> Region | None:
-        """The HBM region of the unquantised tensor `name`; None if `name` is None, for an operand that the op lacks.
+        """Returns the HBM region of the tensor `name`, which must not be quantised; None if `name` is None.
 
-        Raises MachineError for a quantised tensor.
+        `name` is None for an optional operand that the op does not have. Raises MachineError if the tensor is
+        quantised.
         """
         return None if name is None else self.region(name)
 
     def read(self, name: str) -> np.ndarray:
-        """The values of an unquantised tensor, as an array [rows, cols]. Raises MachineError for a quantised one."""
+        """Returns the values of the tensor `name` as an array [rows, cols]. Raises MachineError if it is quantised."""
         return self.hbm.read(self.region(name))
 
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
-        """Store indices for Gather or Scatter and return their region, i32 [1, n].
+        """Store row numbers for Gather or Scatter in HBM. Returns their region, i32 [1, n].
 
-        On hardware they would come with the batch. They start on a new L2 line: if they shared a line with data that is
-        read before, they would count as already in the L2.
+        The region begins on a new L2 line. If it shared a line with data that a kernel reads before, the numbers would
+        count as already in the L2. On hardware they are uploaded with the batch and must be fetched.
         """
         self.heap.top = -(-self.heap.top // LINE) * LINE
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
 
     def put_floats(self, values: np.ndarray) -> Region:
-        """Store numbers and return their region, f32 [1, n]."""
+        """Store numbers in HBM. Returns their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
     def run(self, streams: Sequence[Stream], on: Target | None = None, label: str = "") -> RunResult:
-        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
+        """Execute instruction streams on this chip alone. Returns the RunResult, and appends it to self.launches.
 
-        on: target with which the run is timed; None: self.target. Another target is given for kernels to which the
-        kernel library gives values of their own, such as a launch overhead; see Target.kernel(). label: RunResult.label
-        of the result. The result is also appended to self.launches.
+        on: the target with which the run is timed; None: self.target. Give another target for a kernel for which the
+        kernel library has its own values, such as its own launch overhead; see Target.kernel(). label: label of the
+        RunResult.
+
+        Raises the errors that Machine.run() raises.
         """
         hbm = {0: self.hbm} if self.values else None
         machine = Machine(on or self.target, hbm, l2={0: self.l2}, checks=self.values)
@@ -146,26 +160,34 @@ class ChipMemory:
 
 
 def as_matrix(value: np.ndarray) -> np.ndarray:
-    """A two-dimensional view of an array: a vector becomes one row; leading dimensions are merged into the rows."""
+    """Returns a two-dimensional view of an array.
+
+    A vector becomes one row. Of an array with more than two dimensions, all but the last dimension are merged.
+    """
     return value.reshape(1, -1) if value.ndim == 1 else value.reshape(-1, value.shape[-1])
 
 
 def deal_jobs(chip: ChipSpec, jobs: Sequence[Job], site: str) -> Iterator[tuple[StreamBuilder, list[Job]]]:
-    """Deal jobs round-robin to the chip's cores. Yields (StreamBuilder, jobs) for each core that has any."""
+    """Distributes jobs to the chip's cores in turn. Yields (StreamBuilder, list of jobs) for each core that has a job.
+
+    site: name of the op, for the instruction streams.
+    """
     for core in range(min(len(jobs), chip.cores)):
         yield StreamBuilder(site), list(jobs[core :: chip.cores])
 
 
 def slices(n: int, step: int) -> list[slice]:
-    """A list of slices of length `step` that cover 0 .. n - 1; the last may be shorter."""
+    """Returns a list of slices of length `step` that together cover 0 .. n - 1. The last slice may be shorter."""
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
 def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator[tuple[slice, Region]]:
-    """Yield (slice of `slots`, HBM region of their rows of one K/V head) for each run of consecutive slot numbers.
+    """Yield (slice of `slots`, region of HBM) for each run of consecutive slot numbers in `slots`.
 
-    Each region has rows at equal distances, so that one Load instruction can read it. cache: region
-    [cache slots * heads, width]. slots: slot numbers, not empty. heads: number of K/V heads. head: the wanted head.
+    The region has the cache rows of these slots for the K/V head `head`. Its rows are at equal distances, so that one
+    Load can read it.
+
+    cache: region [cache slots * heads, width]. slots: slot numbers, at least one. heads: number of K/V heads.
     """
     cuts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
     for a, b in pairwise(cuts):
@@ -177,14 +199,15 @@ def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator
 
 
 def shifted(part: slice, by: int) -> slice:
-    """The slice that starts and stops `by` later than `part`."""
+    """Returns a slice whose start and stop are those of `part` plus `by`."""
     return slice(part.start + by, part.stop + by)
 
 
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
-    """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
+    """Emit a Load of `src` to the beginning of the memory of `tile`. Returns the region that is filled, without gaps.
 
-    rows, columns: size of that part, if larger than `src`; the rest is set to zeros. 0: the size of `src`.
+    This region has the size of `src`. If `rows` or `columns` is larger than the size of `src`, the region has this many
+    rows or columns, and the additional elements are set to zero.
     """
     part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
     padded = (part.rows, part.cols) != (src.rows, src.cols)

@@ -48,7 +48,10 @@ SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 @chip_kernel(AllReduce, AllGather, ReduceScatter, AllToAll)
 @dataclass(frozen=True)
 class CollectiveKernel(ChipKernel):
-    """Time model of a collective over `ranks` chips. It writes no instructions; run_collective() does."""
+    """Chip kernel that models the time of a collective over `ranks` chips.
+
+    It has no instruction streams of its own: run_collective() executes a collective on all chips of a group together.
+    """
 
     by_sequence: ClassVar[bool] = False
     kind: str
@@ -106,17 +109,21 @@ class RecvKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class Network:
-    """Links of a group of chips, for simulation in normalised units: all have bandwidth 1 byte/s and latency 1 s."""
+    """The links of a group of chips, as a simulation in normalised units sees them.
+
+    In these units every link has a bandwidth of 1 byte/s and a latency of 1 s.
+    """
 
     kind: str  # topology of the chip's links
     ranks: int
     local: float  # bandwidth of a chip's local copies and sums, over that of a link
 
     def topology(self, ranks: int) -> Topology:
-        """The Topology of `ranks` ranks, whose links have bandwidth 1 byte/s and latency 1 s in normalised units.
+        """Returns a Topology of `ranks` ranks, whose links have a bandwidth of 1 byte/s and a latency of 1 s.
 
-        On a torus, a collective runs as several rings at once: one in each direction and, from nine chips on, in both
-        dimensions. The Topology has only one ring, whose links stand for the real links of all rings (links_used()).
+        On a torus, the Topology is a single ring. A real collective runs on several rings at once: one in each
+        direction and, from nine chips on, in both dimensions. Each link of the single ring stands for the links of all
+        these rings; links_used() counts them.
         """
         make = {
             "k44": collectives.bipartite,
@@ -129,11 +136,17 @@ class Network:
 
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
-    """Number of a chip's real links that the model counts as one link with the sum of their bandwidths.
+    """Returns how many of a chip's real links are modelled together as one link with the sum of their bandwidths.
 
-    Switch, pcie_tree: all links of the chip. k44 (each of four chips linked to each of four others): 1. Mesh: the links
-    between two chips. Torus, up to eight chips: 2, one in each direction; from nine chips on 4, in two dimensions; no
-    more than the chip has. all_to_all and send on a torus: half of that, since the model sends in both directions.
+    The number depends on the topology:
+
+    - switch, pcie_tree: all links of the chip.
+    - k44 (two halves of the group; each chip is linked to all chips of the other half): 1.
+    - mesh: the number of links between two chips.
+    - torus: 2 for up to eight chips (two directions), 4 from nine chips on (two dimensions), but not more than the chip
+      has. For all_to_all and send it is half of this number, since their model sends in both directions.
+
+    op: name of the collective. chips: number of chips in the group.
     """
     if chip.links.topology == "mesh":
         return chip.links.count // (chip.links.max_chips - 1)
@@ -145,19 +158,20 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Fraction of the rate of its links that a chip reaches while all `chips` chips of a group send; at most 1.
+    """Returns the fraction of its link bandwidth that a chip gets while all `chips` chips of a group send; at most 1.
 
-    Below 1 only on a pcie_tree, where chip.links.host_links links of the host serve all chips.
+    It is below 1 only on a pcie_tree with fewer links to the host (chip.links.host_links) than chips.
     """
     return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
 
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
-    """A list of the names of the algorithms that are timed for collective `op`; the fastest of them is used.
+    """Returns a list of names of the algorithms among which the fastest is chosen for the collective `op`.
 
-    If the library has only rings, the topology is a torus, or the group has more than MAX_SIMULATED_RANKS chips, it is
-    ["direct"] for all_to_all and send, and ["ring"] for other collectives. Otherwise it has all algorithms that fit the
-    number of chips; "two_step" is left out unless the topology is k44, for which it is made.
+    In three cases there is one candidate: if the library has only rings, if the topology is a torus, and if the group
+    has more than MAX_SIMULATED_RANKS chips. It is "direct" for all_to_all and send, and "ring" for other collectives.
+    In all other cases the candidates are all algorithms that work with `chips` chips, but "two_step" only on the
+    topology k44.
     """
     found = collectives.algorithms(op, chips)
     topology = target.chip.links.topology
@@ -167,9 +181,10 @@ def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
 
 
 def simulated_ranks(network: Network, op: str) -> int:
-    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, or all for all_to_all on a torus.
+    """Returns the number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS.
 
-    On a torus the load of a link grows with the square of the ranks, so times cannot be extrapolated linearly.
+    Only an all_to_all on a torus is simulated with all ranks of the network. There the load of a link grows with the
+    square of the number of ranks, so its time cannot be extrapolated linearly.
     """
     every_rank = network.kind == "torus" and op == "all_to_all"
     return network.ranks if every_rank else min(network.ranks, MAX_SIMULATED_RANKS)
@@ -192,7 +207,7 @@ def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: in
 
 @lru_cache(maxsize=512)
 def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-    """The simulator of a collective over links of 1 byte/s and 1 s latency, as a ScheduleClock. Cached.
+    """Returns a ScheduleClock, which simulates the time of a collective on links of 1 byte/s and 1 s latency. Cached.
 
     Its times can be scaled to links of any other rate and latency.
     """
@@ -200,10 +215,11 @@ def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> Schedul
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """Seconds of a collective with chunks of `chunk` bytes over links of 1 byte/s and 1 s latency.
+    """Returns the seconds of a collective with chunks of `chunk` bytes, on links of 1 byte/s and 1 s latency.
 
-    The result is interpolated between two simulated sizes, see unit_seconds(), which explains the other arguments. Its
-    error is 0.2 %, or 15 % where transfers occur in another order at one size than at the other.
+    The value is interpolated linearly between the simulated times of the next smaller and the next larger chunk size.
+    The error is 0.2 %. It is 15 % where transfers take place in a different order at the two sizes. network, ranks, op,
+    algorithm: as in unit_seconds().
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -214,18 +230,29 @@ def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: 
 
 
 def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
-    """Bytes of one chunk of a collective's schedule, as a fraction of the bytes of its tensor (see link_traffic())."""
+    """Returns the size of one chunk of a collective's schedule, as a fraction of the whole tensor.
+
+    The whole tensor is the input of a chip, or the output of an all_gather.
+    """
     ranks = simulated_ranks(network, op)
     return chunk_bytes(collectives.schedule(op, algorithm, ranks), 1.0)[0] * ranks / network.ranks
 
 
 def schedule_seconds(network: Network, op: str, algorithm: str, link: float, latency: float, moved: float) -> float:
-    """Seconds of a collective for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
+    """Returns the seconds of a collective for a tensor of `moved` bytes.
 
-    Only links of 1 byte/s and 1 s latency are simulated. To use such a simulation for these links, chunk bytes are
-    divided by (link * latency), and the simulated seconds are multiplied by `latency`. Times between simulated chunk
-    sizes are interpolated. With more than MAX_SIMULATED_RANKS ranks, times are extrapolated linearly from two numbers
-    of ranks, except for an all_to_all on a torus. algorithm: a name as in candidate_algorithms(), such as "ring".
+    Simulations exist only for links of 1 byte/s and 1 s latency, and for some chunk sizes. The chunk size is therefore
+    divided by (link * latency), the simulated seconds are multiplied by `latency`, and times between two simulated
+    chunk sizes are interpolated. For more than MAX_SIMULATED_RANKS ranks, the time is extrapolated linearly from two
+    smaller numbers of ranks. An all_to_all on a torus is simulated with all its ranks instead.
+
+    Args:
+        network: the links of the group.
+        op: name of the collective.
+        algorithm: name of the algorithm, such as "ring"; see candidate_algorithms().
+        link: bandwidth of a link in bytes/s.
+        latency: latency of a link in seconds.
+        moved: bytes of the whole tensor.
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -238,9 +265,10 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
 
 @lru_cache(maxsize=4096)
 def link_traffic(network: Network, op: str, algorithm: str) -> float:
-    """Bytes that a chip sends over its links per byte of the whole tensor; a mean over the chips that send.
+    """Returns the bytes that one chip sends over its links, divided by the bytes of the whole tensor.
 
-    Forwarded bytes count too. The whole tensor is a chip's input; for an all_gather it is the output.
+    It is a mean over the chips that send. Bytes that a chip forwards for others are counted too. The whole tensor is
+    the input of a chip, or the output of an all_gather.
     """
     ranks = simulated_ranks(network, op)
     s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
@@ -252,11 +280,12 @@ def link_traffic(network: Network, op: str, algorithm: str) -> float:
 
 @lru_cache(maxsize=65536)
 def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
-    """The Timing of a collective of `moved` bytes over `chips` chips, by the fastest algorithm and protocol.
+    """Returns the Timing of a collective over `chips` chips with its fastest algorithm and protocol.
 
-    moved: bytes of the whole tensor, see link_traffic(). Fewer than two chips take 0 seconds. More than
-    chip.links.max_chips chips fill several nodes, see nodes_timing(). Raises ChipError for an unknown collective `op`,
-    and for what nodes_timing() refuses.
+    Fewer than two chips take 0 seconds. More than chip.links.max_chips chips fill several nodes; nodes_timing()
+    computes their time. Raises ChipError if the collective `op` is unknown, or if nodes_timing() raises it.
+
+    moved: bytes of the whole tensor, which is the input of a chip, or the output of an all_gather.
     """
     chip, lib = target.chip, target.library
     if op not in OPS:
@@ -301,10 +330,10 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
 
 @lru_cache(maxsize=4096)
 def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
-    """Bytes that a chip reads and writes in HBM per byte of the whole tensor (see link_traffic()); a mean over chips.
+    """Returns the bytes that a chip reads and writes in HBM, divided by the bytes of the whole tensor.
 
-    Holds for libraries with the option through_hbm: each step reads and writes input and output chunks in HBM, while
-    temporary chunks are not counted.
+    It is a mean over the chips, for libraries with the option through_hbm. With this option each step of the schedule
+    reads and writes input and output chunks in HBM. Temporary chunks are not counted.
     """
     s = collectives.schedule(op, algorithm, min(ranks, MAX_SIMULATED_RANKS))
     slots = [slot for step in s.steps for slot in (*step.reads(), step.dst) if slot and slot.buffer != "tmp"]
@@ -312,22 +341,23 @@ def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
 
 
 def switch_speedup(chips: int) -> float:
-    """Bandwidth of an all_reduce with in-network reduction (NVLink SHARP), divided by that of a ring.
+    """Returns the bandwidth of an all_reduce that the switch sums (NVLink SHARP), divided by the bandwidth of a ring.
 
-    For P chips: (2 (P - 1) / P) / (1 + 2 / P), the link bytes of a ring over those of the switch. Below 1 if P < 4.
+    For P chips it is (2 (P - 1) / P) / (1 + 2 / P): bytes per link in a ring, divided by bytes per link with the
+    switch. It is below 1 for P < 4.
     """
     return 2 * (chips - 1) / chips / (1 + 2 / chips)
 
 
 def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
-    """Bytes/s at which one chip can send: the sum of its links to the other chips of a group of `chips` chips."""
+    """Returns the bytes/s at which one chip can send, over all its links, to the other chips of a group of `chips`."""
     peers = {"k44": max(1, chips // 2), "mesh": chips - 1}.get(chip.links.topology, 1)
     return peers * links_used(chip, "all_reduce", chips) * chip.links.bytes_per_s * host_share(chip, chips)
 
 
 @dataclass(frozen=True)
 class ChunkRegions:
-    """Regions in HBM of one chip's chunks: `inputs` and `outputs`, both {chunk number: region}."""
+    """The HBM regions of one chip's chunks: `inputs` and `outputs` are both dicts {chunk number: region}."""
 
     inputs: Mapping[int, Region]
     outputs: Mapping[int, Region]
@@ -335,10 +365,12 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """The part of a chunk that a core processes at a time.
+    """A part of a chunk, small enough for SRAM. A core runs all steps of the schedule for one ChunkTile at a time.
 
-    chunk: number of the chunk. rows, cols: the part, as slices of the chunk. first_tag: added to each step's message
-    tag, so that the messages of no two ChunkTiles have the same tag.
+    Attributes:
+        chunk: number of the chunk.
+        rows, cols: the part, as slices of the chunk's rows and columns.
+        first_tag: number that is added to the message tag of each step, so that no two ChunkTiles share a tag.
     """
 
     chunk: int
@@ -348,9 +380,10 @@ class ChunkTile:
 
 
 class CollectiveBuilder:
-    """Builds the stream of one core of one chip for its tiles of a collective.
+    """Builds the instruction stream of one core of one chip for a collective.
 
-    Each tile buffer comes from a ring of two, so that the next tile can start while this one is being stored.
+    Each SRAM buffer has two tiles, used in turn: the core can work on one part of a chunk while it still stores the
+    result of the part before.
     """
 
     def __init__(self, op: Grouped | Send, chip: int, regions: ChunkRegions, tile: tuple[int, int]) -> None:
@@ -361,10 +394,11 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """The next SRAM tile [rows, cols] of number format `format`. Its size is at most self.tile.
+        """Returns the SRAM tile to write next, a Region [rows, cols] in the number format `format`.
 
-        Calls are counted from 1 anew for each ChunkTile (in emit_steps()). The n-th calls of all ChunkTiles take two
-        tiles of each format in turn. One ChunkTile's data can thus be stored while the next ChunkTile is processed.
+        `rows` and `cols` must not exceed self.tile. emit_steps() sets the count of calls to 0 for each ChunkTile. The
+        n-th call for one ChunkTile and the n-th call for the next ChunkTile return different tiles: there are two, used
+        in turn. So one ChunkTile can still be stored while the next is processed.
         """
         self.used += 1
         key = self.used, format
@@ -373,9 +407,9 @@ class CollectiveBuilder:
         return self.rings[key].next().shaped(rows, cols)
 
     def in_wire_format(self, tile: Region) -> Region:
-        """A tile with the values of `tile` in the format in which messages are sent, self.wire.
+        """Returns a tile with the values of `tile` in the number format in which messages are sent (self.wire).
 
-        Returns `tile` itself if it has this format. Otherwise takes a buffer() and emits a Convert into it.
+        If `tile` has this format, it is returned unchanged. Otherwise a Convert instruction into a new tile is emitted.
         """
         if tile.format == self.wire:
             return tile
@@ -384,11 +418,11 @@ class CollectiveBuilder:
         return rounded
 
     def value(self, slot: Slot, part: ChunkTile) -> Region:
-        """The SRAM tile with the current values of one part of a schedule's buffer.
+        """Returns the SRAM tile that holds the current values of the schedule's buffer `slot` for the ChunkTile `part`.
 
-        Inputs are in HBM: the first call for an input emits its load and its conversion to the format that links carry.
+        Inputs are in HBM. The first call for an input emits the load into SRAM and the conversion to the wire format.
 
-        slot: which buffer, an input, an output or a temporary one. part: the rows and columns that are in work now.
+        slot: an input, output or temporary buffer of the schedule. part: the ChunkTile that is processed now.
         """
         if slot not in self.values:
             src = self.regions.inputs[slot.number].part(part.rows, part.cols)
@@ -398,10 +432,10 @@ class CollectiveBuilder:
         return self.values[slot]
 
     def set_value(self, slot: Slot, tile: Region, part: ChunkTile) -> None:
-        """Record that `tile` has the new values of one part of a schedule's buffer. Returns nothing.
+        """Record that `tile` now holds the values of the schedule's buffer `slot`. Returns nothing.
 
-        For an output slot, also emits a conversion to the wire format, if needed, and the store of the tile to HBM.
-        part: the current ChunkTile.
+        For an output, also emits the conversion to the wire format, if needed, and the store of the tile to HBM. part:
+        the ChunkTile that is processed now.
         """
         self.values[slot] = self.in_wire_format(tile) if slot.buffer == "out" else tile
         if slot.buffer == "out":
@@ -435,7 +469,8 @@ class CollectiveBuilder:
 class CollectiveRun:
     """One execution of a collective on the simulator. Each chip has a memory with its input "x" and its output "out".
 
-    parts: the input f32 [rows, width] of each chip. Raises ChipError for an all_reduce with op.slots above 1.
+    parts: the inputs of the chips, one f32 array [rows, width] for each. Raises ChipError for an all_reduce whose field
+    `slots` is above 1.
     """
 
     def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
@@ -448,7 +483,7 @@ class CollectiveRun:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The Schedule (steps of all ranks) of this collective. It adds summands in order of rank."""
+        """The Schedule of this collective, with the steps of all ranks. It adds inputs in the order of the ranks."""
         return collectives.schedule(self.op.kind, "one_shot" if isinstance(self.op, AllReduce) else "direct", self.n)
 
     @cached_property
@@ -509,7 +544,10 @@ class CollectiveRun:
 
     @cached_property
     def tile(self) -> tuple[int, int]:
-        """(rows, columns) of the SRAM tiles: at most ROWS and COLS; the rows are halved until SRAM fits all tiles."""
+        """The size (rows, columns) of the SRAM tiles.
+
+        It is at most (ROWS, COLS). The rows are halved until all tiles of a core fit SRAM.
+        """
         widest, rows = max(r.cols for regions in self.regions for r in regions.inputs.values()), ROWS
         cols = min(COLS, max(1, widest))
         buffers = 2 * (3 * self.n + 2)  # rings of two: parts, sums, and each in the wire format

@@ -25,12 +25,14 @@ RATE, POSITIVE_RATE = postfix("exp(a) * -1.0"), postfix("exp(a)")
 @chip_kernel(Decay)
 @dataclass(frozen=True)
 class DecayKernel(RowsKernel):
-    """Chip kernel of `decay`. A job is some whole heads of one row; each core loads rates and bias once.
+    """Chip kernel of the op `decay`.
+
+    A core processes one row of x at a time, or some whole heads of it. It loads the rates and the bias once.
 
     Attributes:
-        heads: number of rates.
+        heads: number of rates, one for each head.
         bias: True if the op has a bias.
-        low, high, floor: as in the op.
+        low, high, floor: the fields of the same names of the op.
     """
 
     heads: int = 1
@@ -54,23 +56,25 @@ class DecayKernel(RowsKernel):
         return super().held_bytes() + 4.0 * self.heads + 256  # with exp(rate), and alignment
 
     def steps(self) -> tuple[Steps, ...]:
-        """The stack programs that compute the step size, one after the other, as a tuple.
+        """Returns one or two programs of a Map instruction that compute the step size, to run one after the other.
 
-        The first computes from x (a) and bias (b); if there is a second, it computes from the first one's result (a).
+        The operands of the first program are x (named a) and the bias (named b). The operand of the second program is
+        the result of the first (named a).
         """
         x = f"softplus({self.biased()})"
         first = f"relu({x} - {self.low!r}) + {self.low!r}" if self.low else x
         return postfix(first), *((postfix(f"{self.high!r} - relu({self.high!r} - a)"),) if self.high else ())
 
     def decay(self) -> Steps:
-        """The stack program that computes the log decay from the step size (a) and the rate (b).
+        """Returns the program of a Map instruction that computes the log decay.
 
-        If the op has a floor, it computes it from x (a), bias (b) and rate (c) instead.
+        Its operands are the step size (named a) and the rate (named b). If the op has a floor, they are x (a), the bias
+        (b) and the rate (c).
         """
         return postfix(f"sigmoid(({self.biased()}) * c) * {self.floor!r}") if self.floor else SCALED
 
     def biased(self) -> str:
-        """The sum of x (a) and bias (b), as the text of an expression; only x if the op has no bias."""
+        """Returns the expression of x plus bias as text: "a + b", or "a" if the op has no bias."""
         return "a + b" if self.bias else "a"
 
     def cycles(self, chip: ChipSpec, n: int) -> float:

@@ -53,17 +53,20 @@ OPERANDS = 64  # values deep, in two bytes and two stages: what Target asks of a
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Chip kernel of the op Experts: the routed MLPs that one chip holds. Timed with random routing.
+    """Chip kernel of the op `experts`: the routed experts (MLPs) that one chip holds.
+
+    Its time is modelled for random routing.
 
     Attributes:
-        top: number of experts that a token chooses.
+        top: number of experts that each token chooses.
         held: number of experts on the chip.
         experts: number of experts of the layer on all chips.
-        hidden, inner: widths of x and of an expert's inner row.
-        x_format, w_format: formats of a value of x and of a weight.
+        hidden, inner: width of x, and width of an expert's inner row.
+        x_format, w_format: number formats of x and of the weights.
         w_bits: bits of a weight, scales included.
         gated: True if experts have a gate.
-        groups: columns of a row of up weights, and of down weights, that share a scale; 0: they have none.
+        groups: group sizes of the up weights and of the down weights: that many weights of a row share one scale. 0:
+            the weights have no scales.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -93,9 +96,9 @@ class ExpertsKernel(ChipKernel):
         return sum(rest, first)
 
     def parts(self, target: Target, sizes: BatchSizes) -> dict[str, Timing]:
-        """The modelled Timing of each launch of the op in a step of these sizes, as a dict {label: Timing}.
+        """Returns a dict {label: Timing} with the modelled time of each launch of the op in a step.
 
-        Labels are names such as "gate_up" and "down"; experts_parts() lists them.
+        The labels are names such as "gate_up" and "down"; experts_parts() lists them. sizes: sizes of the step's batch.
         """
         found = experts_parts(target, *self.layer(sizes))
         counts, launch_s = self.counts(sizes), target.library.launch_s
@@ -118,17 +121,17 @@ class ExpertsKernel(ChipKernel):
         return found | {label: replace(found[label], seconds=launch_s + s) for label, s in seconds.items()}
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
-        """The sizes and formats of the layer in a step, as a tuple: arguments of experts_timing() after `target`.
+        """Returns the arguments of experts_timing() after `target`, for a step with the sizes `sizes`.
 
-        They are (tokens, experts that a token chooses, rows of each expert on the chip, experts in all, hidden width,
-        inner width, format of x, format of weights, bits of a weight, True if experts have a gate).
+        The tuple is (tokens, experts that a token chooses, rows of each expert on the chip, experts on all chips,
+        hidden width, inner width, format of x, format of weights, bits of a weight, True if experts have a gate).
         """
         counts = self.counts(sizes)
         how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits, self.gated
         return sizes.tokens, self.top, counts, *how
 
     def counts(self, sizes: BatchSizes) -> tuple[int, ...]:
-        """Expected rows of each expert on the chip; see expected_rows()."""
+        """Returns the expected number of rows of each expert on the chip, as expected_rows() computes it."""
         return expected_rows(sizes.tokens, self.top, self.experts, self.held)
 
     @classmethod
@@ -141,10 +144,10 @@ class ExpertsKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the Streams of the last kernel, which computes the weighted sum of each token's rows.
+        """Returns the Streams of the op's last kernel, which computes the weighted sum of each token's expert results.
 
-        The kernels before the last are executed in `mem` during the call, since each needs the results of the kernel
-        before. A routed row is one token for one of the experts that the token chose. The kernels before the last are:
+        The call itself executes all earlier kernels in `mem`, because each needs the results of the one before. A
+        routed row is a pair of a token and one of the experts that it chose. The earlier kernels do this:
 
         1. Sort the routed rows by expert.
         2. Round the rows of x, in that order.
@@ -183,11 +186,11 @@ class ExpertsKernel(ChipKernel):
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Expected rows of each of a chip's `held` experts, as a tuple of `held` integers, busy experts first.
+    """Returns the expected rows of each of a chip's `held` experts, as a tuple of `held` integers in descending order.
 
-    Every token chooses `top` of all `experts` at random. `held * (1 - (1 - top / experts) ** tokens)` of the chip's
-    experts, rounded, are then expected to have rows. They share tokens * top * held / experts rows (at least 1) evenly.
-    The other experts have 0.
+    Every token chooses `top` of all `experts` experts at random. Then `held * (1 - (1 - top / experts) ** tokens)` of
+    the chip's experts, rounded, are expected to have rows. They share tokens * top * held / experts rows (at least 1)
+    evenly. The other experts have 0 rows.
     """
     rows = max(1, round(tokens * top * held / experts))
     active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
@@ -216,16 +219,17 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
 
 
 def core_rate(target: Target) -> float:
-    """Largest bytes/s that all cores together move: the library's core_bytes_per_cycle for each core and cycle.
+    """Returns the largest rate, in bytes/s, at which all cores of the chip together can move data.
 
-    inf if core_bytes_per_cycle is 0: the cores set no limit.
+    It is the library's core_bytes_per_cycle, times cores, times clock rate. Returns inf, which means no limit, if
+    core_bytes_per_cycle is 0.
     """
     return target.library.core_bytes_per_cycle * target.chip.cores * target.chip.clock_hz or inf
 
 
 @dataclass(frozen=True)
 class TileMenu:
-    """The tiles from which a grouped product may choose.
+    """The tile sizes that a kernel library allows for a grouped product.
 
     Attributes:
         rows, columns: allowed numbers of rows and of columns of a tile; every combination is allowed.
@@ -238,13 +242,13 @@ class TileMenu:
 
 
 def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
-    """The TileMenu that the library's kernel chooses from, for `tokens` tokens in a step and `experts` experts.
+    """Returns the TileMenu of the library for a step of `tokens` tokens and a layer of `experts` experts.
 
-    It depends on the library's expert_tiles:
+    It depends on library.expert_tiles:
 
-    - "best": all of its tiles, as with a static schedule or a kernel tuned for each size;
-    - "by_experts": the one tile that get_default_config of an older vLLM chooses by tokens and experts;
-    - "by_tokens": the one tile that get_default_config of vLLM 0.17 chooses by tokens.
+    - "best": all tiles of the library, as with a static schedule or a kernel tuned for each size;
+    - "by_experts": one tile, which get_default_config of an older vLLM chooses by tokens and experts;
+    - "by_tokens": one tile, which get_default_config of vLLM 0.17 chooses by tokens.
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
@@ -255,22 +259,24 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """A copy of `target` whose library has the values of the kernel that computes experts in these formats.
+    """Returns a copy of `target` with the library's values for the kernel that computes experts in these formats.
 
-    See Target.kernel(). The result is `target` itself if the library describes no single kernels. name: name of the
-    kernel; "": the default for the wider of the two formats. Raises ChipError if the library describes kernels, and
-    none of this name.
+    If the library describes no single kernels, the result is `target` itself. See Target.kernel(). Raises ChipError if
+    the library describes kernels but not `name`.
+
+    name: name of the kernel; "": the library's default kernel for the wider of the two formats.
     """
     return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
 
 
 @lru_cache(maxsize=4096)
 def grouped_target(target: Target, tokens: int, experts: int) -> Target:
-    """A copy of `target` for timing grouped products (one for each expert) like plain products.
+    """Returns a copy of `target` with which a grouped product can be timed by the functions for a plain product.
 
-    Its library's tiles, matmul_stages, mxu_efficiency and burst_bytes are the library's values for grouped products;
-    K is not split. tokens, experts: numbers of tokens and experts of the step; the library may choose tiles by them.
-    Raises ChipError if no tile fits the chip.
+    A grouped product is one product for each expert. In the copy, the library's tiles, matmul_stages, mxu_efficiency
+    and burst_bytes are its values for grouped products, and K is not split. Raises ChipError if no tile fits the chip.
+
+    tokens, experts: numbers of tokens and of experts in the step; some libraries choose tiles by them.
     """
     chip, lib = target.chip, target.library
     menu = tile_menu(lib, tokens, experts)
@@ -294,15 +300,25 @@ def grouped_timing(
     target: Target, tokens: int, counts: tuple[int, ...], n: int, k: int, x_format: str, w_format: str, w_bits: float,
     out_bytes: float, glu: bool = False, scattered: bool = False,
 ) -> Timing:  # fmt: skip
-    """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
+    """Returns the Timing of one grouped product, which multiplies the rows of each expert by this expert's weights.
 
-    tile_menu() gives the tiles that the library's kernel allows for this number of tokens: one or several. The tile
-    with the shortest time is used. Tiles at the edge count whole. Without any row the time is that of a launch.
+    For expert e the product is x [counts[e], k] @ w[e].T [k, n]. The tile is the fastest that tile_menu() allows. A
+    partial tile at the edge takes as long as a whole one. If no expert has rows, the time is that of a launch.
 
-    tokens: number of tokens of the step. counts: rows of each expert. w_bits: bits of a weight with its share of the
-    scales. out_bytes: bytes of a result's value. glu: True if n counts both sides of a GLU pair, to which the product
-    applies the activation. scattered: True if rows of the result are stored by index. Raises ChipError for a format
-    that the chip's array does not multiply, and if no allowed tile fits the chip.
+    Args:
+        target: the chip and its kernel library.
+        tokens: number of tokens of the step.
+        counts: number of rows of each expert.
+        n: columns of the result; with `glu`, columns of gate and up together.
+        k: columns of x.
+        x_format: number format of x.
+        w_format: number format of the weights.
+        w_bits: bits of a weight with its share of the scales.
+        out_bytes: bytes of a value of the result.
+        glu: True if the product applies the activation to gate and up.
+        scattered: True if rows of the result are stored by index.
+
+    Raises ChipError for a format that the chip's matrix array does not multiply, and if no allowed tile fits the chip.
     """
     chip, lib = target.chip, target.library
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
@@ -335,10 +351,18 @@ def grouped_timing(
 def combine_loop(
     target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
-    """The loop that sums the experts' results of each token, for timing: (TileLoop, largest number of a job's columns).
+    """Returns a TileLoop that models the sum of each token's results over its experts, and the columns of a job.
 
-    A job is a part of one token's columns. top: number of result rows that are summed for a token. columns: columns of
-    a result row. residual: True if a residual is added. value_bytes: bytes of a value.
+    The sum is computed in jobs. A job is one token and some of its columns; its largest number of columns is the second
+    result.
+
+    Args:
+        target: the chip and its kernel library.
+        tokens: number of tokens.
+        top: number of results that are summed for each token.
+        columns: columns of a result.
+        residual: True if a residual is added.
+        value_bytes: bytes of a value.
     """
     parts = -(-columns // COMBINE_COLUMNS)
     width = -(-columns // parts)
@@ -353,12 +377,19 @@ def experts_parts(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> dict[str, Timing]:  # fmt: skip
-    """The modelled Timing of each launch of a layer of routed experts on one rank, as a dict {label: Timing}.
+    """Returns a dict {label: Timing} with the modelled time of each launch of a layer of routed experts on one rank.
 
-    Labels, in this order: ROUTING (the router and the sort of rows), ROUNDING (of x and of the inner rows, together),
-    PERMUTATION (rows of x are copied into the order of experts), "gate_up", "activation", "down", "zero" (rows of other
-    ranks' experts are set to zero), "combine" (weighted sum for each token). Launches that the library's kernel does
-    not need are left out. Arguments and errors are those of experts_timing().
+    The labels, in this order, are:
+
+    - ROUTING: the router and the sort of rows;
+    - ROUNDING: x and the inner rows are rounded (both together);
+    - PERMUTATION: rows of x are copied into the order of experts;
+    - "gate_up", "activation", "down": the layer itself;
+    - "zero": rows of other ranks' experts are set to zero;
+    - "combine": the weighted sum for each token.
+
+    Launches that the library's kernel does not need are left out. Arguments and errors are the same as for
+    experts_timing().
     """
     target = expert_kernel(target, x_format, w_format, kernel)
     chip, lib, sides = target.chip, target.library, 2 if gated else 1
@@ -398,21 +429,21 @@ def experts_timing(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> Timing:  # fmt: skip
-    """The Timing of a layer of routed experts on one rank, router included.
+    """Returns the Timing of a layer of routed experts on one rank, router included.
 
-    In some libraries the kernels of activation and combination process all tokens * top_k rows; all these rows are then
-    counted. In other libraries only the rank's own rows are counted.
+    If the library has expert_all_rows set, the activation and the combination process all tokens * top_k rows, and all
+    are counted. Otherwise only the rows of the rank's own experts are counted.
 
     Args:
         target: chip and kernel library.
-        tokens: tokens of the step.
-        top_k: experts that a token chooses.
-        counts: token rows of each expert that the rank holds.
-        n_experts: experts in all.
-        hidden: width of a token's row.
+        tokens: number of tokens of the step.
+        top_k: number of experts that each token chooses.
+        counts: number of rows of each expert that the rank holds.
+        n_experts: number of experts on all ranks.
+        hidden: width of x.
         inner: width of an expert's inner row.
-        x_format: format of a value of x.
-        w_format: format of a weight.
+        x_format: number format of x.
+        w_format: number format of the weights.
         w_bits: bits per weight including scales; 0: the bits of `w_format` without scales.
         gated: True if experts have a gate.
         kernel: name of the library's kernel; "": its default.

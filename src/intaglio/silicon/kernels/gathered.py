@@ -30,14 +30,15 @@ ADDED = postfix("a + b")
 
 @dataclass(frozen=True)
 class GatherPlan:
-    """Sizes of the tiles, and of what is gathered.
+    """Tile sizes of an attention kernel that gathers keys and values from the cache by index.
 
     Attributes:
-        rows: query heads of a job; they share a K/V head.
-        keys: keys of a tile.
+        rows: number of query heads that are computed together; they share a K/V head.
+        keys: number of keys in a tile.
         d, dv: widths of a key and of a value.
-        gathered: widths of the gathers of a tile; more than d in all if values are gathered beside their keys.
-        bits: bits of a cached value.
+        gathered: columns that each gather instruction loads for a key. Their sum is d if values are part of the keys,
+            and more if values are gathered too.
+        bits: bits of a value in the cache.
     """
 
     rows: int
@@ -51,9 +52,18 @@ class GatherPlan:
     def of(
         cls, target: Target, group: int, d: int, dv: int, gathered: tuple[int, ...], bits: int, places: int
     ) -> GatherPlan:
-        """Tiles that fit SRAM and accumulators: the most query heads, then the most keys.
+        """Returns a GatherPlan whose tiles fit SRAM and accumulators, with as many query heads and keys as possible.
 
-        group: query heads that share a K/V head. places: indices of a job, at most.
+        To make it fit, keys are halved down to 32 first; then query heads are reduced, and then keys again.
+
+        Args:
+            target: the chip and its kernel library.
+            group: number of query heads that share a K/V head.
+            d: width of a key.
+            dv: width of a value.
+            gathered: columns that each gather instruction loads for a key.
+            bits: bits of a value in the cache.
+            places: largest number of cache rows (keys) that one job attends to.
         """
         rows = max(n for n in range(1, min(ROWS, group) + 1) if group % n == 0)
         keys = target.library.key_tile
@@ -69,14 +79,15 @@ class GatherPlan:
 
 @dataclass(frozen=True)
 class GatherJob:
-    """One job, as the closed form sees it.
+    """One job in the time model: one token and some of its query heads.
 
     Attributes:
-        place: key of its queries and of its results in the L2.
-        lists: (bytes, place in the L2) of each load that says where its keys are.
-        prepare: cycles of the vector lanes to find the rows of its keys.
-        tiles: (keys, True if a mask is added to their scores) of each tile.
-        indexed: True if gathers read its first list itself: the list that replaces it waits until they have ended.
+        place: name under which the L2 model knows the job's queries and results.
+        lists: (bytes, name in the L2 model or None) of each load of indices; the indices say where the job's keys are.
+        prepare: cycles of the vector lanes to compute the cache rows of the keys from the indices.
+        tiles: (number of keys, True if a mask is added to their scores) of each tile of keys.
+        indexed: True if gathers read the first list directly. The list of a later job, which takes its place in SRAM,
+            is then loaded after these gathers.
     """
 
     place: tuple[int, ...]
@@ -89,9 +100,13 @@ class GatherJob:
 def gathered_seconds(
     target: Target, plan: GatherPlan, cores: Sequence[Sequence[GatherJob]], held: Sequence[tuple[Hashable, float]]
 ) -> float:
-    """Seconds of the streams until the last result is stored, without launch overhead.
+    """Returns the seconds from the start of the streams until the last result is stored, without launch overhead.
 
-    cores: jobs of each core. held: (place, bytes) of what the L2 has at the start, besides the queries.
+    Args:
+        target: the chip and its kernel library.
+        plan: the tile sizes.
+        cores: the jobs of each core, in order.
+        held: (name, bytes) of each tile, besides the queries, that the L2 holds at the start.
     """
     l2 = TilesInL2.of(target)
     for place, size in held:
@@ -104,14 +119,17 @@ def gathered_seconds(
 
 @dataclass
 class _Core:
-    """Programs of one core in the closed form, in the order of the streams.
+    """Time model of one core. Each list has the times, in seconds, at which the core reached a point of its work.
 
     Attributes:
-        target, plan: chip and library, tiles.
-        jobs: the core's jobs.
-        listed, located: of each job, when its lists have been loaded, and when the rows of its keys are known.
-        gathered, multiplied: of each tile of keys, when it can be used, and when it has been.
-        queries, sums, results: of each job, when its queries, its sums and its results were used for the last time.
+        target: the chip and its kernel library.
+        plan: the tile sizes.
+        jobs: the core's jobs, in order.
+        listed: for each job, when its indices have been loaded.
+        located: for each job, when the cache rows of its keys are known.
+        gathered: for each tile of keys, when it is in SRAM.
+        multiplied: for each tile of keys, when it has been used, so that its SRAM is free.
+        queries, sums, results: for each job, when its queries, sums and results have been used for the last time.
     """
 
     target: Target
@@ -126,7 +144,7 @@ class _Core:
     results: list[float] = field(default_factory=list)
 
     def loads(self) -> Program:
-        """The program of loads: a job's lists and queries are loaded before the keys of the job before it."""
+        """Yields the core's loads in order. A job's indices and queries are loaded before the previous job's keys."""
         plan, chip, tiles = self.plan, self.target.chip, 0
         now = visible = 0.0
         ends = list(accumulate(len(job.tiles) for job in self.jobs))  # number of tiles up to each job
@@ -164,7 +182,10 @@ class _Core:
                 tiles += 1
 
     def compute(self) -> Program:
-        """The program of computation: the rows of the next job's keys are found before a job's first tile."""
+        """Model the core's computation; yields None while it waits for loads or stores.
+
+        The cache rows of the next job's keys are computed before the first tile of a job.
+        """
         plan, chip, on, rows = self.plan, self.target.chip, self.target, self.plan.rows
         array = lanes = 0.0
         tiles, hz = 0, chip.clock_hz
@@ -195,7 +216,7 @@ class _Core:
             self.sums.append(lanes)
 
     def stores(self) -> Program:
-        """The program of stores."""
+        """Yields the core's stores of results in order, and None while it waits for a result."""
         now, size = 0.0, 4.0 * self.plan.rows * self.plan.dv
         for number, job in enumerate(self.jobs):
             while len(self.sums) <= number:
@@ -207,7 +228,7 @@ class _Core:
 
 
 class GatherTiles:
-    """Tile buffers of one core: queries of AHEAD jobs, two tiles of keys, two sums and results."""
+    """SRAM and accumulator tiles of one core: queries of AHEAD jobs, two tiles of keys, two of sums, two of results."""
 
     def __init__(self, k: StreamBuilder, plan: GatherPlan, format: str) -> None:
         self.k, self.plan, rows = k, plan, plan.rows
@@ -220,16 +241,15 @@ class GatherTiles:
         self, queries: Region, parts: Sequence[tuple[Sequence[Region], Region, Region | None]], sinks: Region | None,
         how: dict[str, Any],
     ) -> Region:  # fmt: skip
-        """Emit the instructions of one job, which attends to all keys of `parts`. Returns the tile of its result.
-
-        Values are the last columns of what is gathered for a key.
+        """Emit the instructions that compute the attention of one job. Returns the SRAM tile with its result.
 
         Args:
-            queries: its queries.
-            parts: for each part of its keys: the tables from which a key's columns are gathered, the rows in them, and
-                what is added to scores, or None.
+            queries: SRAM tile with the job's queries.
+            parts: the keys, in parts; the job attends to all of them. Each part is (tables from which the columns of a
+                key are gathered, row numbers in these tables, mask that is added to the scores or None). The last
+                columns that are gathered for a key are its value.
             sinks: scores of an extra key without value, [1, rows] in SRAM, or None.
-            how: fields of Softmax for its scale and temperature; `query` is the token's position.
+            how: fields of the Softmax instruction, such as scale and temperature; `query` is the token's position.
         """
         k, plan, rows = self.k, self.plan, self.plan.rows
         sums, m, length = self.totals.next(), self.maxima.next(), self.lengths.next()

@@ -43,11 +43,17 @@ from intaglio.silicon.stream import Stream, StreamBuilder
 
 
 def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
-    """A list with one Stream, which sorts the routed rows by expert on one core.
+    """Returns a list with one Stream, which sorts the routed rows by expert on one core.
 
-    A routed row is one token for one of its experts. ids: i32 [1, n], the expert of each routed row. out: i32 regions
-    for three results. order [1, n]: the numbers of the routed rows sorted by expert; rows of other ranks' experts come
-    last. tokens [1, n]: the token of each of these rows. counts [1, held]: number of rows of each expert of this rank.
+    A routed row is a pair of a token and one of the experts that it chose.
+
+    Args:
+        mem: the chip's memory.
+        op: the op.
+        ids: i32 [1, n], the expert of each routed row.
+        out: three i32 regions for the results. First, [1, n]: the numbers of the routed rows, sorted by expert; rows of
+            other ranks' experts come last. Second, [1, n]: the tokens of these rows, in the same order. Third, [1,
+            held]: the number of rows of each expert of this rank.
     """
     k = StreamBuilder(op.site)
     tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
@@ -62,14 +68,14 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """Make the argument `reader` of rounded(): it lets the cores load rows of x sorted by expert. Returns a function.
+    """Returns the argument `reader` of rounded(), with which the cores load the rows of x sorted by expert.
 
-    - reader(builder, step) takes the core's StreamBuilder and the largest number of rows of a tile. It returns read.
-    - read(tile, rows, columns) emits the load of a part of x into `tile`, and returns the region of `tile` that this
-      fills. `rows` is a slice of the sorted rows, `columns` a slice of the columns of x. If op.scale_input is set, it
-      also multiplies each row by the routing weight of the row.
+    reader(builder, step) takes the StreamBuilder of a core and the largest number of rows of a tile. It returns a
+    function read(tile, rows, columns), which emits the load of a part of x into `tile` and returns the filled region of
+    `tile`. `rows` is a slice of the sorted rows, `columns` a slice of the columns of x. If op.scale_input is set,
+    read() also multiplies each row by its routing weight.
 
-    order, tokens: regions that sort_by_expert() writes.
+    order, tokens: the first two regions that sort_by_expert() writes.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 
@@ -93,13 +99,13 @@ def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Ca
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """What the streams of a grouped product need: for each expert, its rows of x times the expert's weights.
+    """A grouped product, cut into tiles: for each expert, its rows of x times its weights.
 
     Attributes:
         codes: the rows of x, sorted by expert and rounded to the format in which they are multiplied.
-        cut: the Tiling (sizes of tiles) of all these products.
-        jobs: one TileJob for each tile of the result, one expert after the other. job.index is the expert's number.
-            Experts without rows have no jobs.
+        cut: the tile sizes, the same for all experts.
+        jobs: one TileJob for each tile of the result, one expert after the other. The `index` of a job is the number of
+            its expert. Experts without rows have no jobs.
     """
 
     codes: Codes
@@ -111,15 +117,16 @@ def grouped_product(
     on: Target, codes: Codes, sides: Sequence[Region | QuantisedRegion], bits: float, n: int, counts: np.ndarray,
     scattered: bool,
 ) -> GroupedProduct:  # fmt: skip
-    """Cut the products of all experts that have rows into tiles. Returns the GroupedProduct.
+    """Returns the GroupedProduct: the products of all experts that have rows, cut into tiles.
 
     Args:
         on: a target whose library offers the tile sizes of grouped products, see grouped_target().
         codes: rows of x, sorted by expert and rounded.
-        sides: weights of all experts, [experts * n, K]: one item, or two (gate and up) for a GLU pair.
+        sides: weights of all experts, each item [experts * n, K]. There are two items (gate and up) for a GLU pair,
+            else one.
         bits: bits of a weight with its scales.
-        n: result columns of one item of `sides`.
-        counts: rows of each expert, int [experts]; at least one is above 0.
+        n: number of result columns of one item of `sides`.
+        counts: number of rows of each expert, int [experts]; at least one is above 0.
         scattered: True if rows of the result are stored by index.
     """
     k, groups = codes.x.cols, Grouped(tuple(counts[counts > 0].tolist()), scattered)
@@ -135,9 +142,15 @@ def grouped_product(
 
 
 def expert_jobs(counts: Sequence[int], n: int, steps: Sequence[slice], cut: Tiling) -> list[Job]:
-    """A list of the jobs of all experts that have rows, one expert after the other. Job.index is the expert.
+    """Returns a list of Jobs, one for each tile of each expert's product, one expert after the other.
 
-    counts: rows of each expert; rows are sorted by expert. n: columns of the result. steps: the steps over K.
+    The `index` of a Job is the number of its expert. Experts without rows have no Jobs.
+
+    Args:
+        counts: number of rows of each expert. The rows of all experts are one matrix, sorted by expert.
+        n: columns of the result.
+        steps: slices of K; a tile is computed in these steps.
+        cut: tile sizes.
     """
     jobs, first = list[Job](), 0
     for e, count in enumerate(counts):
@@ -151,21 +164,21 @@ def grouped_seconds(
     on: Target, counts: tuple[int, ...], n: int, k: int, x_format: str, w_format: str, w_bits: float, group: int,
     sides: int, scattered: bool, out_bytes: float, before: float,
 ) -> float:  # fmt: skip
-    """Seconds of the streams of a grouped product, without launch.
+    """Returns the seconds that the streams of a grouped product take, without launch.
 
     Args:
         on: a target whose library offers the tile sizes of grouped products, see experts.grouped_target().
-        counts: rows of each expert; at least one is above 0.
+        counts: number of rows of each expert; at least one is above 0.
         n: result columns of one side.
         k: columns of x.
-        x_format: format of a value of x.
-        w_format: format of a weight.
+        x_format: number format of x.
+        w_format: number format of the weights.
         w_bits: bits of a weight with its scales.
-        group: columns of a row of weights that share a scale; 0: they have none.
+        group: number of weights of a row that share a scale; 0: weights have no scales.
         sides: 2 for a GLU pair (gate and up), else 1.
         scattered: True if rows of the result are stored by index.
         out_bytes: bytes of a value of the result.
-        before: bytes that the L2 has read, just before, for each byte of x that was then written.
+        before: bytes that the kernel before read through the L2, divided by the bytes of x that it wrote.
     """
     rows, groups = sum(counts), Grouped(tuple(c for c in counts if c), scattered)
     cut = tiling(on, (rows, sides * n, k), x_format, w_format, w_bits, group, sides, grouped=groups)
@@ -182,27 +195,28 @@ Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part 
 
 
 def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], columns: int) -> list[Bias]:
-    """A list with an item for each of `names`: (the bias's region in HBM, a new SRAM tile [1, columns]), or None.
+    """Returns a list with one item for each name in `names`: (the bias's HBM region, a new SRAM tile [1, columns]).
 
-    The item is None where there is no bias (the name is None).
+    The item is None where the name is None: there is no bias.
     """
     return [(r, k.tile(1, columns, r.format)) if r else None for r in map(mem.optional_region, names)]
 
 
 def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | None:
-    """Emit the load of `columns` of expert e's bias into the bias's SRAM tile. Returns the part that is filled.
+    """Emit the load of expert `e`'s bias for the columns `columns`. Returns the filled part of the SRAM tile.
 
-    Returns None if `bias` is None: the experts have no bias.
+    Returns None if `bias` is None, which means that the experts have no bias. bias: an item of biases().
     """
     return load(k, bias[1], bias[0].part(slice(e, e + 1), columns)) if bias else None
 
 
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
-    """A list of Streams, one for each core with work, that compute act(gate(x)) * up(x) into `out`.
+    """Returns a list of Streams, one for each core with work, that compute act(gate(x)) * up(x) into `out`.
 
     Without a gate (op.gate is None) they compute act(up(x)). Each row of x is multiplied by the weights of its expert.
-    product: the GroupedProduct of x with the gate and up weights. out: region [rows, inner] for the results, whose rows
-    are sorted by expert.
+
+    product: the GroupedProduct of x with the gate and up weights. out: region [rows, inner] for the results, sorted by
+    expert.
     """
     cut, how = product.cut, {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
 
@@ -225,11 +239,14 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 
 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
-    """A list of Streams, one for each core with work, that multiply each row by the down weights of its expert.
+    """Returns a list of Streams, one for each core with work, that multiply each row by the down weights of its expert.
 
-    product: the GroupedProduct of the inner rows, which are sorted by expert, with the down weights. order: i32 [1, n],
-    for each sorted row the row of `out` to which its result is stored. out: region for the results in routing order
-    (row t * top + i is for choice i of token t).
+    Args:
+        mem: the chip's memory.
+        op: the op.
+        product: the GroupedProduct of the inner rows, sorted by expert, with the down weights.
+        order: i32 [1, n]; for each sorted row, the row of `out` in which its result is stored.
+        out: region for the results in routing order: row t * top + i belongs to token t and its choice i.
     """
     cut = product.cut
 
@@ -250,9 +267,9 @@ def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, o
 
 
 def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """A list of Streams that set to zero the rows of `out` whose numbers are in `rows` [1, n]; empty if n is 0.
+    """Returns a list of Streams that set some rows of `out` to zero: the rows of experts that other chips hold.
 
-    Called for the rows of experts that other chips hold.
+    rows: region [1, n] with the numbers of these rows. The list is empty if n is 0.
     """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
     streams = []
@@ -267,13 +284,17 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 
 
 def combine(mem: ChipMemory, op: Experts, parts: Region, width: int, depth: int) -> list[Stream]:
-    """A list of Streams that compute each token's result: the weighted sum of its experts' results, plus the residual.
+    """Returns a list of Streams that compute the result of each token: the weighted sum of its experts' results.
 
     The weights are the routing weights. If op.scale_input is set, the sum has no weights, since the experts' inputs
-    were multiplied by them. Without op.residual nothing is added.
+    were multiplied by them. If op.residual is set, the residual is added.
 
-    parts: [tokens * top, hidden], the experts' results in routing order (row t * top + i is for choice i of token t).
-    width: columns of a token that are summed at a time. depth: number of tiles of each SRAM buffer.
+    Args:
+        mem: the chip's memory.
+        op: the op.
+        parts: [tokens * top, hidden], the experts' results: row t * top + i belongs to token t and its choice i.
+        width: number of columns of a token that are summed at a time.
+        depth: number of tiles of each SRAM buffer.
     """
     out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
     streams = []

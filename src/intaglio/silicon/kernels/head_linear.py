@@ -36,16 +36,16 @@ COPY = "copy"  # label of the launch that copies columns
 @chip_kernel(HeadLinear)
 @dataclass(frozen=True)
 class HeadLinearKernel(ChipKernel):
-    """Chip kernel of `head_linear` (each head of x times a matrix of its own): timing and instruction streams.
+    """Chip kernel of the op `head_linear`: each head of x is multiplied by a matrix of its own.
 
-    time() assumes that x is multiplied in bf16, or in FP32 if activations of the target's kernel library have four
+    time() assumes that x is multiplied in bf16, or in FP32 if the activations of the target's kernel library have four
     bytes. streams() multiplies x in the format that x has in the chip's memory.
 
     Attributes:
-        rows: rows of x, a number or a symbol.
-        heads: heads, each with a matrix [n, k].
+        rows: number of rows of x, or the symbol that stands for it.
+        heads: number of heads; each has a matrix [n, k].
         n, k: rows and columns of a head's matrix.
-        w_format: format of a weight.
+        w_format: number format of the weights.
         w_bits: bits of a weight, scales included; may be a fraction.
     """
 
@@ -76,11 +76,11 @@ class HeadLinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work, that compute each head's product in tiles.
+        """Returns a list of Streams, one for each core with work, that compute each head's product in tiles.
 
-        A head's matrix multiplies the first k columns of the head in x. If the head has more columns in x, the result
-        has them too, unchanged, after the product's n columns. The returned Streams do not write these columns: this
-        method itself copies them first, with a kernel that it executes in `mem`.
+        The matrix of a head multiplies the first k columns that the head has in x. If the head has more columns in x,
+        they are copied unchanged behind the n columns of its product. The returned Streams do not copy them: this
+        method itself does so first, with a kernel that it executes in `mem`.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.region(op.w)
         heads, n, depth = (int(d) for d in t[op.w].shape)
@@ -102,9 +102,10 @@ class HeadLinearKernel(ChipKernel):
 
 
 def head_jobs(rows: int, heads: int, n: int, k: int, cut: Tiling) -> list[Job]:
-    """A list of the jobs of all heads, one head after the other: products [rows, k] @ [k, n]. Job.index is the head.
+    """Returns a list of Jobs, one for each tile of each head's product, one head after the other.
 
-    K is never split, though the K of a single product of this size may be.
+    The product of a head is [rows, k] @ [k, n]. The `index` of a Job is the number of its head. K is not split,
+    whatever `cut` says.
     """
     steps = split_steps(k, k, replace(cut, parts=1))
     return [replace(job, index=h) for h in range(heads) for job in tile_jobs(rows, n, steps, cut)]
@@ -112,7 +113,7 @@ def head_jobs(rows: int, heads: int, n: int, k: int, cut: Tiling) -> list[Job]:
 
 @lru_cache(maxsize=65536)
 def stream_seconds(target: Target, kernel: HeadLinearKernel, rows: int) -> float:
-    """Seconds of the streams of the products of all heads with `rows` rows of x in FP32, without launches."""
+    """Returns the seconds that the streams take to multiply `rows` rows of x in FP32, for all heads, without launch."""
     n, k, heads = kernel.n, kernel.k, kernel.heads
     cut = tiling(target, (rows, n, k), "f32", kernel.w_format, kernel.w_bits, heads=heads)
     loop = ProductLoop(cut=cut, x_format="f32", w_format=kernel.w_format)
@@ -120,9 +121,9 @@ def stream_seconds(target: Target, kernel: HeadLinearKernel, rows: int) -> float
 
 
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:
-    """A list of Streams that copy the last `width` columns of each head of x to the last columns of this head in `out`.
+    """Returns a list of Streams that copy the last `width` columns of each head of `x` to the same head of `out`.
 
-    These are columns that the head's matrix does not multiply.
+    There they are the last columns of the head too. The head's matrix does not multiply these columns.
     """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width)))
 

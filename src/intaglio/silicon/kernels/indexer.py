@@ -29,12 +29,12 @@ ROWS = 128  # query heads of a tile, at most, if a token has no more
 
 @dataclass(frozen=True)
 class ChoosePlan:
-    """Sizes of the tiles of an indexer's streams.
+    """Tile sizes of the streams of an indexer, which scores keys for sparse attention and chooses the best.
 
     Attributes:
-        tokens: maximum number of tokens of a job.
-        keys: keys of a tile.
-        scores: scores of a token that are merged into its list at a time, a multiple of `keys`.
+        tokens: largest number of tokens that are processed together.
+        keys: number of keys in a tile.
+        scores: number of a token's scores that are merged into its list of best keys at a time, a multiple of `keys`.
     """
 
     tokens: int
@@ -44,13 +44,13 @@ class ChoosePlan:
 
 @dataclass(frozen=True)
 class IndexJob:
-    """A job of an indexer's streams: some tokens of a sequence.
+    """One unit of work of an indexer: choose keys for some neighbouring tokens of one sequence.
 
     Attributes:
-        sequence: number of the sequence.
+        sequence: number of the sequence in the batch.
         rows: the tokens, as a slice of the sequence's new tokens.
-        position: position of the first of them.
-        entries: number of entries that the last of them can choose.
+        position: position of the first token in the sequence.
+        entries: number of keys among which the last token can choose.
     """
 
     sequence: int
@@ -67,13 +67,14 @@ class IndexJob:
 @chip_kernel(ChooseKeys)
 @dataclass(frozen=True)
 class ChooseKeysKernel(WorkKernel):
-    """Chip kernel of an indexer, which scores all keys for sparse attention.
+    """Chip kernel of the op `choose_keys`, the indexer that scores all keys for sparse attention.
 
-    A library's kernel is timed as any WorkKernel, by the longer of two times: its FLOPs, those of the matrix array in
-    bf16, and its HBM bytes. The kernel of DeepSeek-V3.2 multiplies in FP8, so it may be faster than modelled here.
+    With a vendor's library, the time is the longer of two: the FLOPs at the rate of the matrix array in bf16, and the
+    bytes at the rate of HBM. The kernel of DeepSeek-V3.2 multiplies in FP8, so it may be faster than modelled here.
 
-    In the streams, a job is a few tokens of one sequence. It multiplies their heads by tiles of keys, sums the heads'
-    weighted scores, and merges them into lists of the best. Tokens that choose all entries score none.
+    In the simulated streams, a core processes a few tokens of one sequence at a time. It multiplies the heads of these
+    tokens by tiles of keys, adds the weighted scores of the heads, and merges the sums into each token's list of best
+    keys. For tokens that can choose among no more than `top` keys, all keys are chosen and no scores are computed.
     """
 
     engine: ClassVar[str] = "MXU"
@@ -85,13 +86,16 @@ class ChooseKeysKernel(WorkKernel):
 
     @property
     def sizes(self) -> tuple[int, int, float]:
-        """(heads, columns of a head, bytes of a cached value)."""
+        """The number of indexer heads, the columns of a head, and the bytes of a value in the key cache."""
         assert isinstance(self.op, ChooseKeys)
         cache = next(t for t in self.tensors if t.name == self.op.cache)
         return self.op.heads, int(cache.shape[3]), formats.bits(cache.format) / 8
 
     def plan(self, target: Target) -> ChoosePlan:
-        """The ChoosePlan whose tiles fit SRAM and accumulators. Where needed, tokens are halved first, then keys."""
+        """Returns a ChoosePlan whose tiles fit SRAM and accumulators.
+
+        The largest tiles are tried first. If they do not fit, `tokens` is halved down to 1, then `keys` is halved.
+        """
         assert isinstance(self.op, ChooseKeys)
         heads, d, width = self.sizes
         tokens, keys = max(1, ROWS // heads), target.library.key_tile
@@ -106,9 +110,9 @@ class ChooseKeysKernel(WorkKernel):
             tokens, keys = (tokens // 2, keys) if tokens > 1 else (tokens, keys // 2)
 
     def jobs(self, target: Target, plan: ChoosePlan, sequences: list[tuple[int, int]]) -> list[list[IndexJob]]:
-        """Deal the jobs to the cores. Returns for each core with work a list of its IndexJobs.
+        """Returns the jobs of all sequences, dealt to the cores: for each core with work, a list of its IndexJobs.
 
-        sequences: for each sequence (new tokens, keys up to the last of them).
+        sequences: (new tokens, keys) of each sequence; the keys include those of its new tokens.
         """
         assert isinstance(self.op, ChooseKeys)
         jobs = [
@@ -133,13 +137,16 @@ class ChooseKeysKernel(WorkKernel):
         return Timing(seconds, timing.busy, timing.hbm_bytes, timing.l2_bytes, flops=timing.flops)
 
     def query_loads(self, job: IndexJob) -> list[Move]:
-        """The loads of a job's queries and weights."""
+        """Returns two loads: the job's queries, and their weights."""
         heads, d, _ = self.sizes
         n = job.rows.stop - job.rows.start
         return [Move(float(n * heads * size * WIDE), (size, *job.place)) for size in (d, 1)]
 
     def steps(self, target: Target, plan: ChoosePlan, job: IndexJob) -> Iterator[Step]:
-        """The steps of a job: one for each tile of keys, or one for each set of scores if all entries are chosen."""
+        """Yields the Steps of a job for the time model, one for each tile of keys.
+
+        If all keys are chosen, no key is loaded; there is then one Step for each `plan.scores` keys.
+        """
         assert isinstance(self.op, ChooseKeys)
         chip, (heads, d, width), top = target.chip, self.sizes, self.op.top
         n, hz = job.rows.stop - job.rows.start, target.chip.clock_hz
@@ -218,7 +225,10 @@ class ChooseKeysKernel(WorkKernel):
 
 
 def entry_rows(op: ChooseKeys, batch: Batch, sequence: int, span: slice) -> np.ndarray:
-    """Rows of the cache that hold the entries `span` of a sequence."""
+    """Returns the rows of the key cache that hold the entries `span` of a sequence, as an int array.
+
+    An entry is the key of `op.every` tokens. sequence: number of the sequence in the batch.
+    """
     size, last = batch.block_size, (np.arange(span.start, span.stop, dtype=np.int64) + 1) * op.every - 1
     pages = batch.block_table[sequence, last // size].astype(np.int64)
     return np.asarray(pages * -(-size // op.every) + last % size // op.every)

@@ -32,66 +32,73 @@ K = TypeVar("K", bound="type[ChipKernel]")
 
 @dataclass(frozen=True)
 class ChipKernel:
-    """Base class of chip kernels: frozen dataclasses with the sizes and formats that an op's time depends on.
+    """Base class of chip kernels. A chip kernel is made for one op of a Program; it models the op's time on a chip.
 
-    A subclass defines of() and time(). It also defines streams() if the simulator can execute the op, and unsupported()
-    if streams() does not support all that the op can express.
+    Subclasses are frozen dataclasses, whose fields are the sizes and formats on which the time depends. A subclass
+    defines of() and time(). If the simulator can execute the op, it also defines streams(), and unsupported() if
+    streams() cannot execute all variants of the op.
 
     Attributes:
-        by_sequence: True if time() reads the queries and keys of the batch's sequences. False: it reads only the
-            numbers of tokens, rows and sequences, so steps that differ only in their keys share one Timing.
+        by_sequence: True if time() depends on how many queries and keys each sequence of the batch has. False: it
+            depends only on the numbers of tokens, rows and sequences, so steps that differ only in their keys share one
+            Timing.
     """
 
     by_sequence: ClassVar[bool] = True
 
     @classmethod
     def of(cls, op: Any, t: Tensors) -> ChipKernel:
-        """The kernel instance for an op, with the sizes and formats that its time depends on.
+        """Returns the kernel instance for an op, with the sizes and formats on which its time depends.
 
         t: the Tensors of the op's Program (shapes, formats and roles), by name.
         """
         raise NotImplementedError(f"{cls.__name__} must define of()")
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """The Timing of the op in a step of these sizes.
+        """Returns the modelled Timing of the op for a step with the batch sizes `sizes`.
 
-        prefetched: True if HBM delivers the op's weights during earlier ops. The Timing's `seconds` then do not count
-        the transfer of the weights; its hbm_bytes do.
+        prefetched: True if the op's weights are loaded from HBM during earlier ops. Then the `seconds` of the Timing do
+        not include the transfer of the weights, while its `hbm_bytes` do.
         """
         raise NotImplementedError(f"{type(self).__name__} must define time()")
 
     @classmethod
     def unsupported(cls, op: Any, t: Tensors) -> str | None:
-        """The reason why streams() does not support this op, for an error message; None if it does."""
+        """Returns None if streams() can execute this op; else the reason why not, as text for an error message."""
         return None
 
     @classmethod
     def runs_on(cls, target: Target, op: Any, t: Tensors, batch: Batch) -> Target:
-        """The target with which the simulator times the Streams of this op. The base class returns `target` itself.
+        """Returns the target (chip and kernel library) with which the simulator times this op's Streams.
 
-        A kernel library may describe several kernels for one kind of op, such as attention, with other values for some
-        fields. Subclasses for such ops return a target with the values of the kernel that is used, see Target.kernel().
+        The base class returns `target` itself. A kernel library may describe several kernels for one kind of op, such
+        as attention, each with its own values of some fields. Subclasses for such ops return a target with the values
+        of the kernel that is used, see Target.kernel().
+
         t: the Program's tensors by name. batch: the step's batch.
         """
         return target
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
-        """Write the op's instructions for one batch: returns a list with one Stream for each core that has work.
+        """Write the op's instructions for one batch. Returns a list with one Stream for each core that has work.
 
-        A kernel of several launches executes all but the last in `mem` during the call, and returns the Streams of the
-        last.
+        Some ops need several launches. Their method executes all launches but the last in `mem`, and returns the
+        Streams of the last.
 
-        mem: the chip's memory, with the operands and regions for the results. t: the Program's tensors by name. batch:
-        the step's batch; attention and other ops on sequences read from it which rows belong together.
+        Args:
+            mem: the chip's memory, with the op's operands and regions for its results.
+            op: the op.
+            t: the Program's tensors by name.
+            batch: the step's batch. Ops on sequences, such as attention, read from it which rows belong to a sequence.
         """
         raise NotImplementedError(f"{cls.__name__} must define streams()")
 
 
 def chip_kernel(*ops: type[Op]) -> Callable[[K], K]:
-    """A class decorator that registers the class as the chip kernel of these op classes, and returns the class.
+    """Returns a class decorator that registers a class as the chip kernel of the op classes `ops`.
 
-    The decorator raises TypeError if one of the op classes already has a kernel.
+    The decorator returns the class. It raises TypeError if one of the op classes already has a kernel.
     """
 
     def register(kernel: K) -> K:
@@ -105,7 +112,10 @@ def chip_kernel(*ops: type[Op]) -> Callable[[K], K]:
 
 
 def kernel_class(op: Op) -> type[ChipKernel]:
-    """The kernel class of an op. Raises ChipError, with how to register one, if the op has none."""
+    """Returns the ChipKernel subclass that is registered for an op.
+
+    Raises ChipError if there is none; the message says how to register one.
+    """
     if type(op) not in CHIP_KERNELS:
         known = ", ".join(sorted(k.kind for k in CHIP_KERNELS))
         register = f"register one with @intaglio.silicon.chip_kernel({type(op).__name__})"
@@ -115,18 +125,21 @@ def kernel_class(op: Op) -> type[ChipKernel]:
 
 @lru_cache(maxsize=65536)
 def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, prefetched: bool = False) -> Timing:
-    """The Timing of a kernel in a step of these sizes, cached. prefetched: as in ChipKernel.time()."""
+    """Returns the modelled Timing of a kernel for a step with the batch sizes `sizes`. The result is cached.
+
+    prefetched: True if the op's weights are loaded from HBM during earlier ops, see ChipKernel.time().
+    """
     return kernel.time(target, sizes, prefetched)
 
 
 @dataclass(frozen=True)
 class WorkKernel(ChipKernel):
-    """A chip kernel timed by the op's work(), for ops without a formula of their own.
+    """A chip kernel whose time follows from the op's FLOPs and bytes, for ops without a time model of their own.
 
-    The time is launch overhead, plus HBM latency, plus the longer of two times: that of the op's FLOPs at the rate of
-    `engine` (VEC: the vector lanes, MXU: the matrix array in bf16, at the library's efficiency), and that of its bytes
-    at HBM's rate. The time does not count bytes of weights that are prefetched. The simulator cannot execute such a
-    kernel, unless a subclass defines streams().
+    The time is launch overhead, plus HBM latency, plus the longer of two times. One is the op's FLOPs at the rate of
+    `engine`: "VEC" for the vector lanes, "MXU" for the matrix array in bf16, at the library's efficiency. The other is
+    the op's bytes at HBM's rate, without weights that are prefetched. The simulator can execute the kernel only if a
+    subclass defines streams().
     """
 
     op: Op
@@ -135,7 +148,7 @@ class WorkKernel(ChipKernel):
 
     @classmethod
     def of(cls, op: Op, t: Tensors) -> WorkKernel:
-        """Make a WorkKernel (a kernel timed by its FLOPs and bytes) for an op.
+        """Returns a WorkKernel for an op.
 
         In the kernel the op's tensors are named t0, t1, and so on, and the op has no site (name of its place in the
         model). Ops that differ only in these names therefore have equal kernels, whose times are cached once.
@@ -163,7 +176,7 @@ class WorkKernel(ChipKernel):
 
 
 def unsupported_reason(op: Op, t: Tensors) -> str | None:
-    """The reason why no chip kernel can execute this op, for an error message; None if one can."""
+    """Returns None if a chip kernel can execute this op; else the reason why not, as text for an error message."""
     try:
         kernel = kernel_class(op)
     except ChipError as e:
@@ -179,9 +192,9 @@ def unsupported_reason(op: Op, t: Tensors) -> str | None:
 
 
 def run_op(board: ChipMemory, op: Op, t: Tensors, batch: Batch) -> dict[str, np.ndarray]:
-    """Execute one op on the simulator and return a dict of its results by tensor name.
+    """Execute one op on the simulator. Returns a dict {tensor name: array} of its results.
 
-    `board`: the chip's memory, which holds the operands. Raises MachineError if no kernel supports the op.
+    board: the chip's memory, which holds the op's operands. Raises MachineError if no kernel can execute the op.
     """
     if why := unsupported_reason(op, t):
         raise MachineError(why)

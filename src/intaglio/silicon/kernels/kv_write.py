@@ -33,19 +33,20 @@ QUOTIENT = postfix("a / b")
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of an attention layer on which its time depends.
+    """Sizes of an attention layer that determine its time.
 
     Attributes:
-        heads: query heads.
-        kv_heads: heads of keys and values.
+        heads: number of query heads.
+        kv_heads: number of heads of keys and values.
         head_dim: width of a query and of a key.
         v_dim: width of a value.
-        window: largest number of keys that a query sees; 0: it sees all.
-        bits: bits of a cached key or value.
+        window: largest number of keys that a query attends to; 0: no limit.
+        bits: bits of a number in the K/V cache.
         softcap: True if scores are soft-capped.
         slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
-        values_in_keys: True if values are columns of the key cache (latent attention). A library's kernels load them
-            once, with the keys. The simulated streams load them a second time; the L2 still has them then.
+        values_in_keys: True if values are columns of the key cache (latent attention). Kernels of a vendor's library
+            load these columns once, with the keys. The simulated streams load them twice; the second time they come
+            from the L2.
     """
 
     heads: int
@@ -59,18 +60,20 @@ class Heads:
     values_in_keys: bool = False
 
     def kv_width(self, library: KernelLibrary) -> int:
-        """Number of columns that a kernel loads from the K/V cache for one position and one K/V head.
+        """Returns the number of columns that a kernel loads from the K/V cache for one position and one K/V head.
 
-        They are the columns of the key and of the value; only the key's if a library's kernel finds the value in it. A
-        library whose activations are FP32 stands for the simulated streams.
+        These are the columns of the key and of the value. If values are columns of the key cache (`values_in_keys`),
+        kernels of a vendor's library load only the columns of the key. The simulated streams load both; a library whose
+        activations are FP32 stands for them.
         """
         once = self.values_in_keys and library.activation_bytes < WIDE
         return self.head_dim + (0 if once else self.v_dim)
 
     def hbm_part(self, target: Target) -> float:
-        """The fraction of the loaded K/V columns that HBM delivers; the L2 delivers the others.
+        """Returns the fraction of the loaded K/V columns that comes from HBM; the rest comes from the L2.
 
-        It is 1 except in simulated streams (FP32 activations) on a chip with an L2 if values_in_keys is set.
+        It is below 1 in one case: values are columns of the key cache (`values_in_keys`), the chip has an L2, and
+        `target` stands for the simulated streams, with FP32 activations.
         """
         twice = self.values_in_keys and target.chip.l2_bytes and target.library.activation_bytes >= WIDE
         return self.head_dim / self.kv_width(target.library) if twice else 1.0
@@ -82,9 +85,9 @@ class Heads:
 
     @property
     def format(self) -> str:
-        """Number format of the cache, as the key of attention kernels in a chip's KernelLibrary.
+        """The number format under which a KernelLibrary lists its attention kernels for this cache.
 
-        "bf16" for a cache of 16 bits a value, "e4m3" for a cache of any other width.
+        It is "bf16" for a cache of 16 bits per value, and "e4m3" for any other width.
         """
         return "bf16" if self.bits == 16 else "e4m3"
 
@@ -92,7 +95,7 @@ class Heads:
 @chip_kernel(KvWrite)
 @dataclass(frozen=True)
 class KvWriteKernel(ChipKernel):
-    """Chip kernel of `kv_write`: rows are rounded to the cache's format and scattered, head by head."""
+    """Chip kernel of `kv_write`, which rounds keys and values to the cache's format and stores them in cache slots."""
 
     by_sequence: ClassVar[bool] = False
     heads: Heads
@@ -108,10 +111,10 @@ class KvWriteKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work, that write the step's keys and values to the K/V cache.
+        """Returns a list of Streams, one per core with work, that write the step's keys and values to the K/V cache.
 
-        A row is one head of one token; a core has neighbouring rows. It first loads the numbers of their cache slots.
-        Then it loads, rounds and stores rows of keys and rows of values in turn.
+        A row is the key or value of one head of one token. Each core has consecutive rows. It first loads the numbers
+        of their cache slots. Then it loads, rounds and stores some rows of keys, some rows of values, and so on.
         """
         pairs = [
             (mem.region(x), mem.codes(name), mem.scales(name), own)
@@ -152,9 +155,11 @@ class KvWriteKernel(ChipKernel):
 def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> Region:
     """Emit the loads of some heads of `source` [tokens, heads * d] into `tile` [len(rows), d]. Returns the tile.
 
-    Heads are numbered over all tokens: number r is head r % heads of token r // heads. rows: numbers of the heads to
-    load. A source without gaps between its rows takes one load. A source with gaps, such as a view of columns, takes up
-    to three: the rest of the first token, all whole tokens, and the heads of the last token.
+    Heads are numbered over all tokens: number r is head r % heads of token r // heads. If the rows of `source` have no
+    gaps between them in memory, one load is emitted. Otherwise up to three are emitted: for the heads of the first
+    token, of the tokens that are loaded whole, and of the last token.
+
+    rows: numbers of the heads to load.
     """
     if source.stride == source.row_bytes:
         return load(
@@ -176,10 +181,15 @@ def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> R
 def emit_head_scales(
     mem: ChipMemory, k: StreamBuilder, ring: Ring, dst: Region, name: str | None, heads: np.ndarray
 ) -> None:
-    """Emit instructions that fill `dst`, f32 [n, 1], with one scale for each row, for an e4m3 cache. Returns nothing.
+    """Emit instructions that fill `dst`, f32 [n, 1], with the scale of each row's head. Returns nothing.
 
-    A row's scale is that of the row's head. ring: SRAM tiles for the indices. name: tensor with the scales of the
-    heads; None: all scales are 1. heads: number of the head of each row, int [n].
+    Args:
+        mem: the chip's memory.
+        k: the core's stream builder.
+        ring: SRAM tiles for the head numbers.
+        dst: SRAM tile for the scales.
+        name: tensor with the scales of the heads; None: all scales are 1.
+        heads: int [n], for each row the number of its head.
     """
     if name is None:
         k.emit(isa.Fill(dst=dst, value=1.0))
@@ -189,12 +199,14 @@ def emit_head_scales(
 
 
 def job_rows(target: Target, rows: int, width: int) -> int:
-    """Number of rows that a core loads, rounds and stores together, as one job. A row is one head of one token.
+    """Returns the number of rows that a core loads, rounds and stores at a time. A row is one head of one token.
 
-    The `rows` rows of a core are cut into as few jobs as possible; all but the last have the returned length. A job has
-    at most ROWS rows, or more if HBM's latency asks for it: half of the MOST_TILES buffers are being loaded at a time,
-    and these loads together have to last as long as the latency. A job has no more rows than fit SRAM, but at least
-    one. Returns 1 if `rows` is 0. width: values of a row.
+    The `rows` rows of a core are cut into as few parts as possible, all of the returned length but the last. A part has
+    at most ROWS rows. It may have more where the loads in flight would else be too short to hide HBM's latency; half of
+    the MOST_TILES buffers are being loaded at a time. A part has no more rows than fit SRAM, but at least one. Returns
+    1 if `rows` is 0.
+
+    width: number of values of a row.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -204,27 +216,30 @@ def job_rows(target: Target, rows: int, width: int) -> int:
 
 
 def tiles_in_flight(target: Target, rows: int, width: int) -> int:
-    """Number of tiles in each of a core's circular buffers: enough that loads hide HBM's latency, from 2 to MOST_TILES.
+    """Returns the number of tiles in each circular buffer of a core, from 2 to MOST_TILES.
 
-    rows, width: size of a tile. The result is 2 even if SRAM does not fit two tiles.
+    It is chosen so that loads hide HBM's latency and the tiles fit SRAM. It is 2 even if SRAM does not fit two tiles.
+
+    rows, width: size of a tile.
     """
     return max(2, ring_depth(target, (rows * width,) * 5, rows * width * target.library.activation_bytes))
 
 
 def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
-    """Number of cycles in which a core stores one head's row of `width` values to a cache of `bits` bits a value.
+    """Returns the cycles in which a core stores a row of `width` values (one head's key or value) in the K/V cache.
 
-    It is library.kv_row_cycles. Below 16 bits, library.kv_quant_cycles for each value are added to quantise the row.
+    The cycles are library.kv_row_cycles. For a cache of fewer than 16 bits per value, quantising the row adds
+    library.kv_quant_cycles for each value. bits: bits per value in the cache.
     """
     return library.kv_row_cycles + (library.kv_quant_cycles * width if bits < 16 else 0)
 
 
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
-    """The Timing of writing the keys and values of `tokens` tokens to their cache slots, head by head; 0 s for none.
+    """Returns the Timing of writing the keys and values of `tokens` tokens to the K/V cache; 0 s if `tokens` is 0.
 
-    It is the time of the core with the largest number of rows (a row is one head's key or value). The core loads,
-    rounds and stores them in a loop (tile_loop.py). If keys and values have different widths, each row counts with the
-    mean of both.
+    A row is the key or value of one head of one token. The time is that of the core with the most rows, which loads,
+    rounds and stores them in a loop (tile_loop.py). If keys and values differ in width, the mean width is used for
+    both.
     """
     chip, lib = target.chip, target.library
     if not tokens:

@@ -10,9 +10,10 @@ from intaglio.silicon.l2 import RandomL2
 
 
 class L2Blocks(RandomL2):
-    """The expected content of an L2 that evicts lines at random: blocks of operands, and results.
+    """Model of the contents of an L2 that evicts lines at random. It holds blocks of operands, and results.
 
-    capacity: bytes that it can hold. need: bytes of everything that will be used; if that fits, nothing is evicted.
+    Its byte counts are expected values. capacity: bytes that the L2 can hold. need: bytes of all data that a kernel
+    uses; if they fit the L2, nothing is evicted.
     """
 
     def __init__(self, capacity: float, need: float) -> None:
@@ -23,9 +24,9 @@ class L2Blocks(RandomL2):
         self.stored = self.gone = 0.0  # bytes of results: stored, and written back to HBM since
 
     def put(self, size: float, dirty: bool = False) -> float:
-        """Bring `size` bytes into the L2, and evict what does not fit. Returns the bytes that are written back to HBM.
+        """Put `size` bytes into the L2, evicting others if it is full. Returns the bytes that are written back to HBM.
 
-        dirty: True if the bytes are not in HBM, so that they are written back when they are evicted.
+        dirty: True if HBM does not have these bytes, so that their later eviction writes them to HBM.
         """
         if not self.tight:
             return 0.0
@@ -37,20 +38,23 @@ class L2Blocks(RandomL2):
         return written
 
     def bring(self, key: int, size: float, dirty: bool = False, arrival: float = 0.0) -> float:
-        """Bring bytes of a block into the L2. Returns the bytes that are written back to HBM for it.
+        """Put the missing bytes of a block into the L2. Returns the bytes that are written back to HBM to make room.
 
         Args:
-            key: the block.
+            key: number of the block.
             size: bytes of the block that the L2 lacks.
-            dirty: True if they are not in HBM.
-            arrival: when they have come from HBM, in seconds of the run.
+            dirty: True if HBM does not have these bytes.
+            arrival: time at which the bytes arrive from HBM, in seconds since the kernel's start.
         """
         written = self.put(size, dirty)
         self.blocks[key] = arrival, self.evicted
         return written
 
     def missing(self, key: int, size: float) -> float:
-        """Expected bytes of a block of `size` bytes that the L2 lacks; 0.0 if that is less than half a line."""
+        """Returns the expected number of bytes that the L2 lacks of the block `key` of `size` bytes.
+
+        Less than half a line counts as 0.0.
+        """
         found = self.blocks.get(key)
         if found is None:
             return size
@@ -60,14 +64,15 @@ class L2Blocks(RandomL2):
         return lacks if lacks > LINE / 2 else 0.0
 
     def load(self, keys: Sequence[int], size: float, arrival: float) -> tuple[int, float, float, float]:
-        """Load blocks of `size` bytes each. Returns (absent, read, ready, written).
+        """Load some blocks of `size` bytes each into the L2. Returns (absent, read, ready, written).
 
-        - absent: number of blocks of which bytes were missing.
-        - read: bytes that HBM reads.
-        - ready: when the last of the other blocks has come from HBM, in seconds of the run.
+        - absent: number of blocks that the L2 did not hold completely.
+        - read: bytes that are read from HBM.
+        - ready: time at which the other blocks, which the L2 holds, have all arrived from HBM; in seconds since the
+          kernel's start.
         - written: bytes that are written back to HBM.
 
-        keys: the blocks. arrival: when the bytes that HBM reads will have come, in seconds of the run.
+        keys: numbers of the blocks. arrival: time at which the bytes that are read from HBM arrive.
         """
         absent, read, ready, written = 0, 0.0, 0.0, 0.0
         for key in keys:
@@ -80,21 +85,23 @@ class L2Blocks(RandomL2):
         return absent, read, ready, written
 
     def has(self, keys: Sequence[int], size: float) -> bool:
-        """True if all blocks `keys`, of `size` bytes each, are in the L2 or on their way there."""
+        """True if the L2 has all blocks `keys`, of `size` bytes each. They may still be on their way from HBM."""
         return not any(self.missing(key, size) for key in keys)
 
     def store(self, size: float) -> float:
-        """Store `size` bytes of results. Returns the bytes that are written back to HBM for it."""
+        """Store `size` bytes of results in the L2. Returns the bytes that are written back to HBM to make room."""
         written = self.put(size, True)
         self.stored, self.results = self.stored + size, self.results + size
         return written
 
 
 def fetched_bytes(start: int, stop: int, width: int, first: int) -> float:
-    """Mean bytes that HBM reads, in whole lines, for a load of the bytes start .. stop - 1 of each row of a matrix.
+    """Returns how many bytes per row HBM reads, on average, to load bytes start .. stop - 1 of each row of a matrix.
 
-    The mean is over rows, which begin at different places of a line. Lines that earlier loads of the same rows touch
-    are not counted again, see cache.py. width: bytes of a row. first: bytes of a row in the first load.
+    HBM reads whole lines. The mean is over rows that begin at different places in a line. Lines that earlier loads of
+    the same rows have fetched are not counted again, see cache.py.
+
+    width: bytes of a row. first: bytes of each row that the first load of these rows takes.
     """
     if width - first < LINE:  # the first load touches all lines
         return 0.0 if start else float(width)

@@ -39,12 +39,12 @@ class LinearKernel(ChipKernel):
     """Chip kernel of `linear`: x [rows, k] @ w.T [k, n].
 
     Attributes:
-        rows: rows of x, a number or a symbol.
+        rows: number of rows of x, or the symbol that stands for it.
         n, k: rows and columns of w; for a GLU pair (gate, up), n counts the rows of both.
-        x_format, w_format: formats of a value of x and of a weight.
+        x_format, w_format: number formats of x and of w.
         w_bits: bits of a weight, scales included.
         glu: True for a GLU pair.
-        group: columns of a row of w that share a scale; 0: w has no scales.
+        group: number of weights of a row of w that share a scale; 0: w has no scales.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -76,13 +76,13 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of Streams, one for each core with work, that compute the op's result. Tiles are the fastest found.
+        """Returns a list of Streams, one for each core with work, of the last kernel that computes the op's result.
 
-        This method itself executes the kernels before the last one, in `mem`: one that rounds x (unless it is f32), and
-        if K is split, one that computes the products of K's parts. The returned Streams are the last kernel. It
-        computes the product or, if K is split, adds the products of the parts. It applies bias, scale, activation and
-        residual as the sums leave the accumulators. A GLU pair (gate, up) uses two accumulators of half the columns
-        each.
+        If K is not split, the last kernel computes the product. If K is split, an earlier kernel computes one product
+        for each part of K, and the last kernel adds them. The last kernel also applies bias, scale, activation and
+        residual. Another earlier kernel rounds x, unless x is f32. This method itself executes the earlier kernels in
+        `mem`. A GLU pair (gate, up) uses two accumulators of half the columns each. Tile sizes are the fastest that the
+        time model finds.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1
@@ -121,7 +121,7 @@ class LinearKernel(ChipKernel):
 
 @lru_cache(maxsize=65536)
 def stream_seconds(target: Target, kernel: LinearKernel, rows: int) -> float:
-    """Seconds of the streams of a product with `rows` rows of x, without bias and residual and without launches."""
+    """Returns the modelled seconds in which the streams multiply `rows` rows of x, without bias, residual, launches."""
     sides, k = 1 + kernel.glu, kernel.k
     how = kernel.x_format, kernel.w_format, kernel.w_bits, kernel.group
     cut = tiling(target, (rows, kernel.n, k), *how, sides)
@@ -144,15 +144,17 @@ def drain(
     k: StreamBuilder, mem: ChipMemory, op: Linear, job: TileJob, extra: Sequence[Region | None],
     rings: tuple[Ring, Ring | None],
 ) -> None:  # fmt: skip
-    """Emit what follows the product of one tile: loads of bias and residual, Drain (accumulators to SRAM), and Store.
+    """Emit the instructions that finish one tile of the product and store it. Returns nothing.
+
+    They load bias and residual, move the sums from accumulators to SRAM (Drain), and store the tile.
 
     Args:
-        k: stream builder of the core.
+        k: the core's stream builder.
         mem: the chip's memory, with the op's operands and its result.
         op: the op.
         job: the tile, with its accumulators.
-        extra: SRAM tiles for the biases, one for each accumulator or more; items are None if the op has no bias.
-        rings: SRAM buffers for a few rows of the result, and of the residual (None without one).
+        extra: SRAM tiles for the biases, at least one for each accumulator; items are None if the op has no bias.
+        rings: SRAM buffers for some rows of the result, and of the residual (None if there is none to add).
     """
     biases: list[Region | None] = [None, None]
     for j, (tile, part) in enumerate(zip(extra, job.columns, strict=False)):
@@ -173,11 +175,14 @@ def drain(
 def drained(
     op: Linear, dst: Region, accs: Sequence[Region], biases: Sequence[Region | None], residual: Region | None
 ) -> isa.Drain:
-    """The Drain instruction that moves sums from accumulators to SRAM, with the op's bias, scale and activation.
+    """Returns the Drain instruction that moves sums from accumulators to SRAM and applies bias, scale and activation.
 
-    dst: the SRAM tile. accs: one accumulator, or two for a GLU pair (gate, up). biases: at least two items; the first
-    two are the biases of the first and of the second accumulator, None where there is none. More items are not used.
-    residual: SRAM tile that is added; None if the op adds none.
+    Args:
+        op: the op.
+        dst: the SRAM tile for the results.
+        accs: one accumulator, or two for a GLU pair (gate, up).
+        biases: bias tile of the first accumulator, and of the second; None if there is none. Further items are ignored.
+        residual: SRAM tile that is added; None if nothing is added.
     """
     return isa.Drain(
         dst=dst, acc=accs[0], up=accs[1] if len(accs) > 1 else None, bias=biases[0],
@@ -186,10 +191,12 @@ def drained(
 
 
 def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Stream]:
-    """A list of Streams that add the partial sums of a product whose K was split, and apply bias, activation, residual.
+    """Returns a list of Streams that add the partial sums of a product whose K was split.
 
-    sums: f32 [rows * parts, n]; the `parts` partial sums of a row of the result are neighbouring rows. n counts both
-    sides of a GLU pair.
+    They also apply bias, scale, activation and residual.
+
+    sums: f32 [rows * parts, n]. The `parts` partial sums of one result row are consecutive rows. For a GLU pair, n
+    counts the columns of gate and up together.
     """
     out, residual = mem.region(op.out), mem.optional_region(op.residual)
     sides = sums.cols // out.cols

@@ -25,15 +25,17 @@ DIFFERENCE = postfix("a - b")
 @chip_kernel(LinearAttention)
 @dataclass(frozen=True)
 class LinearAttentionKernel(SequenceKernel):
-    """Chip kernel of `linear_attention`. A job is some columns of the values of one head.
+    """Chip kernel of `linear_attention`. A core processes some value columns of one head of a sequence at a time.
 
-    The job's state has a row for each column of the keys. For each token, Map instructions decay and update the state,
-    and Combine instructions multiply it by k and q.
+    Its part of the state has one row for each column of the keys. For each token, Map instructions decay and update the
+    state, and Combine instructions multiply it by k and q.
 
     Attributes:
-        values: columns of a head's values.
-        delta, beta, skip: True if the op has the delta rule, step sizes and skips.
-        scale: as in the op.
+        values: number of columns of a head's values.
+        delta: True if the op uses the delta rule.
+        beta: True if the op has step sizes.
+        skip: True if the op has skip factors.
+        scale: the field `scale` of the op.
     """
 
     values: int = 1
@@ -62,7 +64,10 @@ class LinearAttentionKernel(SequenceKernel):
         return [4 * (row * self.values + at) for row in range(first, first + self.state_rows)]
 
     def result(self) -> Steps:
-        """The stack program of the result, computed from the sum over the state (a), the value (b) and the skip (c)."""
+        """Returns the program of the Map instruction that computes the results of some tokens.
+
+        Its operands are the sum over the state (named a), the value (b) and the skip factor (c).
+        """
         return postfix(f"a * {self.scale!r} + b * c" if self.skip else f"a * {self.scale!r}")
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
@@ -139,5 +144,8 @@ class LinearAttentionKernel(SequenceKernel):
 
 
 def state_rows(number: int, keys: int) -> slice:
-    """Rows of the state, as a matrix, of head `number`, counted over all slots."""
+    """Returns the slice of rows that a head's state occupies in the state tensor, when that is viewed as a matrix.
+
+    number: number of the head, counted over all slots. keys: rows of one head's state.
+    """
     return slice(number * keys, (number + 1) * keys)

@@ -23,10 +23,9 @@ COLUMNS = 4096  # of a job, at most
 @chip_kernel(Map)
 @dataclass(frozen=True)
 class MapKernel(RowsKernel):
-    """Chip kernel of `map`: one Map instruction for each row.
+    """Chip kernel of `map`: one Map instruction for each row, or several if a row has more than COLUMNS columns.
 
-    A row of more than COLUMNS columns is divided into parts with one Map instruction each. expr: the elementwise
-    expression over the operands a, b and c.
+    expr: the elementwise expression over the operands a, b and c.
     """
 
     expr: str = "a"
@@ -37,7 +36,7 @@ class MapKernel(RowsKernel):
 
     @property
     def operations(self) -> int:
-        """Number of vector operations per value: one per function call and binary operator, and one for the store."""
+        """The number of vector operations per value: one per function call, one per operator, one for the store."""
         return 1 + sum(step in ("call", "binary") for step, _ in postfix(self.expr))
 
     def parts(self) -> int:
@@ -71,8 +70,8 @@ class MapKernel(RowsKernel):
 
 
 def part_of(x: Region, rows: slice, columns: slice) -> Region:
-    """The part of operand `x` that has these rows and columns.
+    """Returns the part of the operand `x` with the given rows and columns.
 
-    If x has a single column, which is broadcast to all columns, the result has this column instead of `columns`.
+    If x has only one column, that column stands for all, and it is returned for the given rows.
     """
     return x.part(rows, columns if x.cols > 1 else slice(None))

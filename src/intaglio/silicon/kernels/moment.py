@@ -19,7 +19,10 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Moment)
 @dataclass(frozen=True)
 class MomentKernel(RowsKernel):
-    """Chip kernel of `moment`: one Moment instruction for each row. moment: the op's field `of`."""
+    """Chip kernel of `moment`, with one Moment instruction for each row.
+
+    moment: the statistic that is computed, such as "mean"; the field `of` of the op.
+    """
 
     moment: str = "mean"
 

@@ -23,10 +23,12 @@ STAGES = {  # collective -> (stages before the network of nodes, stages after it
 
 
 def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
-    """Number of nodes that `chips` chips fill: chips / chip.links.max_chips.
+    """Returns the number of nodes that `chips` chips fill: chips / chip.links.max_chips.
 
-    what: name of the collective, for error messages. Raises ChipError if the chip has no network between nodes
-    (links.node_bytes_per_s is 0), or if `chips` is not a multiple of links.max_chips, the chips of one node.
+    Raises ChipError if the chip has no network between nodes (links.node_bytes_per_s is 0), or if `chips` is not a
+    multiple of links.max_chips, the number of chips in a node.
+
+    what: name of the collective, for error messages.
     """
     most = chip.links.max_chips
     if not chip.links.node_bytes_per_s:
@@ -40,9 +42,9 @@ def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
 
 
 def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside) -> Timing:
-    """The Timing of a collective of a tensor of `moved` bytes over `chips` chips, which fill k nodes.
+    """Returns the Timing of a collective over `chips` chips that fill several nodes.
 
-    It is the sum of collectives inside each node (see STAGES) and of one exchange between the nodes. For a node of n
+    It is the sum of collectives inside each node (see STAGES) and of one exchange between the nodes. With k nodes of n
     chips, each chip sends over the network between nodes:
 
     - all_gather, reduce_scatter: (k - 1) / k * moved / n bytes, in ceil(log2(k)) steps (recursive doubling, or Bruck's
@@ -50,9 +52,10 @@ def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside
     - all_reduce: twice these bytes, in twice as many steps;
     - all_to_all: (k - 1) / k * moved bytes, in 1 step.
 
-    inside: called as inside(target, collective, chips, bytes); returns the Timing of a collective in one node.
+    moved: bytes of the whole tensor. inside: function called as inside(target, collective, chips, bytes), which returns
+    the Timing of a collective in one node.
 
-    Raises ChipError for a collective that cannot span nodes (send), and for chips that do not fill nodes, see
+    Raises ChipError for a collective that cannot span nodes (send), and if the chips do not fill their nodes, see
     nodes_of().
     """
     chip = target.chip

@@ -20,7 +20,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Norm)
 @dataclass(frozen=True)
 class NormKernel(RowsKernel):
-    """Chip kernel of `norm`, row by row; each core loads weight and bias once."""
+    """Chip kernel of `norm`. It processes one row of x after the other; each core loads weight and bias once."""
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         return float(norm_cycles(chip, n))

@@ -15,24 +15,24 @@ PART_COLUMNS = 512  # columns of a row that are summed at a time where K is spli
 
 
 def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
-    """Number of columns that a core adds at a time when it sums the `split` partial results of a product.
+    """Returns the number of columns that a core adds at a time when it sums the `split` partial results of a product.
 
-    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM. n: columns of the result;
-    for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
+    It is the smallest of PART_COLUMNS, n, and the number of columns that fit half of SRAM.
+
+    n: columns of the result; for a GLU pair, columns of one side. sides: 2 for a GLU pair, else 1.
     """
     buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
     return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
 
 
 def missed_sums(target: Target, sums: Any, written: Any) -> Any:
-    """HBM bytes that are moved for each byte of partial sums that is read back to add them.
+    """Returns the HBM traffic of reading partial sums back to add them, in bytes per byte of partial sums.
 
-    The L2 has evicted some of the sums to HBM by then, and fetches these again. A fetched byte takes the place of
-    another byte in the L2, chosen at random. HBM writes that byte first if it belongs to the sums; the probability of
-    this is the fraction of the L2 that sums take. Returns 1 without an L2.
+    By then the L2 has evicted the fraction `written` of the sums to HBM and has to fetch it again. A fetched byte takes
+    the place of another byte in the L2, chosen at random. If that byte belongs to the sums, it is written to HBM first;
+    the probability of this is the fraction of the L2 that sums take. Returns 1 without an L2.
 
-    sums: bytes of all partial sums. written: fraction of the sums that was evicted while they were computed; the result
-    is an array or number like `written`.
+    sums: bytes of all partial sums. written: a number or an array; the result has the same shape.
     """
     kept = target.chip.l2_bytes * target.library.l2_usable
     if not kept:
@@ -42,12 +42,19 @@ def missed_sums(target: Target, sums: Any, written: Any) -> Any:
 
 
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool, missed: Any) -> Any:
-    """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
+    """Returns the seconds to add the `split` partial results [m, n] of a product and to store the sum.
 
-    A core adds part_columns() columns of a row at a time; for a GLU pair, as many columns of each side. If the last
-    columns of a row are fewer, they take as long as the others. n: columns; for a GLU pair, columns of both sides
-    together. out_bytes: bytes of a value of the sum. missed: HBM bytes for each byte of partial results that is read,
-    see missed_sums().
+    A core adds part_columns() columns of a row at a time. For a GLU pair it adds that many columns of each side. The
+    last part of a row takes as long as the others, even if it has fewer columns.
+
+    Args:
+        target: the chip and its kernel library.
+        m: rows of the result.
+        n: columns of the partial results; for a GLU pair, columns of both sides together.
+        split: number of partial results, one for each part of K.
+        out_bytes: bytes of a value of the sum.
+        glu: True for a GLU pair.
+        missed: HBM traffic in bytes per byte of partial results that is read, see missed_sums().
     """
     chip, sides = target.chip, 1 + glu
     width = part_columns(target, n / sides, split, sides)

@@ -17,7 +17,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Permute)
 @dataclass(frozen=True)
 class PermuteKernel(RowsKernel):
-    """Chip kernel of `permute`, which puts the columns of each row in another order. It works row by row.
+    """Chip kernel of `permute`, which reorders the columns of each row. It processes one row after the other.
 
     Each core loads the order of the columns once.
     """

@@ -26,13 +26,15 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(PoolKeys)
 @dataclass(frozen=True)
 class PoolKeysKernel(ChipKernel):
-    """Chip kernel of the op `pool_keys`. A job is one entry: rows of both caches, gathered by index, are pooled.
+    """Chip kernel of the op `pool_keys`, which pools the rows of a run of tokens into one entry.
+
+    A core computes one entry at a time: it gathers rows of both caches by index and pools them.
 
     Attributes:
-        every: tokens in a run.
-        overlap: True if the run before is pooled with a run.
-        head_dim: columns of an entry.
-        pairs: pairs of columns that rope rotates.
+        every: number of tokens in a run.
+        overlap: True if the rows of the run before are pooled too.
+        head_dim: number of columns of an entry.
+        pairs: number of column pairs that rope rotates.
         bits: bits of a value in the caches.
     """
 
@@ -49,11 +51,17 @@ class PoolKeysKernel(ChipKernel):
 
     @property
     def pooled(self) -> int:
-        """Number of rows of each cache that an entry is pooled from; a sequence's first run may have half of them."""
+        """The largest number of rows of each cache that are pooled into one entry.
+
+        With `overlap`, the first entry of a sequence is pooled from half as many, since no run precedes it.
+        """
         return self.every * (1 + self.overlap)
 
     def plan(self, target: Target) -> tuple[int, int]:
-        """(columns of a tile, number of tiles in a ring): columns are halved until two tiles of each ring fit SRAM."""
+        """Returns (columns of a tile, number of tiles in each circular buffer).
+
+        The columns are halved until SRAM fits two tiles in each buffer.
+        """
         step = self.head_dim
         while True:
             columns = *(self.pooled * step,) * 3, *(self.head_dim,) * 4
@@ -135,9 +143,10 @@ class PoolKeysKernel(ChipKernel):
 
 
 def cache_rows(op: PoolKeys, batch: Batch, sequence: int, row: int) -> np.ndarray:
-    """Rows of the caches, one for each slot and head, from which the entry that a token closes is pooled: int64 [n].
+    """Returns the rows of the two caches that are pooled into one entry, as int64 [n].
 
-    row: the token's row in the step. sequence: number of its sequence.
+    The entry is that of the run that ends with the token in row `row` of the step. Rows are counted over cache slots
+    and heads. sequence: number of the token's sequence.
     """
     table, at, n = batch.of_windows.block_table[sequence], int(batch.positions[row]), 1 + op.overlap
     taken = np.arange(max(0, at + 1 - n * op.every), at + 1)

@@ -29,25 +29,26 @@ MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a prod
 
 @lru_cache(maxsize=64)
 def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All combinations of tile and K split, as three arrays of equal length: tile rows, tile columns, K splits."""
+    """Returns all combinations of tile and K split, as three equally long arrays: tile rows, tile columns, K splits."""
     grid = np.array([(m, n, s) for m, n in tiles for s in split_k], float)
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
 
 def step_depth(target: Target, bits: int) -> int:
-    """Number of K values in a pipeline step for operands of `bits` bits.
+    """Returns the number of K values that one pipeline step processes, for operands of `bits` bits.
 
-    It is the number of values in one HBM burst; on arrays of depth 128 or more at least four times the array's depth.
+    It is the number of values in one HBM burst. On matrix arrays of depth 128 or more it is at least four times the
+    depth.
     """
     array = target.chip.array_shape[2]
     return max(target.library.burst_bytes * 8 // bits, 4 * array if array >= 128 else 0)
 
 
 def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) -> tuple[Any, Any]:
-    """(rows, columns), in tiles, of the blocks in which cores work through a result of gm by gn tiles.
+    """Returns the size (rows, columns), counted in tiles, of the blocks in which the cores compute a result.
 
-    A block has about one tile for each core and is as square as possible, since its cores share rows of x and of w in
-    the L2. Arguments and results are numbers or arrays.
+    The cores work on one block of tiles at a time. A block has about one tile for each core and is as square as
+    possible, because its tiles share rows of x and of w in the L2. Arguments and results are numbers or arrays.
 
     Args:
         target: the chip.
@@ -65,19 +66,32 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
                 out_bytes: Any, heads: int, gm: Any, streamed: bool = False) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Bytes of HBM traffic of `heads` products x [m, k] @ w.T [k, n]: (x read, w read, result written).
+    """Returns the HBM bytes of `heads` products x [m, k] @ w.T [k, n]: (bytes of x, bytes of w, bytes written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
 
     - The cores work on one block of tiles at a time (block_shape()). Each block reads its rows of x and of w once.
     - If x or w fits the L2, x and w are each read once in total. If a block's rows of x fit, x is read once in total.
     - If all of x fits, the first read of x needs no HBM, since the op before has just written x to the L2.
-    - At the end the L2 holds the bytes that were used last. The part of the result that is among them is not counted.
+    - At the end the L2 holds the bytes that were used last. Results among them are not counted as written.
 
-    tm, tn: rows and columns of a tile. split: parts of K. x_bytes, w_bytes, out_bytes: bytes per value. gm: tiles that
-    cover the m rows of a product; a mean if products have different numbers of rows. streamed: True if the L2 holds
-    nothing from before, and keeps no result: x is read, and all of the result is written. The three results are numbers
-    or arrays, as the arguments are.
+    Numeric arguments are numbers or arrays; the three results have the same shape.
+
+    Args:
+        target: the chip and its kernel library.
+        m: rows of x.
+        n: rows of w.
+        k: columns of x and of w.
+        tm: rows of a tile.
+        tn: columns of a tile.
+        split: number of parts into which K is divided.
+        x_bytes: bytes per value of x.
+        w_bytes: bytes per weight.
+        out_bytes: bytes per value of the result.
+        heads: number of products.
+        gm: number of tiles that cover the m rows of a product; a mean if products have different numbers of rows.
+        streamed: True if the L2 holds nothing at the start and keeps no result: x is then always read from HBM, and all
+            results are written to HBM.
     """
     chip, part = target.chip, target.library.l2_usable
     gn = np.ceil(n / tn)

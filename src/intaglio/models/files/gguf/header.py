@@ -58,7 +58,10 @@ class Tensor:
 
 
 class _Cursor:
-    """Reads values from a file one after another. Raises HeaderError if the file ends within a value."""
+    """Reads values of a memory-mapped GGUF file one after another.
+
+    Raises HeaderError if the file ends within a value.
+    """
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0

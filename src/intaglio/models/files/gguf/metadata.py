@@ -34,18 +34,17 @@ class Metadata:
         return self.whole("block_count") - self.whole("nextn_predict_layers", 0)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of the key "<architecture>.<key>" in the file; `default` if the file does not have it.
+        """The value of the key "<architecture>.<key>" in the file; `default` if the file does not have the key.
 
-        key: the part after the architecture, such as block_count for llama.block_count. The key counts as read (see
-        `seen`).
+        The key is added to `seen`. key: the part after the architecture, such as block_count for llama.block_count.
         """
         return self.whole_key(f"{self.file.architecture}.{key}", default)
 
     def whole_key(self, key: str, default: Any = None) -> Any:
         """The value of a complete key, such as xielu.beta, in the file; `default` if the file does not have the key.
 
-        Most keys of a GGUF file begin with the name of the architecture: get() adds that name, this method does not.
-        The key counts as read (see `seen`).
+        The key is added to `seen`. Most keys of a GGUF file begin with the name of the architecture: get() adds that
+        name, this method does not.
         """
         self.seen.add(key)
         return self.file.get(key, default)
@@ -101,7 +100,7 @@ class Metadata:
             )
 
     def refuse(self, key: str, why: str) -> None:
-        """Raise PortError if the file has the key with a value other than 0, False or []; return nothing otherwise.
+        """Raise PortError if the file has the key with a value other than 0, False or []. Returns nothing.
 
         Args:
             key: the part of the key after the architecture.

@@ -104,8 +104,8 @@ class Tables:
     """The tensors of a GGUF file, by their names in transformers.
 
     Attributes:
-        raw: tensors that are used as stored, and the stored tensors from which those of `coded` are computed. The names
-            of the latter begin with "blocks of ".
+        raw: tensors that are used as they are stored. Also the stored bytes from which tensors of `coded` are computed,
+            under names that begin with "blocks of ".
         coded: tensors that are computed when they are read, such as quantised matrices.
     """
 
@@ -150,8 +150,6 @@ class Tables:
 
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
         """Add a matrix that is computed from several tensors of the file when it is read. Returns nothing.
-
-        The stored tensors must not be quantised.
 
         Args:
             name: the matrix's name in transformers.
