@@ -87,11 +87,11 @@ class Target:
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def reduced(self, record: KernelRecord | None) -> Target:
-        """Returns a copy of this target whose library has one kernel's values, those of `record`, and no records.
+        """Returns a copy of this target whose library describes only the kernel of `record`, and has no records.
 
         The kernel's memory_factor says which multiple of the chip's hbm_efficiency and l2_efficiency the kernel
-        reaches. In the copy, the chip's two efficiencies are multiplied by it, but do not exceed 1, and memory_factor
-        is 1.
+        reaches. In the copy, the chip's two efficiencies are multiplied by this factor, but do not exceed 1, and
+        memory_factor is 1.
 
         record: one of the library's `kernels`; None: the copy keeps the library's own values.
         """
@@ -171,7 +171,8 @@ def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Ta
 def reduced_target(on: Target, record: KernelRecord | None) -> Target:
     """Returns a copy of the target `on` whose library describes only one kernel. Cached.
 
-    The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor, but do not exceed 1.
+    The kernel's memory_factor says which multiple of the chip's hbm_efficiency and l2_efficiency the kernel reaches. In
+    the copy, the chip's two efficiencies are multiplied by this factor, but do not exceed 1, and memory_factor is 1.
 
     record: the kernel, one of on.library.kernels; None: the copy keeps the library's own values.
     """

@@ -117,8 +117,8 @@ def profile(
 def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
     """Returns the table that `intaglio profile` prints for a mixture-of-experts model, as a rich Table.
 
-    loads: {name of the op that routes a layer's tokens to experts: load of the experts}. Each item makes one line, with
-    the number of routed tokens and how unevenly they are spread over the experts.
+    loads: {name of a layer's op `experts`: load of the layer's experts}. Each item makes one line, with the number of
+    routed tokens and how unevenly they are spread over the experts.
     """
     lines = []
     for site, load in loads.items():

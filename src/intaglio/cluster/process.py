@@ -69,7 +69,7 @@ class Launched(Protocol):
 
 
 class ReplicaProcess:
-    """The process of one replica. Its standard input is a pipe from this process, so it ends when this process does.
+    """The process of one replica. It ends when this process ends, because its standard input is a pipe from here.
 
     Args:
         name: the replica's name.

@@ -51,7 +51,8 @@ class Case:
 
     Attributes:
         on: the chip with its own kernel library.
-        table: how the rows are modelled, a key of validate.TABLES.
+        table: name of the kind of table that the rows are from, a key of validate.TABLES. It decides how they are
+            modelled.
         rows: the rows, with the kernel's name in column `kernel`.
     """
 
@@ -403,8 +404,9 @@ def fit_predicts(case: Case, begun: Values) -> bool:
     """True if fitted constants predict the rows of a case clearly better than the values `begun`, by cross-validation.
 
     Clearly better means that the log-likelihood of the rows rises by more than LEFT_OUT_GAIN. Rows, in the order of
-    their latency, are dealt to FOLDS folds in turn. A fit to the rows of the other folds, which starts from `begun`
-    with priors of width KNOWN_WIDTH, predicts the rows of each fold. With fewer rows than folds the result is False.
+    their latency, are dealt to FOLDS folds in turn. The rows of each fold are predicted by a fit to the rows of the
+    other folds. This fit starts from `begun`, with priors of width KNOWN_WIDTH. With fewer rows than folds the result
+    is False.
     """
     if len(case.rows) < FOLDS:
         return False

@@ -94,7 +94,7 @@ class Row:
 
     @property
     def counts_servers(self) -> bool:
-        """True if a benchmark row states both the number of prefill servers and the number of decode servers."""
+        """True if the row states both the number of prefill servers and the number of decode servers."""
         return all(self.number(f"{kind}num_workers") for kind in APART)
 
     @property
@@ -339,10 +339,10 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Model the server on which a row was measured. Returns a pair: its step times, and its engine's QueueSettings.
+    """Model the server on which a row was measured. Returns (EngineTimes with its step times, QueueSettings).
 
     Args:
-        row: the measured row; it must be one that refusal() does not refuse.
+        row: the measured row. refusal() must return None for it.
         profile: the engine's profile for the row, see Row.profile().
         phase: "prefill_" or "decode_" for the prefill or the decode servers of a disaggregated row; "" for other rows.
 
@@ -423,11 +423,11 @@ class Agreement:
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
-    """Statistics of the errors of modelled against measured latencies, as a list of Agreements.
+    """Statistics of the errors of modelled latencies, as a list of Agreements.
 
-    First comes an Agreement for each pair of an engine and a group (dense, mixture or disaggregated, see Row.group).
-    Then comes one for each group, over the rows of all engines. Pairs and groups without rows are left out. The list is
-    empty if no row was modelled.
+    First comes an Agreement for each engine and group of rows (dense, mixture or disaggregated, see Row.group). Then
+    comes an Agreement for each group, over the rows of all engines. Pairs and groups without rows are left out. The
+    list is empty if no row was modelled.
 
     compared: rows with modelled latencies. Rows that could not be modelled (Compared.refused) are left out.
     """

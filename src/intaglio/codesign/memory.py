@@ -40,7 +40,7 @@ class MemoryUse:
 
     @property
     def fits(self) -> bool:
-        """True if the total does not exceed the chip's HBM."""
+        """True if the bytes needed in total are not more than the chip's HBM has."""
         return self.total <= self.hbm
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,9 +80,10 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
 
 
 def page_bytes(program: Program) -> tuple[int, int]:
-    """Bytes of one K/V block of BLOCK tokens, as two ints: (sum over layers without, with a sliding window).
+    """Bytes of one K/V block of BLOCK tokens on one chip, as a pair of ints (full, windowed).
 
-    The layers with a sliding window are those whose caches are in `program.windows`.
+    `full` is the sum over all layers without a sliding window. `windowed` is the sum over all layers with one, whose
+    caches are in `program.windows`.
     """
     full = windowed = 0
     for t in program.of_role("state"):
@@ -101,10 +102,10 @@ def slot_bytes(program: Program) -> int:
 
 
 def free_bytes(program: Program, use: MemoryUse, slots: int) -> int:
-    """Bytes of HBM that are left for the K/V cache; negative if the rest alone does not fit.
+    """Bytes of HBM that are left for the K/V cache beside weights, activations and recurrent state.
 
-    The rest is: weights, activations and `slots` slots of recurrent state. use: the MemoryUse of this Program with an
-    empty K/V cache.
+    The result is negative if these alone do not fit. use: the MemoryUse of this Program with an empty K/V cache. slots:
+    number of slots of recurrent state; a slot holds one copy of the state of one sequence.
     """
     return use.hbm - use.weights - use.activations - slots * slot_bytes(program)
 
@@ -142,7 +143,7 @@ class KvRoom:
 
     @classmethod
     def of_tokens(cls, tokens: int) -> KvRoom:
-        """The KvRoom of a server that can hold the K/V of `tokens` tokens, all of whose layers keep every token."""
+        """The KvRoom of a server that can hold the K/V of `tokens` tokens. All its layers keep every token."""
         return cls((KvLimit(tokens, BLOCK),))
 
     @classmethod
@@ -175,9 +176,9 @@ class KvRoom:
         return min(length, self.window) if self.window else length
 
     def fits(self, tokens: float, kept: float) -> bool:
-        """True if there is room for sequences that have `tokens` tokens in total.
+        """True if the server can hold the K/V of sequences that have `tokens` tokens in total.
 
-        kept: how many of these tokens the layers with a window keep.
+        kept: how many of these tokens the layers with a sliding window keep.
         """
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
@@ -189,11 +190,14 @@ class KvRoom:
         return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
 
     def tokens(self, length: float = 1) -> int:
-        """Number of tokens that fit if every sequence has `length` tokens. The last sequence may fit in part only."""
+        """Number of tokens whose K/V the server can hold at a time if every sequence has `length` tokens.
+
+        The last sequence may fit in part only.
+        """
         kept = self.kept(length)
         sizes = [(one.room * BLOCK, length * one.full + kept * one.windowed) for one in self.limits]
         return min(int(room * length // size) for room, size in sizes if size)
 
     def sequences(self, length: float) -> int:
-        """Number of sequences of `length` tokens that fit."""
+        """Number of sequences of `length` tokens whose K/V the server can hold at a time."""
         return int(self.tokens(length) // length)

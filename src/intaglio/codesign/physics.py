@@ -74,7 +74,7 @@ class Draw:
 
 
 def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
-    """The BatchSizes of one step: some decoding sequences and at most one prompt.
+    """The BatchSizes (sequences and numbers of tokens) of a step with decoding sequences and at most one prompt.
 
     decoding: number of decoding sequences. keys: number of keys (tokens in the K/V cache) of each decoding sequence.
     prompt: number of tokens of the prompt, which the step computes whole; 0: no prompt.
@@ -121,9 +121,10 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random test case for violations(), as a Draw: a chip, a model, a layout, number formats and a load.
+    """A random test case for violations(): chip, model, layout, number formats and load, as a Draw.
 
-    card: name of a shipped model config to use; None: a small random model. Raises ValueError for an unknown name.
+    card: name of a model config that ships with the package; None: a small random model. Raises ValueError for an
+    unknown name.
     """
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)

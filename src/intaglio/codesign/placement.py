@@ -90,7 +90,7 @@ class Placement:
     def single(self) -> bool:
         """True for one server (replicas is 1) whose experts have no layout of their own (`experts` is None).
 
-        Only such a placement can be simulated with the real engine; others need the queue model.
+        Only such a placement can be simulated with the engine that serves real requests. Others need the queue model.
         """
         return self.plain and self.replicas == 1
 
@@ -104,12 +104,13 @@ class Placement:
 
 
 def placements(chips: int, routed: bool) -> list[Placement]:
-    """A list of all Placements of `chips` chips: every division into replicas, pipeline stages and tensor parallel.
+    """All ways to place a model on `chips` chips, as a list of Placements. A model may not fit some of them.
 
-    A model may not fit some of them. Raises ValueError for less than one chip.
+    The list has every division of the chips into equal servers, pipeline stages and tensor-parallel ranks. Raises
+    ValueError for less than one chip.
 
-    routed: True for a model with routed experts. The list then has expert-parallel servers (ep) too. In such a server
-    each expert lies whole on one chip, and the experts are spread over all chips. There are one or more copies of the
+    routed: True for a model with routed experts. The list then also has expert-parallel servers. In such a server each
+    expert is whole on one chip, and the experts are spread over all chips. The server has one or more copies of the
     attention layers, each divided by tensor parallelism, and no pipeline stages.
     """
     if chips < 1:

@@ -259,7 +259,7 @@ def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequ
 
 
 def check_context(program: Program, longest: LoadRequest) -> None:
-    """Raise ValueError if a request is longer than the model's context."""
+    """Raise ValueError if a request's prompt and response are longer than the model's context."""
     if longest.prompt + longest.output > program.context:
         raise ValueError(
             f"a request of {longest.prompt:,} + {longest.output:,} tokens; the context of {program.name} is "
@@ -272,11 +272,13 @@ def simulate_serving(
     settings: EngineSettings, limits: Limits, concurrency: int | None = None, seed: int = 0,
     progress: Progress = silent,
 ) -> ServingResult:  # fmt: skip
-    """Simulate a serving load: the real engine runs on the modelled time of chips. Returns the ServingResult.
+    """Simulate the engine under a load: it schedules as for real requests, and steps take the modelled time of chips.
+
+    Returns the ServingResult.
 
     Args:
         program: the whole model, as `ported()` returns it.
-        stages: one rank's compiled Program of each pipeline stage, as `stages()` returns them.
+        stages: one rank's compiled Program of each pipeline stage, as simulate.stages() returns them.
         target: chip and kernel library.
         layout: how the chips share the model, such as tp8 or tp4pp2.
         requests: arrival times and lengths of the requests.

@@ -67,8 +67,8 @@ def ported(model: str, context: int | None) -> Program:
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
     """The compiled Programs of a layout, as a tuple: for each pipeline stage, the Program of one of its ranks.
 
-    It is the rank with the largest tensors of its stage. layout: such as tp4pp2. weights, kv_format, activations: names
-    of number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError for an
+    No other rank of the stage has larger tensors. layout: such as tp4pp2. weights, kv_format, activations: names of
+    number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError for an
     unknown format.
     """
     built = build_stages(program, layout, weights, kv_format, wire="bf16")
@@ -79,8 +79,8 @@ def stages(program: Program, layout: str, weights: str, kv_format: str, activati
 class Serving:
     """A steady serving load: `batch` new requests start in every engine step.
 
-    Each request has `input` prompt tokens and generates `output` tokens. The number of running requests is larger than
-    `batch`, because a request runs for `output` steps.
+    Each request has `input` prompt tokens and generates `output` tokens. A request runs for `output` steps, so batch *
+    output requests run at a time.
     """
 
     input: int
@@ -88,24 +88,27 @@ class Serving:
     batch: int = 1
 
     def prefill(self) -> BatchSizes:
-        """The BatchSizes of a step that only computes prompts: those of `batch` requests."""
+        """The BatchSizes (sequences and numbers of tokens) of a step that only computes prompts.
+
+        They are the prompts of `batch` requests.
+        """
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """The BatchSizes of a step that only decodes: one token for each of batch * (output - 1) sequences.
+        """The BatchSizes (sequences and numbers of tokens) of a step that only decodes.
 
-        This is the number of decoding sequences of the steady load: `batch` requests start in every step, and each
-        decodes for output - 1 steps. Each sequence is given the average number of keys (tokens in the K/V cache), input
-        + output // 2.
+        It decodes one token for each of batch * (output - 1) sequences. This is the number of decoding sequences of the
+        steady load: `batch` requests start in every step, and each decodes for output - 1 steps. Each sequence is given
+        the average number of keys (tokens in the K/V cache), input + output // 2.
         """
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """The BatchSizes of a step that computes `batch` prompts and decodes one token for each decoding sequence.
+        """The BatchSizes (sequences and numbers of tokens) of a step that computes prompts and decodes.
 
-        There are batch * (output - 1) decoding sequences, because `batch` requests start in every step, and each
-        decodes for output - 1 steps.
+        It computes `batch` prompts and decodes one token for each of batch * (output - 1) sequences. This is the number
+        of decoding sequences because `batch` requests start in every step, and each decodes for output - 1 steps.
         """
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
@@ -146,7 +149,7 @@ class Phase:
 
     @property
     def slowest(self) -> Timeline:
-        """The Timeline of the slowest pipeline stage."""
+        """The Timeline (modelled times of the ops) of the slowest pipeline stage."""
         return max(self.stages, key=lambda t: t.seconds)
 
     @property
@@ -161,11 +164,14 @@ class Phase:
 
     @property
     def watts(self) -> float:
-        """Estimated power of one chip in watts, mean over all chips."""
+        """Estimated power of one chip in watts: the mean over all chips and over the time of the step."""
         return sum(sum(t.joules().values()) for t in self.stages) / len(self.stages) / self.period
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict for JSON: times, rates, fractions of peaks, watts, and the report of the slowest stage."""
+        """A dict for JSON: the step's times, rates, fractions of peak rates and watts, and a report of one stage.
+
+        The report is that of the slowest pipeline stage.
+        """
         return {
             "phase": self.name, "step_seconds": self.period, "latency_seconds": self.latency,
             "tokens_per_s": self.tokens / self.period, "new_tokens_per_s": self.new / self.period,
@@ -305,10 +311,10 @@ def what_helps(
 ) -> list[tuple[str, float]]:
     """The speed-up that each change in CHANGES brings alone, as a list of (change, speed-up), the largest first.
 
-    A change is a change of the hardware or its software, given by name. The speed-up is the time between two steps
-    without the change, divided by the time with it; 1.0 means no effect. The steps have prompts and decoding sequences,
-    or only prompts if each request has one output token. Raises ChipError if the chips cannot hold the load, ValueError
-    for requests longer than the model's context.
+    A change is an improvement of the hardware or its software, given by its name. The speed-up is the time between two
+    steps without the change, divided by the time with it; 1.0 means no effect. The steps have prompts and decoding
+    sequences, or only prompts if each request has one output token. Raises ChipError if the chips cannot hold the load,
+    ValueError for requests longer than the model's context.
 
     Args:
         programs: for each pipeline stage, the Program of one rank.

@@ -131,7 +131,7 @@ class Design:
         kv_tokens: number of tokens whose K/V one server can hold if all requests have the load's length.
         confirmed: True if the figures come from a simulation of the requests; False if they come from the formula
             estimate().
-        within: True if `ttft` and `tpot` are within the latency limits of the question.
+        within: True if `ttft` and `tpot` are within the latency limits for which the design was made.
     """
 
     chip: str
@@ -151,12 +151,15 @@ class Design:
 
     @property
     def per_chip(self) -> float:
-        """Output tokens per second of all replicas, per chip."""
+        """Output tokens per second of all replicas, divided by the number of chips."""
         return self.tokens_per_s / self.placement.chips
 
     @property
     def per_watt(self) -> float:
-        """Output tokens per second per watt, which is output tokens per joule; 0 if `watts` is 0."""
+        """Output tokens per second, divided by the power of all chips in watts; 0 if `watts` is 0.
+
+        This equals output tokens per joule.
+        """
         return self.tokens_per_s / self.watts if self.watts else 0.0
 
     @property
@@ -228,7 +231,7 @@ class Candidate:
         self.times = StepTimes(server, on)
 
     def settings(self, budget: int) -> QueueSettings:
-        """The QueueSettings of one server. Raises ChipError if no K/V block fits.
+        """The QueueSettings (settings of the serving engine) of one server. Raises ChipError if no K/V block fits.
 
         budget: maximum tokens of a step, on each data-parallel copy of the attention layers (DP rank).
         """
@@ -375,10 +378,10 @@ def find(
 ) -> list[Design]:  # fmt: skip
     """Find the best Design of each candidate (a chip and a placement of the model). Returns a list of Designs.
 
-    The search chooses the step size and the number of open requests with the most output per watt or per chip. It uses
-    the formula estimate(), and only designs that keep the latency limits count. The best `keep` designs are then
-    simulated, see confirm(). The list has three parts, each with the best design first: simulated designs that keep the
-    limits; designs that were not simulated; simulated designs that break a limit.
+    The search chooses the maximum number of tokens per step and the number of open requests that give the most output
+    per watt or per chip. It uses the formula estimate(), and only designs that keep the latency limits count. The best
+    `keep` designs are then simulated, see confirm(). The list has three parts, each with the best design first:
+    simulated designs that keep the limits; designs that were not simulated; simulated designs that break a limit.
 
     Args:
         asked: the candidates. A candidate has no Design in the list if one open request does not fit or breaks a limit.

@@ -81,9 +81,9 @@ class Server:
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
         """Compile a whole model for one server of a placement. Returns the Server.
 
-        program: the uncompiled model, for example from simulate.ported(). how: number formats. Raises LayoutError if
+        program: the model, not compiled, for example from simulate.ported(). how: number formats. Raises LayoutError if
         the placement does not fit the model, FormatError for an unknown format, and ChipError if the placement has a
-        layout of experts but the model has no experts.
+        layout for experts but the model has none.
         """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
@@ -122,8 +122,8 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: maximum tokens of a step on one DP rank.
             max_sequences: maximum sequences of a step on one DP rank.
-            open_sequences: the K/V cache of a DP rank is not larger than this number of sequences of the model's full
-                context need; None: max_sequences.
+            open_sequences: the K/V cache of a DP rank is not larger than this number of sequences with the model's full
+                context would need; None: max_sequences.
             states: number of recurrent states kept for each sequence, if the model has recurrent state: 2 if a step
                 reads one and writes another, 1 in engines that update the state in place.
             gives_back: True if layers with a sliding window keep only the last tokens. False for servers that send K/V
@@ -419,9 +419,10 @@ class StepTimes:
         return seconds, sum(joules(self.target.chip, done, seconds).values())
 
     def _exchange(self, tokens: int) -> Timing:
-        """The modelled Timing of the two collectives around a layer's experts: an all_gather and a reduce_scatter.
+        """The modelled Timing (seconds, bytes and busy times) of the two collectives around a layer's experts.
 
-        They run one after the other, so their times are added. tokens: number of rows that each collective moves.
+        They are an all_gather before and a reduce_scatter after the experts. They run one after the other, so their
+        times are added. tokens: number of rows that each collective moves.
         """
         chips, moved = self.chips_per_stage, tokens * self.width * WIRE
         return collective_timing(self.target, "all_gather", chips, moved) + collective_timing(
@@ -431,9 +432,9 @@ class StepTimes:
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """The time and energy of one step, from a table: (seconds, joules of all chips of the server).
 
-        The table has results of exact(). The cost of a step that only decodes is interpolated between four entries. The
-        cost of a step with chunks is that of the entry with the nearest sizes, scaled by the number of tokens. The
-        result is (0, 0) for a step with neither sequences nor chunks.
+        The table has results of exact(). For a step that only decodes, the result is interpolated between four entries.
+        For a step with chunks, it is the entry with the nearest sizes, scaled by the number of tokens. The result is
+        (0, 0) for a step with neither sequences nor chunks.
 
         decoding: number of decoding sequences in the step. context: their mean number of keys (tokens in the cache).
         chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of such prompts).

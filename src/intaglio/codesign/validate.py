@@ -76,10 +76,10 @@ def formats_of(row: Row) -> tuple[str, str, float]:
 
 
 def quantise(on: Target, m: int, k: int) -> Timing:
-    """The modelled Timing of the kernels that quantise bf16 activations [m, k] before a matrix product.
+    """The modelled Timing (seconds and busy times) of the kernels that quantise activations before a matrix product.
 
-    The kernel library's fields quantise_launches, quantise_bytes and row_cycles describe these kernels. If
-    quantise_launches is 0, no kernel runs and the Timing is 0 s.
+    The activations are bf16 [m, k]. The kernel library's fields quantise_launches, quantise_bytes and row_cycles
+    describe these kernels. If quantise_launches is 0, no kernel runs and the Timing is 0 s.
     """
     if not on.library.quantise_launches:
         return Timing(0.0)

@@ -177,9 +177,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     held: dict[tuple[int, int], Slot] = {}
 
     def block_chunks(i: int, distance: int) -> list[int]:
-        """Numbers of the chunks that the i-th rank still sums in the round with this distance, as a list.
+        """Numbers of the chunks that the i-th rank still sums in one round, as a list.
 
-        They are the chunks that the ranks of its block own. The blocks are `distance` consecutive ranks each.
+        distance: distance between partners in this round. The group is cut into blocks of `distance` consecutive ranks,
+        and the rank still sums the chunks that the ranks of its block own.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -296,9 +297,10 @@ BLOCKS = {
 
 
 def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` its collective (all_reduce, reduce_scatter or all_gather) over all ranks. Returns nothing.
+    """Add to `w` the steps of its collective (all_reduce, reduce_scatter or all_gather) over all ranks.
 
-    algorithm: a key of BLOCKS. An all_reduce is a reduce-scatter followed by an all-gather. `node` is not used.
+    algorithm: a key of BLOCKS. An all_reduce is a reduce-scatter followed by an all-gather. `node` is not used. Returns
+    nothing.
     """
     scatter, gather = BLOCKS[algorithm]
     group, each = range(w.ranks), w.chunks // w.ranks
@@ -327,10 +329,11 @@ def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` its collective (all_reduce, reduce_scatter or all_gather) in two levels, for nodes of `node` ranks.
+    """Add to `w` the steps of its collective (all_reduce, reduce_scatter or all_gather) in two levels.
 
-    A reduce-scatter runs first inside each node, then between the ranks that have the same place in their nodes. An
-    all-gather runs first between these ranks, then inside each node. `algorithm` is not used. Returns nothing.
+    There are nodes of `node` ranks each. A reduce-scatter runs first inside each node, then between the ranks that have
+    the same place in their nodes. An all-gather runs first between these ranks, then inside each node. `algorithm` is
+    not used. Returns nothing.
     """
     count = w.ranks // node
     inside = [range(n * node, (n + 1) * node) for n in range(count)]
@@ -360,7 +363,7 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """A function own(i) for which chunk and rank have the same number: it returns the tuple (group[i],)."""
+    """A function own(i) that returns (group[i],): each rank of the group owns the chunk that has the rank's number."""
     return lambda i: (group[i],)
 
 
@@ -453,9 +456,9 @@ for _collective in ("all_gather", "reduce_scatter"):
 
 
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
-    """The names of the algorithms for `collective` that support `ranks` ranks, as a list.
+    """The names of the algorithms that can run `collective` on `ranks` ranks, as a list.
 
-    node: ranks in a node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
+    node: ranks per node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
     """
     if collective not in TABLE:
         raise ScheduleError(f"unknown collective {collective!r}; supported: {', '.join(COLLECTIVES)}")

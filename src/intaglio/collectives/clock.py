@@ -61,8 +61,8 @@ class ScheduleClock:
         chunks: number of chunks of the payload.
         needs: for each step, a list of pairs (number, bytes per second): the links that the step occupies, or its rank.
             The number of a link is its index in topology.links; the number of rank r is -1 - r.
-        arrival: for each step, the sum of its links' latencies in ticks. A transfer ends so long after its last byte is
-            sent.
+        arrival: for each step, the sum of its links' latencies in ticks. A transfer ends this much later than its last
+            byte is sent.
         waits: for each step, the number of its dependencies that have not been met.
         busy: {number of a link or rank, as in `needs`: the tick at which it becomes free}.
         held: cache {(bytes of a chunk, bytes per second): ticks for which the chunk occupies a link or rank}.

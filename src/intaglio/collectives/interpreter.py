@@ -66,7 +66,10 @@ def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
 
 
 def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
-    """The chunks concatenated along the last axis, in order of their numbers, as one array; the inverse of cut()."""
+    """Concatenate chunks along the last axis, in the order of their numbers. Returns one array.
+
+    chunks: {number: array}. The function is the inverse of cut().
+    """
     return np.concatenate([chunks[c] for c in sorted(chunks)], axis=-1)
 
 

@@ -130,10 +130,10 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
 
 
 def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
-    """Yield a message for each output chunk that is not the sum of each rank's contribution, exactly once.
+    """Yield a message for each output chunk of a schedule that does not have each rank's contribution exactly once.
 
-    A message says that a rank does not get the chunk, that a contribution is missing or repeated, or that two ranks sum
-    the chunk in different orders.
+    The message says that a rank does not get the chunk, that a contribution is missing or repeated, or that two ranks
+    sum the chunk in different orders.
     """
     held = trace(s)
     alike: dict[int, Sum] = {}

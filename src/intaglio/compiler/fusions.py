@@ -20,41 +20,42 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """Fuse each linear with the op `map` after it that computes activation(gate) * up. Returns the new Program.
+    """Fuse each linear with the elementwise op after it that computes activation(gate) * up. Returns the new Program.
 
-    gate and up are the two halves of the linear's result. A fused linear has the attributes `glu` and `activation`, and
-    the op `map` is gone.
+    gate and up are the two halves of the linear's result. The fused linear has the attributes `glu` and `activation`
+    set, and the elementwise op (class Map) is removed.
     """
     return _fuse_maps(p, _glu)
 
 
 def fuse_epilogues(p: Program) -> Program:
-    """Fuse each linear with the scale, activation or residual addition that an op `map` after it does.
+    """Fuse each linear with the elementwise op after it that scales, activates or adds a residual.
 
-    Returns the new Program.
+    Returns the new Program, in which these elementwise ops (class Map) are removed.
     """
     return _fuse_maps(p, _epilogue)
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """Fuse each norm with the op `map` after it that adds a residual to the norm's result. Returns the new Program."""
+    """Fuse each norm with the elementwise op after it that adds a residual to its result. Returns the new Program."""
     return _fuse_maps(p, _residual_norm)
 
 
 def fuse_residual_experts(p: Program) -> Program:
-    """Fuse each experts op with the op `map` after it that adds a residual to its result. Returns the new Program."""
+    """Fuse each experts op with the elementwise op after it that adds a residual. Returns the new Program."""
     return _fuse_maps(p, _residual_experts)
 
 
 def _fuse_maps(p: Program, absorb: Absorb) -> Program:
-    """Fuse ops of the class Map (elementwise expressions) into ops that compute one of their operands.
+    """Fuse maps (elementwise ops of class Map) into the ops that compute their operands. Returns the new Program.
 
-    Returns the Program. A map is fused if `absorb` allows it and no other op reads that operand. The fused op stands
-    where the map stood, since all operands of the map exist there, and has the site (name) of the op that absorbed the
-    map. Its result has the name of that op's result, or of the map's result if that is an output of the Program.
+    A map is fused with the op that computes one of its operands if `absorb` returns a fused op and no other op reads
+    this operand. The fused op takes the place of the map in the Program, since all operands of the map are computed
+    there. It has the site (name) of the op that absorbed the map. Its result has the name of that op's result; but if
+    the map's result is an output of the Program, it has the name of the map's result.
 
-    absorb: function (map, operand x, op that computes x, tensors by name) that returns the fused op, or None if the two
-    cannot be fused.
+    absorb: function (map, name x of the operand, op that computes x, tensors by name) that returns the fused op, or
+    None if the two cannot be fused.
     """
     tensors = dict(p.tensors)
     reads = Counter(p.base(name) for op in p.ops for name in op.inputs)
@@ -65,8 +66,8 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     def fused(m: Map) -> tuple[str, Op] | None:
         """Fuse the map `m` into the op that computes one of its operands.
 
-        Returns (name of the operand, which is no longer stored; the new op, which also computes `m`). None if no
-        operand is an intermediate result that only `m` reads, or if the function `absorb` of _fuse_maps() returns None.
+        Returns (name of the operand, which no longer exists; the fused op). Returns None if no operand is an
+        intermediate result that only `m` reads, or if `absorb` returns None for each.
         """
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
@@ -98,10 +99,13 @@ def _base(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
-    """Update `tensors` in place after a Map op was fused into the op before it. Returns nothing.
+    """Update the table `tensors` after a Map op was fused into the op before it. Returns nothing.
 
-    old: name of the first op's result. It is no longer stored, and is deleted with its views. out: name of the Map's
-    result, which gets the name `keep`.
+    Args:
+        tensors: the Program's tensors by name; changed in place.
+        old: name of the first op's result. It no longer exists: the tensor is deleted, and so are its views.
+        out: name of the Map's result before the fusion.
+        keep: name of the Map's result after the fusion.
     """
     for t in [t for t in tensors.values() if t.view]:
         if t.view and t.view[0] == old:
@@ -115,10 +119,10 @@ def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
 
 
 def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """Fuse `linear` with the elementwise op `m` that computes activation(gate) * up. Returns the fused op.
+    """Fuse `linear` with the elementwise op `m` that computes activation(gate) * up. Returns the fused op, or None.
 
     gate and up must be the two halves of the linear's result. Returns None if `m` computes anything else, if `linear`
-    is not a Linear, or if it already has an activation or a residual. t: tensors by name. x is not used.
+    is not a Linear, or if it already has an activation or a residual. t: tensors by name. `x` is not used.
     """
     if not isinstance(linear, Linear) or linear.residual is not None or linear.activation:
         return None
@@ -137,11 +141,11 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The op `linear` fused with `m`, an elementwise op over the linear's result x; None if they cannot be fused.
+    """Fuse `linear` with the elementwise op `m` that reads its result `x`. Returns the fused op, or None.
 
-    `m` must be residual + activation(scale * x); each of residual, activation and scale may be missing. Not fused if
-    `linear` has a residual already, or if it has an activation and `m` has a scale or an activation too. t: tensors by
-    name.
+    `m` must compute residual + activation(scale * x), where each of residual, activation and scale may be missing.
+    Returns None if `m` computes anything else, if `linear` already has a residual, or if it has an activation and `m`
+    has a scale or another activation. t: tensors by name.
     """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:
@@ -164,10 +168,10 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """Fuse `norm` with the elementwise op `m` after it, which adds an operand to the norm's result `x`.
+    """Fuse `norm` with the elementwise op `m` that adds an operand to its result `x`. Returns the fused op, or None.
 
-    Returns a copy of `norm` with this operand as its residual. Returns None if `m` is not such a sum, if `norm` is not
-    a Norm, or if it already has a residual. t: not used.
+    The fused op is a copy of `norm` with this operand as its residual. Returns None if `m` computes anything else, if
+    `norm` is not a Norm, or if it already has a residual. `t` is not used.
     """
     other = m.other_of_sum(x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
@@ -176,10 +180,11 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
 
 def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """Fuse `experts` with the elementwise op `m` after it, which adds an operand to the experts' result `x`.
+    """Fuse `experts` with the elementwise op `m` that adds an operand to its result `x`. Returns the fused op, or None.
 
-    Returns a copy of `experts` with this operand as its residual. Returns None if `m` is not a sum of x and one operand
-    of the same shape, if `experts` is not an Experts op, or if it already has a residual. t: tensors by name.
+    The fused op is a copy of `experts` with this operand as its residual. Returns None if `m` computes anything else,
+    if the operand has another shape than `x`, if `experts` is not an Experts op, or if it already has a residual. t:
+    tensors by name.
     """
     other = m.other_of_sum(x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:

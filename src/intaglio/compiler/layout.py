@@ -14,31 +14,34 @@ REDUNDANT = re.compile(r"(?<=[0-9])r(\d+)$")
 
 
 class LayoutError(ProgramError):
-    """Raised for a text that is no layout, and for a layout that does not fit a Program."""
+    """Raised for a text that does not describe a layout, and for a layout that does not fit a Program."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism. The ranks of one pipeline stage are its lanes, tp * ep of them, and hold the same layers.
+    """How the ranks of a deployment share a model: degrees of tensor, expert and pipeline parallelism.
 
-    rank = stage * lanes + lane, so the ranks of a stage are neighbours; lane = expert index * tp + head index.
+    A lane is one of the tp * ep ranks of a pipeline stage, which all have the same layers. The number of a rank is
+    stage * tp * ep + lane, so the ranks of a stage are neighbours. The number of a lane is expert group * tp + place in
+    its group.
 
     Attributes:
         tp: number of lanes among which attention heads, the heads or channels of recurrent blocks, and the columns of
             each expert are divided. Dense MLPs, the embedding and the output head are divided among all tp * ep lanes.
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
-        sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
-        redundant: number of redundant experts, which are further copies of experts in a layer. Each of the ep groups
-            then holds ceil((experts + redundant) / ep) experts, and results do not depend on which experts a group
-            holds. None: there are no copies, and each group holds consecutive experts.
-        sums: another tp, a multiple of this one, whose results this layout gives bit for bit. Every sum that tp divides
-            among lanes is then computed in `sums` parts, added in the order in which `sums` lanes would add theirs. Not
-            allowed with ep or sp. 1: each lane computes one part.
-        placement: says which experts each group holds. None: ExpertPlacement.even() does if `redundant` is not None.
+        sp: True for sequence parallelism: norms and other ops between two all_reduces are divided by tokens.
+        redundant: number of redundant experts: further copies of some of a layer's experts. Each of the ep groups then
+            holds ceil((experts + redundant) / ep) experts, and results do not depend on which experts a group holds.
+            None: there are no copies, and each group holds consecutive experts.
+        placement: says which experts each group holds. None: experts are placed by ExpertPlacement.even() if
+            `redundant` is not None.
+        sums: a multiple of `tp`. The layout gives the results of a layout with tp = `sums`, bit for bit: each sum that
+            is divided among lanes is computed in `sums` parts, and the parts are added in the order in which `sums`
+            lanes would add them. 1: each lane computes one part.
 
-    Raises LayoutError for sp without tp or with ep, for redundant experts without ep, and for `sums` above 1 that is no
-    multiple of tp, or with ep or sp.
+    Raises LayoutError in these cases: `sp` with tp 1 or with ep; redundant experts without ep; `sums` above 1 that is
+    no multiple of `tp`; `sums` above 1 with ep or `sp`.
     """
 
     tp: int = 1
@@ -51,10 +54,11 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The Layout that a text such as tp4, pp2, tp4pp2 or tp2ep4 describes.
+        """The Layout that a text describes, such as tp4, pp2, tp4pp2 or tp2ep4.
 
-        After ep4, "r8" adds 8 redundant experts in all: ep4r8. At the end, "sp" means sequence parallelism: tp4sp.
-        tp1sums4 gives the bits of tp4. Raises LayoutError for any other text, and as the class does.
+        The text may end with "r8" for 8 redundant experts in all (ep4r8), or with "sp" for sequence parallelism
+        (tp4sp). tp1sums4 is a layout with tp 1 that gives the bits of tp4. Raises LayoutError for any other text, and
+        for a combination that the class does not allow.
         """
         extra = REDUNDANT.search(text)
         ways = REDUNDANT.sub("", text).removesuffix("sp")
@@ -69,10 +73,10 @@ class Layout:
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
 
     def placed(self, path: Path) -> Layout:
-        """A copy of this layout with the placement of experts that the file `path` holds.
+        """A copy of this layout with the placement of experts that is read from the file `path`.
 
-        If there is no such file, the copy has no placement. Raises LayoutError for a layout without redundant experts,
-        and PlacementError for a file that holds no placement.
+        If there is no such file, the copy has no placement. Raises LayoutError if the layout has no redundant experts
+        (`redundant` is None), and PlacementError for a file that does not hold a placement.
         """
         if self.redundant is None:
             raise LayoutError(
@@ -81,9 +85,10 @@ class Layout:
         return replace(self, placement=ExpertPlacement.read(path))
 
     def check_moves_experts(self) -> None:
-        """Raise LayoutError if experts cannot be moved between the ranks while the model runs. Returns nothing.
+        """Check that experts can be moved between ranks while the model runs. Raises LayoutError if they cannot.
 
-        They can be moved if `redundant` is set, even to 0. If it is None, each group holds fixed, consecutive experts.
+        They can be moved if `redundant` is set, even to 0. If it is None, each group of lanes holds fixed, consecutive
+        experts. Returns nothing.
         """
         if self.redundant is None:
             other = f"{self}r0, or {self}r2 with two redundant experts" if self.ep > 1 else "one such as ep2r0 or ep4r8"
@@ -117,16 +122,16 @@ class Layout:
 
     @property
     def numerics(self) -> str:
-        """What decides the bits of results, such as tp4 for tp4, tp4pp2, tp4sp and tp1sums4; "" if nothing is divided.
+        """The part of the layout that decides the bits of results, as text; "" if the bits are those of a single rank.
 
-        Pipeline stages and sequence parallelism change no bits. Layouts with the same text compute the same K/V, bit
-        for bit.
+        For tp4, tp4pp2, tp4sp and tp1sums4 the text is tp4: pipeline stages and sequence parallelism change no bits.
+        Layouts with the same text compute the same K/V, bit for bit.
         """
         alike = replace(self, tp=max(self.tp, self.sums), pp=1, sums=1, sp=False, placement=None)
         return "" if alike == Layout() else str(alike)
 
     def rank(self, stage: int, lane: int) -> int:
-        """Number of the rank that is lane number `lane` of pipeline stage number `stage`, from 0."""
+        """The number of the rank that is lane number `lane` of pipeline stage number `stage`. All count from 0."""
         return stage * self.lanes + lane
 
     def __str__(self) -> str:

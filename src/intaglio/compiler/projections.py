@@ -13,9 +13,10 @@ ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # gate before up
 
 
 def merge_projections(p: Program) -> Program:
-    """The Program in which linears of one block with the same input and equal attributes are one wider linear.
+    """A copy of the Program in which linears that read the same input are merged into one wider linear.
 
-    Their results become views of the wider linear's result.
+    Linears are merged if they are in the same block and have the same input, formats and scale. Their results become
+    views (ranges of columns) of the wider linear's result.
     """
     reads = Counter(name for op in p.ops for name in op.inputs)
     groups: dict[Hashable, list[Linear]] = {}
@@ -32,10 +33,10 @@ def merge_projections(p: Program) -> Program:
 
 
 def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
-    """True if the linear `op` may be merged with others.
+    """True if the linear `op` may be merged with other linears.
 
-    That is so if no other op reads its weight and bias, nothing is fused into it, and its result is a temp (no output
-    of the Program). reads: {tensor's name: number of operands of the Program's ops that are this tensor}.
+    It may if no other op reads its weight and bias, if nothing is fused into it, and if its result is no output of the
+    Program. reads: {name of a tensor: how often the Program's ops read it}.
     """
     own = all(reads[n] == 1 and p.tensors[n].role == "weight" for n in (op.w, op.bias) if n is not None)
     bare = op.residual is None and not op.activation and not op.glu
@@ -43,20 +44,22 @@ def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
 
 
 def _key(p: Program, op: Linear) -> Hashable:
-    """A hashable key. Linears with equal keys (same block, input, formats and scale) may be merged into one."""
+    """A hashable key that is equal for linears that may be merged: same block, input, formats and scale."""
     block = op.site.rpartition(".")[0]
     bias = op.bias and p.tensors[op.bias].format
     return block, op.x, p.tensors[op.w].format, bias, op.x_format, op.scale
 
 
 def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str]) -> Linear:
-    """Merge the linears of `group` into one, which is returned. Updates `tensors` accordingly.
+    """Merge several linears into one. Returns the new Linear, and updates the table `tensors` in place.
 
-    In `tensors`, one joined weight replaces the group's weights, and one bias its biases, if there are any. The group's
-    results become views (ranges of columns) of the new linear's result.
+    In `tensors`, one joined weight replaces the weights of all these linears, and one joined bias their biases, if they
+    have any. Their results become views (ranges of columns) of the new linear's result.
 
-    tensors: the Program's tensors by name; changed in place. sites: sites (names) of all ops; the new op's site differs
-    from them.
+    Args:
+        group: the linears, which have equal keys, see _key().
+        tensors: the Program's tensors by name.
+        sites: sites (names) of all ops of the Program; the new op gets another site.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
@@ -82,17 +85,18 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 
 
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
-    """Replace the weights `parts` in `tensors` by one weight `name`, which joins their rows. Returns nothing.
+    """Join several weights into one in the table `tensors`. Returns nothing.
 
-    The new weight is read from the checkpoint tensors of all parts. It takes the place of one part in the dict, so that
-    tensors keep their order; the caller renames the dict's keys afterwards.
+    The rows of the new weight are the rows of all the weights, one weight after the other, and it is read from the
+    checkpoint tensors of all. It keeps the key of one of the weights, so that the order of the dict stays; the caller
+    renames keys afterwards.
 
     Args:
         tensors: {name: Tensor}; changed in place.
         parts: names of the weights, in the order in which their rows are joined.
-        place: the name in `parts` that stays as the key of the new weight; the other keys are deleted.
+        place: the name in `parts` that is kept as the key of the new weight. The other keys are deleted.
         name: name of the new weight.
-        rows: number of its rows.
+        rows: number of rows of the new weight.
     """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)
@@ -103,14 +107,15 @@ def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: st
 
 
 def _joint(block: str, leaves: Sequence[str], taken: set[str]) -> str:
-    """A site (name of the op's place in the model) for merged linears: BLOCK.qkv_proj for q_proj, k_proj and v_proj.
+    """The site (name) of the linear that results from merging several linears.
 
-    "_merged" is appended until the names of site, weight and bias are free.
+    For q_proj, k_proj and v_proj of a block it is BLOCK.qkv_proj. "_merged" is appended until no tensor or op has the
+    name of the site, its weight or its bias.
 
     Args:
-        block: site of the block, which the linears' sites begin with; "": none.
+        block: site of the block, with which the sites of the linears begin; "": none.
         leaves: last parts of the linears' sites, such as q_proj.
-        taken: names in use.
+        taken: names that are in use.
     """
     stems = [leaf.removesuffix("_proj") for leaf in leaves]
     tail = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""

@@ -22,11 +22,11 @@ from intaglio.program import MeshProgram, Program, ProgramError, verify, verify_
 
 
 class Pass(NamedTuple):
-    """A pass of the recipe.
+    """A compiler pass: one transformation of a Program, with its name and reason.
 
     Attributes:
         name: name of the pass.
-        run: function from a Program to a Program that computes the same results. For set_weight_formats() it also takes
+        run: function that takes a Program and returns a Program with the same results. set_weight_formats() also takes
             the formats of weights and of K/V, as text.
         why: the reason for the pass, as text.
     """
@@ -68,18 +68,19 @@ def build(
     check: bool = False,
     report: Callable[[str], object] | list[str] | None = None,
 ) -> Program:
-    """Compile a Program for a device and return the compiled Program, verified.
+    """Compile a Program for a device. Returns the compiled Program, which has been verified.
 
     Raises FormatError for an unknown format, and ProgramError if the compiled Program breaks a rule.
 
     Args:
-        program: as ported.
-        weights: auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4 (int4g32) or a full name such as
-            int8g64, q4_k or mxfp4.
-        kv_format: auto, f32, bf16, int8 (one scale per token and head) or fp8 (E4M3, with the checkpoint's scales of
-            each layer, or 1). auto: f32 for f32 weights, else the format that the checkpoint asks for, or bf16.
+        program: the Program of the whole model, not compiled.
+        weights: number format of weights: auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4
+            (int4g32) or a full name such as int8g64, q4_k or mxfp4.
+        kv_format: number format of the K/V cache: auto, f32, bf16, int8 (one scale per token and head) or fp8 (E4M3,
+            with the checkpoint's scales for each layer, or 1). auto: f32 for f32 weights, otherwise the format that the
+            checkpoint asks for, or bf16.
         passes: the passes to run, in order.
-        check: True to verify after every pass too; the ProgramError then names the pass.
+        check: True to verify the Program after every pass. The ProgramError then names the pass.
         report: a function that is called with one line of text per pass, or a list to which the lines are appended.
     """
     say = report.append if isinstance(report, list) else report
@@ -103,17 +104,18 @@ def build_mesh(
     wire: str = "f32",
     check: bool = False,
 ) -> MeshProgram:
-    """Compile and shard a Program. Returns the MeshProgram with the Programs of all ranks.
+    """Compile a Program and divide it among the ranks of a layout. Returns a MeshProgram: the Programs of all ranks.
 
-    Weight formats are set before sharding, so that each share is quantised as in the whole weight.
+    Formats of weights are set before the Program is divided, so that a rank's part of a weight has the same values as
+    in the whole weight.
 
     Args:
-        program: as ported.
+        program: the Program of the whole model, not compiled.
         layout: how ranks share the model, such as tp4pp2.
         weights: format of weights: auto (as stored), or a name such as fp8, int8 or int4; see build().
         kv_format: format of the K/V cache: auto, f32, bf16, int8 or fp8; see build().
-        wire: format to which values are rounded before they travel between ranks.
-        check: True to verify after every pass too.
+        wire: number format to which values are rounded before they travel between ranks.
+        check: True to verify the Program after every pass too.
 
     Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
     compiled Program breaks a rule.
@@ -129,14 +131,15 @@ def build_stages(
 ) -> tuple[Program, ...]:
     """The compiled Program of the first rank of each pipeline stage, as a tuple.
 
-    No rank of a stage has larger tensors than the first, and ranks wait for each other, so it gives the time of all.
+    These Programs are enough to time a model: no rank of a stage has larger tensors than the first, and ranks wait for
+    each other.
 
     Args:
-        program: as ported.
+        program: the Program of the whole model, not compiled.
         layout: how ranks share the model, such as tp4pp2.
         weights: format of weights: auto (as stored), or a name such as fp8, int8 or int4; see build().
         kv_format: format of the K/V cache: auto, f32, bf16, int8 or fp8; see build().
-        wire: format to which values are rounded before they travel between ranks.
+        wire: number format to which values are rounded before they travel between ranks.
 
     Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
     compiled Program breaks a rule.
@@ -149,28 +152,29 @@ def build_stages(
 def _sharded(
     program: Program, layout: str | Layout, weights: str, kv_format: str, wire: str, check: bool = False
 ) -> tuple[Program, ...]:
-    """Compile a whole model with the passes WHOLE, then shard it. Returns a tuple with a Program for each rank.
+    """Run the passes WHOLE on a Program, then divide it among ranks. Returns a tuple with a Program for each rank.
 
-    The passes EACH, which run on the Program of one rank, are left to the caller.
+    The caller must still run the passes EACH on each of these Programs.
 
     Args:
-        program: as ported.
+        program: the Program of the whole model, not compiled.
         layout: how ranks share the model, such as tp4pp2.
-        weights: format of weights, as for build_mesh().
-        kv_format: format of the K/V cache, as for build_mesh().
-        wire: number format of values that travel between ranks.
+        weights: format of weights, see build().
+        kv_format: format of the K/V cache, see build().
+        wire: number format to which values are rounded before they travel between ranks.
         check: True to verify the Program after every pass.
 
-    Raises FormatError, LayoutError and ProgramError as build_mesh() does.
+    Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
+    compiled Program breaks a rule.
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     return shard(whole, layout, wire, _coded(program, whole))
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """A set of the names of the quantised weights that have the same format in both Programs.
+    """The set of names of the quantised weights whose values are stored in the Program as in the checkpoint.
 
-    Such weights keep the codes of the checkpoint. ported: the Program as the port made it, with the checkpoint's
+    They are the quantised weights with the same format in both Programs. ported: the Program with the checkpoint's
     formats. whole: the same Program after set_weight_formats().
     """
     kept = ((t, ported.tensors.get(t.name)) for t in whole.of_role("weight"))
@@ -178,7 +182,7 @@ def _coded(ported: Program, whole: Program) -> set[str]:
 
 
 def _verify(program: Program, when: str) -> None:
-    """Verify a Program. Raises ProgramError with the text `when` in front of its message."""
+    """Verify a Program. Raises ProgramError if it breaks a rule; the message begins with the text `when`."""
     try:
         verify(program)
     except ProgramError as e:
@@ -186,7 +190,11 @@ def _verify(program: Program, when: str) -> None:
 
 
 def _changes(before: Program, after: Program) -> Iterator[str]:
-    """Yield a line of text for each kind of change that a pass made: in ops, number of tensors, formats, buffers."""
+    """Yield a line of text for each kind of change that a pass made to a Program.
+
+    The kinds are: changed ops, the number of tensors, formats of tensors, and buffers. before, after: the Program
+    before and after the pass.
+    """
     old, new = (Counter(op.kind for op in p.ops) for p in (before, after))
     counts = [f"{old[kind]} {kind}s -> {new[kind]}" for kind in sorted(old | new) if old[kind] != new[kind]]
     known = set(before.ops)

@@ -19,11 +19,12 @@ WORTH = 0.05  # share of the longest stage: stages stay equal for less, since a 
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """A list of the number of each op's pipeline stage, from 0. A stage has a run of consecutive layers, see _runs().
+    """The number of the pipeline stage of each op, from 0, as a list in the order of the ops.
 
-    Ops before all layers are in the first stage, ops after them in the last. Stages send each other only activations.
-    So if a layer reads the K/V cache of an earlier layer, or positions that an earlier layer has chosen, the two layers
-    and all layers between them are in one stage. Raises LayoutError if a stage would have no layers.
+    Each stage has a run of consecutive layers. Ops before all layers are in the first stage, ops after all layers in
+    the last. Stages send each other only activations. If a layer reads the K/V cache of an earlier layer, or positions
+    that an earlier layer has chosen, these two layers and all layers between them are therefore in one stage. Raises
+    LayoutError if a stage would have no layers.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
@@ -55,16 +56,16 @@ def stage_of(p: Program, stages: int) -> list[int]:
 
 
 def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
-    """The time of the ops after the last layer (mostly the output head), in units of an average layer's time.
+    """Estimated time of the ops after the last layer (mostly the output head), as a multiple of a layer's time.
 
-    It is estimated as the number of weight elements that products read after the last layer, divided by the mean number
-    in a layer, and halved. It is halved because the head runs for every token only when sequences are decoded; in a
-    prefill it runs for one token of each prompt. 0.0 if layers have no such weights.
+    It is half the number of weight elements that matrix products read after the last layer, divided by the mean number
+    per layer. It is halved because the output head runs for every token only in decoding: in a prefill it runs for one
+    token of each prompt. It is 0.0 if layers have no such weights.
 
     Args:
         p: the Program.
-        numbers: for each op, the number of its layer; None: it belongs to none.
-        last: index of the last op that has a layer.
+        numbers: for each op, the number of its layer; None: it belongs to no layer.
+        last: index of the last op that belongs to a layer.
     """
     sizes = [sum(prod(map(int, p.tensors[w].shape)) for w in op.operands(*WEIGHT_MATRICES)) for op in p.ops]
     layers = len({n for n in numbers if n is not None})
@@ -73,10 +74,10 @@ def _layers_worth(p: Program, numbers: list[int | None], last: int) -> float:
 
 
 def _runs(layers: int, stages: int, head: float) -> list[int]:
-    """A list of the pipeline stage of each layer, from 0, ascending.
+    """The number of the pipeline stage of each layer, from 0, as an ascending list.
 
-    Stages have near-equal numbers of layers, with one exception: the last stage, which also has the output head, gets
-    fewer layers if that makes the longest stage at least 5 % (WORTH) shorter.
+    Stages get near-equal numbers of layers. The last stage, which also has the output head, gets fewer layers if this
+    makes the longest stage at least 5 % (WORTH) shorter.
 
     Args:
         layers: number of layers.
@@ -99,24 +100,22 @@ def _runs(layers: int, stages: int, head: float) -> list[int]:
 
 
 def _fitting(home: list[int], stages: int) -> str:
-    """Advice for an error message: "ppN" with the largest N below `stages` that leaves no stage without layers.
+    """Advice for an error message: which pipeline degree to use instead of `stages`, as text.
 
-    "tp, or no pp" if no N above 1 does. home: for each layer, the first layer with which it must share a stage; the
-    layer itself if there is none.
+    It is "ppN" with the largest N below `stages` for which every stage has layers; "tp, or no pp" if N would be 1.
+    home: for each layer, the first of the layers that must be in the same stage with it.
     """
     fit = max(n for n in range(1, stages) if len({m * n // len(home) for m in home} | {n - 1}) == n)
     return f"pp{fit}" if fit > 1 else "tp, or no pp"
 
 
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
-    """The Program of one rank: the ops of pipeline stage number `stage`, with sends and receives.
-
-    Results that other stages read are sent there, and results of other stages are received.
+    """The Program of one rank: the ops of pipeline stage number `stage`, with sends to and receives from other stages.
 
     Args:
-        p: the ops of all stages, already divided among the ranks of a stage for tensor and expert parallelism.
+        p: the ops of all stages, already divided for tensor and expert parallelism: the part of lane `lane`.
         layout: degrees of parallelism.
-        lane: which of the ranks of a stage `p` is for, from 0.
+        lane: number of the rank within its stage, from 0.
         stage: number of the stage, from 0.
         wire: name of the number format to which values are rounded before they are sent, such as "bf16".
 
@@ -158,9 +157,10 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op for pipeline stage number `stage`. Only a collective changes: its group gets numbers of ranks of the mesh.
+    """A copy of the op for pipeline stage number `stage`. Only collectives change: their group gets numbers of ranks.
 
-    op.group has the numbers of lanes, which are ranks counted from 0 within a stage. Other ops are returned unchanged.
+    Before, the group of a collective has the numbers of lanes, which are ranks counted from 0 within a stage. Any other
+    op is returned itself.
     """
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
@@ -168,9 +168,10 @@ def _moved(op: Op, layout: Layout, stage: int) -> Op:
 
 
 def _tensors(p: Program, ops: list[Op]) -> dict[str, Tensor]:
-    """The tensors that `ops` need, as a dict by name: all that the ops read or write, and all inputs of the Program.
+    """The tensors of a Program with only the ops `ops`, as a dict {name: Tensor}.
 
-    For a view (columns of another tensor), the dict also has the tensor that it is a view of.
+    They are the tensors that these ops read or write, the tensors of which they read or write views (column ranges),
+    and all inputs of the Program.
     """
     named = {x for op in ops for name in (*op.inputs, *op.outputs) for x in (name, p.base(name))}
     return {name: t for name, t in p.tensors.items() if t.role == "input" or name in named}

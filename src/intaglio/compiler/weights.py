@@ -22,23 +22,24 @@ HEAD = "int8g128"  # the narrowest format of the output head, whose error goes s
 def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto") -> Program:
     """A copy of the Program in which weight matrices have the format `weights` and K/V caches the format `kv_format`.
 
-    - weights="auto" leaves weights as stored.
-    - x_format, to which a product's activations are rounded, becomes the one that fits the weight's new format.
-    - kv_format="auto" follows `weights`. With weights "f32", K/V caches become f32. With "auto" or "f16", they keep the
-      format that they have in `p`. With other weights they become bf16; only e4m3 caches, which a checkpoint asked for,
-      stay.
-    - Scales of caches (k_scale, v_scale) stay in ops whose cache is e4m3, and are removed from others.
-    - Short names (int8, int4, fp8) choose groups that fit each weight. A q4_k weight whose rows are not whole blocks of
-      256 becomes int4g32, which has as many bits.
-    - Where `weights` is a 4-bit format, the weight that yields the logits (tied to the embedding or not) gets int8g128
-      instead, in groups that fit it.
-    - Tables read only by `embed` change format for weights="f32" and "bf16" alone, because `embed` copies single rows:
-      a narrower table would not make a step faster.
-    - Weights of products whose result another op needs exactly (router logits, declared `exact`) stay as stored and
-      read x unrounded: near a tie, rounding would choose other experts.
+    - weights="auto": weights keep the format in which they are stored.
+    - kv_format="auto": the format of a K/V cache follows from `weights`. With "f32" it becomes f32. With "auto" or
+      "f16" it does not change. With other weights it becomes bf16, except that an e4m3 cache, which a checkpoint asked
+      for, stays.
+    - Activations are rounded to the format that fits the weight's new format (the op's attribute x_format).
+    - An op that reads or writes a K/V cache has scales (k_scale, v_scale) only if the cache is e4m3; other scales are
+      removed.
+    - Short names (int8, int4, fp8) mean the size of groups (values that share a scale) that fits each weight. A q4_k
+      weight whose rows are not whole blocks of 256 becomes int4g32, which has as many bits.
+    - If `weights` is a 4-bit format, the weight of the output head (tied to the embedding or not) gets int8g128
+      instead, or int8 in smaller groups that fit it.
+    - A table that only `embed` ops read changes only for weights="f32" and "bf16": `embed` copies single rows, so a
+      narrower table would not make a step faster.
+    - The weight of a product whose exact result another op needs (router logits) stays as stored, and its input is not
+      rounded: near a tie, rounding would choose other experts.
     - Vectors and per-head matrices stay as stored.
 
-    Raises FormatError for an unknown name.
+    Raises FormatError for an unknown format.
     """
     name = _full_name(weights)
     fitting = weights in SHORT or name == "q4_k"  # each weight gets the groups that fit it
@@ -69,11 +70,10 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """A copy of a kv_write or attend op without the scales (k_scale, v_scale) of caches that are not in e4m3.
+    """A copy of a KvWrite or Attend op that has scales (k_scale, v_scale) only for caches in the format e4m3.
 
-    Such a scale is set to None. The scale of an e4m3 cache stays as it is. Any other op is returned unchanged.
-
-    tensors: the Program's tensors by name, whose formats are read.
+    The scales of other caches are set to None. Any other op is returned unchanged. tensors: the Program's tensors by
+    name.
     """
     if not isinstance(op, (KvWrite, Attend)):
         return op
@@ -82,19 +82,17 @@ def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
 
 
 def _table_formats(p: Program, name: str) -> dict[str, str]:
-    """New formats of the embedding tables, {tensor: format}: all get the format `name` if it is f32 or bf16.
+    """The new formats of the embedding tables, as a dict {name of the table: `name`} if `name` is f32 or bf16, else {}.
 
-    {} for any other format: `embed` copies rows, so that a narrower table would not make a step faster.
+    Tables get no narrower format: `embed` copies single rows, so a step would not become faster.
     """
     return dict.fromkeys((w for op in p.ops for w in op.operands("table")), name) if name in ("f32", "bf16") else {}
 
 
 def _output_heads(p: Program, products: list[Op]) -> set[str]:
-    """A set of the names of the weights that compute the logits and of the embedding tables.
+    """Names of the weights that compute the logits and of the embedding tables, as a set.
 
-    An embedding table is included since the output head may be tied to it.
-
-    products: the ops whose weights get a format.
+    Embedding tables count because the output head may be tied to one. products: the ops whose weights get a new format.
     """
     heads = {w for op in p.ops for w in op.operands("table")}
     for op in products:
@@ -104,10 +102,12 @@ def _output_heads(p: Program, products: list[Op]) -> set[str]:
 
 
 def fitted(name: str, *weights: Tensor) -> str:
-    """Name of a format like `name`, with groups that fit the columns (K) of all these weights.
+    """The name of the format `name` with a group size that fits all the weights.
 
-    A format with groups of 128 gets the largest of 128, 96, 64, 32 that divides K, since padding would be stored and
-    multiplied too; if none does it stays `name`. q4_k becomes int4g32 unless 256 divides K.
+    A group size fits if it divides the number of columns of each weight. In a format with groups of 128 values, the
+    group becomes the largest of 128, 96, 64 and 32 that divides the columns of all weights, because padding would be
+    stored and multiplied too; if none does, the name does not change. q4_k becomes int4g32 if 256 does not divide the
+    columns. Any other format does not change.
     """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:
@@ -117,9 +117,9 @@ def fitted(name: str, *weights: Tensor) -> str:
 
 
 def _full_name(weights: str) -> str:
-    """The full name of the format `weights`, such as int8g128 for int8; "auto" stays.
+    """The full name of a format of weights, such as int8g128 for int8; "auto" and full names do not change.
 
-    Raises FormatError for an unknown name, and for formats that weights cannot have.
+    Raises FormatError for an unknown name, and for a format that weights cannot have.
     """
     name = SHORT.get(weights, weights)
     try:
@@ -131,10 +131,10 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """A copy of the Program in which linears with FP8 weights round their input to FP8 too, if `activations` is "fp8".
+    """A copy of the Program in which linears with FP8 weights round their inputs to FP8 too, if `activations` is "fp8".
 
-    The inputs get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with
-    "fp8" if no linear has FP8 weights.
+    The inputs then have one scale per row (format fp8row). With "auto", `p` is returned unchanged. Raises FormatError
+    for another value, and for "fp8" if no linear has FP8 weights.
     """
     if activations == "auto":
         return p

@@ -26,20 +26,21 @@ __all__ = ["Lane", "Share", "shard", "sharding_rule"]
 def shard(
     program: Program, layout: str | Layout, wire: str = "f32", coded: Set[str] | None = None
 ) -> tuple[Program, ...]:
-    """The Programs of all ranks of a layout, as a tuple in order of rank.
+    """Divide a Program among the ranks of a layout. Returns the Programs of all ranks, as a tuple in order of rank.
 
-    Attention is split by heads; kv heads are copied if there are fewer of them than tensor-parallel ranks. An MLP is
-    split by its intermediate columns, the output head by vocabulary, the embedding by its columns.
+    Attention is divided by heads; K/V heads are copied if there are fewer of them than tensor-parallel ranks. An MLP is
+    divided by its intermediate columns, the output head by vocabulary, and the embedding by its columns.
 
     Args:
-        program: as ported, with no ops fused.
+        program: the Program of the whole model, with no ops fused.
         layout: how ranks share the model.
-        wire: format to which values are rounded before they travel between ranks.
-        coded: names of the quantised weights whose codes come from a checkpoint. They keep these codes, in smaller
-            groups (values that share a scale) where a cut needs them. None: all quantised weights.
+        wire: number format to which values are rounded before they travel between ranks.
+        coded: names of the quantised weights whose codes come from a checkpoint. They keep these codes. Where a rank's
+            part would split a group (values that share a scale), their groups are made smaller. None: all quantised
+            weights.
 
-    Raises LayoutError if heads, experts or layers cannot be divided like this, an op has no sharding rule, a group
-    would be split, or sums of routed experts are to be computed in parts (`sums` of the layout).
+    Raises LayoutError in these cases: heads, experts or layers cannot be divided this way; an op has no sharding rule;
+    a group would be split; the layout's `sums` is above `tp` and the Program has sums of routed experts.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
     sites = {op.site for op in program.ops if isinstance(op, Experts)}
@@ -58,11 +59,12 @@ def shard(
 
 
 def _parts(program: Program, tp: int, coded: Set[str]) -> dict[str, list[Share]]:
-    """Find the ops whose results have other bits with `tp` lanes: {site of the op: columns of x or table on each lane}.
+    """Find the ops whose results have other bits with `tp` lanes. Returns {site of the op: columns of each lane}.
 
-    Such an op is a linear whose lanes each compute a partial sum, or an embed whose lanes each quantise a part of the
-    table. The partial sums are added in the order of the columns in the dict. Raises LayoutError if the lanes also
-    divide sums of routed experts, and as shard() does.
+    Such an op is either a linear of which each lane computes a partial sum, over its columns of x, or an embed of which
+    each lane quantises a part of the table, its columns of the table. The partial sums are added in the order of the
+    lanes in the list. coded: names of the weights whose codes come from a checkpoint. Raises LayoutError if the lanes
+    also divide sums of routed experts, or if the Program cannot be divided among `tp` lanes.
     """
     layout = Layout(tp)
     lane = Lane(program, make_plan(program, layout), layout, 0, "f32", coded)

@@ -17,28 +17,28 @@ from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
-    """Builds the Program of one lane: one of the tp * ep ranks that hold the same layers.
+    """Builds the Program of one lane: one of the tp * ep ranks of a pipeline stage, which all have the same layers.
 
-    run() calls the sharding rule of each op, a function that adds the op to this Program by the other methods. A lane's
-    share of a tensor is the runs of columns, heads or experts that the lane holds.
+    run() calls the sharding rule of each op. A rule is a function that adds the lane's part of the op by calling the
+    other methods. A lane's share of a tensor is the part that the lane has: runs of columns, heads or experts.
 
     Attributes:
         p: the whole Program.
-        plan: every lane's share of each result that is split, by the result's name; see make_plan().
+        plan: {name of a result that is divided: the share of each lane}; see make_plan().
         layout: degrees of parallelism.
         lane: number of this lane.
-        wire: format to which values are rounded before they travel between ranks.
+        wire: number format to which values are rounded before they travel between ranks.
         coded: names of the weights whose codes come from a checkpoint.
-        parts: {site of an op: columns of each part}, for the ops that are computed in parts so that the bits are those
-            of a larger tp (Layout.sums). A linear then has one partial sum for each part of the columns of x. An embed
-            has a table that is quantised part by part.
-        divided: {site of an op: columns of each lane}, for the linears and embeds whose partial sums or quantised
-            parts this layout divides among the lanes. Filled by the sharding rules.
+        parts: {site of an op: columns of each part}, for the ops that are computed in parts to give the bits of a
+            larger tp (Layout.sums). A linear has one partial sum for each part of the columns of x. An embed quantises
+            its table part by part.
+        divided: {site of an op: columns of each lane}, for linears whose partial sums are divided among the lanes, and
+            for embeds whose table each lane quantises in part. Filled by the sharding rules.
         totals: sites of all ops whose results are summed over lanes.
-        shares: every lane's share of each result added so far that is split by columns, by the result's name.
-        split: names of results of which each lane has only a run of token rows (sequence parallelism).
-        wholes: names of the gathered copies of split results, by the result's name.
-        views: lists of the views in the whole Program, by the name of their base.
+        shares: {name of a result that is divided by columns: the share of each lane}, for the results added so far.
+        split: names of the results of which each lane has only a run of token rows (sequence parallelism).
+        wholes: {name of a divided result: name of its gathered copy, which is whole}.
+        views: {name of a tensor: list of its views in the whole Program}.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Lane:
         self.split: set[str] = set()
 
     def run(self) -> Program:
-        """Apply the sharding rule of every op of the whole Program, and return the Program of this lane (one rank).
+        """Build the Program of this lane (one rank), by applying the sharding rule of each op. Returns the Program.
 
-        If there is one lane, only the ops in `parts` change. Raises LayoutError for an op without a rule, and for an op
-        or a weight that the layout cannot divide.
+        If there is only one lane, only the ops in `parts` change. Raises LayoutError for an op without a rule, and for
+        an op or a weight that the layout cannot divide.
         """
         if self.layout.lanes == 1:
             self.tensors = dict(self.p.tensors)
@@ -76,10 +76,10 @@ class Lane:
         return self.p.with_ops(self.ops, self.tensors)
 
     def add(self, op: Op, shares: list[Share] | None = None) -> None:
-        """Append an op, its results and their views to the Program of this lane (one rank). Returns nothing.
+        """Append an op to the Program of this lane (one rank), with its results and their views. Returns nothing.
 
-        shares: if each lane computes only some columns of the op's result: a list with the columns of each lane. The op
-        must then have one result. None: this lane computes all columns of the results.
+        shares: None if this lane computes all columns of the results. Otherwise the op has one result, and the list
+        has, for each lane, the columns of the result that the lane computes.
         """
         self.ops.append(op)
         for name, (shape, format) in op.shapes(self.tensors).items():
@@ -92,10 +92,11 @@ class Lane:
                 self.add_view(t)
 
     def add_view(self, t: Tensor) -> None:
-        """Add a view `t` of the whole Program to the Program of this lane (one rank). Returns nothing.
+        """Add a view of the whole Program to the Program of this lane (one rank). Returns nothing.
 
-        If the tensor that it views is split by columns among the lanes, the view is narrowed to the columns that this
-        lane holds; its width is 0 if the lane holds none. If that tensor is split by token rows, so is the view.
+        A view is a range of columns of another tensor, its base. If the base is divided by columns, the view is
+        narrowed to the columns that this lane has; its width is 0 if the lane has none of them. If the base is divided
+        by token rows, the view has the lane's rows too. t: the view.
         """
         assert t.view
         base, start = t.view
@@ -115,14 +116,15 @@ class Lane:
     def keep(
         self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "", part: int | None = None
     ) -> str:
-        """Add a weight, const or state of the whole Program to the Program of this lane (one rank); returns its name.
+        """Add a tensor of the whole Program, or a part of it, to this lane's Program. Returns its name there.
 
         Args:
-            name: name of the tensor in the whole Program.
-            shares: the indices along `axis` that each lane holds; only this lane's are kept. None: all are kept.
-            axis: the axis that is cut.
+            name: name of the tensor in the whole Program: a weight, a constant or a state.
+            shares: for each lane, the indices along `axis` of its part; this lane's part is added. None: the whole
+                tensor is added.
+            axis: the axis that is divided.
             as_: name of the tensor in this lane's Program; "": the same name.
-            part: which of `shares` is kept; None: this lane's.
+            part: index of the item of `shares` to add in place of this lane's; None: this lane's.
 
         Raises LayoutError if the cut would split a group of a quantised weight.
         """
@@ -139,10 +141,11 @@ class Lane:
         return as_ or name
 
     def tears(self, name: str, shares: Sequence[Share]) -> bool:
-        """True if each lane quantises its part of a weight, because a cut between lanes falls inside a group of values.
+        """True if a cut between lanes splits a group of a quantised weight, so that each lane quantises its part anew.
 
-        A weight whose codes come from a checkpoint keeps the scales that it has there; for it the result is False.
-        shares: the columns that each lane (rank) holds.
+        A group is a run of values that share a scale. The result is False for a weight whose codes come from a
+        checkpoint, because it keeps the checkpoint's scales. name: the weight. shares: for each lane (rank), its
+        columns.
         """
         t = self.p.tensors[name]
         fmt, width = formats.get(t.format), int(t.shape[-1])
@@ -150,16 +153,17 @@ class Lane:
         return fmt.grouped and name not in self.coded and any(fmt.group < 0 or end % fmt.block for end in ends)
 
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
-        """Add part of a stack of matrices [E, ...], such as the weights of experts, to the Program of this lane (rank).
+        """Add part of a stack of matrices [E, ...], such as the weights of experts, to this lane's Program.
 
         The new tensor has the name of the stack. Returns nothing.
 
         Args:
             name: name of the stack.
             stacks: numbers of the matrices that this lane takes; empty: all.
-            parts: how each matrix is cut along `axis`: the rows or columns of every part. Empty: it is not cut.
+            parts: how each matrix is divided along `axis`: for each part, its rows or columns. Empty: matrices are
+                whole.
             part: index in `parts` of the part that this lane takes.
-            axis: the axis of the whole stack along which its matrices are cut: 1 for rows, 2 for columns. Not used if
+            axis: the axis of the stack along which its matrices are divided: 1 for rows, 2 for columns. Not used if
                 `parts` is empty.
 
         Raises LayoutError if a cut would split a group of a quantised weight.
@@ -173,13 +177,12 @@ class Lane:
         self.tensors[name] = t
 
     def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
-        """The weight `t`, with smaller groups (values that share a scale) if a cut along `axis` would split a group.
+        """The weight `t`, with smaller groups if a cut along `axis` would split a group (values that share a scale).
 
-        Smaller groups keep the checkpoint's codes; a split group would have to be dequantised and quantised again. So
-        only weights in self.coded, whose codes come from a checkpoint, change. For any other weight, and if no group is
-        split, `t` is returned as it is.
-
-        shares: the indices along `axis` that each lane gets. Raises LayoutError if no group size fits.
+        Only weights in self.coded, whose codes come from a checkpoint, are changed: with smaller groups they keep these
+        codes, while a split group would have to be quantised anew. Any other weight is returned unchanged. So is a
+        weight whose groups the cut does not split. shares: for each lane, its indices along `axis`. Raises LayoutError
+        if no group size fits.
         """
         fmt = formats.get(t.format)
         if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:
@@ -201,23 +204,24 @@ class Lane:
         return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
-        """Add this lane's part of a weight of `op` to the lane's Program. Returns the part's name in that Program.
+        """Add this lane's part of a weight of `op` to the lane's Program. Returns the name of the part in that Program.
 
-        If other ops read the weight too, the name is made from the op's site (its name), since their parts may differ;
-        else it is `name`. shares: for each lane (rank), the indices along `axis` that it holds. Raises LayoutError if
-        the cut would split a group of a quantised weight.
+        The name is `name`; but if several ops read the weight, it is made from the op's site, since the ops may need
+        different parts. shares: for each lane (rank), its indices along `axis`. Raises LayoutError if the cut would
+        split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
 
     def whole(self, name: str) -> str:
-        """Make all columns and rows of the tensor `name` available to the Program of this lane (one rank).
+        """Make the whole tensor `name` available in this lane's Program. Returns the name of the whole tensor there.
 
-        Returns the name under which ops of this lane read the whole tensor:
+        There are three cases:
 
-        - Split among the lanes: an all_gather into the new tensor NAME.whole is added, at the first call only.
-        - A weight: it is added to this lane's Program; returns `name`.
-        - Anything else is whole on every lane already; returns `name`.
+        - A tensor that is divided among the lanes: an all_gather into the new tensor NAME.whole is added, at the first
+          call only. The result is NAME.whole.
+        - A weight: it is added to this lane's Program. The result is `name`.
+        - Any other tensor is whole on every lane already. The result is `name`.
         """
         t = self.p.tensors[name]
         if t.role == "weight":
@@ -233,18 +237,18 @@ class Lane:
         return self.wholes.get(name, name)
 
     def total(self, site: str, x: str, out: str, group: tuple[int, ...], slots: int = 1) -> None:
-        """Append an all_reduce that sums the partial results `x` of the ranks in `group` into `out`. Returns nothing.
+        """Append a collective that sums the partial results `x` of the lanes in `group` into `out`. Returns nothing.
 
-        With sequence parallelism a reduce_scatter is appended instead, if all lanes are in `group` and `out` is a temp
-        with a row per token. It gives this lane (one rank) its own token rows of the sum.
+        The collective is an all_reduce. With sequence parallelism it is a reduce_scatter, which gives this lane its own
+        token rows of the sum, if all lanes are in `group` and `out` is an intermediate result with a row per token.
 
         Args:
             site: site (name) of the op whose result is summed; the collective's site begins with it.
             x: name of the partial result.
             out: name of the sum.
             group: numbers of the lanes.
-            slots: `x` has this many blocks of columns, each as wide as `out`; after the sum over ranks, the all_reduce
-                adds the blocks to each other. 1: `x` is as wide as `out`.
+            slots: number of blocks of columns in `x`, each as wide as `out`. After the sum over lanes, the all_reduce
+                adds these blocks to each other. 1: `x` is as wide as `out`.
         """
         t = self.p.tensors[out]
         self.totals.add(site)
@@ -256,13 +260,13 @@ class Lane:
             self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire, slots=slots))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
-        """Append an all_gather: each lane holds some columns of `x`, and `out` has all of them. Returns nothing.
+        """Append an all_gather that joins the columns of `x` from all lanes into `out`. Returns nothing.
 
         Args:
             site: site (name) of the new op.
-            x: name of the tensor of which each lane (rank) holds some columns.
+            x: name of the tensor of which each lane (rank) has some columns.
             out: name of the joined tensor.
-            shares: for each lane, the columns that it holds.
+            shares: for each lane, the columns that it has.
             width: number of columns of `out`.
         """
         group = partners(shares, self.lane)
@@ -270,16 +274,17 @@ class Lane:
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
-        """Append the op to the Program of this lane (one rank) with whole operands: every lane computes all of it.
+        """Append an op to the Program of this lane (one rank) so that the lane computes all of it. Returns nothing.
 
-        Returns nothing.
+        Operands that are divided among the lanes are gathered first.
         """
         self.add(op.rename({name: self.whole(name) for name in op.inputs}))
 
     def add_split(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split by columns among the lanes (ranks). Returns nothing.
+        """Append an op of which this lane (one rank) computes some columns of the result. Returns nothing.
 
-        An all_gather follows if the result is an output of the Program. shares: the columns that each lane computes.
+        If the result is an output of the Program, an all_gather of the whole result follows. shares: for each lane, the
+        columns that it computes.
         """
         if self.p.tensors[op.outputs[0]].role == "output":
             self.add_gathered(op, shares)
@@ -287,12 +292,10 @@ class Lane:
             self.add(op, shares)
 
     def add_gathered(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split by columns among the lanes (ranks), and an all_gather of the whole result.
+        """Append an op of which this lane computes some columns of the result, then an all_gather of the whole result.
 
-        The gathered result has the name of the op's result, and the split one has this name with ".part". Returns
-        nothing.
-
-        shares: for each lane, the columns that it computes.
+        The gathered result has the name of the op's result. The lane's columns have this name with ".part" appended.
+        Returns nothing. shares: for each lane (rank), the columns that it computes.
         """
         (out,) = op.outputs
         self.add(op.rename({out: f"{out}.part"}), shares)
@@ -301,8 +304,7 @@ class Lane:
     def has_token_rows(self, op: Op) -> bool:
         """True if this lane (one rank) can compute the op for its own token rows alone (sequence parallelism).
 
-        That is so if all operands except weights are split by token rows among the lanes, and the result is a temp (an
-        activation that is no output of the Program).
+        It can if all operands except weights are divided by token rows, and the result is no output of the Program.
         """
         rows = [name for name in op.inputs if self.p.tensors[name].role != "weight"]
         return set(rows) <= self.split and self.p.tensors[op.outputs[0]].role == "temp"
@@ -313,9 +315,9 @@ RULES: dict[type[Op], Rule] = {}
 
 
 def sharding_rule(*types: type[Op]) -> Callable[[Rule], Rule]:
-    """A decorator that registers a function (lane, op) as the sharding rule of these op classes, and returns it.
+    """A decorator that registers a function (lane, op) as the sharding rule of the given op classes.
 
-    A later registration replaces an earlier one.
+    The decorator returns the function unchanged. A later registration for a class replaces the earlier one.
     """
 
     def register(rule: Rule) -> Rule:
@@ -326,9 +328,10 @@ def sharding_rule(*types: type[Op]) -> Callable[[Rule], Rule]:
 
 
 def rule_of(op: Op) -> Rule:
-    """The sharding rule for an op. Raises LayoutError if its class has none.
+    """The sharding rule of an op: a function (lane, op) that adds the lane's part of the op to the lane's Program.
 
-    An elementwise op of another class than Map has the rule of Map, if all its operands are activations.
+    An elementwise op whose class has no rule has the rule of Map, if all its operands are activations. Raises
+    LayoutError for any other op without a rule.
     """
     if type(op) not in RULES and op.elementwise and op.inputs == op.operands("rows"):
         return RULES[Map]
@@ -343,19 +346,19 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources from which one lane (rank) reads its part of the weight `t`, as a tuple of texts.
 
-    Each source names a tensor and how to cut it. There is at least one source for each run of indices in `share`. The
-    tuple is () for a tensor without source, such as state.
+    A source names a checkpoint tensor and the part of it to read. There is at least one for each run of indices in
+    `share`. The tuple is () for a tensor that is not read from a checkpoint, such as a state.
 
     Args:
         t: the weight.
-        share: the runs of indices along `axis` that the lane holds.
-        axis: the axis that is cut.
-        length: size of that axis.
-        each: only for a weight that is joined from several sources. True: they are joined along another axis than
-            `axis`, so every source is cut. False: they are joined along `axis`.
+        share: the runs of indices along `axis` that the lane has.
+        axis: the axis that is divided.
+        length: size of this axis.
+        each: used only for a weight that is joined from several sources. True: the sources are joined along another
+            axis, so every source is cut. False: they are joined along `axis`.
 
-    Raises LayoutError in two cases: the cut splits a block of the weight's format; or the sources are joined along
-    `axis` and cannot be divided. Only sources that are ranges of rows (see part_sizes()) can be divided.
+    Raises LayoutError if the cut splits a block of the weight's format, or if the weight is joined along `axis` from
+    sources that are not ranges of rows (see part_sizes()), which cannot be divided.
     """
     letter = "r" if len(t.shape) > 1 else "c"
     if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length, letter)):

@@ -24,12 +24,12 @@ from intaglio.program import Program
 
 
 def make_plan(p: Program, layout: Layout) -> Plan:
-    """Decide which results are split among lanes (ranks that hold the same layers): {result: columns of each lane}.
+    """Decide which results are divided among lanes, and how. Returns {name of the result: columns of each lane}.
 
-    Attention is split by heads, a block with recurrent state by heads or channels, an MLP by its intermediate columns,
-    logits by vocabulary, the embedding by its columns. A K/V cache or a state that is split is in the dict with the
-    heads or channels of each lane. Raises LayoutError if tp does not fit the number of heads or channels, or if
-    queries, keys or values are computed from anything but projections.
+    Lanes are the ranks that have the same layers. Attention is divided by heads, a block with recurrent state by heads
+    or channels, an MLP by its intermediate columns, logits by vocabulary, and the embedding by its columns. A divided
+    K/V cache or recurrent state is in the dict too, with the heads or channels of each lane. Raises LayoutError if tp
+    does not fit the number of heads or channels, or if queries, keys or values are not computed from projections alone.
     """
     plan: Plan = {}
     for op in p.ops:
@@ -54,9 +54,10 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 
 
 def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
-    """Add the state of a short convolution to `plan`, with the channels of the op's input on each lane (rank).
+    """Add the state of a short convolution to `plan`, divided like the op's input. Returns nothing.
 
-    Changes nothing if the input is not split, or is computed from linears that are split differently.
+    The item is {name of the state: channels of each lane (rank)}. Nothing is added if the input is not divided, or if
+    it is computed from linears that are divided differently.
     """
     shares = [plan.get(name) for name in roots(p, op.x, ()) or ()]
     if shares and shares[0] and all(share == shares[0] for share in shares):
@@ -64,14 +65,14 @@ def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
 
 
 def plan_heads(p: Program, op: Attend | AttendPooled, layout: Layout, plan: Plan) -> None:
-    """Split an attention op by heads: add to `plan` how the tensors before it are divided among tp lanes (ranks).
+    """Divide an attention op among tp lanes (ranks) by heads: add the tensors that it reads to `plan`. Returns nothing.
 
-    Query heads are divided evenly; a lane has the kv heads that its query heads read. Two kinds of items are added: the
-    columns of each lane, for the results of the projections that compute queries, keys and values; and the heads of
-    each lane, for the K/V caches. If there is one kv head, keys, values and caches stay whole.
+    Query heads are divided evenly. A lane has the K/V heads that its query heads read. Added to `plan` are the results
+    of the projections that compute queries, keys and values, with the columns of each lane, and the K/V caches, with
+    the heads of each lane. If there is only one K/V head, keys, values and caches are not divided.
 
-    plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads, or
-    if queries, keys or values are computed from anything but projections.
+    plan: {name: columns or heads of each lane}; changed in place. Raises LayoutError if tp does not fit the number of
+    heads, or if queries, keys or values are not computed from projections alone.
     """
     lanes, cache = layout.tp, op.cache if isinstance(op, AttendPooled) else op.k_cache
     kv = int(p.tensors[cache].shape[2])
@@ -106,17 +107,17 @@ def plan_heads(p: Program, op: Attend | AttendPooled, layout: Layout, plan: Plan
 
 
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
-    """Add to `plan` a split by columns of the linears from which `x` is computed. Returns nothing.
+    """Divide by columns the linears from which `x` is computed: add their results to `plan`. Returns nothing.
 
-    Each lane (rank) then computes only its own columns of `x`. The linears and `x` may be separated by ops that work on
-    each column alone: elementwise ops, short convolutions, Permute and Moment. Nothing is added if `x` depends on
-    results of any other op, if a linear's result is in the plan already or has another width than `x`, or if `x` has
-    fewer columns than there are lanes.
+    Each lane (rank) then computes only its own columns of `x`. Between the linears and `x` there may be elementwise
+    ops, short convolutions, Permute and Moment ops. Nothing is added in these cases: `x` depends on the result of any
+    other op; a linear's result is in the plan already, or has another width than `x`; `x` has fewer columns than there
+    are lanes.
 
     Args:
         p: the whole Program.
         x: name of the tensor.
-        shares: the columns of `x` that each lane computes.
+        shares: for each lane, the columns of `x` that it computes.
         plan: {name of a result: columns of each lane}; changed in place.
     """
     found, width = roots(p, x, (Moment, Permute, ShortConv)), int(p.tensors[x].shape[1])
@@ -127,11 +128,12 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 def roots(
     p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None] | None = None
 ) -> set[str] | None:
-    """Names of the linears' results from which tensor `name` is computed, as a set.
+    """Find the linears from which the tensor `name` is computed. Returns the names of their results as a set, or None.
 
-    It follows operands back through elementwise ops and ops of the types `through`. None if it meets the result of any
-    other op, or if `name` is no op's result. Weights, constants and inputs of the Program do not count. A view of a
-    linear's result counts as a linear's result. found: roots of tensors already visited; new ones are added.
+    The search goes back from `name` through elementwise ops and ops of the types `through`. The result is None if the
+    search comes to the result of any other op, or if no op computes `name`. Weights, constants and inputs of the
+    Program are ignored. A view of a linear's result counts as a linear's result. found: cache {name: result for this
+    tensor}; new results are added.
     """
     found = {} if found is None else found
     if name not in found:
@@ -140,17 +142,17 @@ def roots(
 
 
 def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str, set[str] | None]) -> set[str] | None:
-    """Compute the result of roots() for a tensor that is not in `found` yet.
+    """Compute the result of roots() for a tensor that is not in its cache `found` yet.
 
-    Returns the names of the linears' results from which the tensor is computed, as a set. Between these and the tensor
-    there may be elementwise ops, and ops of the types `through`. The result is None if there are others, or if no op
+    It is the set of names of the linears' results from which the tensor is computed. Between these and the tensor there
+    may be elementwise ops and ops of the types `through`. The result is None if there are other ops, or if no op
     computes the tensor.
 
     Args:
         p: the Program.
         name: name of the tensor.
-        through: types of ops, besides elementwise ones, whose operands are followed back.
-        found: results of roots() for tensors already visited; new ones are added.
+        through: types of ops, besides elementwise ones, through which the search goes back.
+        found: cache {name: result of roots() for this tensor}; new results are added.
     """
     op = p.producer(name)
     if isinstance(op, Linear):
@@ -170,12 +172,12 @@ def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
     """Make `plan` consistent for `out`, a linear's result that other ops read through views (ranges of its columns).
 
-    A lane is a rank of the tensor-parallel group. `out` is added to the plan if three conditions hold: every view is in
-    the plan, the views together cover `out`, and no op reads `out` itself. Then a lane computes the columns of `out`
-    that the views give it. Otherwise `out` and its views are removed from the plan, so that each lane computes all
-    their columns. If `out` has no views, the plan stays as it is.
+    `out` is added to the plan if every view is in the plan, the views together cover `out`, and no op reads `out`
+    itself. A lane (rank) then computes the columns of `out` that are in its parts of the views. Otherwise `out` and its
+    views are removed from the plan, so that each lane computes all their columns. If `out` has no views, the plan does
+    not change. Returns nothing.
 
-    plan: {name of a result: columns of each lane}; changed in place. Returns nothing.
+    plan: {name of a result: columns of each lane}; changed in place.
     """
     views = p.views(out)
     shares = joint(p, out, plan)

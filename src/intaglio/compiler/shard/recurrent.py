@@ -20,15 +20,15 @@ Recurrence = LinearAttention | SelectiveScan | RgLru
 
 
 def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> None:
-    """Decide how the block around a recurrence is split among tp lanes (ranks), and add that to `plan`.
+    """Divide the block around a recurrent op among tp lanes (ranks): add its tensors to `plan`. Returns nothing.
 
-    Linear attention is split by heads, other recurrences by channels. An item is added for each state, and for each
-    result between the projections into the block and the projection out of it: the columns of each lane. If an op of
-    the block cannot run with its share, or two ops need different shares of one tensor, nothing is added, so that every
-    lane runs the whole block. Returns nothing.
+    Linear attention is divided by heads, other recurrent ops by channels. The block is all ops between the projections
+    into it and the projection out of it. Each of their results is added with the columns of each lane, and each state
+    with its heads or channels. Nothing is added, and every lane runs the whole block, if an op of the block cannot run
+    on a part of its operands, or if two ops need different parts of one tensor.
 
-    plan: {name: columns or heads of each lane}; changed. Raises LayoutError if tp does not fit the number of heads or
-    channels.
+    plan: {name: columns or heads of each lane}; changed in place. Raises LayoutError if tp does not fit the number of
+    heads or channels.
     """
     t = p.tensors
     if isinstance(op, LinearAttention):
@@ -53,15 +53,19 @@ def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> N
 
 
 def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[Share], list[Share]]:
-    """Divide the heads of linear attention among `lanes` ranks. Returns two lists, each with one item for each lane.
+    """Divide the heads of linear attention among `lanes` ranks. Returns (heads of each rank, q/k groups of each rank).
 
-    Items of the first list: the numbers of the heads that the lane computes. Items of the second list: the numbers of
-    the groups of q and k that these heads read. Each item is a Share, here a tuple of one range. Lanes get near-equal
-    numbers of groups with all their heads. If there are more lanes than groups, several lanes have the same group and
-    divide its heads.
+    Both are lists with one Share for each rank, a tuple of one range of numbers. A group is a q/k head that several
+    heads read. Each rank gets a near-equal number of groups with all heads that read them. If there are more ranks than
+    groups, several ranks have the same group and divide its heads.
 
-    site: the op's site (name), for errors. heads: a multiple of `groups`. Raises LayoutError if the lanes can divide
-    neither groups nor heads evenly.
+    Args:
+        site: the op's site (name), for errors.
+        heads: number of heads, a multiple of `groups`.
+        groups: number of groups.
+        lanes: number of ranks.
+
+    Raises LayoutError if the ranks can divide neither groups nor heads evenly.
     """
     each = heads // groups
     if lanes <= groups:
@@ -78,11 +82,12 @@ def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[S
 
 
 def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
-    """Divide `width` channels among `lanes` ranks, near-equally. Returns a list with a Share (one range) for each rank.
+    """Divide `width` channels near-equally among `lanes` ranks. Returns a list with a Share (one range) for each rank.
 
-    site: the op's site (name), for errors. blocks: number of equal blocks of channels that must stay whole. With 0,
-    ranges end at multiples of 128, else 64, else 32 channels, if these divide `width` and every rank gets some; if not,
-    at any channel. Raises LayoutError for more lanes than blocks, or than channels.
+    The channels are `blocks` equal blocks, which are not cut. If `blocks` is 0, ranges end at multiples of 128
+    channels, or else 64 or 32, if this number divides `width` and every rank gets some channels; otherwise they end at
+    any channel. site: the op's site (name), for errors. Raises LayoutError for more ranks than blocks, or than
+    channels.
     """
     if lanes > (blocks or width):
         what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
@@ -91,13 +96,14 @@ def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Shar
 
 
 def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
-    """Find how the block around a recurrent op is split among ranks: returns {tensor: columns of each lane (rank)}.
+    """Find how the tensors of the block around a recurrent op are divided. Returns {tensor: columns of each rank}.
 
-    The search starts at the tensors of `op`. It goes on through ops that compute each column from the same column, and
-    ends at the linears before and after the block. A tensor that is read through views is split as all its views are.
+    The search starts at the tensors of `op`. It continues through ops that compute each column from the same column,
+    and ends at the linears before and after the block. A tensor that is read through views is divided as all its views
+    are.
 
-    Returns None if the block cannot be split: two ops want one tensor split differently, or an op needs a whole operand
-    that cannot be gathered. starts: {tensor of `op` that is split: columns, or heads, of each lane}.
+    Returns None if the block cannot be divided: two ops need a tensor divided in different ways, or an op needs a whole
+    operand that cannot be gathered. starts: {tensor of `op` that is divided: columns or heads of each rank}.
     """
     found: Plan = {}
     todo = list(starts.items())
@@ -124,18 +130,17 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 
 
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
-    """Find how the operands and results of `op` must be split between ranks if the tensor `name` is split.
+    """Find how the operands and results of `op` must be divided if the tensor `name` is divided in a given way.
 
-    Returns {tensor: list with each rank's columns}. The result is {} if nothing more has to be split, because the
-    recurrent block ends at this op: the op is a linear, or `name` can be gathered before it. The result is None if the
-    op cannot run with a split `name`; then the whole block is not split. spread() calls this function to go on from one
-    op to its neighbours.
+    Returns a dict {tensor: list with the columns of each rank}. The result is {} if the block ends at this op, because
+    the op is a linear or because `name` can be gathered before it. The result is None if the op cannot run with a
+    divided `name`; the block is then not divided at all.
 
     Args:
-        p: the Program before sharding.
+        p: the Program before it is divided.
         op: an op of the block.
         name: an operand or result of `op`.
-        shares: the columns of `name` that each rank holds, one item per rank.
+        shares: for each rank, the columns of `name` that it has.
     """
     width = int(p.tensors[name].shape[1])
     match op:

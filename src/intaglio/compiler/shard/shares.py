@@ -15,10 +15,10 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 
 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
-    """Divide `width` columns among `lanes` ranks. Returns a list with a one-item tuple, a range, for each rank.
+    """Divide `width` columns among `lanes` ranks. Returns a list with a Share, a tuple of one range, for each rank.
 
-    The ranges are as equal as possible; no rank has a longer one than rank 0. They end at multiples of the first of
-    `blocks` that divides `width` and gives every rank at least one block. If no block does, ranges end at any column.
+    The ranges are as equal as possible, and rank 0 has a longest one. They end at multiples of a block size: the first
+    in `blocks` that divides `width` and gives every rank at least one block. If there is none, they end at any column.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [-(-(width // block) * i // lanes) * block for i in range(lanes + 1)]
@@ -26,28 +26,28 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among `lanes` ranks, near-equally: a list with a tuple of one range for each rank.
+    """Divide a weight's columns among `lanes` ranks. Returns a list with a Share, a tuple of one range, for each rank.
 
-    Ranges end at multiples of a block size where possible. The block size is the first of 128, 64 and 32 columns that
-    divides the number of columns and leaves at least one block for every rank. If none does, ranges end at any column.
-    For formats with blocks above 128 values (K-quants: 256), that block is tried first.
+    The ranges are as equal as possible. They end at multiples of a block size: the first of 128, 64 and 32 columns that
+    divides the number of columns and gives every rank at least one block. If there is none, they end at any column. For
+    number formats with blocks of more than 128 values (K-quants: 256), this block size is tried first.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """Convert shares of heads (tuples of ranges) to shares of columns. Returns a list with one share for each.
+    """Convert shares of heads to shares of columns. Returns a list with one Share, a tuple of ranges, for each.
 
-    by: columns of a head.
+    by: number of columns per head.
     """
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
 def joined(shares: Sequence[Share], lanes: int) -> list[Share]:
-    """Merge the shares of equally many neighbouring lanes (ranks) each. Returns a list with a Share per new lane.
+    """Merge the shares of neighbouring lanes (ranks). Returns a list with a Share for each of `lanes` new lanes.
 
-    lanes: the number of new lanes; it divides the number of shares.
+    Each new lane has the shares of equally many old lanes, so `lanes` must divide the number of shares.
     """
     each = len(shares) // lanes
     runs = [zip(*shares[i * each : (i + 1) * each], strict=True) for i in range(lanes)]
@@ -55,34 +55,40 @@ def joined(shares: Sequence[Share], lanes: int) -> list[Share]:
 
 
 def parts_within(parts: Sequence[Share], held: Share) -> list[int]:
-    """Indices of the shares in `parts` that make up the share `held`, as a list; [] if no shares make up all of it."""
+    """Indices of the parts that make up the share `held`, as a list; [] if `held` is not made up of whole parts.
+
+    parts: the columns of each part, as a Share. held: the columns that a rank has.
+    """
     columns = {i for r in held for i in r}
     found = [i for i, part in enumerate(parts) if all(c in columns for r in part for c in r)]
     return found if sum(width_of(parts[i]) for i in found) == len(columns) else []
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """Convert a share of columns to a share of heads: a tuple with a range of head indices for each range of columns.
+    """Convert a share of columns to a share of heads. Returns a tuple with a range of heads for each range of columns.
 
-    A head has `head_dim` columns. `share` must consist of whole heads.
+    head_dim: number of columns per head. `share` must consist of whole heads.
     """
     return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
 def width_of(share: Share) -> int:
-    """Number of columns (or of heads) in a share: the sum of the lengths of its ranges."""
+    """Number of columns (or of heads) in a Share, which is a tuple of ranges."""
     return sum(map(len, share))
 
 
 def keeps_whole(shares: Sequence[Share], group: int) -> bool:
-    """True if no group of `group` consecutive columns is divided between shares; False if `group` is 0 or less."""
+    """True if every range of the shares begins and ends at a multiple of `group` columns, so that no group is split.
+
+    False if `group` is 0 or less.
+    """
     return group > 0 and all(end % group == 0 for share in shares for r in share for end in (r.start, r.stop))
 
 
 def is_partition(shares: Sequence[Share], width: int) -> bool:
-    """True if each share is one run of columns, and the different runs together are columns 0 to width - 1, each once.
+    """True if the lanes together have each of the columns 0 to width - 1, and each lane has one run of columns.
 
-    shares: the columns of each lane (rank). Several lanes may have the same run.
+    The runs must not overlap, but several lanes may have the same run. shares: for each lane (rank), its columns.
     """
     runs = sorted({run for share in shares for run in share}, key=lambda r: r.start)
     ends = [0, *(r.stop for r in runs)]
@@ -90,10 +96,10 @@ def is_partition(shares: Sequence[Share], width: int) -> bool:
 
 
 def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
-    """The columns of tensor `base` on each lane (rank), when `plan` says which columns of its views each lane holds.
+    """The columns of tensor `base` that each lane (rank) has, derived from the columns of its views in `plan`.
 
-    Returns a list with a Share (tuple of ranges) for each lane. None if `base` has no views, if the views do not cover
-    `base` without gaps, or if a view is not in `plan`. plan: {view: its columns on each lane}.
+    Returns a list with a Share (tuple of ranges) for each lane. Returns None if `base` has no views, if the views do
+    not cover `base` without gaps, or if a view is not in `plan`. plan: {name of a view: its columns on each lane}.
     """
     views = p.views(base)
     ends = [start + int(p.tensors[name].shape[1]) for start, name in views]
@@ -107,12 +113,11 @@ def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
 
 
 def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
-    """The group of lanes (ranks) for an all_gather on lane number `lane`, as a tuple ordered by the columns they hold.
+    """The lanes (ranks) that take part in an all_gather with lane number `lane`, as a tuple in order of their columns.
 
-    Together they hold every column once. Several lanes may hold the same columns (kv heads are copied if there are
-    more lanes than kv heads). Then one group has the first holder of each share, another the second, and so on.
-
-    shares: the columns of each lane.
+    Together these lanes have every column exactly once. Several lanes may have the same columns, for example if K/V
+    heads are copied. Then the first lanes with each share form a group, the second lanes another group, and so on.
+    shares: for each lane, its columns.
     """
     holders: dict[Share, list[int]] = {}
     for i, share in enumerate(shares):

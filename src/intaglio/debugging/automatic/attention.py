@@ -15,11 +15,12 @@ Facts = dict[str, Any]
 
 
 def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray) -> tuple[Facts, list[Norm]]:
-    """What an attention block computes. Returns (facts, norms): a dict, and [norm of q, norm of k] or [].
+    """Find what an attention block of a traced model computes. Returns (properties, norms).
 
-    The dict has the sizes (heads, kv_heads, head_dim, value_dim), the projections (names, layout, transposed, biases,
-    o_name, o_transposed, o_bias), qk_norm and qk_names, rope (a Rotation), scale, softcap, sinks, window, chunk, gate
-    and inner_norm.
+    The properties are a dict with these keys: heads, kv_heads, head_dim and value_dim (sizes); names, layout,
+    transposed and biases (of the q, k and v projections); o_name, o_transposed and o_bias (of the output projection);
+    qk_norm and qk_names (see _qk_norm()); rope (a Rotation); scale, softcap, sinks, window and chunk (see _scores());
+    gate and inner_norm (see _after()). The norms are [norm of q, norm of k], or [] without norms.
 
     Args:
         t: the trace.
@@ -49,14 +50,12 @@ def _relative(name: str, under: str) -> str:
 
 
 def _scores(t: Trace, rec: Attention) -> Facts:
-    """How the traced result follows from queries, keys and values: a dict {scale, softcap, sinks, window, chunk}.
+    """Find the settings of attention with which queries, keys and values give the traced result. Returns a dict.
 
-    scale and softcap are floats (0: no softcap), sinks is True if the module has attention sinks, window and chunk are
-    tokens (0: none). Raises Unmatched if softmax attention does not give the traced result with any values tried.
+    Its keys are scale (float), softcap (float; 0: none), sinks (True if the module has attention sinks), window and
+    chunk (in tokens; 0: none). Raises Unmatched if no settings that are tried give the traced result.
 
-    Args:
-        t: the trace.
-        rec: the call of the attention function.
+    t: the trace. rec: the call of the attention function.
     """
     heads, n = rec.q.shape[:2]
     seen = np.tri(n, dtype=bool) if rec.mask is None else rec.mask > -1e30
@@ -85,9 +84,10 @@ def _scores(t: Trace, rec: Attention) -> Facts:
 
 
 def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
-    """(window, chunk) of an attention mask, in tokens; 0 for none. Raises Unmatched for any other mask.
+    """The (sliding window, chunk) of an attention mask, in tokens; 0 for none.
 
-    seen: bool [queries, keys], True where a query sees a key. name: the module's name, for the error.
+    seen: the mask, bool [queries, keys], True where a query sees a key. name: name of the attention module, for the
+    error. Raises Unmatched if the mask is neither causal, nor causal with a window or with chunks.
     """
     n = len(seen)
     at, to = np.arange(n)[:, None], np.arange(n)[None]
@@ -104,17 +104,20 @@ def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[Linear], found: list[Norm]) -> Facts:
-    """A dict {"gate": name, "inner_norm": name} of modules between attention and output projection; "" for none.
+    """Find the modules between attention and its output projection. Returns {"gate": name, "inner_norm": name}.
+
+    The gate is a linear whose sigmoid multiplies attention's result. The inner norm norms attention's result. A name is
+    "" if there is no such module.
 
     Args:
         t: the trace.
         rec: the call of the attention function.
         x: the block's input.
         out: the output projection.
-        readers: linears that read x.
+        readers: linears that read `x`.
         found: norms in the block.
 
-    Raises Unmatched if anything else lies between them.
+    Raises Unmatched if anything else is computed between attention and the output projection.
     """
     f: Facts = {"gate": "", "inner_norm": ""}
     held = rec.out
@@ -130,10 +133,11 @@ def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[L
 
 
 def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[Linear], list[np.ndarray]]]:
-    """Yield (layout, linears, [q, k, v]) for each way in which the linears `readers` may hold the projections.
+    """Yield the ways in which some linears may compute queries, keys and values, as (layout, linears, [q, k, v]).
 
-    layout: "separate" (three linears), "rows" (one linear with the rows of q, then k, then v) or "groups" (one linear
-    with q, k and v of one K/V head after the other). q, k, v: arrays [tokens, heads, columns].
+    The layout is "separate" (three linears), "rows" (one linear, whose rows are those of q, then k, then v) or "groups"
+    (one linear, with q, k and v of the first K/V head, then of the second, and so on). q, k and v are arrays [tokens,
+    heads, columns]. readers: the linears that read the block's input. rec: the call of the attention function.
     """
     (h, n, d), g, e = rec.q.shape, rec.k.shape[0], rec.v.shape[-1]
     widths = (h * d, g * d, g * e)
@@ -154,17 +158,17 @@ def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[
 
 
 def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[Norm], f: Facts) -> list[Norm]:
-    """Find the linears, norms and rope that make queries, keys and values from the block's input, and add them to `f`.
+    """Find the linears, norms and rope that compute queries, keys and values. Returns [norm of q, norm of k], or [].
 
-    The keys added to `f` are rope, layout (see _layouts()), names, transposed, biases, qk_norm and qk_names. If queries
-    have a further factor, f["scale"] is multiplied by it. Returns [norm of q, norm of k], or [] without norms.
+    The properties that are found are added to the dict `f`: rope, layout (see _layouts()), names, transposed, biases,
+    qk_norm and qk_names. If queries are also multiplied by a factor, f["scale"] is multiplied by this factor.
 
     Args:
         t: the trace.
         rec: the call of the attention function.
         readers: linears that read the block's input.
         found: norms in the block.
-        f: facts of the block so far.
+        f: properties of the block so far; changed in place.
 
     Raises Unmatched if queries, keys and values are computed in any other way.
     """
@@ -199,9 +203,9 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
 
 
 def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A norm's argument or result as an array of `shape`, [heads, tokens, head_dim].
+    """Bring the argument or result of a norm to the shape `shape`, [heads, tokens, head_dim]. Returns the array.
 
-    x: has this shape already, or as many values ordered by token, then head.
+    x: an array of this shape, or an array with as many values whose axes have tokens before heads.
     """
     if x.shape == shape:
         return x
@@ -209,23 +213,26 @@ def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
-    """The norm in `found` that norms each head by itself and has x [heads, tokens, head_dim] as its result, or None."""
+    """The norm in `found` that norms each head separately and whose result is `x`; None if there is none.
+
+    x: queries or keys after rope, [heads, tokens, head_dim].
+    """
     return next((n for n in found if n.y.size == x.size and n.x.ndim == 3 and same(_by_head(n.y, x.shape), x)), None)
 
 
 def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
-    """The norm that reads a projection's result y [tokens, heads, head_dim]; None if no norm does.
+    """The norm in `found` that reads the result `y` of a projection; None if no norm does.
 
-    The norm may read y with heads before tokens.
+    y: [tokens, heads, head_dim]. The norm may read it with heads before tokens.
     """
     return next((n for n in found if same(n.x, y) or same(n.x, y.swapaxes(0, 1))), None)
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which a model scales queries while it rotates them; 1.0 if it does not scale them.
+    """The factor by which a model multiplies queries beside rotating them; 1.0 if it only rotates them.
 
-    Three candidate factors are tried. The result is the first one with which `before`, scaled, is rotated to `after`
-    in as many dimensions and in the same style as the keys; None if no candidate is.
+    Up to three factors are tried. The result is the first with which `before` times the factor is rotated to `after` in
+    the same style as the keys, and in as many dimensions. It is None if no factor gives this.
 
     Args:
         before: the queries before rope, [heads, tokens, head_dim].
@@ -244,11 +251,19 @@ def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | Non
 
 
 def _qk_norm(rec: Attention, q: Norm | None, k: Norm | None, late: list[Norm | None]) -> tuple[str, list[Norm]]:
-    """(value of Decoder.qk_norm, [norm of q, norm of k]); ("", []) without norms.
+    """Find how queries and keys are normed. Returns (value of Decoder.qk_norm, [norm of q, norm of k]).
 
     The value is "flat" for norms of all heads together before rope, "head" for norms of each head before rope, "late"
-    for norms with weights after rope, "unit" for norms without weights after rope. q, k: the norms before rope. late:
-    the norms of q and k after rope. Raises Unmatched for norms both before and after rope.
+    for norms with weights after rope, and "unit" for norms without weights after rope. The result is ("", []) without
+    norms.
+
+    Args:
+        rec: the call of the attention function.
+        q: the norm of queries before rope, or None.
+        k: the norm of keys before rope, or None.
+        late: [norm of queries after rope, norm of keys after rope], each of which may be None.
+
+    Raises Unmatched for norms both before and after rope.
     """
     if late[0] is not None and late[1] is not None:
         if q is not None:

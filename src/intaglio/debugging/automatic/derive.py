@@ -37,15 +37,16 @@ SHOWN = 4  # variants of the configuration whose logits are compared, besides th
 
 @dataclass(frozen=True)
 class AutoPort:
-    """The result of an automatic port.
+    """The result of porting an architecture automatically: the source text of the port, and how far it is verified.
 
     Attributes:
         architecture: name of the architecture in config.json.
-        text: the source text of the port file; "" if none could be written.
-        deviations: a dict from a configuration, in words, to the port's error there: max |ours - theirs| / max |theirs|
-            over logits, from deviation().
-        refused: {setting, as key=value: why the port refuses it}.
-        failure: the part that was not matched, or the difference that was found, as text; "" for a verified port.
+        text: source text of the port file; "" if none could be written.
+        deviations: {configuration in words: error of the port's logits}. An error is max |ours - theirs| / max
+            |theirs|, see deviation().
+        refused: {setting as key=value: why the port refuses it}.
+        failure: what could not be ported, or the difference from transformers that was found, as text; "" for a
+            verified port.
     """
 
     architecture: str
@@ -56,7 +57,7 @@ class AutoPort:
 
     @property
     def verified(self) -> bool:
-        """True if a port was written and agrees with transformers within tolerance in all comparisons."""
+        """True if a port was written and it agrees with transformers in all comparisons, within the tolerance."""
         return bool(self.text) and not self.failure
 
     def __str__(self) -> str:
@@ -67,12 +68,12 @@ class AutoPort:
 
 
 def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
-    """Derive the port of an architecture, verify it against transformers, and return the AutoPort.
+    """Write a port of an architecture by tracing a tiny transformers model, and verify it. Returns the AutoPort.
 
-    If the architecture cannot be ported, `failure` of the AutoPort says why. A port that exists already is ignored.
-    Raises PortingError if a tiny model of the architecture cannot be built or run.
+    If the architecture cannot be ported, the AutoPort's field `failure` says why. A port that exists already is
+    ignored. Raises PortingError if a tiny model of the architecture cannot be built or run.
 
-    target: a checkpoint folder, or a model type of transformers.
+    target: a checkpoint folder, or a model type of transformers. progress: called before each step.
     """
     config = read_config(target)
     tiny = TinyModels(config)
@@ -108,11 +109,10 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A paragraph for users, as text: which transformers module cannot be ported, and what is nearest to it.
+    """A text for users that says which module of transformers cannot be ported, and which op or field is nearest to it.
 
-    Args:
-        architecture: name of the architecture in config.json.
-        e: the error; its fields name the module, what is missing for it, and the nearest op or field.
+    architecture: name of the architecture in config.json. e: the error, which names the module, what is missing, and
+    the nearest op or field.
     """
     return (
         f"{architecture} is not ported: the module {e.module} has {e.missing}, for which no op or field of Decoder is "
@@ -121,7 +121,7 @@ def paragraph(architecture: str, e: Unmatched) -> str:
 
 
 def load_port(text: str) -> Family:
-    """Execute the source text of a port file, and return the Family that it defines."""
+    """Execute the source text of a port file. Returns the Family (port of a model architecture) that it defines."""
     space: dict[str, Any] = {"__name__": "port"}
     exec(compile(text, "<port>", "exec"), space)  # text that this package wrote
     family = space["FAMILIES"][0]
@@ -130,10 +130,11 @@ def load_port(text: str) -> Family:
 
 
 def _first(tiny: TinyModels) -> Variant:
-    """Trace the tiny model with its usual sizes (SIZES) and return the Variant: its config.json and traced properties.
+    """Trace the tiny model with its usual sizes (SIZES). Returns the Variant: its config.json and traced properties.
 
-    All other variants are compared with this one. If transformers refuses the head_dim in SIZES, heads get hidden_size
-    / heads columns. Raises Unmatched for what Decoder cannot express, PortingError if the model cannot be built or run.
+    All other variants are compared with this one. If transformers refuses the head_dim in SIZES, it is hidden_size /
+    num_attention_heads instead. Raises Unmatched for what the fields of Decoder cannot express, PortingError if the
+    model cannot be built or run.
     """
     try:
         return _variant(tiny, {})
@@ -146,11 +147,10 @@ def _first(tiny: TinyModels) -> Variant:
 
 
 def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
-    """Trace the tiny model with other values for the config keys in `changes`.
+    """Trace the tiny model with some changed config keys. Returns the Variant: its config.json and traced properties.
 
-    Returns the Variant: the configuration, `changes`, and the values of Decoder's fields that were traced. Comparing
-    variants shows how a field follows from config.json. Raises Unmatched for what Decoder cannot express, PortingError
-    if the model cannot be built or run.
+    changes: {config key: value}. Comparing variants shows how a field of Decoder depends on config.json. Raises
+    Unmatched for what the fields of Decoder cannot express, PortingError if the model cannot be built or run.
     """
     model = tiny.build(**changes)
     tokens = np.random.default_rng(0).integers(3, 250, 61).tolist()
@@ -166,9 +166,10 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """The value of Family.ignored: a tuple of patterns such as *.cross_attn., for parts of layers never called.
+    """Name patterns of the weights that the port ignores, as a tuple: the value of Family.ignored.
 
-    prefix: the part of a weight's name before the list of layers.
+    A pattern, such as *.cross_attn., stands for a module in the layers that the trace never called. prefix: the part of
+    a weight's name before the list of layers.
     """
     head = trace.head
     inside = [re.search(r"\.\d+\.(\w+)\.", f"{m}.") for m in trace.uncalled() if m != head and m.startswith(prefix)]
@@ -178,9 +179,9 @@ def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
 
 
 def aliases(tiny: TinyModels) -> dict[str, str]:
-    """The value of Family.aliases for the model: {usual name of a config key: the name in the model's config.json}.
+    """Other names of config keys, as {usual name: name in the model's config.json}: the value of Family.aliases.
 
-    Only keys with another name than usual are in the dict.
+    Keys that have their usual name are not in the dict. tiny: the tiny models of the architecture.
     """
     return {k: own for k, own in tiny.own.items() if k in USUAL and k not in tiny.usual and own in tiny.usual}
 
@@ -188,13 +189,13 @@ def aliases(tiny: TinyModels) -> dict[str, str]:
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
     """Trace the tiny model with other sizes and settings. Returns (variants, refused, lines).
 
-    - variants: list of Variant. It has `first`, each traced variant whose fields differ from those of `first`, and each
-      in which several keys were changed.
-    - refused: a dict {setting that Decoder cannot express: the reason}.
+    - variants: list of Variants: `first`, the variants whose traced fields differ from those of `first`, and the
+      variants in which several config keys or the layer types were changed.
+    - refused: {setting that the fields of Decoder cannot express: the reason}.
     - lines: source text for the port file, one statement for each refused setting, which raises an error for it.
 
-    Settings with which transformers itself cannot build or run the model are skipped. Raises PortingError if Decoder
-    cannot express the model with OTHER_SIZES.
+    Settings with which transformers cannot build or run the model are skipped. Raises PortingError if the fields of
+    Decoder cannot express a model with several changed config keys, such as OTHER_SIZES.
 
     Args:
         tiny: builds the models.
@@ -234,13 +235,13 @@ def _sized(tiny: TinyModels) -> set[str]:
 
 
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
-    """Source text for a port file, as one str, that raises PortError if config.json has an unported value of `key`.
+    """A statement for a port file, as text. It raises PortError if `key` in config.json has a value that is not ported.
 
-    The text accepts the value that the tiny model has. If that value is false (0, None, False) and `new` is true, the
-    text accepts every false value.
+    The statement accepts the value that the tiny model has. If this value is false (0, None, False) and `new` is true,
+    it accepts every false value.
 
     Args:
-        tiny: builds models with that model's settings.
+        tiny: the tiny models, which have the accepted value.
         key: the config key.
         new: another value of the key, with which porting failed.
         why: the reason, for the error.
@@ -254,15 +255,13 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 
 
 def _saved(folder: Path, module: str) -> str:
-    """The name under which a checkpoint has the weight of the output head, without ".weight".
+    """The name, without ".weight", under which a checkpoint stores the weight of the output head.
 
     It is `module` if the checkpoint has MODULE.weight. Otherwise the head is tied to the embedding, and the result is
-    the embedding's name. The embedding is taken to be the only matrix NAME.weight outside the layers whose NAME
-    contains "emb" and has no dot. If there is none, or more than one, the result is `module`.
+    the embedding's name: the only matrix NAME.weight outside the layers whose NAME contains "emb" and has no dot. If
+    there is no such matrix, or more than one, the result is `module`.
 
-    Args:
-        folder: the checkpoint.
-        module: name of the head's module in transformers; "" if there is none, and the result is "".
+    folder: the checkpoint. module: name of the head's module in transformers; if it is "", the result is "".
     """
     found = Checkpoint.open(folder)
     if f"{module}.weight" in found.names or not module:
@@ -273,16 +272,16 @@ def _saved(folder: Path, module: str) -> str:
 
 
 def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
-    """Facts for the text of the port file, as a dict, which write_port() takes as `about`.
+    """Facts about an architecture for the text of its port file, as a dict: the argument `about` of write_port().
 
     The keys are:
 
     - version: version of transformers.
-    - defaults: transformers' values of config keys.
-    - aliases: {usual name of a key: its name in this configuration}.
-    - title: name of the architecture without its class's ending.
-    - head: name of the output head's module in a checkpoint; "" for lm_head or none.
-    - vocabulary: expression that gives the vocabulary's size.
+    - defaults: {config key: its value in transformers if config.json does not have it}.
+    - aliases: {usual name of a config key: its name in the model's config.json}.
+    - title: name of the architecture without the ending of its class name.
+    - head: name of the output head's module in a checkpoint; "" if it is lm_head or there is none.
+    - vocabulary: source text of the expression that gives the size of the vocabulary.
 
     Args:
         tiny: the tiny models of the architecture.
@@ -306,16 +305,14 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path, first: Variant) -> str:
-    """Name of the layout in which a checkpoint stores the matrices of experts, as text; "" for a model without experts.
+    """The layout in which a checkpoint stores the matrices of experts, as text; "" for a model without experts.
 
-    It is NAMED, NUMBERED, STACKED or TRANSPOSED, constants of models.decoder. Names in the checkpoint may differ from
-    those in transformers. Therefore two of them are added to first.facts["mixture"]: "saved_correction" is the
-    checkpoint's name of the correction bias, and "saved_block", with NUMBERED, that of the experts' module.
-    Raises PortingError for another layout.
+    It is "NAMED", "NUMBERED", "STACKED" or "TRANSPOSED", names of constants of models.decoder. The checkpoint may use
+    other names than transformers, so two names are added to first.facts["mixture"]: "saved_correction", the
+    checkpoint's name of the correction bias, and for "NUMBERED" also "saved_block", its name of the experts' module.
+    Raises PortingError for any other layout.
 
-    Args:
-        folder: a checkpoint of the tiny model.
-        first: the Variant with the usual sizes.
+    folder: a checkpoint of the tiny model. first: the Variant with the usual sizes.
     """
     m = first.facts.get("mixture")
     if not m:
@@ -337,14 +334,12 @@ def _stored(folder: Path, first: Variant) -> str:
 
 
 def _saved_correction(checkpoint: Checkpoint, m: Mapping[str, Any]) -> str:
-    """The name that a checkpoint gives to the experts' correction bias, without the name of the layer and block.
+    """The name of the experts' correction bias in a checkpoint, without the names of the layer and the block before it.
 
-    The suffix "|v" is added if the checkpoint stores the bias as a matrix [1, N]: it tells the port to read a vector.
+    "|v" is appended if the checkpoint stores the bias as a matrix [1, N]; it tells the port to read a vector. If no
+    tensor of the checkpoint has the last part of the name in transformers, the result is the name in transformers.
 
-    Args:
-        checkpoint: a checkpoint of the tiny model.
-        m: properties of the mixture; "correction" is the bias's name in transformers. That name is returned if no
-            tensor of the checkpoint has the same last part.
+    checkpoint: a checkpoint of the tiny model. m: properties of the mixture; "correction" is the name in transformers.
     """
     last = m["correction"].rpartition(".")[2]
     for name in sorted(checkpoint.names):
@@ -357,17 +352,17 @@ def _verify(
     tiny: TinyModels, family: Family, text: str, variants: list[Variant], refused: dict[str, str], folder: Path,
     progress: Progress,
 ) -> AutoPort:  # fmt: skip
-    """Compare the port's logits with those of transformers. Returns the AutoPort (the port and how far it deviates).
+    """Compare a port's logits with those of transformers. Returns the AutoPort: the port and its errors.
 
-    The logits of up to 2 * SHOWN variants are compared. If all are within LIMIT, check() also compares the first
-    variant at every op.
+    The logits of the first 2 * SHOWN variants are compared. If all errors are at most LIMIT, check() also compares the
+    results of all ops in the first variant.
 
     Args:
         tiny: builds the models.
         family: the port.
-        text: its source text.
-        variants: traced variants of the configuration; the first ones are compared.
-        refused: settings that the port refuses, for the result.
+        text: source text of the port.
+        variants: traced variants of the configuration.
+        refused: settings that the port refuses, for the AutoPort.
         folder: folder in which checkpoints of the variants are written.
         progress: called before each variant.
     """
@@ -404,12 +399,13 @@ def _brief(v: Variant) -> str:
 
 
 def deviation(path: Path, family: Family, model: Any) -> float:
-    """The error of a port's logits, max |ours - theirs| / max |theirs|, one number for a prefill and decode steps.
+    """The error of a port's logits, as one number: max |ours - theirs| / max |theirs|.
 
-    It is infinity if one of our logits is NaN. The prompt is random.
+    The maximum is over a prefill of a random prompt and some decode steps. The result is infinity if one of our logits
+    is not finite.
 
-    path: a checkpoint of the transformers model `model`. family: the port. Raises PortError or CheckpointError if the
-    port cannot load the checkpoint.
+    path: a checkpoint of `model`. family: the port. model: the transformers model. Raises PortError or CheckpointError
+    if the port cannot load the checkpoint.
     """
     import torch
 

@@ -32,12 +32,12 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the tiny model, with the properties that were traced in it.
+    """One configuration of a tiny model, and the properties that were traced with it.
 
     Attributes:
         config: the content of config.json.
-        changes: the keys in which it differs from the first variant, with their values.
-        facts: the values of Decoder's fields, from flatten().
+        changes: {config key: value} for the keys whose values differ from the first variant's.
+        facts: the traced values of Decoder's fields, see flatten().
     """
 
     config: dict[str, Any]
@@ -46,9 +46,10 @@ class Variant:
 
 
 def value(expression: str, variant: Variant) -> Any:
-    """The value of an expression for one variant of the configuration; MISSING if evaluating it raises an error.
+    """The value of an expression over config.json in one variant; MISSING if evaluating it raises an error.
 
-    expression: source text for a port file, over `c` (the Config) and the fields in NAMES.
+    expression: source text for a port file, over `c` (the Config) and the fields in NAMES. variant: a configuration of
+    the tiny model.
     """
     c = Config(variant.config, {})
     known = {k: variant.facts[k] for k in NAMES if k in variant.facts}
@@ -59,15 +60,18 @@ def value(expression: str, variant: Variant) -> Any:
 
 
 def fits(expression: str, wanted: Sequence[Any], variants: Sequence[Variant]) -> bool:
-    """True if an expression over the configuration gives the wanted value in every variant of the configuration.
+    """True if an expression over config.json gives the wanted value in every variant of the configuration.
 
-    wanted: one value for each of `variants`.
+    expression: source text for a port file. wanted: the wanted value for each of `variants`.
     """
     return all(equal(value(expression, v), w) for v, w in zip(variants, wanted, strict=True))
 
 
 def equal(a: Any, b: Any) -> bool:
-    """True if two values are the same, or numbers within 1e-4 of each other (relative). False if `a` is MISSING."""
+    """True if two values are equal. Two numbers are equal if they differ by at most 1e-4 of `b`.
+
+    False if `a` is MISSING.
+    """
     if a is MISSING:
         return False
     if isinstance(a, bool) or isinstance(b, bool):
@@ -78,10 +82,13 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def solve(field: str, variants: Sequence[Variant], usual: Any = MISSING) -> str | None:
-    """Source text of an expression over config.json that gives a field's value in every variant of the configuration.
+    """Find an expression over config.json that gives a field's traced value in every variant. Returns its source text.
 
-    "" if the value is always `usual`, the default of Decoder's field. None if no expression in FIRST or of candidates()
-    fits all variants. field: a key of Variant.facts, or several with dots, such as mixture.width.
+    Returns "" if the value is `usual`, the default of Decoder's field, in every variant. Returns None if no expression
+    in FIRST or from candidates() fits all variants and the value is not constant.
+
+    field: a key of Variant.facts, or several keys joined by dots, such as mixture.width. variants: configurations of
+    the tiny model with their traced values.
     """
     wanted = [_get(v.facts, field) for v in variants]
     if usual is not MISSING and all(equal(w, usual) for w in wanted):
@@ -102,9 +109,9 @@ def _get(facts: Facts, field: str) -> Any:
 
 
 def candidates(wanted: Sequence[Any], variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield source texts of expressions over one or two keys of config.json that may give the values `wanted`.
+    """Yield expressions over one or two keys of config.json, as source texts, that may give the values `wanted`.
 
-    wanted: one value for each of `variants`.
+    wanted: the wanted value for each of `variants`.
     """
     first, config = wanted[0], variants[0].config
     if isinstance(first, bool):

@@ -17,14 +17,14 @@ SPLIT = 'split((("q_proj", heads // kv_heads * head_dim), ("k_proj", head_dim), 
 
 
 class Code(str):
-    """Source text of an expression. text() writes it into the port file as it is, without quotes."""
+    """Source text of an expression, which text() writes into the port file as it is, without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def text(x: Any) -> str:
-    """A value as Python source text for a port file, with double quotes around strings."""
+    """The value `x` as Python source text for a port file, with double quotes around strings."""
     if isinstance(x, Code):
         return str(x)
     if isinstance(x, str):
@@ -37,10 +37,11 @@ def text(x: Any) -> str:
 
 
 def flatten(f: Facts) -> Facts:
-    """The values of Decoder's fields, as a dict, from the properties of a traced model (see model_facts()).
+    """The values of Decoder's fields for a traced model, as a dict {field: value}.
 
-    window, chunk, rope and sparse are lists with one value per layer. Raises Unmatched if layers differ in anything
-    else, or if Decoder cannot express the model.
+    The values of window, chunk, rope and sparse are lists with one item per layer. f: properties of the model, see
+    model_facts(). Raises Unmatched if layers differ in anything else, or if the fields of Decoder cannot express the
+    model.
     """
     layers = f["layers"]
     first = _agree([{k: v for k, v in z["attn"].items() if k not in PER_LAYER} for z in layers], f["list"])
@@ -98,16 +99,13 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """Choose one routing for all layers with experts. Returns each layer's facts with this routing: a list of dicts.
+    """Choose a routing that fits all layers with experts. Returns the properties of each layer, with this routing.
 
-    A layer's few traced tokens may fit several routings. The first one that fits all layers is taken; in the result its
-    keys stand in place of the key `routing`.
+    The result is a list of dicts. The few traced tokens of a layer may fit several routings, which the layer has as a
+    list under the key `routing`. The first routing that fits all layers is chosen, and its keys replace the key
+    `routing`.
 
-    Args:
-        mixed: facts of each layer's mixture, with a list of routings under the key `routing` (see _routing() in
-            mlp.py).
-        name: name of the list of layers, for the error.
-
+    mixed: properties of each layer's mixture, see mixture_facts(). name: name of the list of layers, for the error.
     Raises Unmatched if no routing fits all layers.
     """
     ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
@@ -124,9 +122,10 @@ PER_LAYER = ("window", "chunk", "rope", "scale")
 
 
 def _agree(tables: list[Facts], name: str) -> Facts:
-    """The first of `tables`, one per layer, if all are equal; else raise Unmatched naming what differs.
+    """Check that all layers have equal properties. Returns the properties of the first layer.
 
-    name: name of the list of layers.
+    tables: the properties of each layer. name: name of the list of layers, for the error. Raises Unmatched, naming the
+    property, if layers differ.
     """
     for i, table in enumerate(tables):
         for k, v in table.items():
@@ -150,15 +149,13 @@ def _one_scale(scales: list[float], name: str) -> float:
 
 
 def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
-    """Entries of Decoder.sources for one linear: {name that Decoder uses: name in the checkpoint}.
+    """Entries of Decoder.sources for one linear: a dict {name that Decoder uses: name in the checkpoint}.
 
-    {} if both names are equal and the checkpoint's weight is not transposed. For a transposed one there are two
-    entries, of the weight (marked with |T) and of the bias.
+    The dict is {} if both names are equal and the checkpoint's weight is not transposed. For a transposed weight there
+    are two entries: the weight, marked with |T, and the bias.
 
-    Args:
-        usual: the name that Decoder uses.
-        own: the name in the checkpoint.
-        transposed: True if the checkpoint holds the weight transposed.
+    usual: the linear's name in Decoder. own: its name in the checkpoint. transposed: True if the checkpoint stores the
+    weight transposed.
     """
     if transposed:
         return {f"{usual}.weight": f"{own}.weight|T", f"{usual}.bias": f"{own}.bias"}
@@ -168,21 +165,21 @@ def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
 def _sources(
     f: Facts, attn: Facts, mlp: Facts, attention: str, block: str, prefix: str
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Values of Decoder's fields `fused` and `sources` for a traced model. Returns (tuple of names, dict).
+    """The values of Decoder's fields `fused` and `sources` for a traced model, as (tuple of names, dict).
 
-    fused: modules that hold several projections, such as qkv_proj. sources: {name in Llama: name in the checkpoint}. If
-    a tensor must be made from others (such as a part of one), the value is source text for a port file. Entries with
-    the same name in both are left out.
+    `fused` names the modules that hold several projections, such as qkv_proj. `sources` is {name in Llama: name in the
+    checkpoint}, for names that differ. If a tensor must be made from others, for example as a part of one, the value is
+    source text for the port file.
 
     Args:
-        f: facts of the model.
-        attn: facts of its attention.
-        mlp: facts of its dense MLP; {} without one.
+        f: properties of the model.
+        attn: properties of its attention.
+        mlp: properties of its dense MLP; {} without one.
         attention: name of the attention module in a layer.
         block: name of the MLP's module in a layer.
         prefix: part of a weight's name before the list of layers.
 
-    Raises Unmatched for a form of the projections that sources cannot express.
+    Raises Unmatched for projections whose form `sources` cannot express.
     """
     fused, out = [], dict[str, Any]()
     layers, embed = f["list"].removeprefix(prefix), f["embedding"].removeprefix(prefix)
@@ -229,7 +226,7 @@ def _sources(
 
 
 def _mixture(m: Facts, block: str) -> Facts:
-    """The values of Mixture's fields, as a dict, from the properties `m` of a traced mixture of experts.
+    """The values of Mixture's fields for a traced mixture of experts, as a dict {field: value}.
 
     The dict has four more keys:
 
@@ -238,8 +235,8 @@ def _mixture(m: Facts, block: str) -> Facts:
     - inside: True if the routing weight multiplies an expert's input, not its result.
     - experts: name of the experts' module within the mixture's module.
 
-    block: name of the mixture's module in a layer. Raises Unmatched for a shared expert whose linears do not
-    have the usual names.
+    m: traced properties of the mixture. block: name of the mixture's module in a layer. Raises Unmatched for a shared
+    expert whose linears do not have the usual names.
     """
     shared = m["shared"]
     out: Facts = {
@@ -259,10 +256,10 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """For each layer, the index of its rope table: a list of ints from 0, with -1 for a layer without rope.
+    """The index of each layer's rope table, as a list of ints from 0; -1 for a layer without rope.
 
-    Layers share a table if they rotate equally many columns by the same angles. ropes: the rotation traced in each
-    layer.
+    Layers have the same table if they rotate equally many columns by the same angles. ropes: the rotation that was
+    traced in each layer.
     """
     seen: list[Rotation] = []
     out = []

@@ -15,12 +15,12 @@ Facts = dict[str, Any]
 
 
 def model_facts(t: Trace) -> Facts:
-    """What a traced transformers model computes, as a dict from which flatten() makes the fields of Decoder.
+    """The properties of a traced transformers model, as a dict from which flatten() makes the fields of Decoder.
 
-    The keys are list (name of the list of layers), embedding (name of its module), hidden (width of the residual), head
-    (name of the output head's module), norm (see Norm.family), layers (one dict for each layer, see _layer()), and the
-    keys that _embedding() and _head() return. Raises Unmatched if the model computes something that no field of Decoder
-    can express.
+    The keys are list (name of the list of layers), embedding (name of the embedding's module), hidden (width of the
+    residual), head (name of the output head's module), norm (see Norm.family), layers (a list with a dict for each
+    layer, see _layer()), and the keys of the dicts from _embedding() and _head(). Raises Unmatched if the model
+    computes something that no field of Decoder can express.
     """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
@@ -40,9 +40,9 @@ def model_facts(t: Trace) -> Facts:
 
 
 def _layer_list(t: Trace) -> str:
-    """Name of the list of decoder layers: the longest list of modules that has attention in it.
+    """The name of the model's list of decoder layers: the longest list of modules that contains attention.
 
-    Raises Unmatched if no call of attention was traced, or all are outside lists.
+    Raises Unmatched if no call of attention was traced, or if all calls are outside lists.
     """
     attended = {a.name for a in t.attention}
     lists = [n for n in t.lists if any(a.startswith(f"{n}.0.") or f"{n}.1." in a for a in attended)]
@@ -54,7 +54,7 @@ def _layer_list(t: Trace) -> str:
 
 
 def _called(t: Trace, name: str) -> Call:
-    """The only call of the module `name`. Raises Unmatched if it is not called exactly once."""
+    """The traced Call of the module `name`. Raises Unmatched if the module was not called exactly once."""
     found = [c for c in t.calls if c.name == name]
     if len(found) != 1:
         raise Unmatched(name, f"a layer that is called {len(found)} times", "Decoder.layers, each called once")
@@ -62,18 +62,18 @@ def _called(t: Trace, name: str) -> Call:
 
 
 def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """What the model does to token embeddings before its first layer. Returns (properties, norms).
+    """Find what the model does to token embeddings before its first layer. Returns (properties, norms).
 
-    The properties are a dict with the keys vocabulary (its size), embed_scale, positions (table of learned positions,
-    see _summed()), embed_norm (name of a norm's module, "" without) and embed_norm_first (True if positions are added
-    after the norm). The norms are a list of Norm: [] or that one.
+    The properties are a dict with the keys vocabulary (number of tokens in it), embed_scale (a factor), positions (the
+    table of learned positions, see _summed()), embed_norm (name of a norm's module; "" without a norm) and
+    embed_norm_first (True if positions are added after the norm). `norms` is a list with this Norm, or [].
 
     Args:
         t: the trace.
         x: the first layer's input.
         layers: name of the list of layers.
 
-    Raises Unmatched if x is not the embeddings with at most a scale, learned positions and a norm.
+    Raises Unmatched if `x` is not the embeddings with at most a scale, learned positions and a norm.
     """
     table = t.weight(t.embedding)
     assert table is not None
@@ -95,15 +95,15 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
     """Find the scale and the table of learned positions with which a model computes `x` from token embeddings.
 
-    Returns a dict with two keys; None if no scale and no table of the model explain `x`.
+    Returns a dict with two keys, or None if no scale and no table of the model give `x`.
 
-    - embed_scale: factor on the embeddings.
-    - positions: a dict that describes the table whose rows are added: name, first (row of position 0) and rows (number
-      of its rows). None if the scale alone explains `x`.
+    - embed_scale: factor by which the embeddings are multiplied.
+    - positions: the table whose rows are added, as a dict with name, first (its row for position 0) and rows (its
+      number of rows). None if no table is added.
 
     Args:
         t: the trace.
-        x: what a norm or the first layer reads.
+        x: the array that a norm or the first layer reads.
         rows: the embeddings of the tokens.
     """
     if (found := factors(x, rows)) is not None:
@@ -118,18 +118,19 @@ def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
-    """What one layer computes. Returns (facts, norms): a dict, and a list of the Norms found in the layer.
+    """Find what one layer of a traced model computes. Returns (properties, norms).
 
-    The dict has the keys attention (name of its module in the layer), attn (see attention_facts()), mlp ({"dense": see
-    dense_facts()} or {"mixture": see mixture_facts()}), block (name of the MLP's module), norms ({Intaglio's name of a
-    norm, such as attn.norm: name of its module}), parallel (True if the MLP reads the layer's input, not
-    its sum with attention) and residual_scale (a float, the factor on what is added to the residual).
+    The properties are a dict with these keys; `norms` is a list of the Norms in the layer.
 
-    Args:
-        t: the trace.
-        call: the call of the layer.
+    - attention: name of the attention module in the layer.
+    - attn: properties of attention, see attention_facts().
+    - mlp: {"dense": see dense_facts()} or {"mixture": see mixture_facts()}.
+    - block: name of the MLP's module in the layer.
+    - norms: {Intaglio's name of a norm, such as attn.norm: name of its module in the layer}.
+    - parallel: True if the MLP reads the layer's input instead of its sum with attention's result.
+    - residual_scale: factor by which results are multiplied before they are added to the residual.
 
-    Raises Unmatched for what Decoder cannot express.
+    t: the trace. call: the call of the layer. Raises Unmatched for what the fields of Decoder cannot express.
     """
     here = [a for a in t.attention if a.name.startswith(f"{call.name}.")]
     if len(here) != 1:
@@ -161,9 +162,9 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The first argument of the call `block` that is a floating-point array with the shape of `like`.
+    """The array that the call `block` gets as its input: its first floating-point argument with the shape of `like`.
 
-    like: the residual. Raises Unmatched if there is none.
+    like: the residual. Raises Unmatched if there is no such argument.
     """
     found = [x for x in block.inputs if x.shape == like.shape and x.dtype.kind == "f"]
     if not found:
@@ -172,16 +173,18 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 
 
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
-    """Add the norm before attention to `n`, under the name `site`, if there is one. Returns nothing.
+    """Find the norm before attention and add it to `n` under the name `site`. Returns nothing.
+
+    If attention reads the residual without a norm, nothing is added.
 
     Args:
-        n: norms of the layer by name.
+        n: {name: norm of the layer}; changed in place.
         site: the name, such as attn.norm.
         own: norms called in the layer.
         x: the input of attention.
         call: the call of the layer.
 
-    Raises Unmatched if x is neither the residual nor a norm of it.
+    Raises Unmatched if `x` is neither the residual nor a norm of it.
     """
     if same(x, call.x):
         return
@@ -192,18 +195,19 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 
 
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
-    """What a layer's MLP or mixture of experts computes. Returns (facts, name, argument, result).
+    """Find what a layer's MLP or mixture of experts computes. Returns (properties, name, argument, result).
 
-    - facts: {"dense": see dense_facts()} or {"mixture": see mixture_facts()}.
+    - properties: {"dense": see dense_facts()} or {"mixture": see mixture_facts()}.
     - name: name of its module in the layer; "" if its linears are directly in the layer.
-    - argument, result: the arrays that it reads and yields.
+    - argument: the array that the MLP reads.
+    - result: the array that the MLP computes.
 
     Args:
         t: the trace.
         call: the call of the layer.
-        attention: name of the layer's attention module, which is left out.
+        attention: name of the attention module, whose linears are left out.
 
-    Raises Unmatched for what Decoder cannot express.
+    Raises Unmatched for what the fields of Decoder cannot express.
     """
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
@@ -229,18 +233,18 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """How the results of attention and MLP are added to the residual: a dict with the keys parallel, residual_scale.
+    """Find how the results of attention and MLP are added to the residual. Returns a dict with two keys.
 
-    parallel is True if the MLP reads the layer's input, not its sum with attention. residual_scale is the factor on
-    both results. The norms before the MLP, or after an addition, are added to `n`.
+    parallel is True if the MLP reads the layer's input instead of its sum with attention's result. residual_scale is
+    the factor by which both results are multiplied. Norms before the MLP and norms after an addition are added to `n`.
 
     Args:
         call: the call of the layer.
-        n: norms of the layer, by name such as attn.norm; norms that are found here are added.
+        n: {name such as attn.norm: norm of the layer}; changed in place.
         own: all norms called in the layer.
         read: the input of the MLP.
-        branch: the result of attention, with its norm.
-        end: the result of the MLP, with its norm.
+        branch: the result of attention, after its norm if it has one.
+        end: the result of the MLP, after its norm if it has one.
 
     Raises Unmatched if the results are added in any other way.
     """
@@ -279,10 +283,10 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
     Args:
         call: the call of the layer.
         x: the residual.
-        branches: the results that are added to it.
-        parallel: value for the key parallel.
+        branches: the arrays that are added to the residual.
+        parallel: the value of the key parallel in the result.
 
-    Raises Unmatched if the result is anything else.
+    Raises Unmatched if the layer's result is anything else.
     """
     found = factors(call.y, x, *branches)
     if found is None or found[0] != 1 or max(found[1:]) - min(found[1:]) > 1e-5:
@@ -291,15 +295,16 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """How the logits are computed from the last layer's result. Returns (facts, norms): a dict, and [final norm] or [].
+    """Find how the logits are computed from the last layer's result. Returns (properties, norms).
 
-    The dict has the keys final_norm (name of its module; "" without), head_bias, tied (True if the head is the
-    embedding), logit_scale and final_softcap (0: none).
+    The properties are a dict with the keys final_norm (name of the norm's module; "" without), head_bias (True if the
+    output head has a bias), tied (True if its weight is the embedding), logit_scale (a factor) and final_softcap (0:
+    none). `norms` is a list with the final Norm, or [].
 
     Args:
         t: the trace.
         x: the last layer's result.
-        layers: name of the list of layers, in which no final norm is looked for.
+        layers: name of the list of layers. The final norm is not in this list.
 
     Raises Unmatched if the logits are computed in any other way.
     """

@@ -20,10 +20,17 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
-    """Recognise the dense MLP that reads `x` in a traced model. Returns (properties, result).
+    """Find what a dense MLP of a traced model computes. Returns (properties, result).
 
-    The properties are a dict: gated, activation, fused, swapped (if fused: up comes before gate), names (of the linears
-    that read x), down, transposed, bias, width and inner_norm. The result is the traced output of the down projection.
+    The result is the traced output of the down projection. The properties are a dict:
+
+    - gated: True if the MLP computes down(activation(gate(x)) * up(x)), False for down(activation(up(x))).
+    - activation: name of the activation function.
+    - fused: True if one linear computes gate and up. Then swapped is True if up comes first.
+    - names, down: names of the linears that read `x`, and of the down projection.
+    - transposed, bias: True if the weights are stored transposed, and if the linears have biases.
+    - width: number of intermediate columns.
+    - inner_norm: name of a norm before the down projection; "" without one.
 
     Args:
         t: the trace.
@@ -31,7 +38,7 @@ def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple
         x: the MLP's input.
         under: name of the MLP's module.
 
-    Raises Unmatched if no linears among `own` form an MLP that Decoder can express.
+    Raises Unmatched if no linears in `own` form an MLP that the fields of Decoder can express.
     """
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
@@ -59,14 +66,14 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Find the ways in which an MLP may compute `inner`, the input of its down projection; yield each as a dict.
+    """Yield the ways in which traced linears may compute `inner`, the input of an MLP's down projection, as dicts.
 
-    The keys are gated, activation (a name), linears (names of the one or two linears used), fused (True if one linear
-    holds gate and up), swapped (only if fused: up comes before gate) and up_bias (True if the linear has a bias).
+    The keys are gated (True with a gate), activation (its name), linears (names of the one or two linears), fused (True
+    if one linear computes gate and up), swapped (only if fused: True if up comes before gate) and up_bias (True if the
+    linear has a bias).
 
-    Args:
-        readers: traced linears that read the MLP's input.
-        inner: the input of the down projection, or of the norm before it.
+    readers: traced linears that read the MLP's input. inner: the input of the down projection, or of the norm before
+    it.
     """
     y = inner.reshape(len(readers[0].y), -1)
     for act in ACTIVATIONS:
@@ -87,9 +94,9 @@ def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
 
 
 def experts_call(t: Trace, under: str) -> Call | None:
-    """The call of the module of stacked experts inside the module `under`; None if there is none.
+    """The traced Call of the module of experts inside the module `under`; None if there is no such module.
 
-    Such a module has stacks of matrices for parameters, and ids of chosen experts among its arguments.
+    A module of experts has stacks of matrices as parameters, and numbers of chosen experts among its arguments.
     """
     for call in t.below(under):
         stacks = [v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name and v.ndim == 3]
@@ -99,11 +106,11 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """Find what a mixture of experts computes. Returns its properties as a dict.
+    """Find what a mixture of experts of a traced model computes. Returns its properties as a dict.
 
-    - experts: name of the experts' module within the mixture's module.
-    - routing: list of the possible routings, see _routing().
-    - Other keys describe the routed experts (see _expert()) and the shared expert (see _shared()).
+    The keys are experts (name of the experts' module within the mixture's module), routing (a list of the routings that
+    fit the trace, see _routing()), the keys of _expert() for the routed experts, and the keys of _shared() for the
+    shared expert.
 
     Args:
         t: the trace.
@@ -125,20 +132,22 @@ def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Fa
 
 
 def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts:
-    """What the routed experts compute, as a dict.
+    """Find what the routed experts of a traced model compute. Returns their properties as a dict.
 
-    - count, width, top: number of experts, their inner width, and experts per token.
-    - turned: True if their matrices are stored transposed.
-    - activation: name of the function on the gate.
-    - inside: True if the routing weight multiplies an expert's input, not its result.
+    - count: number of experts.
+    - width: number of intermediate columns of an expert.
+    - top: number of experts per token.
+    - turned: True if the experts' matrices are stored transposed.
+    - activation: name of the activation function of the gate.
+    - inside: True if the routing weight multiplies an expert's input, False if it multiplies the result.
 
     Args:
         t: the trace.
-        call: the call of the module of experts.
-        ids: experts of each token [tokens, top].
-        weights: their weights [tokens, top].
+        call: the call of the experts' module.
+        ids: numbers of the experts chosen for each token, [tokens, top].
+        weights: routing weights of these experts, [tokens, top].
 
-    Raises Unmatched if no activation and layout give the call's result.
+    Raises Unmatched if no activation and layout of the matrices give the call's result.
     """
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     joined, down = own.get("gate_up_proj"), own.get("down_proj")
@@ -169,20 +178,21 @@ def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts
 
 
 def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, count: int) -> Facts:
-    """Find every routing that chooses the traced experts with the traced weights. Returns {"routing": list of dicts}.
+    """Find the routings that choose the traced experts with the traced weights. Returns {"routing": list of dicts}.
 
-    Each dict has the keys router (name of the router's module), router_bias (True or False), route (attributes of our
-    op Route), correction (name of the correction bias; "" without) and route_scale (factor on the weights).
+    Each dict is one routing. Its keys are router (name of the router's module), router_bias (True or False), route
+    (attributes of the op Route of Intaglio), correction (name of the correction bias; "" without) and route_scale
+    (factor on the weights).
 
     Args:
         t: the trace.
         under: name of the mixture's module.
         x: the input of the mixture.
-        ids: chosen experts [tokens, top].
-        weights: their weights [tokens, top].
+        ids: numbers of the experts chosen for each token, [tokens, top].
+        weights: routing weights of these experts, [tokens, top].
         count: number of experts.
 
-    Raises Unmatched if there is none.
+    Raises Unmatched if no routing fits.
     """
     routers, found = {}, list[Facts]()
     for name, w in t.parameters.items():
@@ -214,13 +224,12 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 
 
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
-    """Yield candidates for the attributes of our op Route, as dicts, to be tried on the traced model.
+    """Yield sets of attributes of Intaglio's op Route, as dicts, to be tried on a traced model.
 
-    The keys are "score" and "normalise". For experts in groups there are "groups", "kept_groups" and "group_best" too.
+    The keys are score ("softmax", "sigmoid" or "chosen") and normalise (True or False). For experts in groups the keys
+    groups, kept_groups and group_best are added.
 
-    Args:
-        t: the trace, whose configuration has the numbers of groups.
-        corrected: True if the candidate has a correction bias.
+    t: the trace, whose configuration has the numbers of groups. corrected: True for routings with a correction bias.
     """
     groups, kept = int(t.config.get("n_group") or 0), int(t.config.get("topk_group") or 0)
     for grouped in (False, *([True] if groups > 1 else [])):
@@ -237,16 +246,16 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """Factor by which the weights of our op Route must be multiplied to be the traced routing weights, a float.
+    """The factor by which the weights from Intaglio's op Route are multiplied to give the traced weights, a float.
 
-    None if the op chooses other experts than the traced ones, or if no one factor fits.
+    Returns None if the op chooses other experts than the traced ones, or if there is no single factor.
 
     Args:
-        logits: the router's logits [tokens, experts].
-        bias: correction bias, or None.
+        logits: the router's logits, [tokens, experts].
+        bias: the correction bias, or None.
         how: attributes of the op.
-        ids: traced ids of the chosen experts [tokens, top].
-        weights: traced weights of the chosen experts [tokens, top].
+        ids: traced numbers of the chosen experts, [tokens, top].
+        weights: traced routing weights of the chosen experts, [tokens, top].
     """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",
@@ -262,11 +271,11 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """What the shared expert of a mixture computes, as a dict with two keys.
+    """Find what the shared expert of a mixture computes. Returns a dict with two keys.
 
-    - shared: properties of the shared expert's MLP, see dense_facts(), and under the key "place" the name of its
-      module. None if there is no shared expert.
-    - shared_gate: name of the linear whose sigmoid multiplies the shared expert's result; "" for none.
+    - shared: properties of the shared expert, see dense_facts(), with the name of its module under the key "place".
+      None if there is no shared expert.
+    - shared_gate: name of the linear whose sigmoid multiplies the shared expert's result; "" if there is none.
 
     Args:
         t: the trace.
@@ -275,7 +284,7 @@ def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray)
         x: the input of the mixture.
         result: the result of the mixture.
 
-    Raises Unmatched if anything else is added to the routed experts' result.
+    Raises Unmatched if anything else is added to the result of the routed experts.
     """
     none: Facts = {"shared": None, "shared_gate": ""}
     if same(call.y, result):

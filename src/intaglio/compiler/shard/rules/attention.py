@@ -11,10 +11,10 @@ from intaglio.ops import Attend, ChooseKeys, KvWrite
 
 @sharding_rule(KvWrite)
 def kv_write(lane: Lane, op: KvWrite) -> None:
-    """Append a KvWrite op to one rank's Program. Returns nothing.
+    """Append a KvWrite op, which writes keys and values to K/V caches, to one rank's Program. Returns nothing.
 
-    If a K/V cache of the op is split between ranks, the rank's op writes the rank's heads to its part of that cache. A
-    cache that is not split gets all heads.
+    If the op's K/V caches are divided among the ranks, the rank writes only its own heads. If a cache is not divided,
+    the rank writes all heads.
     """
     names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
     scales = {}
@@ -26,9 +26,9 @@ def kv_write(lane: Lane, op: KvWrite) -> None:
 
 @sharding_rule(Attend)
 def attend(lane: Lane, op: Attend) -> None:
-    """Append an Attend op to one rank's Program. Returns nothing.
+    """Append an Attend op (attention over a K/V cache) to one rank's Program. Returns nothing.
 
-    If the queries (op.q) are split between ranks by heads, the rank's op computes only the rank's heads. Otherwise it
+    If the queries (op.q) are divided among the ranks by heads, the rank computes only its own heads. Otherwise it
     computes all heads.
     """
     shares, whole = lane.shares.get(op.q), lane.p.tensors

@@ -12,19 +12,21 @@ from intaglio.ops import AllToAll, Concat, Embed, MixStreams, Op, Permute, Route
 
 @sharding_rule(Route, Sample, Select, Sinusoid)
 def whole(lane: Lane, op: Op) -> None:
-    """Append an op to one rank's Program on whole operands, so that every rank computes all of it. Returns nothing."""
+    """Append an op to one rank's Program so that every rank computes all of it. Returns nothing.
+
+    Operands that are divided among the ranks are gathered first.
+    """
     lane.add_whole(op)
 
 
 @sharding_rule(Embed)
 def embed(lane: Lane, op: Embed) -> None:
-    """Append an Embed op for the rank's columns of the table, then an all_gather, to one rank's Program.
+    """Append an Embed op for the rank's columns of the table to one rank's Program, then an all_gather of all columns.
 
-    Returns nothing. The all_gather moves half the bytes of the all_reduce that a table split by vocabulary would need.
-    With sequence parallelism there is an all_to_all instead, which gives each rank all columns of its own token rows;
-    it moves 1 / tp of the all_gather's bytes.
-
-    If lane.parts lists the op, the table is quantised in parts, and each part gets an Embed op, see embed_in_parts().
+    The all_gather moves half the bytes of the all_reduce that a table divided by vocabulary would need. With sequence
+    parallelism an all_to_all is appended instead, which gives each rank all columns of its own token rows; it moves 1 /
+    tp of the all_gather's bytes. If lane.parts has the op, the table is quantised in parts, see embed_in_parts().
+    Returns nothing.
     """
     if op.site in lane.parts:
         return embed_in_parts(lane, op, lane.parts[op.site])
@@ -41,10 +43,11 @@ def embed(lane: Lane, op: Embed) -> None:
 
 
 def embed_in_parts(lane: Lane, op: Embed, parts: list[Share]) -> None:
-    """Append an Embed op for each of `parts` that this rank holds, then what joins their columns. Returns nothing.
+    """Append an Embed op for each part of the table that the rank has, and ops that join all columns. Returns nothing.
 
-    parts: the columns of each part of the table, which is quantised separately. Raises LayoutError if the rank's
-    columns are not whole parts.
+    The columns of the rank's parts are joined by Concat ops. If the table is divided among ranks, an all_gather
+    follows. parts: the columns of each part of the table, which are quantised separately. Raises LayoutError if the
+    rank's columns are not whole parts.
     """
     shares, width = lane.plan.get(op.out), int(lane.p.tensors[op.out].shape[1])
     held = shares[lane.lane] if shares else (range(width),)
@@ -69,8 +72,8 @@ def embed_in_parts(lane: Lane, op: Embed, parts: list[Share]) -> None:
 def permute(lane: Lane, op: Permute) -> None:
     """Append a Permute op, which puts columns in another order, to one rank's Program. Returns nothing.
 
-    If the input op.x is split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on all of
-    op.x; a rank's own columns would not be enough, since columns move between ranks.
+    If the input op.x is divided by token rows, the op runs on the rank's rows. Otherwise it runs on all of op.x: a
+    rank's columns alone would not be enough, since columns move between ranks.
     """
     if not lane.has_token_rows(op):
         return lane.add_whole(op)
@@ -80,9 +83,9 @@ def permute(lane: Lane, op: Permute) -> None:
 
 @sharding_rule(Concat, MixStreams, Sinkhorn)
 def by_token_rows(lane: Lane, op: Op) -> None:
-    """Append an op to one rank's Program: one that joins columns or mixes residual streams. Returns nothing.
+    """Append an op that joins columns or mixes residual streams to one rank's Program. Returns nothing.
 
-    If all operands are split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on the
-    whole operands.
+    If all operands are divided by token rows, the op runs on the rank's rows. Otherwise the rank computes the whole
+    result.
     """
     return lane.add(op) if lane.has_token_rows(op) else lane.add_whole(op)

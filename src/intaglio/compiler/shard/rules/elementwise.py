@@ -11,13 +11,15 @@ from intaglio.ops import Map, Op
 
 @sharding_rule(Map)
 def elementwise(lane: Lane, op: Op) -> None:
-    """Append an elementwise op, for part of its result or all of it, to one rank's Program. Returns nothing.
+    """Append an elementwise op to one rank's Program. Returns nothing.
 
-    - Rows: if all operands are split by token rows, the op computes the rank's rows.
-    - Columns: if all operands of more than one column are split alike, the op computes the rank's columns. An operand
-      with one column per head may be whole: the rank reads the columns of its heads. If other ops read views (column
-      ranges) of the result, the result is split only if lane.plan, which has the columns of each split tensor, has it.
-    - In all other cases the op computes the whole result, from whole operands.
+    The first case that fits applies:
+
+    - Rows: if all operands are divided by token rows, the op computes the rank's rows.
+    - Columns: if all operands with more than one column are divided in the same way, the op computes the rank's
+      columns. An operand with one column per head may be whole; the rank then reads the columns of its heads. If other
+      ops read the result through views (column ranges), this case needs the result in lane.plan.
+    - Whole: the op computes the whole result, from whole operands.
     """
     if lane.has_token_rows(op):
         return lane.add(op)
@@ -31,20 +33,18 @@ def elementwise(lane: Lane, op: Op) -> None:
 
 
 def by_head(lane: Lane, op: Op, wide: list[str], shares: list[Share] | None) -> tuple[Op, list[str]]:
-    """Make an elementwise op read the columns of the rank's own heads in operands with one column for each head.
+    """Make an elementwise op read only the rank's heads of an operand that has one column per head.
 
-    Such an operand is whole on the rank, while the op's first operand is split by columns. The operand is replaced by a
-    view of the columns of the rank's own heads; the rank must hold a run of whole heads. The views are added to the
-    Program of `lane`.
-
-    Returns (the op with the views as operands, a list of the names in `wide` that were not replaced).
+    Such an operand is whole on every rank, while the op's first operand is divided by columns. If the rank has a run of
+    whole heads, the operand is replaced by a view of the columns of these heads. The view is added to the Program of
+    `lane`. Returns (the op with the views as operands, the names in `wide` that were not replaced).
 
     Args:
         lane: the rank's Program.
-        op: an elementwise op.
-        wide: its operands of more than one column.
-        shares: the columns of the first operand that each rank holds; None: it is whole, and `op` and `wide` are
-            returned.
+        op: the elementwise op.
+        wide: names of the op's operands with more than one column.
+        shares: for each rank, the columns of the first operand that it has. None: the operand is whole, and `op` and
+            `wide` are returned unchanged.
     """
     if not shares:
         return op, wide

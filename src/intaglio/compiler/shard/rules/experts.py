@@ -14,17 +14,15 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append an Experts op for the rank's part of the experts, then an all_reduce, to one rank's Program.
+    """Append an Experts op for the rank's part of the experts to one rank's Program, then an all_reduce of the results.
 
-    The all_reduce adds the ranks' results. Returns nothing.
+    The ranks with the same layers form ep groups of tp ranks. Experts are divided among the groups, and the
+    intermediate columns of each expert among the ranks of a group. If the layout has redundant experts, its placement
+    says which group has which experts. The all_reduce then adds the results of a token's experts in the order in which
+    the token chose them, so that results do not depend on the placement. Returns nothing.
 
-    The ranks that hold a layer form ep groups of tp ranks. Experts are divided among the groups, and the intermediate
-    columns of each expert among a group's ranks. If the layout has redundant experts, its placement says which group
-    holds which experts. The all_reduce then adds the results of each token's experts in the order in which the token
-    chose them (slots), so that results do not depend on the placement.
-
-    Raises LayoutError for fewer experts than ep, for fewer columns than tp, and for a placement that does not fit. Also
-    if tp is above 1 and the down matrices have a column order (act-order): tp would split the order.
+    Raises LayoutError for fewer experts than ep, for fewer columns than tp, for a placement that does not fit, and for
+    tp above 1 if the down matrices have a column order (act-order), which tp would split.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.up].shape)
@@ -65,13 +63,14 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The expert numbers that each expert-parallel group holds for the op at `site`: a tuple with a tuple of ints each.
+    """The numbers of the experts that each expert-parallel group holds, as a tuple with a tuple of ints for each group.
 
-    - If layout.placement lists the site (name of the op's place in the model), the numbers are those listed there.
-    - Else, if the layout has redundant experts or a placement, they are those of ExpertPlacement.even().
-    - Else the result is (), and each group holds consecutive experts.
+    - If layout.placement has the op's site (its name in the model), it gives the numbers.
+    - Otherwise, if the layout has redundant experts or a placement, ExpertPlacement.even() gives the numbers.
+    - Otherwise the result is (): each group holds consecutive experts.
 
-    count: number of experts of the op. Raises LayoutError for a placement that does not fit `count` and the layout.
+    site: the op's site. count: number of experts of the op. Raises LayoutError for a placement that does not fit
+    `count` and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()
@@ -90,7 +89,7 @@ def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], 
 
 
 def runs_of(numbers: Sequence[int]) -> Share:
-    """The Share that holds `numbers`, which ascend: a range for each run of consecutive numbers."""
+    """The ascending `numbers` as a Share: a tuple with a range for each run of consecutive numbers."""
     runs: list[range] = []
     for n in numbers:
         if runs and runs[-1].stop == n:

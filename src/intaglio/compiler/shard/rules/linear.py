@@ -12,18 +12,18 @@ from intaglio.ops import AllGather, HeadLinear, Linear, Map, Tensor
 
 @sharding_rule(Linear)
 def linear(lane: Lane, op: Linear) -> None:
-    """Append a Linear op to one rank's Program: row parallel, column parallel, or whole.
+    """Append a Linear op to one rank's Program: row parallel, column parallel or whole. Returns nothing.
 
-    It is row parallel if its input op.x is split by columns, column parallel if lane.plan splits its result, else
-    whole.
+    The first case that fits applies:
 
-    - Row parallel: each rank computes a partial sum over its columns of x, and an all_reduce adds the sums. A linear
-      with an activation cannot be row parallel.
-    - Column parallel: each rank computes its columns of the result. A linear with a residual cannot be column parallel.
-    - Whole: every rank gathers x, if x is split, and computes all of the result.
     - In parts, if lane.parts has the op: row parallel with several partial sums on each rank, see in_parts().
+    - Row parallel, if the input op.x is divided by columns and the op has no activation: each rank computes a partial
+      sum over its columns of x, and an all_reduce adds the partial sums.
+    - Column parallel, if lane.plan divides the result and the op has no residual: each rank computes its columns of the
+      result.
+    - Whole: every rank computes all of the result. A divided x is gathered first.
 
-    Returns nothing. Raises LayoutError for a linear fused with glu.
+    Raises LayoutError for a linear fused with glu.
     """
     if op.glu:
         raise LayoutError(f"{op.site} is fused with its activation; shard a Program before it is fused")
@@ -47,13 +47,13 @@ def linear(lane: Lane, op: Linear) -> None:
 
 
 def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
-    """Append a Linear op whose sum is computed in `parts`, of which each rank of a group computes an equal number.
+    """Append a Linear op whose sum is computed in several parts, which gives it the bits of a larger tp.
 
-    The result has the bits of a layout with a rank for each part: each part is a product of its own, and the parts are
-    added in their order. A rank that has all of x adds each part to those before it. Otherwise an all_gather gives
-    every rank all parts. Returns nothing.
+    Each part is a product over some columns of x. The parts are added in their order. A rank that has all of x computes
+    all parts, and adds each part to the sum of the parts before it. Otherwise each rank of a group computes an equal
+    number of parts, and an all_gather gives every rank all parts. Returns nothing.
 
-    parts: the columns of x of each part. Raises LayoutError if a rank's columns of x are not whole parts.
+    parts: for each part, its columns of x. Raises LayoutError if a rank's columns of x are not whole parts.
     """
     cut_x, width = lane.shares.get(op.x), int(lane.p.tensors[op.x].shape[1])
     held = cut_x[lane.lane] if cut_x else (range(width),)
@@ -85,9 +85,16 @@ def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
 
 
 def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int], group: tuple[int, ...]) -> None:
-    """Append all_gathers that give every rank of `group` all partial sums, and ops that add these in order.
+    """Append all_gathers that give every rank of `group` all partial sums of a linear, and ops that add these sums.
 
-    names: names of the partial sums that this rank has computed. own: their indices. Returns nothing.
+    The sums are added in the order of their numbers. Returns nothing.
+
+    Args:
+        lane: the rank's Program.
+        op: the linear.
+        names: names of the partial sums that this rank has computed.
+        own: numbers of these partial sums in the order of addition.
+        group: numbers of the ranks.
     """
     width, each = int(lane.p.tensors[op.out].shape[1]), len(own)
     rows, terms = lane.tensors[names[0]].shape[0], dict[int, str]()
@@ -109,8 +116,8 @@ def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int],
 def head_linear(lane: Lane, op: HeadLinear) -> None:
     """Append a HeadLinear op (one matrix per head or group of heads, as in MLA) to one rank's Program. Returns nothing.
 
-    If the op's input op.x is split between ranks so that each has the columns of whole matrices, the rank's op computes
-    only the rank's matrices. Otherwise it computes all of them.
+    If the input op.x is divided so that each rank has the columns of whole matrices, the rank computes only the
+    products with its own matrices. Otherwise it computes all of them.
     """
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     each = int(lane.p.tensors[op.x].shape[1]) // heads

@@ -15,11 +15,12 @@ def norm(lane: Lane, op: Norm) -> None:
 
     The first case that fits applies:
 
-    - All operands are split by token rows: the op norms the rank's rows.
-    - x is not split by columns, the norm has a residual, or other ops read its result through views (column ranges):
-      the op norms whole rows, and the rank keeps the whole result. A split x is gathered first.
-    - x is split between groups that are normed by themselves: the op norms the rank's groups.
-    - x is split otherwise: x is gathered and whole rows are normed; the rank keeps a view of its columns of the result.
+    - All operands are divided by token rows: the op norms the rank's rows.
+    - x is not divided by columns, or the norm has a residual, or other ops read the result through views (column
+      ranges): the op norms whole rows, and the rank keeps the whole result. A divided x is gathered first.
+    - x is divided between groups of columns that are normed separately: the op norms the rank's groups.
+    - x is divided in another way: x is gathered and whole rows are normed. The rank keeps a view of its columns of the
+      result.
     """
     if lane.has_token_rows(op):
         for name in (op.weight, op.bias):
@@ -46,10 +47,10 @@ def norm(lane: Lane, op: Norm) -> None:
 
 @sharding_rule(Moment)
 def moment(lane: Lane, op: Moment) -> None:
-    """Append a Moment op (the mean, rms or standard deviation of each row) to one rank's Program. Returns nothing.
+    """Append a Moment op (mean, rms or standard deviation of each row) to one rank's Program. Returns nothing.
 
-    If the op's input op.x is split between ranks by token rows, the op runs on the rank's rows. Otherwise it runs on
-    all rows; an op.x that is split by columns is gathered first.
+    If the input op.x is divided by token rows, the op runs on the rank's rows. Otherwise it runs on all rows; an op.x
+    that is divided by columns is gathered first.
     """
     if lane.has_token_rows(op):
         lane.add(op)

@@ -11,19 +11,19 @@ from intaglio.ops import AttendPooled, PoolKeys
 
 @sharding_rule(PoolKeys)
 def pool_keys(lane: Lane, op: PoolKeys) -> None:
-    """Append a PoolKeys op to one rank's Program. Returns nothing.
+    """Append a PoolKeys op, which writes pooled entries to a cache, to one rank's Program. Returns nothing.
 
-    The op is not divided: every rank has all entries, as it has all keys of attention with one K/V head.
+    The op is not divided: every rank has all entries of the cache.
     """
     lane.add_whole(op)
 
 
 @sharding_rule(AttendPooled)
 def attend_pooled(lane: Lane, op: AttendPooled) -> None:
-    """Append an AttendPooled op to one rank's Program. Returns nothing.
+    """Append an AttendPooled op (attention over a window of keys and over pooled entries) to one rank's Program.
 
-    If the queries (op.q) are split between ranks by heads, the rank's op computes only the rank's heads. Otherwise it
-    computes all heads.
+    If the queries (op.q) are divided among the ranks by heads, the rank computes only its own heads. Otherwise it
+    computes all heads. Returns nothing.
     """
     shares = lane.shares.get(op.q)
     if not shares:

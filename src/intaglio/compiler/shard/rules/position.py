@@ -8,10 +8,10 @@ from intaglio.ops import Rope
 
 @sharding_rule(Rope)
 def rope(lane: Lane, op: Rope) -> None:
-    """Append a Rope op to one rank's Program. Returns nothing.
+    """Append a Rope op (rotary position embedding) to one rank's Program. Returns nothing.
 
-    If the op's input op.x is split between ranks by heads, the rank's op rotates only the rank's heads. Otherwise it
-    rotates all heads.
+    If the input op.x is divided among the ranks by heads, the rank rotates only its own heads. Otherwise it rotates all
+    heads.
     """
     shares = lane.shares.get(op.x)
     return lane.add_split(op, shares) if shares else lane.add_whole(op)

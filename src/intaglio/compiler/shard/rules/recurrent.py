@@ -15,10 +15,10 @@ from intaglio.ops import Decay, LinearAttention, RgLru, SelectiveScan, ShortConv
 
 @sharding_rule(ShortConv)
 def short_conv(lane: Lane, op: ShortConv) -> None:
-    """Append a ShortConv op to one rank's Program. Returns nothing.
+    """Append a ShortConv op (short causal convolution) to one rank's Program. Returns nothing.
 
-    If the op's input op.x and its state are split between ranks by the same channels, the rank's op computes only the
-    rank's channels. Otherwise it computes all channels.
+    If the input op.x and the op's state are divided among the ranks by the same channels, the rank computes only its
+    own channels. Otherwise it computes all channels.
     """
     shares = lane.shares.get(op.x)
     if not shares or shares != lane.plan.get(op.state):
@@ -31,10 +31,10 @@ def short_conv(lane: Lane, op: ShortConv) -> None:
 
 @sharding_rule(Decay)
 def decay(lane: Lane, op: Decay) -> None:
-    """Append a Decay op to one rank's Program. Returns nothing.
+    """Append a Decay op (step sizes and log decays of a recurrence) to one rank's Program. Returns nothing.
 
-    If the op's input op.x is split between the ranks at head boundaries, the rank's op computes only the rank's
-    columns. Otherwise it computes all columns.
+    If the input op.x is divided among the ranks at head boundaries, the rank computes only its own columns. Otherwise
+    it computes all columns.
     """
     shares, columns = lane.shares.get(op.x), int(lane.p.tensors[op.x].shape[1])
     each = columns // int(lane.p.tensors[op.rate].shape[0])
@@ -49,8 +49,7 @@ def decay(lane: Lane, op: Decay) -> None:
 def linear_attention(lane: Lane, op: LinearAttention) -> None:
     """Append a LinearAttention op to one rank's Program. Returns nothing.
 
-    If the plan (lane.plan) splits the op's state by heads, the rank's op computes only the rank's heads. Otherwise it
-    computes all heads.
+    If lane.plan divides the op's state by heads, the rank computes only its own heads. Otherwise it computes all heads.
     """
     heads = lane.plan.get(op.state)
     lane.keep(op.state, heads, axis=1)
@@ -64,29 +63,29 @@ def linear_attention(lane: Lane, op: LinearAttention) -> None:
 
 @sharding_rule(SelectiveScan)
 def selective_scan(lane: Lane, op: SelectiveScan) -> None:
-    """Append a SelectiveScan op to one rank's Program. Returns nothing.
+    """Append a SelectiveScan op (the recurrence of Mamba) to one rank's Program. Returns nothing.
 
-    If the plan (lane.plan) splits the op's state by channels, the rank's op computes only the rank's channels.
-    Otherwise it computes all channels.
+    If lane.plan divides the op's state by channels, the rank computes only its own channels. Otherwise it computes all
+    channels.
     """
     add_channels(lane, op, whole=(op.b, op.c))
 
 
 @sharding_rule(RgLru)
 def rg_lru(lane: Lane, op: RgLru) -> None:
-    """Append an RgLru op to one rank's Program. Returns nothing.
+    """Append an RgLru op (real-gated linear recurrent unit) to one rank's Program. Returns nothing.
 
-    If the plan (lane.plan) splits the op's state by channels, the rank's op computes only the rank's channels.
-    Otherwise it computes all channels.
+    If lane.plan divides the op's state by channels, the rank computes only its own channels. Otherwise it computes all
+    channels.
     """
     add_channels(lane, op)
 
 
 def add_channels(lane: Lane, op: SelectiveScan | RgLru, whole: Sequence[str] = ()) -> None:
-    """Append an op that has a state for each channel to one rank's Program. Returns nothing.
+    """Append a recurrent op whose state is kept per channel to one rank's Program. Returns nothing.
 
-    If the plan (lane.plan) splits the op's state by channels, the rank's op computes only the rank's channels.
-    Otherwise it computes all channels. whole: names of inputs that every channel reads whole.
+    If lane.plan divides the op's state by channels, the rank computes only its own channels. Otherwise it computes all
+    channels. whole: names of the op's inputs that each channel needs whole; these are gathered.
     """
     shares = lane.plan.get(op.state)
     lane.keep(op.state, shares, axis=1)
