@@ -71,7 +71,7 @@ def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
 
 
 def batch_of(chunks: list[tuple[int, int]]) -> Batch:
-    """Returns a Batch with one sequence for each of `chunks`, which wants the logits of each sequence's last token.
+    """Returns a Batch with one sequence for each of `chunks`. The logits of each sequence's last token are wanted.
 
     chunks: (number of new tokens, number of keys before them) of each sequence. Each sequence has two slots of
     recurrent state. It writes one, and reads the other if it has keys before the new tokens.
@@ -326,9 +326,9 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
 
 
 def pool_keys(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op PoolKeys, which pools runs of 4 or 64 tokens into entries.
+    """Returns a random Case (one call to time) of the op PoolKeys, which pools 4 or 64 tokens in a row into one entry.
 
-    A run of 4 tokens is pooled together with the preceding run. The batch is a prompt, or sequences of one token, each
+    An entry stands for these tokens in a K/V cache. A run of 4 tokens is pooled together with the preceding run. The batch is a prompt, or sequences of one token, each
     of which completes a run.
     """
     overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
