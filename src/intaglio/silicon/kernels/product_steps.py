@@ -133,7 +133,7 @@ class Step:
 
 @dataclass(slots=True)
 class Piece:
-    """Rows of a job's result that are drained and stored together.
+    """Some rows of a job's result that are drained (moved from accumulators to SRAM) and stored together.
 
     Attributes:
         job: number of the job on its core.

@@ -78,7 +78,7 @@ class MixStreamsKernel(RowsKernel):
 
     @property
     def factors(self) -> int:
-        """Number of weights and gains of a row."""
+        """The number of factors (weights and gains) of one row."""
         return self.streams_out * (self.streams_in + self.branch)
 
     def columns(self) -> tuple[int, ...]:
